@@ -1,0 +1,1 @@
+"""Who computes: the contract, the arrays, and one folder for each backend."""

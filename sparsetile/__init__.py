@@ -1,0 +1,40 @@
+"""sparsetile: sparse attention, indexer scoring and latent KV decompression behind one op API.
+
+Everything public is loaded on first use; importing this package imports no framework and no backend.
+"""
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout the rooms (ops, backends, ...) are top-level folders; an installed wheel has them inside this package.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "ops" / "__init__.py").is_file() and (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))
+
+_HOME = {
+    "sparse_attention": "ops.attention", "merge_attention": "ops.merge",
+    "indexer_scores": "ops.indexer", "indexer_topk": "ops.indexer", "topk": "ops.indexer",
+    "latent_decompress": "ops.latent", "latent_attention": "ops.latent",
+    "Selection": "ops.selection", "Layout": "ops.layout", "LayerPlan": "ops.plan",
+    "Pattern": "ops.patterns", "Full": "ops.patterns", "Causal": "ops.patterns", "Window": "ops.patterns", "Dilated": "ops.patterns",
+    "Strided": "ops.patterns", "Fixed": "ops.patterns", "Global": "ops.patterns", "Sink": "ops.patterns", "RandomBlocks": "ops.patterns",
+    "Blocks": "ops.patterns", "Documents": "ops.patterns", "PerHead": "ops.patterns",
+    "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
+    "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
+    "explain": "ops.dispatch", "Explanation": "ops.dispatch", "backends": "ops.dispatch",
+    "Unsupported": "backends.contract", "tune": "autotune.tune",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name):
+    if name in _HOME:
+        value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__
