@@ -1,0 +1,429 @@
+"""Arrays of any framework as kernels take them, without a copy: NumPy, PyTorch, CuPy, JAX in; the caller's own type out.
+
+`describe(x)` reads an array's framework, device, shape and element type without importing anything. A `Place` is where one call runs: it turns the
+caller's arrays into a backend's native kind ("numpy", "torch" or "view"), allocates, and hands results back in the caller's type and on the caller's stream.
+NumPy goes by its array interface (bfloat16 and float8 as ml_dtypes), PyTorch by pointer, the rest by DLPack.
+"""
+import contextlib
+import sys
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "uint32": 4, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}
+_NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    return _NUMPY.get(name) or np.dtype(name)
+
+
+@lru_cache(None)
+def torch_dtype(name: str):
+    import torch
+    return getattr(torch, name)
+
+
+@lru_cache(None)
+def _torch_name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def framework(x) -> str | None:
+    """"numpy", "torch", "cupy", "jax", or None for what is no array of these."""
+    root = type(x).__module__.partition(".")[0]
+    if root in ("numpy", "torch", "cupy"):
+        return root if hasattr(x, "shape") and hasattr(x, "dtype") else None
+    if root in ("jax", "jaxlib"):
+        return "jax"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    return None
+
+
+def dtype_name(x) -> str:
+    dtype = x.dtype
+    if type(dtype) is str:
+        return dtype
+    return _torch_name(dtype) if type(dtype).__module__ == "torch" else np.dtype(dtype).name
+
+
+def device_of(x) -> int | None:
+    """Index of the CUDA (or ROCm) device an array is on, None for the CPU."""
+    name = framework(x)
+    if name == "numpy":
+        return None
+    if name == "torch":
+        if x.is_cuda:
+            return x.device.index
+        if x.device.type in ("cpu", "meta"):
+            return None
+        raise TypeError(f"device: expected cpu or cuda, got {x.device}; move the tensor with .to('cuda') or .cpu()")
+    if name == "cupy":
+        return x.device.id
+    device = next(iter(x.devices())) if hasattr(x, "devices") else x.device
+    return device.local_hardware_id if device.platform in ("gpu", "cuda", "rocm") else None
+
+
+class View:
+    """Memory of a device as raw-pointer kernels take it. Strides count elements. `owner` keeps the memory alive."""
+    __slots__ = ("ptr", "shape", "strides", "dtype", "device", "owner")
+
+    def __init__(self, ptr, shape, strides, dtype, device, owner):
+        self.ptr, self.shape, self.strides, self.dtype, self.device, self.owner = ptr, shape, strides, dtype, device, owner
+
+    @property
+    def itemsize(self):
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+def strides_of(x) -> tuple[int, ...]:
+    """Strides in elements."""
+    if isinstance(x, View):
+        return x.strides
+    name = framework(x)
+    if name == "torch":
+        return x.stride()
+    if name == "jax":
+        strides, step = [], 1
+        for extent in reversed(x.shape):
+            strides.append(step)
+            step *= extent
+        return tuple(reversed(strides))
+    return tuple(s // x.dtype.itemsize for s in x.strides)
+
+
+def view(x) -> View:
+    name = framework(x)
+    if name == "torch":
+        return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype_name(x), x.device.index, x)
+    if name == "cupy":
+        return View(x.data.ptr, x.shape, strides_of(x), dtype_name(x), x.device.id, x)
+    if name == "jax":  # the producer's work must be done: the pointer carries no stream
+        x = x.block_until_ready()
+        return View(x.unsafe_buffer_pointer(), x.shape, strides_of(x), dtype_name(x), device_of(x), x)
+    raise TypeError(f"expected an array on a CUDA device, got {type(x).__name__}; move it there with torch or CuPy first")
+
+
+def as_numpy(x) -> np.ndarray:
+    """A CPU array as NumPy sees it, sharing memory (bfloat16 and float8 as ml_dtypes)."""
+    name = framework(x)
+    if name == "numpy":
+        return x
+    if name == "torch":
+        x = x.detach()
+        kind = dtype_name(x)
+        if kind in _NUMPY:
+            import torch
+            return x.view(torch.uint16 if kind == "bfloat16" else torch.uint8).numpy().view(_NUMPY[kind])
+        return x.numpy()
+    return np.asarray(x)
+
+
+def as_torch(x):
+    """An array as a torch tensor sharing memory. Read-only NumPy arrays are fine: kernels never write into arguments."""
+    import torch
+    name = framework(x)
+    if name == "torch":
+        return x.detach()
+    if name == "numpy":
+        kind = dtype_name(x)
+        if any(s < 0 for s in x.strides):
+            x = np.ascontiguousarray(x)
+        if not x.flags.writeable:  # torch warns on read-only memory, and no kernel writes there
+            x = np.lib.stride_tricks.as_strided(np.asarray(_Writable(x)).view(x.dtype), x.shape, x.strides) if x.size else x.copy()
+        if kind in _NUMPY:
+            return torch.from_numpy(x.view(np.uint16 if kind == "bfloat16" else np.uint8)).view(torch_dtype(kind))
+        return torch.from_numpy(x)
+    return torch.from_dlpack(x)
+
+
+class _Writable:
+    """The memory of a read-only array under a writable description."""
+
+    def __init__(self, x):
+        extent = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.strides)) + x.dtype.itemsize if x.size else 0
+        self.owner = x
+        self.__array_interface__ = {"version": 3, "shape": (extent // x.dtype.itemsize,), "typestr": f"|V{x.dtype.itemsize}", "data": (x.ctypes.data, False)}
+
+
+def contiguous_last(x):
+    """The array itself if its last axis is contiguous (or has one element), else one contiguous copy."""
+    if not x.shape or x.shape[-1] <= 1 or strides_of(x)[-1] == 1:
+        return x
+    name = framework(x)
+    if name == "torch":
+        return x.contiguous()
+    if name == "numpy":
+        return np.ascontiguousarray(x)
+    cupy = sys.modules["cupy"]
+    return cupy.ascontiguousarray(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------- places
+class Place:
+    """Where one call runs. Subclasses: what `native` means and who allocates.
+
+    device  index, None on the CPU      stream  pointer, 0 on the CPU       arch, sms  of the device
+    """
+    device = None
+    stream = 0
+    arch = "cpu"
+    sms = 0
+
+    def native(self, x):
+        raise NotImplementedError
+
+    def empty(self, shape, dtype):
+        raise NotImplementedError
+
+    def zeros(self, shape, dtype):
+        return self.full(shape, dtype, 0)
+
+    def give(self, x):
+        """A native result as the caller's own type."""
+        raise NotImplementedError
+
+    def guard(self):
+        """A context in which the device and the caller's stream are current for the backend's launches."""
+        return contextlib.nullcontext()
+
+
+class NumpyPlace(Place):
+    """CPU kernels on NumPy arrays; the caller may hold NumPy, torch or JAX arrays."""
+
+    def __init__(self, caller: str):
+        self.caller = caller
+        self.sms = _cpu_count()
+
+    def native(self, x):
+        return contiguous_last(as_numpy(x))
+
+    def empty(self, shape, dtype):
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def full(self, shape, dtype, value):
+        return np.full(shape, value, numpy_dtype(dtype))
+
+    def cast(self, x, dtype):
+        return x.astype(numpy_dtype(dtype), copy=False)
+
+    def upload(self, x):
+        return x
+
+    def concat(self, a, b):
+        return np.concatenate((a, b), -1)
+
+    def give(self, x):
+        if self.caller == "torch":
+            return as_torch(x)
+        if self.caller == "jax":
+            import jax.numpy as jnp
+            return jnp.asarray(x)
+        return x
+
+
+class TorchPlace(Place):
+    """Triton kernels on torch tensors; the caller may hold torch, CuPy or JAX arrays (NumPy under the interpreter)."""
+
+    def __init__(self, caller: str, device: int | None, stream: int):
+        import torch
+        self.torch, self.caller, self.device, self.stream = torch, caller, device, stream
+        self.target = torch.device("cpu") if device is None else torch.device("cuda", device)
+        info = device_info(device)
+        self.arch, self.sms = info.arch, info.sms
+
+    def native(self, x):
+        return contiguous_last(as_torch(x))
+
+    def empty(self, shape, dtype):
+        return self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target)
+
+    def full(self, shape, dtype, value):
+        return self.torch.full(shape, value, dtype=torch_dtype(dtype), device=self.target)
+
+    def cast(self, x, dtype):
+        return x.to(torch_dtype(dtype))
+
+    def upload(self, x):
+        return as_torch(x).to(self.target)
+
+    def concat(self, a, b):
+        return self.torch.cat((a, b), -1)
+
+    def give(self, x):
+        if self.caller == "torch":
+            return x
+        if self.caller == "numpy":
+            return as_numpy(x)
+        if self.caller == "cupy":
+            return _to_cupy(x)
+        import jax
+        if self.device is not None:
+            self.torch.cuda.current_stream(self.device).synchronize()  # JAX knows nothing of our stream
+        return jax.dlpack.from_dlpack(x)
+
+    @contextlib.contextmanager
+    def _switch(self):
+        with self.torch.cuda.device(self.device), self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.stream, device=self.target)):
+            yield
+
+    def guard(self):
+        if self.device is None or (self.caller == "torch" and self.torch.cuda.current_device() == self.device):
+            return contextlib.nullcontext()
+        return self.torch.cuda.device(self.device) if self.caller == "torch" else self._switch()
+
+
+class ViewPlace(Place):
+    """Raw CUDA kernels on pointers; memory comes from torch for a torch caller, else from CuPy."""
+
+    def __init__(self, caller: str, device: int, stream: int):
+        self.caller, self.device, self.stream = caller, device, stream
+        info = device_info(device)
+        self.arch, self.sms = info.arch, info.sms
+        if caller == "torch":
+            import torch
+            self.torch, self.target = torch, torch.device("cuda", device)
+        else:
+            import cupy
+            self.cupy = cupy
+
+    def native(self, x):
+        return view(contiguous_last(x))
+
+    def empty(self, shape, dtype):
+        if self.caller == "torch":
+            return view(self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target))
+        return view(self.cupy.empty(shape, numpy_dtype(dtype)))
+
+    def full(self, shape, dtype, value):
+        if self.caller == "torch":
+            return view(self.torch.full(shape, value, dtype=torch_dtype(dtype), device=self.target))
+        return view(self.cupy.full(shape, value, numpy_dtype(dtype)))
+
+    def cast(self, x, dtype):
+        if x.dtype == dtype:
+            return x
+        return view(x.owner.to(torch_dtype(dtype)) if self.caller == "torch" else x.owner.astype(numpy_dtype(dtype)))
+
+    def upload(self, x):
+        return view(as_torch(x).to(self.target) if self.caller == "torch" else self.cupy.asarray(x))
+
+    def concat(self, a, b):
+        if self.caller == "torch":
+            return view(self.torch.cat((a.owner, b.owner), -1))
+        a, b = self.cupy.asarray(a.owner), self.cupy.asarray(b.owner)
+        return view(self.cupy.concatenate((a, b), -1))
+
+    def give(self, x):
+        if self.caller != "jax":
+            return x.owner
+        import jax
+        self.cupy.cuda.ExternalStream(self.stream).synchronize()  # JAX knows nothing of our stream
+        return jax.dlpack.from_dlpack(x.owner)
+
+    @contextlib.contextmanager
+    def _switch(self):
+        import cupy
+        with cupy.cuda.Device(self.device):
+            if self.stream:
+                with cupy.cuda.ExternalStream(self.stream, self.device):
+                    yield
+            else:
+                yield
+
+    def guard(self):
+        if self.caller == "torch":
+            return contextlib.nullcontext() if self.torch.cuda.current_device() == self.device else self.torch.cuda.device(self.device)
+        return self._switch()
+
+
+class DeviceInfo:
+    """Name, architecture and size of a device, read once."""
+
+    def __init__(self, name, arch, sms, memory_gb, shared, l2_mb, vendor):
+        self.name, self.arch, self.sms, self.memory_gb, self.shared, self.l2_mb, self.vendor = name, arch, sms, memory_gb, shared, l2_mb, vendor
+
+
+def _cpu_count() -> int:
+    import os
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(1)
+def _cpu_name() -> str:
+    import platform
+    with contextlib.suppress(OSError):
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith(("model name", "Model Name", "Hardware")):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@lru_cache(None)
+def device_info(device: int | None) -> DeviceInfo:
+    """What a device is; None is the CPU."""
+    if device is None:
+        return DeviceInfo(_cpu_name(), "cpu", _cpu_count(), 0, 0, 0, "cpu")
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        torch = sys.modules["torch"]
+        p = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return DeviceInfo(p.name, p.gcnArchName.partition(":")[0], p.multi_processor_count, p.total_memory >> 30, 65536, p.L2_cache_size >> 20, "amd")
+        return DeviceInfo(p.name, cuda_arch(p.major, p.minor), p.multi_processor_count, p.total_memory >> 30, p.shared_memory_per_block_optin, p.L2_cache_size >> 20, "nvidia")
+    import cupy
+    p = cupy.cuda.runtime.getDeviceProperties(device)
+    return DeviceInfo(p["name"].decode(), cuda_arch(p["major"], p["minor"]), p["multiProcessorCount"], p["totalGlobalMem"] >> 30, p["sharedMemPerBlockOptin"], p["l2CacheSize"] >> 20, "nvidia")
+
+
+def cuda_arch(major: int, minor: int) -> str:
+    """The name whose instructions we may use: Hopper's own need the "a"."""
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def _to_cupy(x):
+    import cupy
+    return cupy.from_dlpack(x)
+
+
+def stream_of(caller: str, device: int | None) -> int:
+    """The caller's current stream."""
+    if device is None:
+        return 0
+    if caller == "torch":
+        return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    import cupy
+    return cupy.cuda.get_current_stream().ptr if caller == "cupy" else 0
+
+
+_PLACES = {}
+
+
+def place_for(native: str, caller: str, device: int | None) -> Place:
+    """The place of a call: by the backend's native kind, the caller's framework, the device and the caller's current stream."""
+    stream = stream_of(caller, device)
+    key = (native, caller, device, stream)
+    place = _PLACES.get(key)
+    if place is None:
+        if len(_PLACES) > 256:  # streams come and go
+            _PLACES.clear()
+        make = {"numpy": lambda: NumpyPlace(caller), "torch": lambda: TorchPlace(caller, device, stream), "view": lambda: ViewPlace(caller, device, stream)}
+        place = _PLACES[key] = make[native]()
+    return place
