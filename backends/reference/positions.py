@@ -1,0 +1,26 @@
+"""Where queries stand and where keys end: the rules of lengths and offsets, once for every reference kernel."""
+import numpy as np
+
+
+def key_limit(kv_length, b, S):
+    """Keys at or past this do not exist in batch b."""
+    return S if kv_length is None else int(np.clip(np.asarray(kv_length)[b], 0, S))
+
+
+def first_query(q_start, b, limit, T):
+    """Absolute position of query 0 of batch b: given, or such that the last query stands on the last key."""
+    if q_start is None:
+        return limit - T
+    return int(q_start) if np.ndim(q_start) == 0 else int(np.asarray(q_start)[b])
+
+
+def lse_dtype(x):
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def dtype_of(name, default):
+    """numpy dtype by its contract name; bfloat16 and float8 live in ml_dtypes."""
+    if name is None:
+        return default
+    import ml_dtypes
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
