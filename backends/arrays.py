@@ -163,6 +163,11 @@ class _Writable:
         self.__array_interface__ = {"version": 3, "shape": (extent // x.dtype.itemsize,), "typestr": f"|V{x.dtype.itemsize}", "data": (x.ctypes.data, False)}
 
 
+def unit_stride_within(x):
+    """Weights [H,M,N] as they lie if one of the last two axes is contiguous, else one contiguous copy."""
+    return x if 1 in strides_of(x)[-2:] or min(x.shape[-2:]) <= 1 and strides_of(x)[-1] == 1 else contiguous_last(x)
+
+
 def contiguous_last(x):
     """The array itself if its last axis is contiguous (or has one element), else one contiguous copy."""
     if not x.shape or x.shape[-1] <= 1 or strides_of(x)[-1] == 1:
@@ -187,18 +192,12 @@ class Place:
     arch = "cpu"
     sms = 0
 
-    def native(self, x):
-        raise NotImplementedError
-
-    def empty(self, shape, dtype):
-        raise NotImplementedError
-
     def zeros(self, shape, dtype):
         return self.full(shape, dtype, 0)
 
-    def give(self, x):
-        """A native result as the caller's own type."""
-        raise NotImplementedError
+    # Every place also has: native(x), the caller's array as the backend takes it; empty(shape, dtype) and full(shape, dtype, value); give(x), a native
+    # result as the caller's own type; cast(x, dtype); upload(numpy array); concat(a, b) along the last axis; first_columns(x, n), the same memory;
+    # weights(x), [H,M,N] native with either of the last two axes contiguous; add(a, b): a[..., :b's width] += b, returns a; packed(x), contiguous in all axes; rows(x, shape), [T] or [B,T] as a packed [B,T]
 
     def guard(self):
         """A context in which the device and the caller's stream are current for the backend's launches."""
@@ -215,6 +214,9 @@ class NumpyPlace(Place):
     def native(self, x):
         return contiguous_last(as_numpy(x))
 
+    def weights(self, x):
+        return unit_stride_within(as_numpy(x))
+
     def empty(self, shape, dtype):
         return np.empty(shape, numpy_dtype(dtype))
 
@@ -229,6 +231,19 @@ class NumpyPlace(Place):
 
     def concat(self, a, b):
         return np.concatenate((a, b), -1)
+
+    def first_columns(self, x, n):
+        return x[..., :n]
+
+    def packed(self, x):
+        return np.ascontiguousarray(x)
+
+    def rows(self, x, shape):
+        return np.ascontiguousarray(np.broadcast_to(x, shape))
+
+    def add(self, a, b):
+        a[..., :b.shape[-1]] += b
+        return a
 
     def give(self, x):
         if self.caller == "torch":
@@ -252,6 +267,9 @@ class TorchPlace(Place):
     def native(self, x):
         return contiguous_last(as_torch(x))
 
+    def weights(self, x):
+        return unit_stride_within(as_torch(x))
+
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target)
 
@@ -266,6 +284,19 @@ class TorchPlace(Place):
 
     def concat(self, a, b):
         return self.torch.cat((a, b), -1)
+
+    def first_columns(self, x, n):
+        return x[..., :n]
+
+    def packed(self, x):
+        return x.contiguous()
+
+    def rows(self, x, shape):
+        return x.expand(shape).contiguous()
+
+    def add(self, a, b):
+        a[..., :b.shape[-1]] += b
+        return a
 
     def give(self, x):
         if self.caller == "torch":
@@ -307,6 +338,9 @@ class ViewPlace(Place):
     def native(self, x):
         return view(contiguous_last(x))
 
+    def weights(self, x):
+        return view(unit_stride_within(x))
+
     def empty(self, shape, dtype):
         if self.caller == "torch":
             return view(self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target))
@@ -330,6 +364,23 @@ class ViewPlace(Place):
             return view(self.torch.cat((a.owner, b.owner), -1))
         a, b = self.cupy.asarray(a.owner), self.cupy.asarray(b.owner)
         return view(self.cupy.concatenate((a, b), -1))
+
+    def first_columns(self, x, n):
+        return View(x.ptr, (*x.shape[:-1], n), x.strides, x.dtype, x.device, x.owner)
+
+    def packed(self, x):
+        return view(x.owner.contiguous() if self.caller == "torch" else x.owner if self.caller == "jax" and not isinstance(x.owner, self.cupy.ndarray) else self.cupy.ascontiguousarray(x.owner))
+
+    def rows(self, x, shape):
+        if tuple(x.shape) == tuple(shape):
+            return self.packed(x)
+        if self.caller == "torch":
+            return view(x.owner.expand(shape).contiguous())
+        return view(self.cupy.ascontiguousarray(self.cupy.broadcast_to(self.cupy.asarray(x.owner), shape)))
+
+    def add(self, a, b):
+        a.owner[..., :b.shape[-1]] += b.owner
+        return a
 
     def give(self, x):
         if self.caller != "jax":

@@ -1,0 +1,320 @@
+"""sparse_attention: softmax attention over the keys that a pattern, a layout or a selection lets each query see."""
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
+from sparsetile.ops import checks, dispatch
+from sparsetile.ops.layout import Layout
+from sparsetile.ops.lowering import lower
+from sparsetile.ops.patterns import Full, Pattern, PerHead
+from sparsetile.ops.selection import Selection
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+OP = "sparse_attention"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call of sparse_attention. q_start None means kv_length - T."""
+    q: Any
+    k: Any
+    v: Any
+    rule: Any
+    scale: float
+    sink_logits: Any
+    softcap: float | None
+    kv_length: Any
+    q_start: Any
+    value_width: int
+    deterministic: bool
+    backend: str | None
+    config: Any
+    caller: str
+    device: int | None
+
+    @property
+    def sizes(self):
+        """B, Hq, Hk, T, S, D, Dv"""
+        (B, Hq, T, D), (_, Hk, S, _) = self.q.shape, self.k.shape
+        return B, Hq, Hk, T, S, D, self.value_width
+
+    @property
+    def arrays(self):
+        return self.q, self.k, self.v, self.sink_logits
+
+
+def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None, softcap=None, kv_length=None, q_start=None, value_width=None,
+                     q_scale=None, k_scale=None, v_scale=None, return_lse=False, deterministic=True, allow_tf32=False, backend=None, config=None):
+    """softmax(scale * q k^T) v over the keys each query sees.
+
+    q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] (Hq % Hk == 0; float32, float16, bfloat16, float64 on CPU; any D, Dv in 1..576), of NumPy, PyTorch,
+    CuPy or JAX, all on one device. v=None with value_width=Dv takes the first Dv columns of k (the shared latent of MLA).
+    pattern       a Pattern, a Layout or a Selection; None is Full(). Query t stands at position p = q_start + t.
+    scale         of the products; D**-0.5 by default
+    sink_logits   [Hq] float32, added to the denominator only, not scaled; -inf switches a head's sink off, +inf gives out 0
+    softcap       c: scores become c * tanh(scores / c) before masking
+    kv_length     [B] int32: keys at or past it do not exist (values are clamped to 0..S)
+    q_start       int, or [B] int32 on the device; kv_length - T by default, S - T without lengths (bottom-right)
+    return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs)
+    deterministic False permits another order of additions in the backward
+    allow_tf32    permits TF32 products of float32 inputs where a backend has them
+
+    Returns out [B,Hq,T,Dv] in q's element type, of the caller's array type, on the caller's device and stream [, lse]. A query that sees no key: out 0,
+    LSE -inf, gradients 0. A key that no query sees is never read into a result, even if it holds NaN. Differentiable in PyTorch: q, k, v, sink_logits, LSE.
+    Raises ValueError or TypeError for bad arguments, Unsupported for a limit of the chosen backend.
+    """
+    if q_scale is not None or k_scale is not None or v_scale is not None:
+        raise Unsupported("sparse_attention: float8 scales (q_scale, k_scale, v_scale) are not supported by any backend yet; pass float16 or bfloat16 arrays")
+    checks.flag("return_lse", return_lse), checks.flag("deterministic", deterministic), checks.flag("allow_tf32", allow_tf32)
+    call = check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config)
+    if call.caller == "torch" and not dispatch.is_explaining():
+        from sparsetile.ops import torch_ops
+        if torch_ops.wanted(*call.arrays):
+            out, lse = torch_ops.attention(call)
+            return (out, lse) if return_lse else out
+    elif call.caller == "jax":
+        from sparsetile.ops import jax_ops
+        if jax_ops.traced(*call.arrays, kv_length, q_start):
+            return jax_ops.attention(call, return_lse)
+    out, lse = forward(call, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config) -> Call:
+    """Everything that can be said of the arguments before a backend is chosen."""
+    checks.array("q", q, 4, "[B,Hq,T,D]")
+    checks.array("k", k, 4, "[B,Hk,S,D]")
+    checks.array("v", v, 4, "[B,Hk,S,Dv]", optional=True)
+    B, Hq, T, D = q.shape
+    _, Hk, S, _ = k.shape
+    kind = arrays.dtype_name(q)
+    if "float8" in kind:
+        raise Unsupported("sparse_attention: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
+    checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
+    checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
+    checks.same("k", "batch size of q", B, k.shape[0], "expand it with a zero stride or repeat it")
+    checks.same("k", "width D of q", D, k.shape[3], "q and k are multiplied over D")
+    if Hk == 0 or Hq % Hk:
+        raise ValueError(f"k: expected a number of key heads Hk that divides Hq = {Hq}, got Hk = {Hk}; repeat or drop heads")
+    checks.width("q", D)
+    if v is None:
+        if value_width is None:
+            raise ValueError(f"v: expected an array [B,Hk,S,Dv], or value_width=Dv with v=None, got None for both; pass one of them")
+        checks.integer("value_width", value_width, 1, D)
+    else:
+        checks.same("v", "element type of q", kind, arrays.dtype_name(v), "convert q, k and v to one type")
+        checks.same("v", "shape [B,Hk,S] of k", list(k.shape[:3]), list(v.shape[:3]), "k and v hold the same keys")
+        checks.width("v", v.shape[3])
+        if value_width not in (None, v.shape[3]):
+            raise ValueError(f"value_width: expected {v.shape[3]}, the width of v, or None, got {value_width}; it is for v=None")
+        value_width = v.shape[3]
+    rule = Full() if pattern is None else pattern
+    if not isinstance(rule, (Pattern, Layout, Selection)):
+        raise TypeError(f"pattern: expected a Pattern, a Layout, a Selection or None, got {type(rule).__name__}; see sparsetile.Causal(), Window(left), Selection(indices)")
+    scale = D ** -0.5 if scale is None else checks.number("scale", scale)
+    softcap = checks.number("softcap", softcap, 0, optional=True)
+    checks.row("sink_logits", sink_logits, (Hq,), "[Hq]")
+    checks.lengths("kv_length", kv_length, (B,), "[B]")
+    if q_start is None:
+        q_start = None if kv_length is not None else S - T
+    elif arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+        checks.lengths("q_start", q_start, (B,), "[B]")
+    else:
+        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
+    if isinstance(rule, Selection):
+        rule.check(B, Hq, Hk, T)
+        named |= {"pattern.indices": rule.indices, "pattern.lengths": rule.lengths}
+    elif isinstance(rule, Layout):
+        rule.check(B, Hq)
+    elif isinstance(rule, Pattern):
+        rule.check(Hq, Hk)
+    caller, device = checks.together(named)
+    if config is not None and not hasattr(config, "keys"):
+        raise TypeError(f"config: expected a dict of knobs or None, got {type(config).__name__}; see sparsetile.explain for the knobs in use")
+    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device)
+
+
+# ------------------------------------------------------------------------------------------------------------------- problem
+def features_of(call: Call, gradient: bool, lse: bool) -> list[str]:
+    rule = call.rule
+    words = [("sink", call.sink_logits is not None), ("softcap", call.softcap is not None), ("kv_length", call.kv_length is not None), ("lse", lse),
+             ("gradient", gradient), ("shared_kv", call.v is None), ("q_start", call.q_start is not None and not isinstance(call.q_start, int)),
+             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead)), ("layout", isinstance(rule, Layout))]
+    return [word for word, on in words if on]
+
+
+def problem_of(call: Call, name: str, gradient=False, lse=False) -> Problem:
+    B, Hq, Hk, T, S, D, Dv = call.sizes
+    dims = dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv)
+    rule, density, granularity = call.rule, 1.0, 1
+    if isinstance(rule, Selection):
+        dims["K"], granularity = rule.indices.shape[3], rule.granularity
+    elif isinstance(rule, Pattern) and T and S and isinstance(call.q_start, int):
+        density = density_bucket(rule.density(T, S, q_start=call.q_start))
+    kind = arrays.dtype_name(call.q)
+    features = features_of(call, gradient, lse)
+    if isinstance(rule, Pattern):
+        features.append("dense" if rule == Full() else "static")
+    return Problem.of(name, dims, dict(q=kind, k=kind, v=kind), arrays.device_info(call.device).arch, features, density, granularity)
+
+
+_choices = OrderedDict()
+dispatch.PLAN_CACHES.append(_choices)
+
+
+def choose(call: Call, name: str, gradient=False, lse=False) -> dispatch.Choice:
+    """The cached choice for the call's shapes, pattern and environment."""
+    rule = call.rule
+    if isinstance(rule, Selection):
+        rule_key = rule.indices.shape, rule.granularity, rule.causal, rule.lengths is None
+    else:
+        rule_key = rule if isinstance(rule, Pattern) else (id(type(rule)), rule.block_q, rule.block_k)
+    start = call.q_start if isinstance(call.q_start, int) else None if call.q_start is None else "device"
+    config = None if call.config is None else tuple(sorted(call.config.items()))
+    key = (name, call.sizes, arrays.dtype_name(call.q), call.device, rule_key, start, call.kv_length is None, call.sink_logits is None, call.softcap is None,
+           gradient, lse, call.v is None, call.backend, config, dispatch.environment(OP))
+    if not dispatch.is_explaining() and key in _choices:
+        _choices.move_to_end(key)
+        return _choices[key]
+    fixed = {"block_q": rule.block_q, "block_k": rule.block_k} if isinstance(rule, Layout) else None
+    choice = dispatch.choose(OP, problem_of(call, name, gradient, lse), call.device, call.backend, call.config, fixed)
+    _remember(_choices, key, choice, 1024)
+    return choice
+
+
+def _remember(cache: OrderedDict, key, value, most: int):
+    cache[key] = value
+    if len(cache) > most:
+        cache.popitem(last=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------- lists
+_lists = OrderedDict()
+dispatch.PLAN_CACHES.append(_lists)
+_ARRAYS = ("offsets", "cols", "kinds", "by_key_offsets", "by_key_rows", "by_key_kinds", "intervals", "bitmaps", "list_of", "q_order", "k_order")
+
+
+def lists_for(call: Call, config: dict, place) -> tuple[Lists, ...]:
+    """The parts of the call's pattern or layout as native arrays of the place; static ones are made once and kept."""
+    rule, native = call.rule, type(place).__name__
+    if isinstance(rule, Layout):
+        return rule.on((native, place.device, place.caller), lambda part: _carry(part, place))
+    B, Hq, _, T, S, _, _ = call.sizes
+    block_q, block_k = config["block_q"], config["block_k"]
+    if isinstance(call.q_start, int):
+        first, last, capacity = call.q_start, call.q_start + T, S
+        if T <= 64:  # decoding: the same lists serve a whole block of positions and a growing cache
+            first, last = first // block_q * block_q, -(-last // block_q) * block_q
+            step = max(256, 1 << max(0, S.bit_length() - 4))
+            capacity = -(-S // step) * step
+    else:  # positions are known on the device only
+        first, last, capacity = -T, S if call.q_start is None else S + T, S
+    key = (rule, first, last, capacity, block_q, block_k, Hq if isinstance(rule, PerHead) else None, native, place.device, place.caller)
+    parts = _lists.get(key)
+    if parts is None:
+        parts = tuple(_carry(part, place) for part in lower(rule, first, last, capacity, block_q, block_k, Hq))
+        _remember(_lists, key, parts, 256)
+    else:
+        _lists.move_to_end(key)
+    return parts
+
+
+def _carry(part: Lists, place) -> Lists:
+    """A part's arrays on the place: uploaded once if they are host arrays, by their pointers if they are on its device."""
+    def one(x):
+        if x is None:
+            return None
+        return place.upload(x) if arrays.framework(x) == "numpy" else place.native(x)
+    return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras={})
+
+
+# ------------------------------------------------------------------------------------------------------------------- forward
+def _natives(call: Call, place):
+    """q, k, v, sink_logits, kv_length, q_start as the kernel takes them. v=None becomes k's first columns, the same memory."""
+    q, k = place.native(call.q), place.native(call.k)
+    v = place.first_columns(k, call.value_width) if call.v is None else place.native(call.v)
+    start = call.q_start if call.q_start is None or isinstance(call.q_start, int) else place.packed(place.native(call.q_start))
+    sink, length = (None if x is None else place.packed(place.native(x)) for x in (call.sink_logits, call.kv_length))
+    return q, k, v, sink, length, start
+
+
+def _entries(selection: Selection, place):
+    """A selection's indices and lengths as packed native arrays."""
+    return tuple(None if x is None else place.packed(place.native(x)) for x in (selection.indices, selection.lengths))
+
+
+def forward(call: Call, return_lse: bool):
+    """(out, lse or None) in the caller's array type."""
+    name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
+    choice = choose(call, name, lse=return_lse)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    with place.guard():
+        out, lse = _forward(call, choice, place, return_lse)
+        return place.give(out), None if lse is None else place.give(lse)
+
+
+def _forward(call, choice, place, return_lse):
+    B, Hq, Hk, T, S, D, Dv = call.sizes
+    kind = arrays.dtype_name(call.q)
+    wide = "float64" if kind == "float64" else "float32"
+    if B * Hq * T == 0 or S == 0:
+        return place.zeros((B, Hq, T, Dv), kind), place.full((B, Hq, T), wide, float("-inf"))
+    q, k, v, sink, length, start = _natives(call, place)
+    common = dict(place=place, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start)
+    if isinstance(call.rule, Selection):
+        s = call.rule
+        indices, lengths = _entries(s, place)
+        return choice.kernel.run(q, k, v, indices, lengths=lengths, granularity=s.granularity, causal=s.causal, config=choice.config, sink_logits=sink,
+                                 return_lse=return_lse, **common)
+    parts = lists_for(call, choice.config, place)
+    if len(parts) == 1:
+        return choice.kernel.run(q, k, v, parts[0], config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
+    results = [choice.kernel.run(q, k, v, part, config=choice.config, out_dtype=wide, return_lse=True, **common) for part in parts]
+    from sparsetile.ops.merge import merge_native
+    return merge_native([out for out, _ in results], [lse for _, lse in results], sink, kind, choice.backend, place, call.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------ backward
+def backward(call: Call, out, lse, dout, dlse=None):
+    """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
+    selected = isinstance(call.rule, Selection)
+    call = replace(call, config=None)  # the config argument speaks of the forward
+    choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    with place.guard():
+        grads = _backward(call, choice, place, *(None if x is None else place.native(x) for x in (out, lse, dout, dlse)))
+        return tuple(None if g is None else place.give(g) for g in grads)
+
+
+def _backward(call, choice, place, out, lse, dout, dlse):
+    B, Hq, Hk, T, S, D, Dv = call.sizes
+    kind = arrays.dtype_name(call.q)
+    wide = "float64" if kind == "float64" else "float32"
+    if B * Hq * T == 0 or S == 0:
+        dsink = None if call.sink_logits is None else place.zeros((Hq,), "float32")
+        return place.zeros((B, Hq, T, D), kind), place.zeros((B, Hk, S, D), kind), None if call.v is None else place.zeros((B, Hk, S, Dv), kind), dsink
+    q, k, v, sink, length, start = _natives(call, place)
+    problem = Problem.of("attention_delta", dict(B=B, Hq=Hq, T=T, Dv=Dv), dict(out=kind), place.arch, ["sink"] if sink is not None else [])
+    first = dispatch.choose(OP, problem, call.device, choice.backend)
+    total, delta, dsink = first.kernel.run(out, dout, lse, place=place, config=first.config, sink_logits=sink, dlse=dlse)
+    common = dict(place=place, config=choice.config, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start, deterministic=call.deterministic)
+    if isinstance(call.rule, Selection):
+        s = call.rule
+        indices, lengths = _entries(s, place)
+        runs = [lambda dtype: choice.kernel.run(q, k, v, indices, total, delta, dout, granularity=s.granularity, causal=s.causal, lengths=lengths, out_dtype=dtype, **common)]
+    else:
+        runs = [lambda dtype, part=part: choice.kernel.run(q, k, v, part, total, delta, dout, out_dtype=dtype, **common)
+                for part in lists_for(call, choice.config, place)]
+    exact = len(runs) == 1 and call.v is not None  # else sums are made in float32 and rounded once
+    grads = runs[0](None if exact else wide)
+    for run in runs[1:]:
+        grads = tuple(place.add(a, b) for a, b in zip(grads, run(wide)))
+    dq, dk, dv = grads
+    if call.v is None:
+        dk, dv = place.add(dk, dv), None
+    if not exact:
+        dq, dk, dv = (None if g is None else place.cast(g, kind) for g in (dq, dk, dv))
+    return dq, dk, dv, dsink

@@ -1,0 +1,102 @@
+"""Errors for users: argument, what was expected, what came, what to do."""
+from sparsetile.backends import arrays
+
+HALF = ("float16", "bfloat16")
+
+
+def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
+    """An array argument: its framework is known, its rank and element type fit."""
+    if x is None:
+        if optional:
+            return None
+        raise TypeError(f"{name}: expected an array {axes}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
+    if arrays.framework(x) is None:
+        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX array {axes}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
+    if ndim is not None and x.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
+        raise ValueError(f"{name}: expected {ndim if isinstance(ndim, int) else ' or '.join(map(str, ndim))} axes {axes}, got shape {list(x.shape)}; add or remove axes with reshape")
+    if dtypes is not None:
+        kind = arrays.dtype_name(x)
+        if kind not in dtypes:
+            raise TypeError(f"{name}: expected element type {' or '.join(dtypes)}, got {kind}; convert it first")
+    return x
+
+
+def same(name, what, expected, got, remedy):
+    if expected != got:
+        raise ValueError(f"{name}: expected {what} {expected}, got {got}; {remedy}")
+
+
+def together(named: dict):
+    """All arrays are of one framework and on one device. Returns (framework, device)."""
+    first = None
+    for name, x in named.items():
+        if x is None:
+            continue
+        here = arrays.framework(x), arrays.device_of(x)
+        if first is None:
+            first, origin = here, name
+        elif here != first:
+            raise ValueError(f"{name}: expected {_where(first)} as {origin} is, got {_where(here)}; convert or move it, nothing is moved for you")
+    return first
+
+
+def _where(place):
+    framework, device = place
+    return f"a {framework} array on {'the CPU' if device is None else f'CUDA device {device}'}"
+
+
+def number(name, value, low=None, high=None, optional=False):
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}; pass a Python float")
+    value = float(value)
+    if value != value or low is not None and not value > low or high is not None and not value < high:
+        raise ValueError(f"{name}: expected a number{f' above {low}' if low is not None else ''}{f' below {high}' if high is not None else ''}, got {value}; choose one in range")
+    return value
+
+
+def integer(name, value, low=None, high=None, optional=False):
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}; pass a Python int")
+    value = value.__index__()
+    if low is not None and value < low or high is not None and value > high:
+        bounds = f"{'' if low is None else f' from {low}'}{'' if high is None else f' to {high}'}"
+        raise ValueError(f"{name}: expected an integer{bounds}, got {value}; choose one in range")
+    return value
+
+
+def choice(name, value, values):
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}; choose one of these")
+    return value
+
+
+def flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool")
+    return value
+
+
+def lengths(name, x, shape, what):
+    """An int32 array of lengths or positions on the device of the call."""
+    if x is None:
+        return None
+    array(name, x, len(shape), what, ("int32",))
+    same(name, f"shape {what}", list(shape), list(x.shape), "one entry for each")
+    return x
+
+
+def width(name, value):
+    if not 1 <= value <= 576:
+        raise ValueError(f"{name}: expected a width from 1 to 576, got {value}; split wider heads")
+
+
+def row(name, x, shape, what, dtypes=("float32",)):
+    if x is None:
+        return None
+    array(name, x, len(shape), what, dtypes)
+    same(name, f"shape {what} =", list(shape), list(x.shape), "one value for each")
+    return x

@@ -1,0 +1,261 @@
+"""Which backend runs a call, with which config, and why.
+
+Order of precedence, written only here:
+  backend   argument > SPARSETILE_BACKEND_<OP> > SPARSETILE_BACKEND > auto. A named backend runs or raises Unsupported; it never falls back.
+            auto: the profile's winner for this device and problem, else the first of contract.BACKENDS that supports the problem.
+  config    argument > pinned > user profile directory > user cache > shipped profile of this device > shipped profile of its architecture > the kernel's heuristic.
+  tuning    SPARSETILE_TUNE=off ignores profiles, cache (default) reads them, on tunes at a miss through the hook that autotune installs.
+"""
+import importlib
+import logging
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import BACKENDS, KERNELS, Problem, Resources, Unsupported
+
+log = logging.getLogger("sparsetile")
+_PACKAGE = __name__.rpartition(".ops.")[0]
+tune_hook = None  # set by autotune: (problem, device) -> None, writes a profile entry that the next lookup finds
+
+
+class Choice(NamedTuple):
+    """Who runs a problem: the backend's name, the kernel's module, its config, and where the config came from."""
+    backend: str
+    kernel: ModuleType
+    config: dict
+    source: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call runs where it runs. `reasons` has one sentence for each backend not taken."""
+    op: str
+    kernel: str
+    backend: str | None
+    config: dict
+    source: str
+    reasons: dict
+    problem: Problem
+
+    def __str__(self):
+        lines = [f"{self.op}: {self.backend or 'no backend'} runs {self.kernel}", f"  config: {self.config}", f"  from: {self.source}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+class _Explained(Exception):
+    """Ends a call that is only being explained, at the choice of its main kernel."""
+
+    def __init__(self, explanation):
+        self.explanation = explanation
+
+
+_explaining = ContextVar("sparsetile_explaining", default=None)
+
+
+# --------------------------------------------------------------------------------------------------------------- environment
+def environment(op: str) -> tuple:
+    """All that the environment says about a call, as a key."""
+    get = os.environ.get
+    return get("SPARSETILE_BACKEND_" + op.upper()), get("SPARSETILE_BACKEND"), get("SPARSETILE_TUNE"), get("SPARSETILE_PROFILE_DIR")
+
+
+def requested_backend(op: str, backend: str | None) -> str:
+    """The backend asked for by argument or environment, or "auto"."""
+    per_op, everywhere = environment(op)[:2]
+    for value, origin in ((backend, "backend"), (per_op, "SPARSETILE_BACKEND_" + op.upper()), (everywhere, "SPARSETILE_BACKEND")):
+        if value:
+            if value not in BACKENDS and value != "auto":
+                raise ValueError(f"{origin}: expected one of auto, {', '.join(BACKENDS)}, got {value!r}")
+            return value
+    return "auto"
+
+
+def tune_mode() -> str:
+    mode = os.environ.get("SPARSETILE_TUNE") or "cache"
+    if mode not in ("off", "cache", "on"):
+        raise ValueError(f"SPARSETILE_TUNE: expected off, cache or on, got {mode!r}")
+    return mode
+
+
+# ----------------------------------------------------------------------------------------------------------------- discovery
+@lru_cache(None)
+def package(backend: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGE}.backends.{backend}")
+
+
+@lru_cache(None)
+def has_kernel(backend: str, name: str) -> bool:
+    """Discovery is the file name."""
+    return find_spec(f"{_PACKAGE}.backends.{backend}.{name}") is not None
+
+
+@lru_cache(None)
+def kernel(backend: str, name: str) -> ModuleType:
+    """A kernel's module. A broken import inside it is an error, not an absence."""
+    return importlib.import_module(f"{_PACKAGE}.backends.{backend}.{name}")
+
+
+def backends() -> dict:
+    """Backend -> None, or the sentence that says why it cannot run here."""
+    return {name: package(name).unavailable() for name in BACKENDS}
+
+
+def refusal(backend: str, problem: Problem, device: int | None) -> str | None:
+    """None if the backend runs this problem on this device, else one sentence."""
+    native = package(backend).NATIVE
+    if native == "numpy" and device is not None:
+        return f"{backend} computes on the CPU and the arrays are on CUDA device {device}; nothing is moved between host and device: use triton or cupy, or move the arrays"
+    if native == "view" and device is None:
+        return f"{backend} computes on CUDA devices and the arrays are on the CPU: use numba, or move the arrays to a GPU"
+    if native == "torch" and device is None and not package(backend).interpreted():
+        return f"{backend} computes on GPUs and the arrays are on the CPU: use numba, or set TRITON_INTERPRET=1 before the first call to interpret it slowly"
+    missing = package(backend).unavailable()
+    if missing:
+        return missing
+    if not has_kernel(backend, problem.op):
+        return f"{backend} has no {problem.op} kernel"
+    return kernel(backend, problem.op).supports(problem)
+
+
+def check_config(module: ModuleType, problem: Problem, config: dict, origin: str) -> dict:
+    """The config with the kernel's defaults for knobs it does not name; errors name the knob."""
+    known = {t.name: t for t in module.TUNABLES}
+    for name, value in config.items():
+        if name not in known:
+            raise ValueError(f"{origin}: expected knobs of {problem.op} ({', '.join(known) or 'it has none'}), got {name!r}")
+        if value not in known[name].values:
+            raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}")
+    full = {**module.default_config(problem), **config}
+    asked = module.resources(problem, full)
+    if not isinstance(asked, Resources):
+        raise Unsupported(f"{origin}: {asked}")
+    return full
+
+
+def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None) -> Choice:
+    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles)."""
+    asked = requested_backend(op, backend)
+    reasons, choice = {}, None
+    if asked != "auto":
+        sentence = refusal(asked, problem, device)
+        if sentence is None:
+            choice = _configure(asked, problem, device, config, fixed)
+        else:
+            reasons[asked] = sentence
+        candidates = ()
+    else:
+        candidates = BACKENDS
+        found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
+        if found and refusal(found.backend, problem, device) is None:
+            choice = _configure(found.backend, problem, device, None, None)
+    for name in candidates if choice is None or _explaining.get() else ():
+        if choice is not None and name == choice.backend:
+            continue
+        sentence = refusal(name, problem, device)
+        if sentence is not None:
+            reasons[name] = sentence
+        elif choice is None:
+            choice = _configure(name, problem, device, config, fixed)
+        else:
+            reasons[name] = f"{choice.backend} comes first: {choice.source if 'profile' in choice.source else 'the order of preference is ' + ', '.join(BACKENDS)}"
+    if _explaining.get() is not None:
+        if choice is not None and asked != "auto":
+            reasons.update({name: f"{asked} was asked for" for name in BACKENDS if name != asked})
+        raise _Explained(Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, choice.source if choice else "no backend supports this", reasons, problem))
+    if choice is None:
+        near = _nearest(problem, device, reasons) if asked != "auto" else ""
+        raise Unsupported(f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + near)
+    return choice
+
+
+def _nearest(problem, device, reasons) -> str:
+    for name in BACKENDS:
+        if name not in reasons and refusal(name, problem, device) is None:
+            return f". backend={name!r} would run it"
+    return ""
+
+
+def _configure(backend: str, problem: Problem, device: int | None, config, fixed) -> Choice:
+    module = kernel(backend, problem.op)
+    fixed = fixed or {}
+    if config is not None:
+        return Choice(backend, module, check_config(module, problem, {**dict(config), **fixed}, "config"), "the config argument")
+    found = None
+    if not fixed and tune_mode() != "off":
+        found = _lookup(problem, device, backend)
+        if found is None and tune_mode() == "on" and tune_hook is not None:
+            tune_hook(problem, device, backend)
+            found = _lookup(problem, device, backend)
+    if found is not None:
+        try:
+            return Choice(backend, module, check_config(module, problem, dict(found.config), found.source), found.source)
+        except (ValueError, Unsupported) as error:
+            _once(f"{error}; the kernel's default config runs instead")
+    return Choice(backend, module, check_config(module, problem, fixed, "layout"), "the kernel's heuristic" + (" and the layout's tiles" if fixed else ""))
+
+
+def _lookup(problem: Problem, device: int | None, backend: str | None):
+    from sparsetile.profiles import lookup
+    found = lookup.find(problem, arrays.device_info(device).name, backend)
+    if found is not None and found.inherited:
+        _once(f"{problem.op}: {found.source} is used for {arrays.device_info(device).name}; run `sparsetile tune` for a profile of its own")
+    return found
+
+
+_said = set()
+
+
+def _once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
+
+
+# ------------------------------------------------------------------------------------------------------------------- explain
+def explain(op, *args, **kwargs) -> Explanation:
+    """What would run for this call: backend, config, where the config came from, one sentence for each backend not taken.
+
+    op    a public function of sparsetile or its name; args and kwargs as for the call itself. Nothing is computed. An op of several kernels
+          (latent_attention) explains its attention kernel.
+    """
+    if isinstance(op, str):
+        face = importlib.import_module(_PACKAGE)
+        if op not in face.__all__:
+            raise ValueError(f"op: expected a public function of sparsetile, got {op!r}")
+        op = getattr(face, op)
+    with explaining():
+        try:
+            op(*args, **kwargs)
+        except _Explained as stop:
+            return stop.explanation
+    raise ValueError("op: expected a function of sparsetile that computes something for these arguments; this call needs no kernel")
+
+
+@contextmanager
+def explaining():
+    token = _explaining.set(True)
+    try:
+        yield
+    finally:
+        _explaining.reset(token)
+
+
+def is_explaining() -> bool:
+    return _explaining.get() is not None
+
+
+def clear_plans() -> None:
+    """Forget every cached choice: after a profile changed."""
+    for cache in PLAN_CACHES:
+        cache.clear()
+
+
+PLAN_CACHES = []  # dicts of the op modules, keyed on raw shapes
+assert len(set(KERNELS)) == len(KERNELS)

@@ -1,0 +1,214 @@
+"""Latent KV (MLA): rebuild keys and values from a latent, or attend in the latent width itself."""
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.ops import attention, checks, dispatch
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, backend=None, config=None):
+    """k[b,h,s] = [w_uk[h]^T (latent[b,s] * scale), k_rope[b,s]],  v[b,h,s] = w_uv[h]^T (latent[b,s] * scale)
+
+    latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv] (float32, float16, bfloat16, float64 on CPU; a transposed view of the weights is read in place),
+    k_rope [B,S,P] shared by all heads; latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (the latent may then be float8_e4m3fn).
+    Returns k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's element type. Source: DeepSeek-V2 (arXiv 2405.04434), equations 9-11 and 14-16.
+    """
+    sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale)
+    if caller == "torch" and not dispatch.is_explaining():
+        from sparsetile.ops import torch_ops
+        if torch_ops.wanted(latent, w_uk, w_uv, k_rope):
+            return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend)
+    if caller == "jax":
+        from sparsetile.ops import jax_ops
+        if jax_ops.traced(latent, w_uk, w_uv, k_rope, latent_scale):
+            B, S, H, R, Dn, Dv, P = sizes
+            shapes = ((B, H, S, Dn + P), w_uk.dtype), ((B, H, S, Dv), w_uk.dtype)
+            return jax_ops.callback(lambda c, uk, uv, r, s: latent_decompress(c, uk, uv, k_rope=r, latent_scale=s, backend=backend, config=config), shapes,
+                                    latent, w_uk, w_uv, k_rope, latent_scale)
+    return decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config, caller, device)
+
+
+def decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config, caller, device, op="latent_decompress"):
+    """latent_decompress of checked arguments."""
+    B, S, H, R, Dn, Dv, P = _sizes(latent, w_uk, w_uv, k_rope)
+    kind = arrays.dtype_name(w_uk)
+    problem = Problem.of("latent_decompress", dict(B=B, S=S, H=H, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=arrays.dtype_name(latent), w_uk=kind),
+                         arrays.device_info(device).arch, ["scale"] * (latent_scale is not None))
+    choice = dispatch.choose(op, problem, device, backend, config)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    with place.guard():
+        if B * S * H == 0:
+            return place.give(place.zeros((B, H, S, Dn + P), kind)), place.give(place.zeros((B, H, S, Dv), kind))
+        scale = None if latent_scale is None else place.packed(place.native(latent_scale))
+        k, v = choice.kernel.run(place.native(latent), place.weights(w_uk), place.weights(w_uv), place=place, config=choice.config,
+                                 k_rope=None if k_rope is None else place.native(k_rope), latent_scale=scale)
+        return place.give(k), place.give(v)
+
+
+def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *, latent_scale=None, scale=None, mode="auto", sink_logits=None, softcap=None,
+                     kv_length=None, q_start=None, return_lse=False, deterministic=True, backend=None, config=None):
+    """Attention of MLA over a latent cache.
+
+    q_nope [B,H,T,Dn], q_rope [B,H,T,P] or None, latent [B,S,R], k_rope [B,S,P] or None, w_uk [H,R,Dn], w_uv [H,R,Dv]; pattern and the rest as in
+    sparse_attention. scale defaults to (Dn + P)**-0.5 in both modes (never the absorbed width).
+    mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
+           "decompressed": keys and values of all heads are rebuilt first; "auto": the cheaper by `latent_cost`, a stated count of operations and bytes.
+    latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
+    Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
+    """
+    sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
+    B, S, H, R, Dn, Dv, P = sizes
+    checks.array("q_nope", q_nope, 4, "[B,H,T,Dn]", FLOATS)
+    T = q_nope.shape[2]
+    checks.same("q_nope", "shape [B,H,T,Dn]", [B, H, T, Dn], list(q_nope.shape), "heads and widths are those of w_uk")
+    kind = arrays.dtype_name(q_nope)
+    checks.same("w_uk", "element type of q_nope", kind, arrays.dtype_name(w_uk), "convert queries, rotary part and weights to one type")
+    if (q_rope is None) != (k_rope is None):
+        raise ValueError("q_rope: expected both q_rope and k_rope, or neither, got one; the rotary products need both")
+    if q_rope is not None:
+        checks.array("q_rope", q_rope, 4, "[B,H,T,P]", (kind,))
+        checks.same("q_rope", "shape [B,H,T,P]", [B, H, T, P], list(q_rope.shape), "its width is that of k_rope")
+    checks.choice("mode", mode, ("auto", "absorbed", "decompressed"))
+    scale = (Dn + P) ** -0.5 if scale is None else checks.number("scale", scale)
+    plain = latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
+    if mode == "absorbed" and not plain:
+        raise Unsupported("latent_attention: mode='absorbed' needs latent and k_rope in q_nope's element type and no latent_scale; mode='decompressed' takes scales")
+    if mode == "auto":
+        mode = "absorbed" if plain and R + P <= 576 and _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) else "decompressed"
+    if caller == "jax":
+        from sparsetile.ops import jax_ops
+        if jax_ops.traced(q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start):
+            rest = dict(scale=scale, mode=mode, softcap=softcap, return_lse=return_lse, deterministic=deterministic, backend=backend, config=config)
+
+            def host(qn, qr, c, kr, uk, uv, ls, sink, length, start):
+                got = latent_attention(qn, qr, c, kr, uk, uv, pattern, latent_scale=ls, sink_logits=sink, kv_length=length, q_start=start, **rest)
+                return got if return_lse else (got,)
+            shapes = [((B, H, T, Dv), q_nope.dtype)] + [((B, H, T), "float64" if kind == "float64" else "float32")] * return_lse
+            got = jax_ops.callback(host, shapes, q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start)
+            return tuple(got) if return_lse else got[0]
+    options = dict(scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start, deterministic=deterministic, backend=backend)
+    if mode == "decompressed":
+        if dispatch.is_explaining():
+            return decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, None, caller, device, op="latent_attention")
+        k, v = latent_decompress(latent, w_uk, w_uv, k_rope=k_rope, latent_scale=latent_scale, backend=backend)
+        q = q_nope if q_rope is None else _concat(q_nope, q_rope, caller, device)
+        return attention.sparse_attention(q, k, v, pattern, return_lse=return_lse, config=config, **options)
+    if R + P > 576:
+        raise Unsupported(f"latent_attention: mode='absorbed' works in width R + P = {R + P} and attention is made for at most 576; mode='decompressed' would run it")
+    keys = latent if k_rope is None else _joined(latent, k_rope, caller, device)  # [B,S,R+P]
+    keys = _unsqueeze(keys)                                                        # [B,1,S,R+P]
+    if dispatch.is_explaining():  # the attention kernel is the one to explain; queries of the right shape are all it needs
+        return attention.sparse_attention(_shaped(q_nope, (B, H, T, R + P), caller, device), keys, None, pattern, value_width=R, config=config, **options)
+    q = absorb(q_nope, w_uk, q_rope, backend)                                      # [B,H,T,R+P]
+    got = attention.sparse_attention(q, keys, None, pattern, value_width=R, return_lse=return_lse, config=config, **options)
+    out, lse = got if return_lse else (got, None)                                  # [B,H,T,R]
+    out = absorb(out, _transposed(w_uv), None, backend)                            # [B,H,T,Dv]
+    return (out, lse) if return_lse else out
+
+
+def absorb(x, w, tail, backend):
+    """out[b,h,t,m] = sum_n x[b,h,t,n] w[h,m,n], followed by the columns of tail: x [B,H,T,N], w [H,M,N], tail [B,H,T,P] -> [B,H,T,M+P]."""
+    caller, device = checks.together(dict(x=x, w=w, tail=tail))
+    if caller == "torch":
+        from sparsetile.ops import torch_ops
+        if torch_ops.wanted(x, w, tail):
+            return torch_ops.grouped_matmul(x, w, tail, backend)
+    return matmul(x, w, tail, backend, caller, device)
+
+
+def matmul(x, w, tail, backend, caller, device):
+    """absorb of checked arguments."""
+    B, H, T, N = x.shape
+    M, P = w.shape[1], 0 if tail is None else tail.shape[3]
+    kind = arrays.dtype_name(x)
+    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind), arrays.device_info(device).arch, ["tail"] * (P > 0))
+    choice = dispatch.choose("latent_attention", problem, device, backend)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    with place.guard():
+        if B * H * T == 0:
+            return place.give(place.zeros((B, H, T, M + P), kind))
+        return place.give(choice.kernel.run(place.native(x), place.weights(w), place=place, config=choice.config, tail=None if tail is None else place.native(tail)))
+
+
+def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:
+    """Operations and bytes (16-bit elements) of both modes of latent attention, and seconds on a device of 790 TFLOP/s and 4.3 TB/s per batch entry.
+
+    absorbed:     2 T H R (Dn + Dv) for the two products, 2 pairs (2 R + P) per head; reads the latent once per query tile of 64 rows of all heads
+    decompressed: 2 S H R (Dn + Dv) to rebuild, 2 pairs (Dn + P + Dv) per head; writes and reads keys and values once
+    """
+    pairs = T * S if pairs is None else pairs
+    absorbed = 2 * T * H * R * (Dn + Dv) + 2 * pairs * H * (2 * R + P), 2 * S * (R + P) * max(1, T * H // 4096) + 4 * T * H * (R + P)
+    rebuilt = 2 * S * H * R * (Dn + Dv) + 2 * pairs * H * (Dn + P + Dv), 2 * S * (R + P) + 4 * S * H * (Dn + P + Dv)
+    return {name: dict(flops=flops, bytes=size, seconds=max(flops / 790e12, size / 4.3e12)) for name, (flops, size) in
+            dict(absorbed=absorbed, decompressed=rebuilt).items()}
+
+
+def _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) -> bool:
+    from sparsetile.ops.patterns import Pattern
+    from sparsetile.ops.selection import Selection
+    pairs = None
+    if isinstance(pattern, Selection):
+        pairs = T * min(S, pattern.indices.shape[3] * pattern.granularity)
+    elif isinstance(pattern, Pattern) and T and S:
+        pairs = int(T * S * pattern.density(T, S))
+    cost = latent_cost(T, S, H, R, Dn, Dv, P, pairs)
+    return cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"]
+
+
+# -------------------------------------------------------------------------------------------------------------------- shared
+def _sizes(latent, w_uk, w_uv, k_rope):
+    (B, S, R), (H, _, Dn), Dv = latent.shape, w_uk.shape, w_uv.shape[2]
+    return B, S, H, R, Dn, Dv, 0 if k_rope is None else k_rope.shape[2]
+
+
+def _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, more=None):
+    checks.array("latent", latent, 3, "[B,S,R]", FLOATS + ("float8_e4m3fn",))
+    checks.array("w_uk", w_uk, 3, "[H,R,Dn]", FLOATS)
+    checks.array("w_uv", w_uv, 3, "[H,R,Dv]", FLOATS)
+    B, S, R = latent.shape
+    checks.same("w_uk", "latent rank R", R, w_uk.shape[1], "w_uk is [H,R,Dn]; transpose it")
+    checks.same("w_uv", "heads and latent rank [H, R] of w_uk", list(w_uk.shape[:2]), list(w_uv.shape[:2]), "w_uv is [H,R,Dv]; transpose it")
+    checks.same("w_uv", "element type of w_uk", arrays.dtype_name(w_uk), arrays.dtype_name(w_uv), "convert both to one type")
+    if R < 1:
+        raise ValueError(f"latent: expected a rank R of at least 1, got {R}; an empty latent holds nothing")
+    if k_rope is not None:
+        checks.array("k_rope", k_rope, 3, "[B,S,P]", FLOATS)
+        checks.same("k_rope", "shape [B,S] of latent", [B, S], list(k_rope.shape[:2]), "one rotary part for each token")
+    checks.width("w_uk", w_uk.shape[2] + (0 if k_rope is None else k_rope.shape[2])), checks.width("w_uv", w_uv.shape[2])
+    kind = arrays.dtype_name(latent)
+    if kind == "float8_e4m3fn" and latent_scale is None:
+        raise ValueError("latent_scale: expected [B,S,ceil(R/128)] float32 beside a float8 latent, got None; pass the scales it was quantised with")
+    if kind != "float8_e4m3fn" and kind != arrays.dtype_name(w_uk):
+        raise TypeError(f"latent: expected the element type of w_uk ({arrays.dtype_name(w_uk)}) or float8_e4m3fn with a scale, got {kind}; convert it")
+    checks.row("latent_scale", latent_scale, (B, S, -(-R // 128)), "[B,S,ceil(R/128)]")
+    caller, device = checks.together(dict(latent=latent, w_uk=w_uk, w_uv=w_uv, k_rope=k_rope, latent_scale=latent_scale) | (more or {}))
+    return _sizes(latent, w_uk, w_uv, k_rope), caller, device
+
+
+def _namespace(caller):
+    import importlib
+    return importlib.import_module("jax.numpy" if caller == "jax" else caller)
+
+
+def _concat(a, b, caller, device):
+    return _namespace(caller).concatenate((a, b), -1)
+
+
+def _joined(latent, k_rope, caller, device):
+    """[latent, k_rope] along the width: the memory itself if one array holds them side by side, else one copy."""
+    if caller == "torch" and latent.stride() == k_rope.stride() and k_rope.data_ptr() == latent.data_ptr() + latent.shape[2] * latent.element_size() \
+            and not (latent.requires_grad or k_rope.requires_grad):
+        return latent.as_strided((*latent.shape[:2], latent.shape[2] + k_rope.shape[2]), latent.stride())
+    return _concat(latent, k_rope, caller, device)
+
+
+def _unsqueeze(x):
+    return x[:, None]
+
+
+def _transposed(w):
+    return w.swapaxes(1, 2)
+
+
+def _shaped(x, shape, caller, device):
+    return _namespace(caller).empty(shape, dtype=x.dtype, **({"device": x.device} if caller == "torch" else {}))
