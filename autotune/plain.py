@@ -1,0 +1,146 @@
+"""The plain formula of every op in the types of its inputs: the measure of the numeric policy (autotune/numeric.py).
+
+It rounds where the op must and nowhere else: inputs (they come rounded); probabilities and dS before their products; outputs; delta from the rounded
+output; absorbed queries and the output in the latent width before w_uv; float8 values. Everything between is float32 (float64 for float64 inputs).
+`count` [B,Hq,T,S] (or what broadcasts to it) says how often a query sees a key.
+"""
+import numpy as np
+
+
+def working(x):
+    """The type sums are made in."""
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def rounded(x, dtype):
+    """Through the narrow type and back."""
+    return x.astype(dtype).astype(x.dtype)
+
+
+def spread(x, heads):
+    """[B,Hk,...] -> [B,Hq,...]: every query head beside its key head, in the working type."""
+    return np.repeat(x.astype(working(x)), heads // x.shape[1], axis=1)
+
+
+def _without_unseen(x, count):
+    """Keys that no query sees become 0: they are not read."""
+    return np.where((count > 0).any(axis=2)[..., None], x, 0).astype(x.dtype)
+
+
+def _scores(q, k, scale, softcap):
+    x = (q @ k.swapaxes(-1, -2)) * q.dtype.type(scale)
+    if softcap is None:
+        return x, np.ones_like(x)
+    squashed = np.tanh(x / x.dtype.type(softcap))
+    return x.dtype.type(softcap) * squashed, 1 - squashed ** 2
+
+
+def _softmax(x, count, sink_logits):
+    """Probabilities (sink in the denominator) and the lse of the keys alone."""
+    x = np.where(count > 0, x, -np.inf)
+    top = x.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
+    weights = np.exp(x - top) * count.astype(x.dtype)
+    total = weights.sum(axis=-1, keepdims=True)
+    lse = (top + np.log(total))[..., 0].astype(x.dtype)
+    sink = np.full(x.shape[1], -np.inf, x.dtype) if sink_logits is None else np.asarray(sink_logits).astype(x.dtype)
+    lse_total = np.logaddexp(lse, sink[:, None])
+    scaled = np.where(np.isfinite(lse_total), lse_total, 0)[..., None]
+    p = np.where((count > 0) & np.isfinite(lse_total)[..., None], np.exp(x - scaled) * count.astype(x.dtype), 0)
+    return p.astype(x.dtype), lse, lse_total.astype(x.dtype)
+
+
+def attention(q, k, v, count, *, scale, softcap=None, sink_logits=None, out_dtype=None):
+    """q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  ->  out [B,Hq,T,Dv], lse [B,Hq,T]"""
+    Hq = q.shape[1]
+    count = np.broadcast_to(count, (q.shape[0], Hq, q.shape[2], k.shape[2]))
+    with np.errstate(all="ignore"):
+        wk, wv = _without_unseen(spread(k, Hq), count), _without_unseen(spread(v, Hq), count)
+        x, _ = _scores(q.astype(working(q)), wk, scale, softcap)
+        p, lse, _ = _softmax(x, count, sink_logits)
+        return (rounded(p, v.dtype) @ wv).astype(out_dtype or q.dtype), lse
+
+
+def attention_gradients(q, k, v, count, dout, *, dlse=None, scale, softcap=None, sink_logits=None):
+    """-> dq, dk, dv in the types of q, k, v; dsink [Hq] float32 or None"""
+    (B, Hq, T, D), Hk = q.shape, k.shape[1]
+    count = np.broadcast_to(count, (B, Hq, T, k.shape[2]))
+    with np.errstate(all="ignore"):
+        wq, wk, wv = q.astype(working(q)), _without_unseen(spread(k, Hq), count), _without_unseen(spread(v, Hq), count)
+        g = dout.astype(working(q))
+        x, slope = _scores(wq, wk, scale, softcap)
+        p, lse, lse_total = _softmax(x, count, sink_logits)
+        out = (rounded(p, v.dtype) @ wv).astype(q.dtype)
+        delta0 = (g * out.astype(g.dtype)).sum(axis=-1)
+        ds = p * (g @ wv.swapaxes(-1, -2) - delta0[..., None])
+        if dlse is not None:  # the lse's own gradient is spread over the keys by their share among keys
+            share = np.where(count > 0, np.exp(np.where(count > 0, x, -np.inf) - np.where(np.isfinite(lse), lse, 0)[..., None]) * count, 0)
+            ds = ds + share.astype(g.dtype) * np.where(np.isfinite(lse), dlse, 0).astype(g.dtype)[..., None]
+        ds = rounded(ds * slope, q.dtype)
+        dq = (ds @ wk) * g.dtype.type(scale)
+        dk = (ds.swapaxes(-1, -2) @ wq) * g.dtype.type(scale)
+        dv = rounded(p, v.dtype).swapaxes(-1, -2) @ g
+        group = lambda x: x.reshape(B, Hk, Hq // Hk, *x.shape[2:]).sum(axis=2)
+        dsink = None
+        if sink_logits is not None:
+            sink = np.asarray(sink_logits).astype(g.dtype)
+            share = np.where(np.isfinite(sink)[:, None], np.exp(sink[:, None] - lse_total), 0)
+            dsink = -(share * delta0).sum(axis=(0, 2)).astype(np.float32)
+    return dq.astype(q.dtype), group(dk).astype(k.dtype), group(dv).astype(v.dtype), dsink
+
+
+def indexer_scores(q, k, weights, *, k_scale=None, visible=None, activation="relu"):
+    """q [B,H,T,D]  k [B,S,D]  weights [B,H,T]  ->  [B,T,S] float32, -inf where not visible"""
+    with np.errstate(all="ignore"):
+        x = q.astype(np.float32) @ k.astype(np.float32)[:, None].swapaxes(-1, -2)
+        x = np.where(x < 0, np.float32(0), x) if activation == "relu" else x
+        total = (x * weights.astype(np.float32)[..., None]).sum(axis=1)
+        if k_scale is not None:
+            total = total * k_scale.astype(np.float32)[:, None]
+    return total if visible is None else np.where(visible, total, np.float32(-np.inf))
+
+
+def grouped_matmul(x, w, *, tail=None, out_dtype=None):
+    """x [B,H,T,N]  w [H,M,N]  ->  [B,H,T,M+P]"""
+    with np.errstate(all="ignore"):
+        y = (x.astype(working(x)) @ w.astype(working(x)).swapaxes(-1, -2)).astype(out_dtype or x.dtype)
+    return y if tail is None else np.concatenate([y, tail.astype(y.dtype)], axis=-1)
+
+
+def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
+    """latent [B,S,R]  w_uk [H,R,Dn]  w_uv [H,R,Dv]  ->  k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's type"""
+    with np.errstate(all="ignore"):
+        c = latent.astype(working(w_uk))
+        if latent_scale is not None:
+            # A float8 latent times its scale is a value of w_uk's type before the product, as it would be in an uncompressed cache.
+            c = rounded(c * np.repeat(latent_scale, 128, axis=-1)[..., :c.shape[-1]].astype(c.dtype), w_uk.dtype)
+        k, v = ((c[:, None] @ w.astype(c.dtype)).astype(w_uk.dtype) for w in (w_uk, w_uv))
+    if k_rope is not None:
+        k = np.concatenate([k, np.broadcast_to(k_rope[:, None], (*k.shape[:3], k_rope.shape[-1])).astype(k.dtype)], axis=-1)
+    return k, v
+
+
+def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, count, *, mode, scale, latent_scale=None, softcap=None, sink_logits=None):
+    """mode "absorbed" or "decompressed" -> out [B,H,T,Dv], lse [B,H,T]"""
+    if mode == "decompressed":
+        k, v = latent_decompress(latent, w_uk, w_uv, k_rope=k_rope, latent_scale=latent_scale)
+        return attention(np.concatenate([q_nope, q_rope], axis=-1), k, v, count, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    c = latent
+    if latent_scale is not None:
+        c = (latent.astype(np.float32) * np.repeat(latent_scale, 128, axis=-1)[..., :latent.shape[-1]]).astype(w_uk.dtype)
+    q = grouped_matmul(q_nope, w_uk, tail=q_rope)
+    keys = np.concatenate([c, k_rope.astype(c.dtype)], axis=-1)[:, None]
+    out, lse = attention(q, keys, keys[..., :c.shape[-1]], count, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    return grouped_matmul(out, w_uv.swapaxes(-1, -2)), lse
+
+
+def merge_attention(outs, lses, *, sink_logits=None, out_dtype=None):
+    """outs: N arrays [B,H,T,Dv], lses: N arrays [B,H,T] -> out, lse"""
+    kind = working(lses[0])
+    with np.errstate(all="ignore"):
+        parts = np.stack([e.astype(kind) for e in lses])
+        lse = np.logaddexp.reduce(parts, axis=0)
+        total = lse if sink_logits is None else np.logaddexp(lse, np.asarray(sink_logits).astype(kind)[:, None])
+        weights = np.where((parts == -np.inf) | ~np.isfinite(total), 0, np.exp(parts - np.where(np.isfinite(total), total, 0)))
+        out = sum(w[..., None] * np.where((e == -np.inf)[..., None], 0, o.astype(kind)) for w, e, o in zip(weights, parts, outs))
+    return out.astype(out_dtype or outs[0].dtype), lse.astype(kind)

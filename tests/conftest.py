@@ -1,0 +1,53 @@
+"""What every test shares: where modules are found, seeds, and which backends a test is run on."""
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+MARKS = {"interp": "runs the Triton kernels, in the interpreter when TRITON_INTERPRET=1: tiny sizes",
+         "gpu": "needs a GPU", "slow": "takes minutes; not in the default command", "aot": "compiles GPU kernels ahead of time, without a GPU"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="added to the hash of the test's id")
+    parser.addoption("--backends", default="", help="comma separated; only these backends, of those that are available")
+
+
+def pytest_configure(config):
+    for name, what in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
+
+
+@pytest.fixture
+def rng(request):
+    """A generator of the test's own: option + hash of the test's id, so that adding a test changes no other's inputs."""
+    return np.random.default_rng(request.config.getoption("--seed") + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def on(request):
+    """Where a test parametrised by `backend` runs: skips with the backend's own reason, from nothing else."""
+    from drivers import Driver
+    name = request.getfixturevalue("backend")
+    wanted = request.config.getoption("--backends")
+    if wanted and name not in wanted.split(","):
+        pytest.skip(f"{name}: not among --backends={wanted}")
+    driver = Driver(name)
+    if driver.unavailable:
+        pytest.skip(f"{name}: {driver.unavailable}")
+    return driver
+
+
+def pytest_collection_modifyitems(config, items):
+    """`-m interp` in a process with TRITON_INTERPRET=1 takes the Triton cases alone; numpy's warnings about inf and nan in them say nothing."""
+    if os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on"):
+        for item in items:
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
