@@ -1,0 +1,103 @@
+"""The few operators that NumPy, PyTorch, CuPy and JAX spell differently, for code that runs on an array wherever it lies.
+
+Everything stays on the array's device. Host constants are uploaded once per device and kept, so a second call may stand inside a CUDA graph.
+"""
+from functools import lru_cache
+from importlib import import_module
+
+import numpy as np
+
+
+def kind(x) -> str:
+    """"torch", "cupy", "jax" or "numpy"."""
+    name = type(x).__module__.partition(".")[0]
+    return {"jaxlib": "jax"}.get(name, name) if name in ("torch", "cupy", "jax", "jaxlib") else "numpy"
+
+
+def module(x):
+    """The namespace of x: numpy, torch, cupy or jax.numpy."""
+    name = kind(x)
+    return import_module("jax.numpy" if name == "jax" else name)
+
+
+def on_device(x) -> bool:
+    """Whether x lies outside host memory."""
+    name = kind(x)
+    if name == "torch":
+        return x.device.type != "cpu"
+    if name == "jax":
+        return any(device.platform != "cpu" for device in x.devices()) if hasattr(x, "devices") else False
+    return name == "cupy"
+
+
+def same_kind(*values):
+    """Python integers become arrays of the others' framework and device; all integers become NumPy."""
+    like = next((v for v in values if kind(v) != "numpy"), None)
+    if like is None:
+        return tuple(np.asarray(v) for v in values)
+    return tuple(v if kind(v) == kind(like) else constant(np.asarray(v), like) for v in values)
+
+
+class _Constant:
+    """A NumPy array as a dictionary key: by content."""
+
+    def __init__(self, array):
+        self.array = np.ascontiguousarray(array)
+        self.key = (self.array.shape, self.array.dtype.str, self.array.tobytes())
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return self.key == other.key
+
+
+@lru_cache(256)
+def _torch_constant(constant: _Constant, device):
+    import torch
+    return torch.from_numpy(constant.array.copy()).to(device)
+
+
+@lru_cache(256)
+def _cupy_constant(constant: _Constant, device):
+    import cupy
+    with cupy.cuda.Device(device):
+        return cupy.asarray(constant.array)
+
+
+def constant(array: np.ndarray, like):
+    """The NumPy array in the framework and on the device of `like`; the upload is remembered."""
+    name = kind(like)
+    if name == "torch":
+        return _torch_constant(_Constant(array), like.device)
+    if name == "cupy":
+        return _cupy_constant(_Constant(array), like.device.id)
+    if name == "jax":
+        import jax.numpy as jnp
+        return jnp.asarray(array.astype(np.int32) if array.dtype == np.int64 else array)
+    return array
+
+
+def rank(ends: np.ndarray, x):
+    """How many of the sorted host values `ends` are <= x, elementwise."""
+    name = kind(x)
+    if name == "torch":
+        import torch
+        return torch.searchsorted(constant(ends.astype(np.int64), x), x.to(torch.int64).contiguous(), right=True)
+    if name == "numpy":
+        return np.searchsorted(ends, x, side="right")
+    return module(x).searchsorted(constant(ends, x), x, side="right")
+
+
+def lookup(table: np.ndarray, *index):
+    """table[index] for index arrays that broadcast and are in range."""
+    if kind(index[0]) == "torch":
+        return constant(table, index[0])[tuple(i.long() for i in index)]
+    return constant(table, index[0])[index]
+
+
+def stack(arrays, axis: int):
+    """Arrays of one framework, broadcast against each other and joined along a new axis."""
+    lib = module(arrays[0])
+    arrays = lib.broadcast_tensors(*arrays) if kind(arrays[0]) == "torch" else lib.broadcast_arrays(*arrays)
+    return lib.stack(list(arrays), axis)
