@@ -1,0 +1,168 @@
+"""Exact selection of the k largest floats of a row, shared by `topk` and `indexer_topk`.
+
+A float becomes a uint32 key that orders alike (-0.0 as 0.0; 0 for NaN and -inf, which are never chosen), so that counting, comparing and searching are exact
+integers. Equal keys are settled by the smaller position. Rows are read once: a sample gives a bound (key, position) that few more than k entries pass, those
+are kept in order of position, and the k-th of them is found by bisection. A bound that fails is noticed by the count, and a radix select over the row follows.
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def order_keys(bits):
+    """int32 bits of float32 values -> uint32 keys."""
+    size = bits & 0x7FFFFFFF
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    keys = tl.where(size == 0, 0x80000000, keys)
+    return tl.where((size > 0x7F800000) | (bits == -8388608), tl.zeros_like(keys), keys)
+
+
+@triton.jit
+def load_keys(row, at, lo, hi, first, last, FORCED: tl.constexpr):
+    """Keys of positions `at`; 0 outside [lo, hi). With FORCED positions before `first` and from `last` on pass every score."""
+    inside = (at >= lo) & (at < hi)
+    keys = order_keys(tl.load(row + at, mask=inside, other=float("-inf")).to(tl.int32, bitcast=True))
+    if FORCED:
+        keys = tl.where(inside & ((at < first) | (at >= last)), 0xFFFFFFFF, keys)
+    return keys
+
+
+@triton.jit
+def load_block(row, block, width, lo, hi, first, last, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """Positions block .. block + BLOCK - 1 and their keys, as `load_keys`. Only the row's last block has a mask, which would forbid loads of 16 bytes."""
+    at = block + tl.arange(0, BLOCK)
+    if block + BLOCK <= width:
+        raw = tl.load(row + at)
+    else:
+        raw = tl.load(row + at, mask=at < width, other=float("-inf"))
+    inside = (at >= lo) & (at < hi)
+    keys = order_keys(raw.to(tl.int32, bitcast=True))
+    keys = tl.where(inside, keys, tl.zeros_like(keys))
+    if FORCED:
+        keys = tl.where(inside & ((at < first) | (at >= last)), 0xFFFFFFFF, keys)
+    return at, keys
+
+
+@triton.jit
+def kth_key(keys, k):
+    """A bound t with at least k keys >= t and fewer than k keys > t, or exactly k keys >= t. At least k >= 1 keys are not 0."""
+    lo = tl.min(tl.where(keys == 0, 0xFFFFFFFF, keys), axis=0)
+    hi = tl.max(keys, axis=0)
+    while lo < hi:
+        gap = hi - lo
+        middle = lo + (gap >> 1) + (gap & 1)
+        count = tl.sum((keys >= middle).to(tl.int32), axis=0)
+        hi = tl.where(count < k, middle - 1, tl.where(count == k, middle, hi))
+        lo = tl.where(count < k, lo, middle)
+    return lo
+
+
+@triton.jit
+def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.constexpr):
+    """(key, position): entries with a larger key, or this key at or before this position, are with high probability at least k and few more.
+
+    The sample are runs of 4 at hashed places of equal strata, so that no period of the row is in step with it. hi - lo >= SAMPLE.
+    """
+    RUNS: tl.constexpr = SAMPLE // 4
+    n = hi - lo
+    i = tl.arange(0, SAMPLE)
+    run = i // 4
+    begin = run * (n // RUNS) + run * (n % RUNS) // RUNS
+    room = n // RUNS - 3
+    at = lo + begin + tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, room.to(tl.uint32) + tl.zeros((SAMPLE,), tl.uint32)).to(tl.int32) + (i & 3)
+    keys = load_keys(row, at, lo, hi, first, last, FORCED)
+    mean = k.to(tl.float32) * SAMPLE / n.to(tl.float32)
+    rank = (mean + 4.5 * tl.sqrt(mean) + 3.0).to(tl.int32)
+    key = tl.sum(tl.zeros_like(keys), axis=0)
+    position = lo * 0 - 1
+    if tl.sum((keys > 0).to(tl.int32), axis=0) >= rank:  # else every entry passes
+        key = kth_key(keys, rank)
+        ties = (keys == key).to(tl.int32)
+        left = rank - tl.sum((keys > key).to(tl.int32), axis=0)
+        position = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, axis=0) <= left), at, -1), axis=0)
+    return key, position
+
+
+@triton.jit
+def keep_candidates(row, width, lo, hi, key, position, first, last, buffer_keys, buffer_at, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """Entries that pass the bound, by ascending position, into the buffers; returns how many there are (more than CAPACITY: not all are kept)."""
+    count = lo * 0
+    begin = tl.multiple_of(lo // 16 * 16, 16)
+    for block in range(begin, hi, BLOCK):
+        at, keys = load_block(row, block, width, lo, hi, first, last, BLOCK, FORCED)
+        kept = (keys > key) | ((keys == key) & (at <= position))
+        slot = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        fits = kept & (slot < CAPACITY)
+        tl.store(buffer_keys + slot, keys.to(tl.int32, bitcast=True), mask=fits)
+        tl.store(buffer_at + slot, at, mask=fits)
+        count += tl.sum(kept.to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit
+def choose(keys, at, k, row, out, values, VALUES: tl.constexpr):
+    """The k best of a tile of candidates whose positions ascend: positions (and values) in ascending order to `out`; returns how many."""
+    have = tl.sum((keys > 0).to(tl.int32), axis=0)
+    bound = tl.sum(tl.zeros_like(keys), axis=0)
+    left = k * 0
+    if have > k:
+        bound = kth_key(keys, k)
+        left = k - tl.sum((keys > bound).to(tl.int32), axis=0)
+    ties = (keys == bound).to(tl.int32)
+    chosen = (keys > bound) | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(out + slot, at, mask=chosen)
+    if VALUES:
+        tl.store(values + slot, tl.load(row + at, mask=chosen, other=0.0), mask=chosen)
+    return tl.minimum(have, k)
+
+
+@triton.jit
+def radix_pass(row, width, lo, hi, prefix, need, first, last, SHIFT: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """One digit of 8 bits: keys whose higher bits are `prefix` counted by digit -> (prefix with its digit, how many are still needed, how many matched)."""
+    bins = tl.zeros((256,), tl.int32)
+    for block in range(tl.multiple_of(lo // 16 * 16, 16), hi, BLOCK):
+        _, keys = load_block(row, block, width, lo, hi, first, last, BLOCK, FORCED)
+        match = keys > 0
+        if SHIFT < 24:
+            match = match & ((keys >> (SHIFT + 8)) == prefix)
+        bins += tl.histogram(((keys >> SHIFT) & 255).to(tl.int32), 256, mask=match)
+    total = tl.sum(bins, axis=0)
+    need = tl.minimum(need, total)
+    above = total - tl.cumsum(bins, axis=0)                                    # keys with a larger digit
+    digit = tl.sum((above >= need).to(tl.int32), axis=0)                       # the largest digit with fewer than `need` above it
+    larger = tl.sum(tl.where(tl.arange(0, 256) > digit, bins, 0), axis=0)
+    return (prefix << 8) | digit.to(tl.uint32), need - larger, total
+
+
+@triton.jit
+def choose_by_radix(row, width, lo, hi, k, first, last, out, values, BLOCK: tl.constexpr, FORCED: tl.constexpr, VALUES: tl.constexpr):
+    """The k best of a whole row, whatever k and the row's length: four passes that count, one that writes; returns how many."""
+    none = tl.sum(tl.zeros((2,), tl.uint32), axis=0)
+    bound, left, total = radix_pass(row, width, lo, hi, none, k, first, last, 24, BLOCK, FORCED)
+    bound, left, _ = radix_pass(row, width, lo, hi, bound, left, first, last, 16, BLOCK, FORCED)
+    bound, left, _ = radix_pass(row, width, lo, hi, bound, left, first, last, 8, BLOCK, FORCED)
+    bound, left, _ = radix_pass(row, width, lo, hi, bound, left, first, last, 0, BLOCK, FORCED)
+    written = lo * 0
+    seen = lo * 0
+    for block in range(tl.multiple_of(lo // 16 * 16, 16), hi, BLOCK):
+        at, keys = load_block(row, block, width, lo, hi, first, last, BLOCK, FORCED)
+        ties = ((keys == bound) & (keys > 0)).to(tl.int32)
+        chosen = (keys > bound) | ((ties > 0) & (seen + tl.cumsum(ties, axis=0) <= left))
+        slot = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(out + slot, at, mask=chosen)
+        if VALUES:
+            tl.store(values + slot, tl.load(row + at, mask=chosen, other=0.0), mask=chosen)
+        seen += tl.sum(ties, axis=0)
+        written += tl.sum(chosen.to(tl.int32), axis=0)
+    return tl.minimum(total, k)
+
+
+@triton.jit
+def pad(out, values, written, K, BLOCK: tl.constexpr, VALUES: tl.constexpr):
+    """-1 (and -inf) from `written` to the end of the row's answer."""
+    for block in range(written, K, BLOCK):
+        slot = block + tl.arange(0, BLOCK)
+        tl.store(out + slot, tl.full((BLOCK,), -1, tl.int32), mask=slot < K)
+        if VALUES:
+            tl.store(values + slot, tl.full((BLOCK,), float("-inf"), tl.float32), mask=slot < K)
