@@ -1,0 +1,347 @@
+"""Attention over lists of blocks, forward: each query tile runs through the key blocks of its list, an online softmax in base 2.
+
+q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
+Partial blocks come first, then the full ones, whose loop holds no mask: measured equal or faster than the other orders, and a row that a
+partial block left empty costs no guard later. Key blocks that end past the call's last key are cut in the first loop, later ones skipped.
+A key of a partial block that no row of the tile sees is never read into a product (0 * NaN). Empty row: out 0, lse -inf.
+"""
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Lists, Problem, Resources, Tunable
+from sparsetile.backends.triton.launch import BYTES, FAR, FLOATS, POINTER, parts, power, shared_limit, tiles
+from sparsetile.backends.triton.tiles import capped, chunked, finish, first_from, load, load_at, negated, product, seen, soften
+
+TUNABLES = (
+    Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
+    Tunable("block_k", (32, 64, 128), "keys of a block"),
+    Tunable("num_warps", (4, 8), "warps of a program"),
+    Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight"),
+    Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept"),
+    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
+)
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _step(acc0, acc1, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
+          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+          CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr):
+    """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0."""
+    if CHUNK:
+        s = chunked(q, q_rows, q_ok, k, keys_s, ok_k, BQ, BK, D, CHUNK, NEGATE)
+    else:
+        k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
+        s = product(q0, tl.trans(k0), tl.zeros([BQ, BK], tl.float32))
+        if D1:
+            k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
+            s = product(q1, tl.trans(k1), s)
+    if CAP:
+        s = capped(s, inner, outer)
+    if MASK:
+        s = tl.where(mask, s, float("-inf"))
+    p, a, m, l = soften(s, m, l, 1.0 if CAP else scale, MASK)
+    if SLICED:
+        v0 = load_at(v, keys_v, ok_v, col, V0, DV)
+    elif SHARED and not ROWS:
+        v0 = k0
+    else:
+        v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
+    acc0 = product(p.to(v.dtype.element_ty), v0, acc0 * a[:, None])
+    if V1:
+        v1 = load(v, keys_v, ok_v, V0, V1, DV, ROWS)
+        acc1 = product(p.to(v.dtype.element_ty), v1, acc1 * a[:, None])
+    return acc0, acc1, m, l
+
+
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start"])
+def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks,
+            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
+            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+            SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
+            INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
+    x = tl.program_id(0)
+    piece = x % SLICES
+    x = x // SLICES
+    i = x % tiles
+    h = (x // tiles) % Hq
+    b = (x // tiles // Hq).to(tl.int64)
+    hk = (h // group).to(tl.int64)
+    which = tl.load(list_of + b * slb + h * slh)
+    limit = S
+    if kv_length is not None:
+        limit = tl.minimum(tl.maximum(tl.load(kv_length + b), 0), S)
+    start = tl.full([], 0, tl.int64) + q_start
+    if q_starts is not None:
+        start = tl.load(q_starts + b).to(tl.int64)
+    elif FROM_LENGTH:
+        start += limit - T
+    # ---- the rows
+    r = tl.arange(0, BQ)
+    if q_order is not None:
+        if schedule is not None:
+            i = tl.load(schedule + which * nq + i)
+        tile = i.to(tl.int64)
+        p = tl.load(q_order + i * BQ + r)
+        t = p.to(tl.int64) - start
+        row_ok = (p >= 0) & (t >= 0) & (t < T)
+        t = tl.where(row_ok, t, 0)
+        base = tl.full([], 0, tl.int64)
+        if not FAR:
+            t = t.to(tl.int32)
+    else:
+        rest = start & (BQ - 1)
+        if schedule is not None:  # the call covers exactly the layout's tiles
+            tile = tl.load(schedule + which * nq + i).to(tl.int64)
+            base = (first + tile) * BQ - start
+        else:  # later tiles first: under causal patterns they are the longer ones
+            turned = tiles - 1 - i
+            tile = (start - rest) // BQ + turned - first
+            base = turned * BQ - rest
+        tile = tl.where(base < T, tile, -1)
+        t = (base + r).to(tl.int32)
+        row_ok = (t >= 0) & (t < T)
+        t = r.to(tl.int64) if FAR else r
+    a = 0
+    n = 0
+    c = 0
+    e = 0
+    edge = 0
+    if (tile >= 0) & (tile < nq):
+        at = offsets + 2 * (which.to(tl.int64) * nq + tile)
+        a = tl.load(at)
+        e = tl.load(at + 1)
+        c = tl.load(at + 2)
+        n = e
+        if EDGE:  # entries of whole blocks: a .. n; one cut by the limit is done with the partial ones
+            n = first_from(cols, a, e, limit // BK)
+            c = first_from(cols, e, c, (limit + BK - 1) // BK)
+            if n < e:
+                if (tl.load(cols + n) == limit // BK) & (limit % BK != 0):
+                    edge = 1
+    q += b * sqb + h.to(tl.int64) * sqh + base * sqt
+    k += b * skb + hk * skh
+    v += b * svb + hk * svh
+    q_rows = t * sqt
+    q0 = 0.0
+    q1 = 0.0
+    if CHUNK == 0:
+        q0 = load(q, q_rows, row_ok, 0, D0, D, True)
+        if D1:
+            q1 = load(q, q_rows, row_ok, D0, D1, D, True)
+        if NEGATE:
+            q0 = negated(q0)
+            if D1:
+                q1 = negated(q1)
+    m = tl.full([BQ], float("-inf"), tl.float32)
+    l = tl.zeros([BQ], tl.float32)
+    acc0 = tl.zeros([BQ, V0], tl.float32)
+    acc1 = 0.0
+    if V1:
+        acc1 = tl.zeros([BQ, V1], tl.float32)
+    col = piece * V0
+    w = tl.arange(0, BK)
+    span = w.to(tl.int64) if FAR else w
+    ok = w >= 0
+    # ---- blocks with a mask
+    if k_order is not None:
+        for f in tl.range(a, c, num_stages=1):
+            j = tl.load(cols + f)
+            s_key = tl.load(k_order + j.to(tl.int64) * BK + w)
+            exists = (s_key >= 0) & (s_key < limit)
+            keys = tl.where(exists, s_key, 0)
+            if FAR:
+                keys = keys.to(tl.int64)
+            mask = exists[None, :] & row_ok[:, None]
+            if INTERVALS or BITMAPS:
+                mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
+            any_row = tl.max(mask.to(tl.int32), 0) > 0
+            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale, inner, outer,
+                                     sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+    else:
+        if EDGE or INTERVALS or BITMAPS:
+            for f in tl.range(e - edge, c, num_stages=1):
+                entry = tl.where(f < e, n, f)
+                s_key = tl.load(cols + entry) * BK
+                exists = s_key + w < limit
+                mask = exists[None, :] & row_ok[:, None]
+                if INTERVALS or BITMAPS:
+                    mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
+                any_row = tl.max(mask.to(tl.int32), 0) > 0
+                far = s_key.to(tl.int64)
+                acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
+                                         scale, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+        following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
+        for f in tl.range(a, n):
+            far = following.to(tl.int64) * BK
+            following = tl.load(cols + f + 1)
+            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
+                                     scale, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
+    # ---- the answer
+    factor, logs = finish(m, l, sinks, h, sinks is not None)
+    line = (b * Hq + h) * T + base
+    if lse is not None:
+        if piece == 0:
+            tl.store(lse + line + t, logs, mask=row_ok)
+    out += line * DV
+    cv = col + tl.arange(0, V0)
+    tl.store(out + (t * DV)[:, None] + cv[None, :], (acc0 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+    if V1:
+        cv = V0 + tl.arange(0, V1)
+        tl.store(out + (t * DV)[:, None] + cv[None, :], (acc1 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the host
+def supports(problem: Problem) -> str | None:
+    kinds = {problem.dtype(name) for name in "qkv"} - {None}
+    if len(kinds) > 1:
+        return f"q, k and v of different types ({', '.join(sorted(kinds))}) are not supported by the triton kernel; cast them to one type"
+    if not kinds <= set(FLOATS):
+        return f"{', '.join(sorted(kinds))} is not supported by the triton kernel; use float32, float16 or bfloat16" + (" (float64: backend='reference' or 'numba')" if "float64" in kinds else "")
+    if not (1 <= problem["D"] <= 576 and 1 <= problem["Dv"] <= 576):
+        return f"D {problem['D']} and Dv {problem['Dv']}: the triton kernel holds widths of 1 to 576"
+    return None
+
+
+def widths(D: int, DV: int, config) -> dict:
+    """How the widths lie in a program's tiles."""
+    D0, D1 = parts(D)
+    if config["chunk"]:
+        D0, D1 = config["chunk"], 0
+    V0, V1 = parts(DV)
+    slices = 1
+    if config["value_block"] and config["value_block"] < V0 + V1:
+        V0, V1 = config["value_block"], 0
+        slices = -(-DV // V0)
+    return dict(D0=D0, D1=D1, V0=V0, V1=V1, SLICES=slices)
+
+
+def default_config(problem: Problem) -> dict:
+    D, DV, T = problem["D"], problem["Dv"], problem["T"]
+    single = problem.dtype("q") == "float32"
+    wide = power(max(D, DV))
+    config = dict(block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
+    if single:
+        config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
+    elif wide > 256:
+        config.update(block_q=64, block_k=32, num_warps=8, num_stages=1)
+    elif wide > 128:
+        config.update(block_k=64 if problem.arch in ("sm_90a", "sm_100", "cpu") else 32, num_warps=8)
+    if problem.arch == "gfx942":
+        config.update(num_stages=1)
+        if wide > 128 and not single:
+            config.update(block_q=64, block_k=32)
+        if wide > 256 and not single:
+            config.update(chunk=64, value_block=256)
+    if T < config["block_q"]:
+        config["block_q"] = power(T)
+    return config
+
+
+def resources(problem: Problem, config) -> Resources | str:
+    size = BYTES[problem.dtype("q", "float32")]
+    w = widths(problem["D"], problem["Dv"], config)
+    BQ, BK, warps, stages = config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
+    sums = BQ * (w["V0"] + w["V1"] + BK)
+    if sums > warps * 32 * 232:
+        return f"the sums of a tile ({BQ} rows x {w['V0'] + w['V1']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
+    kept = 0 if config["chunk"] else BQ * (w["D0"] + w["D1"])
+    key_tiles = w["D0"] + w["D1"] + w["V0"] + w["V1"]
+    shared = size * (kept + max(1, stages) * BK * key_tiles) if problem.arch != "gfx942" else size * max(kept, stages * BK * key_tiles)
+    if shared > shared_limit(problem.arch):
+        return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use smaller blocks, fewer stages, or chunk and value_block"
+    return Resources(threads=warps * (64 if problem.arch == "gfx942" else 32), shared=shared)
+
+
+def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False) -> dict:
+    """The compile-time constants of `forward`: what run launches and what artifacts compiles ahead."""
+    w = widths(D, DV, config)
+    same = shared_kv and not config["chunk"] and w["SLICES"] == 1 and DV == w["V0"] == w["D0"]
+    return dict(D=D, DV=DV, **w, BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], SHARED=same, NEGATE=negate, CAP=cap, INTERVALS=intervals,
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far)
+
+
+def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:
+    """(scale, inner, outer, negate) in base 2: the kernel's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
+    size = max(abs(scale), 1.2e-38)
+    if softcap is None:
+        return size * LOG2E, 0.0, 0.0, scale < 0
+    return 1.0, (0.0 if scale == 0 else size / softcap), softcap * LOG2E, scale < 0
+
+
+@lru_cache(4096)
+def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
+    (B, Hq, T, D), (_, Hk, S, DV) = shapes
+    block_q, block_k, first, nq, nk, has_intervals, has_bitmaps, ordered_q, ordered_k = lists_key
+    kv_length, from_length, shared_kv, q_start = flags
+    config = dict(config)
+    sqt, sks, svs = strides
+    reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
+    far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
+    size, inner, outer, negate = scales(scale, softcap)
+    made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
+                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far)
+    n = nq if ordered_q else tiles(T, block_q, q_start)
+    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
+    options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
+    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options}
+
+
+def schedule(lists: Lists):
+    """[L, nq] tiles of each list, longest first; kept with the lists. Any permutation is right, so an old one of lists rebuilt in place stays valid."""
+    found = lists.extras.get("triton.schedule")
+    if found is None:
+        import torch
+        if lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # not into a graph's memory pool
+        ends = lists.offsets[::2]
+        length = (ends[1:] - ends[:-1]).view(-1, max(1, lists.nq))
+        found = lists.extras["triton.schedule"] = torch.sort(length, dim=1, descending=True, stable=True).indices.to(torch.int32)
+    return found
+
+
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+    B, Hq, T, D = q.shape
+    Hk, S, DV = k.shape[1], k.shape[2], v.shape[3]
+    kind = out_dtype or str(q.dtype)[6:]
+    ordered = lists.q_order is not None
+    if not B * Hq * T or not S or not lists.nq or not lists.nk:
+        return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
+    make = place.zeros if ordered else place.empty
+    out = make((B, Hq, T, DV), kind)
+    lse = None
+    if return_lse:
+        lse = place.full((B, Hq, T), "float32", float("-inf")) if ordered else place.empty((B, Hq, T), "float32")
+    host = q_start if isinstance(q_start, int) else None
+    from_length = q_start is None
+    shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
+    grid, n, covers, (size, inner, outer), constant = _plan(
+        ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), q.dtype,
+        (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
+        (kv_length is not None, from_length, shared_kv, host), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+    list_of = lists.list_of
+    forward[grid](
+        q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
+        lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
+        Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer, **constant)
+    return out, lse
+
+
+def artifacts(problem: Problem, config) -> list[dict]:
+    """What run would compile for the problem: with the words of its features."""
+    has = problem.features.__contains__
+    pointer = POINTER[problem.dtype("q", "float32")]
+    made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),
+                     edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"))
+    names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps", "schedule"]
+    names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
+    signature = {name: pointer for name in ("q", "k", "v", "out")} | {"lse": "*fp32"} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
+    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start")
+    div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
+    signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    return [dict(fn=forward, signature=signature, constexprs=made, options=dict(num_warps=config["num_warps"], num_stages=config["num_stages"]), div16=div16)]

@@ -1,0 +1,164 @@
+"""Device helpers of the attention kernels: tiles of any width, what a row of a partial block sees, one step of the softmax.
+
+A width is held as a power of two W0 and a padded rest W1 (0: none); see launch.parts. All arithmetic on elements is in float32.
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(p, rows, ok, COL: tl.constexpr, W: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr):
+    """[rows, W] from column COL of a matrix of N columns; `rows` are offsets in elements. Columns past N, and rows not ok if ROWS, are 0."""
+    c = COL + tl.arange(0, W)
+    at = p + rows[:, None] + c[None, :]
+    if ROWS:
+        if COL + W > N:
+            return tl.load(at, mask=ok[:, None] & (c < N)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=ok[:, None], other=0.0)
+    else:
+        if COL + W > N:
+            return tl.load(at, mask=(c < N)[None, :], other=0.0)
+        else:
+            return tl.load(at)
+
+
+@triton.jit
+def load_at(p, rows, ok, col, W: tl.constexpr, N):
+    """[rows, W] from a column known at run time only; columns past N and rows not ok are 0."""
+    c = col + tl.arange(0, W)
+    return tl.load(p + rows[:, None] + c[None, :], mask=ok[:, None] & (c < N)[None, :], other=0.0)
+
+
+@triton.jit
+def store(p, rows, ok, x, COL: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
+    c = COL + tl.arange(0, W)
+    tl.store(p + rows[:, None] + c[None, :], x.to(p.dtype.element_ty), mask=ok[:, None] & (c < N)[None, :])
+
+
+@triton.jit
+def product(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def chunked(a, a_rows, a_ok, b, b_rows, b_ok, R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, NEGATE: tl.constexpr):
+    """a . b^T over N columns, CHUNK at a time, both read again from memory: for widths that registers or shared memory cannot hold."""
+    s = tl.zeros([R, C], tl.float32)
+    for d in tl.range(0, N, CHUNK, num_stages=1):
+        x = load_at(a, a_rows, a_ok, d, CHUNK, N)
+        y = load_at(b, b_rows, b_ok, d, CHUNK, N)
+        s = product(x, tl.trans(y), s)
+    return -s if NEGATE else s
+
+
+@triton.jit
+def negated(x):
+    return (-x.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def first_from(cols, lo, hi, count):
+    """The first of the ascending entries lo .. hi whose column is at least `count`. Almost always hi: one look; else bisection."""
+    n = hi
+    if lo < hi:
+        if tl.load(cols + hi - 1) >= count:
+            left = lo
+            n = hi - 1
+            while left < n:
+                middle = left + (n - left) // 2
+                if tl.load(cols + middle) < count:
+                    left = middle + 1
+                else:
+                    n = middle
+    return n
+
+
+@triton.jit
+def seen(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
+    """[BQ, BK]: which key of the block each row sees, by the table of partial blocks. kind -1: all."""
+    r = tl.arange(0, BQ)
+    c = tl.arange(0, BK)
+    lo = tl.zeros([BQ], tl.int32)
+    hi = tl.full([BQ], BK, tl.int32)
+    if INTERVALS:
+        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * r
+        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
+        lo = tl.load(at, mask=rule, other=0)
+        hi = tl.load(at + 1, mask=rule, other=BK)
+    ok = (c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None])
+    if BITMAPS:
+        if kind >= 0:
+            if (kind & 1) == 1:
+                w = tl.arange(0, BK // 32)
+                words = tl.load(bitmaps + (kind >> 1).to(tl.int64) * (BQ * (BK // 32)) + r[:, None] * (BK // 32) + w[None, :])
+                bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+                ok = tl.reshape(bits, [BQ, BK]) != 0
+    return ok
+
+
+@triton.jit
+def seen_by_key(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
+    """`seen`, transposed: [BK, BQ]."""
+    r = tl.arange(0, BQ)
+    c = tl.arange(0, BK)
+    lo = tl.zeros([BQ], tl.int32)
+    hi = tl.full([BQ], BK, tl.int32)
+    if INTERVALS:
+        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * r
+        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
+        lo = tl.load(at, mask=rule, other=0)
+        hi = tl.load(at + 1, mask=rule, other=BK)
+    ok = (c[:, None] >= lo[None, :]) & (c[:, None] < hi[None, :])
+    if BITMAPS:
+        if kind >= 0:
+            if (kind & 1) == 1:
+                w = tl.arange(0, BK // 32)
+                words = tl.load(bitmaps + (kind >> 1).to(tl.int64) * (BQ * (BK // 32)) + r[None, :] * (BK // 32) + w[:, None])
+                bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+                ok = tl.reshape(bits, [BK, BQ]) != 0
+    return ok
+
+
+@triton.jit
+def tanh(x):
+    """To about 2 ulp: a series near 0, where 1 - 2 / (1 + e^2x) cancels."""
+    y = x * x
+    near = x * (1.0 + y * (-0.33333333333 + y * (0.13333333333 + y * (-0.053968253968 + y * (0.021869488536 + y * -0.0088632355299)))))
+    far = 1.0 - 2.0 / (1.0 + tl.math.exp2(2.8853900817779268 * tl.abs(x)))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def capped(s, inner, outer):
+    """Logits in base 2 after the cap: outer * tanh(inner * s), inner = scale / cap, outer = cap * log2(e)."""
+    return outer * tanh(inner * s)
+
+
+@triton.jit
+def soften(s, m, l, scale, GUARD: tl.constexpr):
+    """One step of the softmax in base 2: probabilities, the factor of what was summed before, new maximum, new sum. GUARD: a row may have seen nothing yet."""
+    new = tl.maximum(m, tl.max(s, 1) * scale)
+    z = new
+    if GUARD:
+        z = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.math.exp2(s * scale - z[:, None])
+    a = tl.math.exp2(m - z)
+    return p, a, new, l * a + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(m, l, sinks, h, HAS_SINK: tl.constexpr):
+    """(factor of the sums, natural logsumexp of the keys) from maximum and sum in base 2; a sink enlarges the denominator only. A NaN sum stays NaN."""
+    none = l == 0
+    lse = tl.where(none, float("-inf"), (m + tl.math.log2(tl.where(none, 1.0, l))) * 0.6931471805599453)
+    if HAS_SINK:
+        sink = tl.load(sinks + h) * 1.4426950408889634
+        top = tl.maximum(m, sink)
+        z = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        a = tl.where(none, 0.0, tl.math.exp2(m - z))
+        total = l * a + tl.math.exp2(sink - z)
+        factor = tl.where(sink == float("inf"), 0.0, tl.where(none, 0.0, a / total))
+    else:
+        factor = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, l))
+    return factor, lse
