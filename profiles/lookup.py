@@ -1,0 +1,127 @@
+"""Which config a problem gets: pinned > user profile directory > user cache > shipped for this device > shipped for its architecture.
+
+A problem falls into a bucket by the rule of each axis; if the bucket has no entry, the nearest one at most one bucket away along the axes with a rule of
+their own serves, else the answer is None and the kernel's heuristic runs. Never across architectures. Files are read once per process.
+"""
+import logging
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsetile.backends.contract import Problem
+from sparsetile.profiles import schema
+
+log = logging.getLogger("sparsetile")
+SHIPPED = Path(__file__).resolve().parent
+DIMS = {"B": "pow2_up", "T": "pow2_up", "S": "pow2_up", "K": "pow2_up"}  # every other axis is exact
+
+
+class Found(NamedTuple):
+    """A profile's answer: who, with which config, from where; inherited from another device of the architecture or not."""
+    backend: str
+    config: dict
+    source: str
+    inherited: bool
+    entry: dict
+
+
+def slug(device: str) -> str:
+    """NVIDIA H200 -> nvidia-h200"""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "unknown"
+
+
+def user_cache() -> Path:
+    root = os.environ.get("SPARSETILE_CACHE_DIR")
+    return Path(root) / "profiles" if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsetile" / "profiles"
+
+
+def pow2_up(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length() if n > 0 else 0
+
+
+def bucket(dims: dict, rules: dict = DIMS) -> dict:
+    """Axis sizes as a key has them."""
+    return {axis: pow2_up(size) if rules.get(axis, "exact") == "pow2_up" else size for axis, size in dims.items()}
+
+
+def key_of(problem: Problem) -> dict:
+    """A problem as the key of an entry."""
+    return {"dims": bucket(dict(problem.dims)), "dtypes": dict(problem.dtypes), "features": sorted(problem.features), "density": problem.density,
+            "granularity": problem.granularity}
+
+
+def _flat(key: dict, rules: dict) -> tuple:
+    return (tuple(sorted(bucket(key["dims"], rules).items())), tuple(sorted(key["dtypes"].items())), frozenset(key.get("features", ())), float(key.get("density", 1.0)),
+            int(key.get("granularity", 1)))
+
+
+class _File:
+    """One loaded profile: entries by their flattened key."""
+
+    def __init__(self, path: Path):
+        self.path, data = path, schema.load(path)
+        self.device, self.rules = data["device"], data["dims"]
+        self.entries = {}
+        for entry in data["entries"]:
+            self.entries.setdefault(_flat(entry["key"], self.rules), []).append(entry)
+
+    def near(self, problem: Problem):
+        """Entries for the problem's bucket, then for those one bucket away, nearest first."""
+        dims = bucket(dict(problem.dims), self.rules)
+        moved = [dims] + [{**dims, axis: size} for axis in dims if self.rules.get(axis) == "pow2_up" for size in (dims[axis] * 2, dims[axis] // 2) if size > 0]
+        for n, sizes in enumerate(moved):
+            for density in (problem.density,) if n else (problem.density, problem.density * 2, problem.density / 2):
+                key = (tuple(sorted(sizes.items())), problem.dtypes, problem.features, density, problem.granularity)
+                yield from self.entries.get(key, ())
+
+
+@lru_cache(None)
+def _file(path: Path):
+    """A loaded file; None if there is none. A bad one is said once and ignored: calls run on the heuristic."""
+    if not path.is_file():
+        return None
+    try:
+        return _File(path)
+    except schema.ProfileError as error:
+        log.error("%s", error)
+        return None
+
+
+@lru_cache(None)
+def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -> tuple:
+    """(file, source, inherited) in order of precedence."""
+    roots = [(Path(user), "user profile")] if user else []
+    roots += [(Path(cache), "user cache profile"), (SHIPPED, "shipped profile")]
+    found = []
+    for root, source in roots:
+        file = _file(root / slug(device) / f"{op}.yaml")
+        if file and file.device["arch"] == arch:
+            found.append((file, source, False))
+    for path in sorted(SHIPPED.glob(f"*/{op}.yaml")):
+        file = _file(path)
+        if file and file.device["arch"] == arch and path.parent.name != slug(device):
+            found.append((file, f"shipped profile of {file.device['name']} (same architecture)", True))
+    return tuple(found)
+
+
+def find(problem: Problem, device: str, backend: str | None = None) -> Found | None:
+    """The config for a problem on a device, of one backend or (None) of the profile's winner."""
+    files = _candidates(problem.op, device, problem.arch, os.environ.get("SPARSETILE_PROFILE_DIR"), str(user_cache()))
+    best = None
+    for file, source, inherited in files:
+        for entry in file.near(problem):
+            if backend is not None and entry["backend"] != backend:
+                continue
+            found = Found(entry["backend"], dict(entry["config"]), f"{source} {file.path.parent.name}/{file.path.name}", inherited, entry)
+            if entry.get("status") == "pinned":
+                return found
+            best = best or found
+    return best
+
+
+def forget() -> None:
+    """Read the files again: after one was written."""
+    _file.cache_clear()
+    _candidates.cache_clear()
