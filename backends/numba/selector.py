@@ -100,6 +100,7 @@ largest = op("ii", _largest, "i")
 keep = op("iiiii", _keep, "i")
 fill_least = op("ii", _fill)
 put_i32 = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I32), e.add(address, e.mul(index, 4))))
+put_i64 = op("iii", lambda e, address, index, x: e.store(x, e.add(address, e.mul(index, 8))))
 lowest_bit = op("i", lambda e, x: e.b.cttz(x, ir.Constant(I1, 1)), "i")
 
 
