@@ -1,9 +1,7 @@
 // Exact selection among float32 scores: keys that sort like the scores, sums over a block of threads, the radix search for a lower bound.
 // A score and its position are one integer, (key << L | ~position): ties need no code of their own, the smaller position is the larger integer.
 #pragma once
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "numbers.cuh"
 
 constexpr int BINS = 2048;               // 11 bits a pass
 constexpr u32 LOWEST = 0x00800000u;      // key of -FLT_MAX: nothing below it is ever chosen (-inf, NaN with its sign set)
@@ -11,7 +9,18 @@ constexpr u32 LOWEST = 0x00800000u;      // key of -FLT_MAX: nothing below it is
 // Larger score, larger key; -0.0 and 0.0 share one. NaN never gets here: `chosen` is asked first.
 __device__ __forceinline__ u32 key_of(float x) { const int b = __float_as_int(x + 0.f); return (u32)(b ^ ((b >> 31) & 0x7fffffff)) ^ 0x80000000u; }
 __device__ __forceinline__ float value_of(u32 k) { const int b = (int)(k ^ 0x80000000u); return __int_as_float(b ^ ((b >> 31) & 0x7fffffff)); }
-__device__ __forceinline__ bool eligible(float x) { return x > -INFINITY; }  // false for NaN
+__device__ __forceinline__ bool eligible(float x) { return x > -inf(); }  // false for NaN
+__device__ __forceinline__ float nan_() { return __int_as_float(0x7fffffff); }
+
+#ifdef SPARSETILE_EMULATE
+inline int warp_sum(int x) { for (int o = 1; o < 32; o *= 2) x += __shfl_xor_sync(~0u, x, o); return x; }
+inline u32 warp_max(u32 x) { for (int o = 1; o < 32; o *= 2) { const u32 y = __shfl_xor_sync(~0u, x, o); x = x > y ? x : y; } return x; }
+inline int leading_zeros(u64 x) { return x ? __builtin_clzll(x) : 64; }
+#else
+__device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
+__device__ __forceinline__ u32 warp_max(u32 x) { return __reduce_max_sync(~0u, x); }
+__device__ __forceinline__ int leading_zeros(u64 x) { return __clzll((long long)x); }
+#endif
 
 // Where the sums of a block's warps meet, and what a radix pass found.
 template <int THREADS> struct Meeting { int warps[THREADS / 32]; int bin, above, inside, count; u32 top; };
@@ -25,8 +34,8 @@ template <int THREADS> __device__ __forceinline__ int block_scan(Meeting<THREADS
   if (lane == 31) m.warps[warp] = in;
   __syncthreads();
   const int w = lane < THREADS / 32 ? m.warps[lane] : 0;
-  total = __reduce_add_sync(~0u, w);
-  return __reduce_add_sync(~0u, lane < warp ? w : 0) + in - v;
+  total = warp_sum(w);
+  return warp_sum(lane < warp ? w : 0) + in - v;
 }
 
 // The largest lower bound that keeps between need and need + slack of the distinct integers that each() names, all in [lo, lo + 2^bits);
@@ -34,8 +43,8 @@ template <int THREADS> __device__ __forceinline__ int block_scan(Meeting<THREADS
 template <int THREADS, class Each> __device__ __forceinline__ u64 bound(Meeting<THREADS>& m, u32* bins, Each each, int need, int slack, u64 lo, int bits) {
   constexpr int PER = BINS / THREADS;
   for (bool first = true;; first = false) {
-    const int shift = max(bits - 11, 0);
-    const u32 used = 1u << min(bits, 11);
+    const int shift = imax(bits - 11, 0);
+    const u32 used = 1u << imin(bits, 11);
     each([&](u64 v) { const u64 d = (v - lo) >> shift; if (d < used) atomicAdd(&bins[BINS - 1 - (int)d], 1u); });
     __syncthreads();
     int h[PER], sum = 0, total;
@@ -63,10 +72,10 @@ struct Choice { int first, nfirst, last, nlast, lo, hi, k; };
 
 __device__ __forceinline__ Choice choice_of(int lo, int hi, int k, int force_first, int force_last, int take_all) {
   Choice c = {lo, 0, hi, 0, lo, lo, 0};
-  const int n = max(hi - lo, 0);
+  const int n = imax(hi - lo, 0);
   if (take_all && n <= k) { c.nfirst = n; return c; }
-  c.nfirst = min(min(force_first, n), k);
-  c.nlast = min(min(force_last, n - c.nfirst), k - c.nfirst);
+  c.nfirst = imin(imin(force_first, n), k);
+  c.nlast = imin(imin(force_last, n - c.nfirst), k - c.nfirst);
   c.last = hi - c.nlast;
   c.lo = lo + c.nfirst; c.hi = lo + n - c.nlast; c.k = k - c.nfirst - c.nlast;
   return c;

@@ -3,6 +3,7 @@
 //              fails (adversarial rows) ends in radix passes over the row. k at most CAP - 100 and at most WORDS.
 //   topk_any   any k and length: radix passes over the row for the exact bound, then one read that writes in order.
 // Rows need no alignment: positions count from the 16-byte boundary at or before the row, and groups of four that a window cuts are read one by one.
+#include "mma.cuh"  // for DYNAMIC_SHARED
 #include "select.cuh"
 #include "window.cuh"
 
@@ -22,21 +23,21 @@
 #define WORDS 4096  // words of the bitmap: 131072 positions at a time
 #endif
 
-#ifdef EMULATE
-__device__ inline float4 load4(const float4* p) { return *p; }
-#else
 __device__ __forceinline__ float4 load4(const float4* p) {  // read once: keep it out of L1
+#ifdef SPARSETILE_EMULATE
+  return *p;
+#else
   float4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
   return v;
-}
 #endif
+}
 
 // scores row i at scores + (i / period) * stride_b + (i % period) * stride_t; its query is row first_row + i of [B * T].
 // S counts keys, pool of them share one score: positions below are pooled ones. chosen (or null): the scores of the indices, -inf where the index is -1.
 struct Params {
   const float* scores; const int* starts; const int* ends; const int* q_starts; int* out; int* lengths; float* chosen;
-  long long stride_b, stride_t, first_row;
+  i64 stride_b, stride_t, first_row;
   int period, T, S, pool, q_start, causal, k, force_first, force_last, take_all;
 };
 
@@ -47,7 +48,7 @@ struct Any { u32 bins[BINS]; Meeting<NT> m; Row row; };
 static_assert(WORDS >= BINS, "bitmap and bins share their memory");
 
 __device__ __forceinline__ Choice open_row(const Params& p, Row& kept) {
-  const long long i = blockIdx.x, row = p.first_row + i;
+  const i64 i = blockIdx.x, row = p.first_row + i;
   Window w = window_of(row, p.T, p.S, p.starts, p.ends, p.q_starts, p.q_start, p.causal);
   if (w.lo >= w.hi) w = {0, 0};
   else if (p.pool > 1) { w.lo = w.lo / p.pool; w.hi = (w.hi - 1) / p.pool + 1; }
@@ -59,7 +60,7 @@ __device__ __forceinline__ Choice open_row(const Params& p, Row& kept) {
 }
 
 // The forced entries around the `done` selected ones, -1 behind them, and the scores.
-__device__ __noinline__ void finish(const Row& r, int k, int done) {
+__device__ __forceinline__ void finish(const Row& r, int k, int done) {
   const Choice& c = r.c;
   for (int i = threadIdx.x; i < c.nfirst; i += NT) r.out[i] = c.first + i;
   for (int i = threadIdx.x; i < c.nlast; i += NT) r.out[c.nfirst + done + i] = c.last + i;
@@ -68,32 +69,59 @@ __device__ __noinline__ void finish(const Row& r, int k, int done) {
   if (threadIdx.x == 0) *r.length = n;
   if (r.chosen) {
     __syncthreads();
-    for (int i = threadIdx.x; i < k; i += NT) r.chosen[i] = i < n ? r.x[r.out[i]] : -INFINITY;
+    for (int i = threadIdx.x; i < k; i += NT) r.chosen[i] = i < n ? r.x[r.out[i]] : -inf();
   }
 }
 
-// Reads a row in groups of four; those that the window [start, end) cuts hold NaN outside it.
+// Reads a row in groups of four: whole groups ga <= g < gb, and those that the window [start, end) cuts, which hold NaN outside it.
 struct Groups {
-  const float* x; int start, end, ga, gb;  // whole groups: ga <= g < gb
-  bool head, tail;                          // this thread reads a cut group
-  __device__ __forceinline__ Groups(const float* x, int start, int end) : x(x), start(start), end(end), ga((start + 3) / 4), gb(end / 4) {
-    head = threadIdx.x == 0 && (start & 3) && start < end;
-    tail = threadIdx.x == 32 && (end & 3) && start < end && (gb >= ga || !(start & 3));
+  const float4* x; int start, end, ga, gb;
+  __device__ __forceinline__ Groups(const float* x, int start, int end) : x((const float4*)x), start(start), end(end), ga((start + 3) / 4), gb(end / 4) {}
+  // the cut group that this thread reads, or -1
+  __device__ __forceinline__ int mine() const {
+    if (threadIdx.x == 0 && (start & 3)) return start / 4;
+    if (threadIdx.x == 32 && (end & 3) && (gb >= ga || !(start & 3))) return gb;
+    return -1;
   }
   __device__ __forceinline__ float4 cut(int g) const {
     float e[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) e[j] = 4 * g + j >= start && 4 * g + j < end ? x[4 * g + j] : __int_as_float(0x7fffffff);
+    for (int j = 0; j < 4; j++) e[j] = 4 * g + j >= start && 4 * g + j < end ? ((const float*)x)[4 * (i64)g + j] : nan_();
     return make_float4(e[0], e[1], e[2], e[3]);
   }
   __device__ __forceinline__ float4 whole(int g) const {
-    const float none = __int_as_float(0x7fffffff);
-    return g < gb ? load4((const float4*)x + g) : make_float4(none, none, none, none);
+    const float none = nan_();
+    return g < gb ? load4(x + g) : make_float4(none, none, none, none);
+  }
+};
+
+// What `bound` searches: the integers of a list (0 is none), or of a row's eligible scores.
+struct List {
+  const u64* x; int n;
+  template <class F> __device__ __forceinline__ void operator()(F f) const { for (int i = threadIdx.x; i < n; i += NT) { const u64 v = x[i]; if (v) f(v); } }
+};
+template <int DEPTH> struct Scores {
+  const Groups& row; u64 mask; int L;
+  template <class F> __device__ __forceinline__ void four(float4 v, int g, F f) const {
+    const float e[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) if (eligible(e[j])) f((u64)key_of(e[j]) << L | (mask - (4 * g + j)));
+  }
+  template <class F> __device__ __forceinline__ void operator()(F f) const {
+    const int c = row.mine();
+    if (c >= 0) four(row.cut(c), c, f);
+    for (int g = row.ga + threadIdx.x; g < row.gb; g += NT * DEPTH) {
+      float4 b[DEPTH];
+#pragma unroll
+      for (int u = 0; u < DEPTH; u++) b[u] = row.whole(g + u * NT);
+#pragma unroll
+      for (int u = 0; u < DEPTH; u++) four(b[u], g + u * NT, f);
+    }
   }
 };
 
 extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) unsigned char raw[];
+  DYNAMIC_SHARED(raw);
   Fast& s = *(Fast*)raw;
   const int t = threadIdx.x;
   const Choice choice = open_row(p, s.row);
@@ -101,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
   if (need <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
   const int skew = (int)((size_t)s.row.x / 4 & 3);  // positions from here on count from the boundary
   const int start = choice.lo + skew, end = choice.hi + skew, n = end - start;
-  const int L = 32 - __clz(max(end - 1, 1));
+  const int L = 32 - __clz(imax(end - 1, 1));
   const u64 mask = (1ull << L) - 1;
   const Groups row(s.row.x - skew, start, end);
   for (int i = t; i < WORDS / 4; i += NT) ((uint4*)s.bits)[i] = make_uint4(0, 0, 0, 0);
@@ -110,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
   if (n > CAP) {  // sample: groups spread over the window; 4.5 standard deviations below the rank it should have
     const int SAMPLE = n > 65536 && CAP >= 4096 ? 4096 : 2048, groups = row.gb - row.ga;
     for (int i = t; i < SAMPLE / 4; i += NT) {
-      const int g = row.ga + (int)((long long)i * (groups - 1) / (SAMPLE / 4 - 1));
+      const int g = row.ga + (int)((i64)i * (groups - 1) / (SAMPLE / 4 - 1));
       const float4 v = row.whole(g);
       const float e[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -119,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
     __syncthreads();
     const float mean = (float)need * SAMPLE / n;
     const int rank = (int)(mean + 4.5f * sqrtf(mean) + 3.f);
-    base = bound<NT>(s.m, s.bits, [&](auto f) { for (int i = t; i < SAMPLE; i += NT) { const u64 v = s.list[i]; if (v) f(v); } }, rank, rank / 8, 0, 32 + L);
+    base = bound<NT>(s.m, s.bits, List{s.list, SAMPLE}, rank, rank / 8, 0, 32 + L);
   }
   __syncthreads();
   for (;;) {
@@ -137,15 +165,14 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
         int at = atomicAdd(&s.m.count, c);
         if (at + c <= CAP) {
           const u64 low = mask - 4 * g;
-          if (h0) { const u32 q = key_of(v.x); top = max(top, q); s.list[at++] = (u64)q << L | low; }
-          if (h1) { const u32 q = key_of(v.y); top = max(top, q); s.list[at++] = (u64)q << L | (low - 1); }
-          if (h2) { const u32 q = key_of(v.z); top = max(top, q); s.list[at++] = (u64)q << L | (low - 2); }
-          if (h3) { const u32 q = key_of(v.w); top = max(top, q); s.list[at++] = (u64)q << L | (low - 3); }
+          if (h0) { const u32 q = key_of(v.x); if (q > top) top = q; s.list[at++] = (u64)q << L | low; }
+          if (h1) { const u32 q = key_of(v.y); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 1); }
+          if (h2) { const u32 q = key_of(v.z); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 2); }
+          if (h3) { const u32 q = key_of(v.w); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 3); }
         }
       }
     };
-    if (row.head) take(row.cut(start / 4), start / 4);
-    if (row.tail) take(row.cut(row.gb), row.gb);
+    { const int g = row.mine(); if (g >= 0) take(row.cut(g), g); }
     float4 a[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) a[u] = row.whole(row.ga + t + u * NT);
@@ -160,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
       for (int u = 0; u < AHEAD; u++) a[u] = b[u];
       if (*(volatile int*)&s.m.count > CAP) break;
     }
-    top = __reduce_max_sync(~0u, top);
+    top = warp_max(top);
     if ((t & 31) == 0) atomicMax(&s.m.top, top);
     __syncthreads();
     const int got = s.m.count;
@@ -168,27 +195,12 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
     // radix passes over the row until what is left fits
     __syncthreads();
     if (t == 0) { s.m.count = 0; s.m.top = 0; }
-    base = bound<NT>(s.m, s.bits, [&](auto f) {
-      auto four = [&](float4 v, int g) {
-        const float e[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) if (eligible(e[j])) f((u64)key_of(e[j]) << L | (mask - (4 * g + j)));
-      };
-      if (row.head) four(row.cut(start / 4), start / 4);
-      if (row.tail) four(row.cut(row.gb), row.gb);
-      for (int g = row.ga + t; g < row.gb; g += NT * AHEAD) {
-        float4 b[AHEAD];
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) b[u] = row.whole(g + u * NT);
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) four(b[u], g + u * NT);
-      }
-    }, need, CAP - 4 - need, 0, 32 + L);  // 4: groups of equal scores are kept whole
+    base = bound<NT>(s.m, s.bits, Scores<AHEAD>{row, mask, L}, need, CAP - 4 - need, 0, 32 + L);  // 4: groups of equal scores are kept whole
     __syncthreads();
   }
   const int c = s.m.count;
-  const u64 low = base - min(base, (u64)3);  // whole groups of four may lie up to 3 positions below the bound
-  base = c <= need ? 0 : bound<NT>(s.m, s.bits, [&](auto f) { for (int i = t; i < c; i += NT) f(s.list[i]); }, need, 0, low, 64 - __clzll(((u64)s.m.top << L | mask) - low));
+  const u64 low = base - (base < 3 ? base : 3);  // whole groups of four may lie up to 3 positions below the bound
+  base = c <= need ? 0 : bound<NT>(s.m, s.bits, List{s.list, c}, need, 0, low, 64 - leading_zeros(((u64)s.m.top << L | mask) - low));
   // ascending indices through a bitmap, 32 * WORDS positions at a time
   int done = 0;
   int* o = s.row.out + s.row.c.nfirst;
@@ -219,34 +231,25 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
 }
 
 extern "C" __global__ void __launch_bounds__(NT) topk_any(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) unsigned char raw[];
+  DYNAMIC_SHARED(raw);
   Any& s = *(Any*)raw;
   const int t = threadIdx.x;
   const Choice choice = open_row(p, s.row);
   const int need = choice.k;
   if (need <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
   const int skew = (int)((size_t)s.row.x / 4 & 3), start = choice.lo + skew, end = choice.hi + skew;
-  const int L = 32 - __clz(max(end - 1, 1));
+  const int L = 32 - __clz(imax(end - 1, 1));
   const u64 mask = (1ull << L) - 1;
   const Groups row(s.row.x - skew, start, end);
   for (int i = t; i < BINS; i += NT) s.bins[i] = 0;
   __syncthreads();
-  auto four = [&](float4 v, int g, auto f) {
-    const float e[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) if (eligible(e[j])) f((u64)key_of(e[j]) << L | (mask - (4 * g + j)));
-  };
-  u64 base = bound<NT>(s.m, s.bins, [&](auto f) {
-    if (row.head) four(row.cut(start / 4), start / 4, f);
-    if (row.tail) four(row.cut(row.gb), row.gb, f);
-    for (int g = row.ga + t; g < row.gb; g += NT) four(row.whole(g), g, f);
-  }, need, 0, 0, 32 + L);
+  u64 base = bound<NT>(s.m, s.bins, Scores<4>{row, mask, L}, need, 0, 0, 32 + L);
   if (base == 0) base = 1;  // fewer than asked for: every eligible one (their integers are above 0)
   int done = 0;
   int* o = s.row.out + choice.nfirst;
   for (int g0 = start / 4; 4 * g0 < end; g0 += NT) {
     const int g = g0 + t;
-    float4 v = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    float4 v = make_float4(-inf(), -inf(), -inf(), -inf());
     if (4 * g < end) v = g >= row.ga && g < row.gb ? row.whole(g) : row.cut(g);
     const float e[4] = {v.x, v.y, v.z, v.w};
     u32 hits = 0;
