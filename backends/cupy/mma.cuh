@@ -25,11 +25,11 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
 #endif
 }
 
-template <int KIND> __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <int Kind> __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #ifdef SPARSETILE_EMULATE
-  emulate_mma(c, a, b0, b1, KIND == BFLOAT16);
+  emulate_mma(c, a, b0, b1, Kind == BFLOAT16);
 #else
-  if constexpr (KIND == BFLOAT16)
+  if constexpr (Kind == BFLOAT16)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
@@ -73,12 +73,12 @@ __device__ __forceinline__ void load_b_columns(u32 (&b)[4], const u16* tile, int
 }
 
 // ------------------------------------------------------------------------------------------------------------------ copies
-template <int BYTES> __device__ __forceinline__ void cp_async(void* to, const void* from, bool exists) {
+template <int Bytes> __device__ __forceinline__ void cp_async(void* to, const void* from, bool exists) {
 #ifdef SPARSETILE_EMULATE
-  emulate_cp_async(to, from, BYTES, exists);
+  emulate_cp_async(to, from, Bytes, exists);
 #else
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" :: "r"(shared_address(to)), "l"(from), "r"(exists ? BYTES : 0), "n"(BYTES) : "memory");
+  if constexpr (Bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" :: "r"(shared_address(to)), "l"(from), "r"(exists ? Bytes : 0), "n"(Bytes) : "memory");
 #endif
 }
 __device__ __forceinline__ void cp_commit() {
@@ -88,27 +88,27 @@ __device__ __forceinline__ void cp_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-template <int N> __device__ __forceinline__ void cp_wait() {
+template <int Left> __device__ __forceinline__ void cp_wait() {
 #ifdef SPARSETILE_EMULATE
-  emulate_cp_wait(N);
+  emulate_cp_wait(Left);
 #else
-  asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+  asm volatile("cp.async.wait_group %0;" :: "n"(Left) : "memory");
 #endif
 }
 
-// ROWS rows of `width` elements of type E into shared memory, columns width .. COLUMNS zeroed, rows at `stride`.
-// `row(r)` gives the row's first element, or null: a row of zeros. COPY bytes at a time divide width, pointers and strides (16, 8, 4: asynchronous);
-// COPY = sizeof(E) for 2-byte elements goes element by element, `step` elements apart.
-template <class E, int ROWS, int COLUMNS, int COPY, int THREADS, class Row>
-__device__ __forceinline__ void copy_tile(E* to, int stride, int width, i64 step, Row row) {
-  constexpr int N = COPY / (int)sizeof(E), CHUNKS = COLUMNS / N, TOTAL = ROWS * CHUNKS;
-  static_assert(N >= 1 && COLUMNS % N == 0, "a chunk must not straddle the padded width");
-#pragma unroll (TOTAL / THREADS <= 16 ? (TOTAL + THREADS - 1) / THREADS : 4)
-  for (int i = threadIdx.x; i < TOTAL; i += THREADS) {
+// Rows rows of `width` elements of type E into shared memory, columns width .. Columns zeroed, rows at `stride`.
+// `row(r)` gives the row's first element, or null: a row of zeros (`base` is any address of the same memory). Copy bytes at a time divide width, pointers and strides (16, 8, 4: asynchronous);
+// Copy = sizeof(E) for 2-byte elements goes element by element, `step` elements apart.
+template <class E, int Rows, int Columns, int Copy, int Threads, class Row>
+__device__ __forceinline__ void copy_tile(E* to, int stride, const E* base, int width, i64 step, Row row) {
+  constexpr int N = Copy / (int)sizeof(E), CHUNKS = Columns / N, TOTAL = Rows * CHUNKS;
+  static_assert(N >= 1 && Columns % N == 0, "a chunk must not straddle the padded width");
+#pragma unroll (TOTAL / Threads <= 16 ? (TOTAL + Threads - 1) / Threads : 4)
+  for (int i = threadIdx.x; i < TOTAL; i += Threads) {
     const int r = i / CHUNKS, c = (i % CHUNKS) * N;
     const E* from = row(r);
     const bool exists = from != nullptr && c < width;
-    if constexpr (COPY >= 4 && N > 1) cp_async<COPY>(to + r * stride + c, exists ? from + c : (const E*)to, exists);
+    if constexpr (Copy >= 4 && N > 1) cp_async<Copy>(to + r * stride + c, exists ? from + c : base, exists);
     else to[r * stride + c] = exists ? from[c * step] : E(0);
   }
 }

@@ -8,10 +8,10 @@ using u64 = unsigned long long;
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, FLOAT8_E4M3FN = 3 };  // as arrays.py's callers number them: compile.KINDS
 
-template <int KIND> struct Bits { using type = u16; };
+template <int Kind> struct Bits { using type = u16; };
 template <> struct Bits<FLOAT32> { using type = float; };
 template <> struct Bits<FLOAT8_E4M3FN> { using type = u8; };
-template <int KIND> using Element = typename Bits<KIND>::type;
+template <int Kind> using Element = typename Bits<Kind>::type;
 
 __device__ __forceinline__ float inf() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ int imin(int a, int b) { return a < b ? a : b; }
@@ -31,12 +31,12 @@ __device__ __forceinline__ float half_to_float(u16 x) {
 }
 
 // two floats rounded to nearest even, the first in the low half
-template <int KIND> __device__ __forceinline__ u32 pack(float lo, float hi) {
+template <int Kind> __device__ __forceinline__ u32 pack(float lo, float hi) {
 #ifdef SPARSETILE_EMULATE
-  return emulate_round(lo, KIND == BFLOAT16) | (u32)emulate_round(hi, KIND == BFLOAT16) << 16;
+  return emulate_round(lo, Kind == BFLOAT16) | (u32)emulate_round(hi, Kind == BFLOAT16) << 16;
 #else
   u32 r;
-  if constexpr (KIND == BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  if constexpr (Kind == BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
 #endif
@@ -50,26 +50,26 @@ __device__ __forceinline__ float e4m3_to_float(u8 x) {
   return x & 0x80 ? -y : y;
 }
 
-template <int KIND> __device__ __forceinline__ float to_float(Element<KIND> x) {
-  if constexpr (KIND == FLOAT32) return x;
-  else if constexpr (KIND == FLOAT16) return half_to_float(x);
-  else if constexpr (KIND == BFLOAT16) return __int_as_float((u32)x << 16);
+template <int Kind> __device__ __forceinline__ float to_float(Element<Kind> x) {
+  if constexpr (Kind == FLOAT32) return x;
+  else if constexpr (Kind == FLOAT16) return half_to_float(x);
+  else if constexpr (Kind == BFLOAT16) return __int_as_float((u32)x << 16);
   else return e4m3_to_float(x);
 }
 
-template <int KIND> __device__ __forceinline__ Element<KIND> from_float(float x) {
-  if constexpr (KIND == FLOAT32) return x;
-  else return (u16)pack<KIND>(x, 0.f);
+template <int Kind> __device__ __forceinline__ Element<Kind> from_float(float x) {
+  if constexpr (Kind == FLOAT32) return x;
+  else return (u16)pack<Kind>(x, 0.f);
 }
 
 // two neighbouring outputs; `both` says that the second exists, `aligned` that the pair may be written at once
-template <int KIND> __device__ __forceinline__ void store_pair(Element<KIND>* p, float x, float y, bool both, bool aligned) {
-  if constexpr (KIND == FLOAT32) {
+template <int Kind> __device__ __forceinline__ void store_pair(Element<Kind>* p, float x, float y, bool both, bool aligned) {
+  if constexpr (Kind == FLOAT32) {
     if (both && aligned) { *(float2*)p = make_float2(x, y); return; }
     p[0] = x;
     if (both) p[1] = y;
   } else {
-    const u32 v = pack<KIND>(x, y);
+    const u32 v = pack<Kind>(x, y);
     if (both && aligned) { *(u32*)p = v; return; }
     p[0] = (u16)v;
     if (both) p[1] = (u16)(v >> 16);

@@ -1,0 +1,235 @@
+// Attention over block lists, float16 and bfloat16: one CTA per tile of BQ queries of one head, online softmax over key tiles of TK.
+//
+// Loads and products alternate: while the scores of a key tile are made its values arrive, while the output product runs the next keys arrive
+// (the schedule of FlashAttention-2). A full block inside the keys runs no mask code; any other gets words of bits, one bit per key and row.
+// Defines: KIND, OUT_KIND, BQ, BK (blocks of the lists), TK (keys a step), MT (16-row tiles a warp), DP, DVP (padded widths; a CTA makes DVP columns of
+// the output, blockIdx tells which), COPY (bytes that divide every row, numbers.cuh), SOFTCAP, Q_ORDER, K_ORDER.
+#include "mma.cuh"
+#include "lists.cuh"
+
+struct Params {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;
+  const float* sink;
+  ListArrays lists;
+  Positions at;
+  i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
+  int Hq, group, D, Dv, tiles, slices;
+  float scale, softcap;
+};
+
+constexpr int WARPS = BQ / (16 * MT), THREADS = 32 * WARPS, TW = TK / 32, QS = DP + PAD, VS = DVP + PAD, NT = TK / 8, VT = DVP / 8;
+constexpr bool Q_IN_REGISTERS = MT * DP <= 128;
+static_assert(BQ % 32 == 0 && BQ % (16 * MT) == 0 && BK % TK == 0 && TK % 32 == 0 && DP % 16 == 0 && DVP % 16 == 0, "tiles");
+
+// scores of this warp's rows against the key tile
+__device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u32 (&qf)[MT][Q_IN_REGISTERS ? DP / 16 : 1][4], const u16* sq, const u16* sk, int row) {
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[m][n][e] = 0.f;
+#pragma unroll
+  for (int k = 0; k < DP / 16; k++) {
+    u32 a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      if constexpr (Q_IN_REGISTERS) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[m][e] = qf[m][k][e];
+      } else {
+        load_a(a[m], sq, QS, row + 16 * m, 16 * k);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      u32 b[4];
+      load_b_rows(b, sk, QS, 8 * n, 16 * k);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<KIND>(s[m][n], a[m], b[0], b[1]);
+        mma<KIND>(s[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// to log2 units, softcap, mask; s becomes probabilities relative to the new maximum; returns the factors for what was summed before
+__device__ __forceinline__ void softmax(float (&s)[NT][4], float (&most)[2], float (&sum)[2], float (&factor)[2], const Params& p, bool masked, const u32* words) {
+  const int t = 2 * (threadIdx.x & 3);
+  const float scale2 = p.scale * LOG2E;
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if constexpr (SOFTCAP) s[n][e] = p.softcap * LOG2E * tanhf(s[n][e] * p.scale / p.softcap);
+      else s[n][e] *= scale2;
+    }
+  if (masked) {
+#pragma unroll
+    for (int w = 0; w < TW; w++) {
+      const u32 low = words[w] >> t, high = words[8 * TW + w] >> t;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float(&x)[4] = s[4 * w + j];
+        if (!(low >> (8 * j) & 1)) x[0] = -inf();
+        if (!(low >> (8 * j + 1) & 1)) x[1] = -inf();
+        if (!(high >> (8 * j) & 1)) x[2] = -inf();
+        if (!(high >> (8 * j + 1) & 1)) x[3] = -inf();
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float top = most[h], total = 0.f;
+#pragma unroll
+    for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float zero = top == -inf() ? 0.f : top;  // no key so far: every exponent is -inf, not NaN
+    factor[h] = ex2(most[h] - zero);
+    most[h] = top;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {  // score - maximum, not one fused product: the largest gives exactly 1 however large it is
+      s[n][2 * h] = ex2(s[n][2 * h] - zero);
+      s[n][2 * h + 1] = ex2(s[n][2 * h + 1] - zero);
+      total += s[n][2 * h] + s[n][2 * h + 1];
+    }
+    sum[h] = sum[h] * factor[h] + total;
+  }
+}
+
+__device__ __forceinline__ void add_values(float (&o)[MT][VT][4], const float (&s)[MT][NT][4], const u16* sv) {
+#pragma unroll
+  for (int k = 0; k < TK / 16; k++) {
+    u32 a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      a[m][0] = pack<KIND>(s[m][2 * k][0], s[m][2 * k][1]);
+      a[m][1] = pack<KIND>(s[m][2 * k][2], s[m][2 * k][3]);
+      a[m][2] = pack<KIND>(s[m][2 * k + 1][0], s[m][2 * k + 1][1]);
+      a[m][3] = pack<KIND>(s[m][2 * k + 1][2], s[m][2 * k + 1][3]);
+    }
+#pragma unroll
+    for (int n = 0; n < VT; n += 2) {
+      u32 b[4];
+      load_b_columns(b, sv, VS, 16 * k, 8 * n);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<KIND>(o[m][n], a[m], b[0], b[1]);
+        mma<KIND>(o[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void store_rows(const Params& p, const float (&o)[MT][VT][4], const float (&most)[MT][2], const float (&sums)[MT][2], const int* rows, int row, int head, int slice) {
+  const int lane = threadIdx.x & 31, h = head % p.Hq, c = 2 * (lane & 3);
+  const float sink2 = p.sink ? __ldg(p.sink + h) * LOG2E : -inf();
+  Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.out + (i64)head * p.at.T * p.Dv;
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float sum = sums[m][half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float top = most[m][half];
+      const bool empty = top == -inf() && sum == 0.f;
+      const float inverse = 1.f / (sum + (p.sink && !empty ? ex2(sink2 - top) : 0.f));
+      const int t = rows[row + 16 * m + 8 * half + lane / 4];
+      if (t < 0) continue;
+      if (p.lse && slice == 0 && c == 0) p.lse[(i64)head * p.at.T + t] = empty ? -inf() : top * LN2 + logf(sum);
+#pragma unroll
+      for (int n = 0; n < VT; n++) {
+        const int col = slice * DVP + 8 * n + c;
+        if (col < p.Dv)
+          store_pair<OUT_KIND>(out + (i64)t * p.Dv + col, empty ? 0.f : o[m][n][2 * half] * inverse, empty ? 0.f : o[m][n][2 * half + 1] * inverse, col + 1 < p.Dv, p.Dv % 2 == 0);
+      }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  u16 *sq = (u16*)raw, *sk = sq + BQ * QS, *sv = sk + TK * QS;
+  u32 *words = (u32*)(sv + TK * VS), *seen = words + 2 * BQ * TW;  // [2][BQ][TW], [2][TW]
+  int* rows = (int*)(seen + 2 * TW);                                // [BQ]
+
+  const int slice = blockIdx.x % p.slices, x = blockIdx.x / p.slices;
+  const int tile = p.tiles - 1 - x % p.tiles, head = x / p.tiles, b = head / p.Hq, h = head % p.Hq;  // late tiles first: causal ones are the longest
+  const int limit = key_limit(p.at, b), start = first_position(p.at, b);
+  const i64 n = Q_ORDER ? tile : (i64)floor_div(start, BQ) + tile;
+  if (!Q_ORDER && n * BQ > (i64)start + p.at.T - 1) return;
+  const i64 i = Q_ORDER ? tile : n - p.lists.first;
+  for (int r = threadIdx.x; r < BQ; r += THREADS) rows[r] = query_of<BQ, Q_ORDER>(p.lists, (int)i, r, start, p.at.T);
+  if (threadIdx.x < 2 * TW) seen[threadIdx.x] = 0;
+  __syncthreads();
+
+  Walk<BK, TK, K_ORDER> w;
+  if (i >= 0 && i < p.lists.nq) w = Walk<BK, TK, K_ORDER>(p.lists, __ldg(p.lists.list_of + b * p.lists.list_b + h * p.lists.list_h), (int)i, limit);
+  const u16* q = (const u16*)p.q + b * p.qb + h * p.qh;
+  const u16* k = (const u16*)p.k + b * p.kb + (h / p.group) * p.kh;
+  const u16* v = (const u16*)p.v + b * p.vb + (h / p.group) * p.vh + (i64)slice * DVP * p.vd;
+  const auto load_keys = [&](const Walk<BK, TK, K_ORDER>& y) {
+    copy_tile<u16, TK, DP, COPY, THREADS>(sk, QS, k, p.D, p.kd, [&](int r) {
+      const int key = key_of<BK, K_ORDER>(p.lists, y.block, y.c + r, limit);
+      return key < 0 ? nullptr : k + key * p.kt;
+    });
+    cp_commit();
+  };
+
+  const int row = (threadIdx.x / 32) * 16 * MT, lane = threadIdx.x & 31;
+  float o[MT][VT][4] = {}, most[MT][2], sum[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++) most[m][0] = most[m][1] = -inf(), sum[m][0] = sum[m][1] = 0.f;
+
+  if (w.valid()) {
+    copy_tile<u16, BQ, DP, COPY, THREADS>(sq, QS, q, p.D, p.qd, [&](int r) { return rows[r] < 0 ? nullptr : q + rows[r] * p.qt; });
+    if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen);
+    load_keys(w);
+    cp_wait<0>();
+    __syncthreads();
+    u32 qf[MT][Q_IN_REGISTERS ? DP / 16 : 1][4];
+    if constexpr (Q_IN_REGISTERS) {
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int c = 0; c < DP / 16; c++) load_a(qf[m][c], sq, QS, row + 16 * m, 16 * c);
+    }
+    for (int odd = 0; w.valid(); odd ^= 1) {
+      const bool masked = w.masked();
+      u32 *now = words + odd * BQ * TW, *shown = seen + odd * TW;
+      cp_wait<0>();
+      __syncthreads();  // keys and words are here; nobody reads the values of the last step any more
+      copy_tile<u16, TK, DVP, COPY, THREADS>(sv, VS, v, p.Dv - slice * DVP, p.vd, [&](int r) {
+        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, limit);
+        return key < 0 || (masked && !(shown[r >> 5] >> (r & 31) & 1)) ? nullptr : v + key * p.vt;
+      });
+      cp_commit();
+      if (threadIdx.x < TW) seen[(odd ^ 1) * TW + threadIdx.x] = 0;
+      float s[MT][NT][4];
+      scores(s, qf, sq, sk, row);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        float factor[2];
+        softmax(s[m], most[m], sum[m], factor, p, masked, now + (row + 16 * m + lane / 4) * TW);
+#pragma unroll
+        for (int c = 0; c < VT; c++) {
+          o[m][c][0] *= factor[0]; o[m][c][1] *= factor[0];
+          o[m][c][2] *= factor[1]; o[m][c][3] *= factor[1];
+        }
+      }
+      cp_wait<0>();
+      __syncthreads();  // values are here; nobody reads the keys any more
+      w.next();
+      if (w.valid()) {
+        if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words + (odd ^ 1) * BQ * TW, seen + (odd ^ 1) * TW);
+        load_keys(w);
+      }
+      add_values(o, s, sv);
+    }
+  }
+  store_rows(p, o, most, sum, rows, row, head, slice);
+}

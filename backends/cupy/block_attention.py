@@ -1,0 +1,107 @@
+"""Attention over block lists: q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv], lists (contract.Lists) -> out [B,Hq,T,Dv], lse [B,Hq,T].
+
+A row that sees no key: out 0, lse -inf. The sink stands in the denominator only. Keys at or past kv_length (clamped to 0..S) do not exist; what no row of
+a tile sees is never read into a product. Tiles stand at absolute positions, so q_start and kv_length may change under a replayed graph.
+
+float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32.
+"""
+from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
+from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+
+TUNABLES = (
+    Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
+    Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
+    Tunable("tile_k", (32, 64, 128), "keys a step, divides block_k"),
+    Tunable("row_tiles", (1, 2), "16-row tiles a warp holds: 2 halves what is read from shared memory, and doubles the registers"),
+)
+FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
+FIELDS_FLOAT32 = FIELDS
+
+
+def _dims(q, k, v):
+    return dict(D=q.shape[3], Dv=v.shape[3])
+
+
+def supports(problem: Problem) -> str | None:
+    kinds = {problem.dtype(name) for name in "qkv"}
+    if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
+        return f"CuPy block attention takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"
+    if max(problem["D"], problem["Dv"]) > 576:
+        return f"CuPy block attention takes D and Dv up to 576, not {problem['D']} and {problem['Dv']}"
+    if isinstance(resources(problem, default_config(problem)), str):
+        return f"CuPy block attention of D {problem['D']} needs more shared memory than {problem.arch} has; float16 and bfloat16 up to D 576 fit from 99 KiB"
+    return None
+
+
+def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> int:
+    bq, tk = config["block_q"], config["tile_k"]
+    words = (2 * bq + 2) * (tk // 32) * 4 + bq * 4
+    if float32:
+        return (bq * (padded(D) + 1) + tk * 68 + bq * (tk + 1)) * 4 + words + 2 * bq * 4
+    return (bq + tk) * (padded(D) + 8) * 2 + tk * (sliced(Dv)[1] + 8) * 2 + words
+
+
+def resources(problem: Problem, config: dict):
+    bq, bk, tk, mt = config["block_q"], config["block_k"], config["tile_k"], config["row_tiles"]
+    float32 = problem.dtype("q") == "float32"
+    if bk % tk:
+        return f"tile_k {tk} does not divide block_k {bk}"
+    if float32 and (mt > 1 or tk != 32):
+        return "row_tiles and tile_k are for tensor cores; float32 takes 1 and 32"
+    wide = sliced(problem["Dv"])[1]
+    registers = mt * (wide // 2 + tk // 2) + (min(padded(problem["D"]), 128) // 4 if mt * padded(problem["D"]) <= 128 else 8 * mt) + 48
+    if not float32 and registers > 255:
+        return f"row_tiles {mt} and tile_k {tk} with {wide} value columns need about {registers} registers a thread, 255 are there"
+    shared = shared_bytes(problem["D"], problem["Dv"], config, float32)
+    if shared > nvrtc.shared_limit(problem.arch):
+        return f"{shared} bytes of shared memory, {problem.arch} has {nvrtc.shared_limit(problem.arch)}"
+    return Resources(threads=_threads(config, float32), shared=shared, registers=registers)
+
+
+def _threads(config: dict, float32: bool) -> int:
+    return 128 if float32 else config["block_q"] // config["row_tiles"] * 2
+
+
+def default_config(problem: Problem) -> dict:
+    D, T = problem["D"], problem["T"]
+    if problem.dtype("q") == "float32":
+        return dict(block_q=32 if D > 256 or T <= 32 else 64, block_k=64, tile_k=32, row_tiles=1)
+    if D <= 128:
+        return dict(block_q=32 if T <= 32 else 64 if T <= 64 else 128, block_k=128, tile_k=64, row_tiles=1)
+    small = nvrtc.shared_limit(problem.arch) < 160 * 1024 and D > 192
+    return dict(block_q=32 if T <= 32 or small else 64, block_k=64, tile_k=32 if D > 256 or small else 64, row_tiles=1)
+
+
+def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
+    common = dict(OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], DP=padded(D), SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order))
+    if kind == "float32":
+        return dict(common, DVP=sliced(Dv, 256)[1], COPY=copy)
+    return dict(common, KIND=KINDS[kind], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
+
+
+def artifacts(problem: Problem, config: dict) -> list[dict]:
+    kind, order = problem.dtype("q"), "order" in problem.features
+    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
+    return [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
+
+
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    kind, out_kind = q.dtype, out_dtype or q.dtype
+    out = place.empty((B, Hq, T, Dv), out_kind)
+    lse = place.empty((B, Hq, T), "float32") if return_lse else None
+    tiles = query_tiles(lists, T, q_start, S, kv_length)
+    if B * Hq * tiles == 0:
+        return out, lse
+    float32 = kind == "float32"
+    slices = sliced(Dv)[0]
+    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None)
+    source = "block_attention_float32" if float32 else "block_attention"
+    function = nvrtc.function(source, "forward", FIELDS, d, place)
+    if B * Hq * tiles * slices >= 2 ** 31:
+        raise Unsupported(f"CuPy block attention launches at most 2^31 - 1 tiles, not {B * Hq * tiles * slices}; split the batch")
+    function(B * Hq * tiles * slices, _threads(config, float32), shared_bytes(D, Dv, config, float32), place.stream,
+             q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *position_values(T, S, kv_length, q_start),
+             *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, D, Dv, tiles, slices, scale, softcap or 0.0)
+    return out, lse

@@ -1,0 +1,69 @@
+"""How the attention kernels of this folder take their arguments: element kinds, copy widths, structs (lists.cuh), tiles of value columns."""
+import math
+
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3}  # numbers.cuh
+LISTS = "8Q6i"      # struct ListArrays
+POSITIONS = "2Q4i"  # struct Positions
+HALVES = ("float16", "bfloat16")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(width: int) -> int:
+    """Widths are padded to the 16 columns of one tensor-core product."""
+    return ceil_div(width, 16) * 16
+
+
+def sliced(width: int, most: int = 256) -> tuple[int, int]:
+    """(slices, padded width of one): how many CTAs share a row of `width` columns when one holds at most `most`."""
+    slices = ceil_div(padded(width), most)
+    return slices, padded(ceil_div(width, slices))
+
+
+def copy_bytes(*views) -> int:
+    """The widest copy that is aligned in every row of every view: 16, 8 or 4 bytes, else one element (which takes any stride of the last axis too)."""
+    bytes_ = 16
+    for x in views:
+        size = x.itemsize
+        if x.shape[-1] > 1 and x.strides[-1] != 1:
+            return size
+        bytes_ = math.gcd(bytes_, x.ptr or 16, x.shape[-1] * size, *(s * size for n, s in zip(x.shape[:-1], x.strides) if n > 1))
+    return max(bytes_, views[0].itemsize)
+
+
+def problem_copy_bytes(problem, *axes) -> int:
+    """The same for a problem: what contiguous arrays give."""
+    size = 4 if problem.dtype("q") == "float32" else 2
+    return max(size, math.gcd(16, *(problem[axis] * size for axis in axes)))
+
+
+def lists_values(lists) -> tuple:
+    """The fields of struct ListArrays."""
+    at = lists.list_of.shape
+    ptr = lambda x: 0 if x is None else x.ptr  # noqa: E731
+    return (lists.offsets.ptr, lists.cols.ptr, lists.kinds.ptr, ptr(lists.intervals), ptr(lists.bitmaps), lists.list_of.ptr, ptr(lists.q_order), ptr(lists.k_order),
+            at[1] if at[0] > 1 else 0, 1 if at[1] > 1 else 0, lists.first, lists.nq, lists.nk, 0)
+
+
+def position_values(T: int, S: int, kv_length, q_start) -> tuple:
+    """The fields of struct Positions. q_start: int, device array, or None = kv_length - T (S - T without lengths)."""
+    if q_start is None:
+        value, array, source = (S - T, 0, 0) if kv_length is None else (0, 0, 2)
+    elif isinstance(q_start, int):
+        value, array, source = q_start, 0, 0
+    else:
+        value, array, source = 0, q_start.ptr, 1
+    return (0 if kv_length is None else kv_length.ptr, array, T, S, value, source)
+
+
+def query_tiles(lists, T: int, q_start, S: int, kv_length) -> int:
+    """Tiles of lists.block_q absolute positions that T queries may touch: exact where q_start is known on the host."""
+    if lists.q_order is not None:
+        return lists.nq
+    if q_start is None and kv_length is None:
+        q_start = S - T
+    if isinstance(q_start, int):
+        return (q_start + T - 1) // lists.block_q - q_start // lists.block_q + 1 if T else 0
+    return (T + lists.block_q - 2) // lists.block_q + 1 if T else 0
