@@ -87,6 +87,18 @@ def _keep(e, candidates, room, count, limit, ties):
     return e.loop(count, [e.i(0), ties], body)[0]
 
 
+def _top_of(e, values, count, top):
+    """The largest of `top` and `count` scores, NaN passed over."""
+    b, main = e.b, e.b.and_(count, e.i(-e.lanes))
+    top = e.loop(main, [e.splat(top)], lambda k, held: [e.max(e.load(e.add(values, e.mul(k, 4))), held[0])], e.lanes)[0]
+    top = e.call(f"llvm.vector.reduce.fmax.v{e.lanes}f32", F, top)
+
+    def one(k, held):
+        x = e.load(e.add(values, e.mul(e.add(main, k), 4)), 0, F)
+        return [b.select(b.fcmp_ordered(">", x, held[0]), x, held[0])]
+    return e.loop(b.sub(count, main), [top], one)[0]
+
+
 def _fill(e, orders, count):
     e.loop(count, [], lambda k, _: (e.store(ir.Constant(I32, LEAST), e.add(orders, e.mul(k, 4))), [])[1])
 
@@ -96,6 +108,7 @@ push = op("iiifi", _push)
 push_forced = op("iiii", _push_forced)
 score_of = op("i", _score_of, "f")
 count_from = op("iii", _count_from, "i")
+top_of = op("iif", _top_of, "f")
 largest = op("ii", _largest, "i")
 keep = op("iiiii", _keep, "i")
 fill_least = op("ii", _fill)
