@@ -71,7 +71,7 @@ def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.c
     room = n // RUNS - 3
     at = lo + begin + tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, room.to(tl.uint32) + tl.zeros((SAMPLE,), tl.uint32)).to(tl.int32) + (i & 3)
     keys = load_keys(row, at, lo, hi, first, last, FORCED)
-    mean = k.to(tl.float32) * SAMPLE / n.to(tl.float32)
+    mean = k * (SAMPLE / n.to(tl.float32))
     rank = (mean + 4.5 * tl.sqrt(mean) + 3.0).to(tl.int32)
     key = tl.sum(tl.zeros_like(keys), axis=0)
     position = lo * 0 - 1
@@ -104,7 +104,7 @@ def choose(keys, at, k, row, out, values, VALUES: tl.constexpr):
     """The k best of a tile of candidates whose positions ascend: positions (and values) in ascending order to `out`; returns how many."""
     have = tl.sum((keys > 0).to(tl.int32), axis=0)
     bound = tl.sum(tl.zeros_like(keys), axis=0)
-    left = k * 0
+    left = have * 0
     if have > k:
         bound = kth_key(keys, k)
         left = k - tl.sum((keys > bound).to(tl.int32), axis=0)

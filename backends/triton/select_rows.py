@@ -48,7 +48,7 @@ def row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_firs
 @triton.jit
 def fits(n, k, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr):
     """Whether few enough candidates are to be expected: all of a short row, or k and the sample's margin twice over."""
-    mean = k.to(tl.float32) * SAMPLE / tl.maximum(n, 1).to(tl.float32)
+    mean = k * (SAMPLE / tl.maximum(n, 1).to(tl.float32))
     expected = (mean + 6.5 * tl.sqrt(mean) + 5.0) * tl.maximum(n, 1).to(tl.float32) / SAMPLE
     return (n <= CAPACITY) | ((n >= SAMPLE) & (expected <= CAPACITY))
 
@@ -74,7 +74,7 @@ def select_whole_rows(scores, starts, ends, q_starts, out, lengths, values, buff
         width = (S + pool - 1) // pool
         answer = out + item * k
         chosen = answer if values is None else values + item * k
-        written = k * 0 - 1
+        written = t * 0 - 1
         if ALL:
             if hi - lo <= k:
                 written = take_all(lo, hi, answer, BLOCK)
@@ -109,7 +109,7 @@ def keep_in_parts(scores, starts, ends, q_starts, buffer_keys, buffer_at, counts
     row = scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
     width = (S + pool - 1) // pool
     mine = (r.to(tl.int64) * SPLITS + part) * CAPACITY
-    count = k * 0 - 1
+    count = t * 0 - 1
     wanted = fits(hi - lo, k, CAPACITY, SAMPLE)
     if ALL:
         wanted = wanted & (hi - lo > k)
@@ -143,15 +143,15 @@ def choose_from_parts(scores, starts, ends, q_starts, out, lengths, values, buff
     width = (S + pool - 1) // pool
     answer = out + item * k
     chosen = answer if values is None else values + item * k
-    written = k * 0 - 1
+    written = t * 0 - 1
     if ALL:
         if hi - lo <= k:
             written = take_all(lo, hi, answer, BLOCK)
     i = tl.arange(0, CAPACITY)
     source = i.to(tl.int64) * 0 - 1
-    total = k * 0
+    total = t * 0
     sound = (written < 0)
-    bounded = sound & (k < 0)
+    bounded = sound & (t < 0)
     for part in tl.static_range(SPLITS):
         count = tl.load(counts + r * SPLITS + part)
         sound = sound & (count >= 0)

@@ -1,0 +1,209 @@
+"""The one score function of the lightning indexer, used by `indexer_scores` and by `indexer_topk`, which must agree bit for bit.
+
+    q [B,H,T,D]  k [B,S,D]  weights [B,H,T] float32  k_scale [B,S] float32  ->  scores [B,T,S] float32
+
+score[t,s] = k_scale[s] * sum_h weights[h,t] * act(q[h,t] . k[s]). Whatever decides the order of the sums (tiles over keys, heads and D, warps) follows from the
+problem alone and is no knob; how many queries a program takes is.
+Sixteen heads or more: keys stand on the rows of the product and one query's heads on its columns, so that the sum over heads stays inside a few threads and few
+queries (decoding) fill the tensor cores as well as many. Fewer heads: a tile of queries by keys for one head after the other.
+"""
+import triton
+import triton.language as tl
+
+from sparsetile.backends.triton.float8 import native, passed, pointer, product_dtype, widen
+
+
+@triton.jit
+def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: tl.constexpr, mask):
+    """Keys lo <= s < hi that query t (number or tile) of batch b may see; (S, 0) where there is nothing to compute."""
+    lo = t * 0
+    hi = t * 0 + S
+    item = b.to(tl.int64) * T_all + t
+    if starts is not None:
+        lo = tl.minimum(tl.maximum(tl.load(starts + item, mask=mask, other=0), 0), S)
+    if ends is not None:
+        hi = tl.minimum(tl.maximum(tl.load(ends + item, mask=mask, other=0), 0), S)
+    if CAUSAL:
+        p = position + t
+        if q_starts is not None:
+            p += tl.load(q_starts + b)
+        hi = tl.minimum(hi, p + 1)
+    idle = (hi - lo <= short) | (mask == 0)
+    return tl.where(idle, S, lo), tl.where(idle, 0, hi)
+
+
+@triton.jit
+def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short,
+                   H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+                   DTYPE: tl.constexpr, RELU: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+    HEAD_CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    s_blocks = (S + BLOCK_S - 1) // BLOCK_S
+    t_blocks = (T + BLOCK_T - 1) // BLOCK_T
+    pid = tl.program_id(0)
+    s = (pid % s_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    t0 = (pid // s_blocks % t_blocks) * BLOCK_T
+    b = pid // s_blocks // t_blocks
+    rows = t0 + tl.arange(0, BLOCK_T)
+    lo, hi = key_window(starts, ends, q_starts, b, T_all, rows, S, position, short, CAUSAL, rows < T)
+    s0 = (pid % s_blocks) * BLOCK_S
+    count = tl.minimum(BLOCK_T, T - t0)
+    out += b.to(tl.int64) * out_b
+    if (tl.max(hi, axis=0) > s0) & (tl.min(lo, axis=0) < s0 + BLOCK_S):
+        h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+        q += b.to(tl.int64) * q_b
+        weights += b.to(tl.int64) * w_b
+        keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                      # [BLOCK_S, BLOCK_D]
+        if D_CHUNKS == 1:
+            held = widen(tl.load(keys, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+        if k_scale is not None:
+            scale = tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)
+        total = tl.zeros((BLOCK_S,), tl.float32)
+        for i in range(count * HEAD_CHUNKS):
+            t = t0 + i // HEAD_CHUNKS
+            head = (i % HEAD_CHUNKS) * BLOCK_H + h
+            product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
+            queries = q + head.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + d[None, :]            # [BLOCK_H, BLOCK_D]
+            weight = tl.load(weights + head.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=head < H, other=0.0)
+            for c in tl.static_range(D_CHUNKS):
+                query = widen(tl.load(queries + c * BLOCK_D, mask=(head < H)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+                if D_CHUNKS == 1:
+                    key = held
+                else:
+                    key = widen(tl.load(keys + c * BLOCK_D, mask=(s < S)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+                product = tl.dot(key, tl.trans(query), product, input_precision="ieee")
+            if RELU:
+                product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            product = product * weight[None, :]
+            if H % BLOCK_H:  # a head that is not there would make NaN of an infinite key
+                product = tl.where((head < H)[None, :], product, 0.0)
+            total += tl.sum(product, axis=1)
+            if (i % HEAD_CHUNKS) == HEAD_CHUNKS - 1:
+                score = total
+                if k_scale is not None:
+                    score = score * scale
+                first, last = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+                score = tl.where((s >= first) & (s < last), score, float("-inf"))
+                tl.store(out + t.to(tl.int64) * out_t + s, score, mask=s < S)
+                total = tl.zeros((BLOCK_S,), tl.float32)
+    elif FILL:
+        for i in range(count):
+            tl.store(out + (t0 + i).to(tl.int64) * out_t + s, tl.full((BLOCK_S,), float("-inf"), tl.float32), mask=s < S)
+
+
+@triton.jit
+def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short,
+                     H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+                     DTYPE: tl.constexpr, RELU: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+    D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    s_blocks = (S + BLOCK_S - 1) // BLOCK_S
+    t_blocks = (T + BLOCK_T - 1) // BLOCK_T
+    pid = tl.program_id(0)
+    s0 = (pid % s_blocks) * BLOCK_S
+    s = s0 + tl.arange(0, BLOCK_S)
+    t = (pid // s_blocks % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = pid // s_blocks // t_blocks
+    lo, hi = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+    places = out + b.to(tl.int64) * out_b + t.to(tl.int64)[:, None] * out_t + s[None, :]
+    there = (t < T)[:, None] & (s < S)[None, :]
+    if (tl.max(hi, axis=0) > s0) & (tl.min(lo, axis=0) < s0 + BLOCK_S):
+        d = tl.arange(0, BLOCK_D)
+        keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                      # [BLOCK_S, BLOCK_D]
+        queries = q + b.to(tl.int64) * q_b + t.to(tl.int64)[:, None] * q_t + d[None, :]                   # [BLOCK_T, BLOCK_D]
+        if D_CHUNKS == 1:
+            held = widen(tl.load(keys, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+        total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        shares = weights + b.to(tl.int64) * w_b + t.to(tl.int64) * w_t
+        for h in range(H):
+            product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+            for c in tl.static_range(D_CHUNKS):
+                query = widen(tl.load(queries + c * BLOCK_D, mask=(t < T)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+                if D_CHUNKS == 1:
+                    key = held
+                else:
+                    key = widen(tl.load(keys + c * BLOCK_D, mask=(s < S)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+                product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
+            weight = tl.load(shares, mask=t < T, other=0.0)
+            if RELU:
+                product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            total += product * weight[:, None]
+            queries += q_h
+            shares += w_h
+        if k_scale is not None:
+            total = total * tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)[None, :]
+        total = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None]), total, float("-inf"))
+        tl.store(places, total, mask=there)
+    elif FILL:
+        tl.store(places, tl.full((BLOCK_T, BLOCK_S), float("-inf"), tl.float32), mask=there)
+
+
+def refusal(problem) -> str | None:
+    for name in ("q", "k"):
+        if problem.dtype(name) not in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
+            return f"indexer {name} of {problem.dtype(name)} is not supported on a GPU; float32, float16, bfloat16 and float8_e4m3fn are"
+    return None
+
+
+def plan(H, D, q_dtype, k_dtype, arch):
+    """(kernel, constants, warps): everything that decides the order of summation, from the problem alone."""
+    dtype = product_dtype(q_dtype, k_dtype, arch)
+    full = dtype == tl.float32  # products without tensor cores want small tiles
+    narrow = 32 if dtype == tl.float8e4nv else 16
+    width = max(narrow, 1 << (D - 1).bit_length())
+    if full:
+        width = min(width, 32)
+    elif width > 256 or (width > 128 and D % 128):
+        width = 64
+    constants = {"H": H, "D": D, "BLOCK_S": 64 if full else 128, "BLOCK_D": width, "DTYPE": dtype}
+    if H < 16:
+        return score_by_queries, constants, 4
+    constants["BLOCK_H"] = 16 if full else 64 if H > 32 else 32 if H > 16 else 16
+    return score_by_heads, constants, 4
+
+
+def queries_per_program(kernel, constants, queries) -> int:
+    """Rows of queries of one program: the knob for the one form, fixed by the tensor cores for the other."""
+    return queries if kernel is score_by_heads else 32 if constants["DTYPE"] == tl.float32 else 64
+
+
+def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, starts=None, ends=None, q_starts=None, causal=True, position=0, activation="relu",
+          fill=True, short=0):
+    """Launch. starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no query sees unwritten; rows with at most
+    `short` visible keys are not computed."""
+    B, H, T, D = q.shape
+    S = k.shape[1]
+    if not B * T * S:
+        return
+    names = [str(x.dtype).removeprefix("torch.") for x in (q, k)]
+    kernel, constants, warps = plan(H, D, *names, place.arch)
+    block = queries_per_program(kernel, constants, queries)
+    grid = (B * triton.cdiv(T, block) * triton.cdiv(S, constants["BLOCK_S"]),)
+    q, k = passed(q, place.arch), passed(k, place.arch)
+    kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
+                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, **constants, BLOCK_T=block, RELU=activation == "relu",
+                 CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
+
+
+def score_artifact(problem, *, queries, stages, fill) -> dict:
+    """What `score` launches, to compile ahead."""
+    H, D, arch, has = problem["H"], problem["D"], problem.arch, problem.features
+    kernel, constants, warps = plan(H, D, problem.dtype("q"), problem.dtype("k"), arch)
+    arrays = {"q": pointer(problem.dtype("q"), arch), "k": pointer(problem.dtype("k"), arch), "weights": "*fp32", "k_scale": "*fp32", "starts": "*i32",
+              "ends": "*i32", "q_starts": "*i32", "out": "*fp32"}
+    windows = bool(has & {"window", "key_start", "key_end"})
+    absent = {name: None for name, there in (("k_scale", "scale" in has or "k_scale" in has), ("starts", windows), ("ends", windows), ("q_starts", "q_start" in has))
+              if not there}
+    constants = {**absent, **constants, "BLOCK_T": queries_per_program(kernel, constants, queries), "RELU": True, "CAUSAL": "causal" in has, "FILL": fill}
+    numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short")
+    signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers}}
+    aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + ("out_t", "out_b")
+    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": {"num_warps": warps, "num_stages": stages}, "div16": aligned}
+
+
+def shared_bytes(problem, stages) -> int:
+    """About what a program asks of shared memory: the keys, and the queries of each stage."""
+    kernel, c, _ = plan(problem["H"], problem["D"], problem.dtype("q"), problem.dtype("k"), problem.arch)
+    size = 4 if c["DTYPE"] == tl.float32 else 1 if c["DTYPE"] == tl.float8e4nv else 2
+    rows = c.get("BLOCK_H") or queries_per_program(kernel, c, 0)
+    whole = problem["D"] <= c["BLOCK_D"]
+    return size * c["BLOCK_D"] * (c["BLOCK_S"] * (1 if whole else stages) + rows * stages)

@@ -1,0 +1,129 @@
+"""The top_k keys of a lightning indexer, or blocks of `pool` keys, without ever holding all scores.
+
+    q [B,H,T,D]  k [B,S,D]  weights [B,H,T]  ->  indices [B,T,top_k] int32 ascending, then -1; lengths [B,T] int32; scores [B,T,top_k] float32 or None
+
+Scores of as many queries as fit a bounded scratch are computed by the score function of `indexer_scores`, and their best chosen exactly as `topk` does.
+A row with no more than top_k visible entries is answered with all of them, and nothing is computed for it, unless scores are asked for.
+pool > 1: entries are blocks, a block's score is the maximum over its visible keys, NaN passed over. The first `force_first` and last `force_last` blocks that hold
+visible keys are always taken, whatever their score, and count in top_k. scores are those of the entries, -inf where the index is -1.
+"""
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Resources, Tunable
+from sparsetile.backends.triton import index_score, indexer_scores, select_rows
+
+TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "scores held at a time"),)
+
+
+@triton.jit
+def pool_rows(scores, starts, ends, q_starts, out, T, T_all, S, blocks, pool, in_b, in_t, out_b, out_t, position, CAUSAL: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (row, blocks): maxima over the visible keys of each block of `pool` keys; NaN is passed over, no visible key gives -inf."""
+    r = tl.program_id(0)
+    b, t = r // T, r % T
+    lo, hi = index_score.key_window(starts, ends, q_starts, b, T_all, t, S, position, 0, CAUSAL, t < T)
+    row = scores + b.to(tl.int64) * in_b + t.to(tl.int64) * in_t
+    answer = out + b.to(tl.int64) * out_b + t.to(tl.int64) * out_t
+    for first in range(tl.program_id(1) * BLOCKS, blocks, tl.num_programs(1) * BLOCKS):
+        n = first + tl.arange(0, BLOCKS)
+        best = tl.full((BLOCKS,), float("-inf"), tl.float32)
+        if (hi > first * pool) & (lo < (first + BLOCKS) * pool):
+            for c in range(0, pool, WIDTH):
+                i = c + tl.arange(0, WIDTH)
+                s = n[:, None] * pool + i[None, :]
+                score = tl.load(row + s, mask=(i < pool)[None, :] & (s >= lo) & (s < hi), other=float("-inf"))
+                best = tl.maximum(best, tl.max(tl.where(score == score, score, float("-inf")), axis=1))
+        tl.store(answer + n, best, mask=n < blocks)
+
+
+def supports(problem):
+    if problem["S"] > 2 ** 31 - 2 ** 15:
+        return f"{problem['S']} keys are too many; split them and merge the selections"
+    return index_score.refusal(problem)
+
+
+def resources(problem, config):
+    refused = select_rows.refusal(config)
+    return refused or indexer_scores.resources(problem, config)
+
+
+def rows_at_once(T, S, scratch_mb) -> int:
+    """Rows of scores in the scratch; rows start at multiples of 64 bytes, so that they are read 16 bytes at a time."""
+    return max(1, (scratch_mb << 20) // (4 * row_stride(S)))
+
+
+def row_stride(S) -> int:
+    return -(-max(S, 1) // 16) * 16
+
+
+def default_config(problem):
+    B, T, S = problem["B"], problem["T"], problem["S"]
+    rows = min(B * T, rows_at_once(T, S, 32))
+    return {**indexer_scores.default_config(problem), **select_rows.default_knobs(rows, S, problem["K"], 132), "scratch_mb": 32}
+
+
+def pool_width(pool) -> tuple[int, int]:
+    """(blocks, keys of each) that a program reads at a time."""
+    width = min(1024, 1 << (pool - 1).bit_length())
+    return max(1, 2048 // width), width
+
+
+def artifacts(problem, config):
+    has = problem.features
+    causal, scores, pooled = "causal" in has, "return_scores" in has, "pool" in has
+    windows = bool(has & {"window", "key_start", "key_end"})
+    found = [index_score.score_artifact(problem, queries=config["queries"], stages=config["stages"], fill=False)]
+    found += select_rows.row_artifacts(config, causal=causal, forced="force" in has, everything=not scores, windows=windows, q_starts="q_start" in has, values=scores)
+    if pooled:
+        absent = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", "q_start" in has)) if not there}
+        arrays = {name: kind for name, kind in (("scores", "*fp32"), ("starts", "*i32"), ("ends", "*i32"), ("q_starts", "*i32"), ("out", "*fp32")) if name not in absent}
+        numbers = {name: "i32" for name in ("T", "T_all", "S", "blocks", "pool", "in_b", "in_t", "out_b", "out_t", "position")}
+        blocks, width = pool_width(max(2, problem.granularity))
+        found.append({"fn": pool_rows, "signature": {**arrays, **numbers}, "constexprs": {**absent, "CAUSAL": causal, "BLOCKS": blocks, "WIDTH": width},
+                      "options": {"num_warps": 4}, "div16": tuple(arrays) + ("in_b", "in_t")})
+    return found
+
+
+def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu", pool=1, force_first=0,
+        force_last=0, return_scores=False):
+    B, T, S = q.shape[0], q.shape[2], k.shape[1]
+    indices, lengths = place.empty((B, T, top_k), "int32"), place.empty((B, T), "int32")
+    values = place.empty((B, T, top_k), "float32") if return_scores else None
+    if not B * T:
+        return indices, lengths, values
+    at_once, stride = min(B * T, rows_at_once(T, S, config["scratch_mb"])), row_stride(S)
+    batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
+    scratch = place.empty((batches * queries * stride,), "float32")
+    blocks = -(-S // pool)
+    pooled = place.empty((batches * queries * row_stride(blocks),), "float32") if pool > 1 else None
+    kept = select_rows.buffers(batches * queries, place, config)
+    by_batch = not isinstance(q_start, int)
+    for b in range(0, B, batches):
+        for t in range(0, T, queries):
+            part = slice(b, min(B, b + batches)), slice(t, min(T, t + queries))
+            nb, nt = part[0].stop - b, part[1].stop - t
+            scores = scratch[:nb * nt * stride].view(nb, nt, stride)
+            window = {"starts": None if key_start is None else key_start[part], "ends": None if key_end is None else key_end[part],
+                      "q_starts": q_start[part[0]] if by_batch and causal else None}
+            where = t if by_batch else t + q_start
+            short = 0 if return_scores or pool > 1 else top_k
+            index_score.score(q[part[0], :, part[1]], k[part[0]], weights[part[0], :, part[1]], scores, place=place, queries=config["queries"], stages=config["stages"],
+                              T_all=T, k_scale=None if k_scale is None else k_scale[part[0]], causal=causal, position=where, activation=activation, fill=False,
+                              short=short, **window)
+            if pool > 1:
+                scores = pool_launch(scores, pooled[:nb * nt * row_stride(blocks)].view(nb, nt, row_stride(blocks)), S, pool, T, where, causal, window)
+            select_rows.select_rows(scores, top_k, indices[part], lengths[part], None if values is None else values[part], place=place, config=config, T_all=T,
+                                    causal=causal, position=where, width=S, pool=pool, force_first=force_first, force_last=force_last,
+                                    everything=not return_scores, scratch=kept, **window)
+    return indices, lengths, values
+
+
+def pool_launch(scores, pooled, S, pool, T_all, position, causal, window):
+    """Scores of keys -> maxima of blocks, for one part of the rows."""
+    nb, nt = pooled.shape[:2]
+    blocks, width = pool_width(pool)
+    count = -(-S // pool)
+    if count:
+        pool_rows[(nb * nt, min(64, triton.cdiv(count, blocks)))](scores, *window.values(), pooled, nt, T_all, S, count, pool, *scores.stride()[:2],
+                                                                  *pooled.stride()[:2], position, CAUSAL=causal, BLOCKS=blocks, WIDTH=width, num_warps=4)
+    return pooled
