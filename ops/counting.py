@@ -1,0 +1,114 @@
+"""Exact counts without a mask: pairs by refinement of rectangles, layers to full reach on a graph of bits."""
+import numpy as np
+
+from sparsetile.ops import regions
+
+_LEAF = 64    # rectangles of this side are looked at pair by pair
+_FAN = 4
+_TOP = 1024   # rectangles of the first step
+
+
+def pairs(rule, first_pos: int, last_pos: int, S: int) -> int:
+    """Pairs (p, s) with first_pos <= p < last_pos, 0 <= s < S that the rule (without heads) shows.
+
+    Rectangles are halved twice until they are full, empty or of 64 x 64; equal ones (same signature) are followed once and multiplied, so regular
+    patterns cost next to nothing at any length.
+    """
+    if last_pos <= first_pos or S <= 0:
+        return 0
+    rule, total, size = regions.plain(rule), 0, _LEAF
+    while -(-(last_pos - first_pos) // size) * -(-S // size) > _TOP:
+        size *= _FAN
+    p0 = np.arange(first_pos // size, -(-last_pos // size), dtype=np.int64) * size
+    s0 = np.arange(0, -(-S // size), dtype=np.int64) * size
+    p0, s0 = np.repeat(p0, len(s0)), np.tile(s0, len(p0))
+    times = np.ones(len(p0), np.int64)
+    while True:
+        tiles = _tiles(p0, s0, size, first_pos, last_pos, S)
+        states = regions.state(rule, tiles)
+        area = (tiles.p_hi - tiles.p_lo + 1) * (tiles.s_hi - tiles.s_lo + 1) * times
+        total += int(area[states == 2].sum())
+        part = np.flatnonzero(states == 1)
+        example, group = regions.group(regions.signature(rule, tiles.take(part)), len(part))
+        times = np.bincount(group, weights=None, minlength=len(example)) if (times[part] == 1).all() else _sums(group, times[part], len(example))
+        p0, s0 = p0[part[example]], s0[part[example]]
+        if not len(p0):
+            return total
+        if size == _LEAF:
+            return total + _looked_at(rule, p0, s0, times, first_pos, last_pos, S)
+        size //= _FAN
+        step = np.arange(_FAN) * size
+        p0 = np.broadcast_to((p0[:, None] + step)[:, :, None], (len(p0), _FAN, _FAN)).reshape(-1)
+        s0 = np.broadcast_to((s0[:, None] + step)[:, None, :], (len(s0), _FAN, _FAN)).reshape(-1)
+        times = np.repeat(times, _FAN * _FAN)
+        inside = (p0 < last_pos) & (p0 + size > first_pos) & (s0 < S)
+        p0, s0, times = p0[inside], s0[inside], times[inside]
+
+
+def _tiles(p0, s0, size, first_pos, last_pos, S):
+    return regions.Tiles(p0, s0, np.maximum(p0, first_pos), np.minimum(p0 + size, last_pos) - 1, s0, np.minimum(s0 + size, S) - 1, S, (size, size))
+
+
+def _sums(group, times, n):
+    out = np.zeros(n, np.int64)
+    np.add.at(out, group, times)  # exact, where bincount with weights would go through float64
+    return out
+
+
+def _looked_at(rule, p0, s0, times, first_pos, last_pos, S):
+    total, side = 0, np.arange(_LEAF)
+    for a in range(0, len(p0), 256):
+        p, s = (p0[a:a + 256, None] + side)[:, :, None], (s0[a:a + 256, None] + side)[:, None, :]
+        seen = rule._see(p, s, S) & (p >= first_pos) & (p < last_pos) & (s < S)
+        total += int((seen.sum((1, 2)) * times[a:a + 256]).sum())
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ reach
+def hops(pattern, T: int) -> int | None:
+    """See Pattern.hops. Reach after 2^k layers by squaring, then the least number by bisection; sets of positions are bits in 64-bit words."""
+    if T == 1:
+        return 0
+    edges = np.eye(T, dtype=bool)
+    for rule in pattern.rules():
+        edges |= rule.mask(T, T)
+    goal = np.ones((T, T), bool)
+    if not np.triu(edges, 1).any():
+        goal = np.tril(goal)
+    goal = _words(goal)
+    powers = [_words(edges)]
+    while not np.array_equal(powers[-1], goal):
+        powers.append(_compose(powers[-1], powers[-1]))
+        if np.array_equal(powers[-1], powers[-2]):
+            return None
+    if len(powers) == 1:
+        return 1
+    reach, layers = powers[-2], 2 ** (len(powers) - 2)
+    for k in range(len(powers) - 3, -1, -1):
+        further = _compose(reach, powers[k])
+        if not np.array_equal(further, goal):
+            reach, layers = further, layers + 2 ** k
+    return layers + 1
+
+
+def _words(mask):
+    padded = np.zeros((mask.shape[0], -(-mask.shape[1] // 64) * 64), bool)
+    padded[:, :mask.shape[1]] = mask
+    return np.packbits(padded, axis=1, bitorder="little").view("<u8")
+
+
+def _compose(left, right):
+    """Boolean product of bit matrices, eight columns of `left` at a time through a table of the 256 unions of eight rows of `right`."""
+    out = np.zeros_like(left)
+    columns = np.ascontiguousarray(left.view(np.uint8).T)  # [T / 8, T]
+    table = np.zeros((256, right.shape[1]), np.uint64)
+    for n in range(-(-right.shape[0] // 8)):
+        users = np.flatnonzero(columns[n])
+        if not len(users):
+            continue
+        for bit, row in enumerate(right[8 * n:8 * n + 8]):
+            np.bitwise_or(table[:1 << bit], row, out=table[1 << bit:2 << bit])
+        for bit in range(len(right[8 * n:8 * n + 8]), 8):
+            table[1 << bit:2 << bit] = table[:1 << bit]
+        out[users] |= table[columns[n][users]]
+    return out
