@@ -5,19 +5,7 @@
 // Defines: KIND, OUT_KIND, BQ, BK (blocks of the lists), TK (keys a step), MT (16-row tiles a warp), DP, DVP (padded widths; a CTA makes DVP columns of
 // the output, blockIdx tells which), COPY (bytes that divide every row, numbers.cuh), SOFTCAP, Q_ORDER, K_ORDER.
 #include "mma.cuh"
-#include "lists.cuh"
-
-struct Params {
-  const void *q, *k, *v;
-  void* out;
-  float* lse;
-  const float* sink;
-  ListArrays lists;
-  Positions at;
-  i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
-  int Hq, group, D, Dv, tiles, slices;
-  float scale, softcap;
-};
+#include "block_forward.cuh"
 
 constexpr int WARPS = BQ / (16 * MT), THREADS = 32 * WARPS, TW = TK / 32, QS = DP + PAD, VS = DVP + PAD, NT = TK / 8, VT = DVP / 8;
 constexpr bool Q_IN_REGISTERS = MT * DP <= 128;
@@ -157,24 +145,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
   u32 *words = (u32*)(sv + TK * VS), *seen = words + 2 * BQ * TW;  // [2][BQ][TW], [2][TW]
   int* rows = (int*)(seen + 2 * TW);                                // [BQ]
 
-  const int slice = blockIdx.x % p.slices, x = blockIdx.x / p.slices;
-  const int tile = p.tiles - 1 - x % p.tiles, head = x / p.tiles, b = head / p.Hq, h = head % p.Hq;  // late tiles first: causal ones are the longest
-  const int limit = key_limit(p.at, b), start = first_position(p.at, b);
-  const i64 n = Q_ORDER ? tile : (i64)floor_div(start, BQ) + tile;
-  if (!Q_ORDER && n * BQ > (i64)start + p.at.T - 1) return;
-  const i64 i = Q_ORDER ? tile : n - p.lists.first;
-  for (int r = threadIdx.x; r < BQ; r += THREADS) rows[r] = query_of<BQ, Q_ORDER>(p.lists, (int)i, r, start, p.at.T);
+  const Tile x(p);
+  if (!x.exists) return;
+  for (int r = threadIdx.x; r < BQ; r += THREADS) rows[r] = query_of<BQ, Q_ORDER>(p.lists, x.i, r, x.start, p.at.T);
   if (threadIdx.x < 2 * TW) seen[threadIdx.x] = 0;
   __syncthreads();
 
-  Walk<BK, TK, K_ORDER> w;
-  if (i >= 0 && i < p.lists.nq) w = Walk<BK, TK, K_ORDER>(p.lists, __ldg(p.lists.list_of + b * p.lists.list_b + h * p.lists.list_h), (int)i, limit);
-  const u16* q = (const u16*)p.q + b * p.qb + h * p.qh;
-  const u16* k = (const u16*)p.k + b * p.kb + (h / p.group) * p.kh;
-  const u16* v = (const u16*)p.v + b * p.vb + (h / p.group) * p.vh + (i64)slice * DVP * p.vd;
+  Walk<BK, TK, K_ORDER> w = x.walk(p);
+  const u16* q = (const u16*)p.q + x.b * p.qb + x.h * p.qh;
+  const u16* k = (const u16*)p.k + x.b * p.kb + (x.h / p.group) * p.kh;
+  const u16* v = (const u16*)p.v + x.b * p.vb + (x.h / p.group) * p.vh + (i64)x.slice * DVP * p.vd;
   const auto load_keys = [&](const Walk<BK, TK, K_ORDER>& y) {
     copy_tile<u16, TK, DP, COPY, THREADS>(sk, QS, k, p.D, p.kd, [&](int r) {
-      const int key = key_of<BK, K_ORDER>(p.lists, y.block, y.c + r, limit);
+      const int key = key_of<BK, K_ORDER>(p.lists, y.block, y.c + r, x.limit);
       return key < 0 ? nullptr : k + key * p.kt;
     });
     cp_commit();
@@ -203,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       u32 *now = words + odd * BQ * TW, *shown = seen + odd * TW;
       cp_wait<0>();
       __syncthreads();  // keys and words are here; nobody reads the values of the last step any more
-      copy_tile<u16, TK, DVP, COPY, THREADS>(sv, VS, v, p.Dv - slice * DVP, p.vd, [&](int r) {
-        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, limit);
+      copy_tile<u16, TK, DVP, COPY, THREADS>(sv, VS, v, p.Dv - x.slice * DVP, p.vd, [&](int r) {
+        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
         return key < 0 || (masked && !(shown[r >> 5] >> (r & 31) & 1)) ? nullptr : v + key * p.vt;
       });
       cp_commit();
@@ -231,5 +214,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       add_values(o, s, sv);
     }
   }
-  store_rows(p, o, most, sum, rows, row, head, slice);
+  store_rows(p, o, most, sum, rows, row, x.head, x.slice);
 }

@@ -16,11 +16,6 @@ TUNABLES = (
     Tunable("row_tiles", (1, 2), "16-row tiles a warp holds: 2 halves what is read from shared memory, and doubles the registers"),
 )
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
-FIELDS_FLOAT32 = FIELDS
-
-
-def _dims(q, k, v):
-    return dict(D=q.shape[3], Dv=v.shape[3])
 
 
 def supports(problem: Problem) -> str | None:
@@ -38,7 +33,7 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> int:
     bq, tk = config["block_q"], config["tile_k"]
     words = (2 * bq + 2) * (tk // 32) * 4 + bq * 4
     if float32:
-        return (bq * (padded(D) + 1) + tk * 68 + bq * (tk + 1)) * 4 + words + 2 * bq * 4
+        return (bq * (padded(D) + 1) + tk * 65 + bq * (tk + 1)) * 4 + words
     return (bq + tk) * (padded(D) + 8) * 2 + tk * (sliced(Dv)[1] + 8) * 2 + words
 
 
@@ -60,7 +55,7 @@ def resources(problem: Problem, config: dict):
 
 
 def _threads(config: dict, float32: bool) -> int:
-    return 128 if float32 else config["block_q"] // config["row_tiles"] * 2
+    return 4 * config["block_q"] if float32 else config["block_q"] // config["row_tiles"] * 2
 
 
 def default_config(problem: Problem) -> dict:
@@ -76,7 +71,7 @@ def default_config(problem: Problem) -> dict:
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
     common = dict(OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], DP=padded(D), SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order))
     if kind == "float32":
-        return dict(common, DVP=sliced(Dv, 256)[1], COPY=copy)
+        return dict(common, DVP=sliced(Dv)[1], COPY=4)
     return dict(common, KIND=KINDS[kind], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
 
 
