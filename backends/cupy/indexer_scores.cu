@@ -79,7 +79,7 @@ template <int ROWS, class Row> __device__ __forceinline__ void load_rows(Cell* t
       const int r = i / CHUNKS, c = i % CHUNKS * N;
       const u8* from = row(r);
       const bool exists = from != nullptr && c < WIDTH;
-      u16* at = to + r * LD + c;
+      u16* at = (u16*)to + r * LD + c;
       if constexpr (N == 16) {
         const uint4 v = exists ? *(const uint4*)(from + c) : make_uint4(0, 0, 0, 0);
         ((uint4*)at)[0] = make_uint4(e4m3_pair(v.x), e4m3_pair(v.x >> 16), e4m3_pair(v.y), e4m3_pair(v.y >> 16));
@@ -112,12 +112,12 @@ template <class Fragments> __device__ __forceinline__ void products(float (&acc)
     for (int kk = 0; kk < DP / 16; kk++) {
       u32 b[NI / 2][4];
 #pragma unroll
-      for (int j = 0; j < NI / 2; j++) load_b_rows(b[j], heads, LD, n + 16 * j, 16 * kk);
+      for (int j = 0; j < NI / 2; j++) load_b_rows(b[j], (const u16*)heads, LD, n + 16 * j, 16 * kk);
 #pragma unroll
       for (int mi = 0; mi < MI; mi++) {
         u32 a[4];
         if constexpr (RESIDENT) { a[0] = held[kk][mi][0]; a[1] = held[kk][mi][1]; a[2] = held[kk][mi][2]; a[3] = held[kk][mi][3]; }
-        else load_a(a, keys, LD, rows + 16 * mi, 16 * kk);
+        else load_a(a, (const u16*)keys, LD, rows + 16 * mi, 16 * kk);
 #pragma unroll
         for (int j = 0; j < NI / 2; j++) { mma<MMA>(acc[mi][2 * j], a, b[j][0], b[j][1]); mma<MMA>(acc[mi][2 * j + 1], a, b[j][2], b[j][3]); }
       }
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) indexer_scores(const __gri
 #pragma unroll
       for (int kk = 0; kk < DP / 16; kk++)
 #pragma unroll
-        for (int mi = 0; mi < MI; mi++) load_a(held[kk][mi], keys, LD, (threadIdx.x / 32) * 16 * MI + 16 * mi, 16 * kk);
+        for (int mi = 0; mi < MI; mi++) load_a(held[kk][mi], (const u16*)keys, LD, (threadIdx.x / 32) * 16 * MI + 16 * mi, 16 * kk);
       __syncthreads();
       if (tile + 1 < v1) load_keys(tile + 1);
       cp_commit();

@@ -1,0 +1,61 @@
+// What the backward of attention needs of each row: one warp a row; and the gradient of the sinks, one block a head, in a fixed order.
+// Defines: KIND (out), DOUT_KIND, VECTOR (elements a lane loads at once).
+#include "vectors.cuh"
+
+struct Params {
+  const void *out, *dout;
+  const float *lse, *dlse, *sink;
+  float *lse_total, *delta, *term, *dsink;
+  i64 ob, oh, ot, od, db, dh, dt, dd, lb, lh, lt;  // strides of out, dout, dlse
+  int B, H, T, Dv;
+};
+constexpr int WARPS = 8, THREADS = 256;
+
+// lse_total = logaddexp(lse, sink); delta = sum(dout * out) - dlse * exp(lse_total - lse); term = exp(sink - lse_total) * sum(dout * out)
+extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Params p) {
+  const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (row >= (i64)p.B * p.H * p.T) return;
+  const int t = row % p.T, h = row / p.T % p.H, b = row / p.T / p.H, lane = threadIdx.x & 31;
+  const Element<KIND>* out = (const Element<KIND>*)p.out + b * p.ob + h * p.oh + t * p.ot;
+  const Element<DOUT_KIND>* dout = (const Element<DOUT_KIND>*)p.dout + b * p.db + h * p.dh + t * p.dt;
+  float sum = 0.f;
+  for (int c = lane * VECTOR; c < p.Dv; c += 32 * VECTOR) {
+    float x[VECTOR], y[VECTOR];
+    load_floats<KIND, VECTOR>(x, out, c, p.od);
+    load_floats<DOUT_KIND, VECTOR>(y, dout, c, p.dd);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sum = fmaf(x[i], y[i], sum);
+  }
+  sum = warp_sum(sum);
+  if (lane) return;
+  const float lse = p.lse[row], sink = p.sink ? p.sink[h] : -inf();
+  const float high = fmaxf(lse, sink), low = fminf(lse, sink);
+  const float total = high == -inf() || high == inf() ? high : high + log1pf(expf(low - high));
+  p.lse_total[row] = total;
+  // keys' share of the whole is exp(lse - total); beyond e^80 every probability has long become 0, and 0 * inf must not appear
+  float dlse = p.dlse ? p.dlse[b * p.lb + h * p.lh + t * p.lt] : 0.f;
+  if (dlse != 0.f) dlse *= expf(fminf(total - lse, 80.f));
+  p.delta[row] = lse == -inf() ? 0.f : sum - dlse;
+  if (p.term) p.term[row] = lse == -inf() || sink == -inf() || sink == inf() ? 0.f : expf(sink - total) * sum;
+}
+
+// dsink[h] = -sum over b, t of term
+extern "C" __global__ void __launch_bounds__(THREADS) sinks(const __grid_constant__ Params p) {
+#ifdef SPARSETILE_EMULATE
+  float* part = (float*)emulate_shared();
+#else
+  __shared__ float part[WARPS];
+#endif
+  const int h = blockIdx.x;
+  float sum = 0.f;
+  for (int b = 0; b < p.B; b++)
+    for (int t = threadIdx.x; t < p.T; t += THREADS) sum += p.term[((i64)b * p.H + h) * p.T + t];
+  sum = warp_sum(sum);
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sum = 0.f;
+    for (int w = 0; w < WARPS; w++) sum += part[w];
+    p.dsink[h] = -sum;
+  }
+}

@@ -1,0 +1,115 @@
+"""Scores of a lightning indexer, on tensor cores (float16, bfloat16, e4m3 as float16) or by fused multiply-adds (float32).
+
+    q [B,H,T,D]  k [B,S,D]  weights [B,H,T] float32  k_scale [B,S] float32  key_start, key_end [B,T] int32  ->  scores [B,T,S] float32
+
+score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); exactly -inf outside [key_start, key_end) and, if causal, past q_start + t.
+`launch` writes any rows of [B * T] into any float32 memory: indexer_topk selects from there, so both see the same bits. The knobs below move tiles, never sums.
+"""
+from sparsetile.backends.contract import Resources, Tunable
+from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy.operands import KINDS, ceil_div, copy_bytes, padded
+
+TUNABLES = (
+    Tunable("warps", (4, 2, 8, 1), "warps of a block; each holds row_tiles x 16 keys"),
+    Tunable("row_tiles", (1, 2), "16-key tiles of a warp: 2 halves what is read from shared memory, and doubles the registers"),
+    Tunable("queries", (1, 2, 4, 8), "queries of a block, with all their heads"),
+)
+FIELDS = "8Q" + "11q" + "7i4i"
+
+
+def supports(problem):
+    if problem["D"] > 576:
+        return f"CuPy indexer takes D up to 576, not {problem['D']}"
+    kinds = {problem.dtype("q"), problem.dtype("k", problem.dtype("q"))}
+    if len(kinds) > 1 or not kinds <= KINDS.keys():
+        return f"CuPy indexer takes q and k of one type, float32, float16, bfloat16 or float8_e4m3fn, not {'/'.join(sorted(map(str, kinds)))}; cast both to bfloat16"
+    fits = resources(problem, default_config(problem))
+    return fits if isinstance(fits, str) else None
+
+
+def head_columns(H: int) -> int:
+    """Columns a query takes: its heads, padded so that whole queries or whole groups of 8 heads fill 8 columns."""
+    return ceil_div(H, 8) * 8 if H > 8 else 8 if H > 4 else 4 if H > 2 else H
+
+
+def row_bytes(D: int, kind: str) -> int:
+    return (padded(D) + 4) * 4 if kind == "float32" else (padded(D) + 8) * 2
+
+
+def column_chunk(H: int, D: int, kind: str, config: dict, limit: int) -> int:
+    """(query, head) pairs in shared memory at a time: all of a block's if they fit, else what fits; a multiple of 16 (32 from there on), 0 if nothing does."""
+    wanted = ceil_div(config["queries"] * head_columns(H), 16) * 16
+    wanted = wanted if wanted <= 16 else ceil_div(wanted, 32) * 32
+    keys = 16 * config["row_tiles"] * config["warps"] * row_bytes(D, kind)
+    small = 4 * (wanted + 256) + 8 * config["queries"]
+    room = (limit - keys - small) // row_bytes(D, kind)
+    return wanted if room >= wanted else room // 32 * 32 if room >= 32 else 16 if room >= 16 else 0
+
+
+def shared_bytes(H: int, D: int, kind: str, config: dict, columns: int) -> int:
+    pairs = ceil_div(config["queries"] * head_columns(H), columns) * columns
+    return (16 * config["row_tiles"] * config["warps"] + columns) * row_bytes(D, kind) + 4 * pairs + 8 * config["queries"]
+
+
+def resources(problem, config):
+    H, D, kind = problem["H"], problem["D"], problem.dtype("q")
+    columns = column_chunk(H, D, kind, config, nvrtc.shared_limit(problem.arch))
+    if not columns:
+        return f"{16 * config['row_tiles'] * config['warps']} keys of width {D} leave no shared memory for 16 heads on {problem.arch}; take fewer warps"
+    resident = kind != "float32" and padded(D) * config["row_tiles"] <= 256
+    registers = 60 + config["row_tiles"] * 20 + (padded(D) // 4 * config["row_tiles"] if resident else 24)
+    return Resources(32 * config["warps"], shared_bytes(H, D, kind, config, columns), registers)
+
+
+def default_config(problem):
+    H, T, D, kind = problem["H"], problem["T"], problem["D"], problem.dtype("q")
+    queries = 1
+    while queries < 8 and queries < T and 2 * queries * head_columns(H) <= 128:
+        queries *= 2
+    wide = D > 128 or kind == "float32"
+    config = dict(warps=4, row_tiles=1 if wide else 2, queries=queries)
+    while config["warps"] > 1 and not column_chunk(H, D, kind, config, nvrtc.shared_limit(problem.arch)):
+        config["warps"] //= 2
+    return config
+
+
+def defines(kind, H, D, activation, copy, config, arch) -> dict:
+    return dict(KIND=KINDS[kind], HEADS=H, WIDTH=D, COPY=copy, WARPS=config["warps"], ROW_TILES=config["row_tiles"], QUERIES=config["queries"],
+                COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"))
+
+
+def artifacts(problem, config):
+    kind, D = problem.dtype("q"), problem["D"]
+    size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
+    copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
+    return [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, "relu", copy, config, problem.arch), names=["indexer_scores"])]
+
+
+def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True):
+    """Scores of rows = (b0, batches, t0, queries) into float32 memory at `out`, rows `out_row` elements apart. bounds: (key_start, key_end, q_starts, q_start, causal)."""
+    (B, H, T, D), S = q.shape, k.shape[1]
+    b0, nb, t0, nt = rows
+    start, end, q_starts, q_start, causal = bounds
+    d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch)
+    function = nvrtc.function("indexer_scores", "indexer_scores", FIELDS, d, place)
+    tiles, groups = ceil_div(S, 16 * config["row_tiles"] * config["warps"]), ceil_div(nt, config["queries"]) * nb
+    per = max(1, min(ceil_div(tiles * groups, 24 * max(place.sms, 1)), tiles), ceil_div(tiles * groups, 2 ** 31 - 1))  # several blocks for each multiprocessor, each with many tiles
+    scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
+    function(groups * ceil_div(tiles, per), 32 * config["warps"], shared_bytes(H, D, q.dtype, config, d["COLUMNS"]), place.stream,
+             q.ptr, k.ptr, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts), out,
+             *q.strides[:3], *k.strides[:2], *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, q_start, int(causal), enough, int(fill))
+
+
+def bounds_of(key_start, key_end, causal, q_start) -> tuple:
+    """q_start is an int or a device array [B]."""
+    return (key_start, key_end, None, q_start, causal) if isinstance(q_start, int) else (key_start, key_end, q_start, 0, causal)
+
+
+def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu"):
+    (B, H, T, D), S = q.shape, k.shape[1]
+    scores = place.empty((B, T, S), "float32")
+    if B * T * S == 0:
+        return scores
+    launch(q, k, weights, place=place, config=config, k_scale=k_scale, bounds=bounds_of(key_start, key_end, causal, q_start), activation=activation,
+           rows=(0, B, 0, T), out=scores.ptr, out_row=S)
+    return scores
