@@ -1,0 +1,180 @@
+"""The command line: sparsetile demo | tune | bench | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
+import argparse
+import importlib
+import json
+import os
+import sys
+
+_PACKAGE = __name__.partition(".autotune.")[0]
+
+
+def main(argv=None) -> int:
+    """Exit codes: 0 well, 1 something failed or is missing, 2 bad usage."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("\nstopped; a run with --storage goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        if getattr(args, "json", False):
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        else:
+            print(f"sparsetile {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sparsetile", description="Sparse attention, indexer scoring and latent KV decompression on Triton, CuPy and Numba, tuned per device.",
+                                     epilog="Start with `sparsetile doctor` (what runs here) and `sparsetile demo` (what it does).")
+    parser.add_argument("--version", action="version", version=importlib.import_module(_PACKAGE).__version__)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    def command(name, run, help, epilog=None):
+        p = commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.add_argument("--json", action="store_true", help="print JSON, one object a line")
+        p.set_defaults(run=run)
+        return p
+
+    p = command("demo", _demo, "Attention tensors of a real model reading a real text, under every pattern and selector: keys seen, mass kept, error, time.",
+                "Needs the extra: pip install 'sparsetile[demo]'. Writes demo/masks.png and demo/profiles/ in the current directory.")
+    p.add_argument("--out", default="demo", help="directory for the picture and the tuned profiles (default: demo)")
+    p.add_argument("--tokens", type=int, default=16384, help="positions laid end to end for the timing (default: 16384)")
+    p.add_argument("--tune-seconds", type=float, default=10, help="seconds of tuning for each pattern timed again (default: 10; 0 skips it)")
+
+    p = command("tune", _tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
+                "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --seconds 30            the first GPU\n"
+                "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on\n"
+                "  sparsetile tune --list                             the workloads")
+    p.add_argument("workloads", nargs="*", help="names of workloads, or of kernels (all their workloads); none: every workload of the device")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
+    p.add_argument("--seconds", type=float, help="budget for each workload and backend (default: 30)")
+    p.add_argument("--trials", type=int, help="configs to try for each workload and backend")
+    p.add_argument("--storage", help="Optuna journal file, or a storage URL, that remembers every trial")
+    p.add_argument("--profiles", help="directory to write into (default: the user cache, where calls look by themselves)")
+    p.add_argument("--sampler", choices=("tpe", "random", "nsga2"), default="tpe")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--list", action="store_true", help="list the workloads and stop")
+
+    p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default and PyTorch where it has the op.")
+    p.add_argument("workloads", nargs="*", help="names or kernels; none: every workload of the device")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
+    p.add_argument("--seconds", type=float, default=1.0, help="time for each workload (default: 1)")
+
+    command("doctor", _doctor, "What this machine has, which backends run, why the others do not, and which profiles are in use.")
+
+    p = command("explain", _explain, "Which backend and config a workload's call gets, from where, and why not the other backends.")
+    p.add_argument("workload", help="a workload's name, as `sparsetile tune --list` shows them")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--backend")
+
+    p = command("pattern", _pattern, "Print, count and plot a pattern.",
+                "examples:\n  sparsetile pattern \"Window(255, 0) | Sink(4)\" --tokens 4096\n  sparsetile pattern \"longformer(512, global_tokens=(0,))\" --plot mask.png")
+    p.add_argument("pattern", help="a pattern or preset in the library's own words")
+    p.add_argument("--tokens", type=int, default=64, help="queries and keys (default: 64)")
+    p.add_argument("--keys", type=int, help="keys, where they differ from the queries")
+    p.add_argument("--plot", help="write a PNG here")
+    p.add_argument("--block", type=int, default=128, help="block size for the layout's figures (default: 128)")
+    return parser
+
+
+def _device(text):
+    if text == "cpu":
+        return None
+    if not text.isdigit():
+        raise ValueError(f"--device: expected cpu or the index of a GPU, got {text!r}")
+    import torch
+    if int(text) >= torch.cuda.device_count():
+        raise ValueError(f"--device: expected an index below {torch.cuda.device_count()}, the number of visible GPUs, got {text}")
+    return int(text)
+
+
+def _selected(names, device):
+    from sparsetile.autotune import tasks
+    from sparsetile.backends.contract import KERNELS
+    everything = tasks.for_device(device)
+    if not names:
+        return everything
+    found = []
+    for name in names:
+        found += [w for w in everything if w.kernel == name] if name in KERNELS else [tasks.find(name)]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ commands
+def _demo(args):
+    demo = importlib.import_module(f"{_PACKAGE}.ci.demo")
+    return demo.main(out=args.out, tokens=args.tokens, tune_seconds=args.tune_seconds, as_json=args.json)
+
+
+def _tune(args):
+    from sparsetile.autotune import progress, tune
+    from sparsetile.backends.contract import Unsupported
+    device = _device(args.device)
+    workloads = _selected(args.workloads, device)
+    if args.list:
+        for w in workloads:
+            print(json.dumps({"name": w.name, "kernel": w.kernel, "dtype": w.dtype, **dict(w.sizes)}) if args.json else f"{w.name:40} {w.kernel:28} {w.dtype:14} " +
+                  " ".join(f"{a}={n}" for a, n in w.sizes))
+        return 0
+    failed = 0
+    with progress.show(len(workloads), args.json) as say:
+        for w in workloads:
+            try:
+                tune.tune(w.kernel, w, backend=args.backend, trials=args.trials, seconds=args.seconds, storage=args.storage, profiles=args.profiles, device=device,
+                          sampler=args.sampler, seed=args.seed, progress=say)
+            except Unsupported as error:
+                failed += 1
+                say({"event": "failed", "workload": w.name, "error": str(error)})
+    return 1 if failed else 0
+
+
+def _bench(args):
+    from sparsetile.autotune import measure
+    rows = []
+    for w in _selected(args.workloads, _device(args.device)):
+        for row in measure.rows(w, _device(args.device), args.seconds):
+            rows.append(row)
+            if args.json:
+                print(json.dumps(row), flush=True)
+    if not args.json:
+        print(measure.table(rows))
+    return 0
+
+
+def _doctor(args):
+    from sparsetile.autotune import doctor
+    report = doctor.report()
+    print(json.dumps(report, indent=2) if args.json else doctor.text(report))
+    return 0
+
+
+def _explain(args):
+    from sparsetile.autotune import tasks
+    from sparsetile.ops import dispatch
+    task = tasks.Task(tasks.find(args.workload), _device(args.device))
+    with dispatch.explaining():
+        try:
+            task.run(args.backend)
+        except dispatch._Explained as stop:
+            found = stop.explanation
+    if args.json:
+        print(json.dumps({"op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
+    else:
+        print(found)
+    return 0 if found.backend else 1
+
+
+def _pattern(args):
+    from sparsetile.autotune import pattern
+    report = pattern.report(args.pattern, args.tokens, args.keys or args.tokens, args.block, args.plot)
+    print(json.dumps(report) if args.json else pattern.text(report))
+    return 0

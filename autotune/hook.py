@@ -1,0 +1,38 @@
+"""SPARSETILE_TUNE=on: a miss in the profiles tunes the problem first. Installed by the face when the environment asks for it; never while a graph is captured."""
+import logging
+import os
+import sys
+
+from sparsetile.autotune import tasks, tune
+from sparsetile.ops import dispatch
+
+log = logging.getLogger("sparsetile")
+SECONDS = float(os.environ.get("SPARSETILE_TUNE_SECONDS") or 10)
+_running = False
+
+
+def on_miss(problem, device, backend):
+    """Tune `problem` on a stand-in workload of the same sizes; what has none runs on the heuristic, said once."""
+    global _running
+    if _running or _capturing(device):
+        return
+    workload = tasks.of_problem(problem)
+    if workload is None:
+        log.warning("SPARSETILE_TUNE=on: %s has no stand-in workload with features %s; its default config runs", problem.op, sorted(problem.features))
+        return
+    _running = True
+    try:
+        tune.tune(problem.op, workload, backend=backend, seconds=SECONDS, device=device)
+    except Exception as error:  # noqa: BLE001 (a call must not fail because tuning did; it is said)
+        log.warning("SPARSETILE_TUNE=on: tuning %s failed: %s; its default config runs", problem.op, error)
+    finally:
+        _running = False
+
+
+def _capturing(device) -> bool:
+    torch = sys.modules.get("torch")
+    return device is not None and torch is not None and torch.cuda.is_current_stream_capturing()
+
+
+def install():
+    dispatch.tune_hook = on_miss

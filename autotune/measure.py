@@ -1,0 +1,86 @@
+"""`sparsetile bench`: workloads timed with the config a call gets, beside the kernel's default and PyTorch's own op, interleaved in one run."""
+from sparsetile.autotune import tasks, timing
+from sparsetile.backends.contract import BACKENDS
+from sparsetile.ops import dispatch
+
+
+def rows(workload, device, seconds: float) -> list[dict]:
+    """One row for each backend that runs the workload, each timed in turn with the others and with PyTorch."""
+    task = tasks.Task(workload, device)
+    problem = task.problem
+    watch, calls, labels, refused = timing.Stopwatch(device), [], [], {}
+    for name in BACKENDS[:-1]:
+        why = dispatch.refusal(name, problem, device)
+        if why:
+            refused[name] = why
+            continue
+        calls.append(task.bound(name)), labels.append(name)
+    peer = torch_peer(task)
+    if peer is not None:
+        calls.append(peer), labels.append("torch")
+    for call in calls:
+        call()
+    watch.synchronize()
+    found = []
+    for name, samples in zip(labels, timing.finals(watch, calls, seconds)):
+        time_us = watch.centre(samples)
+        row = {"workload": workload.name, "kernel": workload.kernel, "who": name, "time_us": round(time_us, 1), **timing.spread(samples)}
+        flops = operations(task)
+        if flops:
+            row["gflops"] = round(flops / time_us / 1e3, 1)
+        found.append(row)
+    for name, why in refused.items():
+        found.append({"workload": workload.name, "kernel": workload.kernel, "who": name, "refused": why})
+    return found
+
+
+def operations(task) -> float | None:
+    """Floating-point operations of the pairs inside the pattern only."""
+    w = task.workload
+    if w.kernel.startswith("block_attention"):
+        pairs = task.inputs[3].pairs(w["T"], w["S"]) * w["B"] * w["Hq"]
+        return pairs * (2 * (3 * w["D"] + 2 * w["Dv"]) if w.kernel.endswith("backward") else 2 * (w["D"] + w["Dv"]))
+    if w.kernel == "gather_attention":
+        return 2.0 * w["B"] * w["Hq"] * w["T"] * min(w["S"], w["K"] * w.option("granularity", 1)) * (w["D"] + w["Dv"])
+    if w.kernel == "indexer_scores":
+        return 2.0 * w["B"] * w["H"] * w["T"] * w["S"] * w["D"]
+    if w.kernel == "latent_decompress":
+        return 2.0 * w["B"] * w["H"] * w["S"] * w["R"] * (w["Dn"] + w["Dv"])
+    if w.kernel == "grouped_matmul":
+        return 2.0 * w["B"] * w["H"] * w["T"] * w["N"] * w["M"]
+    return None
+
+
+def torch_peer(task):
+    """The same work in plain PyTorch where it has an op for it, else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    from sparsetile.backends import arrays
+    w = task.workload
+    if w.kernel == "block_attention" and w["T"] * w["S"] <= 2 ** 28:
+        q, k, v = (arrays.as_torch(x) for x in task.inputs[:3] if x is not None) if task.inputs[2] is not None else (None,) * 3
+        if q is None:
+            return None
+        rule = task.inputs[3]
+        causal = rule == tasks.P.Causal()
+        mask = None if causal else torch.from_numpy(rule.mask(w["T"], w["S"])).to(q.device)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return lambda: sdpa(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=w["Hq"] != w["Hk"])
+    if w.kernel == "topk":
+        scores = arrays.as_torch(task.inputs[0])
+        return lambda: torch.topk(scores, w["K"], dim=-1)
+    if w.kernel == "latent_decompress":
+        latent, w_uk, w_uv = (arrays.as_torch(x) for x in task.inputs[:3])
+        both = torch.cat((w_uk, w_uv), -1).permute(1, 0, 2).reshape(w["R"], -1).contiguous()
+        return lambda: latent @ both
+    return None
+
+
+def table(found: list[dict]) -> str:
+    lines = [f"{'workload':42} {'who':8} {'time':>12} {'GFLOP/s':>10}"]
+    for r in found:
+        if "refused" not in r:
+            lines.append(f"{r['workload']:42} {r['who']:8} {r['time_us'] / 1e3:9.3f} ms {r.get('gflops', ''):>10}")
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""`sparsetile pattern`: a pattern in words, counted, drawn, and as the blocks that kernels read."""
+import ast
+import importlib
+
+_PACKAGE = __name__.partition(".autotune.")[0]
+WORDS = ("Full", "Causal", "Window", "Dilated", "Strided", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead", "sparse_transformer_strided",
+         "sparse_transformer_fixed", "longformer", "bigbird", "mistral", "streaming_llm", "dense")
+
+
+def parse(text: str):
+    """A pattern from Python-like words: calls of WORDS with plain values, |, & and ~. Nothing is evaluated."""
+    try:
+        return _build(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"pattern: expected something like \"Window(255) | Sink(4)\", got {text!r}: {error.msg}") from None
+
+
+def _build(node):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitOr, ast.BitAnd)):
+        left, right = _build(node.left), _build(node.right)
+        return left | right if isinstance(node.op, ast.BitOr) else left & right
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return ~_build(node.operand)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WORDS:
+        face = importlib.import_module(_PACKAGE)
+        return getattr(face, node.func.id)(*map(_value, node.args), **{k.arg: _value(k.value) for k in node.keywords})
+    raise ValueError(f"pattern: expected one of {', '.join(WORDS)} with plain values, joined by | & ~, got {ast.unparse(node)!r}")
+
+
+def _value(node):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        return range(*map(_value, node.args))
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(x) for x in node.elts]
+    if isinstance(node, (ast.Call, ast.BinOp)) or isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return _build(node)
+    return ast.literal_eval(node)
+
+
+def report(text: str, T: int, S: int, block: int, plot: str | None) -> dict:
+    pattern = parse(text)
+    heads = len(pattern.patterns) if type(pattern).__name__ == "PerHead" else None
+    parts = importlib.import_module(f"{_PACKAGE}.ops.lowering").lower(pattern, S - T, S, S, block, block, heads)
+    found = {"pattern": str(pattern), "T": T, "S": S, "pairs": int(pattern.pairs(T, S)), "density": float(pattern.density(T, S)), "hops": pattern.hops(T) if T == S and T <= 4096 else None,
+             "blocks": {"size": block, "parts": len(parts), "kept": sum(len(p.cols) for p in parts), "of": -(-T // block) * -(-S // block)}, "picture": None, "plot": plot}
+    if T <= 64 and S <= 64 and heads is None:
+        found["picture"] = ["".join("#" if seen else "." for seen in row) for row in pattern.mask(T, S)]
+    if plot:
+        pattern.plot(T, S, plot)
+    return found
+
+
+def text(r: dict) -> str:
+    lines = [r["pattern"], f"  queries {r['T']}, keys {r['S']}: {r['pairs']} pairs, density {r['density']:.4%}"]
+    if r["hops"] is not None or r["T"] <= 4096:
+        lines.append(f"  hops until every position can reach every other (or every earlier one): {r['hops']}")
+    b = r["blocks"]
+    lines.append(f"  blocks of {b['size']}: {b['kept']} kept of {b['of']} in {b['parts']} part{'s' if b['parts'] > 1 else ''}")
+    if r["plot"]:
+        lines.append(f"  drawn to {r['plot']}")
+    return "\n".join(lines + (r["picture"] or []))

@@ -1,0 +1,44 @@
+"""The legal configs of a kernel for a problem: every combination of its tunables whose resources fit, known before anything is compiled."""
+import itertools
+import math
+import random
+
+from sparsetile.backends.contract import Problem, Resources
+
+MOST = 200_000  # beyond this the product is sampled
+
+
+def legal(module, problem: Problem, seed: int = 0) -> tuple[list[dict], int]:
+    """(legal configs, size of the whole product). The default config comes first; the rest is in the order of the tunables' values."""
+    default = module.default_config(problem)
+    names = [t.name for t in module.TUNABLES]
+    total = math.prod(len(t.values) for t in module.TUNABLES)
+    if total <= MOST:
+        points = itertools.product(*(t.values for t in module.TUNABLES))
+    else:
+        rng = random.Random(seed)
+        points = ([rng.choice(t.values) for t in module.TUNABLES] for _ in range(MOST))
+    found, seen = [default], {tuple(default.get(n) for n in names)}
+    for point in points:
+        point = tuple(point)
+        if point not in seen:
+            seen.add(point)
+            config = dict(zip(names, point))
+            if isinstance(module.resources(problem, config), Resources):
+                found.append(config)
+    return found, total
+
+
+def neighbours(config: dict, module) -> list[dict]:
+    """Configs that differ in one knob by one step along its values."""
+    found = []
+    for t in module.TUNABLES:
+        at = t.values.index(config[t.name])
+        found += [{**config, t.name: t.values[i]} for i in (at - 1, at + 1) if 0 <= i < len(t.values)]
+    return found
+
+
+def cost_order(config: dict, module, problem: Problem):
+    """A fixed order among configs that time alike: less shared memory, fewer threads, then the words of the config."""
+    asked = module.resources(problem, config)
+    return (asked.shared, asked.threads, tuple(sorted((k, str(v)) for k, v in config.items()))) if isinstance(asked, Resources) else (1 << 60, 0, ())

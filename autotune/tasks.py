@@ -1,0 +1,278 @@
+"""A workload on a device: its inputs, and how to call one backend with one config. What the tuner times and what the benchmarks time is the same call.
+
+A `Workload` is a named real problem: a kernel's name, sizes, an element type and options. `Task(workload, device)` makes its inputs (seeded) where the
+device is: torch on a GPU, NumPy on the CPU.
+"""
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from sparsetile.backends import arrays
+from sparsetile.ops import attention, indexer, latent, merge, patterns
+from sparsetile.ops import dispatch
+from sparsetile.ops.selection import Selection
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One named problem. sizes: axis -> size; options: what else the call says (pattern, causal, pool, ...)."""
+    name: str
+    kernel: str
+    sizes: tuple
+    dtype: str = "float32"
+    options: tuple = ()
+
+    @classmethod
+    def of(cls, name, kernel, dtype="float32", options=None, **sizes):
+        return cls(name, kernel, tuple(sizes.items()), dtype, tuple((options or {}).items()))
+
+    def __getitem__(self, axis):
+        return dict(self.sizes)[axis]
+
+    def option(self, name, default=None):
+        return dict(self.options).get(name, default)
+
+    def small(self) -> "Workload":
+        """The same features at sizes that the float64 reference can check in a moment; odd on purpose."""
+        least = {"B": 1, "T": 77, "S": 203, "N": 3, "K": 37, "H": 4}
+        sizes = {axis: min(size, least.get(axis, size)) for axis, size in self.sizes}
+        if "Hq" in sizes:
+            group = sizes["Hq"] // sizes["Hk"]
+            sizes["Hk"] = min(sizes["Hk"], 2)
+            sizes["Hq"] = sizes["Hk"] * min(group, 4)
+        if self["T"] == 1 if "T" in sizes else False:
+            sizes["T"] = 1
+        return replace(self, name=self.name + "/small", sizes=tuple(sizes.items()))
+
+
+class Task:
+    """A workload with its inputs on a device."""
+
+    def __init__(self, workload: Workload, device: int | None, seed: int = 0):
+        self.workload, self.device = workload, device
+        self.rng = np.random.default_rng(seed + zlib.crc32(workload.name.encode()))
+        self.seed = int(self.rng.integers(2 ** 31))
+        self.inputs = getattr(self, "_" + workload.kernel)()
+
+    # ------------------------------------------------------------------------------------------------------------- inputs
+    def normal(self, shape, dtype=None, scale=1.0):
+        dtype = dtype or self.workload.dtype
+        if self.device is None:
+            return (self.rng.standard_normal(shape, dtype=np.float32) * scale).astype(arrays.numpy_dtype(dtype))
+        import torch
+        generator = torch.Generator(f"cuda:{self.device}").manual_seed(int(self.rng.integers(2 ** 31)))
+        x = torch.randn(shape, generator=generator, device=f"cuda:{self.device}", dtype=torch.float32 if "float8" in dtype else arrays.torch_dtype(dtype))
+        return (x * scale if scale != 1 else x).to(arrays.torch_dtype(dtype))
+
+    def integers(self, x):
+        """A host int32 array on the device."""
+        x = np.ascontiguousarray(x, np.int32)
+        if self.device is None:
+            return x
+        import torch
+        return torch.from_numpy(x).to(f"cuda:{self.device}")
+
+    def _attention(self):
+        w = self.workload
+        B, Hq, Hk, T, S, D, Dv = (w[a] for a in ("B", "Hq", "Hk", "T", "S", "D", "Dv"))
+        q, k = self.normal((B, Hq, T, D)), self.normal((B, Hk, S, D))
+        v = None if w.option("shared_kv") else self.normal((B, Hk, S, Dv))
+        return q, k, v
+
+    def _block_attention(self):
+        return *self._attention(), self.workload.option("pattern", patterns.Causal())
+
+    def _gather_attention(self):
+        w = self.workload
+        B, G, T, K, S, g = w["B"], w.option("G", 1), w["T"], w["K"], w["S"], w.option("granularity", 1)
+        causal = w.option("causal", False)
+        blocks = -(-S // g)
+        rows = np.full((B, G, T, K), -1, np.int32)
+        for t in range(T):
+            seen = min(blocks, max(1, (S - T + t) // g + 1)) if causal else blocks
+            n = min(K, seen)
+            rows[:, :, t, :n] = np.sort(self.rng.choice(seen, n, replace=False)) if n < seen else np.arange(n)
+        return *self._attention(), Selection(self.integers(rows), g, None, causal)
+
+    def _gradient(self, name):
+        q, k, v, rule = getattr(self, "_" + name)()
+        call = self._call(q, k, v, rule)
+        out, lse = attention.forward(call, True)
+        return q, k, v, rule, out, lse, self.normal(tuple(out.shape))
+
+    def _block_attention_backward(self):
+        return self._gradient("block_attention")
+
+    def _gather_attention_backward(self):
+        return self._gradient("gather_attention")
+
+    def _indexer_scores(self):
+        w = self.workload
+        B, H, T, S, D = (w[a] for a in ("B", "H", "T", "S", "D"))
+        k_scale = None if "float8" not in w.dtype else abs(self.normal((B, S), "float32")) * 0.1 + 0.01
+        return self.normal((B, H, T, D)), self.normal((B, S, D)), self.normal((B, H, T), "float32"), k_scale
+
+    _indexer_topk = _indexer_scores
+
+    def _topk(self):
+        w = self.workload
+        return (self.normal((w["B"], w["T"], w["S"]), "float32"),)
+
+    def _latent_decompress(self):
+        w = self.workload
+        B, S, H, R, Dn, Dv, P = (w[a] for a in ("B", "S", "H", "R", "Dn", "Dv", "P"))
+        return self.normal((B, S, R)), self.normal((H, R, Dn), scale=R ** -0.5), self.normal((H, R, Dv), scale=R ** -0.5), self.normal((B, S, P)) if P else None
+
+    def _grouped_matmul(self):
+        w = self.workload
+        B, H, T, N, M, P = (w[a] for a in ("B", "H", "T", "N", "M", "P"))
+        return self.normal((B, H, T, N)), self.normal((H, M, N), scale=N ** -0.5), self.normal((B, H, T, P)) if P else None
+
+    def _merge_attention(self):
+        w = self.workload
+        B, Hq, T, Dv, N = (w[a] for a in ("B", "Hq", "T", "Dv", "N"))
+        return [self.normal((B, Hq, T, Dv)) for _ in range(N)], [self.normal((B, Hq, T), "float32") for _ in range(N)]
+
+    # -------------------------------------------------------------------------------------------------------------- calls
+    def _call(self, q, k, v, rule, backend=None, config=None):
+        w = self.workload
+        return attention.check(q, k, v, rule, w.option("scale"), None, w.option("softcap"), None, None, w["Dv"] if v is None else None, True, backend, config)
+
+    def run(self, backend=None, config=None):
+        """One call; the result is in the caller's array type."""
+        w, kernel, x = self.workload, self.workload.kernel, self.inputs
+        if kernel in ("block_attention", "gather_attention"):
+            return attention.forward(self._call(*x, backend, config), False)[0]
+        if kernel.endswith("_backward"):
+            q, k, v, rule, out, lse, dout = x
+            return attention.backward(self._call(q, k, v, rule, backend), out, lse, dout, config=config)[:3]
+        options = dict(backend=backend, config=config)
+        if kernel == "indexer_scores":
+            return indexer.indexer_scores(*x[:3], k_scale=x[3], causal=w.option("causal", True), **options)
+        if kernel == "indexer_topk":
+            got = indexer.indexer_topk(*x[:3], w["K"], k_scale=x[3], causal=w.option("causal", True), pool=w.option("pool", 1), **options)
+            return got.indices
+        if kernel == "topk":
+            return indexer.topk(*x, w["K"], **options).indices
+        if kernel == "latent_decompress":
+            return latent.latent_decompress(*x[:3], k_rope=x[3], **options)
+        if kernel == "grouped_matmul":
+            caller = "numpy" if self.device is None else "torch"
+            return latent.matmul(*x, backend, caller, self.device, config)
+        return merge.merge_attention(*x, **options)[0]
+
+    def bound(self, backend=None, config=None):
+        """A closure for the stopwatch, without gradients."""
+        if self.device is None:
+            return lambda: self.run(backend, config)
+        import torch
+
+        def call():
+            with torch.no_grad():
+                return self.run(backend, config)
+        return call
+
+    @cached_property
+    def problem(self):
+        """The problem as dispatch sees it for this call: what the profile's key is made of."""
+        try:
+            with dispatch.explaining(), _grad_off(self.device):
+                self.run()
+        except dispatch._Explained as stop:
+            return stop.explanation.problem
+        raise AssertionError(f"{self.workload.name}: the call chose no kernel")
+
+
+def _grad_off(device):
+    import contextlib
+    if device is None:
+        return contextlib.nullcontext()
+    import torch
+    return torch.no_grad()
+
+
+def outputs(result) -> list:
+    """A result as a flat list of arrays."""
+    return [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if x is not None]
+
+
+P = patterns
+BIGBIRD = P.Window(128 + 64, 128 + 64) | P.Global(range(256)) | P.RandomBlocks(3, 128, seed=0)
+_DSA = dict(Hq=128, Hk=1, D=576, Dv=512, S=32768, K=2048)
+
+
+def workloads() -> list[Workload]:
+    """Every named workload. "gpu" and "cpu" ones differ in size; `for_device` says which suit a device."""
+    W, found = Workload.of, []
+    shapes = dict(B=1, Hq=32, Hk=32, D=128, Dv=128)
+    named = {"causal": P.Causal(), "window-4096": P.Window(4095), "window-1024": P.Window(1023), "longformer-512": P.Window(256, 256) | P.Global(range(64)), "bigbird-128": BIGBIRD}
+    for kernel, suffix in (("block_attention", ""), ("block_attention_backward", "/backward")):
+        for n in (8192, 32768):
+            for name, pattern in named.items():
+                found.append(W(f"gpu/{name}/{n}{suffix}", kernel, "bfloat16", dict(pattern=pattern), T=n, S=n, **shapes))
+        found.append(W(f"gpu/causal-d64/16384{suffix}", kernel, "bfloat16", dict(pattern=P.Causal()), B=1, Hq=16, Hk=16, T=16384, S=16384, D=64, Dv=64))
+        for name, pattern in {"causal": P.Causal(), "window-256": P.Window(256, 256), "longformer-512": P.Window(256, 256) | P.Global(range(64))}.items():
+            found.append(W(f"cpu/{name}/4096{suffix}", kernel, "float32", dict(pattern=pattern), B=1, Hq=8, Hk=8, T=4096, S=4096, D=64, Dv=64))
+    found.append(W("gpu/decode-window/32768", "block_attention", "bfloat16", dict(pattern=P.Window(4095) | P.Sink(4)), B=64, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
+    for heads in (128, 64, 16):
+        found.append(W(f"gpu/dsa-prefill-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads}))
+    found.append(W("gpu/dsa-backward", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "S": 8192, "K": 1024}))
+    found.append(W("gpu/blocks-64-backward", "gather_attention_backward", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16))
+    found.append(W("gpu/blocks-64", "gather_attention", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=8192, S=8192, D=128, Dv=128, K=16))
+    for T, S in ((2048, 32768), (4096, 131072), (1, 32768)):
+        found.append(W(f"gpu/indexer-{T}x{S}", "indexer_scores", "float8_e4m3fn", dict(causal=False), B=1 if T > 1 else 128, H=64, T=T, S=S, D=128))
+        found.append(W(f"gpu/indexer-topk-{T}x{S}", "indexer_topk", "float8_e4m3fn", dict(causal=False), B=1 if T > 1 else 128, H=64, T=T, S=S, D=128, K=2048))
+    for T, S in ((4096, 131072), (4096, 32768), (128, 131072)):
+        found.append(W(f"gpu/topk-{T}x{S}", "topk", "float32", B=1, T=T, S=S, K=2048))
+    for S in (4096, 32768, 131072):
+        found.append(W(f"gpu/latent-{S}", "latent_decompress", "bfloat16", B=1, S=S, H=128, R=512, Dn=128, Dv=128, P=64))
+        found.append(W(f"gpu/absorb-{S // 32}", "grouped_matmul", "bfloat16", B=1, H=128, T=S // 32, N=128, M=512, P=64))
+        found.append(W(f"gpu/merge-{S // 4}", "merge_attention", "bfloat16", B=1, Hq=32, T=S // 4, Dv=128, N=2))
+    cpu = dict(B=1, T=512, S=4096)
+    for K in (32, 128, 512):
+        found.append(W(f"cpu/topk-{K}", "topk", "float32", K=K, **cpu))
+        found.append(W(f"cpu/indexer-topk-{K}", "indexer_topk", "float32", H=16, D=128, K=K, **cpu))
+        found.append(W(f"cpu/gather-{K}", "gather_attention", "float32", Hq=8, Hk=8, D=64, Dv=64, K=K, **cpu))
+        found.append(W(f"cpu/gather-{K}/backward", "gather_attention_backward", "float32", Hq=8, Hk=8, D=64, Dv=64, K=K, **cpu))
+    for S in (512, 1024, 4096):
+        found.append(W(f"cpu/indexer-{S}", "indexer_scores", "float32", B=1, H=16, T=256, S=S, D=128))
+        found.append(W(f"cpu/latent-{S}", "latent_decompress", "float32", B=1, S=S, H=16, R=512, Dn=128, Dv=128, P=64))
+        found.append(W(f"cpu/absorb-{S}", "grouped_matmul", "float32", B=1, H=16, T=S // 4, N=128, M=512, P=64))
+        found.append(W(f"cpu/merge-{S}", "merge_attention", "float32", B=1, Hq=8, T=S, Dv=64, N=2))
+    return found
+
+
+def for_device(device: int | None) -> list[Workload]:
+    prefix = "cpu/" if device is None else "gpu/"
+    return [w for w in workloads() if w.name.startswith(prefix)]
+
+
+def find(name: str) -> Workload:
+    for w in workloads():
+        if w.name == name:
+            return w
+    raise ValueError(f"workload: expected one of {', '.join(w.name for w in workloads())}, got {name!r}")
+
+
+
+
+def of_problem(problem) -> Workload | None:
+    """A workload that stands for a problem met in a running program: the same sizes and types on seeded inputs. None where the features cannot be stood for."""
+    unknown = set(problem.features) - {"static", "dense", "causal", "lse", "scale", "tail", "shared_kv", "gradient"}
+    if unknown or problem.op in ("attention_delta", "layout"):
+        return None
+    options, sizes = {}, dict(problem.dims)
+    if "static" in problem.features:  # the density is known, the pattern is not: a causal window of that density stands for it
+        reach = max(1, int(sizes["S"] * problem.density))
+        options["pattern"] = P.Causal() if problem.density >= 0.5 else P.Window(reach - 1)
+    if "dense" in problem.features:
+        options["pattern"] = P.Full()
+    if "shared_kv" in problem.features:
+        options["shared_kv"] = True
+    if problem.op.startswith(("indexer", "gather")):
+        options["causal"] = "causal" in problem.features
+    if problem.granularity > 1:
+        options["pool" if problem.op == "indexer_topk" else "granularity"] = problem.granularity
+    return Workload.of(f"recorded/{problem.op}/" + "-".join(f"{a}{n}" for a, n in problem.dims), problem.op, problem.dtypes[0][1], options, **sizes)

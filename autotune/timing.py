@@ -1,0 +1,80 @@
+"""How long a call takes: device events or the wall clock, cold L2, medians over interleaved rounds.
+
+A `Stopwatch` belongs to a device (None is the CPU). Times are in microseconds.
+"""
+import statistics
+import time
+
+
+class Stopwatch:
+    """Times calls on one device. `cold` empties the L2 cache between calls on a GPU."""
+
+    def __init__(self, device: int | None, cold: bool = True):
+        self.device, self.cold = device, cold
+        if device is not None:
+            import torch
+            from sparsetile.backends import arrays
+            self.torch = torch
+            size = max(2 * arrays.device_info(device).l2_mb, 64) << 20
+            self.flush = torch.empty(size // 4, dtype=torch.int32, device=f"cuda:{device}") if cold else None
+
+    def synchronize(self):
+        if self.device is not None:
+            self.torch.cuda.synchronize(self.device)
+
+    def samples(self, call, count: int) -> list[float]:
+        """`count` single timings of call()."""
+        if self.device is None:
+            found = []
+            for _ in range(count):
+                start = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - start) * 1e6)
+            return found
+        torch = self.torch
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        with torch.cuda.device(self.device):
+            for begin, end in pairs:
+                if self.flush is not None:
+                    self.flush.zero_()  # also covers the host's time to launch, so that it is not measured
+                begin.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+        return [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
+
+    def centre(self, samples: list[float]) -> float:
+        """The median on a GPU; the minimum on a CPU, whose noise only adds."""
+        return min(samples) if self.device is None else statistics.median(samples)
+
+
+def screen(watch: Stopwatch, call, best_us: float, reps: int = 5) -> list[float]:
+    """A warm call, then a few timings; stops after the first if it is over twice the best known."""
+    call()
+    watch.synchronize()
+    samples = watch.samples(call, 1)
+    return samples if samples[0] > 2 * best_us else samples + watch.samples(call, reps - 1)
+
+
+def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) -> list[list[float]]:
+    """Interleaved rounds with a rotating start, so that clock and temperature touch all alike. At least five rounds."""
+    samples = [[] for _ in calls]
+    start, turn = time.monotonic(), 0
+    while turn < most and (turn < 5 or time.monotonic() - start < seconds):
+        for n in range(len(calls)):
+            at = (n + turn) % len(calls)
+            samples[at] += watch.samples(calls[at], 1)
+        turn += 1
+    return samples
+
+
+def spread(samples: list[float]) -> dict:
+    """The 20th and 80th percentiles and the count."""
+    ordered = sorted(samples)
+    return {"p20": round(ordered[int(0.2 * (len(ordered) - 1))], 2), "p80": round(ordered[int(0.8 * (len(ordered) - 1))], 2), "n": len(ordered)}
+
+
+def noise(samples: list[float], centre: float) -> float:
+    """Half the width of the middle 60 % over the square root of the count, relative to the centre: an error of the centre."""
+    s = spread(samples)
+    return (s["p80"] - s["p20"]) / 2 / max(centre, 1e-9) / max(1, s["n"]) ** 0.5
