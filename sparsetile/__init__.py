@@ -30,6 +30,8 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 def __getattr__(name):
     if name in _HOME:
+        if _HOME[name].startswith("ops."):
+            _install_tuner()
         value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
         return value
@@ -38,3 +40,10 @@ def __getattr__(name):
 
 def __dir__():
     return __all__
+
+
+def _install_tuner():
+    """SPARSETILE_TUNE=on lets a call tune at a miss: the tuner is installed with the first use of an op, never otherwise."""
+    import os
+    if os.environ.get("SPARSETILE_TUNE") == "on":
+        _import_module(f"{__name__}.autotune.hook").install()
