@@ -33,6 +33,13 @@ def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: 
 
 
 @triton.jit
+def weigh(product, weight, RELU: tl.constexpr):
+    if RELU:  # a NaN stays one
+        product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return product * weight
+
+
+@triton.jit
 def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
                    DTYPE: tl.constexpr, RELU: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
@@ -59,33 +66,34 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
         if k_scale is not None:
             scale = tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)
         total = tl.zeros((BLOCK_S,), tl.float32)
-        for i in range(count * HEAD_CHUNKS):
-            t = t0 + i // HEAD_CHUNKS
-            head = (i % HEAD_CHUNKS) * BLOCK_H + h
-            product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
-            queries = q + head.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + d[None, :]            # [BLOCK_H, BLOCK_D]
-            weight = tl.load(weights + head.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=head < H, other=0.0)
-            for c in tl.static_range(D_CHUNKS):
-                query = widen(tl.load(queries + c * BLOCK_D, mask=(head < H)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
-                if D_CHUNKS == 1:
-                    key = held
-                else:
-                    key = widen(tl.load(keys + c * BLOCK_D, mask=(s < S)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+        product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
+        for j in range(count * HEAD_CHUNKS * D_CHUNKS):  # one loop over queries, heads and D, so that its loads are pipelined
+            t = t0 + j // (HEAD_CHUNKS * D_CHUNKS)
+            head = (j // D_CHUNKS % HEAD_CHUNKS) * BLOCK_H + h
+            column = (j % D_CHUNKS) * BLOCK_D + d
+            queries = q + head.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + column[None, :]       # [BLOCK_H, BLOCK_D]
+            query = widen(tl.load(queries, mask=(head < H)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
+            if D_CHUNKS == 1:
+                product = tl.dot(held, tl.trans(query), input_precision="ieee")
+            else:
+                if j % D_CHUNKS == 0:
+                    product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
+                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=(s < S)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(key, tl.trans(query), product, input_precision="ieee")
-            if RELU:
-                product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            product = product * weight[None, :]
-            if H % BLOCK_H:  # a head that is not there would make NaN of an infinite key
-                product = tl.where((head < H)[None, :], product, 0.0)
-            total += tl.sum(product, axis=1)
-            if (i % HEAD_CHUNKS) == HEAD_CHUNKS - 1:
-                score = total
-                if k_scale is not None:
-                    score = score * scale
-                first, last = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
-                score = tl.where((s >= first) & (s < last), score, float("-inf"))
-                tl.store(out + t.to(tl.int64) * out_t + s, score, mask=s < S)
-                total = tl.zeros((BLOCK_S,), tl.float32)
+            if j % D_CHUNKS == D_CHUNKS - 1:
+                weight = tl.load(weights + head.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=head < H, other=0.0)
+                part = weigh(product, weight[None, :], RELU)
+                if H % BLOCK_H:  # a head that is not there would make NaN of an infinite key
+                    part = tl.where((head < H)[None, :], part, 0.0)
+                total += tl.sum(part, axis=1)
+                if j // D_CHUNKS % HEAD_CHUNKS == HEAD_CHUNKS - 1:
+                    score = total
+                    if k_scale is not None:
+                        score = score * scale
+                    first, last = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+                    score = tl.where((s >= first) & (s < last), score, float("-inf"))
+                    tl.store(out + t.to(tl.int64) * out_t + s, score, mask=s < S)
+                    total = tl.zeros((BLOCK_S,), tl.float32)
     elif FILL:
         for i in range(count):
             tl.store(out + (t0 + i).to(tl.int64) * out_t + s, tl.full((BLOCK_S,), float("-inf"), tl.float32), mask=s < S)
@@ -112,23 +120,23 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
         queries = q + b.to(tl.int64) * q_b + t.to(tl.int64)[:, None] * q_t + d[None, :]                   # [BLOCK_T, BLOCK_D]
         if D_CHUNKS == 1:
             held = widen(tl.load(keys, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
-        total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         shares = weights + b.to(tl.int64) * w_b + t.to(tl.int64) * w_t
-        for h in range(H):
-            product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-            for c in tl.static_range(D_CHUNKS):
-                query = widen(tl.load(queries + c * BLOCK_D, mask=(t < T)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
-                if D_CHUNKS == 1:
-                    key = held
-                else:
-                    key = widen(tl.load(keys + c * BLOCK_D, mask=(s < S)[:, None] & (c * BLOCK_D + d < D)[None, :], other=0.0), DTYPE)
+        total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        for j in range(H * D_CHUNKS):
+            column = (j % D_CHUNKS) * BLOCK_D + d
+            query = widen(tl.load(queries + (j % D_CHUNKS) * BLOCK_D, mask=(t < T)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
+            if D_CHUNKS == 1:
+                product = tl.dot(query, tl.trans(held), input_precision="ieee")
+            else:
+                if j % D_CHUNKS == 0:
+                    product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=(s < S)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
-            weight = tl.load(shares, mask=t < T, other=0.0)
-            if RELU:
-                product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            total += product * weight[:, None]
-            queries += q_h
-            shares += w_h
+            if j % D_CHUNKS == D_CHUNKS - 1:
+                total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], RELU)
+                queries += q_h
+                shares += w_h
         if k_scale is not None:
             total = total * tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)[None, :]
         total = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None]), total, float("-inf"))
@@ -154,7 +162,7 @@ def plan(H, D, q_dtype, k_dtype, arch):
         width = min(width, 32)
     elif width > 256 or (width > 128 and D % 128):
         width = 64
-    constants = {"H": H, "D": D, "BLOCK_S": 64 if full else 128, "BLOCK_D": width, "DTYPE": dtype}
+    constants = {"H": H, "D": D, "BLOCK_S": 64 if full or H < 16 else 128, "BLOCK_D": width, "DTYPE": dtype}
     if H < 16:
         return score_by_queries, constants, 4
     constants["BLOCK_H"] = 16 if full else 64 if H > 32 else 32 if H > 16 else 16

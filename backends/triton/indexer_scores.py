@@ -7,12 +7,12 @@ sees are filled, not computed. NaN and infinities spread as in the formula and s
 """
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton import index_score
+from sparsetile.backends.triton.launch import shared_limit
 
 TUNABLES = (
     Tunable("queries", (16, 4, 8, 32, 64), "queries of one program, which share its tile of keys"),
     Tunable("stages", (2, 1, 3, 4), "loads of queries in flight"),
 )
-SHARED = {"gfx942": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}
 
 
 def supports(problem):
@@ -21,7 +21,7 @@ def supports(problem):
 
 def resources(problem, config):
     shared = index_score.shared_bytes(problem, config["stages"])
-    limit = SHARED.get(problem.arch, 227 << 10)
+    limit = shared_limit(problem.arch)
     if shared > limit:
         return f"{config['stages']} stages of queries need {shared} bytes of shared memory, {problem.arch} has {limit}; take fewer stages"
     return Resources(threads=128, shared=shared)
