@@ -101,3 +101,67 @@ def stack(arrays, axis: int):
     lib = module(arrays[0])
     arrays = lib.broadcast_tensors(*arrays) if kind(arrays[0]) == "torch" else lib.broadcast_arrays(*arrays)
     return lib.stack(list(arrays), axis)
+
+
+# ------------------------------------------------------------------------------------------------ making arrays beside another one
+def arange(like, *bounds):
+    """int32 of arange(*bounds) beside `like`."""
+    lib = module(like)
+    return lib.arange(*bounds, dtype=lib.int32, **_beside(like))
+
+
+def full(like, shape, value, dtype="int32"):
+    """An array of one value beside `like`."""
+    lib = module(like)
+    return lib.full(shape, value, dtype=getattr(lib, dtype), **_beside(like))
+
+
+def _beside(like):
+    return {"device": like.device} if kind(like) == "torch" else {}
+
+
+def astype(x, dtype: str):
+    """x as dtype: "int32", "int64", "uint8" or "bool"."""
+    lib = module(x)
+    return x.to(getattr(lib, dtype)) if kind(x) == "torch" else x.astype(dtype)
+
+
+def running(x, axis: int):
+    """Inclusive running sum of integers along an axis, int32."""
+    lib = module(x)
+    return lib.cumsum(x, axis, dtype=lib.int32)
+
+
+def total(x, axis: int):
+    """Sum of integers along an axis, int32 (wrapping)."""
+    lib = module(x)
+    return lib.sum(x, axis, dtype=lib.int32)
+
+
+def lowest(x, axis: int):
+    return x.amin(axis) if kind(x) == "torch" else x.min(axis)
+
+
+def highest(x, axis: int):
+    return x.amax(axis) if kind(x) == "torch" else x.max(axis)
+
+
+def scatter(size: int, index, values, fill: int = 0):
+    """int32 [size], `fill` where nothing lands; entries whose index is outside 0..size-1 are dropped. Equal indices carry equal values."""
+    lib = module(index)
+    index = lib.where((index >= 0) & (index < size), index, size).reshape(-1)
+    values = lib.broadcast_to(values, index.shape) if values.ndim == 0 else values.reshape(-1)
+    out = full(index, (size + 1,), fill)
+    if kind(index) == "torch":
+        out.scatter_(0, index.long(), values.to(lib.int32))
+    elif kind(index) == "jax":
+        out = out.at[index].set(values)
+    else:
+        out[index] = values
+    return out[:size]
+
+
+def to_numpy(x) -> np.ndarray:
+    """A host copy, from any framework."""
+    name = kind(x)
+    return x.detach().cpu().numpy() if name == "torch" else x.get() if name == "cupy" else np.asarray(x)

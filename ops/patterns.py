@@ -120,6 +120,16 @@ class Pattern:
         """For each head the number of its rule in `rules()`."""
         return (0,)
 
+    def check(self, Hq: int, Hk: int) -> None:
+        """ValueError if a pattern with heads does not fit a call of Hq query heads and Hk key heads."""
+        if self.heads is not None and self.heads not in (Hq, Hk):
+            raise ValueError(f"pattern: expected one rule per query head (Hq = {Hq}) or per key head (Hk = {Hk}), got {self.heads}; list as many patterns")
+
+    @property
+    def needs_exact_S(self) -> bool:
+        """Whether it depends on the number of keys itself: RandomBlocks that are not causal. Others may be lowered once for a larger S."""
+        return any(part.needs_exact_S for part in self._children())
+
     # ---- what is seen
     def visible(self, p, s, S: int | None = None):
         """Booleans: does the query at `p` see the key at `s`; p and s are integers or integer arrays (NumPy, PyTorch, CuPy, JAX) that broadcast.
@@ -359,6 +369,10 @@ class RandomBlocks(Pattern):
 
     def _children(self):
         return self.exclude
+
+    @property
+    def needs_exact_S(self):
+        return not self.causal or super().needs_exact_S
 
     def _see(self, p, s, S):
         from sparsetile.ops.random_blocks import visible
