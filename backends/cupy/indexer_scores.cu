@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) indexer_scores(const __gri
   if (threadIdx.x < QUERIES) {
     Window w = {0, 0};
     if ((int)threadIdx.x < nt) w = window_of((i64)b * p.T + t + threadIdx.x, p.T, p.S, p.starts, p.ends, p.q_starts, p.q_start, p.causal);
-    if (w.hi - w.lo <= p.enough || w.lo >= w.hi) w = {0, 0};
+    if (w.lo >= w.hi || w.hi - w.lo <= p.enough) w = {0, 0};
     lo[threadIdx.x] = w.lo; hi[threadIdx.x] = w.hi;
   }
   for (int c = threadIdx.x; c < ALL; c += THREADS) {

@@ -10,7 +10,7 @@ __device__ __forceinline__ Window window_of(i64 row, int T, int S, const int* __
                                             const int* __restrict__ q_starts, int q_start, int causal) {
   Window w = {0, S};
   if (starts) w.lo = imax(starts[row], 0);
-  if (ends) w.hi = imin(ends[row], S);
+  if (ends) w.hi = clamp(ends[row], 0, S);
   if (causal) {
     const i64 b = row / T, p = (i64)(q_starts ? q_starts[b] : q_start) + (row - b * T);
     if (p + 1 < w.hi) w.hi = p < 0 ? 0 : (int)(p + 1);
