@@ -1,0 +1,118 @@
+"""Backward of attention over block lists: q, k, v, dout [B,Hq,T,Dv], lse and delta [B,Hq,T] -> dq [B,Hq,T,D], dk [B,Hk,S,D], dv [B,Hk,S,Dv].
+
+lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives. P = exp(s - lse), 0 for rows whose lse is
+infinite; dS = P * (dout . v - delta) * d(softcap). dQ goes by the lists of queries, dK and dV by the lists of keys, each sum by one CTA in one order:
+twice the same call gives the same bits. dK and dV are summed over the group's heads; keys that nobody sees get 0.
+"""
+from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
+from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+
+TUNABLES = (
+    Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
+    Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
+    Tunable("tile_k", (32, 64, 128), "keys a step of dQ, and keys of a CTA of dK and dV; divides block_k"),
+    Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
+    Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
+)
+FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
+
+
+def supports(problem: Problem) -> str | None:
+    kinds = {problem.dtype(name) for name in "qkv"}
+    if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
+        return f"CuPy's block attention backward takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"
+    if max(problem["D"], problem["Dv"]) > 576:
+        return f"CuPy's block attention backward takes D and Dv up to 576, not {problem['D']} and {problem['Dv']}"
+    refusal = resources(problem, default_config(problem))
+    return f"CuPy's block attention backward of D {problem['D']}, Dv {problem['Dv']}: {refusal}; a narrower head or an 80 GB-class chip (163 KiB) would do" if isinstance(refusal, str) else None
+
+
+def _column_slices(D: int, Dv: int, most: int = 256) -> tuple[int, int, int]:
+    """(CTAs that share a key tile, columns of dK, columns of dV each makes)."""
+    n = 1
+    while padded(ceil_div(D, n)) + padded(ceil_div(Dv, n)) > most:
+        n += 1
+    return n, padded(ceil_div(D, n)), padded(ceil_div(Dv, n))
+
+
+def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> tuple[int, int]:
+    """Of `rows` and of `columns`."""
+    bq, tk, tq, stages = config["block_q"], config["tile_k"], config["tile_q"], config["stages"]
+    if float32:
+        rows = bq * (padded(D) + padded(Dv) + 2) + 32 * 65 + bq * 33 + 3 * bq + 8
+        columns = 32 * (padded(D) + padded(Dv) + 2) + 32 * 65 + 2 * 32 * 33 + 4 * 32 + 8
+        return 4 * rows, 4 * columns
+    width, words = padded(D) + padded(Dv) + 16, tk // 32
+    return (bq + stages * tk) * width * 2 + (stages + 1) * (bq + 1) * words * 4 + bq * 4, (tk + stages * tq) * width * 2 + stages * tq * (2 + words) * 4
+
+
+def resources(problem: Problem, config: dict):
+    bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
+    float32 = problem.dtype("q") == "float32"
+    if bk % tk or bq % tq:
+        return f"tile_k {tk} must divide block_k {bk}, tile_q {tq} block_q {bq}"
+    if float32 and (tk, tq, config["stages"]) != (32, 32, 1):
+        return "float32 takes tile_k 32, tile_q 32 and stages 1"
+    registers = max(sliced(problem["D"])[1] // 2 + tk, sum(_column_slices(problem["D"], problem["Dv"])[1:]) // 2 + tq) + 56
+    if not float32 and registers > 255:
+        return f"tile_k {tk} and tile_q {tq} need about {registers} registers a thread, 255 are there"
+    shared = max(shared_bytes(problem["D"], problem["Dv"], config, float32))
+    if shared > nvrtc.shared_limit(problem.arch):
+        return f"{shared} bytes of shared memory, {problem.arch} has {nvrtc.shared_limit(problem.arch)}"
+    return Resources(threads=_threads(config, float32)[0], shared=shared, registers=registers)
+
+
+def _threads(config: dict, float32: bool) -> tuple[int, int]:
+    return (4 * config["block_q"], 128) if float32 else (2 * config["block_q"], 2 * config["tile_k"])
+
+
+def default_config(problem: Problem) -> dict:
+    wide = problem["D"] + problem["Dv"]
+    if problem.dtype("q") == "float32":
+        return dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    if wide <= 256:
+        return dict(block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
+    return dict(block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
+
+
+def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
+    float32 = kind == "float32"
+    _, dks, dvs = _column_slices(D, Dv)
+    return dict(KIND=KINDS[kind], OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], TQ=config["tile_q"], DP=padded(D), DVP=padded(Dv), DQS=sliced(D)[1],
+                DKS=dks, DVS=dvs, STAGES=config["stages"], COPY=4 if float32 else copy, SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order))
+
+
+def artifacts(problem: Problem, config: dict) -> list[dict]:
+    kind, order = problem.dtype("q"), "order" in problem.features
+    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
+    return [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
+
+
+def _source(kind: str) -> str:
+    return "block_attention_backward_float32" if kind == "float32" else "block_attention_backward"
+
+
+def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    kind, out_kind = q.dtype, out_dtype or q.dtype
+    if dout.dtype != kind:
+        dout = place.cast(dout, kind)
+    make = place.zeros if lists.k_order is not None or B * Hq * T == 0 else place.empty  # an order may lack keys
+    dq, dk, dv = place.empty((B, Hq, T, D), out_kind), make((B, Hk, S, D), out_kind), make((B, Hk, S, Dv), out_kind)
+    tiles = query_tiles(lists, T, q_start, S, kv_length)
+    if B * Hq * T == 0:
+        return dq, dk, dv
+    float32, orders = kind == "float32", (lists.q_order is not None, lists.k_order is not None)
+    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v, dout), softcap is not None, *orders)
+    shared, threads = shared_bytes(D, Dv, config, float32), _threads(config, float32)
+    row_slices, column_slices = sliced(D)[0], _column_slices(D, Dv)[0]
+    key_tiles = lists.nk * (config["block_k"] // config["tile_k"]) if orders[1] else ceil_div(S, config["tile_k"])
+    grids = B * Hq * tiles * row_slices, B * Hk * key_tiles * column_slices
+    if max(grids) >= 2 ** 31:
+        raise Unsupported(f"CuPy's block attention backward launches at most 2^31 - 1 tiles, not {max(grids)}; split the batch")
+    head = (q.ptr, k.ptr, v.ptr, dout.ptr, lse.ptr, delta.ptr, dq.ptr, dk.ptr, dv.ptr, lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr,
+            *lists_values(lists), *position_values(T, S, kv_length, q_start), *q.strides, *k.strides, *v.strides, *dout.strides, Hq, Hq // Hk, D, Dv)
+    for name, grid, n, count, slices, bytes_ in (("rows", grids[0], threads[0], tiles, row_slices, shared[0]), ("columns", grids[1], threads[1], key_tiles, column_slices, shared[1])):
+        nvrtc.function(_source(kind), name, FIELDS, d, place)(grid, n, bytes_, place.stream, *head, count, slices, scale, softcap or 0.0)
+    return dq, dk, dv
