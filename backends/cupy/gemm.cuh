@@ -58,8 +58,6 @@ constexpr int A_CELLS = BM * LDA, W_CELLS = (W_ROWS ? BN : DEPTH) * LDW, LDO = B
 constexpr int SIZE_OF[4] = {4, 2, 2, 1};
 static_assert(NI % 2 == 0 && 128 % DEPTH == 0 && DEPTH % 16 == 0, "two n-tiles are loaded at a time; a group of scales is a whole number of steps");
 
-template <int TO> __device__ __forceinline__ Element<TO> converted(float x) { return from_float<TO>(x); }
-
 // ROWS x COLUMNS cells; columns from `width` on and rows that are null are 0. Asynchronous where nothing has to be converted.
 template <int KIND, int ROWS, int COLUMNS, int COPY, class Row>
 __device__ __forceinline__ void load_cells(Cell* to, int ld, const Element<KIND>* base, int width, Row row) {
@@ -148,7 +146,7 @@ __device__ __forceinline__ void multiply(float (&sum)[MI][NI][4], Cell* ring, co
   clear(sum);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) { load_step(o, ring + s * STAGE, s * DEPTH); cp_commit(); }
-  float part[SCALED ? MI : 1][NI][4];
+  float part[MI][NI][4];
   const int steps = (o.k + DEPTH - 1) / DEPTH;
   for (int step = 0, at = 0, to = STAGES - 1; step < steps; step++) {
     cp_wait<STAGES - 2>();
