@@ -1,0 +1,138 @@
+"""Attention over selected keys on the CPU.
+
+    q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  indices [B,G,T,K] int32, G in {1, Hk, Hq}  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
+
+Entry e >= 0 stands for keys e*granularity ... +granularity-1; what lies outside of 0 .. min(S, kv_length) or, if causal, past the query means
+nothing, wherever it stands; entries past `lengths` are not read; an entry given twice counts twice. A row without keys: out 0, lse -inf.
+Only named keys are touched, so nothing in others can leak.
+
+A task is one query with the heads that share its entries and its key head. Its keys come KEYS at a time as a list of rows, read in place where they are
+float32 of a fitting width, else converted into scratch (gather_tiles.py). Maxima are exact per chunk. Sums are float32; float64 inputs and rows
+that float32 cannot hold are done in float64 (gather_exact.py). Tasks share no sum: results do not depend on the number of threads.
+"""
+import math
+
+import numba
+import numpy as np
+
+from sparsetile.backends.contract import Resources
+from sparsetile.backends.numba.convert import fill_zero, write_row
+from sparsetile.backends.numba.exact import put_lse, row_factor
+from sparsetile.backends.numba.gather_exact import exact_row
+from sparsetile.backends.numba.gather_job import load_heads, make_gather, named_keys, place_rows, unit_of
+from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, fetch_rows, mix_rows, scale_row, score_rows, soften
+from sparsetile.backends.numba.job import F64_CODE
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.simd import get_f32, next_task, put_f32
+from sparsetile.backends.numba.tiles import finite
+
+TUNABLES = ()
+NOTHING = np.float32(-np.inf)
+
+
+def supports(problem):
+    kinds = [problem.dtype(name, "float32") for name in ("q", "k", "v")]
+    return "float64 together with other types: convert q, k and v to one type" if 0 < kinds.count("float64") < 3 else None
+
+
+def resources(problem, config):
+    return Resources(threads=1)
+
+
+def default_config(problem):
+    return {}
+
+
+@kernel
+def _attend(job, b, t, h, heads, j, keys, found, rows, q, o, s, state, krows, vrows, constants):
+    """`heads` heads from h on against `found` keys: O [heads, Dvp] and state [heads, (maximum, sum, NaN if a score was not finite, -)]."""
+    load_heads(job, job.q + b * job.q_b + t * job.q_t, job.q_h, job.q_code, h, heads, job.D, job.Dp, job.sign, q)
+    fill_zero(o, heads * job.Dvp)
+    for r in range(heads):
+        put_f32(state, 4 * r, NOTHING)
+        put_f32(state, 4 * r + 1, np.float32(0))
+        put_f32(state, 4 * r + 2, np.float32(0))
+    base_k, base_v = job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h
+    for first in range(0, found, KEYS):
+        count = min(KEYS, found - first)
+        ahead = max(0, min(KEYS, found - first - KEYS))
+        fetch_rows(base_k, job.k_t, keys + 8 * (first + KEYS), ahead, job.D * job.k_size)
+        if job.shared == 0:
+            fetch_rows(base_v, job.v_t, keys + 8 * (first + KEYS), ahead, job.Dv * job.v_size)
+        place_rows(base_k, job.k_t, job.k_code, job.D, job.row, job.here_k, keys + 8 * first, count, krows, 4 * job.row, rows)
+        score_rows(q, 4 * job.Dp, heads, rows, count, job.Dp, s)
+        if job.shared == 0:
+            place_rows(base_v, job.v_t, job.v_code, job.Dv, job.Dvp, job.here_v, keys + 8 * first, count, vrows, 4 * job.Dvp, rows)
+        for r in range(heads):
+            row = s + r * STEP
+            if job.capped:
+                cap_row(row, count, constants, 0)
+            factor = soften(row, count, state + 16 * r, constants)
+            if factor != 1:
+                scale_row(o + 4 * r * job.Dvp, job.Dvp, factor)
+        mix_rows(s, heads, rows, count, job.Dvp, o, 4 * job.Dvp)
+
+
+@kernel
+def _store(job, b, t, h, heads, keys, found, o, state):
+    for r in range(heads):
+        row = o + 4 * r * job.Dvp
+        total = np.float64(get_f32(state, 4 * r + 1))
+        top = np.float64(get_f32(state, 4 * r)) * job.unit if total != 0 else -math.inf
+        scale_row(row, job.Dvp, np.float32(row_factor(job, h + r, top, total)))
+        if found > 0 and (get_f32(state, 4 * r + 2) != 0 or finite(row, job.Dv) != 0):
+            exact_row(job, b, h + r, t, keys, found)
+        else:
+            write_row(job.out_code, row, job.Dv, job.out + b * job.out_b + (h + r) * job.out_h + t * job.out_t)
+            put_lse(job, b, h + r, t, top + math.log(total) if total > 0 else -math.inf)
+
+
+@kernel
+def _work(jobs, constants, room):
+    job = jobs[0]
+    heads = job.split
+    keys, rows = np.empty(room, np.int64), np.empty(KEYS, np.int64)
+    q, o = np.empty((heads, job.Dp), np.float32), np.empty((heads, job.Dvp), np.float32)
+    s, state = np.zeros((heads, KEYS), np.float32), np.empty((heads, 4), np.float32)
+    krows, vrows = np.empty((KEYS, job.row), np.float32), np.empty((KEYS, job.Dvp), np.float32)
+    parts = (job.heads + heads - 1) // heads
+    total = job.B * job.T * job.units * parts
+    while True:
+        task = next_task(job.counter)
+        if task >= total:
+            break
+        part, unit = task % parts, task // parts % job.units
+        b, t = task // (parts * job.units * job.T), job.T - 1 - task // (parts * job.units) % job.T
+        h, j = unit_of(job, unit)
+        h, count = h + part * heads, min(heads, job.heads - part * heads)
+        pkeys = keys.ctypes.data  # taken in the loop: Numba frees an array after the last mention of it
+        found = named_keys(job, b, unit, t, pkeys)
+        if job.q_code == F64_CODE:
+            for r in range(count):
+                exact_row(job, b, h + r, t, pkeys, found)
+        else:
+            _attend(job, b, t, h, count, j, pkeys, found, rows.ctypes.data, q.ctypes.data, o.ctypes.data, s.ctypes.data, state.ctypes.data,
+                    krows.ctypes.data, vrows.ctypes.data, constants.ctypes.data)
+            _store(job, b, t, h, count, pkeys, found, o.ctypes.data, state.ctypes.data)
+
+
+@kernel(parallel=True)
+def _launch(threads, jobs, constants, room):
+    for _ in numba.prange(threads):
+        _work(jobs, constants, room)
+
+
+def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None,
+        out_dtype=None, return_lse=True):
+    (B, Hq, T, _), (S, Dv) = q.shape, v.shape[2:]
+    kind = out_dtype or (q.dtype.name if q.dtype.name != "float8_e4m3fn" else "bfloat16")
+    out, lse = place.empty((B, Hq, T, Dv), kind), place.empty((B, Hq, T), "float64" if q.dtype == np.float64 else "float32")
+    if lse.size == 0:
+        return out, lse if return_lse else None
+    job, constants, _alive = make_gather(indices, lengths=lengths, granularity=granularity, causal=causal, scale=scale, softcap=softcap, kv_length=kv_length,
+                                         q_start=q_start, sink_logits=sink_logits, q=q, k=k, v=v, out=out, lse=lse)
+    threads, tasks, heads = numba.get_num_threads(), B * T * int(job["units"][0]), int(job["heads"][0])
+    if tasks < 2 * threads:  # few queries: heads are dealt out
+        job["split"] = min(heads, max(4, -(-heads * tasks // (2 * threads) // 4) * 4))
+    _launch(threads, job, constants, indices.shape[3] * min(granularity, S))
+    return out, lse if return_lse else None
