@@ -26,9 +26,14 @@ def torch_dtype(name: str):
     return getattr(torch, name)
 
 
-@lru_cache(None)
+_TORCH_NAMES = {}  # torch.dtype -> name
+
+
 def _torch_name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    name = _TORCH_NAMES.get(dtype)
+    if name is None:
+        name = _TORCH_NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return name
 
 
 def framework(x) -> str | None:
@@ -66,7 +71,9 @@ def device_of(x) -> int | None:
         raise TypeError(f"device: expected cpu or cuda, got {x.device}; move the tensor with .to('cuda') or .cpu()")
     if name == "cupy":
         return x.device.id
-    device = next(iter(x.devices())) if hasattr(x, "devices") else x.device
+    if type(x).__name__.endswith("Tracer"):  # under jit an array has no device yet
+        return None
+    device = next(iter(x.devices()))
     return device.local_hardware_id if device.platform in ("gpu", "cuda", "rocm") else None
 
 

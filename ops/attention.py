@@ -132,6 +132,8 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     elif isinstance(rule, Pattern):
         rule.check(Hq, Hk)
     caller, device = checks.together(named)
+    if isinstance(rule, Selection) and rule.restriction is not None:
+        rule = rule.resolve(S, q_start, kv_length)
     if config is not None and not hasattr(config, "keys"):
         raise TypeError(f"config: expected a dict of knobs or None, got {type(config).__name__}; see sparsetile.explain for the knobs in use")
     return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device)
@@ -208,11 +210,11 @@ def lists_for(call: Call, config: dict, place) -> tuple[Lists, ...]:
         first, last, capacity = call.q_start, call.q_start + T, S
         if T <= 64:  # decoding: the same lists serve a whole block of positions and a growing cache
             first, last = first // block_q * block_q, -(-last // block_q) * block_q
-            step = max(256, 1 << max(0, S.bit_length() - 4))
+            step = 1 if rule.needs_exact_S else max(256, 1 << max(0, S.bit_length() - 4))
             capacity = -(-S // step) * step
     else:  # positions are known on the device only
         first, last, capacity = -T, S if call.q_start is None else S + T, S
-    key = (rule, first, last, capacity, block_q, block_k, Hq if isinstance(rule, PerHead) else None, native, place.device, place.caller)
+    key = (rule, first, last, capacity, block_q, block_k, Hq, native, place.device, place.caller)
     parts = _lists.get(key)
     if parts is None:
         parts = tuple(_carry(part, place) for part in lower(rule, first, last, capacity, block_q, block_k, Hq))
@@ -227,7 +229,7 @@ def _carry(part: Lists, place) -> Lists:
     def one(x):
         if x is None:
             return None
-        return place.upload(x) if arrays.framework(x) == "numpy" else place.native(x)
+        return place.upload(arrays.as_numpy(x)) if arrays.device_of(x) is None else place.native(x)
     return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras={})
 
 
@@ -278,10 +280,10 @@ def _forward(call, choice, place, return_lse):
 
 
 # ------------------------------------------------------------------------------------------------------------------ backward
-def backward(call: Call, out, lse, dout, dlse=None):
+def backward(call: Call, out, lse, dout, dlse=None, config=None):
     """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
     selected = isinstance(call.rule, Selection)
-    call = replace(call, config=None)  # the config argument speaks of the forward
+    call = replace(call, config=config)  # the call's own config speaks of the forward
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
     place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():

@@ -57,6 +57,7 @@ class _Explained(Exception):
 
 
 _explaining = ContextVar("sparsetile_explaining", default=None)
+_depth = 0  # how many calls are being explained anywhere: torch.compile can read a number, not a ContextVar
 
 
 # --------------------------------------------------------------------------------------------------------------- environment
@@ -155,7 +156,7 @@ def choose(op: str, problem: Problem, device: int | None, backend: str | None = 
         found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
         if found and refusal(found.backend, problem, device) is None:
             choice = _configure(found.backend, problem, device, None, None)
-    for name in candidates if choice is None or _explaining.get() else ():
+    for name in candidates if choice is None or is_explaining() else ():
         if choice is not None and name == choice.backend:
             continue
         sentence = refusal(name, problem, device)
@@ -165,7 +166,7 @@ def choose(op: str, problem: Problem, device: int | None, backend: str | None = 
             choice = _configure(name, problem, device, config, fixed)
         else:
             reasons[name] = f"{choice.backend} comes first: {choice.source if 'profile' in choice.source else 'the order of preference is ' + ', '.join(BACKENDS)}"
-    if _explaining.get() is not None:
+    if is_explaining():
         if choice is not None and asked != "auto":
             reasons.update({name: f"{asked} was asked for" for name in BACKENDS if name != asked})
         raise _Explained(Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, choice.source if choice else "no backend supports this", reasons, problem))
@@ -240,15 +241,18 @@ def explain(op, *args, **kwargs) -> Explanation:
 
 @contextmanager
 def explaining():
-    token = _explaining.set(True)
+    """Calls in this context end at the choice of their main kernel, with _Explained."""
+    global _depth
+    token, _depth = _explaining.set(True), _depth + 1
     try:
         yield
     finally:
         _explaining.reset(token)
+        _depth -= 1
 
 
 def is_explaining() -> bool:
-    return _explaining.get() is not None
+    return _depth > 0 and _explaining.get() is not None
 
 
 def clear_plans() -> None:

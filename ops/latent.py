@@ -116,13 +116,13 @@ def absorb(x, w, tail, backend):
     return matmul(x, w, tail, backend, caller, device)
 
 
-def matmul(x, w, tail, backend, caller, device):
+def matmul(x, w, tail, backend, caller, device, config=None):
     """absorb of checked arguments."""
     B, H, T, N = x.shape
     M, P = w.shape[1], 0 if tail is None else tail.shape[3]
     kind = arrays.dtype_name(x)
     problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind), arrays.device_info(device).arch, ["tail"] * (P > 0))
-    choice = dispatch.choose("latent_attention", problem, device, backend)
+    choice = dispatch.choose("latent_attention", problem, device, backend, config)
     place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * H * T == 0:
@@ -186,8 +186,17 @@ def _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, more=None):
 
 
 def _namespace(caller):
-    import importlib
-    return importlib.import_module("jax.numpy" if caller == "jax" else caller)
+    if caller == "torch":
+        import torch
+        return torch
+    if caller == "numpy":
+        import numpy
+        return numpy
+    if caller == "cupy":
+        import cupy
+        return cupy
+    import jax.numpy
+    return jax.numpy
 
 
 def _concat(a, b, caller, device):
@@ -196,9 +205,11 @@ def _concat(a, b, caller, device):
 
 def _joined(latent, k_rope, caller, device):
     """[latent, k_rope] along the width: the memory itself if one array holds them side by side, else one copy."""
-    if caller == "torch" and latent.stride() == k_rope.stride() and k_rope.data_ptr() == latent.data_ptr() + latent.shape[2] * latent.element_size() \
-            and not (latent.requires_grad or k_rope.requires_grad):
-        return latent.as_strided((*latent.shape[:2], latent.shape[2] + k_rope.shape[2]), latent.stride())
+    if caller == "torch":
+        from sparsetile.ops import torch_ops
+        if not torch_ops.wanted(latent, k_rope) and latent.stride() == k_rope.stride() and \
+                k_rope.data_ptr() == latent.data_ptr() + latent.shape[2] * latent.element_size():
+            return latent.as_strided((*latent.shape[:2], latent.shape[2] + k_rope.shape[2]), latent.stride())
     return _concat(latent, k_rope, caller, device)
 
 

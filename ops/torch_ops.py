@@ -3,7 +3,7 @@
 Only tensors and a canonical string cross the operators' boundary. A rule crosses as
     "p<pattern>"                     a pattern's canonical text
     "s<granularity>,<causal>"        a selection; tables = [indices] or [indices, lengths]
-    "l<json>"                        a layout; tables = its parts' arrays, the json says which
+    "l<T>,<S>;<part>;..."            a layout; tables = its parts' arrays, in order; a part's text is its numbers and which arrays it has
 Eager calls that need no gradient do not come here: they go straight to the kernel.
 """
 import json
@@ -59,12 +59,16 @@ def encode(rule) -> tuple[str, list]:
         return "p" + rule.canonical(), []
     if isinstance(rule, Selection):
         return f"s{rule.granularity},{int(rule.causal)}", [rule.indices] + ([] if rule.lengths is None else [rule.lengths])
-    tables, parts = [], []
+    tables, text = [], f"l{rule.T},{rule.S}"
     for part in rule.parts:
-        parts.append({name: getattr(part, name) for name in ("block_q", "block_k", "first", "nq", "nk", "has_intervals", "has_bitmaps", "longest")})
-        parts[-1]["arrays"] = [name for name in attention_op._ARRAYS if getattr(part, name) is not None]
-        tables += [torch.as_tensor(getattr(part, name)) for name in parts[-1]["arrays"]]
-    return "l" + json.dumps(dict(T=rule.T, S=rule.S, parts=parts)), tables
+        held = [getattr(part, name) for name in attention_op._ARRAYS]
+        tables += [torch.as_tensor(x) for x in held if x is not None]
+        numbers = [int(getattr(part, name)) for name in _NUMBERS]
+        text += ";" + ",".join([str(n) for n in numbers] + ["0" if x is None else "1" for x in held])
+    return text, tables
+
+
+_NUMBERS = ("block_q", "block_k", "first", "nq", "nk", "has_intervals", "has_bitmaps", "longest")
 
 
 @lru_cache(256)
@@ -78,13 +82,14 @@ def decode(text: str, tables):
     if text[0] == "s":
         granularity, causal = map(int, text[1:].split(","))
         return Selection(tables[0], granularity, tables[1] if len(tables) > 1 else None, bool(causal))
-    said, tables = json.loads(text[1:]), list(tables)
-    parts = []
-    for part in said["parts"]:
-        names = part.pop("arrays")
-        held, tables = tables[:len(names)], tables[len(names):]
-        parts.append(Lists(**({name: None for name in attention_op._ARRAYS} | dict(zip(names, held)) | part)))
-    return Layout(tuple(parts), said["T"], said["S"])
+    sizes, *said = text[1:].split(";")
+    T, S = map(int, sizes.split(","))
+    tables, parts = iter(tables), []
+    for part in said:
+        values = list(map(int, part.split(",")))
+        numbers = dict(zip(_NUMBERS, values)) | {name: bool(dict(zip(_NUMBERS, values))[name]) for name in ("has_intervals", "has_bitmaps")}
+        parts.append(Lists(**numbers, **{name: next(tables) if has else None for name, has in zip(attention_op._ARRAYS, values[len(_NUMBERS):])}))
+    return Layout(tuple(parts), T, S)
 
 
 def _options(config) -> str:
