@@ -1,17 +1,16 @@
 // Attention over block lists in float32, every product a fused multiply-add (no TF32): block_attention.cu's lists and masks, without tensor cores.
 //
-// A CTA holds BQ queries whole and streams keys, TK at a time, in chunks of 64 columns through one buffer; four threads a query row: a thread owns
-// 4 rows and every 16th column. Defines: OUT_KIND, BQ, BK, TK (32), DP, DVP, COPY (4), SOFTCAP, Q_ORDER, K_ORDER.
-#include "mma.cuh"
+// A CTA holds BQ queries whole and streams keys, 32 at a time, in chunks of 64 columns (simt.cuh). Defines: OUT_KIND, BQ, BK, TK (32), DP, DVP, COPY (4), SOFTCAP, Q_ORDER, K_ORDER.
 #include "block_forward.cuh"
+#include "simt.cuh"
 
-constexpr int THREADS = 4 * BQ, CHUNK = 64, QS = DP + 1, CS = CHUNK + 1, SS = TK + 1;
-static_assert(TK == 32 && BK % TK == 0 && BQ % 32 == 0, "tiles");
+constexpr int THREADS = 4 * BQ, QS = DP + 1;
+static_assert(TK == STREAMED && BK % TK == 0 && BQ % 32 == 0, "tiles");
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
-  float *sq = (float*)raw, *chunk = sq + BQ * QS, *ss = chunk + TK * CS;  // [BQ][QS], [TK][CS], [BQ][SS]
-  u32 *words = (u32*)(ss + BQ * SS), *seen = words + BQ;
+  float *sq = (float*)raw, *chunk = sq + BQ * QS, *ss = chunk + CHUNK_FLOATS;  // [BQ][QS], a chunk, [BQ][WEIGHT_STRIDE]
+  u32 *words = (u32*)(ss + BQ * WEIGHT_STRIDE), *seen = words + BQ;
   int* rows = (int*)(seen + 1);
   const Tile x(p);
   if (!x.exists) return;
@@ -33,26 +32,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     __syncthreads();
     if (masked) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen);
     float s[4][2] = {};
-#pragma unroll 1
-    for (int c = 0; c < DP; c += CHUNK) {
-      __syncthreads();
-      copy_tile<float, TK, CHUNK, 4, THREADS>(chunk, CS, k, p.D - c, p.kd, [&](int r) {
-        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
-        return key < 0 ? nullptr : k + key * p.kt + c * p.kd;
-      });
-      __syncthreads();
-      const int n = imin(CHUNK, DP - c);
-#pragma unroll 8
-      for (int d = 0; d < n; d++) {
-        const float k0 = chunk[tx * CS + d], k1 = chunk[(tx + 16) * CS + d];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float a = sq[(row + i) * QS + c + d];
-          s[i][0] = fmaf(a, k0, s[i][0]);
-          s[i][1] = fmaf(a, k1, s[i][1]);
-        }
-      }
-    }
+    add_dots<DP, THREADS>(s, sq, QS, chunk, k, p.D, p.kd, [&](int r) {
+      const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
+      return key < 0 ? nullptr : k + key * p.kt;
+    });
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32 word = masked ? words[row + i] : ~0u;
@@ -62,48 +45,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
         if constexpr (SOFTCAP) y = p.softcap * tanhf(y / p.softcap);
         s[i][e] = word >> (tx + 16 * e) & 1 ? y : -inf();
       }
-      float top = fmaxf(most[i], fmaxf(s[i][0], s[i][1]));
-#pragma unroll
-      for (int m = 1; m < 16; m *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+      const float top = max16(fmaxf(most[i], fmaxf(s[i][0], s[i][1])));
       const float zero = top == -inf() ? 0.f : top, factor = expf(most[i] - zero);
       most[i] = top;
       s[i][0] = expf(s[i][0] - zero);
       s[i][1] = expf(s[i][1] - zero);
       sum[i] = sum[i] * factor + (s[i][0] + s[i][1]);
-      ss[(row + i) * SS + tx] = s[i][0];
-      ss[(row + i) * SS + tx + 16] = s[i][1];
+      ss[(row + i) * WEIGHT_STRIDE + tx] = s[i][0];
+      ss[(row + i) * WEIGHT_STRIDE + tx + 16] = s[i][1];
 #pragma unroll
       for (int c = 0; c < DVP / 16; c++) o[i][c] *= factor;
     }
-#pragma unroll
-    for (int c = 0; c < DVP; c += CHUNK) {
-      __syncthreads();
-      copy_tile<float, TK, CHUNK, 4, THREADS>(chunk, CS, v, p.Dv - x.slice * DVP - c, p.vd, [&](int r) {
-        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
-        return key < 0 || (masked && !(seen[0] >> r & 1)) ? nullptr : v + key * p.vt + c * p.vd;
-      });
-      __syncthreads();
-#pragma unroll 4
-      for (int r = 0; r < TK; r++) {
-        float a[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = ss[(row + i) * SS + r];
-#pragma unroll
-        for (int j = 0; j < (DVP - c < CHUNK ? DVP - c : CHUNK) / 16; j++) {
-          const float y = chunk[r * CS + tx + 16 * j];
-#pragma unroll
-          for (int i = 0; i < 4; i++) o[i][c / 16 + j] = fmaf(a[i], y, o[i][c / 16 + j]);
-        }
-      }
-    }
+    add_rows<DVP, THREADS>(o, ss, chunk, v, p.Dv - x.slice * DVP, p.vd, [&](int r) {
+      const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
+      return key < 0 || (masked && !(seen[0] >> r & 1)) ? nullptr : v + key * p.vt;
+    });
   }
 
   const float sink = p.sink ? __ldg(p.sink + x.h) : -inf();
   Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.out + (i64)x.head * p.at.T * p.Dv;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-#pragma unroll
-    for (int m = 1; m < 16; m *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], m);
+    sum[i] = sum16(sum[i]);
     const bool empty = most[i] == -inf() && sum[i] == 0.f;
     const float inverse = 1.f / (sum[i] + (p.sink && !empty ? expf(sink - most[i]) : 0.f));
     const int t = rows[row + i];
