@@ -3,7 +3,6 @@
 Everything stays on the array's device. Host constants are uploaded once per device and kept, so a second call may stand inside a CUDA graph.
 """
 from functools import lru_cache
-from importlib import import_module
 
 import numpy as np
 
@@ -16,8 +15,16 @@ def kind(x) -> str:
 
 def module(x):
     """The namespace of x: numpy, torch, cupy or jax.numpy."""
-    name = kind(x)
-    return import_module("jax.numpy" if name == "jax" else name)
+    name = kind(x)  # import statements, which torch.compile can trace
+    if name == "torch":
+        import torch as lib
+    elif name == "cupy":
+        import cupy as lib
+    elif name == "jax":
+        import jax.numpy as lib
+    else:
+        lib = np
+    return lib
 
 
 def on_device(x) -> bool:

@@ -32,7 +32,7 @@ def _window(w):
 
 
 def _tokens(g):
-    runs = [f"range({lo}, {hi})" if hi - lo > 1 else str(lo) for lo, hi in g.runs.tolist()]
+    runs = [f"range({lo}, {hi})" if hi - lo > 1 else str(lo) for lo, hi in g.runs]
     if len(runs) == 1 and "range" in runs[0]:
         return runs[0]
     return "[" + ", ".join("*" + run if run.startswith("range") else run for run in runs) + "]"
@@ -167,7 +167,7 @@ def to_data(pattern: pt.Pattern):
         if name == "mask":
             value = pack(pattern.mask_bits)
         elif name == "tokens":
-            value = [lo if hi - lo == 1 else [lo, hi] for lo, hi in pattern.runs.tolist()]
+            value = [lo if hi - lo == 1 else [lo, hi] for lo, hi in pattern.runs]
         elif name == "exclude":
             value = [to_data(part) for part in pattern.exclude]
         else:

@@ -9,13 +9,25 @@ Mistral 7B (arXiv:2310.06825, section 2), StreamingLLM (arXiv:2309.17453, sectio
 """
 import operator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from sparsetile.ops import array_operators as xp
 
 _FAR = 2 ** 31 - 1  # positions are below it, so a wider window is an unbounded one
+
+
+class _kept:
+    """A property computed once: functools.cached_property without the lock of Python 3.11, which torch.compile cannot trace."""
+
+    def __init__(self, make):
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, owner, kind=None):
+        if owner is None:
+            return self
+        value = owner.__dict__[self.name] = self.make(owner)
+        return value
 
 
 def _integer(owner: str, name: str, value, least: int | None = 0, remedy: str = "", most: int | None = None) -> int:
@@ -37,12 +49,12 @@ class Pattern:
     heads = None  # number of heads of a PerHead pattern (or of Blocks given per head), else None
 
     # ---- identity
-    @cached_property
+    @_kept
     def _text(self) -> str:
         from sparsetile.ops.notation import write
         return write(self)
 
-    @cached_property
+    @_kept
     def _hash(self) -> int:
         return hash((type(self).__name__, self._text))
 
@@ -255,7 +267,7 @@ class Dilated(Pattern):
                 object.__setattr__(self, name, _integer("Dilated", name, value, 0, "use None for an unbounded side"))
         object.__setattr__(self, "step", _integer("Dilated", "step", self.step, 1))
 
-    @cached_property
+    @_kept
     def window(self) -> Window:
         return Window(self.left, self.right)
 
@@ -306,19 +318,27 @@ class Global(Pattern):
         object.__setattr__(self, "tokens", tuple(sorted(set(tokens))))
         object.__setattr__(self, "symmetric", bool(self.symmetric))
 
-    @cached_property
-    def runs(self) -> np.ndarray:
-        """[n, 2] sorted maximal runs of tokens, first and one past the last."""
-        tokens = np.asarray(self.tokens, np.int64)
-        cuts = np.flatnonzero(np.diff(tokens) != 1) + 1
-        starts = np.concatenate(([0], cuts))[: len(tokens) and None]
-        return np.stack([tokens[starts], tokens[np.concatenate((cuts - 1, [len(tokens) - 1]))] + 1], 1) if len(tokens) else np.zeros((0, 2), np.int64)
+    @_kept
+    def runs(self) -> tuple:
+        """Maximal runs of tokens, ascending: ((first, one past the last), ...)."""
+        runs = []
+        for token in self.tokens:
+            if runs and runs[-1][1] == token:
+                runs[-1][1] = token + 1
+            else:
+                runs.append([token, token + 1])
+        return tuple((lo, hi) for lo, hi in runs)
+
+    @_kept
+    def bounds(self) -> np.ndarray:
+        """The runs as int64 [n, 2]."""
+        return np.asarray(self.runs, np.int64).reshape(-1, 2)
 
     def _holds(self, x):
         if len(self.runs) > 8:  # position in the sorted ends: inside a run when odd
-            return xp.rank(self.runs.reshape(-1), x) % 2 == 1
+            return xp.rank(self.bounds.reshape(-1), x) % 2 == 1
         seen = x != x
-        for lo, hi in self.runs.tolist():
+        for lo, hi in self.runs:
             seen = seen | ((x >= lo) & (x < hi))
         return seen
 
@@ -408,7 +428,7 @@ class Blocks(Pattern):
     def heads(self):
         return self.mask_bits.shape[0] if self.mask_bits.ndim == 3 else None
 
-    @cached_property
+    @_kept
     def _per_head(self):
         return PerHead([Blocks(bits, self.block_q, self.block_k) for bits in self.mask_bits])
 
@@ -445,7 +465,7 @@ class Documents(Pattern):
     def has_tensors(self):
         return True
 
-    @cached_property
+    @_kept
     def ends(self) -> np.ndarray:
         return np.cumsum(np.asarray(self.lengths, np.int64))
 

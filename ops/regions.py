@@ -216,8 +216,8 @@ _STATE = {
     pt.Dilated: lambda d, t: _multiples(t, d.step, d.left, d.right),
     pt.Strided: lambda d, t: _multiples(t, d.stride, None, None),
     Columns: _columns,
-    pt.Global: lambda g, t: _tri(*_members(g.runs, t.s_lo, t.s_hi)),
-    Rows: lambda r, t: _tri(*_members(r.keys.runs, t.p_lo, t.p_hi)),
+    pt.Global: lambda g, t: _tri(*_members(g.bounds, t.s_lo, t.s_hi)),
+    Rows: lambda r, t: _tri(*_members(r.keys.bounds, t.p_lo, t.p_hi)),
     pt.Sink: lambda k, t: _tri(t.s_hi < k.n, t.s_lo < k.n),
     pt.Documents: _documents, pt.Blocks: _explicit, pt.RandomBlocks: _explicit,
 }
