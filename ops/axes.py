@@ -5,7 +5,8 @@ import numpy as np
 class Plain:
     """Positions first_pos <= x < last_pos in blocks aligned to multiples of `block`; block i starts at (first + i) * block."""
     modulus = 0
-    order = None
+    order = None  # positions to show as an order although they are contiguous
+    tail = None
 
     def __init__(self, first_pos: int, last_pos: int, block: int):
         self.first_pos, self.last_pos, self.block = first_pos, last_pos, block
@@ -26,17 +27,26 @@ class Plain:
         x = self.positions(i)
         return (x >= self.first_pos) & (x < self.last_pos)
 
+    def shapes(self):
+        """[n] integers: blocks with equal ones hold the same distances from their first position (holes aside)."""
+        return np.zeros(self.n, np.int64)
+
 
 class Ordered:
-    """Positions in the order given, -1 where there is none; padded with -1 to whole blocks. `modulus`: residues of it ascend along the order (0: no such)."""
+    """Positions in the order given, -1 where there is none; padded with -1 to whole blocks.
 
-    def __init__(self, order, block: int, modulus: int = 0):
+    modulus   residues of it ascend along the order (0: no such)
+    tail      positions that the lists hold after all blocks and that see nothing
+    """
+
+    def __init__(self, order, block: int, modulus: int = 0, tail=None):
         order = np.asarray(order, np.int64)
-        self.first, self.block, self.modulus, self.n = 0, block, modulus, -(-len(order) // block)
+        self.first, self.block, self.modulus, self.tail, self.n = 0, block, modulus, tail, -(-len(order) // block)
         self.order = np.full(self.n * block, -1, np.int64)
         self.order[:len(order)] = order
 
     def spans(self, fan: int):
+        """As Plain.spans; the residues are those of the modulus."""
         size = self.block * fan
         n = -(-len(self.order) // size)
         grid = np.full(n * size, -1, np.int64)
@@ -57,7 +67,7 @@ class Ordered:
     def exists(self, i):
         return self.positions(i) >= 0
 
-    def regular(self):
-        """[n]: is the block an arithmetic progression of step `modulus` (holes only at its end)."""
+    def shapes(self):
         grid = self.order.reshape(self.n, self.block)
-        return ((np.diff(grid, axis=1) == self.modulus) | (grid[:, 1:] < 0)).all(1) & (grid[:, 0] >= 0)
+        distance = np.ascontiguousarray(np.where(grid >= 0, grid - grid[:, :1], -1 - self.order.max(initial=0)))
+        return np.unique(distance.view([("", distance.dtype)] * self.block).reshape(-1), return_inverse=True)[1].reshape(-1)

@@ -3,7 +3,7 @@ import numpy as np
 
 from sparsetile.ops import regions
 
-_LEAF = 64    # rectangles of this side are looked at pair by pair
+_LEAF = (64, 64)  # rectangles of these sides are looked at pair by pair
 _FAN = 4
 _TOP = 1024   # rectangles of the first step
 
@@ -14,39 +14,56 @@ def pairs(rule, first_pos: int, last_pos: int, S: int) -> int:
     Rectangles are halved twice until they are full, empty or of 64 x 64; equal ones (same signature) are followed once and multiplied, so regular
     patterns cost next to nothing at any length.
     """
-    if last_pos <= first_pos or S <= 0:
-        return 0
-    rule, total, size = regions.plain(rule), 0, _LEAF
-    while -(-(last_pos - first_pos) // size) * -(-S // size) > _TOP:
-        size *= _FAN
-    p0 = np.arange(first_pos // size, -(-last_pos // size), dtype=np.int64) * size
-    s0 = np.arange(0, -(-S // size), dtype=np.int64) * size
-    p0, s0 = np.repeat(p0, len(s0)), np.tile(s0, len(p0))
-    times = np.ones(len(p0), np.int64)
-    while True:
-        tiles = _tiles(p0, s0, size, first_pos, last_pos, S)
-        states = regions.state(rule, tiles)
+    rule, total = regions.plain(rule), 0
+    for tiles, times, states in _refined(rule, first_pos, last_pos, S, _LEAF):
         area = (tiles.p_hi - tiles.p_lo + 1) * (tiles.s_hi - tiles.s_lo + 1) * times
         total += int(area[states == 2].sum())
+        if tiles.size == _LEAF:
+            part = states == 1
+            total += _looked_at(rule, tiles.p0[part], tiles.s0[part], times[part], first_pos, last_pos, S)
+    return total
+
+
+def blocks(rule, first_pos: int, last_pos: int, S: int, block_q: int, block_k: int) -> int:
+    """How many blocks of this size (aligned to positions) cannot be seen to be empty: what plain lists would keep, but for blocks found empty pair by pair."""
+    rule, total = regions.plain(rule), 0
+    for tiles, times, states in _refined(rule, first_pos, last_pos, S, (block_q, block_k)):
+        whole = states == 2 if tiles.size != (block_q, block_k) else states > 0
+        each = (tiles.p_hi // block_q - tiles.p_lo // block_q + 1) * (tiles.s_hi // block_k - tiles.s_lo // block_k + 1)
+        total += int((each * times)[whole].sum())
+    return total
+
+
+def _refined(rule, first_pos, last_pos, S, leaf):
+    """(tiles, how often each stands for one, states) from coarse to fine: full and empty ones are settled, equal ones are followed once."""
+    if last_pos <= first_pos or S <= 0:
+        return
+    rows, cols = leaf
+    while -(-(last_pos - first_pos) // rows) * -(-S // cols) > _TOP:
+        rows, cols = rows * _FAN, cols * _FAN
+    p0 = np.arange(first_pos // rows, -(-last_pos // rows), dtype=np.int64) * rows
+    s0 = np.arange(0, -(-S // cols), dtype=np.int64) * cols
+    p0, s0 = np.repeat(p0, len(s0)), np.tile(s0, len(p0))
+    times = np.ones(len(p0), np.int64)
+    while len(p0):
+        tiles = regions.Tiles(p0, s0, np.maximum(p0, first_pos), np.minimum(p0 + rows, last_pos) - 1, s0, np.minimum(s0 + cols, S) - 1, S, (rows, cols))
+        states = regions.state(rule, tiles)
+        last = (rows, cols) == leaf
         part = np.flatnonzero(states == 1)
         example, group = regions.group(regions.signature(rule, tiles.take(part)), len(part))
-        times = np.bincount(group, weights=None, minlength=len(example)) if (times[part] == 1).all() else _sums(group, times[part], len(example))
-        p0, s0 = p0[part[example]], s0[part[example]]
-        if not len(p0):
-            return total
-        if size == _LEAF:
-            return total + _looked_at(rule, p0, s0, times, first_pos, last_pos, S)
-        size //= _FAN
-        step = np.arange(_FAN) * size
-        p0 = np.broadcast_to((p0[:, None] + step)[:, :, None], (len(p0), _FAN, _FAN)).reshape(-1)
-        s0 = np.broadcast_to((s0[:, None] + step)[:, None, :], (len(s0), _FAN, _FAN)).reshape(-1)
+        if last:
+            settled = np.flatnonzero(states == 2)
+            pick = np.concatenate((settled, part[example]))
+            yield tiles.take(pick), np.concatenate((times[settled], _sums(group, times[part], len(example)))), states[pick]
+            return
+        yield tiles, times, states
+        p0, s0, times = p0[part[example]], s0[part[example]], _sums(group, times[part], len(example))
+        rows, cols = rows // _FAN, cols // _FAN
+        p0 = np.broadcast_to((p0[:, None] + np.arange(_FAN) * rows)[:, :, None], (len(p0), _FAN, _FAN)).reshape(-1)
+        s0 = np.broadcast_to((s0[:, None] + np.arange(_FAN) * cols)[:, None, :], (len(s0), _FAN, _FAN)).reshape(-1)
         times = np.repeat(times, _FAN * _FAN)
-        inside = (p0 < last_pos) & (p0 + size > first_pos) & (s0 < S)
+        inside = (p0 < last_pos) & (p0 + rows > first_pos) & (s0 < S)
         p0, s0, times = p0[inside], s0[inside], times[inside]
-
-
-def _tiles(p0, s0, size, first_pos, last_pos, S):
-    return regions.Tiles(p0, s0, np.maximum(p0, first_pos), np.minimum(p0 + size, last_pos) - 1, s0, np.minimum(s0 + size, S) - 1, S, (size, size))
 
 
 def _sums(group, times, n):
@@ -56,7 +73,7 @@ def _sums(group, times, n):
 
 
 def _looked_at(rule, p0, s0, times, first_pos, last_pos, S):
-    total, side = 0, np.arange(_LEAF)
+    total, side = 0, np.arange(_LEAF[0])
     for a in range(0, len(p0), 256):
         p, s = (p0[a:a + 256, None] + side)[:, :, None], (s0[a:a + 256, None] + side)[:, None, :]
         seen = rule._see(p, s, S) & (p >= first_pos) & (p < last_pos) & (s < S)

@@ -7,7 +7,8 @@ import numpy as np
 
 from sparsetile.backends.contract import Lists
 from sparsetile.ops import regions
-from sparsetile.ops.axes import Plain
+from sparsetile.ops.axes import Ordered, Plain
+from sparsetile.ops.parts import parts
 from sparsetile.ops.patterns import Pattern
 from sparsetile.ops.tables import Table, assemble
 
@@ -36,7 +37,9 @@ def lower(pattern: Pattern, first_pos: int, last_pos: int, S: int, block_q: int 
             raise ValueError(f"pattern: it has {pattern.heads} heads, which must divide the {heads} query heads; give one pattern per query head or per key head")
         list_of = np.asarray([[pattern.head_map()[h * pattern.heads // heads] for h in range(heads)]], np.int32)
         return (_plain(pattern.rules(), first_pos, last_pos, S, block_q, block_k, list_of),)
-    return (_plain((pattern,), first_pos, last_pos, S, block_q, block_k, np.zeros((1, 1), np.int32)),)
+    one = np.zeros((1, 1), np.int32)
+    split = parts(regions.plain(pattern), first_pos, last_pos, S, block_q, block_k, lambda rule, rows, keys, given: build((rule,), rows, keys, S, one, given))
+    return split or (_plain((pattern,), first_pos, last_pos, S, block_q, block_k, one),)
 
 
 def _plain(rules, first_pos, last_pos, S, block_q, block_k, list_of) -> Lists:
@@ -78,8 +81,8 @@ def kept(rule, rows, keys, S, given):
         if fan == 1:
             break
         qi, kj = _children(qi, kj, -(-rows.n // fan), -(-keys.n // fan))
-    parts = []
-    spans = rows.spans(1), keys.spans(1)
+    found = []
+    spans, shapes = (rows.spans(1), keys.spans(1)), (rows.shapes(), keys.shapes())
     stripe = max(1, _STRIPE // _FAN ** 2) if level else len(qi) or 1
     for a in range(0, len(qi), stripe):
         i, j = qi[a:a + stripe], kj[a:a + stripe]
@@ -88,13 +91,13 @@ def kept(rule, rows, keys, S, given):
         states, tiles = _states(rule, spans, i, j, rows, keys, S, 1, given)
         stay = np.flatnonzero(states)
         partial = np.flatnonzero(states == 1)
-        columns = _signature(rule, tiles.take(partial), i[partial], j[partial], rows, keys)
-        parts.append((i[stay].astype(np.int32), j[stay].astype(np.int32), states[stay] == 2, columns))
-    if not parts:
+        columns = [shape[at] for shape, at in zip(shapes, (i[partial], j[partial]))] + regions.signature(rule, tiles.take(partial))
+        found.append((i[stay].astype(np.int32), j[stay].astype(np.int32), states[stay] == 2, columns))
+    if not found:
         none = np.zeros(0, np.int32)
         return none, none, np.zeros(0, bool), []
-    qi, kj, full = (np.concatenate([part[n] for part in parts]) for n in range(3))
-    return qi, kj, full, _stacked([part[3] for part in parts])
+    qi, kj, full = (np.concatenate([part[n] for part in found]) for n in range(3))
+    return qi, kj, full, _stacked([part[3] for part in found])
 
 
 def _children(qi, kj, n_q, n_k):
@@ -108,7 +111,9 @@ def _children(qi, kj, n_q, n_k):
 def _states(rule, spans, i, j, rows, keys, S, fan, given):
     (p0, p_lo, p_hi, pr_lo, pr_hi), (s0, s_lo, s_hi, sr_lo, sr_hi) = spans
     residues = (pr_lo[i], pr_hi[i], sr_lo[j], sr_hi[j]) if pr_lo is not None and sr_lo is not None else ()
-    tiles = regions.Tiles(p0[i], s0[j], p_lo[i], p_hi[i], s_lo[j], s_hi[j], S, (rows.block * fan, keys.block * fan), rows.modulus, residues, dict(given))
+    size = rows.block * fan, keys.block * fan
+    tiles = regions.Tiles(p0[i], s0[j], p_lo[i], p_hi[i], s_lo[j], s_hi[j], S, size, rows.modulus, residues, dict(given),
+                          ordered=isinstance(rows, Ordered) or isinstance(keys, Ordered))
     there = (tiles.p_lo <= tiles.p_hi) & (tiles.s_lo <= tiles.s_hi)
     states = regions.state(rule, tiles)
     return (states if there.all() else states * there), tiles
@@ -122,11 +127,6 @@ def _stacked(chunks):
     sizes = [len(chunk[0]) for chunk in chunks]
     return [np.concatenate([chunk[n] if n < len(chunk) else np.zeros(size, np.int64) for chunk, size in zip(chunks, sizes)]) for n in range(width)]
 
-
-def _signature(rule, tiles, i, j, rows, keys):
-    if rows.order is None and keys.order is None:
-        return regions.signature(rule, tiles)
-    return [i.astype(np.int64) * keys.n + j]
 
 
 # ------------------------------------------------------------------------------------------------ what the partial ones hold

@@ -71,6 +71,7 @@ class Tiles:
     modulus: int = 0
     residues: tuple = ()
     given: dict = field(default_factory=dict)
+    ordered: bool = False
     states: dict = field(default_factory=dict)
 
     def take(self, index):
@@ -225,7 +226,7 @@ _STATE = {
 
 # ------------------------------------------------------------------------------------------------ signatures
 def signature(rule, t: Tiles) -> list:
-    """Integer columns [N] for rectangles of plain axes and one size: equal columns, the same positions exist and the same pictures are on them."""
+    """Integer columns [N] for rectangles of one size and one shape of axes: equal columns, the same positions exist and the same pictures are on them."""
     columns = [t.p_lo - t.p0, t.p_hi - t.p0, t.s_hi - t.s0]
     _collect(rule, t, np.ones(len(t.p0), bool), columns)
     return columns
@@ -239,6 +240,8 @@ def _collect(rule, t, alive, columns):
             _collect(part, t, open_, columns)
         return
     columns.append(np.where(alive, known + 1, 0))
+    if rule in t.given:
+        return
     if open_.any():
         columns.extend(np.where(open_, column, 0) for column in _SIGNATURE[type(rule)](rule, t))
     else:  # as many columns as ever, since the columns of several calls are compared
@@ -259,6 +262,8 @@ def _dilated_signature(d, t):
 
 
 def _documents_signature(d, t):
+    if t.ordered:
+        return t.p0, t.s0, np.zeros(len(t.p0), np.int64)
     document = np.searchsorted(d.ends, np.clip(t.p_lo, 0, max(d.total - 1, 0)), side="right")
     end = d.ends[np.minimum(document, len(d.ends) - 1)]
     start = end - np.asarray(d.lengths, np.int64)[np.minimum(document, len(d.ends) - 1)]
@@ -270,7 +275,7 @@ def _explicit_signature(rule, t):
     cells, block_q, block_k = _block_ranges(rule, t)
     i, j = t.p0 // block_q, t.s0 // block_k
     rows, cols = (-(-(size - 1) // block) + 1 for size, block in zip(t.size, (block_q, block_k)))
-    if rows * cols > 62 or isinstance(rule, pt.RandomBlocks):  # draws outside the range asked for are not known
+    if t.ordered or rows * cols > 62 or isinstance(rule, pt.RandomBlocks):  # draws outside the range asked for are not known
         return t.p0, t.s0, np.zeros(len(i), np.int64)
     bits = sum((cells.has(0, i + a, j + b).astype(np.int64) << (a * cols + b)) for a in range(rows) for b in range(cols))
     return t.p0 % block_q, t.s0 % block_k, bits

@@ -55,12 +55,19 @@ def assemble(found, rows, keys, table: Table, list_of) -> Lists:
     offsets, cols, by_row = _sorted(number * rows.n + qi, kj, kinds, len(found) * rows.n)
     by_key_offsets, by_key_rows, by_key = _sorted(number * keys.n + kj, qi, kinds, len(found) * keys.n)
     intervals, bitmaps = table.arrays()
+    q_order = None if rows.order is None else rows.order.astype(np.int32)
+    k_order = None if keys.order is None else keys.order.astype(np.int32)
+    nq = rows.n
+    if rows.tail is not None:  # one list: row blocks without entries are appended
+        nq += -(-len(rows.tail) // rows.block)
+        q_order = np.full(nq * rows.block, -1, np.int32)
+        q_order[:len(rows.order)], q_order[len(rows.order):len(rows.order) + len(rows.tail)] = rows.order, rows.tail
+        offsets = np.concatenate((offsets, np.full(2 * (nq - rows.n), offsets[-1], np.int32)))
     longest = max(int((o[2::2] - o[:-2:2]).max(initial=0)) for o in (offsets, by_key_offsets))
-    order = lambda axis: None if axis.order is None else axis.order.astype(np.int32)  # noqa: E731
     return Lists(
-        block_q=rows.block, block_k=keys.block, first=rows.first, nq=rows.n, nk=keys.n, offsets=offsets, cols=cols, kinds=by_row,
+        block_q=rows.block, block_k=keys.block, first=0 if q_order is not None else rows.first, nq=nq, nk=keys.n, offsets=offsets, cols=cols, kinds=by_row,
         by_key_offsets=by_key_offsets, by_key_rows=by_key_rows, by_key_kinds=by_key, intervals=intervals, bitmaps=bitmaps,
-        list_of=np.ascontiguousarray(list_of, np.int32), q_order=order(rows), k_order=order(keys),
+        list_of=np.ascontiguousarray(list_of, np.int32), q_order=q_order, k_order=k_order,
         has_intervals=bool(table.intervals), has_bitmaps=bool(table.bitmaps), longest=longest)
 
 
