@@ -4,7 +4,7 @@
 // (the schedule of FlashAttention-2). A full block inside the keys runs no mask code; any other gets words of bits, one bit per key and row.
 // Defines: KIND, OUT_KIND, BQ, BK (blocks of the lists), TK (keys a step), MT (16-row tiles a warp), DP, DVP (padded widths; a CTA makes DVP columns of
 // the output, blockIdx tells which), COPY (bytes that divide every row, numbers.cuh), SOFTCAP, Q_ORDER, K_ORDER.
-#include "mma.cuh"
+#include "tiles.cuh"
 #include "block_forward.cuh"
 
 constexpr int WARPS = BQ / (16 * MT), THREADS = 32 * WARPS, TW = TK / 32, QS = DP + PAD, VS = DVP + PAD, NT = TK / 8, VT = DVP / 8;
@@ -41,51 +41,6 @@ __device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u32 (&qf)[MT
         mma<KIND>(s[m][n + 1], a[m], b[2], b[3]);
       }
     }
-  }
-}
-
-// to log2 units, softcap, mask; s becomes probabilities relative to the new maximum; returns the factors for what was summed before
-__device__ __forceinline__ void softmax(float (&s)[NT][4], float (&most)[2], float (&sum)[2], float (&factor)[2], const Params& p, bool masked, const u32* words) {
-  const int t = 2 * (threadIdx.x & 3);
-  const float scale2 = p.scale * LOG2E;
-#pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      if constexpr (SOFTCAP) s[n][e] = p.softcap * LOG2E * tanhf(s[n][e] * p.scale / p.softcap);
-      else s[n][e] *= scale2;
-    }
-  if (masked) {
-#pragma unroll
-    for (int w = 0; w < TW; w++) {
-      const u32 low = words[w] >> t, high = words[8 * TW + w] >> t;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float(&x)[4] = s[4 * w + j];
-        if (!(low >> (8 * j) & 1)) x[0] = -inf();
-        if (!(low >> (8 * j + 1) & 1)) x[1] = -inf();
-        if (!(high >> (8 * j) & 1)) x[2] = -inf();
-        if (!(high >> (8 * j + 1) & 1)) x[3] = -inf();
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float top = most[h], total = 0.f;
-#pragma unroll
-    for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float zero = top == -inf() ? 0.f : top;  // no key so far: every exponent is -inf, not NaN
-    factor[h] = ex2(most[h] - zero);
-    most[h] = top;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {  // score - maximum, not one fused product: the largest gives exactly 1 however large it is
-      s[n][2 * h] = ex2(s[n][2 * h] - zero);
-      s[n][2 * h + 1] = ex2(s[n][2 * h + 1] - zero);
-      total += s[n][2 * h] + s[n][2 * h + 1];
-    }
-    sum[h] = sum[h] * factor[h] + total;
   }
 }
 
@@ -197,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
 #pragma unroll
       for (int m = 0; m < MT; m++) {
         float factor[2];
-        softmax(s[m], most[m], sum[m], factor, p, masked, now + (row + 16 * m + lane / 4) * TW);
+        const u32* word = now + (row + 16 * m + lane / 4) * TW;
+        softmax<SOFTCAP>(s[m], most[m], sum[m], factor, p.scale, p.softcap, masked, word, word + 8 * TW, 0);
 #pragma unroll
         for (int c = 0; c < VT; c++) {
           o[m][c][0] *= factor[0]; o[m][c][1] *= factor[0];

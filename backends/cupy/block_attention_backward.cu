@@ -2,43 +2,11 @@
 // lists by key. Both rebuild P = exp(s - lse) and dS = P * (dO . v - delta). What nobody in a tile sees is zeroed before it meets a product (0 * NaN).
 // Defines: KIND, OUT_KIND, BQ, BK (blocks of the lists), TK (keys a step of `rows`, keys of a CTA of `columns`), TQ (queries a step of `columns`),
 // DP, DVP (padded widths), DQS (columns of dQ a CTA makes), DKS, DVS (of dK and dV), STAGES (1, or 2: the next tiles arrive meanwhile), COPY, SOFTCAP, Q_ORDER, K_ORDER.
-#include "mma.cuh"
+#include "tiles.cuh"
 #include "block_backward.cuh"
 
 constexpr int QS = DP + PAD, VS = DVP + PAD, TW = TK / 32;
 static_assert(BQ % 32 == 0 && BK % TK == 0 && TK % 32 == 0 && BQ % TQ == 0 && TQ % 16 == 0, "tiles");
-
-// c = A rows [16 from r] times B rows: both tiles row-major over the same WIDTH columns
-template <int WIDTH, int N> __device__ __forceinline__ void products(float (&c)[N][4], const u16* a, int r, const u16* b, int stride) {
-#pragma unroll
-  for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
-#pragma unroll
-  for (int k = 0; k < WIDTH / 16; k++) {
-    u32 x[4];
-    load_a(x, a, stride, r, 16 * k);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      u32 y[4];
-      load_b_rows(y, b, stride, 8 * n, 16 * k);
-      mma<KIND>(c[n], x, y[0], y[1]);
-      mma<KIND>(c[n + 1], x, y[2], y[3]);
-    }
-  }
-}
-// c += a (an accumulator of N n-tiles, rounded) times columns of a tile with 8 N rows
-template <int N, int M> __device__ __forceinline__ void add_products(float (&c)[M][4], const float (&a)[N][4], const u16* b, int stride, int column) {
-#pragma unroll
-  for (int k = 0; k < N / 2; k++) {
-    const u32 x[4] = {pack<KIND>(a[2 * k][0], a[2 * k][1]), pack<KIND>(a[2 * k][2], a[2 * k][3]), pack<KIND>(a[2 * k + 1][0], a[2 * k + 1][1]), pack<KIND>(a[2 * k + 1][2], a[2 * k + 1][3])};
-#pragma unroll
-    for (int m = 0; m < M; m += 2) {
-      u32 y[4];
-      load_b_columns(y, b, stride, 16 * k, column + 8 * m);
-      mma<KIND>(c[m], x, y[0], y[1]);
-      mma<KIND>(c[m + 1], x, y[2], y[3]);
-    }
-  }
-}
 
 constexpr int ROW_THREADS = 2 * BQ, NT = TK / 8, RING = STAGES + 1;
 using KeyWalk = Walk<BK, TK, K_ORDER>;
@@ -112,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
     if (threadIdx.x < TW) seen[step % RING * TW + threadIdx.x] = 0;
     const u16 *keys = sk + step % STAGES * TK * QS, *values = sv + step % STAGES * TK * VS;
     float s[NT][4], dp[NT][4];
-    products<DP>(s, sq, row, keys, QS);
-    products<DVP>(dp, so, row, values, VS);
+    products<KIND, DP>(s, sq, row, keys, 0, QS);
+    products<KIND, DVP>(dp, so, row, values, 0, VS);
     const bool masked = w.masked();
     const u32* now = words + (step % RING * BQ + g) * TW;
 #pragma unroll
@@ -125,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
         s[m][e] = (e < 2 ? low : high) >> (e % 2) & 1 ? y.p * (dp[m][e] - delta[e / 2]) * y.slope : 0.f;
       }
     }
-    add_products(dq, s, keys, QS, slice * DQS);
+    add_products<KIND>(dq, s, keys, 0, QS, slice * DQS);
     w = ring[0];
     if constexpr (STAGES == 2) {
       ring[0] = ring[1];
@@ -214,8 +182,8 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
     }
     const u16 *queries = sq + stage * TQ * QS, *douts = so + stage * TQ * VS;
     float s[MT][4], dp[MT][4];  // keys by queries
-    products<DP>(s, sk, row, queries, QS);
-    products<DVP>(dp, sv, row, douts, VS);
+    products<KIND, DP>(s, sk, row, queries, 0, QS);
+    products<KIND, DVP>(dp, sv, row, douts, 0, VS);
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -226,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
         s[m][e] = visible ? z.p : 0.f;
         dp[m][e] = visible ? z.p * (dp[m][e] - deltas[y]) * z.slope : 0.f;
       }
-    add_products(dv, s, douts, VS, slice * DVS);
-    add_products(dk, dp, queries, QS, slice * DKS);
+    add_products<KIND>(dv, s, douts, 0, VS, slice * DVS);
+    add_products<KIND>(dk, dp, queries, 0, QS, slice * DKS);
     w = next;
   }
   const i64 head = (i64)b * Hk + key_head;

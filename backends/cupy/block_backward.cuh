@@ -14,21 +14,7 @@ struct Params {
   float scale, softcap;
 };
 
-struct Score { float p, slope; };  // probability; derivative of the capped score by the raw one, times nothing else
-// lse2 is the row's logsumexp in units of log2, +inf for rows that see no key
-__device__ __forceinline__ Score probability(const Params& p, float dot, float lse2) {
-  if constexpr (SOFTCAP) {
-    const float t = tanhf(dot * p.scale / p.softcap);
-    return {ex2(p.softcap * LOG2E * t - lse2), 1.f - t * t};
-  } else {
-    return {ex2(dot * (p.scale * LOG2E) - lse2), 1.f};
-  }
-}
-// a row's logsumexp as `probability` wants it
-__device__ __forceinline__ float lse_of(const float* lse, i64 at) {
-  const float x = __ldg(lse + at);
-  return x == -inf() ? inf() : x * LOG2E;
-}
+#include "probability.cuh"
 
 // Queries that see key block j, Tq rows at a time, head after head of the group; rows outside the call's queries are skipped.
 template <int Bq, int Tq, bool Order> struct QueryWalk {
