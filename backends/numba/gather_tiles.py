@@ -81,14 +81,28 @@ def _mix(heads, vectors):
 
 
 def _spread(keys):
-    def spread(e, p, p_step, left, left_step, heads, column, target, target_step, at):
-        """Two vectors from byte `column` on of the rows at target + s * target_step, for `keys` keys s (int64 at `at`), += sum_heads P left.
+    def spread(e, p, heads, left, left_step, column, target, target_step, list_of_keys, numbers):
+        """Two vectors from byte `column` on of the rows target + s * target_step of `keys` keys += sum over heads of P left.
+        P [chunks, heads, KEYS] is looked up by the keys' numbers (int64 at `numbers`), s by number in the list.
         Row after row is read, added to and written, so a key named twice collects twice."""
-        acc = e.gemm(keys, 2, p, 4, p_step, e.add(left, column), left_step, heads, unroll=1)
+        b = e.b
+        number = [e.load(numbers, 8 * r, I64) for r in range(keys)]
+        chunk = [b.mul(b.sdiv(n, e.i(KEYS)), heads) for n in number]
+        weight = [e.add(p, b.add(b.mul(c, e.i(STEP)), b.mul(b.srem(n, e.i(KEYS)), e.i(4)))) for c, n in zip(chunk, number)]
+
+        def body(h, acc):
+            row, new = e.add(e.add(left, column), e.mul(left_step, h)), []
+            right = [e.load(row, 4 * e.lanes * n) for n in range(2)]
+            for r in range(keys):
+                x = e.splat(e.load(e.add(weight[r], e.mul(h, STEP)), 0, F))
+                new += [e.fma(x, right[n], acc[2 * r + n]) for n in range(2)]
+            return new
+        acc = e.loop(heads, [e.f(0)] * (2 * keys), body)
         for r in range(keys):
-            row = e.add(e.add(target, e.mul(e.load(at, 8 * r, I64), target_step)), column)
+            s = e.load(list_of_keys, e.mul(number[r], 8), I64)
+            row = e.add(e.add(target, e.mul(s, target_step)), column)
             for n in range(2):
-                e.store(e.b.fadd(e.load(row, 4 * e.lanes * n), acc[2 * r + n]), row, 4 * e.lanes * n)
+                e.store(b.fadd(e.load(row, 4 * e.lanes * n), acc[2 * r + n]), row, 4 * e.lanes * n)
     return spread
 
 
@@ -131,17 +145,14 @@ def mix_rows(p, heads, rows, keys, width, out, out_step):
 
 
 @kernel
-def spread_rows(p, p_step, left, left_step, heads, width, target, target_step, list_of_keys, first, last):
-    """For the keys number first .. last of a list: row(key) += sum over heads of P[head, number] left[head]."""
-    number = first
-    while number + 4 <= last:
+def spread_rows(p, heads, left, left_step, width, target, target_step, list_of_keys, numbers, count):
+    """For `count` keys: row(key) [width] += sum over heads of P[head, key] left[head]."""
+    for n in range(0, count - 3, 4):
         for column in range(0, 4 * width, 8 * LANES):
-            _spread_4(p + 4 * number, p_step, left, left_step, heads, column, target, target_step, list_of_keys + 8 * number)
-        number += 4
-    while number < last:
+            _spread_4(p, heads, left, left_step, column, target, target_step, list_of_keys, numbers + 8 * n)
+    for n in range(count & ~3, count):
         for column in range(0, 4 * width, 8 * LANES):
-            _spread_1(p + 4 * number, p_step, left, left_step, heads, column, target, target_step, list_of_keys + 8 * number)
-        number += 1
+            _spread_1(p, heads, left, left_step, column, target, target_step, list_of_keys, numbers + 8 * n)
 
 
 def _cap(e, ps, count, constants, slope):
@@ -199,25 +210,28 @@ def _soften(e, ps, count, state, constants):
 soften = op("iiii", _soften, "f")
 
 
-def _differ(e, ps, pd, count, lse, delta, constants, slope, unit):
-    """One head's S and dP -> P = 2 ** (c (S - lse)) and dS = P (dP - delta) slope unit, in place; slope: an address or 0."""
+def _differ(e, ps, pd, count, lse, delta, constants, slope):
+    """One head's S and dP -> P = 2 ** (c (S - lse)) and dS = P (dP - delta) times the scale and the derivative at `slope` (0: none), in place.
+    Returns 0, or NaN where a score or a gradient is not finite."""
     b = e.b
-    c, low = (e.splat(e.load(constants, offset, F)) for offset in (0, 4))
-    lse, delta, unit = e.splat(lse), e.splat(delta), e.splat(unit)
+    c, low, unit = (e.splat(e.load(constants, offset, F)) for offset in (0, 4, 16))
+    lse, delta, lanes = e.splat(lse), e.splat(delta), ir.Constant(e.VI, list(range(e.lanes)))
 
-    def body(k, _):
+    def body(k, odd):
         at = e.mul(k, 4)
-        p = e.exp2(b.fsub(e.load(e.add(ps, at)), lse), c, low)
-        d = b.fmul(b.fmul(p, b.fsub(e.load(e.add(pd, at)), delta)), unit)
+        there = b.icmp_signed("<", lanes, e.splat(b.trunc(b.sub(count, k), I32)))
+        s = b.select(there, e.load(e.add(ps, at)), lse)
+        p = e.exp2(b.fsub(s, lse), c, low)
+        d = b.select(there, b.fmul(b.fmul(p, b.fsub(e.load(e.add(pd, at)), delta)), unit), e.f(0))
         e.store(p, e.add(ps, at))
         e.store(d, e.add(pd, at))
         with b.if_then(b.icmp_signed("!=", slope, e.i(0))):
             e.store(b.fmul(d, e.load(e.add(slope, at))), e.add(pd, at))
-        return []
-    e.loop(count, [], body, e.lanes)
+        return [e.fma(d, e.f(0), e.fma(s, e.f(0), odd[0]))]
+    return e.sum(e.loop(count, [e.f(0)], body, e.lanes)[0])
 
 
-differ = op("iiiffiif", _differ)
+differ = op("iiiffii", _differ, "f")
 
 
 def _fetch(e, base, step, keys, count, size):
