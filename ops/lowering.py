@@ -6,7 +6,7 @@ stay partial are grouped by signature, one example of each group is looked at pa
 import numpy as np
 
 from sparsetile.backends.contract import Lists
-from sparsetile.ops import regions
+from sparsetile.ops import packed, regions
 from sparsetile.ops.axes import Ordered, Plain
 from sparsetile.ops.parts import parts
 from sparsetile.ops.patterns import Pattern
@@ -44,6 +44,8 @@ def lower(pattern: Pattern, first_pos: int, last_pos: int, S: int, block_q: int 
 
 def _plain(rules, first_pos, last_pos, S, block_q, block_k, list_of) -> Lists:
     rows, keys = Plain(first_pos, last_pos, block_q), Plain(0, S, block_k)
+    if len(rules) == 1 and rows.n and keys.n and packed.applies(rules[0]):
+        return packed.build(rules[0], rows, keys, S, list_of)
     return build(rules, rows, keys, S, list_of)
 
 
