@@ -84,19 +84,82 @@ def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.c
 
 
 @triton.jit
-def keep_candidates(row, width, lo, hi, key, position, first, last, buffer_keys, buffer_at, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
-    """Entries that pass the bound, by ascending position, into the buffers; returns how many there are (more than CAPACITY: not all are kept)."""
+def value_of(key):
+    """The float32 of a key; NaN for the keys that no float has."""
+    bits = (key ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_quads(row, block, width, BLOCK: tl.constexpr):
+    """Floats of BLOCK positions as [BLOCK / 4, 4], NaN past the row's end."""
+    at = block + tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if block + BLOCK <= width:
+        x = tl.load(row + at)
+    else:
+        x = tl.load(row + at, mask=at < width, other=float("nan"))
+    return x
+
+
+@triton.jit
+def passes(x, at, lo, n, position, low, high, first, last, FORCED: tl.constexpr):
+    kept = x >= tl.where(at <= position, low, high)  # false for NaN; no limit is below the least finite float
+    if FORCED:
+        kept = kept | (at < first) | (at >= last)
+    return (kept & ((at - lo).to(tl.uint32, bitcast=True) < n)).to(tl.int32)
+
+
+@triton.jit
+def keep_one(buffer, slot, x, at, kept, CAPACITY: tl.constexpr):
+    entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | at.to(tl.int64)
+    tl.store(buffer + slot, entry, mask=(kept > 0) & (slot < CAPACITY))
+    return slot + kept
+
+
+@triton.jit
+def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position into the buffer.
+
+    Returns how many there are (more than CAPACITY: not all are kept). Every thread loads 16 bytes at a time; the four floats are then held in four tensors, so
+    that sums run over quads and the scattered stores need no exchange between threads.
+    """
+    least = value_of(key * 0 + 0x00800000)
+    low = tl.where(key == 0, least, value_of(key))
+    high = tl.where(key == 0, least, value_of(key + 1))
+    n = (hi - lo).to(tl.uint32, bitcast=True)
     count = lo * 0
     begin = tl.multiple_of(lo // 16 * 16, 16)
+    quads = tl.arange(0, BLOCK // 4) * 4
+    ahead = load_quads(row, begin, width, BLOCK)
     for block in range(begin, hi, BLOCK):
-        at, keys = load_block(row, block, width, lo, hi, first, last, BLOCK, FORCED)
-        kept = (keys > key) | ((keys == key) & (at <= position))
-        slot = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-        fits = kept & (slot < CAPACITY)
-        tl.store(buffer_keys + slot, keys.to(tl.int32, bitcast=True), mask=fits)
-        tl.store(buffer_at + slot, at, mask=fits)
-        count += tl.sum(kept.to(tl.int32), axis=0)
+        even, odd = tl.split(tl.reshape(ahead, (BLOCK // 4, 2, 2)))
+        ahead = load_quads(row, block + BLOCK, width, BLOCK)  # in flight while this block is looked at
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        at = block + quads
+        k0 = passes(x0, at, lo, n, position, low, high, first, last, FORCED)
+        k1 = passes(x1, at + 1, lo, n, position, low, high, first, last, FORCED)
+        k2 = passes(x2, at + 2, lo, n, position, low, high, first, last, FORCED)
+        k3 = passes(x3, at + 3, lo, n, position, low, high, first, last, FORCED)
+        four = k0 + k1 + k2 + k3
+        slot = count + tl.cumsum(four, axis=0) - four
+        slot = keep_one(buffer, slot, x0, at, k0, CAPACITY)
+        slot = keep_one(buffer, slot, x1, at + 1, k1, CAPACITY)
+        slot = keep_one(buffer, slot, x2, at + 2, k2, CAPACITY)
+        keep_one(buffer, slot, x3, at + 3, k3, CAPACITY)
+        count += tl.sum(four, axis=0)
     return count
+
+
+@triton.jit
+def load_candidates(buffer, there, first, last, FORCED: tl.constexpr):
+    """(keys, positions) of a tile of buffer entries; key 0 where not there."""
+    entry = tl.load(buffer, mask=there, other=0)
+    at = entry.to(tl.int32)
+    keys = order_keys((entry >> 32).to(tl.int32))
+    if FORCED:
+        keys = tl.where((at < first) | (at >= last), 0xFFFFFFFF, keys)
+    return tl.where(there, keys, tl.zeros_like(keys)), at
 
 
 @triton.jit

@@ -3,24 +3,23 @@
     scores [B,T,S] float32 -> out [B,T,K] int32 ascending, then -1; lengths [B,T] int32; values [B,T,K] float32 (what was chosen, then -inf) or None
 
 A row is looked at from `start` to `end` and, if causal, up to its own position; with `pool` g the columns are blocks of g keys while starts, ends and positions
-count keys. Many rows: one program takes whole rows, one after the other. Few long rows: `splits` programs read one row, a second kernel chooses.
+count keys. One kernel reads the rows and keeps candidates, `splits` programs a row (more than one for few long rows); a second one chooses among them. They are
+two because one that does both for row after row holds the constants of both in registers. Rows go through in chunks, so that the candidates' buffer is bounded.
 """
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Tunable
-from sparsetile.backends.triton.select import choose, choose_by_radix, keep_candidates, pad, sample_bound
+from sparsetile.backends.triton.select import choose, choose_by_radix, keep_candidates, load_candidates, pad, sample_bound
 
 TUNABLES = (
-    Tunable("capacity", (4096, 8192, 16384, 2048), "candidates of a row that are sorted out in registers; rows with more take four passes"),
-    Tunable("sample", (4096, 2048, 8192), "scores looked at for the bound that candidates must pass"),
-    Tunable("block", (4096, 2048, 8192), "scores read at a time"),
+    Tunable("capacity", (4096, 8192, 16384, 2048, 1024, 512), "candidates of a row that are sorted out in registers; rows with more take four passes"),
+    Tunable("sample", (4096, 2048, 1024, 512, 8192), "scores looked at for the bound that candidates must pass"),
+    Tunable("block", (2048, 4096, 8192, 1024), "scores read at a time"),
     Tunable("select_warps", (8, 4, 16), "warps of a program"),
-    Tunable("programs", (4, 2, 6, 8), "programs per multiprocessor, each with a buffer of its own"),
     Tunable("splits", (1, 2, 4, 8, 16), "programs that read one row (few long rows)"),
 )
+SCRATCH = 32 << 20  # bytes of candidates held at a time
 
 
 @triton.jit
@@ -62,48 +61,12 @@ def take_all(lo, hi, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def select_whole_rows(scores, starts, ends, q_starts, out, lengths, values, buffer_keys, buffer_at, rows, T, T_all, S, k, stride_b, stride_t, position, pool,
-                      force_first, force_last, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr,
-                      ALL: tl.constexpr, VALUES: tl.constexpr):
-    mine = tl.program_id(0).to(tl.int64) * CAPACITY
-    for r in range(tl.program_id(0), rows, tl.num_programs(0)):
-        b, t = r // T, r % T
-        item = b.to(tl.int64) * T_all + t
-        lo, hi, first, last = row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_first, force_last, CAUSAL)
-        row = scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
-        width = (S + pool - 1) // pool
-        answer = out + item * k
-        chosen = answer if values is None else values + item * k
-        written = t * 0 - 1
-        if ALL:
-            if hi - lo <= k:
-                written = take_all(lo, hi, answer, BLOCK)
-        if (written < 0) & fits(hi - lo, k, CAPACITY, SAMPLE):
-            key = tl.sum(tl.zeros((2,), tl.uint32), axis=0)
-            place = lo * 0 - 1
-            if hi - lo > CAPACITY:
-                key, place = sample_bound(row, lo, hi, k, first, last, SAMPLE, FORCED)
-            count = keep_candidates(row, width, lo, hi, key, place, first, last, buffer_keys + mine, buffer_at + mine, CAPACITY, BLOCK, FORCED)
-            tl.debug_barrier()  # what other threads of this program stored is read now
-            if (count <= CAPACITY) & ((count >= k) | (key == 0)):
-                i = tl.arange(0, CAPACITY)
-                keys = tl.load(buffer_keys + mine + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
-                at = tl.load(buffer_at + mine + i, mask=i < count, other=0)
-                written = choose(keys, at, k, row, answer, chosen, VALUES)
-            tl.debug_barrier()  # before the next row overwrites the buffer
-        if written < 0:
-            written = choose_by_radix(row, width, lo, hi, k, first, last, answer, chosen, BLOCK, FORCED, VALUES)
-        pad(answer, chosen, written, k, 1024, VALUES)
-        tl.store(lengths + item, written)
-
-
-@triton.jit
-def keep_in_parts(scores, starts, ends, q_starts, buffer_keys, buffer_at, counts, T, T_all, S, k, stride_b, stride_t, position, pool, force_first, force_last,
-                  CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr,
-                  SPLITS: tl.constexpr):
-    """Program (part, row): the row's bound, which every part finds for itself, and the candidates of this part. counts [rows, SPLITS]; -1: not tried."""
+def keep_rows(scores, starts, ends, q_starts, buffer, counts, first_row, T, T_all, S, k, stride_b, stride_t, position, pool, force_first, force_last,
+              CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr,
+              SPLITS: tl.constexpr):
+    """Program (part, row): the row's bound, which every part finds for itself, and the candidates of this part. counts [rows, SPLITS], -1 where not tried."""
     part, r = tl.program_id(0), tl.program_id(1)
-    b, t = r // T, r % T
+    b, t = (first_row + r) // T, (first_row + r) % T
     item = b.to(tl.int64) * T_all + t
     lo, hi, first, last = row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_first, force_last, CAUSAL)
     row = scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
@@ -125,18 +88,18 @@ def keep_in_parts(scores, starts, ends, q_starts, buffer_keys, buffer_at, counts
         if part == SPLITS - 1:
             part_hi = hi
         part_lo = tl.maximum(part_lo, lo)
-        count = keep_candidates(row, width, part_lo, part_hi, key, place, first, last, buffer_keys + mine, buffer_at + mine, CAPACITY, BLOCK, FORCED)
+        count = keep_candidates(row, width, part_lo, part_hi, key, place, first, last, buffer + mine, CAPACITY, BLOCK, FORCED)
         if (count < k) & (key > 0):
             count = count | 0x40000000  # a true bound: the parts together must hold k
     tl.store(counts + r * SPLITS + part, count)
 
 
 @triton.jit
-def choose_from_parts(scores, starts, ends, q_starts, out, lengths, values, buffer_keys, buffer_at, counts, T, T_all, S, k, stride_b, stride_t, position, pool,
-                      force_first, force_last, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr,
-                      VALUES: tl.constexpr, SPLITS: tl.constexpr):
+def choose_rows(scores, starts, ends, q_starts, out, lengths, values, buffer, counts, first_row, T, T_all, S, k, stride_b, stride_t, position, pool,
+                force_first, force_last, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr,
+                VALUES: tl.constexpr, SPLITS: tl.constexpr):
     r = tl.program_id(0)
-    b, t = r // T, r % T
+    b, t = (first_row + r) // T, (first_row + r) % T
     item = b.to(tl.int64) * T_all + t
     lo, hi, first, last = row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_first, force_last, CAUSAL)
     row = scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
@@ -148,7 +111,7 @@ def choose_from_parts(scores, starts, ends, q_starts, out, lengths, values, buff
         if hi - lo <= k:
             written = take_all(lo, hi, answer, BLOCK)
     i = tl.arange(0, CAPACITY)
-    source = i.to(tl.int64) * 0 - 1
+    source = i * 0 - 1
     total = t * 0
     sound = (written < 0)
     bounded = sound & (t < 0)
@@ -158,11 +121,10 @@ def choose_from_parts(scores, starts, ends, q_starts, out, lengths, values, buff
         bounded = bounded | ((count >> 30) > 0)
         count = count & 0x3FFFFFFF
         sound = sound & (count <= CAPACITY)
-        source = tl.where((i >= total) & (i < total + count), (r.to(tl.int64) * SPLITS + part) * CAPACITY + (i - total), source)
+        source = tl.where((i >= total) & (i < total + count), part * CAPACITY + (i - total), source)
         total = tl.minimum(total + count, 0x3FFFFFFF)
     if sound & (total <= CAPACITY) & ((total >= k) | (bounded == 0)):
-        keys = tl.load(buffer_keys + source, mask=source >= 0, other=0).to(tl.uint32, bitcast=True)
-        at = tl.load(buffer_at + source, mask=source >= 0, other=0)
+        keys, at = load_candidates(buffer + r.to(tl.int64) * (SPLITS * CAPACITY) + source, source >= 0, first, last, FORCED)
         written = choose(keys, at, k, row, answer, chosen, VALUES)
     if written < 0:
         written = choose_by_radix(row, width, lo, hi, k, first, last, answer, chosen, BLOCK, FORCED, VALUES)
@@ -170,26 +132,29 @@ def choose_from_parts(scores, starts, ends, q_starts, out, lengths, values, buff
     tl.store(lengths + item, written)
 
 
-def default_knobs(problem_rows: int, S: int, k: int, sms: int) -> dict:
-    """Few long rows are split until every multiprocessor has some; the capacity follows k."""
+def default_knobs(rows: int, S: int, k: int, sms: int) -> dict:
+    """Few long rows are split until every multiprocessor has some; the capacity follows k, or the row if that is short."""
     capacity = 4096 if k <= 2560 else 8192 if k <= 6000 else 16384
+    while capacity > 512 and capacity >= 2 * S:
+        capacity //= 2
     splits = 1
-    while splits < 16 and problem_rows * splits * 2 <= 4 * sms and S // (splits * 2) >= 8192:
+    while splits < 16 and rows * splits * 2 <= 4 * sms and S // (splits * 2) >= 8192:
         splits *= 2
-    return {"capacity": capacity, "sample": 4096, "block": 4096, "select_warps": 16 if capacity > 8192 else 8, "programs": 4, "splits": splits}
+    return {"capacity": capacity, "sample": min(4096, capacity), "block": 2048 if S > 1024 else 1024, "select_warps": 16 if capacity > 8192 else 8 if capacity > 1024 else 4, "splits": splits}
 
 
 def refusal(config) -> str | None:
     if config["sample"] > config["capacity"]:
         return f"sample {config['sample']} is larger than capacity {config['capacity']}: rows between the two would have no bound"
-    if config["capacity"] // (32 * config["select_warps"]) > 64 or config["block"] // (32 * config["select_warps"]) > 64:
-        return f"{config['select_warps']} warps hold at most {2048 * config['select_warps']} candidates or scores in registers; take more warps"
+    if max(config["capacity"], config["block"]) > 1024 * config["select_warps"]:
+        return f"{config['select_warps']} warps hold at most {1024 * config['select_warps']} candidates or scores in registers; take more warps"
     return None
 
 
-@lru_cache(None)
-def sizes(capacity, sample, block, causal, forced, everything) -> dict:
-    return {"CAPACITY": capacity, "SAMPLE": sample, "BLOCK": block, "CAUSAL": causal, "FORCED": forced, "ALL": everything}
+def constants(config, causal, forced, everything, values) -> tuple[dict, dict]:
+    """Compile-time constants of the two kernels."""
+    both = {"CAPACITY": config["capacity"], "CAUSAL": causal, "FORCED": forced, "ALL": everything, "SPLITS": config["splits"]}
+    return {**both, "SAMPLE": config["sample"], "BLOCK": config["block"]}, {**both, "BLOCK": min(config["block"], 2048), "VALUES": values}
 
 
 def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_all, starts=None, ends=None, q_starts=None, causal=False, position=0, width=None,
@@ -199,46 +164,32 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
     `scratch` from `buffers` may be shared by launches that follow one another on one stream.
     """
     B, T = scores.shape[0], scores.shape[1]
-    rows, S = B * T, scores.shape[2] * pool if width is None else width
-    if not rows:
-        return
-    forced = bool(force_first or force_last)
-    keep = sizes(config["capacity"], config["sample"], config["block"], causal, forced, everything)
+    S = scores.shape[2] * pool if width is None else width
+    kept, counts = scratch if scratch is not None else buffers(B * T, place, config)
+    keep, choose_ = constants(config, causal, bool(force_first or force_last), everything, values is not None)
     window = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last)
-    keys, at, counts = scratch if scratch is not None else buffers(rows, place, config)
-    options = {"num_warps": config["select_warps"]}
-    if config["splits"] == 1:
-        select_whole_rows[(min(rows, keys.shape[0]),)](scores, starts, ends, q_starts, out, lengths, values, keys, at, rows, *window, **keep,
-                                                       VALUES=values is not None, **options)
-        return
-    splits = config["splits"]
-    keep_in_parts[(splits, rows)](scores, starts, ends, q_starts, keys, at, counts, *window, **keep, SPLITS=splits, **options)
-    last = {name: keep[name] for name in ("CAPACITY", "BLOCK", "CAUSAL", "FORCED", "ALL")}
-    choose_from_parts[(rows,)](scores, starts, ends, q_starts, out, lengths, values, keys, at, counts, *window, **last, VALUES=values is not None, SPLITS=splits, **options)
+    for first in range(0, B * T, kept.shape[0]):
+        rows = min(kept.shape[0], B * T - first)
+        keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, kept, counts, first, *window, **keep, num_warps=config["select_warps"])
+        choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, num_warps=config["select_warps"])
 
 
 def buffers(rows, place, config):
-    """Bounded scratch: candidates' keys and positions of the programs that run at once, and the counts of split rows."""
-    programs = rows * config["splits"] if config["splits"] > 1 else min(rows, max(place.sms, 1) * config["programs"])
-    capacity = config["capacity"]
-    counts = place.empty((rows * config["splits"],), "int32") if config["splits"] > 1 else None
-    return place.empty((programs, capacity), "int32"), place.empty((programs, capacity), "int32"), counts
+    """Bounded scratch for as many rows as go through at once: the candidates of each part of a row, and their number."""
+    splits, capacity = config["splits"], config["capacity"]
+    rows = max(1, min(rows, SCRATCH // (8 * capacity * splits), 65535))
+    return place.empty((rows, splits, capacity), "int64"), place.empty((rows, splits), "int32")
 
 
 def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values) -> list[dict]:
     """What `select_rows` launches, to compile ahead."""
-    keep = sizes(config["capacity"], config["sample"], config["block"], causal, forced, everything)
-    arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32",
-              "buffer_keys": "*i32", "buffer_at": "*i32", "counts": "*i32"}
-    numbers = {name: "i32" for name in ("rows", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
+    arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32", "buffer": "*i64", "counts": "*i32"}
+    numbers = {name: "i32" for name in ("first_row", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
     absent = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", q_starts), ("values", values)) if not there}
     found = []
-    parts = (select_whole_rows,) if config["splits"] == 1 else (keep_in_parts, choose_from_parts)
-    for fn in parts:
-        names = fn.arg_names
-        constants = {**absent, "pool": 1, **keep, "VALUES": values, "SPLITS": config["splits"]}
-        constants = {name: value for name, value in constants.items() if name in names}
-        signature = {name: kind for name, kind in {**arrays, **numbers}.items() if name in names and name not in constants}
-        found.append({"fn": fn, "signature": signature, "constexprs": constants, "options": {"num_warps": config["select_warps"]},
+    for fn, fixed in zip((keep_rows, choose_rows), constants(config, causal, forced, everything, values)):
+        fixed = {**{name: value for name, value in absent.items() if name in fn.arg_names}, "pool": 1, **fixed}
+        signature = {name: kind for name, kind in {**arrays, **numbers}.items() if name in fn.arg_names and name not in fixed}
+        found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": {"num_warps": config["select_warps"]},
                       "div16": tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")})
     return found
