@@ -114,7 +114,7 @@ def read(windows: int):
 
 
 # ------------------------------------------------------------------------------------------------------------------- indexer
-def fit(q, k, hidden, heads=4, width=32, steps=80, batch=4):
+def fit(q, k, hidden, heads=4, width=32, steps=60, batch=3):
     """A lightning indexer for one layer: projections of the layer's input to queries, one key and head weights, trained on the KL divergence from the
     head-averaged dense attention to the softmax of its scores (DeepSeek-V3.2, arXiv 2512.02556, equation 3). Returns [Wq, Wk, Ww]."""
     import torch
@@ -122,13 +122,12 @@ def fit(q, k, hidden, heads=4, width=32, steps=80, batch=4):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(size, n, generator=generator).mul_(size ** -0.5).requires_grad_() for n in (heads * width, width, heads)]
     optimizer = torch.optim.Adam(weights, 2e-3)
+    target = torch.cat([(a @ b.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1) for a, b in zip(q.split(4), k.split(4))])  # [W,T,S]
     for step in range(steps):
         pick = torch.randint(len(q), (batch,), generator=generator)
-        with torch.no_grad():
-            target = (q[pick] @ k[pick].mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)  # [b,T,S]
         iq, ik, iw = project(hidden[pick], weights)
         scores = (torch.relu(iq @ ik[:, None].mT) * iw[..., None]).sum(1)               # [b,T,S]
-        loss = torch.nn.functional.kl_div(scores.log_softmax(-1), target, reduction="batchmean") / scores.shape[1]
+        loss = torch.nn.functional.kl_div(scores.log_softmax(-1), target[pick], reduction="batchmean") / scores.shape[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
