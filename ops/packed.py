@@ -75,7 +75,7 @@ def build(rule, rows, keys, S: int, list_of) -> Lists:
     partial = np.repeat(np.tile([False, True, True], nq), counts.reshape(-1))
     where = np.flatnonzero(partial)
     table = Table(bq, bk)
-    kinds[where] = _pictures(lo, hi, row[where], cols[where] * bk, bk, table)
+    kinds[where] = _pictures(lo, hi, row[where], cols[where], bk, table)
 
     key = cols * 2 + partial
     by_key = np.argsort(key.astype(np.uint16) if keys.n < 2 ** 15 else key, kind="stable")  # 16-bit keys are sorted by radix
@@ -89,21 +89,41 @@ def build(rule, rows, keys, S: int, list_of) -> Lists:
                  list_of=np.ascontiguousarray(list_of, np.int32), has_intervals=bool(len(where)), has_bitmaps=False, longest=longest)
 
 
-def _pictures(lo, hi, row, left, block_k, table):
-    """Kinds of the partial blocks (row, first key `left`): their pictures, equal ones once."""
-    kinds = np.empty(len(row), np.int64)
+def _pictures(lo, hi, row, col, block_k, table):
+    """Kinds of the partial blocks (row, col), given in rows from left to right: their pictures, equal ones once."""
+    if not len(row):
+        return np.zeros(0, np.int64)
+    width = int(col.max()) + 3
+    edges = np.unique(np.concatenate([_edges(lo, block_k, width), _edges(hi, block_k, width)]))
+    here = row * width + col
+    # A picture is that of its left neighbour unless a row's interval begins or ends in one of the two blocks.
+    new = (np.diff(here, prepend=-9) != 1) | _among(edges, here) | _among(edges, here - 1)
+    number, where = np.cumsum(new) - 1, np.flatnonzero(new)
+    kinds = np.empty(len(where), np.int64)
     lo, hi = lo.astype(np.int32), hi.astype(np.int32)
     probe = np.random.default_rng(0).random(2 * lo.shape[1])
-    for a in range(0, len(row), _CHUNK):
-        b = slice(a, a + _CHUNK)
-        at = left[b, None].astype(np.int32)
-        pictures = np.stack([lo[row[b]] - at, hi[row[b]] - at], 2)
-        np.clip(pictures, 0, block_k, out=pictures)
-        empty = pictures[:, :, 0] >= pictures[:, :, 1]
-        pictures[empty] = 0
+    for a in range(0, len(where), _CHUNK):
+        i, left = row[where[a:a + _CHUNK]], (col[where[a:a + _CHUNK], None] * block_k).astype(np.int32)
+        pictures = np.empty((len(i), lo.shape[1], 2), np.int32)
+        np.clip(lo[i] - left, 0, block_k, out=pictures[:, :, 0])
+        np.clip(hi[i] - left, 0, block_k, out=pictures[:, :, 1])
+        pictures[pictures[:, :, 0] >= pictures[:, :, 1]] = 0
         flat = pictures.reshape(len(pictures), -1)
         _, example, group = np.unique(flat @ probe, return_index=True, return_inverse=True)
         if not np.array_equal(flat[example][group], flat):  # two pictures under one number: keep them all apart
             example = group = np.arange(len(flat))
-        kinds[b] = table.add_intervals(pictures[example])[group]
-    return kinds
+        kinds[a:a + _CHUNK] = table.add_intervals(pictures[example])[group]
+    return kinds[number]
+
+
+def _edges(x, block_k, width):
+    """Numbers row * width + column of the blocks where the values x [nq, block_q] lie; repeats are mostly left out."""
+    at = x // block_k
+    moved = np.ones(at.shape, bool)
+    moved[:, 1:] = at[:, 1:] != at[:, :-1]
+    i, r = np.nonzero(moved)
+    return i * width + np.minimum(at[i, r], width - 1)
+
+
+def _among(ordered, values):
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
