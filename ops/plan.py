@@ -1,0 +1,135 @@
+"""Layer plans: which pattern or selector each layer of a model uses, as plain data."""
+from dataclasses import dataclass, fields
+
+from sparsetile.ops.patterns import Pattern, _integer
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How a layer chooses its keys by content: the arguments that indexer_topk (or topk, over scores of the model's own) will get.
+
+    kind   "indexer_topk" or "topk"; top_k entries a query; pool keys per entry; the first and last force_* blocks are always taken
+    """
+    kind: str = "indexer_topk"
+    top_k: int = 2048
+    pool: int = 1
+    force_first: int = 0
+    force_last: int = 0
+    causal: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ("indexer_topk", "topk"):
+            raise ValueError(f'Selector: kind must be "indexer_topk" or "topk", got {self.kind!r}')
+        for name, least in (("top_k", 1), ("pool", 1), ("force_first", 0), ("force_last", 0)):
+            object.__setattr__(self, name, _integer("Selector", name, getattr(self, name), least))
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"Selector: causal must be True or False, got {self.causal!r}")
+
+    def arguments(self) -> dict:
+        """Keyword arguments for the op named by `kind`."""
+        return {"top_k": self.top_k} | ({} if self.kind == "topk" else {name: getattr(self, name) for name in ("pool", "force_first", "force_last", "causal")})
+
+    def to_data(self):
+        """Plain data: the kind and what differs from its defaults."""
+        return {"kind": self.kind, "top_k": self.top_k} | {f.name: getattr(self, f.name) for f in fields(self)[2:] if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def from_data(cls, data, where="selector") -> "Selector":
+        """The selector of plain data, checked."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(data, dict) or not set(data) <= set(names):
+            raise ValueError(f"{where}: expected fields {names}, got {data!r}")
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One pattern or selector per layer. `plan[layer]` is it; equal plans are equal and hash alike; YAML round trip.
+
+        LayerPlan.of([(range(0, 11), longformer(512)), (range(11, 21), Selector(top_k=2048)), (range(21, 31), longformer(512)), (31, dense())])
+    """
+    rules: tuple
+
+    @classmethod
+    def of(cls, entries) -> "LayerPlan":
+        """From (layers, rule) pairs: layers an integer or a collection of them, together 0 .. n - 1, each once; rule a Pattern or a Selector."""
+        found = {}
+        for layers, rule in entries:
+            if not isinstance(rule, (Pattern, Selector)):
+                raise TypeError(f"LayerPlan: layers {layers} must have a Pattern or a Selector, got {type(rule).__name__}; e.g. Causal() or Selector(top_k=2048)")
+            for layer in layers if hasattr(layers, "__iter__") else (layers,):
+                layer = _integer("LayerPlan", "layer", layer)
+                if layer in found:
+                    raise ValueError(f"LayerPlan: layer {layer} is given twice; give every layer once")
+                found[layer] = rule
+        missing = sorted(set(range(len(found))) - set(found))
+        if missing:
+            raise ValueError(f"LayerPlan: layers must be 0 .. n - 1, layer {missing[0]} is missing and layer {max(found)} is given; give every layer once")
+        return cls(tuple(found[layer] for layer in range(len(found))))
+
+    def __len__(self):
+        return len(self.rules)
+
+    def __iter__(self):
+        return iter(self.rules)
+
+    def __getitem__(self, layer: int):
+        return self.rules[layer]
+
+    def _runs(self):
+        start = 0
+        for layer in range(1, len(self.rules) + 1):
+            if layer == len(self.rules) or self.rules[layer] != self.rules[start]:
+                yield start, layer - 1, self.rules[start]
+                start = layer
+
+    def __str__(self):
+        return "\n".join(f"layers {a}-{b}: {rule!r}" if b > a else f"layer {a}: {rule!r}" for a, b, rule in self._runs())
+
+    def pairs(self, T: int, S: int) -> int:
+        """(query, key) pairs of all layers, one head each; a selector counts top_k * pool keys a query (no more than there are, nor than causality shows)."""
+        total = 0
+        for a, b, rule in self._runs():
+            if isinstance(rule, Pattern):
+                total += (b - a + 1) * rule.pairs(T, S) // len(rule.head_map())
+            else:
+                most = rule.top_k * rule.pool
+                total += (b - a + 1) * sum(min(most, max(0, S - T + t + 1) if rule.causal else S) for t in range(T))
+        return total
+
+    def to_data(self):
+        """A list of {layers: [first, last], pattern: ...} or {layers: ..., selector: ...}."""
+        return [{"layers": [a, b], "pattern" if isinstance(rule, Pattern) else "selector": rule.to_data()} for a, b, rule in self._runs()]
+
+    @classmethod
+    def from_data(cls, data) -> "LayerPlan":
+        """The plan of plain data, checked entry by entry."""
+        from sparsetile.ops.notation import from_data
+        if not isinstance(data, list):
+            raise ValueError(f"plan: expected a list of {{layers: [first, last], pattern: ...}}, got {type(data).__name__}")
+        entries = []
+        for n, entry in enumerate(data):
+            where = f"plan[{n}]"
+            if not isinstance(entry, dict) or set(entry) not in ({"layers", "pattern"}, {"layers", "selector"}):
+                raise ValueError(f"{where}: expected layers and either pattern or selector, got {entry!r}"[:300])
+            layers = entry["layers"]
+            layers = [layers, layers] if type(layers) is int else layers
+            if not isinstance(layers, list) or len(layers) != 2 or any(type(x) is not int for x in layers) or not 0 <= layers[0] <= layers[1] < 2 ** 20:
+                raise ValueError(f"{where}.layers: expected a layer or [first, last], got {entry['layers']!r}")
+            rule = from_data(entry["pattern"], f"{where}.pattern") if "pattern" in entry else Selector.from_data(entry["selector"], f"{where}.selector")
+            entries.append((range(layers[0], layers[1] + 1), rule))
+        return cls.of(entries)
+
+    def to_yaml(self) -> str:
+        """YAML text that `LayerPlan.from_yaml` turns back into an equal plan."""
+        import yaml
+        return yaml.safe_dump(self.to_data(), sort_keys=False, default_flow_style=None, width=120)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "LayerPlan":
+        """The plan of a YAML text: safe loader, no aliases, size limit, schema checked."""
+        from sparsetile.ops.notation import load_yaml
+        return cls.from_data(load_yaml(text, "plan"))
