@@ -67,3 +67,22 @@ def query_tiles(lists, T: int, q_start, S: int, kv_length) -> int:
     if isinstance(q_start, int):
         return (q_start + T - 1) // lists.block_q - q_start // lists.block_q + 1 if T else 0
     return (T + lists.block_q - 2) // lists.block_q + 1 if T else 0
+
+
+SELECTED = "2Q4i"  # struct Selected
+
+
+def selected_values(indices, lengths, granularity: int, causal: bool) -> tuple:
+    """The fields of struct Selected."""
+    return indices.ptr, 0 if lengths is None else lengths.ptr, indices.shape[1], indices.shape[3], granularity, int(causal)
+
+
+def head_groups(G: int, Hq: int, Hk: int, rows: int) -> int:
+    """CTAs for the heads of one query: heads that share list and keys stand together, `rows` at most."""
+    apart = 1 if G == Hq else Hq // Hk
+    return Hq // apart * ceil_div(apart, rows)
+
+
+def same_memory(k, v) -> bool:
+    """v is the first columns of k."""
+    return v.ptr == k.ptr and v.strides == k.strides and v.shape[3] <= k.shape[3]

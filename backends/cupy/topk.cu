@@ -33,6 +33,9 @@ __device__ __forceinline__ float4 load4(const float4* p) {  // read once: keep i
 #endif
 }
 
+constexpr int L = 31;  // bits of a position: fixed, because a variable shift costs more than the longer integers
+constexpr u64 mask = (1ull << L) - 1;
+
 // scores row i at scores + (i / period) * stride_b + (i % period) * stride_t; its query is row first_row + i of [B * T].
 // S counts keys, pool of them share one score: positions below are pooled ones. chosen (or null): the scores of the indices, -inf where the index is -1.
 struct Params {
@@ -42,7 +45,10 @@ struct Params {
 };
 
 // One row: kept in shared memory, because registers are short while it streams.
-struct Row { const float* x; int* out; float* chosen; int* length; Choice c; };
+struct Row {
+  const float* x; int* out; float* chosen; int* length; Choice c;
+  int skew, start, end;  // positions of the selection count from the 16-byte boundary at or before the row
+};
 struct Fast { u32 bits[WORDS]; Meeting<NT> m; Row row; u64 list[CAP]; };
 struct Any { u32 bins[BINS]; Meeting<NT> m; Row row; };
 static_assert(WORDS >= BINS, "bitmap and bins share their memory");
@@ -53,8 +59,11 @@ __device__ __forceinline__ Choice open_row(const Params& p, Row& kept) {
   if (w.lo >= w.hi) w = {0, 0};
   else if (p.pool > 1) { w.lo = w.lo / p.pool; w.hi = (w.hi - 1) / p.pool + 1; }
   const Choice c = choice_of(w.lo, w.hi, p.k, p.force_first, p.force_last, p.take_all);
-  if (threadIdx.x == 0)
-    kept = {p.scores + (i / p.period) * p.stride_b + (i % p.period) * p.stride_t, p.out + row * p.k, p.chosen ? p.chosen + row * p.k : nullptr, p.lengths + row, c};
+  if (threadIdx.x == 0) {
+    const float* x = p.scores + (i / p.period) * p.stride_b + (i % p.period) * p.stride_t;
+    const int skew = (int)((size_t)x / 4 & 3);
+    kept = {x, p.out + row * p.k, p.chosen ? p.chosen + row * p.k : nullptr, p.lengths + row, c, skew, c.lo + skew, c.hi + skew};
+  }
   __syncthreads();
   return c;
 }
@@ -75,8 +84,8 @@ __device__ __forceinline__ void finish(const Row& r, int k, int done) {
 
 // Reads a row in groups of four: whole groups ga <= g < gb, and those that the window [start, end) cuts, which hold NaN outside it.
 struct Groups {
-  const float4* x; int start, end, ga, gb;
-  __device__ __forceinline__ Groups(const float* x, int start, int end) : x((const float4*)x), start(start), end(end), ga((start + 3) / 4), gb(end / 4) {}
+  const float4* x; const int &start, &end; int ga, gb;
+  __device__ __forceinline__ Groups(const Row& r) : x((const float4*)(r.x - r.skew)), start(r.start), end(r.end), ga((r.start + 3) / 4), gb(r.end / 4) {}
   // the cut group that this thread reads, or -1
   __device__ __forceinline__ int mine() const {
     if (threadIdx.x == 0 && (start & 3)) return start / 4;
@@ -101,7 +110,7 @@ struct List {
   template <class F> __device__ __forceinline__ void operator()(F f) const { for (int i = threadIdx.x; i < n; i += NT) { const u64 v = x[i]; if (v) f(v); } }
 };
 template <int DEPTH> struct Scores {
-  const Groups& row; u64 mask; int L;
+  const Groups& row;
   template <class F> __device__ __forceinline__ void four(float4 v, int g, F f) const {
     const float e[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -125,13 +134,10 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
   Fast& s = *(Fast*)raw;
   const int t = threadIdx.x;
   const Choice choice = open_row(p, s.row);
-  const int need = choice.k;
-  if (need <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
-  const int skew = (int)((size_t)s.row.x / 4 & 3);  // positions from here on count from the boundary
-  const int start = choice.lo + skew, end = choice.hi + skew, n = end - start;
-  const int L = 32 - __clz(imax(end - 1, 1));
-  const u64 mask = (1ull << L) - 1;
-  const Groups row(s.row.x - skew, start, end);
+  if (choice.k <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
+  const int &need = s.row.c.k, &start = s.row.start, &end = s.row.end;  // read again where they are used: registers are short in the loop
+  const int n = choice.hi - choice.lo;
+  const Groups row(s.row);
   for (int i = t; i < WORDS / 4; i += NT) ((uint4*)s.bits)[i] = make_uint4(0, 0, 0, 0);
   if (t == 0) { s.m.count = 0; s.m.top = 0; }
   u64 base = 0;
@@ -195,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
     // radix passes over the row until what is left fits
     __syncthreads();
     if (t == 0) { s.m.count = 0; s.m.top = 0; }
-    base = bound<NT>(s.m, s.bits, Scores<AHEAD>{row, mask, L}, need, CAP - 4 - need, 0, 32 + L);  // 4: groups of equal scores are kept whole
+    base = bound<NT>(s.m, s.bits, Scores<AHEAD>{row}, need, CAP - 4 - need, 0, 32 + L);  // 4: groups of equal scores are kept whole
     __syncthreads();
   }
   const int c = s.m.count;
@@ -222,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
     for (int j = 0; j < PER; j++) sum += __popc(b[j]);
     int at = block_scan<NT>(s.m, sum, total);
 #pragma unroll
-    for (int j = 0; j < PER; j++) for (u32 m = b[j]; m; m &= m - 1) s.bits[at++] = w0 + (t * PER + j) * 32 + __ffs(m) - 1 - skew;
+    for (int j = 0; j < PER; j++) for (u32 m = b[j]; m; m &= m - 1) s.bits[at++] = w0 + (t * PER + j) * 32 + __ffs(m) - 1 - s.row.skew;
     __syncthreads();
     for (int i = t; i < total; i += NT) o[done + i] = s.bits[i];  // staged: scattered 4-byte stores cost more than the selection
     done += total;
@@ -235,15 +241,12 @@ extern "C" __global__ void __launch_bounds__(NT) topk_any(const __grid_constant_
   Any& s = *(Any*)raw;
   const int t = threadIdx.x;
   const Choice choice = open_row(p, s.row);
-  const int need = choice.k;
-  if (need <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
-  const int skew = (int)((size_t)s.row.x / 4 & 3), start = choice.lo + skew, end = choice.hi + skew;
-  const int L = 32 - __clz(imax(end - 1, 1));
-  const u64 mask = (1ull << L) - 1;
-  const Groups row(s.row.x - skew, start, end);
+  if (choice.k <= 0 || choice.lo >= choice.hi) { finish(s.row, p.k, 0); return; }
+  const int need = choice.k, start = s.row.start, end = s.row.end;
+  const Groups row(s.row);
   for (int i = t; i < BINS; i += NT) s.bins[i] = 0;
   __syncthreads();
-  u64 base = bound<NT>(s.m, s.bins, Scores<4>{row, mask, L}, need, 0, 0, 32 + L);
+  u64 base = bound<NT>(s.m, s.bins, Scores<4>{row}, need, 0, 0, 32 + L);
   if (base == 0) base = 1;  // fewer than asked for: every eligible one (their integers are above 0)
   int done = 0;
   int* o = s.row.out + choice.nfirst;
@@ -256,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(NT) topk_any(const __grid_constant_
 #pragma unroll
     for (int j = 0; j < 4; j++) if (eligible(e[j]) && ((u64)key_of(e[j]) << L | (mask - (4 * g + j))) >= base) hits |= 1u << j;
     int total, at = done + block_scan<NT>(s.m, __popc(hits), total);
-    for (; hits; hits &= hits - 1) o[at++] = 4 * g + __ffs(hits) - 1 - skew;
+    for (; hits; hits &= hits - 1) o[at++] = 4 * g + __ffs(hits) - 1 - s.row.skew;
     done += total;
     __syncthreads();
   }

@@ -1,0 +1,103 @@
+"""Attention over selected keys: q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv], indices [B,G,T,K], G in {1, Hk, Hq} -> out [B,Hq,T,Dv], lse [B,Hq,T].
+
+Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
+it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
+Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once.
+"""
+from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
+from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, copy_bytes, head_groups, padded, position_values, problem_copy_bytes, same_memory,
+                                               selected_values, sliced)
+
+TUNABLES = (
+    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
+    Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
+    Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
+    Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
+)
+FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
+
+
+def supports(problem: Problem) -> str | None:
+    kinds = {problem.dtype(name) for name in "qkv"}
+    if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
+        return f"CuPy gather attention takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"
+    if max(problem["D"], problem["Dv"]) > 576:
+        return f"CuPy gather attention takes D and Dv up to 576, not {problem['D']} and {problem['Dv']}"
+    refusal = resources(problem, default_config(problem))
+    return f"CuPy gather attention: {refusal}" if isinstance(refusal, str) else None
+
+
+def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) -> int:
+    if float32:
+        return 4 * (32 * (padded(D) + 1) + 32 * 65 + 32 * 33 + 33)
+    rows, tk, kw, stages, wide = config["heads"], config["tile_k"], config["key_warps"], config["stages"], sliced(Dv)[1]
+    tile = padded(D) + 8 + (0 if shared_kv else wide + 8)
+    return max((rows * (padded(D) + 8) + stages * tk * tile) * 2 + (stages + 1) * (tk + tk // 32) * 4, rows * (wide + 2) * 4 if kw > 1 else 0)
+
+
+def resources(problem: Problem, config: dict):
+    tk, kw, float32 = config["tile_k"], config["key_warps"], problem.dtype("q") == "float32"
+    if float32 and (config["heads"], tk, kw, config["stages"]) != (32, 32, 1, 1):
+        return "float32 takes heads 32, tile_k 32, key_warps 1 and stages 1"
+    if tk % (16 * kw):
+        return f"key_warps {kw} leave less than 16 of {tk} keys each"
+    registers = sliced(problem["Dv"])[1] // 2 + tk // kw // 2 + 64
+    if not float32 and registers > 255:
+        return f"tile_k {tk} over {kw} key_warps needs about {registers} registers a thread, 255 are there"
+    shared = shared_bytes(problem["D"], problem["Dv"], config, float32, "shared_kv" in problem.features)
+    if shared > nvrtc.shared_limit(problem.arch):
+        return f"{shared} bytes of shared memory, {problem.arch} has {nvrtc.shared_limit(problem.arch)}"
+    return Resources(threads=_threads(config, float32), shared=shared, registers=registers)
+
+
+def _threads(config: dict, float32: bool) -> int:
+    return 128 if float32 else config["heads"] * 2 * config["key_warps"]
+
+
+def default_config(problem: Problem) -> dict:
+    if problem.dtype("q") == "float32":
+        return dict(heads=32, tile_k=32, key_warps=1, stages=1)
+    group, wide, room = problem["Hq"] // problem["Hk"], problem["D"] > 256, nvrtc.shared_limit(problem.arch)
+    heads = 16 if group <= 16 else 32 if group <= 32 else 64
+    if room < 160 * 1024:
+        heads = min(heads, 32 if wide else 64)
+    tile = 64 if room > 200 * 1024 or not wide else 32
+    return dict(heads=heads, tile_k=tile, key_warps=2 if wide and heads > 16 else {16: 4, 32: 2, 64: 1}[heads] if tile == 64 else 2, stages=1 if wide else 2)
+
+
+def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:
+    common = dict(OUT_KIND=KINDS[out_kind], BH=config["heads"], DP=padded(D), DVP=sliced(Dv)[1], SOFTCAP=int(softcap))
+    if kind == "float32":
+        return common
+    return dict(common, KIND=KINDS[kind], TK=config["tile_k"], KW=config["key_warps"], STAGES=config["stages"], SHARED_KV=int(shared_kv), COPY=copy)
+
+
+def artifacts(problem: Problem, config: dict) -> list[dict]:
+    kind = problem.dtype("q")
+    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
+    return [dict(source=_source(kind), defines=d, names=["forward"])]
+
+
+def _source(kind: str) -> str:
+    return "gather_attention_float32" if kind == "float32" else "gather_attention"
+
+
+def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    kind, out_kind = q.dtype, out_dtype or q.dtype
+    out = place.empty((B, Hq, T, Dv), out_kind)
+    lse = place.empty((B, Hq, T), "float32") if return_lse else None
+    if B * Hq * T == 0:
+        return out, lse
+    float32, shared_kv, slices = kind == "float32", same_memory(k, v), sliced(Dv)[0]
+    copy = copy_bytes(q, k) if shared_kv else copy_bytes(q, k, v)
+    blocks = B * T * head_groups(indices.shape[1], Hq, Hk, config["heads"]) * slices
+    if blocks >= 2 ** 31:
+        raise Unsupported(f"CuPy gather attention launches at most 2^31 - 1 tiles, not {blocks}; split the batch")
+    d = defines(kind, out_kind, D, Dv, config, copy, softcap is not None, shared_kv)
+    function = nvrtc.function(_source(kind), "forward", FIELDS, d, place)
+    function(blocks, _threads(config, float32), shared_bytes(D, Dv, config, float32, shared_kv), place.stream,
+             q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *selected_values(indices, lengths, granularity, causal), *position_values(T, S, kv_length, q_start),
+             *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, D, Dv, slices, 0, scale, softcap or 0.0)
+    return out, lse
