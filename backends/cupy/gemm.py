@@ -44,8 +44,11 @@ def resources(arch: str, a: str, w: str, out: str, scaled: bool, config: dict, r
     return Resources(threads(config), shared, registers)
 
 
-def default_config(rows: int, width: int) -> dict:
-    return dict(block_m=128 if rows > 64 else 64 if rows > 16 else 16, block_n=128 if width > 64 else 64, depth=32, stages=3)
+def default_config(rows: int, width: int, fits) -> dict:
+    """`fits(config)` gives Resources, or why not: chips with little shared memory get fewer stages, then smaller tiles."""
+    best = dict(block_m=128 if rows > 64 else 64 if rows > 16 else 16, block_n=128 if width > 64 else 64, depth=32, stages=3)
+    tries = (best, dict(best, stages=2), dict(best, stages=2, block_m=min(64, best["block_m"])), dict(best, stages=2, block_m=16, block_n=64))
+    return next((config for config in tries if not isinstance(fits(config), str)), best)
 
 
 def orientation(w, k_axis: int, n_axis: int) -> tuple[int, int]:

@@ -32,8 +32,7 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    config = gemm.default_config(problem["B"] * problem["T"], problem["M"])
-    return dict(config, stages=2) if isinstance(resources(problem, config), str) else config
+    return gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, config))
 
 
 def artifacts(problem, config):

@@ -43,7 +43,12 @@ def column_chunk(H: int, D: int, kind: str, config: dict, limit: int) -> int:
     keys = 16 * config["row_tiles"] * config["warps"] * row_bytes(D, kind)
     small = 4 * (wanted + 256) + 8 * config["queries"]
     room = (limit - keys - small) // row_bytes(D, kind)
-    return wanted if room >= wanted else room // 32 * 32 if room >= 32 else 16 if room >= 16 else 0
+    if room >= wanted:
+        return wanted
+    if room < 32:
+        return 16 if room >= 16 else 0
+    pieces = ceil_div(wanted, room // 32 * 32)
+    return ceil_div(wanted, 32 * pieces) * 32
 
 
 def shared_bytes(H: int, D: int, kind: str, config: dict, columns: int) -> int:

@@ -30,7 +30,7 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    return gemm.default_config(problem["B"] * problem["S"], max(problem["Dn"], problem["Dv"]))
+    return gemm.default_config(problem["B"] * problem["S"], max(problem["Dn"], problem["Dv"]), lambda config: resources(problem, config))
 
 
 def artifacts(problem, config):
