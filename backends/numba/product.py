@@ -1,0 +1,149 @@
+"""Rows times the weights of a head, for `latent_decompress` and `grouped_matmul`: float32 register tiles over weights packed once per task.
+
+A task is one head and a run of rows. Its weights become panels [inner, COLUMNS] of float32, from any type and either order in memory; rows come ROWS at a time
+as float32; each output element is one chain of multiply-adds per DEPTH inner elements, those summed in order, and is rounded once.
+"""
+import numba
+import numpy as np
+from numba import prange
+
+from sparsetile.backends.numba.convert import CODE, read_row, write_row
+from sparsetile.backends.numba.gather_tiles import scale_row
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.simd import F, I8, LANES, address, get_f32, next_task, op, transpose_tile
+
+TILE, VECTORS = 6, 2          # 12 accumulators
+COLUMNS = VECTORS * LANES
+DEPTH = 256                   # a panel's part that stays in the nearest cache
+ROWS = 8 * TILE
+
+PRODUCT = np.dtype([(name, "i8") for name in (
+    "a", "a_b", "a_h", "a_t", "a_code", "scale", "B", "H", "T", "K", "run", "counter",
+    "w0", "w0_h", "w0_k", "w0_n", "N0", "out0", "out0_b", "out0_h", "out0_t",
+    "w1", "w1_h", "w1_k", "w1_n", "N1", "out1", "out1_b", "out1_h", "out1_t",
+    "w_code", "w_size", "out_code", "out_size", "tail", "tail_b", "tail_h", "tail_t", "tail_code", "tail_bytes", "P")])
+"""a [B,H,T,K], scale [B,T,ceil(K/128)] of its groups; w0, w1: elements (k, n) of head h at w + h*w_h + k*w_k + n*w_n (bytes); out0 [..., N0 + P], the tail behind;
+run: rows of a task. Absent: 0."""
+
+
+def _tile(e, a, a_step, panel, depth, out, out_step, fresh):
+    """TILE x COLUMNS of the output from `depth` inner elements: stored if fresh, else added."""
+    acc = e.gemm(TILE, VECTORS, a, a_step, 4, panel, 4 * COLUMNS, depth)
+    for r in range(TILE):
+        for n in range(VECTORS):
+            at, x = e.add(out, e.mul(out_step, r)), acc[r * VECTORS + n]
+            old = e.load(at, 4 * LANES * n)
+            e.store(e.b.select(e.b.icmp_signed("!=", fresh, e.i(0)), x, e.b.fadd(x, old)), at, 4 * LANES * n)
+
+
+def _copy(e, source, target, count):
+    e.loop(count, [], lambda k, _: (e.store(e.load(e.add(source, k), 0, I8), e.add(target, k)), [])[1])
+
+
+product_tile = op("iiiiiii", _tile)
+copy_bytes = op("iii", _copy)
+
+
+@kernel
+def pack(code, size, w, w_k, w_n, K, N, flat, panels):
+    """Weights (k, n) -> panels [ceil(N / COLUMNS), K, COLUMNS], zeros past N. flat: scratch [COLUMNS, K padded]."""
+    padded = (K + LANES - 1) // LANES * LANES
+    for n in range(0, N, COLUMNS):
+        panel = panels + 4 * K * n
+        count = min(COLUMNS, N - n)
+        if w_n == size or N == 1:
+            for k in range(K):
+                read_row(code, w + k * w_k + n * w_n, count, panel + 4 * COLUMNS * k, COLUMNS)
+        else:
+            for c in range(COLUMNS):
+                read_row(code, w + (n + c) * w_n, K if c < count else 0, flat + 4 * padded * c, padded)
+            for k in range(0, padded, LANES):
+                for c in range(0, COLUMNS, LANES):  # the last rows run over into the next panel, which is written later
+                    transpose_tile(flat + 4 * (padded * c + k), 4 * padded, panel + 4 * (COLUMNS * k + c), 4 * COLUMNS)
+
+
+@kernel
+def multiply(a, count, K, panels, N, tiles):
+    """`count` <= ROWS float32 rows [.., K] times panels -> tiles [ROWS, N padded]."""
+    padded = (N + COLUMNS - 1) // COLUMNS * COLUMNS
+    for n in range(0, N, COLUMNS):
+        for k in range(0, K, DEPTH):
+            for r in range(0, count, TILE):
+                product_tile(a + 4 * (K * r + k), 4 * K, panels + 4 * (K * n + COLUMNS * k), min(DEPTH, K - k), tiles + 4 * (padded * r + n), 4 * padded,
+                             1 if k == 0 else 0)
+
+
+@kernel
+def _load(job, h, row, target, flat):
+    """Row `row` (of all batches) as float32, its groups scaled; its tail goes to the output."""
+    b, t, K = row // job.T, row % job.T, job.K
+    read_row(job.a_code, job.a + b * job.a_b + h * job.a_h + t * job.a_t, K, target, K)
+    if job.scale != 0:
+        groups = (K + 127) // 128
+        for g in range(groups):  # whole vectors: what follows the row is not loaded yet
+            scale_row(target + 512 * g, min(128, K - 128 * g), get_f32(job.scale, row * groups + g))
+    if job.P > 0:
+        source, to = job.tail + b * job.tail_b + h * job.tail_h + t * job.tail_t, job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t
+        if job.tail_bytes > 0:
+            copy_bytes(source, to + job.N0 * job.out_size, job.tail_bytes)
+        else:
+            read_row(job.tail_code, source, job.P, flat, job.P)
+            write_row(job.out_code, flat, job.P, to + job.N0 * job.out_size)
+
+
+@kernel
+def _work(jobs):
+    """One thread: heads' runs of rows until there are none left."""
+    job = jobs[0]
+    K, total, widest = job.K, job.B * job.T, max(job.N0, job.N1)
+    padded, columns = (K + LANES - 1) // LANES * LANES, (widest + COLUMNS - 1) // COLUMNS * COLUMNS
+    flat, tiles = np.empty(max(COLUMNS * padded, job.P), np.float32), np.empty((ROWS, columns), np.float32)
+    a, panels = np.zeros(ROWS * K + LANES, np.float32), np.empty((2, columns * K + COLUMNS * LANES), np.float32)
+    runs = (total + job.run - 1) // job.run
+    while True:
+        task = next_task(job.counter)
+        if task >= job.H * runs:
+            break
+        h, first = task // runs, task % runs * job.run
+        rows, out = a.ctypes.data, tiles.ctypes.data
+        for part in range(2):
+            w, w_k, w_n, N = (job.w0 + h * job.w0_h, job.w0_k, job.w0_n, job.N0) if part == 0 else (job.w1 + h * job.w1_h, job.w1_k, job.w1_n, job.N1)
+            pack(job.w_code, job.w_size, w, w_k, w_n, K, N, flat.ctypes.data, panels[part].ctypes.data)
+        for start in range(first, min(first + job.run, total), ROWS):
+            count = min(ROWS, total - start)
+            for n in range(count):
+                _load(job, h, start + n, rows + 4 * K * n, flat.ctypes.data)
+            for part in range(2):
+                N = job.N0 if part == 0 else job.N1
+                step = 4 * ((N + COLUMNS - 1) // COLUMNS * COLUMNS)
+                multiply(rows, count, K, panels[part].ctypes.data, N, out)
+                for n in range(count if N > 0 else 0):
+                    b, t = (start + n) // job.T, (start + n) % job.T
+                    to = job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t if part == 0 else job.out1 + b * job.out1_b + h * job.out1_h + t * job.out1_t
+                    write_row(job.out_code, out + step * n, N, to)
+
+
+@kernel(parallel=True)
+def _launch(threads, jobs):
+    for _ in prange(threads):
+        _work(jobs)
+
+
+def run_product(rows, weights, outputs, *, scale=None, tail=None):
+    """rows [B,H,T,K] times each of one or two weights [H,K,N] into outputs [B,H,T,N (+ P)], all NumPy; tail [B,H,T,P] goes behind the first product."""
+    (B, H, T, K), job, threads = rows.shape, np.zeros(1, PRODUCT), numba.get_num_threads()
+    counter, total = np.zeros(1, np.int64), B * T
+    # A run packs the weights anew: long ones, but enough of them for all threads.
+    run = total if H >= 4 * threads else max(min(total, 512), -(-total * H // (4 * threads)))
+    values = dict(a=address(rows), a_code=CODE[rows.dtype.name], scale=address(scale), B=B, H=H, T=T, K=K, run=-(-run // ROWS) * ROWS, counter=address(counter),
+                  w_code=CODE[weights[0].dtype.name], w_size=weights[0].itemsize, out_code=CODE[outputs[0].dtype.name], out_size=outputs[0].itemsize)
+    values |= dict(zip(("a_b", "a_h", "a_t"), rows.strides))
+    for n, (w, out) in enumerate(zip(weights, outputs)):
+        values |= {f"w{n}": address(w), **dict(zip((f"w{n}_h", f"w{n}_k", f"w{n}_n"), w.strides)), f"N{n}": w.shape[2]}
+        values |= {f"out{n}": address(out), **dict(zip((f"out{n}_b", f"out{n}_h", f"out{n}_t"), out.strides))}
+    if tail is not None:
+        values |= dict(tail=address(tail), tail_code=CODE[tail.dtype.name], P=tail.shape[3], tail_bytes=tail.shape[3] * tail.itemsize * (tail.dtype == outputs[0].dtype),
+                       **dict(zip(("tail_b", "tail_h", "tail_t"), tail.strides)))
+    for name, x in values.items():
+        job[name] = x
+    _launch(min(threads, -(-total // run) * H), job)
