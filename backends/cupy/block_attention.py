@@ -7,7 +7,7 @@ float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused 
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
     Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
@@ -60,12 +60,14 @@ def _threads(config: dict, float32: bool) -> int:
 
 def default_config(problem: Problem) -> dict:
     D, T = problem["D"], problem["T"]
+    rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if problem.dtype("q") == "float32":
-        return dict(block_q=32 if D > 256 or T <= 32 else 64, block_k=64, tile_k=32, row_tiles=1)
-    if D <= 128:
-        return dict(block_q=32 if T <= 32 else 64 if T <= 64 else 128, block_k=128, tile_k=64, row_tiles=1)
-    small = nvrtc.shared_limit(problem.arch) < 160 * 1024 and D > 192
-    return dict(block_q=32 if T <= 32 or small else 64, block_k=64, tile_k=32 if D > 256 or small else 64, row_tiles=1)
+        tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
+    elif D <= 128:
+        tries = [(rows, 128, 64), (min(rows, 64), 64, 32)]
+    else:
+        tries = [(min(rows, 64), 64, 32 if D > 256 else 64), (min(rows, 64), 64, 32), (32, 64, 32)]
+    return first_fitting(problem, resources, [dict(block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:

@@ -80,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
     if (threadIdx.x < TW) seen[step % RING * TW + threadIdx.x] = 0;
     const u16 *keys = sk + step % STAGES * TK * QS, *values = sv + step % STAGES * TK * VS;
     float s[NT][4], dp[NT][4];
-    products<KIND, DP>(s, sq, row, keys, 0, QS);
-    products<KIND, DVP>(dp, so, row, values, 0, VS);
+    products<KIND, DP>(s, sq, QS, row, keys, QS, 0);
+    products<KIND, DVP>(dp, so, VS, row, values, VS, 0);
     const bool masked = w.masked();
     const u32* now = words + (step % RING * BQ + g) * TW;
 #pragma unroll
@@ -182,8 +182,8 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
     }
     const u16 *queries = sq + stage * TQ * QS, *douts = so + stage * TQ * VS;
     float s[MT][4], dp[MT][4];  // keys by queries
-    products<KIND, DP>(s, sk, row, queries, 0, QS);
-    products<KIND, DVP>(dp, sv, row, douts, 0, VS);
+    products<KIND, DP>(s, sk, QS, row, queries, QS, 0);
+    products<KIND, DVP>(dp, sv, VS, row, douts, VS, 0);
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll

@@ -6,7 +6,7 @@ twice the same call gives the same bits. dK and dV are summed over the group's h
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
     Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
@@ -28,14 +28,6 @@ def supports(problem: Problem) -> str | None:
     return f"CuPy's block attention backward of D {problem['D']}, Dv {problem['Dv']}: {refusal}; a narrower head or an 80 GB-class chip (163 KiB) would do" if isinstance(refusal, str) else None
 
 
-def _column_slices(D: int, Dv: int, most: int = 256) -> tuple[int, int, int]:
-    """(CTAs that share a key tile, columns of dK, columns of dV each makes)."""
-    n = 1
-    while padded(ceil_div(D, n)) + padded(ceil_div(Dv, n)) > most:
-        n += 1
-    return n, padded(ceil_div(D, n)), padded(ceil_div(Dv, n))
-
-
 def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> tuple[int, int]:
     """Of `rows` and of `columns`."""
     bq, tk, tq, stages = config["block_q"], config["tile_k"], config["tile_q"], config["stages"]
@@ -54,7 +46,7 @@ def resources(problem: Problem, config: dict):
         return f"tile_k {tk} must divide block_k {bk}, tile_q {tq} block_q {bq}"
     if float32 and (tk, tq, config["stages"]) != (32, 32, 1):
         return "float32 takes tile_k 32, tile_q 32 and stages 1"
-    registers = max(sliced(problem["D"])[1] // 2 + tk, sum(_column_slices(problem["D"], problem["Dv"])[1:]) // 2 + tq) + 56
+    registers = max(sliced(problem["D"])[1] // 2 + tk, sum(column_slices(problem["D"], problem["Dv"])[1:]) // 2 + tq) + 56
     if not float32 and registers > 255:
         return f"tile_k {tk} and tile_q {tq} need about {registers} registers a thread, 255 are there"
     shared = max(shared_bytes(problem["D"], problem["Dv"], config, float32))
@@ -78,7 +70,7 @@ def default_config(problem: Problem) -> dict:
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
     float32 = kind == "float32"
-    _, dks, dvs = _column_slices(D, Dv)
+    _, dks, dvs = column_slices(D, Dv)
     return dict(KIND=KINDS[kind], OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], TQ=config["tile_q"], DP=padded(D), DVP=padded(Dv), DQS=sliced(D)[1],
                 DKS=dks, DVS=dvs, STAGES=config["stages"], COPY=4 if float32 else copy, SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order))
 
@@ -106,7 +98,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     float32, orders = kind == "float32", (lists.q_order is not None, lists.k_order is not None)
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v, dout), softcap is not None, *orders)
     shared, threads = shared_bytes(D, Dv, config, float32), _threads(config, float32)
-    row_slices, column_slices = sliced(D)[0], _column_slices(D, Dv)[0]
+    row_slices, column_slices = sliced(D)[0], column_slices(D, Dv)[0]
     key_tiles = lists.nk * (config["block_k"] // config["tile_k"]) if orders[1] else ceil_div(S, config["tile_k"])
     grids = B * Hq * tiles * row_slices, B * Hk * key_tiles * column_slices
     if max(grids) >= 2 ** 31:

@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
 #pragma unroll
     for (int w = 0; w < TW; w++) whole &= word[w] == ~0u;
     float s[NT][4], factor[2];
-    products<KIND, DP>(s, sq, row, sk + step % STAGES * TK * QS, first, QS);
+    products<KIND, DP>(s, sq, QS, row, sk + step % STAGES * TK * QS, QS, first);
     softmax<SOFTCAP>(s, most, sum, factor, p.scale, p.softcap, !whole, word, word, first);
     if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll

@@ -6,7 +6,7 @@ Where v is the first columns of k (the latent of MLA: same pointer and strides) 
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, copy_bytes, head_groups, padded, position_values, problem_copy_bytes, same_memory,
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
                                                selected_values, sliced)
 
 TUNABLES = (
@@ -58,12 +58,10 @@ def _threads(config: dict, float32: bool) -> int:
 def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
         return dict(heads=32, tile_k=32, key_warps=1, stages=1)
-    group, wide, room = problem["Hq"] // problem["Hk"], problem["D"] > 256, nvrtc.shared_limit(problem.arch)
-    heads = 16 if group <= 16 else 32 if group <= 32 else 64
-    if room < 160 * 1024:
-        heads = min(heads, 32 if wide else 64)
-    tile = 64 if room > 200 * 1024 or not wide else 32
-    return dict(heads=heads, tile_k=tile, key_warps=2 if wide and heads > 16 else {16: 4, 32: 2, 64: 1}[heads] if tile == 64 else 2, stages=1 if wide else 2)
+    group, wide = problem["Hq"] // problem["Hk"], problem["D"] > 256
+    rows = 16 if group <= 16 else 32 if group <= 32 else 64
+    tries = [(rows, 64, {16: 4, 32: 2, 64: 2 if wide else 1}[rows], 1 if wide else 2), (rows, 64, {16: 4, 32: 2, 64: 2}[rows], 1), (rows, 32, 2, 1), (min(rows, 32), 32, 2, 1), (16, 32, 2, 1)]
+    return first_fitting(problem, resources, [dict(heads=h, tile_k=tk, key_warps=kw, stages=st) for h, tk, kw, st in tries])
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:

@@ -86,3 +86,19 @@ def head_groups(G: int, Hq: int, Hk: int, rows: int) -> int:
 def same_memory(k, v) -> bool:
     """v is the first columns of k."""
     return v.ptr == k.ptr and v.strides == k.strides and v.shape[3] <= k.shape[3]
+
+
+def column_slices(D: int, Dv: int, most: int = 256) -> tuple[int, int, int]:
+    """(CTAs that share a key tile, columns of dK, columns of dV each makes) when one holds at most `most` columns."""
+    n = 1
+    while padded(ceil_div(D, n)) + padded(ceil_div(Dv, n)) > most:
+        n += 1
+    return n, padded(ceil_div(D, n)), padded(ceil_div(Dv, n))
+
+
+def first_fitting(problem, resources, candidates) -> dict:
+    """The first config that `resources` does not refuse, else the last."""
+    for config in candidates:
+        if not isinstance(resources(problem, config), str):
+            break
+    return config

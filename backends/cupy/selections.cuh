@@ -1,6 +1,7 @@
 // Selections as the gather kernels read them: entry e of granularity g stands for keys e * g .. e * g + g - 1; whatever is no key is a hole.
 #pragma once
 #include "lists.cuh"
+#include "mma.cuh"
 
 struct Selected {  // packed by operands.py in this order
   const int *indices, *lengths;  // [B,G,T,K], [B,G,T] or null

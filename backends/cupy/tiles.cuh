@@ -2,18 +2,18 @@
 #pragma once
 #include "mma.cuh"
 
-// c[n] = rows r .. r+15 of a times rows first + 8 n .. of b: both row-major over the same Width columns, rows `stride` apart
-template <int Kind, int Width, int N> __device__ __forceinline__ void products(float (&c)[N][4], const u16* a, int r, const u16* b, int first, int stride) {
+// c[n] = rows r .. r+15 of a times rows first + 8 n .. of b: both row-major over the same Width columns, rows `as` and `bs` apart
+template <int Kind, int Width, int N> __device__ __forceinline__ void products(float (&c)[N][4], const u16* a, int as, int r, const u16* b, int bs, int first) {
 #pragma unroll
   for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
 #pragma unroll
   for (int k = 0; k < Width / 16; k++) {
     u32 x[4];
-    load_a(x, a, stride, r, 16 * k);
+    load_a(x, a, as, r, 16 * k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       u32 y[4];
-      load_b_rows(y, b, stride, first + 8 * n, 16 * k);
+      load_b_rows(y, b, bs, first + 8 * n, 16 * k);
       mma<Kind>(c[n], x, y[0], y[1]);
       mma<Kind>(c[n + 1], x, y[2], y[3]);
     }

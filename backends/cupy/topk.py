@@ -36,7 +36,7 @@ def is_fast(top_k: int, config) -> bool:
 
 def shared_bytes(config, fast: bool) -> int:
     meeting = 4 * (config["threads"] // 32) + 20
-    row = 4 * 8 + 4 * 7
+    row = 4 * 8 + 4 * 10
     head = meeting + (-meeting) % 8 + row + 4 + 8
     return 4 * words(config) + head + 8 * config["candidates"] if fast else 4 * BINS + head
 
