@@ -1,0 +1,176 @@
+"""Choosing a backend and a config: argument, environment, profiles; a named backend never falls back; explain says why."""
+import json
+
+import numpy as np
+import pytest
+
+import sparsetile as st
+from sparsetile.autotune import store
+from sparsetile.backends import arrays
+from sparsetile.ops import dispatch
+from sparsetile.profiles import lookup
+
+DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    for name in ("SPARSETILE_BACKEND", "SPARSETILE_BACKEND_SPARSE_ATTENTION", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
+    lookup.forget(), dispatch.clear_plans()
+    yield
+    lookup.forget(), dispatch.clear_plans()
+
+
+@pytest.fixture
+def qkv(rng):
+    return tuple(rng.standard_normal((1, 2, 40, 16)).astype(np.float32) for _ in range(3))
+
+
+def entry(explanation, config, **more):
+    return {"key": lookup.key_of(explanation.problem), "backend": "numba", "config": config, "time_us": 10.0, **more}
+
+
+def write(root, explanation, config, **more):
+    path = store.add(root, explanation.kernel, DEVICE, entry(explanation, config, **more), {}, {})
+    dispatch.clear_plans()
+    return path
+
+
+def test_auto_takes_the_first_that_supports_it(qkv):
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.backend == "numba" and found.source == "the kernel's heuristic"
+    assert set(found.reasons) == {"triton", "cupy", "reference"} and all(found.reasons.values())
+
+
+def test_precedence_of_backend(qkv, monkeypatch):
+    monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
+    assert st.explain("sparse_attention", *qkv).backend == "reference"
+    monkeypatch.setenv("SPARSETILE_BACKEND_SPARSE_ATTENTION", "numba")
+    assert st.explain("sparse_attention", *qkv).backend == "numba"
+    assert st.explain("topk", qkv[0][0], 3).backend == "reference"
+    assert st.explain("sparse_attention", *qkv, backend="reference").backend == "reference"
+
+
+def test_environment_is_read_at_each_call(qkv, monkeypatch):
+    first = st.sparse_attention(*qkv)
+    monkeypatch.setenv("SPARSETILE_BACKEND", "cupy")
+    with pytest.raises(st.Unsupported, match="cupy"):
+        st.sparse_attention(*qkv)
+    monkeypatch.delenv("SPARSETILE_BACKEND")
+    assert (st.sparse_attention(*qkv) == first).all()
+
+
+@pytest.mark.parametrize("name", ["triton", "cupy"])
+def test_a_named_backend_never_falls_back(qkv, name):
+    if name == "triton" and dispatch.package("triton").interpreted():
+        pytest.skip("the interpreter runs Triton on CPU arrays")
+    with pytest.raises(st.Unsupported, match=rf"{name}.*numba"):
+        st.sparse_attention(*qkv, backend=name)
+
+
+def test_unknown_backend_is_an_error(qkv, monkeypatch):
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton"):
+        st.sparse_attention(*qkv, backend="cuda")
+    monkeypatch.setenv("SPARSETILE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="SPARSETILE_BACKEND: expected one of"):
+        st.sparse_attention(*qkv)
+
+
+def test_unknown_knob_and_value(qkv):
+    with pytest.raises(ValueError, match="config: expected knobs.*'tile'"):
+        st.sparse_attention(*qkv, config={"tile": 3})
+    with pytest.raises(ValueError, match="config: expected block_q in"):
+        st.sparse_attention(*qkv, config={"block_q": 3})
+
+
+def test_order_of_profiles(qkv, monkeypatch, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv)
+    knob = next(t for t in dispatch.kernel("numba", "block_attention").TUNABLES if t.name == "block_q")
+    a, b, c = [v for v in knob.values][:3]
+    write(lookup.user_cache(), plain, {"block_q": a})
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.config["block_q"] == a and "user cache" in found.source
+    write(tmp_path / "mine", plain, {"block_q": b})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "mine"))
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.config["block_q"] == b and "user profile" in found.source
+    assert st.explain(st.sparse_attention, *qkv, config={"block_q": c}).source == "the config argument"
+    monkeypatch.setenv("SPARSETILE_TUNE", "off")
+    assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+def test_pinned_wins_over_the_user_directory(qkv, monkeypatch, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv)
+    a, b = dispatch.kernel("numba", "block_attention").TUNABLES[0].values[:2]
+    knob = dispatch.kernel("numba", "block_attention").TUNABLES[0].name
+    write(lookup.user_cache(), plain, {knob: a}, status="pinned")
+    write(tmp_path / "mine", plain, {knob: b})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "mine"))
+    assert st.explain(st.sparse_attention, *qkv).config[knob] == a
+
+
+def test_pinned_entries_are_never_overwritten(qkv, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv)
+    knob = dispatch.kernel("numba", "block_attention").TUNABLES[0]
+    write(tmp_path, plain, {knob.name: knob.values[0]}, status="pinned")
+    path = write(tmp_path, plain, {knob.name: knob.values[1]})
+    from sparsetile.profiles import schema
+    assert [e["config"] for e in schema.load(path)["entries"]] == [{knob.name: knob.values[0]}]
+
+
+def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
+    plain = st.explain(st.sparse_attention, *qkv)  # T = S = 40 fall into 64
+    write(tmp_path, plain, {"block_q": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    sizes = {60: True, 100: False, 300: False}  # 100 is a bucket away along T and along S at once
+    for n, serves in sizes.items():
+        x = rng.standard_normal((1, 2, n, 16)).astype(np.float32)
+        assert ("user profile" in st.explain(st.sparse_attention, x, x, x).source) == serves, n
+    x = rng.standard_normal((1, 2, 100, 16)).astype(np.float32)
+    assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
+
+
+def test_never_across_architectures(qkv, tmp_path, monkeypatch):
+    plain = st.explain(st.sparse_attention, *qkv)
+    path = write(tmp_path, plain, {"block_q": 32})
+    path.write_text(path.read_text().replace("arch: cpu", "arch: sm_90a"))
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans()
+    assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+def test_a_bad_file_is_one_error_and_the_call_runs(qkv, tmp_path, monkeypatch, caplog):
+    plain = st.explain(st.sparse_attention, *qkv)
+    path = write(tmp_path, plain, {"block_q": 32})
+    path.write_text("schema: [unclosed")
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans()
+    for _ in range(3):
+        assert st.sparse_attention(*qkv).shape == (1, 2, 40, 16)
+        dispatch.clear_plans()
+    errors = [r for r in caplog.records if "block_attention.yaml" in r.getMessage()]
+    assert len(errors) == 1
+
+
+def test_an_infeasible_entry_is_said_and_ignored(qkv, tmp_path, monkeypatch, caplog):
+    plain = st.explain(st.sparse_attention, *qkv)
+    write(tmp_path, plain, {"no_such_knob": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans()
+    assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+    assert any("no_such_knob" in r.getMessage() for r in caplog.records)
+
+
+def test_explain_computes_nothing_and_names_unknown_ops(qkv):
+    with pytest.raises(ValueError, match="op: expected a public function"):
+        st.explain("attend", *qkv)
+    found = st.explain("latent_attention", *(np.zeros(s, np.float32) for s in ((1, 2, 3, 8), (1, 2, 3, 4), (1, 5, 16), (1, 5, 4), (2, 16, 8), (2, 16, 8))), mode="absorbed")
+    assert found.kernel == "block_attention" and dict(found.problem.dims)["D"] == 20
+    json.dumps({"config": found.config, "reasons": found.reasons})
+
+
+def test_choice_is_cached_and_cheap(qkv):
+    st.sparse_attention(*qkv)
+    assert len(dispatch.PLAN_CACHES[0]) >= 1

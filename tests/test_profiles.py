@@ -1,0 +1,146 @@
+"""Profile files: the schema, hostile content, writing under concurrency, readable diffs."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from sparsetile.autotune import store
+from sparsetile.profiles import lookup, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = {"name": "Some GPU", "arch": "sm_80"}
+
+
+def entry(n=0, **more):
+    return {"key": {"dims": {"B": 1, "T": 2 ** n}, "dtypes": {"q": "float32"}, "features": ["static"], "density": 0.5, "granularity": 1}, "backend": "numba",
+            "config": {"block_q": 64}, "time_us": 3.5, **more}
+
+
+def profile(**more):
+    return {"schema": schema.VERSION, "op": "topk", "device": dict(DEVICE), "dims": dict(lookup.DIMS), "entries": [entry()], **more}
+
+
+BAD = {
+    "not a mapping": [1, 2], "no schema": {"op": "topk"}, "old schema": profile(schema="kernelprofile/0"), "unknown op": profile(op="rm"), "no device": profile(device="H200"),
+    "bad rule": profile(dims={"B": "nearest"}), "entries no list": profile(entries={"a": 1}), "entry no mapping": profile(entries=[3]), "no key": profile(entries=[{"backend": "numba", "config": {}}]),
+    "negative size": profile(entries=[entry(key={"dims": {"B": -1}, "dtypes": {}})]), "size a word": profile(entries=[entry(key={"dims": {"B": "big"}, "dtypes": {}})]),
+    "unknown backend": profile(entries=[entry(backend="cuda")]), "config no mapping": profile(entries=[entry(config=[1])]), "config nested": profile(entries=[entry(config={"a": {"b": 1}})]),
+    "status": profile(entries=[entry(status="best")]), "time a word": profile(entries=[entry(time_us="fast")]), "features a word": profile(entries=[entry(key={"dims": {}, "dtypes": {}, "features": "x"})]),
+}
+HOSTILE = {
+    "object tag": "!!python/object/apply:os.system ['touch {marker}']", "python name": "schema: !!python/name:os.system", "alias": "a: &x [1]\nb: *x",
+    "bomb": "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]", "binary": "\x00\x01", "deep": "[" * 3000, "path": "schema: ../../../etc/passwd", "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_schema_refuses(name, tmp_path):
+    assert schema.check(BAD[name])
+    path = tmp_path / "topk.yaml"
+    path.write_text(yaml.safe_dump(BAD[name]))
+    with pytest.raises(schema.ProfileError, match="topk.yaml"):
+        schema.load(path)
+
+
+def test_schema_accepts_and_both_schemas_agree():
+    assert schema.check(profile()) is None
+    validator = jsonschema.Draft202012Validator(schema.json_schema())
+    validator.validate(profile())
+    for name, data in BAD.items():
+        assert not validator.is_valid(data) or name in ("features a word",), name
+
+
+def test_unknown_keys_are_kept(tmp_path):
+    path = store.add(tmp_path, "topk", DEVICE, entry(note="mine"), {}, {})
+    assert schema.load(path)["entries"][0]["note"] == "mine"
+
+
+def test_aliases_and_tags_are_what_is_refused(tmp_path):
+    path = tmp_path / "topk.yaml"
+    for extra, what in (("x: &a [1]\ny: *a\n", "anchors"), ("x: !!python/tuple [1]\n", "tags"), ("x: !!str 1\n", "tags"), ("[a]: 1\n", "key")):
+        path.write_text(store.dump(profile()) + extra)
+        with pytest.raises(schema.ProfileError, match=what):
+            schema.load(path)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    data = profile(entries=[entry(note=value) for value in (1, -2.5, 1e-7, "1e3x", "true", "1", "2026-11-24", True, None, "a: b", "", "~", "ü")])
+    path = tmp_path / "topk.yaml"
+    store.write(path, store.dump(data))
+    assert schema.load(path) == data
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
+    path, marker = tmp_path / "topk.yaml", tmp_path / "marker"
+    path.write_bytes(HOSTILE[name].replace("{marker}", str(marker)).encode())
+    start = time.monotonic()
+    with pytest.raises(schema.ProfileError, match="topk.yaml"):
+        schema.load(path)
+    assert time.monotonic() - start < 1 and not marker.exists()
+
+
+def test_a_huge_file_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "topk.yaml"
+    path.write_text("- x\n" * (schema.MAX_BYTES // 4 + 1))
+    start = time.monotonic()
+    with pytest.raises(schema.ProfileError, match="at most"):
+        schema.load(path)
+    assert time.monotonic() - start < 1
+
+
+def test_entries_are_replaced_by_key_and_the_winner_stands_first(tmp_path):
+    for time_us, backend in ((5.0, "numba"), (3.0, "triton"), (4.0, "numba")):
+        path = store.add(tmp_path, "topk", DEVICE, entry(backend=backend, time_us=time_us), {}, {})
+    assert [(e["backend"], e["time_us"]) for e in schema.load(path)["entries"]] == [("triton", 3.0), ("numba", 4.0)]
+
+
+def test_same_content_same_text(tmp_path):
+    path = store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    first = path.read_text()
+    assert store.add(tmp_path, "topk", DEVICE, entry(), {}, {}).read_text() == first
+    assert len(first.splitlines()) < 30
+
+
+def test_concurrent_writers_lose_nothing(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[3]); from sparsetile.autotune import store\n"
+            "for n in range(5): store.add(sys.argv[1], 'topk', {'name': 'Some GPU', 'arch': 'sm_80'}, {'key': {'dims': {'B': 1 << (int(sys.argv[2]) * 5 + n)}, 'dtypes': {}}, "
+            "'backend': 'numba', 'config': {}}, {}, {})")
+    workers = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n), ROOT]) for n in range(4)]
+    assert [w.wait(120) for w in workers] == [0] * 4
+    assert len(schema.load(tmp_path / "some-gpu" / "topk.yaml")["entries"]) == 20
+
+
+def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
+    path = store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    path.write_text("nonsense: [")
+    store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    assert path.with_suffix(".broken").read_text() == "nonsense: [" and schema.load(path)
+
+
+def test_two_hundred_entries_load_quickly(tmp_path):
+    data = profile(entries=[entry(n % 30, backend=b, status="tuned", workload=str(n)) for n in range(100) for b in ("numba", "triton")])
+    path = tmp_path / "some-gpu" / "topk.yaml"
+    store.write(path, store.dump(data))
+    best = min(_load_seconds(path) for _ in range(3))
+    assert best < 0.05, f"{best:.3f} s"
+
+
+def _load_seconds(path):
+    start = time.perf_counter()
+    lookup._File(path)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("profiles/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_shipped_profiles_are_valid_and_none_is_slower_than_its_default(path):
+    data = schema.load(path)
+    jsonschema.Draft202012Validator(schema.json_schema()).validate(json.loads(json.dumps(data)))
+    assert path.stem == data["op"] and path.parent.name == lookup.slug(data["device"]["name"])
+    for e in data["entries"]:
+        assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]
