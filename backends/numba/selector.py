@@ -7,8 +7,9 @@ What comes later has a larger index, so among equals it loses, and `>` is right.
 import numpy as np
 from llvmlite import ir
 
+from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I32, I64, get_f32, get_i32, op
+from sparsetile.backends.numba.simd import F, I1, I32, I64, get_f32, get_i32, get_i64, op, put_f32
 
 STEP = 32   # scores looked at together
 FORCED = 0x7fffffff  # order of an entry that is taken whatever its score; above that of +inf
@@ -122,7 +123,7 @@ def room_for(k: int, entries: int) -> int:
     return (min(max(2 * k, k + 1024), entries) + 3 * STEP - 1) // STEP * STEP
 
 
-@kernel
+@far("iiii", "f")
 def cut(candidates, room, count, k):
     """Cut `count` > k candidates to the k best. Returns a floor: what does not exceed it is not among them."""
     padded = (count + STEP - 1) // STEP * STEP
@@ -143,10 +144,10 @@ def cut(candidates, room, count, k):
     return score_of(low)
 
 
-@kernel
-def offer(values, count, base, k, candidates, room, held, floor):
-    """Let `count` float32 scores of the indices base, base + 1, ... compete. Returns the new (held, floor)."""
-    first = 0
+@far("iiiiiii")
+def offer(values, count, base, k, candidates, room, state):
+    """Let `count` float32 scores of the indices base, base + 1, ... compete. state: candidates held (int64) and floor (float32), updated."""
+    held, floor, first = get_i64(state, 0), get_f32(state, 2), 0
     while first < count:
         if count - first >= STEP:
             bits = above(values + 4 * first, floor)
@@ -164,7 +165,8 @@ def offer(values, count, base, k, candidates, room, held, floor):
             floor = cut(candidates, room, held, k)
             held = k
         first += STEP
-    return held, floor
+    put_i64(state, 0, held)
+    put_f32(state, 2, floor)
 
 
 @kernel

@@ -7,14 +7,16 @@ No sort: see selector.py. What a row costs hardly depends on its distribution; t
 """
 import numba
 import numpy as np
-from numba import prange
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.selector import FLOOR, cut, offer, put_i32, room_for, window
-from sparsetile.backends.numba.simd import address, get_i32, next_task
+from sparsetile.backends.numba.far import far, on_threads, record_at
+from sparsetile.backends.numba.selector import FLOOR, cut, offer, put_i32, put_i64, room_for, window
+from sparsetile.backends.numba.simd import address, get_i32, get_i64, next_task, put_f32
 
 TUNABLES = ()
+TOPK = np.dtype([(name, "i8") for name in (
+    "counter", "candidates", "room", "state", "scores", "step_b", "step_t", "key_start", "key_end", "B", "T", "S", "k", "top_k", "indices", "lengths")])
+job_at = record_at(TOPK)
 
 
 def supports(problem):
@@ -29,35 +31,30 @@ def default_config(problem):
     return {}
 
 
-@kernel
-def write_row(candidates, room, held, top_k, indices):
-    """Indices of the candidates, then -1."""
-    for n in range(held):
-        put_i32(indices, n, get_i32(candidates, room + n))
-    for n in range(held, top_k):
-        put_i32(indices, n, -1)
-
-
-@kernel
-def _rows(counter, candidates, room, scores, step_b, step_t, key_start, key_end, B, T, S, k, top_k, indices, lengths):
+@far("ii")
+def work(jobs, thread):
+    """One thread: rows until there are none left."""
+    job = job_at(jobs)
+    candidates, state = job.candidates + 8 * job.room * thread, job.state + 64 * thread
     while True:
-        row = next_task(counter)
-        if row >= B * T:
+        row = next_task(job.counter)
+        if row >= job.B * job.T:
             break
-        start, end = window(row, key_start, key_end, S)
-        values = scores + row // T * step_b + row % T * step_t
-        held, floor = offer(values + 4 * start, end - start, start, k, candidates, room, 0, FLOOR)
-        if held > k:
-            cut(candidates, room, held, k)
-            held = k
-        write_row(candidates, room, held, top_k, indices + 4 * row * top_k)
-        put_i32(lengths, row, held)
-
-
-@kernel(parallel=True)
-def _run(threads, counter, candidates, room, scores, step_b, step_t, key_start, key_end, B, T, S, k, top_k, indices, lengths):
-    for thread in prange(threads):
-        _rows(counter, candidates + 8 * room * thread, room, scores, step_b, step_t, key_start, key_end, B, T, S, k, top_k, indices, lengths)
+        start, end = window(row, job.key_start, job.key_end, job.S)
+        values = job.scores + row // job.T * job.step_b + row % job.T * job.step_t
+        put_i64(state, 0, 0)
+        put_f32(state, 2, FLOOR)
+        offer(values + 4 * start, end - start, start, job.k, candidates, job.room, state)
+        held = get_i64(state, 0)
+        if held > job.k:
+            cut(candidates, job.room, held, job.k)
+            held = job.k
+        indices = job.indices + 4 * row * job.top_k
+        for n in range(held):
+            put_i32(indices, n, get_i32(candidates, job.room + n))
+        for n in range(held, job.top_k):
+            put_i32(indices, n, -1)
+        put_i32(job.lengths, row, held)
 
 
 def run(scores, top_k, *, place, config, key_start=None, key_end=None):
@@ -70,7 +67,8 @@ def run(scores, top_k, *, place, config, key_start=None, key_end=None):
         return indices, lengths
     threads = min(numba.get_num_threads(), B * T)
     room = room_for(k, S)
-    candidates, counter = np.empty((threads, 2, room), np.int32), np.zeros(1, np.int64)
-    _run(threads, address(counter), address(candidates), room, address(scores), scores.strides[0], scores.strides[1], address(key_start), address(key_end),
-         B, T, S, k, top_k, address(indices), address(lengths))
+    candidates, state, counter = np.empty((threads, 2, room), np.int32), np.empty((threads, 8), np.int64), np.zeros(1, np.int64)
+    job = np.array([(address(counter), address(candidates), room, address(state), address(scores), scores.strides[0], scores.strides[1],
+                     address(key_start), address(key_end), B, T, S, k, top_k, address(indices), address(lengths))], TOPK)
+    on_threads(work, job, threads)
     return indices, lengths

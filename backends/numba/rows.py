@@ -1,0 +1,15 @@
+"""Rows of any element type to float32 and back, compiled once for all kernels that call them by name (far.py)."""
+from sparsetile.backends.numba.convert import read_row, write_row
+from sparsetile.backends.numba.far import far
+
+
+@far("iiiii")
+def load_row(code, source, count, target, padded):
+    """count elements of type `code` at `source` -> float32 at `target`, zeros up to `padded` elements."""
+    read_row(code, source, count, target, padded)
+
+
+@far("iiii")
+def store_row(code, source, count, target):
+    """count float32 at `source` -> type `code` at `target`, rounded to nearest even."""
+    write_row(code, source, count, target)
