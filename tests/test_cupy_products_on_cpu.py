@@ -1,0 +1,98 @@
+"""The CuPy backend's latent decompression, matrix per head and block lists, run on the CPU as they are written (cuda_on_cpu.py)."""
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_on_cpu import CXX, CpuPlace
+from numeric import assert_close, plain
+
+import oracle
+from sparsetile.backends.contract import Problem
+from sparsetile.backends.cupy import grouped_matmul, latent_decompress, layout
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+
+
+@pytest.fixture(scope="module")
+def place():
+    return CpuPlace()
+
+
+def normal(rng, kind, *shape):
+    return rng.standard_normal(shape).astype(TYPES[kind])
+
+
+def turned(rng, kind, H, M, N):
+    """[H, M, N], whose middle axis is the contiguous one."""
+    return normal(rng, kind, H, N, M).transpose(0, 2, 1)
+
+
+LATENTS = [  # latent, weights, B, S, H, R, Dn, Dv, P, scaled, w_uk turned, w_uv turned, config
+    ("bfloat16", "bfloat16", 2, 70, 2, 96, 128, 128, 64, False, False, False, {}),
+    ("bfloat16", "bfloat16", 1, 70, 3, 100, 31, 72, 7, False, True, True, {}),
+    ("float16", "float16", 1, 33, 2, 64, 64, 64, 0, False, True, False, {}),
+    ("float8_e4m3fn", "bfloat16", 1, 40, 2, 300, 64, 40, 8, True, False, False, {}),
+    ("float8_e4m3fn", "float16", 1, 140, 2, 256, 64, 64, 8, True, False, True, {}),
+    ("bfloat16", "bfloat16", 1, 3, 2, 130, 32, 64, 8, True, False, False, {}),
+    ("float32", "float32", 2, 40, 2, 100, 33, 65, 5, False, False, False, {}),
+    ("float32", "float32", 1, 40, 2, 130, 32, 64, 8, True, True, True, {}),
+    ("bfloat16", "bfloat16", 1, 130, 1, 96, 128, 200, 64, False, False, False, dict(block_m=64, block_n=256, depth=64, stages=2)),
+    ("bfloat16", "bfloat16", 1, 20, 2, 1, 1, 1, 1, False, False, False, {}),
+]
+
+
+@pytest.mark.parametrize("a, w, B, S, H, R, Dn, Dv, P, scaled, uk_turned, uv_turned, config", LATENTS, ids=lambda x: str(x) if isinstance(x, (str, int)) and not isinstance(x, bool) else "")
+def test_latent_decompress(a, w, B, S, H, R, Dn, Dv, P, scaled, uk_turned, uv_turned, config, rng, place):
+    latent, rope = normal(rng, a, B, S, R), normal(rng, w, B, S, P) if P else None
+    uk, uv = (turned if t else normal for t in (uk_turned, uv_turned))
+    w_uk, w_uv = uk(rng, w, H, R, Dn), uv(rng, w, H, R, Dv)
+    given = dict(k_rope=rope, latent_scale=(rng.random((B, S, -(-R // 128))) + 0.3).astype(np.float32) if scaled else None)
+    problem = Problem.of("latent_decompress", dict(B=B, H=H, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=a, w_uk=w, w_uv=w), "sm_80", ("scale",) if scaled else ())
+    assert latent_decompress.supports(problem) is None
+    config = {**latent_decompress.default_config(problem), **config}
+    got = latent_decompress.run(*map(place.put, (latent, w_uk, w_uv)), place=place, config=config, **{name: place.put(x) for name, x in given.items()})
+    truth, formula = oracle.latent_decompress(latent, w_uk, w_uv, **given), plain.latent_decompress(latent, w_uk, w_uv, **given)
+    for name, found, true, one in zip("kv", map(place.get, got), truth, formula):
+        assert_close(name, found, true, one, reduction=R)
+    if P:
+        assert np.array_equal(place.get(got[0])[..., Dn:], np.broadcast_to(rope[:, None], (B, H, S, P)))
+
+
+PRODUCTS = [  # x, w, B, H, T, N, M, P, turned, out
+    ("bfloat16", "bfloat16", 2, 3, 5, 128, 96, 64, False, None), ("bfloat16", "bfloat16", 2, 2, 50, 100, 33, 7, True, None),
+    ("float16", "float16", 3, 2, 1, 64, 512, 64, False, "float32"), ("float32", "float32", 1, 2, 20, 33, 70, 3, False, None),
+    ("float32", "float32", 1, 2, 20, 33, 70, 3, True, None), ("float32", "float16", 1, 2, 20, 33, 70, 3, False, "float16"),
+    ("float8_e4m3fn", "bfloat16", 1, 2, 20, 64, 70, 0, False, "bfloat16"), ("bfloat16", "bfloat16", 1, 1, 150, 40, 130, 0, False, "float32"),
+]
+
+
+@pytest.mark.parametrize("a, w, B, H, T, N, M, P, is_turned, out", PRODUCTS)
+def test_grouped_matmul(a, w, B, H, T, N, M, P, is_turned, out, rng, place):
+    x, weight, tail = normal(rng, a, B, H, T, N), (turned if is_turned else normal)(rng, w, H, M, N), normal(rng, a, B, H, T, P) if P else None
+    kind = out or a
+    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=a, w=w, out=kind), "sm_80")
+    assert grouped_matmul.supports(problem) is None
+    got = place.get(grouped_matmul.run(place.put(x), place.put(weight), place=place, config=grouped_matmul.default_config(problem), tail=place.put(tail), out_dtype=out))
+    formula = plain.grouped_matmul(x, weight, out_dtype=TYPES[kind])
+    assert_close("product", np.ascontiguousarray(got[..., :M]), oracle.grouped_matmul(x, weight), formula, reduction=N)
+    if P:
+        assert np.array_equal(got[..., M:], tail.astype(TYPES[kind]))
+
+
+@pytest.mark.parametrize("L, nq, nk, share", [(1, 1, 1, 1), (2, 5, 7, 0.5), (3, 40, 33, 0.3), (1, 70, 100, 0.1), (2, 33, 64, 0), (1, 1, 65, 1), (1, 65, 1, 0.5)])
+def test_lists_of_a_grid(L, nq, nk, share, rng, place):
+    """Bytes and int32 kinds, both ways through the grid, a transposed grid read in place."""
+    kept = rng.random((L, nq, nk)) < share
+    kinds = np.where(kept, rng.integers(-1, 5, kept.shape), -2).astype(np.int32)
+    for grid, meaning in ((kept.astype(np.uint8), np.where(kept, -1, -2)), (kinds, kinds), (np.ascontiguousarray(kinds.transpose(0, 2, 1)).transpose(0, 2, 1), kinds)):
+        made = {name: place.get(x) for name, x in layout.run(place.put(grid), place=place, config={}).items()}
+        for offsets, numbers, names, lines in (("offsets", "cols", "kinds", meaning.reshape(L * nq, nk)),
+                                               ("by_key_offsets", "by_key_rows", "by_key_kinds", meaning.transpose(0, 2, 1).reshape(L * nk, nq))):
+            at = made[offsets]
+            for x, line in enumerate(lines):
+                halves = np.flatnonzero(line == -1), np.flatnonzero(line >= 0)
+                for n, half in enumerate(halves):
+                    part = slice(at[2 * x + n], at[2 * x + n + 1])
+                    assert np.array_equal(made[numbers][part], half) and np.array_equal(made[names][part], line[half])
+            assert at[0] == 0 and at[-1] == (meaning >= -1).sum()
+            assert (made[numbers][at[-1]:] == 0).all() and (made[names][at[-1]:] == -1).all() and len(made[numbers]) == L * nq * nk + 1

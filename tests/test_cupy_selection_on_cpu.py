@@ -1,0 +1,149 @@
+"""The CuPy backend's top-k and indexer kernels, run on the CPU as they are written (cuda_on_cpu.py): every trap of top-k, every shape of the indexer."""
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_on_cpu import CXX, CpuPlace
+from numeric import assert_close, assert_same_bits, assert_topk, plain
+
+import oracle
+from sparsetile.backends.contract import Problem
+from sparsetile.backends.cupy import indexer_scores, indexer_topk, topk
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+SMALL = dict(threads=256, ahead=2, ctas=6, candidates=3584)
+
+
+@pytest.fixture(scope="module")
+def place():
+    return CpuPlace()
+
+
+def row(name, rng, N):
+    x = rng.standard_normal((3, N)).astype(np.float32)
+    u = rng.random((3, N))
+    special = {
+        "normal": lambda: x, "half zeros": lambda: np.maximum(x, 0), "ascending": lambda: np.sort(x, 1), "descending": lambda: -np.sort(-x, 1),
+        "signed zeros": lambda: np.where(u < 0.5, -0.0, 0.0), "equal": lambda: np.full_like(x, 1.5), "narrow band": lambda: 10 + x * 1e-3,
+        "beyond float16": lambda: x * 1e30, "all -inf": lambda: np.full_like(x, -np.inf), "all +inf": lambda: np.full_like(x, np.inf),
+        "100 winners, then ties": lambda: np.where(np.arange(N) % (N // 100) == 0, 1 + u, 0),
+        "NaN and inf": lambda: np.select([u < 0.05, u > 0.9, (u > 0.5) & (u < 0.51)], [np.nan, -np.inf, np.inf], x),
+        "almost all NaN": lambda: np.where(np.arange(N) % 97 == 0, 1.0, np.nan + x),
+        "hidden from the sample": lambda: x + 100 * (np.arange(N) % 512 == 20),
+    }
+    return special[name]().astype(np.float32)
+
+
+ROWS = ("normal", "half zeros", "ascending", "descending", "signed zeros", "equal", "narrow band", "beyond float16", "all -inf", "all +inf",
+        "100 winners, then ties", "NaN and inf", "almost all NaN", "hidden from the sample")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_topk_is_exact(name, rng, place):
+    """Unaligned rows, widths that are no multiple of four, windows that are negative, empty, too long; k in and beyond what the fast kernel holds."""
+    start, end = np.array([[0, -5, 17]], np.int32), np.array([[2 ** 31 - 1, -3, 4990]], np.int32)
+    for N, k in ((1003, 7), (5003, 133), (5003, 2048), (9001, 1152), (5000, 4000), (301, 1000)):
+        for offset in (0, 1):
+            x = row(name, rng, N + 3)[None, :, offset:offset + N]
+            got = topk.run(place.put(x), k, place=place, config=SMALL, key_start=place.put(start), key_end=place.put(end))
+            s = np.arange(N)
+            assert_topk(f"{name} {N} {k}", *map(place.get, got), x, k, visible=(s >= start[..., None]) & (s < end[..., None]))
+
+
+def test_topk_reads_rows_in_place(rng, place):
+    """A transposed and an expanded array, no window."""
+    x = rng.standard_normal((5, 2, 700)).astype(np.float32)
+    for view in (x.transpose(1, 0, 2), np.broadcast_to(x[:1, :1], (2, 5, 700))):
+        assert_topk("strided", *map(place.get, topk.run(place.put(view), 100, place=place, config=SMALL)), view, 100)
+
+
+def inputs(rng, kind, B, H, T, S, D, columns=0):
+    """columns: more than D lie in memory, so that rows are not aligned."""
+    q, k = (rng.standard_normal(shape).astype(TYPES[kind])[..., :D] for shape in ((B, H, T, D + columns), (B, S, D + columns)))
+    return q, k, rng.standard_normal((B, H, T)).astype(np.float32), (rng.random((B, S)) + 0.5).astype(np.float32)
+
+
+def windows(rng, B, T, S):
+    start, end = rng.integers(-5, S // 3 + 1, (B, T)).astype(np.int32), rng.integers(S // 2, S + 9, (B, T)).astype(np.int32)
+    end[..., 0] = -7
+    q_start = rng.integers(-2, S, B).astype(np.int32)
+    s = np.arange(S)
+    seen = (s >= start[..., None]) & (s < end[..., None]) & (s <= (q_start[:, None] + np.arange(T))[..., None])
+    return dict(key_start=start, key_end=end, q_start=q_start), seen
+
+
+def problem(op, kind, B, H, T, S, D, **more):
+    return Problem.of(op, dict(B=B, H=H, T=T, S=S, D=D, **more), dict(q=kind, k=kind), "sm_80")
+
+
+CASES = [("bfloat16", 64, 128, 0), ("float8_e4m3fn", 64, 128, 0), ("float16", 17, 100, 4), ("bfloat16", 12, 31, 2), ("float8_e4m3fn", 5, 72, 1), ("float32", 8, 100, 0),
+         ("float32", 3, 31, 2), ("bfloat16", 16, 320, 0), ("float16", 1, 32, 0), ("float16", 2, 32, 0), ("float16", 3, 32, 0), ("float16", 4, 32, 0)]
+
+
+@pytest.mark.parametrize("kind, H, D, columns", CASES)
+def test_indexer_scores(kind, H, D, columns, rng, place):
+    B, T, S = 2, 5, 150
+    q, k, w, scale = inputs(rng, kind, B, H, T, S, D, columns)
+    bounds, seen = windows(rng, B, T, S)
+    p = problem("indexer_scores", kind, B, H, T, S, D)
+    assert indexer_scores.supports(p) is None
+    for activation in ("relu", None):
+        got = indexer_scores.run(*map(place.put, (q, k, w)), place=place, config=indexer_scores.default_config(p), k_scale=place.put(scale), activation=activation,
+                                 **{name: place.put(x) for name, x in bounds.items()})
+        given = dict(k_scale=scale, activation=activation)
+        assert_close(f"{kind} {H} {D} {activation}", place.get(got), oracle.indexer_scores(q, k, w, seen=seen, **given),
+                     plain.indexer_scores(q, k, w, visible=seen, **given), reduction=H * D)
+
+
+def test_no_knob_changes_a_bit(rng, place):
+    q, k, w, scale = inputs(rng, "bfloat16", 1, 24, 5, 200, 96)
+    configs = [dict(warps=a, row_tiles=b, queries=c) for a, b, c in ((4, 2, 2), (2, 1, 4), (8, 1, 1), (1, 2, 8))]
+    first, *others = [place.get(indexer_scores.run(*map(place.put, (q, k, w)), place=place, config=c, k_scale=place.put(scale), causal=False)) for c in configs]
+    for other in others:
+        assert_same_bits("scores", first, other)
+
+
+OPTIONS = [dict(), dict(return_scores=True), dict(pool=16, force_first=1, force_last=2), dict(pool=7, force_first=1, force_last=2, return_scores=True), dict(pool=33, force_first=2, force_last=1)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()) or "plain")
+@pytest.mark.parametrize("pieces", (False, True), ids=("one-piece", "pieces"))
+def test_indexer_topk_selects_from_the_same_bits(options, pieces, rng, place, monkeypatch):
+    """NaN, inf and equal scores among them; more keys than asked for, and fewer; the scratch holds all rows, or three."""
+    if pieces:
+        monkeypatch.setattr(indexer_topk, "rows_held", lambda S, config: 3)
+    B, H, T, S, D = 2, 8, 7, 300, 64
+    q, k, w, scale = inputs(rng, "float16", B, H, T, S, D)
+    for value in (0, np.nan, np.inf, -np.inf):
+        scale[:, rng.integers(0, S, 20)] = value
+    bounds, seen = windows(rng, B, T, S)
+    bounds = {name: place.put(x) for name, x in bounds.items()}
+    for top_k in (6, 40, 400):
+        config = indexer_topk.default_config(problem("indexer_topk", "float16", B, H, T, S, D, K=top_k))
+        arguments = dict(place=place, config=config, k_scale=place.put(scale), **bounds)
+        scores = place.get(indexer_scores.run(*map(place.put, (q, k, w)), **arguments))
+        indices, lengths, chosen = indexer_topk.run(*map(place.put, (q, k, w)), top_k, **arguments, **options)
+        expected, counts = expected_choice(scores, seen, top_k, **options)
+        assert np.array_equal(place.get(lengths), counts)
+        assert np.array_equal(place.get(indices), expected)
+        if options.get("return_scores"):
+            entries = oracle.pooled(scores, seen, options.get("pool", 1))[0] if options.get("pool", 1) > 1 else scores
+            found = np.take_along_axis(entries, np.maximum(expected, 0), axis=2)
+            assert np.array_equal(place.get(chosen), np.where(expected < 0, -np.inf, found), equal_nan=True)
+
+
+def expected_choice(scores, seen, top_k, pool=1, force_first=0, force_last=0, return_scores=False):
+    """Row by row, by sorting."""
+    if pool > 1:
+        scores, seen = oracle.pooled(scores, seen, pool)
+    indices, counts = np.full((*scores.shape[:2], top_k), -1, np.int32), np.zeros(scores.shape[:2], np.int32)
+    for b, t in np.ndindex(scores.shape[:2]):
+        here = np.flatnonzero(seen[b, t]).tolist()
+        if len(here) <= top_k and not return_scores:
+            best = here
+        else:
+            forced = dict.fromkeys(here[:force_first] + here[len(here) - min(force_last, len(here)):])
+            rest = [s for s in here if s not in forced and scores[b, t, s] > -np.inf]
+            best = sorted([*forced, *sorted(rest, key=lambda s: (-scores[b, t, s], s))[:top_k - len(forced)]])
+        indices[b, t, :len(best)], counts[b, t] = best, len(best)
+    return indices, counts
