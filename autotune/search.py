@@ -9,6 +9,11 @@ import logging
 import random
 from importlib.util import find_spec
 
+try:
+    import fcntl
+except ImportError:  # Windows: Optuna's own lock file
+    fcntl = None
+
 log = logging.getLogger("sparsetile")
 BAD = 1e9  # what a failed config tells the model, in microseconds: FAIL trials are invisible to TPE
 
@@ -95,7 +100,23 @@ def _storage(optuna, storage):
         return str(storage)
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
-    return JournalStorage(JournalFileBackend(str(storage)))
+    lock = {"lock_obj": _FileLock(f"{storage}.lock")} if fcntl else {}
+    return JournalStorage(JournalFileBackend(str(storage), **lock))
+
+
+class _FileLock:
+    """A lock on the journal that the kernel lets go when its holder is killed; Optuna's own stays behind and costs the next run half a minute."""
+
+    def __init__(self, path):
+        self.path, self.handle = path, None
+
+    def acquire(self):
+        self.handle = open(self.path, "a")
+        fcntl.flock(self.handle, fcntl.LOCK_EX)
+        return True
+
+    def release(self):
+        self.handle.close()
 
 
 def searcher(module, pool, name, storage=None, sampler="tpe", seed=0, seeds=()):

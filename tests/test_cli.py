@@ -1,0 +1,86 @@
+"""The command line: every command, --help that teaches, --json for machines, exit codes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsetile.autotune import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "tune", "bench", "doctor", "explain", "pattern")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
+
+
+def test_python_m_and_no_command_show_help():
+    got = subprocess.run([sys.executable, "-m", "sparsetile"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert got.returncode == 2 and all(c in got.stdout for c in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["numba"] is None and report["devices"][0]["index"] is None
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "numba      runs" in text and "cupy" in text
+
+
+def test_pattern_counts_and_draws(capsys, tmp_path):
+    path = tmp_path / "mask.png"
+    assert cli.main(["pattern", "Window(3) | Sink(1)", "--tokens", "16", "--json", "--plot", str(path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    picture = report["picture"]
+    assert report["pairs"] == sum(row.count("#") for row in picture) and picture[10] == "#......####....."
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "Window(", "Window(3) + Sink(1)", "Blocks(3)", "Window(x)", "3"])
+def test_pattern_evaluates_nothing(text, capsys):
+    assert cli.main(["pattern", text]) == 1
+    assert "sparsetile pattern:" in capsys.readouterr().err
+
+
+def test_explain(capsys):
+    assert cli.main(["explain", "cpu/topk-32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backend"] == "numba" and set(found["reasons"]) == {"triton", "cupy", "reference"}
+
+
+def test_tune_list_and_bench(capsys):
+    assert cli.main(["tune", "--list", "--json"]) == 0
+    names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert "cpu/causal/4096" in names and len(names) == len(set(names))
+    assert cli.main(["bench", "cpu/topk-32", "--seconds", "0.1", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert any(r["who"] == "numba" and r.get("time_us", 0) > 0 for r in rows)
+
+
+@pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])
+def test_mistakes_are_one_sentence(arguments, capsys):
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"sparsetile {arguments[0]}: ") and "Traceback" not in error
+
+
+def test_errors_as_json(capsys):
+    assert cli.main(["explain", "no-such-workload", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "ValueError"
+
+
+def test_unknown_command_is_usage():
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fly"])
+    assert stop.value.code == 2

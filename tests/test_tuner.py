@@ -1,0 +1,190 @@
+"""The tuner's loop: legality before compiling, correctness before timing, the default always measured, resume after a kill, the next call uses the winner."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparsetile as st
+from sparsetile.autotune import search, space, tasks, timing, tune, verify
+from sparsetile.backends.contract import KERNELS, Resources
+from sparsetile.ops import dispatch
+from sparsetile.profiles import lookup, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+W = tasks.Workload.of
+SMALL = W("test/window", "block_attention", "float32", dict(pattern=st.Window(16, 16)), B=1, Hq=2, Hk=2, T=128, S=128, D=16, Dv=16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
+    lookup.forget(), dispatch.clear_plans()
+    yield
+    lookup.forget(), dispatch.clear_plans()
+
+
+class FakeKernel:
+    """A kernel whose time is a known function of its config."""
+    __name__ = "sparsetile.backends.numba.block_attention"
+    TUNABLES = dispatch.kernel("numba", "block_attention").TUNABLES
+
+
+def test_legal_configs_start_with_the_default_and_fit():
+    problem = tasks.Task(SMALL, None).problem
+    for backend in ("numba", "triton", "cupy"):
+        if not dispatch.has_kernel(backend, "block_attention"):
+            continue
+        try:
+            module = dispatch.kernel(backend, "block_attention")
+        except ImportError as missing:
+            pytest.skip(f"{backend}: {missing}")
+        pool, total = space.legal(module, problem)
+        assert pool[0] == module.default_config(problem) and 1 <= len(pool) <= total
+        assert len({tuple(sorted(c.items())) for c in pool}) == len(pool)
+        assert all(isinstance(module.resources(problem, c), Resources) for c in pool)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+def test_search_repeats_nothing_and_can_exhaust(sampler):
+    pool = [{"block_q": q, "block_k": k} for t in (FakeKernel.TUNABLES,) for q in t[0].values for k in t[1].values]
+    study = search.Study(FakeKernel, pool, "x", None, sampler, 0)
+    seen = []
+    while (config := study.ask()) is not None:
+        seen.append(tuple(config.items()))
+        study.tell(config, float(config["block_q"]))
+    assert len(seen) == len(set(seen)) == len(pool) and seen[0] == tuple(pool[0].items())
+
+
+def test_tune_writes_what_the_next_call_uses(tmp_path):
+    entry = tune.tune("block_attention", SMALL, backend="numba", trials=3, profiles=None)
+    assert entry["time_us"] <= entry["default_us"] and entry["search"]["evaluated"] >= 1 and entry["status"] == "tuned"
+    path = lookup.user_cache() / lookup.slug(_name()) / "block_attention.yaml"
+    assert schema.load(path)["entries"][0]["config"] == entry["config"]
+    q, k, v, rule = tasks.Task(SMALL, None).inputs
+    found = st.explain(st.sparse_attention, q, k, v, rule)
+    assert found.config == entry["config"] and "user cache" in found.source
+
+
+def _name():
+    from sparsetile.backends import arrays
+    return arrays.device_info(None).name
+
+
+def test_wrong_answers_are_never_timed(monkeypatch):
+    module = dispatch.kernel("numba", "topk")
+    right = module.run
+    default = module.default_config(tasks.Task(W("test/topk", "topk", B=1, T=8, S=64, K=5), None).problem)
+
+    def broken(scores, top_k, *, place, config, **rest):
+        indices, lengths = right(scores, top_k, place=place, config=config, **rest)
+        if config != default:
+            indices[..., 0] += 1
+        return indices, lengths
+    monkeypatch.setattr(module, "run", broken)
+    events = []
+    entry = tune.tune("topk", W("test/topk", "topk", B=1, T=8, S=64, K=5), backend="numba", trials=4, progress=events.append)
+    trials = [e for e in events if e["event"] == "trial"]
+    assert all(e["failure"].startswith("wrong answer") and e["time_us"] is None for e in trials if e["config"] != default)
+    assert entry["config"] == default and entry["search"]["failed"] == sum(e["config"] != default for e in trials)
+
+
+def test_a_config_that_raises_is_a_failure_with_its_cause(monkeypatch):
+    module = dispatch.kernel("numba", "block_attention")
+    right, default = module.run, module.default_config(tasks.Task(SMALL, None).problem)
+
+    def broken(*args, config, **rest):
+        if config != default:
+            raise RuntimeError("out of shared memory")
+        return right(*args, config=config, **rest)
+    monkeypatch.setattr(module, "run", broken)
+    events = []
+    entry = tune.tune("block_attention", SMALL, backend="numba", trials=3, progress=events.append)
+    assert entry["config"] == default
+    assert any(e.get("failure") == "RuntimeError: out of shared memory" for e in events)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta")])
+def test_the_verifier_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
+    w = next(w for w in tasks.for_device(None) if w.kernel == kernel)
+    verifier = verify.Verifier(w, None)
+    assert verifier.wrong("reference", None) is None
+    module, right = dispatch.kernel("reference", kernel), dispatch.kernel("reference", kernel).run
+
+    def broken(*args, **kwargs):
+        got = right(*args, **kwargs)
+        first = np.array(got[0] if isinstance(got, tuple) else got)
+        first[(0,) * (first.ndim - 1)] = np.roll(first[(0,) * (first.ndim - 1)], 1)  # one row turned by one
+        return (first, *got[1:]) if isinstance(got, tuple) else first
+    monkeypatch.setattr(module, "run", broken)
+    assert verifier.wrong("reference", None) is not None
+
+
+def test_ties_go_to_the_smaller_config_and_small_gains_keep_the_default():
+    module = dispatch.kernel("numba", "block_attention")
+    problem = tasks.Task(SMALL, None).problem
+    pool, _ = space.legal(module, problem)
+    watch = timing.Stopwatch(None)
+
+    def tried(config, us):
+        return tune.Tried("numba", config, us, samples=[us] * 9)
+    default, other = pool[0], pool[1]
+    assert tune._decide([tried(default, 100.0), tried(other, 99.0)], default, watch, module, problem)["config"] == default
+    entry = tune._decide([tried(default, 100.0), tried(other, 80.0)], default, watch, module, problem)
+    assert entry["config"] == other and entry["default_us"] == 100.0
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    journal, profiles = tmp_path / "tune.journal", tmp_path / "profiles"
+    command = [sys.executable, "-m", "sparsetile", "tune", "cpu/topk-32", "cpu/window-256/4096", "--backend", "numba", "--seconds", "60", "--storage", str(journal), "--profiles",
+               str(profiles), "--json"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    known = 0
+    for line in run.stdout:
+        event = json.loads(line)
+        if event["event"] == "trial" and event["workload"] == "cpu/window-256/4096":
+            known += 1
+            if known == 2:
+                break
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    again = subprocess.run(command[:-1] + ["--json", "--trials", "4"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    start = next(e for e in events if e["event"] == "start" and e["workload"] == "cpu/window-256/4096")
+    assert known - 1 <= start["resumed"] <= known  # at most the trial in flight is lost
+    assert {p.name for p in profiles.glob("*/*.yaml")} == {"topk.yaml", "block_attention.yaml"}
+    for path in profiles.glob("*/*.yaml"):
+        schema.load(path)
+
+
+def test_tune_at_a_miss_when_asked(monkeypatch, rng):
+    from sparsetile.autotune import hook
+    monkeypatch.setenv("SPARSETILE_TUNE", "on")
+    monkeypatch.setattr(hook, "SECONDS", 0.5)
+    monkeypatch.setattr(dispatch, "tune_hook", hook.on_miss)
+    x = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
+    st.sparse_attention(x, x, x, st.Causal(), backend="numba")
+    assert "user cache" in st.explain(st.sparse_attention, x, x, x, st.Causal(), backend="numba").source
+
+
+def test_bad_arguments_of_tune():
+    with pytest.raises(ValueError, match="workload: expected one of"):
+        tune.tune("topk", "cpu/nothing")
+    with pytest.raises(ValueError, match="op: expected 'topk'"):
+        tune.tune("block_attention", "cpu/topk-32")
+    with pytest.raises(TypeError, match="workload"):
+        tune.tune("topk", 3)
+
+
+def test_stopwatch_measures():
+    watch = timing.Stopwatch(None)
+    samples = watch.samples(lambda: time.sleep(0.002), 3)
+    assert all(1900 < s < 50_000 for s in samples) and watch.centre(samples) == min(samples)
