@@ -19,7 +19,7 @@ __device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u32 (&qf)[MT
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) s[m][n][e] = 0.f;
-#pragma unroll
+#pragma unroll (DP <= 256 ? DP / 16 : 4)
   for (int k = 0; k < DP / 16; k++) {
     u32 a[MT][4];
 #pragma unroll

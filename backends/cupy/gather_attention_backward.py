@@ -67,8 +67,8 @@ def default_config(problem: Problem) -> dict:
     group = problem["Hq"] // problem["Hk"]
     rows = 16 if group <= 16 else 32 if group <= 32 else 64
     tries = [(rows, 64, {16: 4, 32: 2, 64: 1}[rows], 32), (rows, 64, 4 if rows == 16 else 2, 16), (rows, 32, 2, 16), (min(rows, 32), 32, 2, 16), (16, 32, 2, 16)]
-    if problem["D"] > 256:
-        tries = [t for t in tries if t[3] == 16]
+    if problem["D"] + problem["Dv"] > 256:  # 32 rows a step spill there; so do 64 keys of wide heads
+        tries = [(h, 32 if problem["D"] > 256 else tk, 2 if problem["D"] > 256 else kw, 16) for h, tk, kw, _ in tries]
     return first_fitting(problem, resources, [dict(heads=h, tile_k=tk, key_warps=kw, tile_q=tq, chunk=256) for h, tk, kw, tq in tries])
 
 

@@ -6,7 +6,7 @@
 template <int Kind, int Width, int N> __device__ __forceinline__ void products(float (&c)[N][4], const u16* a, int as, int r, const u16* b, int bs, int first) {
 #pragma unroll
   for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
-#pragma unroll
+#pragma unroll (Width <= 256 ? Width / 16 : 4)  // wide rows in full: ptxas loads too far ahead and spills
   for (int k = 0; k < Width / 16; k++) {
     u32 x[4];
     load_a(x, a, as, r, 16 * k);
