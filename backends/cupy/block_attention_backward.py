@@ -98,13 +98,13 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     float32, orders = kind == "float32", (lists.q_order is not None, lists.k_order is not None)
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v, dout), softcap is not None, *orders)
     shared, threads = shared_bytes(D, Dv, config, float32), _threads(config, float32)
-    row_slices, column_slices = sliced(D)[0], column_slices(D, Dv)[0]
+    row_slices, key_slices = sliced(D)[0], column_slices(D, Dv)[0]
     key_tiles = lists.nk * (config["block_k"] // config["tile_k"]) if orders[1] else ceil_div(S, config["tile_k"])
-    grids = B * Hq * tiles * row_slices, B * Hk * key_tiles * column_slices
+    grids = B * Hq * tiles * row_slices, B * Hk * key_tiles * key_slices
     if max(grids) >= 2 ** 31:
         raise Unsupported(f"CuPy's block attention backward launches at most 2^31 - 1 tiles, not {max(grids)}; split the batch")
     head = (q.ptr, k.ptr, v.ptr, dout.ptr, lse.ptr, delta.ptr, dq.ptr, dk.ptr, dv.ptr, lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr,
             *lists_values(lists), *position_values(T, S, kv_length, q_start), *q.strides, *k.strides, *v.strides, *dout.strides, Hq, Hq // Hk, D, Dv)
-    for name, grid, n, count, slices, bytes_ in (("rows", grids[0], threads[0], tiles, row_slices, shared[0]), ("columns", grids[1], threads[1], key_tiles, column_slices, shared[1])):
+    for name, grid, n, count, slices, bytes_ in (("rows", grids[0], threads[0], tiles, row_slices, shared[0]), ("columns", grids[1], threads[1], key_tiles, key_slices, shared[1])):
         nvrtc.function(_source(kind), name, FIELDS, d, place)(grid, n, bytes_, place.stream, *head, count, slices, scale, softcap or 0.0)
     return dq, dk, dv

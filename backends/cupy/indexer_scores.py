@@ -3,10 +3,14 @@
     q [B,H,T,D]  k [B,S,D]  weights [B,H,T] float32  k_scale [B,S] float32  key_start, key_end [B,T] int32  ->  scores [B,T,S] float32
 
 score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); exactly -inf outside [key_start, key_end) and, if causal, past q_start + t.
-`launch` writes any rows of [B * T] into any float32 memory: indexer_topk selects from there, so both see the same bits. The knobs below move tiles, never sums.
+On sm_90a e4m3 with 64 heads of width 128 (DeepSeek's) takes Hopper's own instructions (indexer_scores_hopper.cu): which one runs is decided by the arrays, not by
+a knob, because their sums differ in the last bits. `launch` writes any rows of [B * T] into any float32 memory: indexer_topk selects from there, so both see the same bits. The knobs below move tiles, never sums.
 """
+from functools import lru_cache
+
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy import hopper
 from sparsetile.backends.cupy.operands import KINDS, ceil_div, copy_bytes, padded
 
 TUNABLES = (
@@ -15,6 +19,11 @@ TUNABLES = (
     Tunable("queries", (1, 2, 4, 8), "queries of a block, with all their heads"),
 )
 FIELDS = "8Q" + "11q" + "7i4i"
+
+
+HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i"
+HOPPER_STAGES, HOPPER_THREADS = 6, 384
+HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
 
 
 def supports(problem):
@@ -83,11 +92,17 @@ def defines(kind, H, D, activation, copy, config, arch) -> dict:
                 COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"))
 
 
+def hopper_problem(kind: str, H: int, D: int, arch: str) -> bool:
+    return arch == "sm_90a" and (kind, H, D) == ("float8_e4m3fn", 64, 128)
+
+
 def artifacts(problem, config):
     kind, D = problem.dtype("q"), problem["D"]
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
     copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
-    return [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, "relu", copy, config, problem.arch), names=["indexer_scores"])]
+    portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, "relu", copy, config, problem.arch), names=["indexer_scores"])]
+    own = [dict(source="indexer_scores_hopper", defines=dict(RELU=1, STAGES=HOPPER_STAGES), names=["indexer_scores_hopper"])]
+    return portable + own if hopper_problem(kind, problem["H"], D, problem.arch) else portable
 
 
 def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True):
@@ -95,6 +110,8 @@ def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, o
     (B, H, T, D), S = q.shape, k.shape[1]
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
+    if hopper_problem(q.dtype, H, D, place.arch) and hopper.can_map(q) and hopper.can_map(k):
+        return launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill)
     d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch)
     function = nvrtc.function("indexer_scores", "indexer_scores", FIELDS, d, place)
     tiles, groups = ceil_div(S, 16 * config["row_tiles"] * config["warps"]), ceil_div(nt, config["queries"]) * nb
@@ -103,6 +120,28 @@ def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, o
     function(groups * ceil_div(tiles, per), 32 * config["warps"], shared_bytes(H, D, q.dtype, config, d["COLUMNS"]), place.stream,
              q.ptr, k.ptr, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts), out,
              *q.strides[:3], *k.strides[:2], *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, q_start, int(causal), enough, int(fill))
+
+
+@lru_cache(1024)
+def split(groups: int, tiles: int, sms: int) -> int:
+    """Key tiles of one item, so that `sms` persistent blocks end together; starting an item costs about four tiles."""
+    best = min(range(1, min(tiles, 64) + 1), key=lambda n: ceil_div(groups * n, sms) * (ceil_div(tiles, n) + 4))
+    return ceil_div(tiles, best)
+
+
+def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill):
+    (B, H, T, D), S = q.shape, k.shape[1]
+    b0, nb, t0, nt = rows
+    start, end, q_starts, q_start, causal = bounds
+    (qb, qh, qt), (kb, ks) = hopper.steps(q), hopper.steps(k)
+    maps = hopper.tensor_map(q.ptr, q.dtype, (D, H, T, B), (1, qh, qt, qb), (D, H, 4, 1)), hopper.tensor_map(k.ptr, k.dtype, (D, S, B), (1, ks, kb), (D, 128, 1))
+    groups, tiles, sms = ceil_div(nt, 4) * nb, ceil_div(S, 128), max(place.sms, 1)
+    per = split(groups, tiles, sms)
+    items = groups * ceil_div(tiles, per)
+    function = nvrtc.function("indexer_scores_hopper", "indexer_scores_hopper", HOPPER_FIELDS, dict(RELU=int(activation == "relu"), STAGES=HOPPER_STAGES), place)
+    scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
+    function(min(items, sms), HOPPER_THREADS, HOPPER_SHARED, place.stream, *maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
+             out, *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, items, q_start, int(causal), enough, int(fill))
 
 
 def bounds_of(key_start, key_end, causal, q_start) -> tuple:

@@ -1,0 +1,54 @@
+// Hopper's own instructions (sm_90a): barriers that count bytes, tensor copies into swizzled tiles, warpgroup products.
+// Tiles are K-major with 128-byte swizzle: a row of 128 bytes, 8 rows 1024 bytes, tiles at multiples of 1024; 32 bytes further along K is + 2 in a descriptor.
+#pragma once
+#include "mma.cuh"
+
+struct alignas(64) TensorMap { u64 opaque[16]; };  // filled by the driver on the host
+
+__device__ __forceinline__ void bar_init(u32 bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals)); }
+__device__ __forceinline__ void bar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void bar_expect(u32 bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void bar_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+// Gives up after `patience` clocks (and from then on at once): a mistake of ours ends as a wrong answer, not as a hung device. One asm, so that ptxas sees no
+// divergent branch between two products.
+__device__ __forceinline__ void bar_wait(u32 bar, u32 parity, u32& patience) {
+  asm volatile("{.reg .pred p, q; .reg .u32 t, u; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 t, %%clock;"
+    "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 u, %%clock; sub.u32 u, u, t; setp.lt.u32 q, u, %0; @q bra W; mov.u32 %0, 0; E:}"
+    : "+r"(patience) : "r"(bar), "r"(parity) : "memory");
+}
+constexpr u32 PATIENCE = 2000000000;  // about a second
+
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+    :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+    :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+__device__ __forceinline__ u64 descriptor(u32 tile) { return (u64)((tile & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {  // accumulators are read or written from here on, not before
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+
+// d (+)= A x B, A 64 x 32, B 128 x 32, both e4m3 in shared memory; acc 0: d is overwritten. Lane l of warp w holds rows 16 w + l / 4 (and + 8), columns 8 c + 2 (l % 4) and + 1
+// as d[4 c .. 4 c + 3].
+__device__ __forceinline__ void wgmma_e4m3_n128(float (&d)[64], u64 a, u64 b, int acc) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+    "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+    "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+    "}, %64, %65, p, 1, 1;}"
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), 
+      "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), 
+      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), 
+      "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), 
+      "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), 
+      "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+    : "l"(a), "l"(b), "r"(acc));
+}

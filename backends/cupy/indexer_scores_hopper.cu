@@ -1,0 +1,160 @@
+// indexer_scores for e4m3, 64 heads of width 128, on Hopper's own matrix instructions. Same meaning, same arguments; its sums have an order of their own, the
+// same for every call with such inputs. Persistent: one producer thread, two consumer groups of 64 keys each, four queries (256 columns) at a time.
+// relu(x) w is fma(x + |x|, w / 2, sum): one addition with a free modifier instead of the half-rate maximum (products of e4m3 are far from overflowing).
+// The sums over four lanes are exchanged transposed, so that each lane ends with one query.
+#include "hopper.cuh"
+#include "window.cuh"
+
+#ifndef STAGES
+#define STAGES 6
+#endif
+#ifndef RELU
+#define RELU 1
+#endif
+
+constexpr int HEADS = 64, QB = 4, KB = 128, KEY_BYTES = KB * 128, QUERY_BYTES = QB * HEADS * 128;
+
+struct Params {
+  TensorMap q, k;                               // [B, T, H, 128] (boxes of 4 queries), [B, S, 128] (boxes of 128 keys)
+  const float* weights; const float* k_scale; const int* starts; const int* ends; const int* q_starts;
+  float* out;                                   // row (b - b0) * nt + (t - t0), `out_row` elements apart
+  i64 w_b, w_h, w_t, scale_b, scale_s, out_row;
+  int T, S, b0, nb, t0, nt, per, items;         // per: key tiles of one item
+  int q_start, causal, enough, fill;
+};
+
+// One piece of work: four queries and a run of key tiles.
+struct Item { int b, t, nt, v0, v1, begin, end, lo, hi; i64 row; };
+
+__device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
+  const int it = p.items - 1 - number, groups = (p.nt + QB - 1) / QB, group = it % groups, rest = it / groups, batch = rest % p.nb, split = rest / p.nb;  // late queries first
+  Item x;
+  x.b = p.b0 + batch; x.t = p.t0 + group * QB; x.nt = p.nt - group * QB; x.lo = x.hi = 0;
+  x.row = (i64)batch * p.nt + group * QB;
+  int first = p.S, last = 0;
+  for (int i = 0; i < QB; i++) {
+    if (i >= x.nt) continue;
+    Window w = window_of((i64)x.b * p.T + x.t + i, p.T, p.S, p.starts, p.ends, p.q_starts, p.q_start, p.causal);
+    if (w.lo >= w.hi || w.hi - w.lo <= p.enough) continue;
+    first = imin(first, w.lo); last = imax(last, w.hi);
+    if (i == me) { x.lo = w.lo; x.hi = w.hi; }
+  }
+  x.begin = split * p.per; x.end = imin(x.begin + p.per, (p.S + KB - 1) / KB);
+  x.v0 = first < last ? imax(x.begin, first / KB) : x.end;
+  x.v1 = first < last ? imin(x.end, (last - 1) / KB + 1) : x.end;
+  return x;
+}
+
+// Sums over the heads of queries q and q + 1 in this lane: r[query][row].
+__device__ __forceinline__ void sum_heads(const float (&a)[64], const float (&w)[64], int q, float (&r)[4][2]) {
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    float s0 = 0, s1 = 0, u0 = 0, u1 = 0;
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+      const float* x = a + (8 * j + c) * 4;
+      const float* y = w + (q + j) * 16 + 2 * c;
+#if RELU
+      s0 = fmaf(x[0] + fabsf(x[0]), y[0], s0); u0 = fmaf(x[1] + fabsf(x[1]), y[1], u0);
+      s1 = fmaf(x[2] + fabsf(x[2]), y[0], s1); u1 = fmaf(x[3] + fabsf(x[3]), y[1], u1);
+#else
+      s0 = fmaf(x[0], y[0], s0); u0 = fmaf(x[1], y[1], u0);
+      s1 = fmaf(x[2], y[0], s1); u1 = fmaf(x[3], y[1], u1);
+#endif
+    }
+    r[q + j][0] = s0 + u0; r[q + j][1] = s1 + u1;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  const u32 base = (shared_address(raw) + 1023) & ~1023u, queries = base, keys = base + QUERY_BYTES, bars = keys + STAGES * KEY_BYTES;
+  auto full = [&](int s) { return bars + 8 * s; };
+  auto free_ = [&](int s) { return bars + 8 * (STAGES + s); };
+  const u32 full_q = bars + 16 * STAGES, free_q = full_q + 8;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), tid = threadIdx.x % 128;  // known to be uniform: 6 to 8 %
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) { bar_init(full(s), 1); bar_init(free_(s), 2); }
+    bar_init(full_q, 1); bar_init(free_q, 2);
+    bar_fence();
+  }
+  __syncthreads();
+  u32 patience = PATIENCE, n = 0, m = 0;
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0)
+      for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
+        const Item x = open_item(p, number, 0);
+        if (x.v0 >= x.v1) continue;
+        bar_wait(free_q, (m & 1) ^ 1, patience); m++;
+        bar_expect(full_q, QUERY_BYTES);
+        tma_load(queries, &p.q, full_q, 0, 0, x.t, x.b);
+        for (int tile = x.v0; tile < x.v1; tile++, n++) {
+          const int s = n % STAGES;
+          bar_wait(free_(s), ((n / STAGES) & 1) ^ 1, patience);
+          bar_expect(full(s), KEY_BYTES);
+          tma_load(keys + s * KEY_BYTES, &p.k, full(s), 0, tile * KB, x.b);
+        }
+      }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int g = group - 1, lane = tid & 31, row = g * 64 + (tid / 32) * 16 + lane / 4, me = lane & 3;
+    float a[64], b[64], w[64], r[4][2];
+    const u64 dq0 = descriptor(queries), dq1 = descriptor(queries + 128 * 128);
+    for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
+      const Item x = open_item(p, number, me);
+      float* out = p.out + (x.row + me) * p.out_row;
+      const bool mine = me < x.nt;
+      if (p.fill)
+        for (int tile = x.begin; tile < x.end; tile++)
+          if ((tile < x.v0 || tile >= x.v1) && mine)
+            for (int e = 0; e < 2; e++) if (tile * KB + row + 8 * e < p.S) out[tile * KB + row + 8 * e] = -inf();
+      if (x.v0 >= x.v1) continue;
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const float* from = p.weights + x.b * p.w_b + (i64)(x.t + imin(q, x.nt - 1)) * p.w_t;
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) w[q * 16 + 2 * c + e] = (RELU ? 0.5f : 1.f) * from[(8 * c + 2 * me + e) * p.w_h];
+      }
+      const float* scales = p.k_scale ? p.k_scale + x.b * p.scale_b : nullptr;
+      bar_wait(full_q, m & 1, patience); m++;
+      for (int tile = x.v0; tile < x.v1; tile++, n++) {
+        const int s = n % STAGES, key = tile * KB + row;
+        float2 scale = make_float2(1.f, 1.f);
+        if (scales) { if (key < p.S) scale.x = __ldg(scales + key * p.scale_s); if (key + 8 < p.S) scale.y = __ldg(scales + (key + 8) * p.scale_s); }
+        bar_wait(full(s), (n / STAGES) & 1, patience);
+        const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
+        hold(a); hold(b); wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++) wgmma_e4m3_n128(a, dk + 2 * k, dq0 + 2 * k, k != 0);
+        wgmma_commit();
+#pragma unroll
+        for (int k = 0; k < 4; k++) wgmma_e4m3_n128(b, dk + 2 * k, dq1 + 2 * k, k != 0);
+        wgmma_commit();
+        wgmma_wait<1>(); hold(a);
+        sum_heads(a, w, 0, r);
+        wgmma_wait<0>(); hold(b);
+        if (tid == 0) bar_arrive(free_(s));
+        sum_heads(b, w, 2, r);
+        float v[2][2], z[2];  // lane `me` keeps query `me`
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const float send = me & 2 ? r[i][e] : r[i + 2][e], keep = me & 2 ? r[i + 2][e] : r[i][e];
+            v[i][e] = keep + __shfl_xor_sync(~0u, send, 2);
+          }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float send = me & 1 ? v[0][e] : v[1][e], keep = me & 1 ? v[1][e] : v[0][e];
+          z[e] = keep + __shfl_xor_sync(~0u, send, 1);
+        }
+        if (mine && key < p.S) out[key] = key >= x.lo && key < x.hi ? z[0] * scale.x : -inf();
+        if (mine && key + 8 < p.S) out[key + 8] = key + 8 >= x.lo && key + 8 < x.hi ? z[1] * scale.y : -inf();
+      }
+      if (tid == 0) bar_arrive(free_q);
+    }
+  }
+}
