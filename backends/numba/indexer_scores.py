@@ -5,16 +5,14 @@
 score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); -inf outside [key_start, key_end) and, if causal, past q_start + t.
 A tile of queries passes over transposed panels of keys (indexer_tile.py); float16, bfloat16 and float8 become float32 exactly as they are read.
 """
-import numba
 import numpy as np
-from numba import prange
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.indexer_tile import CHUNK, load_queries, scratch, score_chunk, seen_by, tile_of, wide_scores
+from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.indexer_tile import CHUNK, job_at, make_indexer, score_chunk, seen_by, tile_of, wide_scores
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import address, get_f32, get_i64, next_task, put_f32
 from sparsetile.backends.numba.selector import FLOOR, put_i64
+from sparsetile.backends.numba.simd import get_f32, get_i64, next_task, put_f32, address
 
 TUNABLES = ()
 SHARE = 16 * CHUNK  # keys of one task, so that a single query, too, has work for all threads
@@ -39,41 +37,29 @@ def _write_scores(values, first, last, start, end, out):
         put_f32(out, s, get_f32(values, s - first) if start <= s and s < end else FLOOR)
 
 
-@kernel
-def _tiles(counter, queries, bounds, qf, wf, rows, panel, scale, scores, padded, qcode, q, q_step_b, q_step_h, q_step_t, kcode, k, k_step_b, k_step_s,
-           weights, k_scale, key_start, key_end, causal, q_start, q_starts, low, B, H, T, S, D, out):
+@far("ii")
+def work(jobs, thread):
+    """One thread: tiles of queries times shares of keys until there are none left."""
+    job = job_at(jobs)
+    S, T, queries = job.S, job.T, job.queries
     tiles, shares = (T + queries - 1) // queries, (S + SHARE - 1) // SHARE
-    starts, ends = bounds, bounds + 8 * queries
+    memory, starts = job.memory + job.memory_step * thread, job.bounds + 16 * queries * thread
+    ends = starts + 8 * queries
     while True:
-        task = next_task(counter)
-        if task >= B * tiles * shares:
+        task = next_task(job.counter)
+        if task >= job.B * tiles * shares:
             break
         b, t0, s0 = task // (tiles * shares), task // shares % tiles * queries, task % shares * SHARE
         count, s1 = min(queries, T - t0), min(S, s0 + SHARE)
-        some = False
         for n in range(count):
-            start, end = seen_by(b, t0 + n, T, S, key_start, key_end, causal, q_start, q_starts)
+            start, end = seen_by(job, b, t0 + n)
             put_i64(starts, n, start)
             put_i64(ends, n, end)
-            some |= start < s1 and end > max(start, s0)
-        if some:
-            load_queries(qcode, q + b * q_step_b, q_step_h, q_step_t, weights + 4 * b * H * T, T, t0, count, H, D, padded, qf, wf)
         for first in range(s0, s1, CHUNK):
             last = min(s1, first + CHUNK)
-            score_chunk(qf, wf, count, H, D, padded, kcode, k + b * k_step_b, k_step_s, k_scale + 4 * b * S if k_scale != 0 else 0, S,
-                        first, last, starts, ends, rows, panel, scale, low, scores)
+            score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, 1 if first == s0 else 0)
             for n in range(count):
-                _write_scores(scores + 4 * CHUNK * n, first, last, get_i64(starts, n), get_i64(ends, n), out + 4 * (b * T + t0 + n) * S)
-
-
-@kernel(parallel=True)
-def _run(threads, counter, queries, bounds, base, step, o0, o1, o2, o3, o4, o5, padded, qcode, q, q_step_b, q_step_h, q_step_t, kcode, k, k_step_b, k_step_s,
-         weights, k_scale, key_start, key_end, causal, q_start, q_starts, low, B, H, T, S, D, out):
-    for thread in prange(threads):
-        own = base + step * thread
-        _tiles(counter, queries, bounds + 16 * queries * thread, own + o0, own + o1, own + o2, own + o3, own + o4, own + o5, padded, qcode,
-               q, q_step_b, q_step_h, q_step_t, kcode, k, k_step_b, k_step_s, weights, k_scale, key_start, key_end, causal, q_start, q_starts, low,
-               B, H, T, S, D, out)
+                _write_scores(memory + job.scores + 4 * CHUNK * n, first, last, get_i64(starts, n), get_i64(ends, n), job.out + 4 * (b * T + t0 + n) * S)
 
 
 def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu"):
@@ -81,16 +67,11 @@ def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=N
     out = place.empty((B, T, S), "float32")
     if out.size == 0:
         return out
-    each = not isinstance(q_start, (int, np.integer))
     if q.dtype == np.float64 or k.dtype == np.float64:
         return _run_wide(q, k, weights, k_scale, key_start, key_end, causal, q_start, activation, out)
-    queries, threads = tile_of(H, T), numba.get_num_threads()
-    padded, memory, offsets = scratch(threads, queries, H, D)
-    bounds, counter = np.empty((threads, 2, queries), np.int64), np.zeros(1, np.int64)
-    _run(threads, address(counter), queries, address(bounds), address(memory), memory.strides[0], *(4 * o for o in offsets), padded,
-         CODE[q.dtype.name], address(q), *q.strides[:3], CODE[k.dtype.name], address(k), *k.strides[:2], address(weights), address(k_scale),
-         address(key_start), address(key_end), int(causal), 0 if each else int(q_start), address(q_start) if each else 0,
-         np.float32(0 if activation == "relu" else -np.inf), B, H, T, S, D, address(out))
+    job, _alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation)
+    job["out"] = address(out)
+    on_threads(work, job)
     return out
 
 

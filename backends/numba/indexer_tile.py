@@ -3,12 +3,15 @@
 score[t, s] = k_scale[s] * sum_h weights[h, t] * relu(q[h, t] . k[s]).   Lanes are keys, register rows are heads. Every score is one chain of
 multiply-adds over D per head, then one over heads in their order: no tile size, window, batch or thread changes it.
 """
+import numba
 import numpy as np
 
-from sparsetile.backends.numba.convert import read_row
+from sparsetile.backends.numba.convert import CODE
+from sparsetile.backends.numba.far import far, record_at
 from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.selector import window
-from sparsetile.backends.numba.simd import F, LANES, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
+from sparsetile.backends.numba.simd import F, LANES, address, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
 
 HEADS, VECTORS = 4, 3          # 12 accumulators, 3 keys' vectors, 1 broadcast: AVX2's 16 registers
 KEYS = VECTORS * LANES         # of a panel [D, KEYS], which stays in the first cache while all queries of a tile pass over it
@@ -34,57 +37,91 @@ def _score(e, q, q_step, weights, H, D, panel, scale, out, low):
 score_keys = op("iiiiiiiif", _score)
 
 
+INDEXER = np.dtype([(name, "i8") for name in (
+    "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts",
+    "B", "H", "T", "S", "D", "padded", "heads", "queries", "memory", "memory_step", "qf", "wf", "rows", "panel", "scale", "scores", "bounds",
+    "given", "shares", "share", "state", "candidates", "room", "top_k", "keep", "pool", "force_first", "force_last", "forced", "parts",
+    "indices", "lengths", "chosen", "out")] + [("low", "f8")])
+"""x: address of an array; x_b, x_h, x_t, x_s: bytes from batch to batch, head to head, row to row; x_code: its element type. Absent: 0.
+memory: float32 scratch of a thread, memory_step bytes; qf, wf, rows, panel, scale, scores: offsets in it. low: 0 for relu, else -inf."""
+job_at = record_at(INDEXER)
+
+
 @kernel
-def load_queries(code, q, q_step_h, q_step_t, weights, T, t0, count, H, D, padded, qf, wf):
-    """Queries t0 .. t0 + count as float32: qf [count, heads, padded], wf [count, heads], heads = H rounded up to HEADS (rows past H are never used)."""
-    heads = (H + HEADS - 1) // HEADS * HEADS
+def _load_queries(job, b, t0, count, memory):
+    """Queries t0 .. t0 + count as float32: qf [count, heads, padded], wf [count, heads] (rows past H are never used)."""
     for n in range(count):
-        for h in range(heads):
-            row = qf + 4 * padded * (n * heads + h)
-            if h < H:
-                read_row(code, q + h * q_step_h + (t0 + n) * q_step_t, D, row, padded)
-                put_f32(wf, n * heads + h, get_f32(weights, h * T + t0 + n))
-            else:
-                read_row(0, row, 0, row, padded)
-                put_f32(wf, n * heads + h, np.float32(0))
+        for h in range(job.heads):
+            row = memory + job.qf + 4 * job.padded * (n * job.heads + h)
+            there = h < job.H
+            load_row(job.q_code, job.q + b * job.q_b + h * job.q_h + (t0 + n) * job.q_t, job.D if there else 0, row, job.padded)
+            put_f32(memory + job.wf, n * job.heads + h, get_f32(job.weights, (b * job.H + h) * job.T + t0 + n) if there else np.float32(0))
 
 
 @kernel
-def load_panel(code, k, k_step, k_scale, first, count, D, padded, rows, panel, scale):
+def _load_panel(job, b, first, count, memory):
     """Keys first .. first + count -> panel [padded, KEYS], transposed, zeros past count; scale [KEYS]."""
+    rows = memory + job.rows
     for n in range(KEYS):
-        read_row(code, k + (first + n) * k_step, D if n < count else 0, rows + 4 * padded * n, padded)
-        put_f32(scale, n, get_f32(k_scale, first + n) if k_scale != 0 and n < count else np.float32(1))
+        load_row(job.k_code, job.k + b * job.k_b + (first + n) * job.k_s, job.D if n < count else 0, rows + 4 * job.padded * n, job.padded)
+        put_f32(memory + job.scale, n, get_f32(job.k_scale, b * job.S + first + n) if job.k_scale != 0 and n < count else np.float32(1))
     for n in range(0, KEYS, LANES):
-        for d in range(0, padded, LANES):
-            transpose_tile(rows + 4 * (padded * n + d), 4 * padded, panel + 4 * (KEYS * d + n), 4 * KEYS)
+        for d in range(0, job.padded, LANES):
+            transpose_tile(rows + 4 * (job.padded * n + d), 4 * job.padded, memory + job.panel + 4 * (KEYS * d + n), 4 * KEYS)
 
 
-@kernel
-def score_chunk(qf, wf, count, H, D, padded, code, k, k_step, k_scale, S, first, last, starts, ends, rows, panel, scale, low, out):
-    """Scores of `count` queries and keys first .. last -> out [count, CHUNK]. Keys outside a query's [starts, ends) hold anything."""
-    heads = (H + HEADS - 1) // HEADS * HEADS
+@far("iiiiiiiiii")
+def score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, fresh):
+    """Scores of `count` queries from t0 on and keys first .. last -> memory's scores [count, CHUNK]. Keys outside a query's [starts, ends) hold anything.
+    fresh: these queries are not in memory yet."""
+    job = job_at(jobs)
+    if fresh:
+        _load_queries(job, b, t0, count, memory)
     for s in range(first, last, KEYS):
         seen = False
         for n in range(count):
             seen |= get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s
         if not seen:
             continue
-        load_panel(code, k, k_step, k_scale, s, min(KEYS, last - s), D, padded, rows, panel, scale)
+        _load_panel(job, b, s, min(KEYS, last - s), memory)
         for n in range(count):
             if get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s:
-                score_keys(qf + 4 * padded * heads * n, 4 * padded, wf + 4 * heads * n, H, D, panel, scale, out + 4 * (CHUNK * n + s - first), low)
+                score_keys(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D,
+                           memory + job.panel, memory + job.scale, memory + job.scores + 4 * (CHUNK * n + s - first), np.float32(job.low))
 
 
 @kernel
-def seen_by(b, t, T, S, key_start, key_end, causal, q_start, q_starts):
+def seen_by(job, b, t):
     """The keys [start, end) that query t of batch b sees."""
-    start, end = window(b * T + t, key_start, key_end, S)
-    if causal:
-        if q_starts != 0:
-            q_start = get_i32(q_starts, b)
-        end = min(end, q_start + t + 1)
+    start, end = window(b * job.T + t, job.key_start, job.key_end, job.S)
+    if job.causal:
+        first = job.q_start
+        if job.q_starts != 0:
+            first = get_i32(job.q_starts, b)
+        end = min(end, first + t + 1)
     return start, max(start, end)
+
+
+def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start, activation):
+    """(record [1], arrays to keep alive while it is used)."""
+    (B, H, T, D), S, threads = q.shape, k.shape[1], numba.get_num_threads()
+    queries, padded, heads = tile_of(H, T), -(-D // LANES) * LANES, -(-H // HEADS) * HEADS
+    each = not isinstance(q_start, (int, np.integer))
+    sizes = dict(qf=queries * heads * padded, wf=queries * heads, rows=KEYS * padded, panel=KEYS * padded, scale=KEYS, scores=queries * CHUNK)
+    offsets, total = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = total
+        total += -(-4 * size // 64) * 64
+    alive = dict(counter=np.zeros(1, np.int64), memory=np.empty((threads, total // 4), np.float32), bounds=np.empty((threads, 2, queries), np.int64),
+                 q=q, k=k, weights=weights, k_scale=k_scale, key_start=key_start, key_end=key_end, q_starts=q_start if each else None)
+    values = {name: address(x) for name, x in alive.items()} | offsets
+    values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
+    values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D,
+                   padded=padded, heads=heads, queries=queries, memory_step=total, low=0.0 if activation == "relu" else -np.inf)
+    job = np.zeros(1, INDEXER)
+    for name, x in values.items():
+        job[name] = x
+    return job, alive
 
 
 def wide_scores(q, k, weights, k_scale, activation, t0, t1):
@@ -102,14 +139,3 @@ def wide_scores(q, k, weights, k_scale, activation, t0, t1):
 def tile_of(H: int, T: int) -> int:
     """Queries that share a panel: enough rows to pay for transposing it, few enough to stay in the second cache."""
     return max(1, min(T, 32, -(-512 // H)))
-
-
-def scratch(threads: int, queries: int, H: int, D: int):
-    """Per thread, in float32: (padded width, elements, offsets of qf, wf, rows, panel, scale, scores)."""
-    padded, heads = -(-D // LANES) * LANES, -(-H // HEADS) * HEADS
-    sizes = (queries * heads * padded, queries * heads, KEYS * padded, KEYS * padded, KEYS, queries * CHUNK)
-    offsets, total = [], 0
-    for size in sizes:
-        offsets.append(total)
-        total += -(-size // 16) * 16
-    return padded, np.empty((threads, total), np.float32), offsets

@@ -10,18 +10,19 @@ top_k per share and query, compete once more. The result does not depend on the 
 """
 import numba
 import numpy as np
-from numba import prange
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.indexer_tile import CHUNK, load_queries, scratch, score_chunk, seen_by, tile_of, wide_scores
+from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.indexer_tile import CHUNK, job_at, make_indexer, score_chunk, seen_by, tile_of, wide_scores
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.selector import FLOOR, cut, offer, push, push_forced, put_i32, put_i64, room_for, score_of, top_of
+from sparsetile.backends.numba.selector import FLOOR, FORCED, cut, offer, push, push_forced, put_i32, put_i64, room_for, score_of, top_of
 from sparsetile.backends.numba.simd import address, get_f32, get_i32, get_i64, next_task, put_f32
 
 TUNABLES = ()
 SHARE = 8 * CHUNK  # a share of keys is not smaller: merging would cost more than it brings
-HELD, FIRST, LAST = 0, 1, 2    # int64 state of a row: candidates held, its first and last entry
+STATE = 64           # bytes of a row's state: candidates held (int64), floor, maximum of a block begun before (float32), then int64:
+HELD, FIRST, LAST, START, END = 0, 2, 3, 4, 5  # its first and last entry, its keys still to score
+NOT_CHOSEN = -2      # as LAST: the row is answered without scores
 
 
 def supports(problem):
@@ -36,167 +37,167 @@ def default_config(problem):
     return {}
 
 
-@kernel
-def _compete(values, base, start, end, share_end, k, pool, force_first, force_last, state, floats, candidates, room, forced):
-    """Scores of the keys start .. end of one row (values[0] is key `base`); floats: the floor, and the maximum of a block begun before."""
-    held, floor = get_i64(state, HELD), get_f32(floats, 0)
-    if pool == 1 and force_first + force_last == 0:
-        held, floor = offer(values + 4 * (start - base), end - start, start, k, candidates, room, held, floor)
-    else:
-        first, last = get_i64(state, FIRST), get_i64(state, LAST)
-        s, top = start, get_f32(floats, 1)
-        while s < end:
-            entry = s // pool
-            stop = min(end, (entry + 1) * pool)
-            top = get_f32(values, s - base) if pool == 1 else top_of(values + 4 * (s - base), stop - s, top)
-            s = stop
-            if stop == end and stop < share_end and stop < (entry + 1) * pool:
-                break  # the block goes on in the next chunk
-            place = -1
-            if entry - first < force_first:
-                place = entry - first
-            elif last - entry < force_last:
-                place = force_first + last - entry
-            if place >= 0:
-                push_forced(candidates, room, held, entry)
-                if forced != 0:
-                    put_f32(forced, place, top)
-                held += 1
-            elif top > floor:
-                push(candidates, room, held, top, entry)
-                held += 1
-            if held > room - 64:
-                floor = cut(candidates, room, held, k)
-                held = k
-            top = FLOOR
-        put_f32(floats, 1, top)
+@far("iiiiiiii")
+def compete(jobs, values, base, start, end, state, candidates, forced):
+    """Scores of the keys start .. end of one row (values[0] is key `base`), one by one or as the maximum of their block."""
+    job = job_at(jobs)
+    held, floor, top = get_i64(state, HELD), get_f32(state, 2), get_f32(state, 3)
+    first, last, pool, s = get_i64(state, FIRST), get_i64(state, LAST), job.pool, start
+    while s < end:
+        entry = s // pool
+        stop = min(end, (entry + 1) * pool)
+        top = get_f32(values, s - base) if pool == 1 else top_of(values + 4 * (s - base), stop - s, top)
+        s = stop
+        if stop == end and stop < get_i64(state, END) and stop < (entry + 1) * pool:
+            break  # the block goes on in the next chunk
+        place = -1
+        if entry - first < job.force_first:
+            place = entry - first
+        elif last - entry < job.force_last:
+            place = job.force_first + last - entry
+        if place >= 0:
+            push_forced(candidates, job.room, held, entry)
+            if forced != 0:
+                put_f32(forced, place, top)
+            held += 1
+        elif top > floor:
+            push(candidates, job.room, held, top, entry)
+            held += 1
+        if held > job.room - 64:
+            floor = cut(candidates, job.room, held, job.keep)
+            held = job.keep
+        top = FLOOR
     put_i64(state, HELD, held)
-    put_f32(floats, 0, floor)
+    put_f32(state, 2, floor)
+    put_f32(state, 3, top)
 
 
 @kernel
-def _write(row, candidates, room, held, top_k, first, last, force_first, forced, indices, lengths, scores):
-    """One row of the answer: indices, then -1; their scores, then -inf."""
+def _forced_of(job, row):
+    """Where the scores of a row's forced entries are kept, 0 where nobody asks for them."""
+    return job.forced + 4 * row * (job.force_first + job.force_last) if job.forced != 0 else 0
+
+
+@far("iiiii")
+def write(jobs, row, candidates, room, held):
+    """One row of the answer: the best candidates, then -1; their scores, then -inf."""
+    job = job_at(jobs)
+    if held > job.keep:
+        cut(candidates, room, held, job.keep)
+        held = job.keep
+    start, end = seen_by(job, row // job.T, row % job.T)
+    forced, first, last = _forced_of(job, row), start // job.pool, (end - 1) // job.pool
     for n in range(held):
-        entry = get_i32(candidates, room + n)
-        put_i32(indices, row * top_k + n, entry)
-        if scores != 0:
-            order = get_i32(candidates, n)
-            score = score_of(order)
-            if order == 0x7fffffff:
-                score = get_f32(forced, entry - first if entry - first < force_first else force_first + last - entry)
-            put_f32(scores, row * top_k + n, score)
-    for n in range(held, top_k):
-        put_i32(indices, row * top_k + n, -1)
-        if scores != 0:
-            put_f32(scores, row * top_k + n, FLOOR)
-    put_i32(lengths, row, held)
+        entry, order = get_i32(candidates, room + n), get_i32(candidates, n)
+        put_i32(job.indices, row * job.top_k + n, entry)
+        if job.chosen != 0:
+            place = entry - first if entry - first < job.force_first else job.force_first + last - entry
+            put_f32(job.chosen, row * job.top_k + n, get_f32(forced, place) if order == FORCED else score_of(order))
+    for n in range(held, job.top_k):
+        put_i32(job.indices, row * job.top_k + n, -1)
+        if job.chosen != 0:
+            put_f32(job.chosen, row * job.top_k + n, FLOOR)
+    put_i32(job.lengths, row, held)
 
 
 @kernel
-def _tiles(counter, given, queries, shares, share, state, floats, candidates, room, qf, wf, rows, panel, scale, scores, padded, qcode, q, q_step_b, q_step_h,
-           q_step_t, kcode, k, k_step_b, k_step_s, weights, k_scale, key_start, key_end, causal, q_start, q_starts, low, B, H, T, S, D,
-           top_k, keep, pool, force_first, force_last, forced, parts, indices, lengths, chosen):
+def _begin(job, b, t, s0, s1, state):
+    """A row's state for the share s0 .. s1 of the keys; rows with no more than top_k entries are answered here."""
+    start, end = seen_by(job, b, t)
+    first, last = (start // job.pool, (end - 1) // job.pool) if end > start else (0, -1)
+    if job.chosen == 0 and last - first < job.top_k:  # all of them, whatever their scores
+        if s0 == 0:
+            row = b * job.T + t
+            for entry in range(first, last + 1):
+                put_i32(job.indices, row * job.top_k + entry - first, entry)
+            for n in range(last + 1 - first, job.top_k):
+                put_i32(job.indices, row * job.top_k + n, -1)
+            put_i32(job.lengths, row, last + 1 - first)
+        last, end = NOT_CHOSEN, start
+    start, end = max(start, s0), min(end, s1)
+    put_i64(state, HELD, 0)
+    put_f32(state, 2, FLOOR)
+    put_f32(state, 3, FLOOR)
+    put_i64(state, FIRST, first)
+    put_i64(state, LAST, last)
+    put_i64(state, END, max(start, end))
+    return start, max(start, end)
+
+
+@kernel
+def _finish(job, jobs, row, share, state, candidates):
+    """A row's candidates: to the answer, or to the parts that are merged later."""
+    held, last = get_i64(state, HELD), get_i64(state, LAST)
+    if job.shares == 1:
+        if last != NOT_CHOSEN:
+            write(jobs, row, candidates, job.room, held)
+        return
+    if held > job.keep:
+        cut(candidates, job.room, held, job.keep)
+        held = job.keep
+    part = job.parts + 4 * (row * job.shares + share) * (2 * job.keep + 1)
+    put_i32(part, 0, held if last != NOT_CHOSEN else -1)
+    for n in range(held):
+        put_i32(part, 1 + n, get_i32(candidates, n))
+        put_i32(part, 1 + job.keep + n, get_i32(candidates, job.room + n))
+
+
+@far("ii")
+def work(jobs, thread):
+    """One thread: tiles of queries times shares of keys until there are none left."""
+    job = job_at(jobs)
+    T, S, queries, shares = job.T, job.S, job.queries, job.shares
     tiles = (T + queries - 1) // queries
+    memory, starts = job.memory + job.memory_step * thread, job.bounds + 16 * queries * thread
+    ends, states, candidates = starts + 8 * queries, job.state + STATE * queries * thread, job.candidates + 8 * job.room * queries * thread
+    simple = job.pool == 1 and job.force_first + job.force_last == 0
     while True:
-        task = next_task(counter)
-        if task >= B * tiles * shares:
+        task = next_task(job.counter)
+        if task >= job.B * tiles * shares:
             break
-        b, t0, s0 = task // (tiles * shares), task // shares % tiles * queries, task % shares * share
-        count, s1 = min(queries, T - t0), min(S, s0 + share)
-        starts, ends = state, state + 8 * queries
-        low_key, high_key = s1, s0
+        b, t0, s0 = task // (tiles * shares), task // shares % tiles * queries, task % shares * job.share
+        count, s1 = min(queries, T - t0), min(S, s0 + job.share)
+        low, high = s1, s0
         for n in range(count):
-            start, end = seen_by(b, t0 + n, T, S, key_start, key_end, causal, q_start, q_starts)
-            first, last = start // pool, (end - 1) // pool
-            if end <= start:
-                first, last = 0, -1
-            if chosen == 0 and last - first < top_k:  # all of them, whatever their scores
-                if s0 == 0:
-                    row = b * T + t0 + n
-                    for entry in range(first, last + 1):
-                        put_i32(indices, row * top_k + entry - first, entry)
-                    for entry in range(last + 1 - first, top_k):
-                        put_i32(indices, row * top_k + entry, -1)
-                    put_i32(lengths, row, last + 1 - first)
-                first, last, start, end = 0, -2, 0, 0
-            start, end = max(start, s0), min(end, s1)
-            own = state + 16 * queries + 24 * n
-            put_i64(own, HELD, 0)
-            put_i64(own, FIRST, first)
-            put_i64(own, LAST, last)
+            start, end = _begin(job, b, t0 + n, s0, s1, states + STATE * n)
             put_i64(starts, n, start)
-            put_i64(ends, n, max(start, end))
-            put_f32(floats, 2 * n, FLOOR)
-            put_f32(floats, 2 * n + 1, FLOOR)
+            put_i64(ends, n, end)
             if end > start:
-                low_key, high_key = min(low_key, start), max(high_key, end)
-        if high_key > low_key and given == 0:
-            load_queries(qcode, q + b * q_step_b, q_step_h, q_step_t, weights + 4 * b * H * T, T, t0, count, H, D, padded, qf, wf)
-        for first_key in range(low_key, high_key, CHUNK):
-            last_key = min(high_key, first_key + CHUNK)
-            if given == 0:
-                score_chunk(qf, wf, count, H, D, padded, kcode, k + b * k_step_b, k_step_s, k_scale + 4 * b * S if k_scale != 0 else 0, S,
-                            first_key, last_key, starts, ends, rows, panel, scale, low, scores)
+                low, high = min(low, start), max(high, end)
+        for first in range(low, high, CHUNK):
+            last = min(high, first + CHUNK)
+            if job.given == 0:
+                score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, 1 if first == low else 0)
             for n in range(count):
-                start, end = max(first_key, get_i64(starts, n)), min(last_key, get_i64(ends, n))
+                start, end, row = max(first, get_i64(starts, n)), min(last, get_i64(ends, n)), b * T + t0 + n
                 if start < end:
-                    values = scores + 4 * CHUNK * n if given == 0 else given + 4 * ((b * T + t0 + n) * S + first_key)
-                    _compete(values, first_key, start, end, get_i64(ends, n), keep, pool, force_first, force_last, state + 16 * queries + 24 * n,
-                             floats + 8 * n, candidates + 8 * room * n, room, forced + 4 * (b * T + t0 + n) * (force_first + force_last) if forced != 0 else 0)
+                    values = memory + job.scores + 4 * CHUNK * n if job.given == 0 else job.given + 4 * (row * S + first)
+                    mine, state = candidates + 8 * job.room * n, states + STATE * n
+                    if simple:
+                        offer(values + 4 * (start - first), end - start, start, job.keep, mine, job.room, state)
+                    else:
+                        compete(jobs, values, first, start, end, state, mine, _forced_of(job, row))
         for n in range(count):
-            own, row = state + 16 * queries + 24 * n, b * T + t0 + n
-            held, last = get_i64(own, HELD), get_i64(own, LAST)
-            mine = candidates + 8 * room * n
-            if held > keep:
-                cut(mine, room, held, keep)
-                held = keep
-            if shares > 1:
-                part = parts + 4 * (row * shares + task % shares) * (2 * keep + 1)
-                put_i32(part, 0, held if last != -2 else -1)
-                for m in range(held):
-                    put_i32(part, 1 + m, get_i32(mine, m))
-                    put_i32(part, 1 + keep + m, get_i32(mine, room + m))
-            elif last != -2:
-                _write(row, mine, room, held, top_k, get_i64(own, FIRST), last, force_first,
-                       forced + 4 * row * (force_first + force_last) if forced != 0 else 0, indices, lengths, chosen)
+            _finish(job, jobs, b * T + t0 + n, task % shares, states + STATE * n, candidates + 8 * job.room * n)
 
 
-@kernel(parallel=True)
-def _run(threads, counter, given, queries, shares, share, state, state_step, floats, floats_step, candidates, candidates_step, room, base, step,
-         o0, o1, o2, o3, o4, o5, padded, qcode, q, q_step_b, q_step_h,
-         q_step_t, kcode, k, k_step_b, k_step_s, weights, k_scale, key_start, key_end, causal, q_start, q_starts, low, B, H, T, S, D,
-         top_k, keep, pool, force_first, force_last, forced, parts, indices, lengths, chosen):
-    for thread in prange(threads):
-        own = base + step * thread
-        _tiles(counter, given, queries, shares, share, state + state_step * thread, floats + floats_step * thread, candidates + candidates_step * thread, room,
-               own + o0, own + o1, own + o2, own + o3, own + o4, own + o5, padded, qcode, q, q_step_b, q_step_h,
-               q_step_t, kcode, k, k_step_b, k_step_s, weights, k_scale, key_start, key_end, causal, q_start, q_starts, low, B, H, T, S, D,
-               top_k, keep, pool, force_first, force_last, forced, parts, indices, lengths, chosen)
-
-
-@kernel
-def _merge(shares, parts, candidates, room, key_start, key_end, causal, q_start, q_starts, B, T, S, top_k, keep, pool, force_first, forced_count, forced,
-           indices, lengths, chosen):
-    """The winners of all shares compete once more."""
-    for row in range(B * T):
+@far("ii")
+def merge(jobs, thread):
+    """The winners of all shares compete once more. One thread; candidates have room for all."""
+    job = job_at(jobs)
+    room = job.shares * job.keep + 32
+    for row in range(job.B * job.T):
         held, there = 0, True
-        for share in range(shares):
-            part = parts + 4 * (row * shares + share) * (2 * keep + 1)
+        for share in range(job.shares):
+            part = job.parts + 4 * (row * job.shares + share) * (2 * job.keep + 1)
             count = get_i32(part, 0)
-            if count < 0:
-                there = False
+            there = there and count >= 0
             for n in range(count):
-                put_i32(candidates, held, get_i32(part, 1 + n))
-                put_i32(candidates, room + held, get_i32(part, 1 + keep + n))
+                put_i32(job.candidates, held, get_i32(part, 1 + n))
+                put_i32(job.candidates, room + held, get_i32(part, 1 + job.keep + n))
                 held += 1
         if there:
-            if held > keep:
-                cut(candidates, room, held, keep)
-                held = keep
-            start, end = seen_by(row // T, row % T, T, S, key_start, key_end, causal, q_start, q_starts)
-            _write(row, candidates, room, held, top_k, start // pool, (end - 1) // pool, force_first,
-                   forced + 4 * row * forced_count if forced != 0 else 0, indices, lengths, chosen)
+            write(jobs, row, job.candidates, room, held)
 
 
 def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu",
@@ -231,28 +232,25 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
 
 def _launch(q, k, weights, k_scale, key_start, key_end, q_start, given, indices, lengths, chosen, keep, *, causal, activation, pool, force_first, force_last):
     """Fill the answer. given [B,T,S] float32: scores made before (float64 arguments), or None."""
-    (B, H, T, D), S, top_k = q.shape, k.shape[1], indices.shape[2]
+    (B, H, T, D), S, top_k, threads = q.shape, k.shape[1], indices.shape[2], numba.get_num_threads()
+    job, alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation)
+    queries = int(job["queries"][0])
     force_first, force_last = min(force_first, keep), min(force_last, keep)
-    forced = np.empty((B * T, force_first + force_last), np.float32) if chosen is not None and force_first + force_last else None
-    queries, threads = tile_of(H, T), numba.get_num_threads()
-    tasks = B * -(-T // queries)
+    tasks, room = B * -(-T // queries), room_for(keep, -(-S // pool))
     shares = 1 if tasks >= 4 * threads else max(1, min(4 * threads // tasks, S // SHARE))
     share = -(-(-(-S // shares)) // pool) * pool
     shares = -(-S // share)
-    each = not isinstance(q_start, (int, np.integer))
-    where = address(key_start), address(key_end), int(causal), 0 if each else int(q_start), address(q_start) if each else 0
-    padded, memory, offsets = scratch(threads, queries, H, D)
-    room = room_for(keep, -(-S // pool))
-    state, floats, counter = np.empty((threads, 5, queries), np.int64), np.empty((threads, queries, 2), np.float32), np.zeros(1, np.int64)
-    candidates = np.empty((threads, queries, 2, room), np.int32)
-    parts = np.empty((B * T, shares, 2 * keep + 1), np.int32) if shares > 1 else None
-    _run(threads, address(counter), address(given), queries, shares, share, address(state), state.strides[0], address(floats), floats.strides[0],
-         address(candidates), candidates.strides[0], room, address(memory), memory.strides[0], *(4 * o for o in offsets), padded,
-         CODE.get(q.dtype.name, 0), address(q), *q.strides[:3], CODE.get(k.dtype.name, 0), address(k), *k.strides[:2], address(weights), address(k_scale), *where,
-         np.float32(0 if activation == "relu" else -np.inf), B, H, T, S, D, top_k, keep, pool, force_first, force_last, address(forced), address(parts),
-         address(indices), address(lengths), address(chosen))
+    arrays = dict(given=given, indices=indices, lengths=lengths, chosen=chosen, state=np.empty((threads, queries, STATE // 8), np.int64),
+                  candidates=np.empty((threads, queries, 2, room), np.int32),
+                  forced=np.empty((B * T, force_first + force_last), np.float32) if chosen is not None and force_first + force_last else None,
+                  parts=np.empty((B * T, shares, 2 * keep + 1), np.int32) if shares > 1 else None)
+    values = dict(shares=shares, share=share, room=room, top_k=top_k, keep=keep, pool=pool, force_first=force_first, force_last=force_last)
+    for name, x in values.items():
+        job[name] = x
+    for name, x in arrays.items():
+        job[name] = address(x)
+    on_threads(work, job)
     if shares > 1:
-        room = shares * keep + 32
-        candidates = np.empty((2, room), np.int32)
-        _merge(shares, address(parts), address(candidates), room, *where, B, T, S, top_k, keep, pool, force_first, force_first + force_last, address(forced),
-               address(indices), address(lengths), address(chosen))
+        all_parts = np.empty((2, shares * keep + 32), np.int32)
+        job["candidates"] = address(all_parts)
+        on_threads(merge, job, 1)
