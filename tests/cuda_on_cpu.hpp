@@ -201,3 +201,4 @@ template <class P> struct emulate_parameter;
 template <class P> struct emulate_parameter<void (*)(P)> { using type = std::remove_const_t<P>; };
 #define EMULATE(name) extern "C" int emulate_##name(int x, int y, int z, int n, int bytes, const void* p) { \
   using P = emulate_parameter<decltype(&name)>::type; return emulate_launch<P, name>(x, y, z, n, bytes, p); }
+#include "hopper_on_cpu.hpp"

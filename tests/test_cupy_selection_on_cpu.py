@@ -3,6 +3,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
+from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, assert_topk, plain
 
 import oracle
@@ -147,3 +148,16 @@ def expected_choice(scores, seen, top_k, pool=1, force_first=0, force_last=0, re
             best = sorted([*forced, *sorted(rest, key=lambda s: (-scores[b, t, s], s))[:top_k - len(forced)]])
         indices[b, t, :len(best)], counts[b, t] = best, len(best)
     return indices, counts
+
+
+@pytest.mark.parametrize("B, T, S, token_major", [(1, 4, 256, False), (2, 7, 1000, False), (3, 9, 700, True), (1, 1, 129, True)])
+def test_indexer_scores_on_hopper(B, T, S, token_major, rng):
+    """DeepSeek's indexer by warpgroup products: the kernel's barriers, tiles and ragged ends; queries in place whichever way they lie."""
+    place = HopperPlace()
+    q, k, w, scale = inputs(rng, "float8_e4m3fn", B, 64, T, S, 128)
+    q = np.ascontiguousarray(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) if token_major else q
+    bounds, seen = windows(rng, B, T, S)
+    for activation in ("relu", None):
+        got = indexer_scores.run(*map(place.put, (q, k, w)), place=place, config={}, k_scale=place.put(scale), activation=activation, **{name: place.put(x) for name, x in bounds.items()})
+        given = dict(k_scale=scale, activation=activation)
+        assert_close(f"hopper {activation}", place.get(got), oracle.indexer_scores(q, k, w, seen=seen, **given), plain.indexer_scores(q, k, w, visible=seen, **given), reduction=64 * 128)

@@ -5,29 +5,74 @@
 
 struct alignas(64) TensorMap { u64 opaque[16]; };  // filled by the driver on the host
 
-__device__ __forceinline__ void bar_init(u32 bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals)); }
-__device__ __forceinline__ void bar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void bar_expect(u32 bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void bar_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+__device__ __forceinline__ void bar_init(u32 bar, int arrivals) {
+#ifdef SPARSETILE_EMULATE
+  emulate_barrier_init(bar, arrivals);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals));
+#endif
+}
+__device__ __forceinline__ void bar_fence() {
+#ifndef SPARSETILE_EMULATE
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void bar_expect(u32 bar, int bytes) {
+#ifdef SPARSETILE_EMULATE
+  emulate_barrier_bytes(bar, bytes);
+  emulate_barrier_arrive(bar);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void bar_arrive(u32 bar) {
+#ifdef SPARSETILE_EMULATE
+  emulate_barrier_arrive(bar);
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+#endif
+}
 // Gives up after `patience` clocks (and from then on at once): a mistake of ours ends as a wrong answer, not as a hung device. One asm, so that ptxas sees no
 // divergent branch between two products.
 __device__ __forceinline__ void bar_wait(u32 bar, u32 parity, u32& patience) {
+#ifdef SPARSETILE_EMULATE
+  emulate_barrier_wait(bar, parity);
+#else
   asm volatile("{.reg .pred p, q; .reg .u32 t, u; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 t, %%clock;"
     "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 u, %%clock; sub.u32 u, u, t; setp.lt.u32 q, u, %0; @q bra W; mov.u32 %0, 0; E:}"
     : "+r"(patience) : "r"(bar), "r"(parity) : "memory");
+#endif
 }
 constexpr u32 PATIENCE = 2000000000;  // about a second
 
 __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) {
+#ifdef SPARSETILE_EMULATE
+  const int at[3] = {x, y, z};
+  emulate_tma_load(to, map, bar, at, 3);
+#else
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
     :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
+#endif
 }
 __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z, int w) {
+#ifdef SPARSETILE_EMULATE
+  const int at[4] = {x, y, z, w};
+  emulate_tma_load(to, map, bar, at, 4);
+#else
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
     :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+#endif
 }
 
 __device__ __forceinline__ u64 descriptor(u32 tile) { return (u64)((tile & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
+#ifdef SPARSETILE_EMULATE
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N> inline void wgmma_wait() {}
+template <int N> inline void hold(float (&)[N]) {}
+template <int N> inline void fewer_registers() {}
+template <int N> inline void more_registers() {}
+#else
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
@@ -36,9 +81,16 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {  // accum
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
 }
 
+template <int N> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
+#endif
+
 // d (+)= A x B, A 64 x 32, B 128 x 32, both e4m3 in shared memory; acc 0: d is overwritten. Lane l of warp w holds rows 16 w + l / 4 (and + 8), columns 8 c + 2 (l % 4) and + 1
 // as d[4 c .. 4 c + 3].
 __device__ __forceinline__ void wgmma_e4m3_n128(float (&d)[64], u64 a, u64 b, int acc) {
+#ifdef SPARSETILE_EMULATE
+  emulate_wgmma_e4m3<128>(d, a, b, acc);
+#else
   asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
     "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
@@ -51,4 +103,5 @@ __device__ __forceinline__ void wgmma_e4m3_n128(float (&d)[64], u64 a, u64 b, in
       "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), 
       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
     : "l"(a), "l"(b), "r"(acc));
+#endif
 }

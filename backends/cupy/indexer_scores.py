@@ -21,7 +21,7 @@ TUNABLES = (
 FIELDS = "8Q" + "11q" + "7i4i"
 
 
-HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i"
+HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i48x"  # the struct is as long as its alignment, 64, asks
 HOPPER_STAGES, HOPPER_THREADS = 6, 384
 HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
 
@@ -134,7 +134,7 @@ def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, 
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
     (qb, qh, qt), (kb, ks) = hopper.steps(q), hopper.steps(k)
-    maps = hopper.tensor_map(q.ptr, q.dtype, (D, H, T, B), (1, qh, qt, qb), (D, H, 4, 1)), hopper.tensor_map(k.ptr, k.dtype, (D, S, B), (1, ks, kb), (D, 128, 1))
+    maps = hopper.tensor_map(place, q, (D, H, T, B), (1, qh, qt, qb), (D, H, 4, 1)), hopper.tensor_map(place, k, (D, S, B), (1, ks, kb), (D, 128, 1))
     groups, tiles, sms = ceil_div(nt, 4) * nb, ceil_div(S, 128), max(place.sms, 1)
     per = split(groups, tiles, sms)
     items = groups * ceil_div(tiles, per)

@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
   __syncthreads();
   u32 patience = PATIENCE, n = 0, m = 0;
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    fewer_registers<40>();
     if (threadIdx.x == 0)
       for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
         const Item x = open_item(p, number, 0);
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
         }
       }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    more_registers<232>();
     const int g = group - 1, lane = tid & 31, row = g * 64 + (tid / 32) * 16 + lane / 4, me = lane & 3;
     float a[64], b[64], w[64], r[4][2];
     const u64 dq0 = descriptor(queries), dq1 = descriptor(queries + 128 * 128);

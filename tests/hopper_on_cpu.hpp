@@ -1,0 +1,72 @@
+// Hopper's own instructions for cuda_on_cpu.hpp: barriers that count bytes, tensor copies with their 128-byte swizzle, warpgroup products by their definition.
+// Addresses in shared memory are offsets from its start. A TensorMap holds what hopper_on_cpu.py wrote there.
+#pragma once
+
+struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[4], box[4]; long long step[4]; };  // steps in bytes, axes innermost first
+struct EmulatedBarrier { short arrivals, pending; int phase_and_bytes; };                                          // bit 0: the phase under way; above: bytes to come
+
+static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedBarrier*)(emulate_shared() + at); }
+static inline void emulate_barrier_settle(EmulatedBarrier& b) {
+  if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
+}
+static inline void emulate_barrier_init(uint32_t at, int arrivals) { emulate_barrier(at) = {(short)arrivals, (short)arrivals, 0}; }
+static inline void emulate_barrier_bytes(uint32_t at, int bytes) { auto& b = emulate_barrier(at); b.phase_and_bytes += 2 * bytes; emulate_barrier_settle(b); }
+static inline void emulate_barrier_arrive(uint32_t at) {
+  auto& b = emulate_barrier(at);
+  if (b.pending <= 0) { fprintf(stderr, "barrier: more arrivals than it was made for\n"); abort(); }
+  b.pending--;
+  emulate_barrier_settle(b);
+}
+static inline void emulate_barrier_wait(uint32_t at, uint32_t parity) { while ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) emulate::yield(); }
+
+// where byte `column` of 128-byte row `row` stands in a swizzled tile
+static inline uint32_t emulate_swizzle(uint32_t row, uint32_t column) { return row * 128 + ((column / 16 ^ (row & 7)) * 16) + column % 16; }
+
+static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, const int* at, int rank) {
+  const EmulatedMap& m = *(const EmulatedMap*)map;
+  if (m.rank != rank || to % 1024 || m.box[0] * m.size != 128) { fprintf(stderr, "tensor copy: wrong rank, box or address\n"); abort(); }
+  uint32_t row = 0;
+  for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++) for (unsigned z = 0; z < (rank > 2 ? m.box[2] : 1); z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
+    const long long c[4] = {at[0], at[1] + y, rank > 2 ? at[2] + z : 0, rank > 3 ? at[3] + w : 0};
+    bool inside = true;
+    for (int i = 1; i < rank; i++) inside &= c[i] >= 0 && c[i] < m.extent[i];
+    for (unsigned x = 0; x < 128; x++) {
+      const bool there = inside && c[0] + x / m.size < m.extent[0];
+      emulate_shared()[to + emulate_swizzle(row, x)] = there ? m.base[(c[0] * m.size + x) + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3]] : 0;
+    }
+  }
+  emulate_barrier_bytes(bar, -(int)(row * 128));
+}
+
+namespace emulate {
+static Barrier warpgroup[MOST / 128];
+struct Product { float* d; uint64_t a, b; int acc; };
+static Product product[MOST];
+static float e4m3(uint8_t x) {
+  const int e = x >> 3 & 15, m = x & 7;
+  const float y = (x & 127) == 127 ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
+  return x & 128 ? -y : y;
+}
+static uint32_t tile_of_descriptor(uint64_t d) { return (d & 0x3fff) << 4; }  // as emulated addresses are below 256 KiB
+}  // namespace emulate
+
+// N columns; both operands e4m3, K-major, 128-byte swizzle, 32 values of k from the descriptor's address on
+template <int N> static inline void emulate_wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, int acc) {
+  using namespace emulate;
+  product[now] = {d, a, b, acc};
+  const int first = now / 128 * 128;
+  arrive(warpgroup[now / 128], 128, [=] {
+    static float A[64][32], B[N][32];
+    const uint32_t at[2] = {tile_of_descriptor(product[first].a), tile_of_descriptor(product[first].b)};
+    for (int o = 0; o < 2; o++) for (int r = 0; r < (o ? N : 64); r++) for (int k = 0; k < 32; k++) {
+      const uint32_t tile = at[o] & ~1023u, column = (at[o] & 127) + k;
+      (o ? B[r][k] : A[r][k]) = e4m3(emulate_shared()[tile + emulate_swizzle(r, column)]);
+    }
+    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
+      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
+      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
+      for (int k = 0; k < 32; k++) s += A[row][k] * B[column][k];
+      product[first + t].d[i] = s;
+    }
+  });
+}
