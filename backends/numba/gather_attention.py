@@ -16,14 +16,16 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.convert import fill_zero, write_row
-from sparsetile.backends.numba.exact import put_lse, row_factor
-from sparsetile.backends.numba.gather_exact import exact_row
-from sparsetile.backends.numba.gather_job import load_heads, make_gather, named_keys, place_rows, unit_of
+from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.exact import row_factor
+from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.gather_exact import exact
+from sparsetile.backends.numba.gather_job import job_at, load_heads, make_gather, named_keys, place_rows, unit_of
 from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, fetch_rows, mix_rows, scale_row, score_rows, soften
-from sparsetile.backends.numba.job import F64_CODE
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import get_f32, next_task, put_f32
+from sparsetile.backends.numba.rows import store_row
+from sparsetile.backends.numba.selector import put_byte, put_i64
+from sparsetile.backends.numba.simd import address, get_f32, next_task, put_f32
 from sparsetile.backends.numba.tiles import finite
 
 TUNABLES = ()
@@ -44,7 +46,7 @@ def default_config(problem):
 
 
 @kernel
-def _attend(job, b, t, h, heads, j, keys, found, rows, q, o, s, state, krows, vrows, constants):
+def _attend(job, b, t, h, heads, j, keys, found, rows, q, o, s, state, krows, vrows):
     """`heads` heads from h on against `found` keys: O [heads, Dvp] and state [heads, (maximum, sum, NaN if a score was not finite, -)]."""
     load_heads(job, job.q + b * job.q_b + t * job.q_t, job.q_h, job.q_code, h, heads, job.D, job.Dp, job.sign, q)
     fill_zero(o, heads * job.Dvp)
@@ -66,32 +68,34 @@ def _attend(job, b, t, h, heads, j, keys, found, rows, q, o, s, state, krows, vr
         for r in range(heads):
             row = s + r * STEP
             if job.capped:
-                cap_row(row, count, constants, 0)
-            factor = soften(row, count, state + 16 * r, constants)
+                cap_row(row, count, job.constants, 0)
+            factor = soften(row, count, state + 16 * r, job.constants)
             if factor != 1:
                 scale_row(o + 4 * r * job.Dvp, job.Dvp, factor)
         mix_rows(s, heads, rows, count, job.Dvp, o, 4 * job.Dvp)
 
 
 @kernel
-def _store(job, b, t, h, heads, keys, found, o, state):
+def _store(job, b, t, h, heads, found, o, state):
+    """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
     for r in range(heads):
-        row = o + 4 * r * job.Dvp
+        row, at = o + 4 * r * job.Dvp, (b * job.Hq + h + r) * job.T + t
         total = np.float64(get_f32(state, 4 * r + 1))
         top = np.float64(get_f32(state, 4 * r)) * job.unit if total != 0 else -math.inf
         scale_row(row, job.Dvp, np.float32(row_factor(job, h + r, top, total)))
+        put_f32(job.lse, at, np.float32(top + math.log(total) if total > 0 else -math.inf))
+        store_row(job.out_code, row, job.Dv, job.out + b * job.out_b + (h + r) * job.out_h + t * job.out_t)
         if found > 0 and (get_f32(state, 4 * r + 2) != 0 or finite(row, job.Dv) != 0):
-            exact_row(job, b, h + r, t, keys, found)
-        else:
-            write_row(job.out_code, row, job.Dv, job.out + b * job.out_b + (h + r) * job.out_h + t * job.out_t)
-            put_lse(job, b, h + r, t, top + math.log(total) if total > 0 else -math.inf)
+            put_byte(job.lost, at, 1)
+            put_i64(job.odd, 0, 1)
 
 
-@kernel
-def _work(jobs, constants, room):
-    job = jobs[0]
+@far("ii")
+def work(jobs, thread):
+    """One thread: queries with the heads of a unit until there are none left, the last (causal: the longest) first."""
+    job = job_at(jobs)
     heads = job.split
-    keys, rows = np.empty(room, np.int64), np.empty(KEYS, np.int64)
+    keys, rows = np.empty(job.room, np.int64), np.empty(KEYS, np.int64)
     q, o = np.empty((heads, job.Dp), np.float32), np.empty((heads, job.Dvp), np.float32)
     s, state = np.zeros((heads, KEYS), np.float32), np.empty((heads, 4), np.float32)
     krows, vrows = np.empty((KEYS, job.row), np.float32), np.empty((KEYS, job.Dvp), np.float32)
@@ -101,25 +105,14 @@ def _work(jobs, constants, room):
         task = next_task(job.counter)
         if task >= total:
             break
-        part, unit = task % parts, task // parts % job.units
-        b, t = task // (parts * job.units * job.T), job.T - 1 - task // (parts * job.units) % job.T
+        part, unit, query = task % parts, task // parts % job.units, task // (parts * job.units)
+        b, t = query // job.T, job.T - 1 - query % job.T
         h, j = unit_of(job, unit)
         h, count = h + part * heads, min(heads, job.heads - part * heads)
-        pkeys = keys.ctypes.data  # taken in the loop: Numba frees an array after the last mention of it
+        pkeys, po, ps = keys.ctypes.data, o.ctypes.data, state.ctypes.data  # taken in the loop: Numba frees an array after the last mention of it
         found = named_keys(job, b, unit, t, pkeys)
-        if job.q_code == F64_CODE:
-            for r in range(count):
-                exact_row(job, b, h + r, t, pkeys, found)
-        else:
-            _attend(job, b, t, h, count, j, pkeys, found, rows.ctypes.data, q.ctypes.data, o.ctypes.data, s.ctypes.data, state.ctypes.data,
-                    krows.ctypes.data, vrows.ctypes.data, constants.ctypes.data)
-            _store(job, b, t, h, count, pkeys, found, o.ctypes.data, state.ctypes.data)
-
-
-@kernel(parallel=True)
-def _launch(threads, jobs, constants, room):
-    for _ in numba.prange(threads):
-        _work(jobs, constants, room)
+        _attend(job, b, t, h, count, j, pkeys, found, rows.ctypes.data, q.ctypes.data, po, s.ctypes.data, ps, krows.ctypes.data, vrows.ctypes.data)
+        _store(job, b, t, h, count, found, po, ps)
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None,
@@ -129,10 +122,16 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     out, lse = place.empty((B, Hq, T, Dv), kind), place.empty((B, Hq, T), "float64" if q.dtype == np.float64 else "float32")
     if lse.size == 0:
         return out, lse if return_lse else None
-    job, constants, _alive = make_gather(indices, lengths=lengths, granularity=granularity, causal=causal, scale=scale, softcap=softcap, kv_length=kv_length,
-                                         q_start=q_start, sink_logits=sink_logits, q=q, k=k, v=v, out=out, lse=lse)
+    job, _alive = make_gather(indices, lengths=lengths, granularity=granularity, causal=causal, scale=scale, softcap=softcap, kv_length=kv_length,
+                              q_start=q_start, sink_logits=sink_logits, q=q, k=k, v=v, out=out, lse=lse)
     threads, tasks, heads = numba.get_num_threads(), B * T * int(job["units"][0]), int(job["heads"][0])
     if tasks < 2 * threads:  # few queries: heads are dealt out
         job["split"] = min(heads, max(4, -(-heads * tasks // (2 * threads) // 4) * 4))
-    _launch(threads, job, constants, indices.shape[3] * min(granularity, S))
+    counter, lost = np.zeros(2, np.int64), np.full(lse.shape, q.dtype == np.float64, np.uint8)
+    job["counter"], job["odd"], job["lost"], job["room"] = address(counter), address(counter[1:]), address(lost), indices.shape[3] * min(granularity, S)
+    if q.dtype != np.float64:
+        on_threads(work, job)
+    if counter[1] or q.dtype == np.float64:
+        counter[:] = 0
+        on_threads(exact, job)
     return out, lse if return_lse else None

@@ -13,13 +13,15 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.convert import fill_zero, write_row
-from sparsetile.backends.numba.gather_job import load_heads, make_gather, named_keys, place_rows, unit_of
+from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.gather_job import job_at, load_heads, make_gather, named_keys, place_rows, unit_of
 from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, differ, fetch_rows, mix_rows, scale_row, score_rows, spread_rows
 from sparsetile.backends.numba.gather_wide import gradients
 from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.rows import store_row
 from sparsetile.backends.numba.selector import put_i64
-from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i64, next_task, put_f32
+from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i64, next_task
 
 TUNABLES = ()
 MEMORY = 64 << 20  # bytes of P and dS held at a time
@@ -58,7 +60,7 @@ def _sort(keys, found, bins, numbers, offsets):
 
 
 @kernel
-def _query(job, b, t, unit, slot, krow, vrow, krows, vrows, slope, dq, constants):
+def _query(job, b, t, unit, slot, krow, vrow, krows, vrows, slope, dq):
     """P, dS and dq of one query and the heads of a unit."""
     h, j = unit_of(job, unit)
     heads, chunks = job.heads, (job.room + KEYS - 1) // KEYS
@@ -92,21 +94,22 @@ def _query(job, b, t, unit, slot, krow, vrow, krows, vrows, slope, dq, constants
                 fill_zero(ds + r * STEP, KEYS)
                 continue
             if job.capped:
-                cap_row(p + r * STEP, count, constants, slope)
-            odd += differ(p + r * STEP, ds + r * STEP, count, np.float32(lse / job.unit), delta, constants, slope if job.capped else 0)
+                cap_row(p + r * STEP, count, job.constants, slope)
+            odd += differ(p + r * STEP, ds + r * STEP, count, np.float32(lse / job.unit), delta, job.constants, slope if job.capped else 0)
         mix_rows(ds, heads, krow, count, job.row, dq, 4 * job.row)
     for r in range(heads):
         row = dq + 4 * job.row * r
         if job.sign != 1:
             scale_row(row, job.row, np.float32(job.sign))
-        write_row(job.dq_code, row, job.D, job.dq + b * job.dq_b + (h + r) * job.dq_h + t * job.dq_t)
+        store_row(job.dq_code, row, job.D, job.dq + b * job.dq_b + (h + r) * job.dq_h + t * job.dq_t)
     if odd != 0:
         put_i64(job.odd, 0, 1)
 
 
-@kernel
-def _queries(jobs, constants):
-    job = jobs[0]
+@far("ii")
+def take_queries(jobs, thread):
+    """One thread: the run's queries until there are none left."""
+    job = job_at(jobs)
     krow, vrow, slope = np.empty(KEYS, np.int64), np.empty(KEYS, np.int64), np.empty(KEYS, np.float32)
     krows, vrows, dq = np.empty((KEYS, job.row), np.float32), np.empty((KEYS, job.Dvp), np.float32), np.empty((job.heads, job.row), np.float32)
     while True:
@@ -116,13 +119,13 @@ def _queries(jobs, constants):
             break
         unit, query = item % job.units, item // job.units
         _query(job, query // job.T, query % job.T, unit, slot, krow.ctypes.data, vrow.ctypes.data, krows.ctypes.data, vrows.ctypes.data,
-               slope.ctypes.data, dq.ctypes.data, constants.ctypes.data)
+               slope.ctypes.data, dq.ctypes.data)
 
 
-@kernel
-def _keys(jobs):
-    """Bins of keys: what each named key collects from the run's queries, in their order."""
-    job = jobs[0]
+@far("ii")
+def take_keys(jobs, thread):
+    """One thread: bins of keys until there are none left; what each named key collects from the run's queries, in their order."""
+    job = job_at(jobs)
     heads, chunks = job.heads, (job.room + KEYS - 1) // KEYS
     while True:
         place = next_task(job.counter + 8)
@@ -143,25 +146,18 @@ def _keys(jobs):
                         job.sum_v + 4 * head * job.S * job.Dvp, 4 * job.Dvp, keys, numbers, count)
 
 
-@kernel(parallel=True)
-def _launch(threads, jobs, constants):
-    for _ in numba.prange(threads):
-        _queries(jobs, constants)
-    for _ in numba.prange(threads):
-        _keys(jobs)
-
-
-@kernel
-def _round(code, source, source_step, target, width, size, rows):
-    for row in range(rows):
-        write_row(code, source + row * source_step, width, target + row * width * size)
-
-
-def _finished(sums, grad, code):
-    """Sums [B,Hk,S,padded] float32 -> the gradient, rounded once."""
-    if sums is not grad:
-        _round(code, address(sums), sums.strides[2], address(grad), grad.shape[3], grad.itemsize, sums.shape[0] * sums.shape[1] * sums.shape[2])
-    return grad
+@far("ii")
+def finish(jobs, thread):
+    """One thread: sums of keys -> gradients, rounded once."""
+    job = job_at(jobs)
+    while True:
+        row = next_task(job.counter)
+        if row >= job.B * job.Hk * job.S:
+            break
+        if job.sum_k != job.dk:
+            store_row(job.dk_code, job.sum_k + 4 * job.row * row, job.D, job.dk + row * job.dk_t)
+        if job.sum_v != job.dv:
+            store_row(job.dv_code, job.sum_v + 4 * job.Dvp * row, job.Dv, job.dv + row * job.dv_t)
 
 
 def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, granularity=1, causal=False, scale, softcap=None, kv_length=None, q_start=None,
@@ -176,7 +172,7 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
         for grad in (dq, dk, dv):
             grad[...] = 0
         return dq, dk, dv
-    job, constants, _alive = make_gather(indices, lse=lse, delta=delta, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv, **arguments)
+    job, _alive = make_gather(indices, lse=lse, delta=delta, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv, **arguments)
     x, threads = job[0], numba.get_num_threads()
     x["shared"], x["here_k"], x["Dp"] = 0, k.dtype == np.float32 and k.shape[3] == x["row"], -(-k.shape[3] // LANES) * LANES
     heads, items, room = int(x["heads"]), B * T * int(x["units"]), max(1, indices.shape[3] * min(granularity, S))
@@ -198,8 +194,11 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     for first in range(0, items, slots):
         counter[:2] = 0
         job["first"], job["last"] = first, min(items, first + slots)
-        _launch(threads, job, constants)
-    dk, dv = (_finished(total, grad, int(job[f"{name}_code"][0])) for total, grad, name in zip(sums, (dk, dv), ("dk", "dv")))
+        on_threads(take_queries, job)
+        on_threads(take_keys, job)
+    if sums[0] is not dk or sums[1] is not dv:
+        counter[0] = 0
+        on_threads(finish, job)
     if counter[2] and all(np.isfinite(x.astype(np.float32, copy=False)).all() for x in (q, k, v, dout)):
         gradients(q, k, v, indices, lse, delta, dout, dq, dk, dv, **arguments)
     return dq, dk, dv

@@ -4,13 +4,15 @@ import math
 import numpy as np
 
 from sparsetile.backends.numba.exact import dot, get_f64, put_lse, read_wide, row_factor, write_wide
-from sparsetile.backends.numba.job import F64_CODE
+from sparsetile.backends.numba.far import far
+from sparsetile.backends.numba.gather_job import job_at, named_keys
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import get_f32, get_i64
+from sparsetile.backends.numba.selector import get_byte
+from sparsetile.backends.numba.simd import get_i64, next_task
 
 
 @kernel
-def exact_row(job, b, h, t, keys, found):
+def _row(job, b, h, t, keys, found):
     """Query t of head h against `found` keys (int64 at `keys`): writes its row of out and its lse."""
     D, Dv, j = job.D, job.Dv, h // (job.Hq // job.Hk)
     x, y, o, narrow = np.empty(D), np.empty(max(D, Dv)), np.zeros(Dv), np.empty(max(D, Dv), np.float32)
@@ -39,3 +41,17 @@ def exact_row(job, b, h, t, keys, found):
     for d in range(Dv):
         o[d] *= inverse
     write_wide(job.out_code, o, Dv, job.out + b * job.out_b + h * job.out_h + t * job.out_t, narrow)
+
+
+@far("ii")
+def exact(jobs, thread):
+    """One thread: rows whose byte at job.lost is set."""
+    job = job_at(jobs)
+    keys = np.empty(job.room, np.int64)
+    while True:
+        task = next_task(job.counter)
+        if task >= job.B * job.Hq * job.T:
+            break
+        if get_byte(job.lost, task) != 0:
+            b, h, t = task // (job.Hq * job.T), task // job.T % job.Hq, task % job.T
+            _row(job, b, h, t, keys.ctypes.data, named_keys(job, b, h // job.heads, t, keys.ctypes.data))

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
-from sparsetile.backends.numba.convert import read_row
+from sparsetile.backends.numba.far import record_at
 from sparsetile.backends.numba.gather_tiles import WIDE, scale_row
 from sparsetile.backends.numba.job import CODES, first_position, key_limit
 from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.selector import put_i64
 from sparsetile.backends.numba.simd import LANES, address, get_i32, get_i64
 
@@ -20,10 +21,12 @@ GATHER = np.dtype(
         "lse", "delta", "B", "Hq", "Hk", "G", "T", "S", "K", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "indices", "lengths", "granularity", "causal", "units", "heads", "split", "counter", "shared", "here_k", "here_v", "Dp", "Dvp", "row",
         "k_size", "v_size",
-        "bins", "room", "first", "last", "list", "numbers", "offsets", "p", "ds", "left_q", "left_o", "sum_k", "sum_v", "odd")]
+        "bins", "room", "first", "last", "list", "numbers", "offsets", "p", "ds", "left_q", "left_o", "sum_k", "sum_v", "odd",
+        "constants", "lost")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
 here_k, here_v: rows are read where they stand; shared: V is the first columns of K. row: float32 of a scratch row of K. Absent: 0."""
+job_at = record_at(GATHER)
 
 
 def up(x: int, step: int) -> int:
@@ -31,7 +34,7 @@ def up(x: int, step: int) -> int:
 
 
 def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_length, q_start, sink_logits=None, lse=None, delta=None, **tensors):
-    """(record [1], constants, arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has."""
+    """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv), G = q.shape, v.shape, indices.shape[1]
     job = np.zeros(1, GATHER)
@@ -62,11 +65,13 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
     if softcap is not None:
         outer, inner, unit = softcap, abs(scale) / softcap, 1.0
     values |= dict(unit=unit)
+    c, largest = unit * math.log2(math.e), float(np.finfo(np.float32).max)
+    # c, the argument below which 2 ** (c x) is 0, the softcap outside and inside of tanh, the scale of dS
+    arrays["constants"] = np.array([min(c, largest), max(-100 / c, -largest), outer, inner, slope], np.float32)
+    values["constants"] = address(arrays["constants"])
     for name, x in values.items():
         job[name] = x
-    c, largest = unit * math.log2(math.e), float(np.finfo(np.float32).max)
-    constants = np.array([min(c, largest), max(-100 / c, -largest), outer, inner, slope], np.float32)
-    return job, constants, [arrays, tensors]
+    return job, [arrays, tensors]
 
 
 @kernel
@@ -105,7 +110,7 @@ def place_rows(base, step, code, width, padded, here, keys, count, scratch, row_
         at = base + get_i64(keys, n) * step
         if here == 0:
             to = scratch + n * row_step
-            read_row(code, at, width, to, padded)
+            load_row(code, at, width, to, padded)
             at = to
         put_i64(rows, n, at)
     for n in range(count, (count + 3) & ~3):
@@ -117,6 +122,6 @@ def load_heads(job, base, head_step, code, h, heads, width, padded, sign, target
     """Rows of `heads` heads -> float32 [heads, padded], times sign."""
     for r in range(heads):
         row = target + 4 * padded * r
-        read_row(code, base + (h + r) * head_step, width, row, padded)
+        load_row(code, base + (h + r) * head_step, width, row, padded)
         if sign != 1:
             scale_row(row, padded, np.float32(sign))

@@ -11,7 +11,7 @@ import math
 from llvmlite import ir
 from numba.core import cgutils
 
-from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.simd import F, I8, I32, I64, LANES, op
 
 WIDE = 4 * LANES   # widths of O, of V's and of the gradients' rows are padded to this many float32
@@ -111,7 +111,7 @@ _mix_6, _mix_4, _mix_1 = (op("iiiiii", _mix(heads, vectors)) for heads, vectors 
 _spread_4, _spread_1 = (op("iiiiiiiii", _spread(keys)) for keys in (4, 1))
 
 
-@kernel
+@far("iiiiiii")
 def score_rows(q, q_step, heads, rows, keys, D, out):
     """S [heads, KEYS] for `keys` rows of K; `rows` has addresses up to a multiple of four. Twelve heads at a time stay in the first cache."""
     for block in range(0, heads, 12):
@@ -126,7 +126,7 @@ def score_rows(q, q_step, heads, rows, keys, D, out):
                 h += 1
 
 
-@kernel
+@far("iiiiiii")
 def mix_rows(p, heads, rows, keys, width, out, out_step):
     """O [heads, width] += P V; width a multiple of WIDE."""
     sixes = heads // 6
@@ -144,7 +144,7 @@ def mix_rows(p, heads, rows, keys, width, out, out_step):
             _mix_1(p + h * STEP, rows, keys, column, out + h * out_step, out_step)
 
 
-@kernel
+@far("iiiiiiiiii")
 def spread_rows(p, heads, left, left_step, width, target, target_step, list_of_keys, numbers, count):
     """For `count` keys: row(key) [width] += sum over heads of P[head, key] left[head]."""
     for n in range(0, count - 3, 4):

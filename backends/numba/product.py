@@ -5,12 +5,13 @@ as float32; each output element is one chain of multiply-adds per DEPTH inner el
 """
 import numba
 import numpy as np
-from numba import prange
 
-from sparsetile.backends.numba.convert import CODE, read_row, write_row
+from sparsetile.backends.numba.convert import CODE
+from sparsetile.backends.numba.far import far, on_threads, record_at
 from sparsetile.backends.numba.gather_tiles import scale_row
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I8, LANES, address, get_f32, next_task, op, transpose_tile
+from sparsetile.backends.numba.rows import load_row, store_row
+from sparsetile.backends.numba.simd import I8, LANES, address, get_f32, next_task, op, transpose_tile
 
 TILE, VECTORS = 6, 2          # 12 accumulators
 COLUMNS = VECTORS * LANES
@@ -24,6 +25,7 @@ PRODUCT = np.dtype([(name, "i8") for name in (
     "w_code", "w_size", "out_code", "out_size", "tail", "tail_b", "tail_h", "tail_t", "tail_code", "tail_bytes", "P")])
 """a [B,H,T,K], scale [B,T,ceil(K/128)] of its groups; w0, w1: elements (k, n) of head h at w + h*w_h + k*w_k + n*w_n (bytes); out0 [..., N0 + P], the tail behind;
 run: rows of a task. Absent: 0."""
+job_at = record_at(PRODUCT)
 
 
 def _tile(e, a, a_step, panel, depth, out, out_step, fresh):
@@ -44,7 +46,7 @@ product_tile = op("iiiiiii", _tile)
 copy_bytes = op("iii", _copy)
 
 
-@kernel
+@far("iiiiiiiii")
 def pack(code, size, w, w_k, w_n, K, N, flat, panels):
     """Weights (k, n) -> panels [ceil(N / COLUMNS), K, COLUMNS], zeros past N. flat: scratch [COLUMNS, K padded]."""
     padded = (K + LANES - 1) // LANES * LANES
@@ -53,16 +55,16 @@ def pack(code, size, w, w_k, w_n, K, N, flat, panels):
         count = min(COLUMNS, N - n)
         if w_n == size or N == 1:
             for k in range(K):
-                read_row(code, w + k * w_k + n * w_n, count, panel + 4 * COLUMNS * k, COLUMNS)
+                load_row(code, w + k * w_k + n * w_n, count, panel + 4 * COLUMNS * k, COLUMNS)
         else:
             for c in range(COLUMNS):
-                read_row(code, w + (n + c) * w_n, K if c < count else 0, flat + 4 * padded * c, padded)
+                load_row(code, w + (n + c) * w_n, K if c < count else 0, flat + 4 * padded * c, padded)
             for k in range(0, padded, LANES):
                 for c in range(0, COLUMNS, LANES):  # the last rows run over into the next panel, which is written later
                     transpose_tile(flat + 4 * (padded * c + k), 4 * padded, panel + 4 * (COLUMNS * k + c), 4 * COLUMNS)
 
 
-@kernel
+@far("iiiiii")
 def multiply(a, count, K, panels, N, tiles):
     """`count` <= ROWS float32 rows [.., K] times panels -> tiles [ROWS, N padded]."""
     padded = (N + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -77,7 +79,7 @@ def multiply(a, count, K, panels, N, tiles):
 def _load(job, h, row, target, flat):
     """Row `row` (of all batches) as float32, its groups scaled; its tail goes to the output."""
     b, t, K = row // job.T, row % job.T, job.K
-    read_row(job.a_code, job.a + b * job.a_b + h * job.a_h + t * job.a_t, K, target, K)
+    load_row(job.a_code, job.a + b * job.a_b + h * job.a_h + t * job.a_t, K, target, K)
     if job.scale != 0:
         groups = (K + 127) // 128
         for g in range(groups):  # whole vectors: what follows the row is not loaded yet
@@ -87,14 +89,14 @@ def _load(job, h, row, target, flat):
         if job.tail_bytes > 0:
             copy_bytes(source, to + job.N0 * job.out_size, job.tail_bytes)
         else:
-            read_row(job.tail_code, source, job.P, flat, job.P)
-            write_row(job.out_code, flat, job.P, to + job.N0 * job.out_size)
+            load_row(job.tail_code, source, job.P, flat, job.P)
+            store_row(job.out_code, flat, job.P, to + job.N0 * job.out_size)
 
 
-@kernel
-def _work(jobs):
+@far("ii")
+def work(jobs, thread):
     """One thread: heads' runs of rows until there are none left."""
-    job = jobs[0]
+    job = job_at(jobs)
     K, total, widest = job.K, job.B * job.T, max(job.N0, job.N1)
     padded, columns = (K + LANES - 1) // LANES * LANES, (widest + COLUMNS - 1) // COLUMNS * COLUMNS
     flat, tiles = np.empty(max(COLUMNS * padded, job.P), np.float32), np.empty((ROWS, columns), np.float32)
@@ -120,13 +122,7 @@ def _work(jobs):
                 for n in range(count if N > 0 else 0):
                     b, t = (start + n) // job.T, (start + n) % job.T
                     to = job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t if part == 0 else job.out1 + b * job.out1_b + h * job.out1_h + t * job.out1_t
-                    write_row(job.out_code, out + step * n, N, to)
-
-
-@kernel(parallel=True)
-def _launch(threads, jobs):
-    for _ in prange(threads):
-        _work(jobs)
+                    store_row(job.out_code, out + step * n, N, to)
 
 
 def run_product(rows, weights, outputs, *, scale=None, tail=None):
@@ -146,4 +142,4 @@ def run_product(rows, weights, outputs, *, scale=None, tail=None):
                        **dict(zip(("tail_b", "tail_h", "tail_t"), tail.strides)))
     for name, x in values.items():
         job[name] = x
-    _launch(min(threads, -(-total // run) * H), job)
+    on_threads(work, job, min(threads, -(-total // run) * H))

@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I32, I64, get_f32, get_i32, get_i64, op, put_f32
+from sparsetile.backends.numba.simd import F, I1, I8, I32, I64, get_f32, get_i32, get_i64, op, put_f32
 
 STEP = 32   # scores looked at together
 FORCED = 0x7fffffff  # order of an entry that is taken whatever its score; above that of +inf
@@ -115,6 +115,8 @@ keep = op("iiiii", _keep, "i")
 fill_least = op("ii", _fill)
 put_i32 = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I32), e.add(address, e.mul(index, 4))))
 put_i64 = op("iii", lambda e, address, index, x: e.store(x, e.add(address, e.mul(index, 8))))
+get_byte = op("ii", lambda e, address, index: e.b.zext(e.load(address, index, I8), I64), "i")
+put_byte = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I8), address, index))
 lowest_bit = op("i", lambda e, x: e.b.cttz(x, ir.Constant(I1, 1)), "i")
 
 
