@@ -3,12 +3,12 @@
 Our Window(left, right) is inclusive on both sides and leaves out the query in the counts; queries stand bottom-right (q_start = S - T) unless
 q_start= says otherwise. Where a library aligns top-left when T != S, pass q_start=0 to the op; the docstrings say so.
 """
-from sparsetile.ops.patterns import Causal, Dilated, Full, Pattern, Window, _integer
+from sparsetile.ops.patterns import Causal, Dilated, Full, Pattern, Window, integer
 from sparsetile.ops.presets import longformer
 
 
 def _side(owner, name, value):
-    return None if _integer(owner, name, value, -1, "-1 is unbounded") == -1 else value
+    return None if integer(owner, name, value, -1, "-1 is unbounded") == -1 else value
 
 
 def from_flash_attention(left: int = -1, right: int = -1, causal: bool = False) -> Pattern:
@@ -34,7 +34,7 @@ def from_torch_sdpa(is_causal: bool = False) -> Pattern:
 
 def from_huggingface(sliding_window: int | None) -> Pattern:
     """sliding_window of Hugging Face decoders (Mistral, Gemma, Qwen, gpt-oss): W keys, the query itself counted; None is causal without a window."""
-    return Causal() if sliding_window is None else Window(_integer("from_huggingface", "sliding_window", sliding_window, 1, "it counts the query itself") - 1)
+    return Causal() if sliding_window is None else Window(integer("from_huggingface", "sliding_window", sliding_window, 1, "it counts the query itself") - 1)
 
 
 def from_huggingface_longformer(attention_window: int, globals=()) -> Pattern:
@@ -44,10 +44,10 @@ def from_huggingface_longformer(attention_window: int, globals=()) -> Pattern:
 
 def from_longformer_code(attention_window: int, dilation: int = 1) -> Pattern:
     """attention_window of allenai/longformer: keys on one side, as many on the other; dilation stretches both."""
-    side = _integer("from_longformer_code", "attention_window", attention_window) * _integer("from_longformer_code", "dilation", dilation, 1)
+    side = integer("from_longformer_code", "attention_window", attention_window) * integer("from_longformer_code", "dilation", dilation, 1)
     return Window(side, side) if dilation == 1 else Dilated(side, side, dilation)
 
 
 def from_sparse_transformer(local: int) -> Pattern:
     """The paper's local head {max(0, i - l), ..., i}: l + 1 keys, the query itself counted (arXiv:1904.10509, section 4.2)."""
-    return Window(_integer("from_sparse_transformer", "local", local))
+    return Window(integer("from_sparse_transformer", "local", local))

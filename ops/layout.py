@@ -6,7 +6,7 @@ import numpy as np
 from sparsetile.backends.contract import Lists
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import device_lists
-from sparsetile.ops.patterns import Causal, Documents, Pattern, _integer
+from sparsetile.ops.patterns import Causal, Documents, Pattern, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class Layout:
     def of(cls, pattern: Pattern, T: int, S: int, *, block_q: int = 128, block_k: int = 128, q_start: int | None = None, heads: int | None = None) -> "Layout":
         """The layout of a pattern for queries at q_start .. q_start + T - 1 (default S - T) and keys 0 .. S - 1. Host arrays."""
         from sparsetile.ops.lowering import lower
-        T, S = _integer("layout", "T", T), _integer("layout", "S", S)
+        T, S = integer("layout", "T", T), integer("layout", "S", S)
         block_q, block_k = _blocks(block_q, block_k)
-        start = S - T if q_start is None else _integer("layout", "q_start", q_start, None)
+        start = S - T if q_start is None else integer("layout", "q_start", q_start, None)
         return cls(tuple(lower(pattern, start, start + T, S, block_q, block_k, heads)), T, S, start)
 
     @classmethod
@@ -56,8 +56,8 @@ class Layout:
         if mask.ndim not in (2, 3, 4):
             raise ValueError(f"from_block_mask: mask must be [nq,nk], [Hq,nq,nk] or [B,Hq,nq,nk], got shape {tuple(mask.shape)}")
         nq, nk = int(mask.shape[-2]), int(mask.shape[-1])
-        T = nq * block_q if T is None else _integer("from_block_mask", "T", T, max(nq - 1, 0) * block_q, "the mask's last row of blocks", nq * block_q)
-        S = nk * block_k if S is None else _integer("from_block_mask", "S", S, max(nk - 1, 0) * block_k, "the mask's last column of blocks", nk * block_k)
+        T = nq * block_q if T is None else integer("from_block_mask", "T", T, max(nq - 1, 0) * block_q, "the mask's last row of blocks", nq * block_q)
+        S = nk * block_k if S is None else integer("from_block_mask", "S", S, max(nk - 1, 0) * block_k, "the mask's last column of blocks", nk * block_k)
         lead = (1,) * (4 - mask.ndim) + tuple(int(n) for n in mask.shape[:-2])
         kinds = -1 - xp.astype(mask == 0, "int32").reshape(lead[0] * lead[1], nq, nk)  # -1 full, -2 absent
         return cls((device_lists.lists(kinds, block_q, block_k, lead[:2]),), T, S, 0)
@@ -77,13 +77,13 @@ class Layout:
             values = np.asarray(given, np.int64).reshape(-1)
             values = values if cu_seqlens is None else np.diff(values)
             rule = Documents(values)
-            total = rule.total if total is None else _integer("from_documents", "total", total)
+            total = rule.total if total is None else integer("from_documents", "total", total)
             return cls.of(rule & Causal() if causal else rule, total, total, block_q=block_q, block_k=block_k, q_start=0)
         if given.ndim != 1:
             raise ValueError(f"from_documents: {name} must have one axis, got shape {tuple(given.shape)}")
         if total is None:
             raise ValueError("from_documents: total is needed with device tensors (their sum would be a host round trip); give the number of tokens")
-        total = _integer("from_documents", "total", total)
+        total = integer("from_documents", "total", total)
         ends = xp.running(given, 0) if cu_seqlens is None else xp.astype(given[1:], "int32")
         return cls((device_lists.documents(ends, total, block_q, block_k, bool(causal)),), total, total, 0)
 
@@ -95,7 +95,7 @@ class Layout:
         window  (left, right) distances, or one number for both; None is no window. Queries stand bottom-right, at S - T ...
         """
         block_q, block_k = _blocks(block_q, block_k)
-        T, S = _integer("from_global_tokens", "T", T), _integer("from_global_tokens", "S", S)
+        T, S = integer("from_global_tokens", "T", T), integer("from_global_tokens", "S", S)
         if not hasattr(tokens, "ndim"):
             tokens = np.asarray(tokens)
         if tokens.ndim != 2:
@@ -103,7 +103,7 @@ class Layout:
         sides = window if isinstance(window, (tuple, list)) else (window, window)
         if len(sides) != 2:
             raise ValueError(f"from_global_tokens: window must be one number or (left, right), got {window!r}")
-        sides = None if window is None else tuple(_integer("from_global_tokens", "window", side) for side in sides)
+        sides = None if window is None else tuple(integer("from_global_tokens", "window", side) for side in sides)
         return cls((device_lists.global_tokens(tokens, T, S, block_q, block_k, sides, bool(causal)),), T, S, S - T)
 
     def check(self, B: int, Hq: int) -> None:
@@ -185,7 +185,7 @@ def picture(lists: Lists, kind: int) -> np.ndarray:
 
 
 def _blocks(block_q, block_k):
-    block_q, block_k = _integer("layout", "block_q", block_q, 1), _integer("layout", "block_k", block_k, 1)
+    block_q, block_k = integer("layout", "block_q", block_q, 1), integer("layout", "block_k", block_k, 1)
     if block_k % 32:
         raise ValueError(f"layout: block_k must be a multiple of 32, got {block_k}; use 32, 64 or 128")
     return block_q, block_k

@@ -1,7 +1,7 @@
 """Layer plans: which pattern or selector each layer of a model uses, as plain data."""
 from dataclasses import dataclass, fields
 
-from sparsetile.ops.patterns import Pattern, _integer
+from sparsetile.ops.patterns import Pattern, integer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Selector:
         if self.kind not in ("indexer_topk", "topk"):
             raise ValueError(f'Selector: kind must be "indexer_topk" or "topk", got {self.kind!r}')
         for name, least in (("top_k", 1), ("pool", 1), ("force_first", 0), ("force_last", 0)):
-            object.__setattr__(self, name, _integer("Selector", name, getattr(self, name), least))
+            object.__setattr__(self, name, integer("Selector", name, getattr(self, name), least))
         if not isinstance(self.causal, bool):
             raise TypeError(f"Selector: causal must be True or False, got {self.causal!r}")
 
@@ -61,7 +61,7 @@ class LayerPlan:
             if not isinstance(rule, (Pattern, Selector)):
                 raise TypeError(f"LayerPlan: layers {layers} must have a Pattern or a Selector, got {type(rule).__name__}; e.g. Causal() or Selector(top_k=2048)")
             for layer in layers if hasattr(layers, "__iter__") else (layers,):
-                layer = _integer("LayerPlan", "layer", layer)
+                layer = integer("LayerPlan", "layer", layer)
                 if layer in found:
                     raise ValueError(f"LayerPlan: layer {layer} is given twice; give every layer once")
                 found[layer] = rule

@@ -1,5 +1,5 @@
 """Presets: the patterns of the papers, in the words of the papers. Conventions of other libraries: ops/convert.py."""
-from sparsetile.ops.patterns import Causal, Dilated, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window, _integer
+from sparsetile.ops.patterns import Causal, Dilated, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window, integer
 from sparsetile.ops.random_blocks import hash64
 
 
@@ -14,7 +14,7 @@ def sparse_transformer_strided(stride: int) -> Pattern:
     Sparse Transformer (arXiv:1904.10509, section 4.2, "strided"; section 4.3 for merging the heads). The window is written Window(l - 1), since the
     key at distance l is in the second set too.
     """
-    stride = _integer("sparse_transformer_strided", "stride", stride, 1)
+    stride = integer("sparse_transformer_strided", "stride", stride, 1)
     return Causal() & (Window(stride - 1) | Strided(stride))
 
 
@@ -35,13 +35,13 @@ def longformer(window: int, *, dilation=1, globals=()) -> Pattern:
     Longformer (arXiv:2004.05150, section 3.1). Add `& Causal()` for language modelling. Hugging Face's attention_window is this w, the first code's is one side
     (from_longformer_code).
     """
-    window = _integer("longformer", "window", window, 0)
+    window = integer("longformer", "window", window, 0)
     if window % 2:
         raise ValueError(f"longformer: window must be even, half on each side, got {window}; use {window - 1} or {window + 1}, or Window(left, right) for unequal sides")
     tokens = Global(globals)
 
     def head(step):
-        step = _integer("longformer", "dilation", step, 1)
+        step = integer("longformer", "dilation", step, 1)
         reach = window // 2 * step
         band = Window(reach, reach) if step == 1 else Dilated(reach, reach, step)
         return band | tokens if tokens.tokens else band
@@ -58,23 +58,23 @@ def bigbird(block: int = 64, window: int = 3, globals: int = 2, random: int = 3,
     random   random key blocks for every query block, outside window and globals, so that none counts twice
     BigBird (arXiv:2007.14062, section 2 and appendix D). Hugging Face's version makes the first and the last block global instead.
     """
-    window = _integer("bigbird", "window", window, 0)
+    window = integer("bigbird", "window", window, 0)
     if window % 2 == 0 and window:
         raise ValueError(f"bigbird: window must be odd, the own block and as many on each side, got {window}; use {window - 1} or {window + 1}")
     if mode not in ("itc", "etc"):
         raise ValueError(f'bigbird: mode must be "itc" (existing tokens become global) or "etc" (extra tokens in front), got {mode!r}')
-    globals, block = _integer("bigbird", "globals", globals), _integer("bigbird", "block", block, 1)
-    seed, layer = _integer("bigbird", "seed", seed, 0, most=2 ** 63 - 1), _integer("bigbird", "layer", layer)
+    globals, block = integer("bigbird", "globals", globals), integer("bigbird", "block", block, 1)
+    seed, layer = integer("bigbird", "seed", seed, 0, most=2 ** 63 - 1), integer("bigbird", "layer", layer)
     side = (window - 1) // 2
     fixed = Global(range(globals * block if mode == "itc" else globals))
     fixed = fixed | Window(side, side, block=block) if window else fixed
     own = int(hash64(seed, layer, 0)[0] >> 33)
-    return fixed | RandomBlocks(random, block, seed=own, exclude=(fixed,)) if _integer("bigbird", "random", random) else fixed
+    return fixed | RandomBlocks(random, block, seed=own, exclude=(fixed,)) if integer("bigbird", "random", random) else fixed
 
 
 def mistral(window: int) -> Pattern:
     """Sliding window of `window` keys, the query itself counted: i - W < j <= i. Mistral 7B (arXiv:2310.06825, section 2)."""
-    return Window(_integer("mistral", "window", window, 1, "it counts the query itself") - 1)
+    return Window(integer("mistral", "window", window, 1, "it counts the query itself") - 1)
 
 
 def streaming_llm(sinks: int = 4, window: int = 1020) -> Pattern:
@@ -82,4 +82,4 @@ def streaming_llm(sinks: int = 4, window: int = 1020) -> Pattern:
 
     The paper numbers positions inside its cache; rotary embeddings are the caller's business.
     """
-    return Causal() & (Sink(sinks) | Window(_integer("streaming_llm", "window", window, 1, "it counts the query itself") - 1))
+    return Causal() & (Sink(sinks) | Window(integer("streaming_llm", "window", window, 1, "it counts the query itself") - 1))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops.patterns import And, Causal, Pattern, _integer
+from sparsetile.ops.patterns import And, Causal, Pattern, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Selection:
     def __post_init__(self):
         if isinstance(self.indices, (list, tuple)):
             object.__setattr__(self, "indices", np.asarray(self.indices, np.int32))
-        object.__setattr__(self, "granularity", _integer("Selection", "granularity", self.granularity, 1))
+        object.__setattr__(self, "granularity", integer("Selection", "granularity", self.granularity, 1))
         object.__setattr__(self, "causal", bool(self.causal))
         shape = _shape("indices", self.indices, 4, "[B,G,T,K]")
         if self.lengths is not None:

@@ -267,6 +267,42 @@ def test_device_layouts_need_no_host_round_trip():
         assert part.offsets.shape[0] == 2 * part.list_of.shape[0] * part.list_of.shape[1] * part.nq + 1 and part.cols.dtype == torch.int32
 
 
+@pytest.mark.gpu
+def test_made_inside_a_cuda_graph():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    on = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")  # noqa: E731
+    lengths, tokens, mask = on([300, 0, 500, 200]), on([[3, 70, -1], [1023, 3, 3]]), on(np.random.default_rng(0).random((2, 3, 8, 8)) < 0.5) > 0
+    make = lambda: [Layout.from_documents(lengths, 1024, causal=True), Layout.from_global_tokens(tokens, 1024, 1024, window=100), Layout.from_block_mask(mask)]  # noqa: E731
+    make()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layouts = make()
+    for new in (([300, 0, 500, 200], [[3, 70, -1], [1023, 3, 3]]), ([10, 900, 0, 20], [[-1, -1, -1], [0, 1, 2]])):
+        lengths.copy_(on(new[0]))
+        tokens.copy_(on(new[1]))
+        mask.copy_(~mask)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert np.array_equal(layouts[0].mask(), (Documents(new[0]) & Causal()).mask(1024, 1024))
+        for b in range(2):
+            assert np.array_equal(layouts[1].mask()[b, 0], (Window(100, 100) | Global([t for t in new[1][b] if t >= 0])).mask(1024, 1024))
+        assert np.array_equal(layouts[2].mask(), np.repeat(np.repeat(mask.cpu().numpy(), 128, -2), 128, -1))
+
+
+@pytest.mark.gpu
+def test_made_from_cupy_arrays():
+    cupy = pytest.importorskip("cupy")
+    if not cupy.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert np.array_equal(Layout.from_documents(cupy.asarray([300, 0, 500], dtype=cupy.int32), 1000).mask(), Documents([300, 0, 500]).mask(1000, 1000))
+    assert np.array_equal(Layout.from_global_tokens(cupy.asarray([[3, 70, -1]], dtype=cupy.int32), 500, 500, window=9).mask(), (Window(9, 9) | Global([3, 70])).mask(500, 500))
+    rule = Causal() & (Window(9) | Global([3])) | Documents([30, 40])
+    assert np.array_equal(cupy.asnumpy(rule.visible(cupy.arange(90)[:, None], cupy.arange(90), 90)), rule.mask(90, 90))
+
+
 def test_random_blocks_and_bigbird_lower_alike_in_any_tiling():
     rule = Window(1, 1, block=48) | Global(range(48)) | RandomBlocks(2, 48, 3, exclude=[Window(1, 1, block=48) | Global(range(48))])
     for shape in ((32, 32), (48, 32), (128, 64), (96, 96)):
