@@ -9,7 +9,11 @@ static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedB
 static inline void emulate_barrier_settle(EmulatedBarrier& b) {
   if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
 }
-static inline void emulate_barrier_init(uint32_t at, int arrivals) { emulate_barrier(at) = {(short)arrivals, (short)arrivals, 0}; }
+namespace emulate { static Barrier named[16]; }
+static inline void emulate_barrier_init(uint32_t at, int arrivals) {  // the first thing a kernel does: named barriers of the block before may have arrivals left
+  for (auto& b : emulate::named) b.count = 0;
+  emulate_barrier(at) = {(short)arrivals, (short)arrivals, 0};
+}
 static inline void emulate_barrier_bytes(uint32_t at, int bytes) { auto& b = emulate_barrier(at); b.phase_and_bytes += 2 * bytes; emulate_barrier_settle(b); }
 static inline void emulate_barrier_arrive(uint32_t at) {
   auto& b = emulate_barrier(at);
@@ -37,6 +41,29 @@ static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, 
   }
   emulate_barrier_bytes(bar, -(int)(row * 128));
 }
+
+static inline void emulate_tma_store(const void* map, uint32_t from, const int* at) {
+  const EmulatedMap& m = *(const EmulatedMap*)map;
+  for (unsigned z = 0, row = 0; z < m.box[2]; z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
+    if (at[1] + y >= m.extent[1] || at[2] + z >= m.extent[2]) continue;
+    const uint32_t first = from / 128 % 8;  // the pattern follows the address
+    for (unsigned x = 0; x < 128; x++)
+      if (at[0] + x / m.size < m.extent[0])
+        ((unsigned char*)m.base)[at[0] * m.size + x + (at[1] + y) * m.step[1] + (at[2] + z) * m.step[2]] = emulate_shared()[from - first * 128 + emulate_swizzle(first + row, x)];
+  }
+}
+static inline void emulate_stmatrix(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  using namespace emulate;
+  static uint32_t given[MOST][5];
+  const uint32_t mine[5] = {a, b, c, d, at};
+  memcpy(given[now], mine, sizeof mine);
+  const int base = now / 32 * 32;
+  warp_do([=] {
+    for (int m = 0; m < 4; m++) for (int l = 0; l < 32; l++) memcpy(emulate_shared() + given[base + 8 * m + l / 4][4] + 4 * (l % 4), &given[base + l][m], 4);
+  });
+}
+static inline void emulate_named_sync(int id, int n) { emulate::arrive(emulate::named[id], n, [] {}); }
+static inline void emulate_named_arrive(int id, int n) { auto& b = emulate::named[id]; if (++b.count == n) { b.count = 0; b.generation++; } }
 
 namespace emulate {
 static Barrier warpgroup[MOST / 128];
@@ -66,6 +93,32 @@ template <int N> static inline void emulate_wgmma_e4m3(float (&d)[N / 2], uint64
       const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
       float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
       for (int k = 0; k < 32; k++) s += A[row][k] * B[column][k];
+      product[first + t].d[i] = s;
+    }
+  });
+}
+
+// A in registers, 16 values of k; B [16, N] of 16-bit values: rows of k, 64 columns each (columns), or rows of N, k along them
+template <int N> static inline void emulate_wgmma_registers(float (&d)[N / 2], const uint32_t* a, uint64_t b, int acc, bool bf16, bool columns) {
+  using namespace emulate;
+  static uint32_t given[MOST][4];
+  memcpy(given[now], a, 16);
+  product[now] = {d, 0, b, acc};
+  const int first = now / 128 * 128;
+  arrive(warpgroup[now / 128], 128, [=] {
+    static float A[64][16], B[16][N];
+    const uint32_t at = tile_of_descriptor(product[first].b), tile = at & ~1023u;
+    for (int t = 0; t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
+      A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
+    for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) {
+      const uint32_t where = columns ? at + n / 64 * 8192 + emulate_swizzle(k, n % 64 * 2) : tile + emulate_swizzle(n, (at & 127) + 2 * k);
+      uint16_t x; memcpy(&x, emulate_shared() + where, 2);
+      B[k][n] = wide(x, bf16);
+    }
+    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
+      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
+      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
+      for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
       product[first + t].d[i] = s;
     }
   });

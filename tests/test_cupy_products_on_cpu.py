@@ -3,6 +3,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
+from hopper_on_cpu import HopperPlace
 from numeric import assert_close, plain
 
 import oracle
@@ -96,3 +97,22 @@ def test_lists_of_a_grid(L, nq, nk, share, rng, place):
                     assert np.array_equal(made[numbers][part], half) and np.array_equal(made[names][part], line[half])
             assert at[0] == 0 and at[-1] == (meaning >= -1).sum()
             assert (made[numbers][at[-1]:] == 0).all() and (made[names][at[-1]:] == -1).all() and len(made[numbers]) == L * nq * nk + 1
+
+
+HOPPER = [("bfloat16", 1, 128, 1, 64, False, 3), ("float16", 2, 300, 3, 16, True, 3), ("bfloat16", 1, 300, 2, 0, False, 5), ("bfloat16", 3, 130, 1, 8, False, 1)]
+
+
+@pytest.mark.parametrize("kind, B, S, H, P, is_turned, sms", HOPPER)
+def test_latent_decompress_on_hopper(kind, B, S, H, P, is_turned, sms, rng):
+    """DeepSeek's sizes by warpgroup products: turns, ring, ragged ends, weights either way round (one block to a cluster: clusters are not emulated)."""
+    place = HopperPlace()
+    place.sms = sms
+    latent, rope = normal(rng, kind, B, S, 576)[..., :512], normal(rng, kind, B, S, P) if P else None
+    w_uk, w_uv = ((turned if is_turned else normal)(rng, kind, H, 512, 128) for _ in range(2))
+    problem = Problem.of("latent_decompress", dict(B=B, H=H, S=S, R=512, Dn=128, Dv=128, P=P), dict(latent=kind, w_uk=kind, w_uv=kind), "sm_90a")
+    config = {**latent_decompress.default_config(problem), "path": "hopper", "cluster": 1}
+    got = latent_decompress.run(*map(place.put, (latent, w_uk, w_uv)), place=place, config=config, k_rope=place.put(rope))
+    for name, found, true, one in zip("kv", map(place.get, got), oracle.latent_decompress(latent, w_uk, w_uv, k_rope=rope), plain.latent_decompress(latent, w_uk, w_uv, k_rope=rope)):
+        assert_close(name, found, true, one, reduction=512)
+    if P:
+        assert np.array_equal(place.get(got[0])[..., 128:], np.broadcast_to(rope[:, None], (B, H, S, P)))
