@@ -24,6 +24,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for name, what in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {what}")
+    if os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on"):
+        from importlib.util import find_spec
+        if find_spec("triton"):
+            import interp_shim
+            interp_shim.apply()
 
 
 @pytest.fixture

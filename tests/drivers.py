@@ -55,9 +55,10 @@ class Driver:
     def selection(self, indices, lengths=None, **kwargs):
         return sparsetile.Selection(self.put(indices), lengths=self.put(lengths), **kwargs)
 
-    def dtype(self, name):
-        """bfloat16 in the interpreter is computed on its bits and wrong (a limit of the interpreter): float16 stands in there."""
-        return numpy_dtype("float16" if self.interpreted and name == "bfloat16" else name)
+    def tensor(self, x, gradient=False):
+        """A torch tensor where this backend computes on torch's memory."""
+        x = to_torch(x, "cpu" if self.interpreted or self.backend in ("reference", "numba") else "cuda")
+        return x.requires_grad_() if gradient else x
 
 
 def arrays(*results):
