@@ -10,6 +10,7 @@ class Plain:
 
     def __init__(self, first_pos: int, last_pos: int, block: int):
         self.first_pos, self.last_pos, self.block = first_pos, last_pos, block
+        self.span = first_pos, last_pos
         self.first = first_pos // block if last_pos > first_pos else 0
         self.n = -(-last_pos // block) - self.first if last_pos > first_pos else 0
 
@@ -44,6 +45,7 @@ class Ordered:
         self.first, self.block, self.modulus, self.tail, self.n = 0, block, modulus, tail, -(-len(order) // block)
         self.order = np.full(self.n * block, -1, np.int64)
         self.order[:len(order)] = order
+        self.span = 0, int(self.order.max(initial=0)) + 1
 
     def spans(self, fan: int):
         """As Plain.spans; the residues are those of the modulus."""

@@ -46,7 +46,7 @@ def _refined(rule, first_pos, last_pos, S, leaf):
     p0, s0 = np.repeat(p0, len(s0)), np.tile(s0, len(p0))
     times = np.ones(len(p0), np.int64)
     while len(p0):
-        tiles = regions.Tiles(p0, s0, np.maximum(p0, first_pos), np.minimum(p0 + rows, last_pos) - 1, s0, np.minimum(s0 + cols, S) - 1, S, (rows, cols))
+        tiles = regions.Tiles(p0, s0, np.maximum(p0, first_pos), np.minimum(p0 + rows, last_pos) - 1, s0, np.minimum(s0 + cols, S) - 1, S, (rows, cols), span=(first_pos, last_pos))
         states = regions.state(rule, tiles)
         last = (rows, cols) == leaf
         part = np.flatnonzero(states == 1)

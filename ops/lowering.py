@@ -115,7 +115,7 @@ def _states(rule, spans, i, j, rows, keys, S, fan, given):
     residues = (pr_lo[i], pr_hi[i], sr_lo[j], sr_hi[j]) if pr_lo is not None and sr_lo is not None else ()
     size = rows.block * fan, keys.block * fan
     tiles = regions.Tiles(p0[i], s0[j], p_lo[i], p_hi[i], s_lo[j], s_hi[j], S, size, rows.modulus, residues, dict(given),
-                          ordered=isinstance(rows, Ordered) or isinstance(keys, Ordered))
+                          ordered=isinstance(rows, Ordered) or isinstance(keys, Ordered), span=rows.span)
     there = (tiles.p_lo <= tiles.p_hi) & (tiles.s_lo <= tiles.s_hi)
     states = regions.state(rule, tiles)
     return (states if there.all() else states * there), tiles

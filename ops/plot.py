@@ -85,5 +85,6 @@ def _png(pattern, rules, T, S, path):
         text = repr(rule)
         axes.set_title(text if len(text) <= 60 else text[:57] + "...", fontsize=7)
         axes.set_xlabel("keys"), axes.set_ylabel("queries")
-        axes.legend(handles=[Patch(color=_COLOURS[kind], label=kind) for kind in dict.fromkeys(kinds)], fontsize=6, loc="upper right")
+        axes.legend(handles=[Patch(color=_COLOURS[kind], label=kind) for kind in dict.fromkeys(kinds)], fontsize=6, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
     figure.savefig(path, dpi=160)

@@ -81,14 +81,16 @@ def draws(pattern, first: int, last: int, n: int) -> np.ndarray:
     narrow = np.flatnonzero(~done & (degree <= 64))
     for rows in (narrow, *(wide[a:a + 64] for a in range(0, len(wide), 64))):
         if len(rows):
-            out[rows] = _draw(pattern, i[rows], reach[rows], [cols_x[start[r]:start[r + 1]] for r in rows] if len(cols_x) else None, degree[rows])
+            out[rows] = _draw(pattern, i[rows], reach[rows], cols_x, start[rows], degree[rows])
     return out
 
 
-def _draw(pattern, i, reach, lists, degree):
+def _draw(pattern, i, reach, excluded, start, degree):
+    """Draws for query blocks i; row r's excluded blocks are excluded[start[r]:start[r] + degree[r]], ascending."""
     taken = np.full((len(i), int(degree.max(initial=0)) + pattern.count), _NEVER, np.int64)  # ascending; excluded and drawn blocks
-    for r, columns in enumerate(lists or ()):
-        taken[r, :len(columns)] = columns
+    row = np.repeat(np.arange(len(i)), degree)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(degree) - degree, degree)
+    taken[row, place] = excluded[start[row] + place]
     out = np.full((len(i), pattern.count), -1, np.int64)
     for slot in range(pattern.count):
         place = jump(hash64(pattern.seed, i, slot), reach - degree - slot)

@@ -72,6 +72,7 @@ class Tiles:
     residues: tuple = ()
     given: dict = field(default_factory=dict)
     ordered: bool = False
+    span: tuple | None = None  # the range of all rows of the layout, so that draws are made once
     states: dict = field(default_factory=dict)
 
     def take(self, index):
@@ -199,8 +200,8 @@ def _block_ranges(rule, t):
     if isinstance(rule, pt.Blocks):
         return _cells(rule, 0), rule.block_q, rule.block_k
     from sparsetile.ops.random_blocks import cells
-    q = t.p_lo.min(initial=0) // rule.block, t.p_hi.max(initial=-1) // rule.block + 1
-    return cells(rule, int(q[0]), int(q[1]), t.S), rule.block, rule.block
+    first, last = t.span or (int(t.p_lo.min(initial=0)), int(t.p_hi.max(initial=-1)) + 1)
+    return cells(rule, first // rule.block, -(-last // rule.block), t.S), rule.block, rule.block
 
 
 def _explicit(rule, t):
@@ -275,7 +276,7 @@ def _explicit_signature(rule, t):
     cells, block_q, block_k = _block_ranges(rule, t)
     i, j = t.p0 // block_q, t.s0 // block_k
     rows, cols = (-(-(size - 1) // block) + 1 for size, block in zip(t.size, (block_q, block_k)))
-    if t.ordered or rows * cols > 62 or isinstance(rule, pt.RandomBlocks):  # draws outside the range asked for are not known
+    if t.ordered or rows * cols > 62:
         return t.p0, t.s0, np.zeros(len(i), np.int64)
     bits = sum((cells.has(0, i + a, j + b).astype(np.int64) << (a * cols + b)) for a in range(rows) for b in range(cols))
     return t.p0 % block_q, t.s0 % block_k, bits
