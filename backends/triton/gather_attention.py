@@ -1,0 +1,208 @@
+"""Attention over selected keys, forward: the heads that share a list of entries and a key head are the rows of a tile, their keys are gathered.
+
+q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  indices [B,G,T,K] int32, G in {1, Hk, Hq}  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
+Entry e >= 0 stands for keys e * granularity ... + granularity - 1. What is no key of the call (below 0, at or past the end, at or past `lengths`, past the
+query with causal) is a hole: it is read as zeros and never reaches a sum. An entry given twice counts twice. Empty row: out 0, lse -inf.
+"""
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton.launch import BYTES, POINTER, parts, power, refusal, scales, shared_limit
+from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
+
+TUNABLES = (
+    Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded"),
+    Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time"),
+    Tunable("num_warps", (4, 8), "warps of a program"),
+    Tunable("num_stages", (1, 2, 3), "blocks of keys in flight"),
+    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
+)
+
+
+@triton.jit
+def keys_of(row, start, count, limit, p, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, BK: tl.constexpr):
+    """(keys, which of them exist) at places start .. start + BK of an entry list: holes are not."""
+    place = start + tl.arange(0, BK)
+    if GRANULARITY == 1:
+        entry = tl.load(row + place, mask=place < count, other=-1)
+        ok = (entry >= 0) & (entry < limit)
+        key = tl.where(ok, entry, 0)
+    else:
+        entry = tl.load(row + place // GRANULARITY, mask=place // GRANULARITY < count, other=-1)
+        ok = (entry >= 0) & (entry < (limit + GRANULARITY - 1) // GRANULARITY)  # before the product: an entry may be anything
+        key = tl.where(ok, entry, 0) * GRANULARITY + place % GRANULARITY
+        ok = ok & (key < limit)
+        key = tl.where(ok, key, 0)
+    if CAUSAL:
+        ok = ok & (key <= p)
+    return key.to(tl.int64), ok
+
+
+@triton.jit(do_not_specialize=["T", "S", "K", "q_start", "Hq", "Hk", "G"])
+def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, Hq, Hk, G, T, S, K, q_start,
+            scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
+            V1: tl.constexpr, SLICES: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
+            NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
+    # programs: value slice, tile of the heads that share (ROWS of them), set of such heads, query, batch
+    x = tl.program_id(0)
+    piece = x % SLICES
+    tile = x // SLICES % TILES
+    x = x // SLICES // TILES
+    sets = Hq // ROWS
+    which = x % sets
+    t = (x // sets % T).to(tl.int64)
+    b = (x // sets // T).to(tl.int64)
+    first = which * ROWS
+    member = tile * BH + tl.arange(0, BH)
+    row_ok = member < ROWS
+    h = (first + tl.where(row_ok, member, 0)).to(tl.int64)
+    hk = (first // (Hq // Hk)).to(tl.int64)
+    g = (first // (Hq // G)).to(tl.int64)
+    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    line = (b * G + g) * T + t
+    count = K
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + line), 0), K)
+    row = indices + line * K
+    q += b * sqb + t * sqt
+    k += b * skb + hk * skh
+    v += b * svb + hk * svh
+    q0 = load(q, h * sqh, row_ok, 0, D0, D, True)
+    q1 = 0.0
+    if D1:
+        q1 = load(q, h * sqh, row_ok, D0, D1, D, True)
+    if NEGATE:
+        q0 = negated(q0)
+        if D1:
+            q1 = negated(q1)
+    m = tl.full([BH], float("-inf"), tl.float32)
+    l = tl.zeros([BH], tl.float32)
+    acc0 = tl.zeros([BH, V0], tl.float32)
+    acc1 = 0.0
+    if V1:
+        acc1 = tl.zeros([BH, V1], tl.float32)
+    col = piece * V0
+    for at in tl.range(0, count * GRANULARITY, BK):
+        key, ok = keys_of(row, at, count, limit, start + t, GRANULARITY, CAUSAL, BK)
+        k0 = load(k, key * sks, ok, 0, D0, D, True)
+        s = product(q0, tl.trans(k0), tl.zeros([BH, BK], tl.float32))
+        if D1:
+            k1 = load(k, key * sks, ok, D0, D1, D, True)
+            s = product(q1, tl.trans(k1), s)
+        if CAP:
+            s = capped(s, inner, outer)
+        s = tl.where(ok[None, :], s, float("-inf"))
+        p, a, m, l = soften(s, m, l, 1.0 if CAP else scale, True)
+        if SLICES > 1:
+            v0 = load_at(v, key * svs, ok, col, V0, DV)
+        elif SHARED:
+            v0 = k0
+        else:
+            v0 = load(v, key * svs, ok, 0, V0, DV, True)
+        acc0 = product(p.to(v.dtype.element_ty), v0, acc0 * a[:, None])
+        if V1:
+            v1 = load(v, key * svs, ok, V0, V1, DV, True)
+            acc1 = product(p.to(v.dtype.element_ty), v1, acc1 * a[:, None])
+    factor, logs = finish(m, l, sinks, h, sinks is not None)
+    rows = (b * Hq + h) * T + t
+    if lse is not None:
+        if piece == 0:
+            tl.store(lse + rows, logs, mask=row_ok)
+    cv = col + tl.arange(0, V0)
+    tl.store(out + (rows * DV)[:, None] + cv[None, :], (acc0 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+    if V1:
+        cv = V0 + tl.arange(0, V1)
+        tl.store(out + (rows * DV)[:, None] + cv[None, :], (acc1 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the host
+def supports(problem: Problem) -> str | None:
+    return refusal(problem)
+
+
+def default_config(problem: Problem) -> dict:
+    group, single = problem["Hq"] // problem["Hk"], problem.dtype("q") == "float32"
+    wide, heads = power(max(problem["D"], problem["Dv"])), min(64, power(group))
+    config = dict(heads=heads, block_k=64 if wide <= 128 else 32, num_warps=8 if heads * wide > 64 * 128 else 4, num_stages=2, value_block=0)
+    if single:
+        config.update(heads=16, block_k=32 if wide <= 128 else 16, num_stages=1, value_block=128 if wide > 128 else 0)
+    if problem.arch in ("gfx942", "sm_86", "sm_89", "sm_80") and wide > 256:
+        config.update(heads=min(heads, 32), block_k=16 if problem.arch == "gfx942" else 32, num_stages=1, value_block=256)
+    for step in (dict(num_stages=1), dict(block_k=16), dict(heads=16), dict(value_block=128)):
+        if isinstance(resources(problem, config), Resources):
+            break
+        config |= step
+    return config
+
+
+def _widths(D, DV, config):
+    D0, D1 = parts(D)
+    V0, V1 = parts(DV)
+    if config["value_block"] and config["value_block"] < V0 + V1:
+        return D0, D1, config["value_block"], 0, -(-DV // config["value_block"])
+    return D0, D1, V0, V1, 1
+
+
+def resources(problem: Problem, config) -> Resources | str:
+    D0, D1, V0, V1, slices = _widths(problem["D"], problem["Dv"], config)
+    size, rows, keys, stages = BYTES[problem.dtype("q", "float32")], config["heads"], config["block_k"], config["num_stages"]
+    if rows * (V0 + V1 + keys) > config["num_warps"] * 32 * 232:
+        return f"{rows} heads x {V0 + V1} value columns do not fit the registers of {config['num_warps']} warps; use fewer heads, more warps, or value_block"
+    values = 0 if "shared_kv" in problem.features and slices == 1 and V0 == D0 and not V1 else V0 + V1
+    shared = size * (rows * (D0 + D1) + stages * keys * (D0 + D1 + values) + rows * keys)
+    if shared > shared_limit(problem.arch):
+        return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use fewer heads, keys or stages"
+    return Resources(threads=config["num_warps"] * (64 if problem.arch == "gfx942" else 32), shared=shared)
+
+
+def constants(D, DV, config, *, rows, granularity=1, causal=False, shared_kv=False, negate=False, cap=False, from_length=False) -> dict:
+    D0, D1, V0, V1, slices = _widths(D, DV, config)
+    return dict(ROWS=rows, TILES=-(-rows // config["heads"]), D=D, D0=D0, D1=D1, DV=DV, V0=V0, V1=V1, SLICES=slices, BH=config["heads"], BK=config["block_k"], GRANULARITY=granularity,
+                CAUSAL=causal, SHARED=shared_kv and slices == 1 and DV == V0 == D0, NEGATE=negate, CAP=cap, FROM_LENGTH=from_length)
+
+
+def shared_rows(Hq: int, Hk: int, G: int) -> int:
+    """How many heads share both entries and keys."""
+    return Hq // max(G, Hk)
+
+
+@lru_cache(4096)
+def _plan(sizes, config, scale, softcap, granularity, causal, shared_kv, from_length):
+    B, Hq, Hk, T, D, DV, G = sizes
+    config, rows = dict(config), shared_rows(Hq, Hk, G)
+    size, inner, outer, negate = scales(scale, softcap)
+    made = constants(D, DV, config, rows=rows, granularity=granularity, causal=causal, shared_kv=shared_kv, negate=negate, cap=softcap is not None, from_length=from_length)
+    return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), {**made, "num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+
+
+def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None,
+        return_lse=True):
+    B, Hq, T, D = q.shape
+    Hk, S, DV, G, K = k.shape[1], k.shape[2], v.shape[3], indices.shape[1], indices.shape[3]
+    kind = out_dtype or str(q.dtype)[6:]
+    if not B * Hq * T or not S or not K:
+        return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
+    out, lse = place.empty((B, Hq, T, DV), kind), place.empty((B, Hq, T), "float32") if return_lse else None
+    host = q_start if isinstance(q_start, int) else None
+    shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
+    grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
+                                                 shared_kv, q_start is None)
+    forward[grid](q, k, v, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits, *q.stride()[:3], *k.stride()[:3],
+                  *v.stride()[:3], Hq, Hk, G, T, S, K, host or 0, size, inner, outer, **constant)
+    return out, lse
+
+
+def artifacts(problem: Problem, config) -> list[dict]:
+    has = problem.features.__contains__
+    pointer = POINTER[problem.dtype("q", "float32")]
+    made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), shared_kv=has("shared_kv"),
+                     cap=has("softcap"), from_length=has("kv_length") and not has("q_start"))
+    signature = {name: pointer for name in ("q", "k", "v", "out")} | {"lse": "*fp32", "indices": "*i32", "lengths": "*i32"}
+    signature |= {name: "*i32" for name, on in (("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on} | ({"sinks": "*fp32"} if has("sink") else {})
+    strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
+    div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
+    signature |= {name: "i32" for name in strides + ("Hq", "Hk", "G", "T", "S", "K", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    return [dict(fn=forward, signature=signature, constexprs=made, options=dict(num_warps=config["num_warps"], num_stages=config["num_stages"]), div16=div16)]
