@@ -161,3 +161,36 @@ def test_indexer_scores_on_hopper(B, T, S, token_major, rng):
         got = indexer_scores.run(*map(place.put, (q, k, w)), place=place, config={}, k_scale=place.put(scale), activation=activation, **{name: place.put(x) for name, x in bounds.items()})
         given = dict(k_scale=scale, activation=activation)
         assert_close(f"hopper {activation}", place.get(got), oracle.indexer_scores(q, k, w, seen=seen, **given), plain.indexer_scores(q, k, w, visible=seen, **given), reduction=64 * 128)
+
+
+FUSED = [("normal", 2, 5, 1500, 100), ("NaN and inf", 1, 3, 5000, 300), ("ascending", 1, 4, 9000, 200), ("equal", 1, 4, 6000, 128), ("zeros", 1, 4, 6000, 128), ("trap", 1, 2, 9000, 512)]
+
+
+@pytest.mark.parametrize("path", ("fused", "scratch"))
+@pytest.mark.parametrize("name, B, T, S, K", FUSED)
+def test_indexer_topk_on_hopper(name, B, T, S, K, path, rng):
+    """Scores and selection in one kernel choose what sorting the stored scores gives; so does the other path, whose scores are the same."""
+    place = HopperPlace()
+    q, k, w, scale = inputs(rng, "float8_e4m3fn", B, 64, T, S, 128)
+    if name == "NaN and inf":
+        for value in (np.nan, np.inf, -np.inf):
+            scale[:, rng.integers(0, S, S // 4 if np.isnan(value) else 5)] = value
+    elif name == "ascending":
+        scale, w = np.sort(scale, axis=1) ** 8, np.abs(w)
+    elif name == "equal":
+        k[:], scale[:] = k[:, :1], 1
+    elif name == "zeros":
+        w[:] = 0
+    elif name == "trap":  # the best stand together, and most prefixes have seen none
+        scale[:] = 1e-3
+        scale[:, S // 2:S // 2 + K // 2] = 1
+    bounds, seen = windows(rng, B, T, S)
+    arguments = dict(place=place, k_scale=place.put(scale), **{name: place.put(x) for name, x in bounds.items()})
+    p = Problem.of("indexer_topk", dict(B=B, H=64, T=T, S=S, D=128, K=K), dict(q="float8_e4m3fn", k="float8_e4m3fn"), "sm_90a")
+    config = {**indexer_topk.default_config(p), "path": path}
+    assert not isinstance(indexer_topk.resources(p, config), str)
+    scores = place.get(indexer_scores.run(*map(place.put, (q, k, w)), config=config, **arguments))
+    indices, lengths, _ = indexer_topk.run(*map(place.put, (q, k, w)), K, config=config, **arguments)
+    expected, counts = expected_choice(scores, seen, K)
+    assert np.array_equal(place.get(lengths), counts)
+    assert np.array_equal(place.get(indices), expected)

@@ -96,6 +96,10 @@ def hopper_problem(kind: str, H: int, D: int, arch: str) -> bool:
     return arch == "sm_90a" and (kind, H, D) == ("float8_e4m3fn", 64, 128)
 
 
+def takes_hopper(q, k, place) -> bool:
+    return hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k)
+
+
 def artifacts(problem, config):
     kind, D = problem.dtype("q"), problem["D"]
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
@@ -110,7 +114,7 @@ def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, o
     (B, H, T, D), S = q.shape, k.shape[1]
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
-    if hopper_problem(q.dtype, H, D, place.arch) and hopper.can_map(q) and hopper.can_map(k):
+    if takes_hopper(q, k, place):
         return launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill)
     d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch)
     function = nvrtc.function("indexer_scores", "indexer_scores", FIELDS, d, place)

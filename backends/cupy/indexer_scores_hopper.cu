@@ -1,18 +1,10 @@
 // indexer_scores for e4m3, 64 heads of width 128, on Hopper's own matrix instructions. Same meaning, same arguments; its sums have an order of their own, the
 // same for every call with such inputs. Persistent: one producer thread, two consumer groups of 64 keys each, four queries (256 columns) at a time.
-// relu(x) w is fma(x + |x|, w / 2, sum): one addition with a free modifier instead of the half-rate maximum (products of e4m3 are far from overflowing).
-// The sums over four lanes are exchanged transposed, so that each lane ends with one query.
-#include "hopper.cuh"
-#include "window.cuh"
+#include "indexer_hopper.cuh"
 
 #ifndef STAGES
 #define STAGES 6
 #endif
-#ifndef RELU
-#define RELU 1
-#endif
-
-constexpr int HEADS = 64, QB = 4, KB = 128, KEY_BYTES = KB * 128, QUERY_BYTES = QB * HEADS * 128;
 
 struct Params {
   TensorMap q, k;                               // [B, T, H, 128] (boxes of 4 queries), [B, S, 128] (boxes of 128 keys)
@@ -43,27 +35,6 @@ __device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
   x.v0 = first < last ? imax(x.begin, first / KB) : x.end;
   x.v1 = first < last ? imin(x.end, (last - 1) / KB + 1) : x.end;
   return x;
-}
-
-// Sums over the heads of queries q and q + 1 in this lane: r[query][row].
-__device__ __forceinline__ void sum_heads(const float (&a)[64], const float (&w)[64], int q, float (&r)[4][2]) {
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    float s0 = 0, s1 = 0, u0 = 0, u1 = 0;
-#pragma unroll
-    for (int c = 0; c < 8; c++) {
-      const float* x = a + (8 * j + c) * 4;
-      const float* y = w + (q + j) * 16 + 2 * c;
-#if RELU
-      s0 = fmaf(x[0] + fabsf(x[0]), y[0], s0); u0 = fmaf(x[1] + fabsf(x[1]), y[1], u0);
-      s1 = fmaf(x[2] + fabsf(x[2]), y[0], s1); u1 = fmaf(x[3] + fabsf(x[3]), y[1], u1);
-#else
-      s0 = fmaf(x[0], y[0], s0); u0 = fmaf(x[1], y[1], u0);
-      s1 = fmaf(x[2], y[0], s1); u1 = fmaf(x[3], y[1], u1);
-#endif
-    }
-    r[q + j][0] = s0 + u0; r[q + j][1] = s1 + u1;
-  }
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const __grid_constant__ Params p) {
@@ -110,14 +81,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
           if ((tile < x.v0 || tile >= x.v1) && mine)
             for (int e = 0; e < 2; e++) if (tile * KB + row + 8 * e < p.S) out[tile * KB + row + 8 * e] = -inf();
       if (x.v0 >= x.v1) continue;
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        const float* from = p.weights + x.b * p.w_b + (i64)(x.t + imin(q, x.nt - 1)) * p.w_t;
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) w[q * 16 + 2 * c + e] = (RELU ? 0.5f : 1.f) * from[(8 * c + 2 * me + e) * p.w_h];
-      }
+load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
       const float* scales = p.k_scale ? p.k_scale + x.b * p.scale_b : nullptr;
       bar_wait(full_q, m & 1, patience); m++;
       for (int tile = x.v0; tile < x.v1; tile++, n++) {
@@ -138,19 +102,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
         wgmma_wait<0>(); hold(b);
         if (tid == 0) bar_arrive(free_(s));
         sum_heads(b, w, 2, r);
-        float v[2][2], z[2];  // lane `me` keeps query `me`
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const float send = me & 2 ? r[i][e] : r[i + 2][e], keep = me & 2 ? r[i + 2][e] : r[i][e];
-            v[i][e] = keep + __shfl_xor_sync(~0u, send, 2);
-          }
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float send = me & 1 ? v[0][e] : v[1][e], keep = me & 1 ? v[1][e] : v[0][e];
-          z[e] = keep + __shfl_xor_sync(~0u, send, 1);
-        }
+        float z[2];
+        exchange(r, me, z);
         if (mine && key < p.S) out[key] = key >= x.lo && key < x.hi ? z[0] * scale.x : -inf();
         if (mine && key + 8 < p.S) out[key + 8] = key + 8 >= x.lo && key + 8 < x.hi ? z[1] * scale.y : -inf();
       }

@@ -6,13 +6,21 @@ Some queries at a time: their scores go into a scratch of at most `scratch_mb` (
 them there. The score kernel is that of indexer_scores, so the sets are equal bit for bit. A row that sees no more than top_k entries is answered with all of
 them, NaN too, and its scores are not computed, unless scores are asked for. Forced blocks are always taken: they are the ends of the row's window, selection
 works between them. Everything is queued on the stream; nothing comes back to the host.
+
+The path "fused" (indexer_topk_hopper.cu: sm_90a, e4m3, 64 heads of width 128, top_k up to 2048, plain selection) scores and selects in one kernel without
+any scratch; arrays that its copy engine cannot address take the other path. Both give the same bits.
 """
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import indexer_scores, topk
+from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.operands import ceil_div
 
-TUNABLES = (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))
+TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: scores and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES,
+            Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))
+FUSED_FIELDS = "128s128s" + "7Q5q6i8x"
+FUSED_STAGES, FUSED_CAP, FUSED_MOST = 3, 4096, 2048
+FUSED_SHARED = 1024 + 4 * 64 * 128 + FUSED_STAGES * (128 * 128 + 16) + 32 + 4 * FUSED_CAP * 8 + 2 * 2048 * 4 + 256
+ORDER_SHARED = 4096 * 4 + FUSED_MOST * 4 + 64
 POOL_FIELDS = "5Q3q8i"
 POOL_THREADS = 256
 
@@ -21,7 +29,18 @@ def supports(problem):
     return indexer_scores.supports(problem) or topk.supports(problem)
 
 
+def no_fused(problem) -> str | None:
+    """Why the path "fused" is not for this problem."""
+    if not indexer_scores.hopper_problem(problem.dtype("q"), problem["H"], problem["D"], problem.arch):
+        return "path fused takes float8_e4m3fn, 64 heads of width 128, on sm_90a; take scratch"
+    if problem["K"] > FUSED_MOST or problem.features & {"pool", "force_first", "force_last", "return_scores"}:
+        return f"path fused takes top_k up to {FUSED_MOST} without pool, forced blocks and returned scores; take scratch"
+    return None
+
+
 def resources(problem, config):
+    if config["path"] == "fused":
+        return no_fused(problem) or Resources(384, FUSED_SHARED, 168)
     scores, select = indexer_scores.resources(problem, config), topk.resources(problem, config)
     for part in (scores, select):
         if isinstance(part, str):
@@ -31,13 +50,19 @@ def resources(problem, config):
 
 def default_config(problem):
     S, T = problem["S"], problem["T"] * problem["B"]
-    config = dict(indexer_scores.default_config(problem), scratch_mb=64)
+    busy = problem["B"] * ceil_div(problem["T"], 4) >= 66  # half of an H200: fewer groups of queries leave it idle, the other path splits the keys too
+    config = dict(indexer_scores.default_config(problem), scratch_mb=64, path="fused" if busy and not no_fused(problem) else "scratch")
     return {**config, **topk.heuristic(min(T, rows_held(S, config)), S, problem["K"])}
 
 
 def artifacts(problem, config):
     pool = [dict(source="indexer_topk", defines=dict(THREADS=POOL_THREADS), names=["pool_scores"])]
-    return indexer_scores.artifacts(problem, config) + topk.artifacts(problem, config) + pool
+    fused = [] if no_fused(problem) else [dict(source="indexer_topk_hopper", defines=fused_defines("relu"), names=["indexer_topk_hopper", "order_rows"])]
+    return indexer_scores.artifacts(problem, config) + topk.artifacts(problem, config) + pool + fused
+
+
+def fused_defines(activation) -> dict:
+    return dict(RELU=int(activation == "relu"), STAGES=FUSED_STAGES, CAP=FUSED_CAP)
 
 
 def rows_held(S: int, config: dict) -> int:
@@ -64,6 +89,20 @@ def pool_scores(place, scores, scores_row, pooled, pooled_row, first_row, rows, 
              scores_row, pooled_row, first_row, T, S, pool, blocks, lanes, q_start, int(causal), parts)
 
 
+def run_fused(q, k, weights, top_k, place, k_scale, bounds, activation, indices, lengths):
+    (B, H, T, D), S = q.shape, k.shape[1]
+    start, end, q_starts, q_start, causal = bounds
+    (qb, qh, qt), (kb, ks) = hopper.steps(q), hopper.steps(k)
+    maps = hopper.tensor_map(place, q, (D, H, T, B), (1, qh, qt, qb), (D, H, 4, 1)), hopper.tensor_map(place, k, (D, S, B), (1, ks, kb), (D, 16, 1))
+    items = B * ceil_div(T, 4)
+    scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
+    values = (*maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts), indices.ptr, lengths.ptr,
+              *weights.strides, scale_b, scale_s, T, S, items, top_k, q_start, int(causal))
+    d = fused_defines(activation)
+    nvrtc.function("indexer_topk_hopper", "indexer_topk_hopper", FUSED_FIELDS, d, place)(min(items, max(place.sms, 1)), 384, FUSED_SHARED, place.stream, *values)
+    nvrtc.function("indexer_topk_hopper", "order_rows", FUSED_FIELDS, d, place)(B * T, 256, ORDER_SHARED, place.stream, *values)
+
+
 def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu",
         pool=1, force_first=0, force_last=0, return_scores=False):
     (B, H, T, D), S = q.shape, k.shape[1]
@@ -72,6 +111,10 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     if B * T == 0 or top_k == 0:
         return indices, lengths, chosen
     bounds = indexer_scores.bounds_of(key_start, key_end, causal, q_start)
+    plain = pool == 1 and not (force_first or force_last or return_scores)
+    if config["path"] == "fused" and plain and top_k <= FUSED_MOST and indexer_scores.takes_hopper(q, k, place):
+        run_fused(q, k, weights, top_k, place, k_scale, bounds, activation, indices, lengths)
+        return indices, lengths, chosen
     row, pooled_row = ceil_div(S, 4) * 4, ceil_div(ceil_div(S, pool), 4) * 4  # rows start at 16 bytes
     pieces = chunks(B, T, rows_held(S, config), config["queries"])
     most = max(nb * nt for _, nb, _, nt in pieces)
