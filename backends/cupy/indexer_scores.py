@@ -14,7 +14,7 @@ from sparsetile.backends.cupy import hopper
 from sparsetile.backends.cupy.operands import KINDS, ceil_div, copy_bytes, padded
 
 TUNABLES = (
-    Tunable("warps", (4, 2, 8, 1), "warps of a block; each holds row_tiles x 16 keys"),
+    Tunable("warps", (1, 4, 2, 8), "warps of a block; each holds row_tiles x 16 keys"),
     Tunable("row_tiles", (1, 2), "16-key tiles of a warp: 2 halves what is read from shared memory, and doubles the registers"),
     Tunable("queries", (1, 2, 4, 8), "queries of a block, with all their heads"),
 )
