@@ -31,10 +31,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
   const float lse = p.lse[row], sink = p.sink ? p.sink[h] : -inf();
   const float high = fmaxf(lse, sink), low = fminf(lse, sink);
   const float total = high == -inf() || high == inf() ? high : high + log1pf(expf(low - high));
-  p.lse_total[row] = total;
-  // keys' share of the whole is exp(lse - total); beyond e^80 every probability has long become 0, and 0 * inf must not appear
+  // The keys' share of the whole is exp(lse - total). Where a huge sink makes it vanish, P = exp(s - total) would underflow and with it what dlse brings:
+  // then P is taken relative to e^60 times the keys' sum, small enough to be nothing in dV and still a normal number.
   float dlse = p.dlse ? p.dlse[b * p.lb + h * p.lh + t * p.lt] : 0.f;
-  if (dlse != 0.f) dlse *= expf(fminf(total - lse, 80.f));
+  const float reference = dlse != 0.f && lse != -inf() && total - lse > 60.f ? lse + 60.f : total;
+  if (dlse != 0.f) dlse *= expf(reference - lse);
+  p.lse_total[row] = reference;
   p.delta[row] = lse == -inf() ? 0.f : sum - dlse;
   if (p.term) p.term[row] = lse == -inf() || sink == -inf() || sink == inf() ? 0.f : expf(sink - total) * sum;
 }

@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
       deltas[stage * TQ + y] = t < 0 ? 0.f : __ldg(p.delta + head * p.at.T + t);
       if (kind >= 0) {
 #pragma unroll
-        for (int n = 0; n < TW; n++) words[(stage * TQ + y) * TW + n] = kind_word<BQ, BK>(p.lists, kind, w.c + y, c + 32 * n);
+        for (int n = 0; n < TW; n++) words[(stage * TQ + y) * TW + n] = t < 0 ? 0u : kind_word<BQ, BK>(p.lists, kind, w.c + y, c + 32 * n);
       }
     }
   };

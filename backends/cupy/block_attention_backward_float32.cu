@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
       const int t = at[r] = query_of<BQ, Q_ORDER>(p.lists, w.block, w.c + r, start, p.at.T);
       lses[r] = t < 0 ? inf() : lse_of(p.lse, head * p.at.T + t);
       deltas[r] = t < 0 ? 0.f : p.delta[head * p.at.T + t];
-      words[r] = kind_word<BQ, BK>(p.lists, kind, w.c + r, c);
+      words[r] = t < 0 ? 0u : kind_word<BQ, BK>(p.lists, kind, w.c + r, c);
     }
     __syncthreads();
     const auto query_row = [&](int r) { return at[r] < 0 ? nullptr : q + at[r] * p.qt; };

@@ -1,0 +1,120 @@
+"""Every .cu of the CuPy backend compiled for GPUs that are not here, with budgets of registers, spills and shared memory from ptxas's own report.
+
+The default config of each problem is what runs untuned, so it may not spill at all; what does is named in SPILLS with its bytes. Cubins are kept by
+digest in the backend's own disk cache: a second run compiles nothing.
+"""
+import importlib
+
+import pytest
+
+from sparsetile.backends.contract import Problem
+from sparsetile.backends.cupy import compile as nvrtc
+
+pytestmark = pytest.mark.aot
+ARCHES = ("sm_80", "sm_90a")
+HALF, SINGLE = "bfloat16", "float32"
+ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
+SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
+    "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32,
+}
+
+
+def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=()):
+    return dict(B=1, Hq=Hq, Hk=Hk, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
+
+
+def cases():
+    for op in ATTENTION:
+        for D, Dv in ((64, 64), (128, 128), (192, 128), (256, 256), (31, 33)):
+            yield op, f"{D}x{Dv}", attention(D, Dv)
+        yield op, "128x128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order"))
+        yield op, "576x512-shared", attention(576, 512, Hq=128, Hk=1, features=("shared_kv",))
+        yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
+        yield op, "128x128-float32", attention(128, 128, SINGLE)
+    for kind in (HALF, SINGLE):
+        yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
+        yield "merge_attention", kind, (dict(B=1, H=8, T=4096, Dv=128, N=2), dict(outs=kind), ())
+    for kind in (HALF, SINGLE, "float8_e4m3fn"):
+        yield "indexer_scores", kind, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=kind, k=kind), ("causal",))
+        yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
+        weights = HALF if kind.startswith("float8") else kind
+        yield "latent_decompress", kind, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=kind, w_uk=weights, w_uv=weights), ("scale",))
+    yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
+    yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
+    yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    try:
+        nvrtc.compiler()
+    except RuntimeError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("op, name, case", [pytest.param(*c, id=f"{c[0]}-{c[1]}") for c in cases()])
+def test_budget(op, name, case, arch):
+    kernel = importlib.import_module(f"sparsetile.backends.cupy.{op}")
+    dims, dtypes, features = case
+    problem = Problem.of(op, dims, dtypes, arch, features)
+    assert kernel.supports(problem) is None
+    config = kernel.default_config(problem)
+    asked = kernel.resources(problem, config)
+    assert not isinstance(asked, str), asked
+    for artifact in kernel.artifacts(problem, config):
+        found = nvrtc.report(artifact["source"], artifact["defines"], arch)
+        assert set(artifact["names"]) <= set(found), f"{artifact['source']}.cu defines {sorted(found)}, artifacts() names {artifact['names']}"
+        for entry in artifact["names"]:
+            used = found[entry]
+            assert used["registers"] <= 255
+            assert used["spills"] <= SPILLS.get(artifact["source"], 0), f"{artifact['source']}.{entry}: {used} under {artifact['defines']}"
+            assert asked.shared + used["shared"] <= nvrtc.shared_limit(arch)
+
+
+@pytest.mark.parametrize("op", ATTENTION)
+def test_every_config_is_refused_or_complete(op):
+    """What resources() lets through has every constant that the source needs: one odd config of each kernel compiles."""
+    kernel = importlib.import_module(f"sparsetile.backends.cupy.{op}")
+    problem = Problem.of(op, *attention(72, 40)[:2], "sm_80")
+    config = {knob.name: knob.values[-1] for knob in kernel.TUNABLES}
+    while isinstance(kernel.resources(problem, config), str):  # the largest of everything is refused; step down
+        for knob in kernel.TUNABLES:
+            at = knob.values.index(config[knob.name])
+            if at:
+                config[knob.name] = knob.values[at - 1]
+                break
+    for artifact in kernel.artifacts(problem, config):
+        assert nvrtc.report(artifact["source"], artifact["defines"], "sm_80")
+
+
+def test_small_chips_have_a_default():
+    """Chips with 99 KiB a block: a config that fits, or a sentence."""
+    for op in ATTENTION:
+        kernel = importlib.import_module(f"sparsetile.backends.cupy.{op}")
+        for D, Dv in ((64, 64), (128, 128), (192, 128), (256, 256), (320, 320)):
+            problem = Problem.of(op, *attention(D, Dv)[:2], "sm_86")
+            assert kernel.supports(problem) is None, (op, D, Dv)
+    refusal = importlib.import_module("sparsetile.backends.cupy.block_attention_backward").supports(Problem.of("block_attention_backward", *attention(576, 512)[:2], "sm_86"))
+    assert "shared memory" in refusal and refusal[-1] != "\n"
+
+
+def test_cache_survives_damage(tmp_path, monkeypatch):
+    """A cubin cut short or overwritten is compiled again; a fresh one is read without compiling."""
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
+    first = nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0]
+    (file,) = (tmp_path / "cupy").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:100], b"", whole[:50] + b"\0" + whole[51:]):
+        file.write_bytes(damaged)
+        assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0] == first
+        assert len(file.read_bytes()) > len(whole) - 64  # the log tells the time it took
+    monkeypatch.setattr(nvrtc.compiler().__class__, "compile", lambda *a: pytest.fail("compiled although the cache was whole"))
+    assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0] == first
+
+
+def test_digest_knows_its_sources():
+    """Headers, defines and architecture are in the key."""
+    base = nvrtc.digest("block_attention", dict(A=1), "sm_80")
+    assert len({base, nvrtc.digest("block_attention", dict(A=2), "sm_80"), nvrtc.digest("block_attention", dict(A=1), "sm_90a"), nvrtc.digest("merge_attention", dict(A=1), "sm_80")}) == 4
+    assert {path.name for path in nvrtc.sources("block_attention")} >= {"block_attention.cu", "tiles.cuh", "mma.cuh", "numbers.cuh", "lists.cuh"}

@@ -1,0 +1,279 @@
+"""The CuPy backend's attention kernels, forward and backward, run on the CPU as they are written (cuda_on_cpu.py) and judged by the numeric policy.
+
+Keys that nobody sees hold NaN, outputs start as NaN, shared memory too; asynchronous copies land as late as the waits allow.
+"""
+import dataclasses
+
+import block_lists
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from cuda_on_cpu import CXX, CpuPlace
+from numeric import assert_close, plain
+
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, merge_attention
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+KINDS = tuple(TYPES)
+SINK = np.array([0.5, -np.inf, 3.0, 300.0], np.float32)
+BIG = 2 ** 31 - 1
+
+
+@pytest.fixture(scope="module")
+def place():
+    return CpuPlace()
+
+
+def tensors(rng, kind, B, Hq, Hk, T, S, D, Dv, *, odd=False, shared=False):
+    """q, k, v; `odd`: rows that start at odd addresses; `shared`: v is the first columns of k."""
+    make = lambda *shape: rng.standard_normal(shape).astype(TYPES[kind])  # noqa: E731
+    q, k = (make(B, Hq, T, D + 1)[..., :D], make(B, Hk, S, D + 3)[..., 1:D + 1]) if odd else (make(B, Hq, T, D), make(B, Hk, S, D))
+    return q, k, k[..., :Dv] if shared else make(B, Hk, S, Dv)
+
+
+def hide(k, v, count, heads):
+    """NaN where no query of the call sees the key."""
+    seen = np.broadcast_to(count, (k.shape[0], heads, *count.shape[2:])).reshape(k.shape[0], k.shape[1], -1, *count.shape[2:]).any((2, 3))
+    k[~seen], v[~seen] = np.nan, np.nan
+
+
+def judge(place, run, backward, q, k, v, count, *, scale, sink=None, softcap=None, keep=None, rng=None):
+    """Forward and backward against float64, by the policy. keep [B,1,T]: queries that some tile holds."""
+    B, Hq, T, D = q.shape
+    count = np.broadcast_to(count, (B, Hq, T, k.shape[2])).astype(np.int64)
+    given = dict(scale=scale, softcap=softcap, sink_logits=sink)
+    out, lse = run(sink)
+    truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
+    here = np.broadcast_to(True if keep is None else keep, (B, Hq, T))
+    clean = lambda x: np.where(here.reshape(here.shape + (1,) * (x.ndim - 3)), x, np.zeros((), x.dtype))  # noqa: E731
+    assert_close("out", clean(out.owner), clean(truth[0]), clean(formula[0]), reduction=k.shape[2])
+    assert_close("lse", clean(lse.owner), clean(truth[1]), clean(formula[1]), reduction=k.shape[2])
+    dout = clean(rng.standard_normal(out.shape).astype(q.dtype))
+    dlse = np.where(np.isneginf(truth[1]) | ~here, 0, rng.standard_normal(lse.shape)).astype(np.float32)
+    out, lse = place.put(clean(out.owner)), place.put(clean(lse.owner))
+    total, delta, _ = attention_delta.run(out, place.put(dout), lse, place=place, sink_logits=place.put(sink), dlse=place.put(dlse))
+    grads = backward(total, delta, place.put(dout))
+    truth, formula = (f(q, k, v, count, dout, dlse=dlse, **given) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, true, one in zip(("dq", "dk", "dv"), grads, truth, formula):
+        got = clean(got.owner) if name == "dq" else got.owner
+        assert_close(name, got, true, one, reduction=k.shape[2] + T * Hq)
+
+
+# ------------------------------------------------------------------------------------------------------------------ block lists
+@dataclasses.dataclass
+class Case:
+    B: int = 2
+    Hq: int = 4
+    Hk: int = 2
+    T: int = 50
+    S: int = 70
+    D: int = 32
+    Dv: int = 24
+    rule: str = "window"
+    lengths: tuple | None = None
+    start: int | tuple | None = None
+    lists: int = 1
+    order: bool = False
+    odd: bool = False
+    sink: bool = False
+    softcap: float | None = None
+    scale: float = 0.3
+    forward: tuple = (32, 64, 32, 1)        # block_q, block_k, tile_k, row_tiles
+    backward: tuple = (32, 64, 32, 32, 1)   # block_q, block_k, tile_k, tile_q, stages
+
+    def __str__(self):
+        return "-".join(f"{f.name}={getattr(self, f.name)}".replace(" ", "") for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+
+
+RULES = {
+    "window": lambda p, s, rng: (s <= p) & (s >= p - 20),
+    "causal": lambda p, s, rng: s <= p,
+    "full": lambda p, s, rng: np.ones(np.broadcast_shapes(p.shape, s.shape), bool),
+    "random": lambda p, s, rng: rng.random((len(p), s.shape[1])) < 0.3,
+    "mixed": lambda p, s, rng: ((rng.random((len(p) // 32 + 1, s.shape[1] // 32 + 1)) < 0.4).repeat(32, 0).repeat(32, 1)[:len(p), :s.shape[1]] | (s <= p) & (s > p - 9)) & (p % 13 != 5),
+}
+BLOCK_CASES = [
+    Case(),
+    Case(rule="causal", D=40, Dv=17, forward=(32, 64, 64, 1), backward=(32, 64, 64, 16, 2), sink=True),
+    Case(rule="random", lengths=(33, 70), forward=(32, 32, 32, 1), backward=(32, 32, 32, 32, 2)),
+    Case(rule="mixed", T=90, lengths=(5, 300), forward=(64, 64, 32, 1), backward=(64, 64, 64, 16, 2), softcap=1.5),
+    Case(rule="full", T=1, S=200, lengths=(0, 131), D=31, Dv=33, sink=True),
+    Case(rule="mixed", T=64, S=100, lengths=(77, 100), start=0, order=True, softcap=2.0, backward=(32, 64, 32, 32, 2)),
+    Case(rule="mixed", T=40, S=150, start=(3, 77), lists=3, odd=True),
+    Case(rule="mixed", T=70, S=150, start=60, lists=2, D=64, Dv=64, scale=-0.2, forward=(64, 128, 64, 2), backward=(64, 128, 128, 64, 2)),
+    Case(B=1, Hq=2, Hk=1, rule="causal", T=20, S=60, D=208, Dv=300, scale=0.1, backward=(32, 64, 32, 16, 1)),
+    Case(B=1, Hq=3, Hk=3, rule="window", T=5, S=3, D=1, Dv=1),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
+def test_block_attention(case, kind, rng, place):
+    c = case
+    q, k, v = tensors(rng, kind, c.B, c.Hq, c.Hk, c.T, c.S, c.D, c.Dv, odd=c.odd)
+    limit = np.full(c.B, c.S) if c.lengths is None else np.clip(c.lengths, 0, c.S)
+    starts = np.broadcast_to(limit - c.T if c.start is None else c.start, (c.B,))
+    first, P = int(starts.min()), int(starts.max() - starts.min()) + c.T
+    masks = np.stack([RULES[c.rule](first + np.arange(P)[:, None], np.arange(c.S)[None], rng) for _ in range(c.lists)])
+    q_order = k_order = keep = None
+    if c.order:  # slots in any order, some of them empty; a position or key without a slot is seen nowhere
+        slots = lambda n, m: rng.permutation(np.concatenate((np.arange(n), np.full(-n % m + m, -1))))  # noqa: E731
+        q_order, k_order = slots(P, 128), slots(c.S, 128)
+        k_order = np.where(k_order == 7, -1, k_order)
+        masks[:, :, 7] = False
+    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq))
+    count = np.zeros((c.B, c.Hq, c.T, c.S), bool)
+    for b in range(c.B):
+        for h in range(c.Hq):
+            count[b, h] = masks[list_of[b if len(list_of) > 1 else 0, h]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
+    hide(k, v, count, c.Hq)
+    sink = SINK[:c.Hq] if c.sink else None
+    at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
+              q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
+    forward = dict(zip(("block_q", "block_k", "tile_k", "row_tiles"), c.forward))
+    backward = dict(zip(("block_q", "block_k", "tile_k", "tile_q", "stages"), c.backward))
+    if kind == "float32":
+        forward.update(tile_k=32, row_tiles=1)
+        backward.update(tile_k=32, tile_q=32, stages=1)
+
+    def lists(config):
+        made = block_lists.build(masks, first, config["block_q"], config["block_k"], q_order=q_order, k_order=k_order, list_of=list_of, bitmaps=c.rule == "random")
+        arrays = {f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)}
+        return dataclasses.replace(made, **arrays)
+
+    operands = tuple(map(place.put, (q, k, v)))
+    judge(place, lambda sink: block_attention.run(*operands, lists(forward), config=forward, sink_logits=place.put(sink), **at),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, lists(backward), lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=c.scale, sink=sink, softcap=c.softcap, keep=keep, rng=rng)
+
+
+def test_expanded_and_unit_inputs(rng, place):
+    """Zero strides everywhere: an expanded v, and the dout of out.sum()."""
+    q, k, v = tensors(rng, "bfloat16", 2, 2, 2, 33, 40, 32, 32)
+    v, dout = np.broadcast_to(v[:1, :1], v.shape), np.broadcast_to(np.ones((), q.dtype), (2, 2, 33, 32))
+    mask = np.ones((1, 33, 40), bool)
+    lists = block_lists.build(mask, 7, 32, 64)
+    lists = dataclasses.replace(lists, **{f.name: place.put(getattr(lists, f.name)) for f in dataclasses.fields(lists) if isinstance(getattr(lists, f.name), np.ndarray)})
+    put, count = place.put, np.ones((2, 2, 33, 40), np.int64)
+    forward, backward = dict(block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    out, lse = block_attention.run(put(q), put(k), put(v), lists, place=place, config=forward, scale=0.2)
+    total, delta, _ = attention_delta.run(out, put(dout), lse, place=place)
+    grads = block_attention_backward.run(put(q), put(k), put(v), lists, total, delta, put(dout), place=place, config=backward, scale=0.2)
+    for name, got, true, one in zip(("dq", "dk", "dv"), grads, oracle.attention_gradients(q, k, v, count, dout, scale=0.2), plain.attention_gradients(q, k, v, count, dout, scale=0.2)):
+        assert_close(name, got.owner, true, one, reduction=100)
+
+
+# ------------------------------------------------------------------------------------------------------------------ selections
+@dataclasses.dataclass
+class Chosen:
+    B: int = 2
+    Hq: int = 4
+    Hk: int = 2
+    G: int = 1
+    T: int = 5
+    S: int = 90
+    D: int = 32
+    Dv: int = 24
+    K: int = 40
+    granularity: int = 1
+    causal: bool = False
+    kv: tuple | None = None
+    lengths: bool = False
+    start: tuple | None = None
+    odd: bool = False
+    shared: bool = False
+    sink: bool = False
+    softcap: float | None = None
+    scale: float = 0.3
+    forward: tuple = (16, 32, 1, 1)        # heads, tile_k, key_warps, stages
+    backward: tuple = (16, 32, 1, 16, 256)  # heads, tile_k, key_warps, tile_q, chunk
+
+    __str__ = Case.__str__
+
+
+CHOSEN_CASES = [
+    Chosen(),
+    Chosen(Hq=6, Hk=1, K=150, S=200, lengths=True, softcap=2.0, forward=(16, 64, 4, 2), backward=(16, 64, 4, 32, 128)),
+    Chosen(B=1, Hq=2, T=300, K=20, S=200, causal=True, G=2, backward=(16, 64, 2, 64, 128)),
+    Chosen(G=4, causal=True, T=9, kv=(33, 90), sink=True, forward=(16, 64, 2, 2), backward=(16, 64, 2, 32, 256)),
+    Chosen(G=2, granularity=16, K=5, causal=True, T=9, kv=(33, 90), lengths=True, forward=(16, 32, 2, 1), backward=(16, 32, 2, 16, 256)),
+    Chosen(granularity=7, K=12, causal=True, T=9, S=61, kv=(3, 61), D=31, Dv=33, scale=-0.1, forward=(16, 32, 1, 2)),
+    Chosen(granularity=100, K=3, T=9, S=361, D=16, Dv=16),
+    Chosen(B=1, Hq=40, Hk=1, D=80, Dv=64, shared=True, T=3, forward=(32, 32, 1, 2), backward=(32, 32, 1, 16, 256)),
+    Chosen(B=1, Hq=20, Hk=1, D=352, Dv=320, shared=True, T=2, scale=0.1, forward=(32, 32, 2, 1), backward=(32, 32, 2, 16, 256)),
+    Chosen(odd=True, start=(3, 80), causal=True, forward=(16, 32, 1, 2), backward=(16, 32, 1, 32, 256)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CHOSEN_CASES, ids=str)
+def test_gather_attention(case, kind, rng, place):
+    """Entries of every garbage, holes and duplicates anywhere, rows without any key."""
+    c = case
+    q, k, v = tensors(rng, kind, c.B, c.Hq, c.Hk, c.T, c.S, c.D, c.Dv, odd=c.odd, shared=c.shared)
+    blocks = -(-c.S // c.granularity)
+    indices = np.stack([rng.permutation(max(blocks, c.K))[:c.K] for _ in range(c.B * c.G * c.T)]).reshape(c.B, c.G, c.T, c.K).astype(np.int32)
+    luck = rng.random(indices.shape)
+    indices[luck < 0.25] = rng.choice(np.array([-1, -1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity]), (luck < 0.25).sum())
+    indices[..., -2:] = indices[..., :2]
+    indices[0, 0, 0] = -1
+    lengths = rng.integers(-2, c.K + 5, (c.B, c.G, c.T)).astype(np.int32) if c.lengths else None
+    count = oracle.selection_count(indices, c.S, c.Hq, lengths=lengths, granularity=c.granularity, causal=c.causal, kv_length=c.kv, q_start=c.start if c.kv or c.start else c.S - c.T)
+    hide(k, v, count, c.Hq)
+    put = place.put
+    at = dict(place=place, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap,
+              kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    forward = dict(zip(("heads", "tile_k", "key_warps", "stages"), c.forward))
+    backward = dict(zip(("heads", "tile_k", "key_warps", "tile_q", "chunk"), c.backward))
+    if kind == "float32":
+        forward = dict(heads=32, tile_k=32, key_warps=1, stages=1)
+        backward.update(heads=32, tile_k=32, key_warps=1, tile_q=32)
+    operands = (*map(put, (q, k, v)), put(indices))
+    judge(place, lambda sink: gather_attention.run(*operands, config=forward, sink_logits=put(sink), **at),
+          lambda lse, delta, dout: gather_attention_backward.run(*operands, lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=c.scale, sink=SINK[:c.Hq] if c.sink else None, softcap=c.softcap, rng=rng)
+
+
+# ------------------------------------------------------------------------------------------------------------------ delta, merge
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_attention_delta(kind, expanded, rng, place):
+    """From given outputs: rows without keys, sinks of -inf and +inf, the dout of out.sum()."""
+    B, H, T, Dv = 2, 4, 300, 33 if expanded else 40
+    out, lse = rng.standard_normal((B, H, T, Dv)).astype(TYPES[kind]), rng.standard_normal((B, H, T)).astype(np.float32)
+    out[0, 0, :5], lse[0, 0, :5] = 0, -np.inf
+    dout = np.broadcast_to(np.ones((), out.dtype), out.shape) if expanded else rng.standard_normal(out.shape).astype(out.dtype)
+    dlse = np.broadcast_to(np.float32(1), lse.shape) if expanded else rng.standard_normal(lse.shape).astype(np.float32)
+    sink = np.array([0.5, -np.inf, np.inf, 3], np.float32)
+    total, delta, dsink = attention_delta.run(*map(place.put, (out, dout, lse)), place=place, sink_logits=place.put(sink), dlse=place.put(dlse))
+
+    def formula(real):
+        s, keys = sink.astype(real)[None, :, None], lse.astype(real)
+        whole, mean = np.logaddexp(keys, s), (out.astype(real) * dout.astype(real)).sum(-1)
+        some, finite = np.isfinite(keys), np.isfinite(s)
+        term = np.where(some & finite, np.exp(np.where(finite, s, 0) - whole) * mean, 0)
+        return whole, np.where(some, mean - dlse * np.exp(whole - keys), 0), -term.sum((0, 2))
+
+    with np.errstate(all="ignore"):
+        truth, plainly = formula(np.float64), formula(np.float32)
+    heads = [0, 1, 3]  # P of an infinite sink's head is 0 but for what dlse brings: only finite numbers are promised
+    for name, got, true, one in zip(("lse_total", "delta"), (total, delta), truth, plainly):
+        assert_close(name, got.owner[:, heads], true[:, heads], one[:, heads], reduction=Dv)
+        assert np.isfinite(delta.owner).all()
+    assert_close("dsink", dsink.owner, truth[2], plainly[2], reduction=B * T * Dv)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts, Dv, sink", [(1, 40, True), (2, 33, False), (5, 40, True), (30, 24, True)])
+def test_merge_attention(kind, parts, Dv, sink, rng, place):
+    outs = [rng.standard_normal((2, 4, 11, Dv)).astype(TYPES[kind]) for _ in range(parts)]
+    lses = [(3 * rng.standard_normal((2, 4, 11))).astype(np.float32) for _ in range(parts)]
+    for out, lse in zip(outs, lses):  # rows that no part knows
+        out[0, 0, :4], lse[0, 0, :4] = 0, -np.inf
+    outs[0][1], lses[0][1] = 0, -np.inf
+    given = dict(sink_logits=SINK if sink else None)
+    got = merge_attention.run([*map(place.put, outs)], [*map(place.put, lses)], place=place, sink_logits=place.put(given["sink_logits"]))
+    for name, x, true, one in zip(("out", "lse"), got, oracle.merge_attention(outs, lses, **given), plain.merge_attention(outs, lses, **given)):
+        assert_close(name, x.owner, true, one, reduction=parts)
