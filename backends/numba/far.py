@@ -120,6 +120,17 @@ def record_at(dtype):
     return record
 
 
+def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
+    """Memory for each thread: field x of the job becomes the offset of its `sizes[x]` bytes in what thread n has at job.memory + n * job.memory_step."""
+    total = 0
+    for name, size in sizes.items():
+        job[name] = total
+        total += -(-size // 64) * 64
+    memory = np.empty((threads, total), np.uint8)
+    job["memory"], job["memory_step"] = memory.__array_interface__["data"][0], total
+    return memory
+
+
 def on_threads(work, job: np.ndarray, threads: int | None = None):
     """work(address of job, thread) on each of some threads (all); work is far("ii")."""
     count = numba.get_num_threads() if threads is None else threads

@@ -18,7 +18,7 @@ import numpy as np
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.exact import row_factor
-from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.gather_exact import exact
 from sparsetile.backends.numba.gather_job import job_at, load_heads, make_gather, named_keys, place_rows, unit_of
 from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, fetch_rows, mix_rows, scale_row, score_rows, soften
@@ -46,8 +46,10 @@ def default_config(problem):
 
 
 @kernel
-def _attend(job, b, t, h, heads, j, keys, found, rows, q, o, s, state, krows, vrows):
+def _attend(job, b, t, h, heads, j, found, memory):
     """`heads` heads from h on against `found` keys: O [heads, Dvp] and state [heads, (maximum, sum, NaN if a score was not finite, -)]."""
+    keys, rows, q, o = memory + job.keys, memory + job.rows, memory + job.head_q, memory + job.head_o
+    s, state, krows, vrows = memory + job.s, memory + job.state, memory + job.k_rows, memory + job.v_rows
     load_heads(job, job.q + b * job.q_b + t * job.q_t, job.q_h, job.q_code, h, heads, job.D, job.Dp, job.sign, q)
     fill_zero(o, heads * job.Dvp)
     for r in range(heads):
@@ -94,11 +96,7 @@ def _store(job, b, t, h, heads, found, o, state):
 def work(jobs, thread):
     """One thread: queries with the heads of a unit until there are none left, the last (causal: the longest) first."""
     job = job_at(jobs)
-    heads = job.split
-    keys, rows = np.empty(job.room, np.int64), np.empty(KEYS, np.int64)
-    q, o = np.empty((heads, job.Dp), np.float32), np.empty((heads, job.Dvp), np.float32)
-    s, state = np.zeros((heads, KEYS), np.float32), np.empty((heads, 4), np.float32)
-    krows, vrows = np.empty((KEYS, job.row), np.float32), np.empty((KEYS, job.Dvp), np.float32)
+    heads, memory = job.split, job.memory + job.memory_step * thread
     parts = (job.heads + heads - 1) // heads
     total = job.B * job.T * job.units * parts
     while True:
@@ -109,10 +107,9 @@ def work(jobs, thread):
         b, t = query // job.T, job.T - 1 - query % job.T
         h, j = unit_of(job, unit)
         h, count = h + part * heads, min(heads, job.heads - part * heads)
-        pkeys, po, ps = keys.ctypes.data, o.ctypes.data, state.ctypes.data  # taken in the loop: Numba frees an array after the last mention of it
-        found = named_keys(job, b, unit, t, pkeys)
-        _attend(job, b, t, h, count, j, pkeys, found, rows.ctypes.data, q.ctypes.data, po, s.ctypes.data, ps, krows.ctypes.data, vrows.ctypes.data)
-        _store(job, b, t, h, count, found, po, ps)
+        found = named_keys(job, b, unit, t, memory + job.keys)
+        _attend(job, b, t, h, count, j, found, memory)
+        _store(job, b, t, h, count, found, memory + job.head_o, memory + job.state)
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None,
@@ -127,8 +124,11 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     threads, tasks, heads = numba.get_num_threads(), B * T * int(job["units"][0]), int(job["heads"][0])
     if tasks < 2 * threads:  # few queries: heads are dealt out
         job["split"] = min(heads, max(4, -(-heads * tasks // (2 * threads) // 4) * 4))
+    x, room, split = job[0], indices.shape[3] * min(granularity, S), int(job["split"][0])
+    _memory = scratch(job, threads, keys=8 * room, rows=8 * KEYS, head_q=4 * split * x["Dp"], head_o=4 * split * x["Dvp"], s=split * STEP, state=16 * split,
+                      k_rows=4 * KEYS * x["row"], v_rows=4 * KEYS * x["Dvp"])
     counter, lost = np.zeros(2, np.int64), np.full(lse.shape, q.dtype == np.float64, np.uint8)
-    job["counter"], job["odd"], job["lost"], job["room"] = address(counter), address(counter[1:]), address(lost), indices.shape[3] * min(granularity, S)
+    job["counter"], job["odd"], job["lost"], job["room"] = address(counter), address(counter[1:]), address(lost), room
     if q.dtype != np.float64:
         on_threads(work, job)
     if counter[1] or q.dtype == np.float64:

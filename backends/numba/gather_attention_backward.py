@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.convert import fill_zero
-from sparsetile.backends.numba.far import far, on_threads
+from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.gather_job import job_at, load_heads, make_gather, named_keys, place_rows, unit_of
 from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, differ, fetch_rows, mix_rows, scale_row, score_rows, spread_rows
 from sparsetile.backends.numba.gather_wide import gradients
@@ -60,8 +60,10 @@ def _sort(keys, found, bins, numbers, offsets):
 
 
 @kernel
-def _query(job, b, t, unit, slot, krow, vrow, krows, vrows, slope, dq):
+def _query(job, b, t, unit, slot, memory):
     """P, dS and dq of one query and the heads of a unit."""
+    krow, vrow, krows, vrows = memory + job.rows, memory + job.more_rows, memory + job.k_rows, memory + job.v_rows
+    slope, dq = memory + job.s, memory + job.head_q
     h, j = unit_of(job, unit)
     heads, chunks = job.heads, (job.room + KEYS - 1) // KEYS
     keys, numbers, offsets = job.list + 8 * job.room * slot, job.numbers + 8 * job.room * slot, job.offsets + 8 * (job.bins + 1) * slot
@@ -110,16 +112,13 @@ def _query(job, b, t, unit, slot, krow, vrow, krows, vrows, slope, dq):
 def take_queries(jobs, thread):
     """One thread: the run's queries until there are none left."""
     job = job_at(jobs)
-    krow, vrow, slope = np.empty(KEYS, np.int64), np.empty(KEYS, np.int64), np.empty(KEYS, np.float32)
-    krows, vrows, dq = np.empty((KEYS, job.row), np.float32), np.empty((KEYS, job.Dvp), np.float32), np.empty((job.heads, job.row), np.float32)
     while True:
         slot = next_task(job.counter)
         item = job.first + slot
         if item >= job.last:
             break
         unit, query = item % job.units, item // job.units
-        _query(job, query // job.T, query % job.T, unit, slot, krow.ctypes.data, vrow.ctypes.data, krows.ctypes.data, vrows.ctypes.data,
-               slope.ctypes.data, dq.ctypes.data)
+        _query(job, query // job.T, query % job.T, unit, slot, job.memory + job.memory_step * thread)
 
 
 @far("ii")
@@ -184,6 +183,8 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     for total in sums:
         total.fill(0)
     counter = np.zeros(3, np.int64)
+    _scratch = scratch(job, threads, rows=8 * KEYS, more_rows=8 * KEYS, k_rows=4 * KEYS * x["row"], v_rows=4 * KEYS * x["Dvp"], s=4 * KEYS,
+                       head_q=4 * heads * x["row"])
     memory = dict(list=np.empty((slots, room), np.int64), numbers=np.empty((slots, room), np.int64), offsets=np.empty((slots, bins + 1), np.int64),
                   p=np.empty((slots, chunks, heads, KEYS), np.float32), ds=np.empty((slots, chunks, heads, KEYS), np.float32),
                   left_q=np.empty((slots, heads, int(x["row"])), np.float32), left_o=np.empty((slots, heads, int(x["Dvp"])), np.float32),

@@ -47,11 +47,11 @@ def _row(job, b, h, t, keys, found):
 def exact(jobs, thread):
     """One thread: rows whose byte at job.lost is set."""
     job = job_at(jobs)
-    keys = np.empty(job.room, np.int64)
+    keys = job.memory + job.memory_step * thread + job.keys
     while True:
         task = next_task(job.counter)
         if task >= job.B * job.Hq * job.T:
             break
         if get_byte(job.lost, task) != 0:
             b, h, t = task // (job.Hq * job.T), task // job.T % job.Hq, task % job.T
-            _row(job, b, h, t, keys.ctypes.data, named_keys(job, b, h // job.heads, t, keys.ctypes.data))
+            _row(job, b, h, t, keys, named_keys(job, b, h // job.heads, t, keys))

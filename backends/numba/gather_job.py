@@ -22,7 +22,7 @@ GATHER = np.dtype(
         "indices", "lengths", "granularity", "causal", "units", "heads", "split", "counter", "shared", "here_k", "here_v", "Dp", "Dvp", "row",
         "k_size", "v_size",
         "bins", "room", "first", "last", "list", "numbers", "offsets", "p", "ds", "left_q", "left_o", "sum_k", "sum_v", "odd",
-        "constants", "lost")]
+        "constants", "lost", "memory", "memory_step", "keys", "rows", "more_rows", "head_q", "head_o", "s", "state", "k_rows", "v_rows")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
 here_k, here_v: rows are read where they stand; shared: V is the first columns of K. row: float32 of a scratch row of K. Absent: 0."""

@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, record_at
+from sparsetile.backends.numba.far import far, record_at, scratch
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.selector import window
@@ -107,21 +107,18 @@ def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start,
     (B, H, T, D), S, threads = q.shape, k.shape[1], numba.get_num_threads()
     queries, padded, heads = tile_of(H, T), -(-D // LANES) * LANES, -(-H // HEADS) * HEADS
     each = not isinstance(q_start, (int, np.integer))
-    sizes = dict(qf=queries * heads * padded, wf=queries * heads, rows=KEYS * padded, panel=KEYS * padded, scale=KEYS, scores=queries * CHUNK)
-    offsets, total = {}, 0
-    for name, size in sizes.items():
-        offsets[name] = total
-        total += -(-4 * size // 64) * 64
-    alive = dict(counter=np.zeros(1, np.int64), memory=np.empty((threads, total // 4), np.float32), bounds=np.empty((threads, 2, queries), np.int64),
+    job = np.zeros(1, INDEXER)
+    memory = scratch(job, threads, qf=4 * queries * heads * padded, wf=4 * queries * heads, rows=4 * KEYS * padded, panel=4 * KEYS * padded, scale=4 * KEYS,
+                     scores=4 * queries * CHUNK)
+    alive = dict(counter=np.zeros(1, np.int64), bounds=np.empty((threads, 2, queries), np.int64),
                  q=q, k=k, weights=weights, k_scale=k_scale, key_start=key_start, key_end=key_end, q_starts=q_start if each else None)
-    values = {name: address(x) for name, x in alive.items()} | offsets
+    values = {name: address(x) for name, x in alive.items()}
     values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
     values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D,
-                   padded=padded, heads=heads, queries=queries, memory_step=total, low=0.0 if activation == "relu" else -np.inf)
-    job = np.zeros(1, INDEXER)
+                   padded=padded, heads=heads, queries=queries, low=0.0 if activation == "relu" else -np.inf)
     for name, x in values.items():
         job[name] = x
-    return job, alive
+    return job, [alive, memory]
 
 
 def wide_scores(q, k, weights, k_scale, activation, t0, t1):

@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, on_threads, record_at
+from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
 from sparsetile.backends.numba.gather_tiles import scale_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row, store_row
@@ -22,7 +22,8 @@ PRODUCT = np.dtype([(name, "i8") for name in (
     "a", "a_b", "a_h", "a_t", "a_code", "scale", "B", "H", "T", "K", "run", "counter",
     "w0", "w0_h", "w0_k", "w0_n", "N0", "out0", "out0_b", "out0_h", "out0_t",
     "w1", "w1_h", "w1_k", "w1_n", "N1", "out1", "out1_b", "out1_h", "out1_t",
-    "w_code", "w_size", "out_code", "out_size", "tail", "tail_b", "tail_h", "tail_t", "tail_code", "tail_bytes", "P")])
+    "w_code", "w_size", "out_code", "out_size", "tail", "tail_b", "tail_h", "tail_t", "tail_code", "tail_bytes", "P",
+    "memory", "memory_step", "flat", "tiles", "rows", "panels", "panels_step")])
 """a [B,H,T,K], scale [B,T,ceil(K/128)] of its groups; w0, w1: elements (k, n) of head h at w + h*w_h + k*w_k + n*w_n (bytes); out0 [..., N0 + P], the tail behind;
 run: rows of a task. Absent: 0."""
 job_at = record_at(PRODUCT)
@@ -97,32 +98,29 @@ def _load(job, h, row, target, flat):
 def work(jobs, thread):
     """One thread: heads' runs of rows until there are none left."""
     job = job_at(jobs)
-    K, total, widest = job.K, job.B * job.T, max(job.N0, job.N1)
-    padded, columns = (K + LANES - 1) // LANES * LANES, (widest + COLUMNS - 1) // COLUMNS * COLUMNS
-    flat, tiles = np.empty(max(COLUMNS * padded, job.P), np.float32), np.empty((ROWS, columns), np.float32)
-    a, panels = np.zeros(ROWS * K + LANES, np.float32), np.empty((2, columns * K + COLUMNS * LANES), np.float32)
+    K, total, memory = job.K, job.B * job.T, job.memory + job.memory_step * thread
+    rows, tiles, flat, panels = memory + job.rows, memory + job.tiles, memory + job.flat, memory + job.panels
     runs = (total + job.run - 1) // job.run
     while True:
         task = next_task(job.counter)
         if task >= job.H * runs:
             break
         h, first = task // runs, task % runs * job.run
-        rows, out = a.ctypes.data, tiles.ctypes.data
         for part in range(2):
             w, w_k, w_n, N = (job.w0 + h * job.w0_h, job.w0_k, job.w0_n, job.N0) if part == 0 else (job.w1 + h * job.w1_h, job.w1_k, job.w1_n, job.N1)
-            pack(job.w_code, job.w_size, w, w_k, w_n, K, N, flat.ctypes.data, panels[part].ctypes.data)
+            pack(job.w_code, job.w_size, w, w_k, w_n, K, N, flat, panels + part * job.panels_step)
         for start in range(first, min(first + job.run, total), ROWS):
             count = min(ROWS, total - start)
             for n in range(count):
-                _load(job, h, start + n, rows + 4 * K * n, flat.ctypes.data)
+                _load(job, h, start + n, rows + 4 * K * n, flat)
             for part in range(2):
                 N = job.N0 if part == 0 else job.N1
                 step = 4 * ((N + COLUMNS - 1) // COLUMNS * COLUMNS)
-                multiply(rows, count, K, panels[part].ctypes.data, N, out)
+                multiply(rows, count, K, panels + part * job.panels_step, N, tiles)
                 for n in range(count if N > 0 else 0):
                     b, t = (start + n) // job.T, (start + n) % job.T
                     to = job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t if part == 0 else job.out1 + b * job.out1_b + h * job.out1_h + t * job.out1_t
-                    store_row(job.out_code, out + step * n, N, to)
+                    store_row(job.out_code, tiles + step * n, N, to)
 
 
 def run_product(rows, weights, outputs, *, scale=None, tail=None):
@@ -140,6 +138,11 @@ def run_product(rows, weights, outputs, *, scale=None, tail=None):
     if tail is not None:
         values |= dict(tail=address(tail), tail_code=CODE[tail.dtype.name], P=tail.shape[3], tail_bytes=tail.shape[3] * tail.itemsize * (tail.dtype == outputs[0].dtype),
                        **dict(zip(("tail_b", "tail_h", "tail_t"), tail.strides)))
+    columns = -(-max(w.shape[2] for w in weights) // COLUMNS) * COLUMNS
+    values["panels_step"] = 4 * (columns * K + COLUMNS * LANES)
     for name, x in values.items():
         job[name] = x
+    # Whole vectors are scaled and transposed: a little more than a row or a panel.
+    _memory = scratch(job, threads, rows=4 * (ROWS * K + LANES), tiles=4 * ROWS * columns, panels=2 * values["panels_step"],
+                      flat=4 * max(COLUMNS * (K + LANES), 0 if tail is None else tail.shape[3]))
     on_threads(work, job, min(threads, -(-total // run) * H))
