@@ -34,6 +34,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 LANES = int(os.environ.get("SPARSETILE_CPU_LANES", 0)) or (16 if "avx512f" in FEATURES else 8 if "avx2" in FEATURES else 4)
 """float32 values in a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE)."""
+VECTORS = 2 if LANES == 8 or X86 and LANES == 4 else 4
+"""Vectors side by side in a register tile: 6 x 2 accumulators fit 16 registers, 6 x 4 fit 32."""
 HALF = ARM or "f16c" in FEATURES or "avx512f" in FEATURES
 """float16 conversions are instructions; otherwise they are done with integers."""
 
@@ -277,11 +279,11 @@ class Vectors:
         return rows
 
 
-_TYPES = {"i": types.int64, "f": types.float32, None: types.void}
+_TYPES = {"i": types.int64, "f": types.float32, "d": types.float64, None: types.void}
 
 
 def op(takes: str, emit, returns: str | None = None):
-    """A function for compiled code: `emit(e, *args)` writes its body at each call. takes, returns: letters i (int64) and f (float32)."""
+    """A function for compiled code: `emit(e, *args)` writes its body at each call. takes, returns: letters i (int64), f (float32), d (float64)."""
     def make(context):
         signature = _TYPES[returns](*[_TYPES[letter] for letter in takes])
 

@@ -1,0 +1,190 @@
+"""The inner loops of block attention: one panel of PANEL queries against a run of keys. Everything in float32, on addresses.
+
+Lanes are queries: scores are kept transposed, S [keys, PANEL] = K Q^T and O^T [Dv, PANEL] += V^T P, so that keys and values are read by
+broadcasts, in their own layout and with their own strides, and only Q is transposed, once per tile. Maxima, sums, rescaling and masks are
+then lane by lane. Products run over register tiles of 6 rows, and of 4 where 6 does not divide: `split` says how many of each.
+
+Masks are words: bit c of a lane's int32 word c // 32 tells whether its query sees key c of the chunk.
+Scores are unscaled; `constants` holds c = scale * log2(e), -100 / c and TAU / c: probabilities are 2 ** (c * (score - m)), m a maximum that
+lags behind by at most TAU / c, so that O is rescaled seldom. Keeping scale out of the scores costs nothing and loses nothing for huge ones.
+"""
+import math
+
+from numba import njit
+
+from sparsetile.backends.numba.simd import F, I1, I32, LANES, VECTORS, op
+from llvmlite import ir
+
+PANEL = LANES * VECTORS
+STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
+WIDTH = LANES * 4
+TAU = 8.0
+
+
+@njit
+def split(count):
+    """A multiple of 4 as sixes * 6 + fours * 4 with as many sixes as possible."""
+    sixes = count // 6
+    if (count - 6 * sixes) % 4:
+        sixes -= 1
+    return sixes, (count - 6 * sixes) // 4
+
+
+def _groups(e, sixes, fours, state, body):
+    """body(rows, first, state) -> state, over register tiles of six rows, then of four."""
+    state = e.loop(sixes, state, lambda g, s: body(6, e.mul(g, 6), s))
+    base = e.mul(sixes, 6)
+    return e.loop(fours, state, lambda g, s: body(4, e.add(base, e.mul(g, 4)), s))
+
+
+def _panel(e, address, offset=0, kind=None):
+    return [e.load(address, offset + n * WIDTH, kind) for n in range(VECTORS)]
+
+
+def _top(e, values):
+    """The largest of a list of vectors, as a tree."""
+    while len(values) > 1:
+        values = [e.max(values[i], values[i + 1]) for i in range(0, len(values) - 1, 2)] + values[len(values) & ~1:]
+    return values[0]
+
+
+def _seen(e, words, key):
+    """Lane masks of a key: its bit moved to the sign."""
+    b = e.b
+    offset = e.mul(b.ashr(key, e.i(5)), STEP)
+    shift = e.splat(b.trunc(b.sub(e.i(31), b.and_(key, e.i(31))), I32))
+    return [b.icmp_signed("<", b.shl(e.load(e.add(words, offset), n * WIDTH, e.VI), shift), e.n(0)) for n in range(VECTORS)]
+
+
+def _score(masked):
+    def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
+        """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
+        def group(rows, first, top):
+            acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D)
+            if masked:
+                words, first_key = mask
+                for r in range(rows):
+                    seen = _seen(e, words, e.add(first_key, e.add(first, r)))
+                    for n in range(VECTORS):
+                        acc[r * VECTORS + n] = e.b.select(seen[n], acc[r * VECTORS + n], e.f(-math.inf))
+            out = e.add(ps, e.mul(first, STEP))
+            for i, x in enumerate(acc):
+                e.store(x, out, i * WIDTH)
+            return [_top(e, acc[n::VECTORS] + [top[n]]) for n in range(VECTORS)]
+        top = _groups(e, sixes, fours, _panel(e, pm), group)
+        for n in range(VECTORS):
+            e.store(top[n], pm, n * WIDTH)
+    return score
+
+
+score = op("iiiiiiii", _score(False))
+"""(K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
+score_masked = op("iiiiiiiiii", _score(True))
+"""The same with (..., words, first key): unseen pairs become -inf."""
+
+
+def _cap(e, ps, pm, words, first_key, count, pc):
+    """S = softcap * tanh(S * scale / softcap) where seen, else -inf; the maximum is taken into pm."""
+    outer, inner = e.splat(e.load(pc, 12, F)), e.splat(e.load(pc, 16, F))
+
+    def body(j, top):
+        row, new = e.add(ps, e.mul(j, STEP)), []
+        for n, seen in enumerate(_seen(e, words, e.add(first_key, j))):
+            x = e.b.fmul(e.tanh(e.b.fmul(e.load(row, n * WIDTH), inner)), outer)
+            x = e.b.select(seen, x, e.f(-math.inf))
+            e.store(x, row, n * WIDTH)
+            new.append(e.max(x, top[n]))
+        return new
+    for n, x in enumerate(e.loop(count, _panel(e, pm), body)):
+        e.store(x, pm, n * WIDTH)
+
+
+softcap = op("iiiiii", _cap)
+
+
+def _rescale(e, top, pm, pl, po, Dv, pc):
+    """Where some lane's new maximum is past the one in use by more than TAU / c: take the new ones, and scale sums and O^T."""
+    b = e.b
+    c, low, tau = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 8))
+    moved = ir.Constant(e.of(I1), [0] * LANES)
+    for new, old in zip(_panel(e, top), _panel(e, pm)):
+        moved = b.or_(moved, b.fcmp_ordered(">", new, b.fadd(old, tau)))
+    with b.if_then(e.any(moved), likely=False):
+        factor = []
+        for n, (new, old) in enumerate(zip(_panel(e, top), _panel(e, pm))):
+            gap = b.select(b.fcmp_ordered("==", new, old), e.f(0), b.fsub(old, new))  # both may be -inf
+            factor.append(e.exp2(gap, c, low))
+            e.store(new, pm, n * WIDTH)
+            e.store(b.fmul(e.load(pl, n * WIDTH), factor[n]), pl, n * WIDTH)
+
+        def body(d, _):
+            row = e.add(po, e.mul(d, STEP))
+            for n in range(VECTORS):
+                e.store(b.fmul(e.load(row, n * WIDTH), factor[n]), row, n * WIDTH)
+            return []
+        e.loop(Dv, [], body)
+
+
+rescale = op("iiiiii", _rescale)
+"""(new maxima, maxima in use, sums, O^T, Dv, constants)"""
+
+
+def _exponent(e, ps, count, pm, pl, pc):
+    """P = 2 ** (c (S - m)) in place for a multiple of 4 keys; sums are added up at pl."""
+    b = e.b
+    c, low = (e.splat(e.load(pc, offset, F)) for offset in (0, 4))
+    m = [b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x) for x in _panel(e, pm)]  # -inf - -inf would be NaN
+    rows = 2
+
+    def body(j, sums):
+        row, new = e.add(ps, e.mul(j, STEP)), []
+        for i in range(rows * VECTORS):
+            x = e.exp2(b.fsub(e.load(row, i * WIDTH), m[i % VECTORS]), c, low)
+            e.store(x, row, i * WIDTH)
+            new.append(b.fadd(sums[i], x))
+        return new
+    sums = e.loop(count, [e.f(0)] * (rows * VECTORS), body, rows)
+    for n in range(VECTORS):  # a chunk's sum is made from zero: a smaller error than one long sum
+        e.store(b.fadd(e.load(pl, n * WIDTH), b.fadd(sums[n], sums[VECTORS + n])), pl, n * WIDTH)
+
+
+exponent = op("iiiii", _exponent)
+
+
+def _values(e, pv, v_step, ps, keys, po, sixes, fours):
+    """O^T += V^T P over any number of keys."""
+    def group(rows, first, _):
+        acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys)
+        out = e.add(po, e.mul(first, STEP))
+        for i, x in enumerate(acc):
+            e.store(e.b.fadd(x, e.load(out, i * WIDTH)), out, i * WIDTH)
+        return []
+    _groups(e, sixes, fours, [], group)
+
+
+add_values = op("iiiiiii", _values)
+"""(V, V's row step, P, keys, O^T, sixes, fours)"""
+
+
+def _scale_panel(e, po, Dv, pf):
+    factor = _panel(e, pf)
+
+    def body(d, _):
+        row = e.add(po, e.mul(d, STEP))
+        for n in range(VECTORS):
+            e.store(e.b.fmul(e.load(row, n * WIDTH), factor[n]), row, n * WIDTH)
+        return []
+    e.loop(Dv, [], body)
+
+
+scale_panel = op("iii", _scale_panel)
+"""(O^T, Dv, one factor per lane)"""
+
+
+def _finite(e, row, count):
+    """0 if all `count` float32 (padded to whole vectors by finite values) are finite, else NaN."""
+    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(row, e.mul(k, 4))), e.f(0), acc[0])], LANES)[0]
+    return e.sum(total)
+
+
+finite = op("ii", _finite, "f")
