@@ -65,8 +65,8 @@ def attention_gradients(q, k, v, count, dout, *, dlse=None, scale, softcap=None,
         dv = np.einsum("bhts,bhte->bhse", p, dout).reshape(shape_v[0], shape_v[1], -1, *shape_v[2:]).sum(axis=2)
         dsink = None
         if sink_logits is not None:
-            share = np.exp(np.asarray(sink_logits, np.float64)[None, :, None] - highest[..., 0]) / everything[..., 0]
-            share = np.where(np.isfinite(np.asarray(sink_logits))[None, :, None] & (everything[..., 0] > 0), share, 0)
+            sink = np.asarray(sink_logits, np.float64)[None, :, None]
+            share = np.where(np.isfinite(sink), 1 / (1 + keys[..., 0] * np.exp(highest[..., 0] - sink)), 0)  # this way round for sinks of 3e38
             dsink = -(share * mean[..., 0]).sum(axis=(0, 2))
         return dq, dk, dv, dsink
 

@@ -1,0 +1,214 @@
+"""traps.md, "Top-k", line by line: exact for given scores, on every backend."""
+import numpy as np
+import pytest
+from drivers import EVERY, LARGE, arrays, numpy_dtype
+from judge import indexer_topk, normal, selection_arrays
+from numeric import assert_same_bits, assert_topk
+
+every, large = pytest.mark.parametrize("backend", EVERY), pytest.mark.parametrize("backend", LARGE)
+INT_MIN, INT_MAX = -2 ** 31, 2 ** 31 - 1
+
+
+def check(on, scores, k, **window):
+    visible = None
+    if window:
+        s = np.arange(scores.shape[-1])
+        visible = (s >= window.get("key_start", np.zeros(scores.shape[:2]))[..., None]) & (s < window.get("key_end", np.full(scores.shape[:2], INT_MAX))[..., None])
+    indices, lengths = selection_arrays(on.topk(scores, k, **window))
+    assert_topk("topk", indices, lengths, scores, k, visible=visible)
+    return indices
+
+
+# The whole range of sizes where a candidate buffer or a vector's tail could break; the interpreter takes the small ones.
+NARROW = {"band": lambda rng, n: rng.uniform(10, 10.2, n), "normal 1e-3": lambda rng, n: rng.normal(3, 1e-3, n), "tiny": lambda rng, n: rng.normal(0, 1e-38, n),
+          "one ulp apart": lambda rng, n: 1 + rng.integers(0, 3, n) * 2.0 ** -23, "huge": lambda rng, n: rng.normal(0, 1e37, n), "past fp16": lambda rng, n: 65504 + rng.integers(-3, 300, n),
+          "both signs past fp16": lambda rng, n: rng.choice([-1, 1], n) * rng.uniform(65504, 65600, n), "denormal": lambda rng, n: rng.integers(0, 50, n) * 1.4e-45,
+          "two clusters": lambda rng, n: np.where(rng.random(n) < 0.5, rng.normal(-50, 1e-4, n), rng.normal(50, 1e-4, n)), "ascending": lambda rng, n: np.arange(n), "descending": lambda rng, n: -np.arange(n)}
+
+
+@every
+@pytest.mark.parametrize("shape", NARROW)
+def test_scores_that_share_their_top_bits(on, backend, shape, rng):
+    check(on, np.stack([NARROW[shape](rng, 200) for _ in range(3)])[None].astype(np.float32), 64)
+
+
+@large
+@pytest.mark.parametrize("width", [5000, 40_003])
+@pytest.mark.parametrize("shape", NARROW)
+def test_scores_that_share_their_top_bits_in_wide_rows(on, backend, shape, width, rng):
+    check(on, np.stack([NARROW[shape](rng, width) for _ in range(2)])[None].astype(np.float32), 2048)
+
+
+@large
+def test_a_narrow_band_of_256k_columns(on, backend, rng):
+    check(on, rng.uniform(10, 10.2, (1, 2, 262_144)).astype(np.float32), 2048)
+
+
+@every
+@pytest.mark.parametrize("winners, ties, k", [(3, 250, 40), (0, 200, 64), (10, 10, 64), (40, 150, 41)])
+def test_ties_go_to_the_smaller_index(on, backend, winners, ties, k, rng):
+    row = np.concatenate([rng.uniform(1, 2, winners), np.zeros(ties), rng.uniform(-2, -1, 20)]).astype(np.float32)
+    check(on, np.stack([rng.permutation(row) for _ in range(3)])[None], k)
+
+
+@large
+@pytest.mark.parametrize("winners, ties, k", [(100, 8220, 2048), (2047, 5000, 2048), (0, 9000, 2048), (3000, 5000, 2048)])
+def test_thousands_of_ties_leave_no_padding(on, backend, winners, ties, k, rng):
+    row = np.concatenate([rng.uniform(1, 2, winners), np.zeros(ties)]).astype(np.float32)
+    indices = check(on, np.stack([rng.permutation(row) for _ in range(2)])[None], k)
+    assert (indices >= 0).all()
+
+
+@every
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 15, 17, 31, 63, 65, 127, 129, 130, 131, 255])
+def test_widths_that_no_vector_divides(on, backend, width, rng):
+    """The largest scores stand last, and what lies behind the row in memory is larger still."""
+    wide = np.full((1, 3, width + 40), np.inf, np.float32)
+    wide[..., :width] = np.sort(rng.standard_normal((1, 3, width)), -1)
+    scores = on.put(wide)[:, :, :width]
+    indices, lengths = selection_arrays(on.topk(scores, min(7, width + 1)))
+    assert_topk("topk", indices, lengths, wide[..., :width], min(7, width + 1))
+
+
+@every
+def test_specials(on, backend, rng):
+    x = rng.standard_normal((1, 12, 150)).astype(np.float32)
+    x[0, 0] = np.nan
+    x[0, 1, ::2] = np.nan
+    x[0, 2] = -np.inf
+    x[0, 3, :] = np.inf
+    x[0, 4, [3, 70, 149]] = np.inf
+    x[0, 5] = np.where(rng.random(150) < 0.5, 0.0, -0.0)
+    x[0, 6] = np.where(rng.random(150) < 0.5, np.nan, -np.inf)
+    x[0, 6, 77] = -3e38
+    x[0, 7] = -np.nan
+    x[0, 7, :3] = [-np.inf, np.inf, np.nan]
+    x[0, 8] = np.float32(np.uint32(0x7FFFFFFF).view(np.float32))
+    x[0, 9] = np.uint32(0xFF800001).view(np.float32)                                   # a signalling NaN with its sign set
+    x[0, 9, 100:] = -1
+    x[0, 10] = -rng.random(150)
+    x[0, 11] = np.finfo(np.float32).max
+    for k in (1, 10, 60, 150):
+        check(on, x, k)
+
+
+@every
+def test_no_row_and_negative_bounds(on, backend, rng):
+    x = rng.standard_normal((2, 4, 90)).astype(np.float32)
+    start = np.array([[0, 5, 90, INT_MIN], [-7, 89, 200, 0]], np.int32)
+    end = np.array([[0, -3, 90, INT_MAX], [90, 90, INT_MAX, INT_MIN]], np.int32)
+    for k in (1, 20, 90):
+        check(on, x, k, key_start=start, key_end=end)
+    check(on, x, 9, key_end=end)
+    check(on, x, 9, key_start=start)
+
+
+@every
+@pytest.mark.parametrize("k", [1, 7, 100, 133, 192, 300])
+def test_any_k(on, backend, k, rng):
+    check(on, rng.standard_normal((1, 2, 250)).astype(np.float32), k)
+
+
+@large
+@pytest.mark.parametrize("k", [1, 7, 100, 133, 192, 1152, 2048, 2049, 4000, 5000, 9000])
+def test_any_k_of_wide_rows(on, backend, k, rng):
+    check(on, rng.standard_normal((2, 3, 5001)).astype(np.float32), k)
+
+
+@large
+def test_the_same_set_in_every_run_and_in_any_order_of_rows(on, backend, rng):
+    """bfloat16 values have many ties."""
+    x = rng.standard_normal((4, 5, 6000)).astype(numpy_dtype("bfloat16")).astype(np.float32)
+    first = arrays(on.topk(x, 700).indices)[0]
+    for _ in range(3):
+        assert_same_bits("again", first, arrays(on.topk(x, 700).indices)[0])
+    order = np.array([3, 1, 0, 2])
+    assert_same_bits("permuted batch", first[order], arrays(on.topk(x[order], 700).indices)[0])
+    assert_same_bits("permuted rows", first[:, :, ::-1], arrays(on.topk(np.ascontiguousarray(x[:, ::-1]), 700).indices)[0])
+    assert_topk("topk", *selection_arrays(on.topk(x, 700)), x, 700)
+
+
+@large
+def test_many_rows(on, backend, rng):
+    """More rows than the second axis of a launch grid may have."""
+    x = np.round(rng.standard_normal((1, 70_000, 9)) * 2).astype(np.float32)
+    indices, lengths = selection_arrays(on.topk(x, 3))
+    order = np.argsort(-x, axis=-1, kind="stable")[..., :3]
+    np.testing.assert_array_equal(indices, np.sort(order, -1))
+    assert (lengths == 3).all()
+
+
+# ------------------------------------------------------------------------------------------------------ fused with the scores
+@every
+@pytest.mark.parametrize("k", [1, 7, 33, 90])
+def test_fused_with_ties_at_the_cut(on, backend, k, rng):
+    """Small integers: every sum is exact, so the set must be that of a stable sort on every backend."""
+    q, keys = (rng.integers(-1, 2, s).astype(numpy_dtype("bfloat16")) for s in ((1, 2, 5, 32), (1, 80, 32)))
+    weights = rng.integers(0, 3, (1, 2, 5)).astype(np.float32)
+    indices, lengths = selection_arrays(on.indexer_topk(q, keys, weights, k, causal=False))
+    dots = np.maximum(np.einsum("bhtd,bsd->bhts", q.astype(np.float32), keys.astype(np.float32)), 0)
+    scores = np.einsum("bhts,bht->bts", dots, weights).astype(np.float32)
+    if k >= 80:
+        assert (lengths == 80).all() and (indices[..., :80] == np.arange(80)).all()
+    else:
+        assert_topk("topk", indices, lengths, scores, k)
+
+
+@every
+def test_fused_all_scores_equal(on, backend):
+    q, keys, weights = np.zeros((1, 2, 4, 32), np.float16), np.zeros((1, 70, 32), np.float16), np.ones((1, 2, 4), np.float32)
+    indices, lengths = selection_arrays(on.indexer_topk(q, keys, weights, 9, q_start=50))
+    assert (indices == np.arange(9)).all() and (lengths == 9).all()
+
+
+@every
+def test_fused_with_nan_keys(on, backend, rng):
+    q, keys, weights = normal(rng, (1, 2, 6, 32), np.float16), normal(rng, (1, 60, 32), np.float16), normal(rng, (1, 2, 6), np.float32)
+    keys[0, ::3] = np.nan
+    for k, pool in ((8, 1), (50, 1), (3, 4)):
+        indexer_topk(on, q, keys, weights, k, causal=False, pool=pool)
+        indexer_topk(on, q, keys, weights, k, causal=False, pool=pool, return_scores=True)
+    weights[0, :, 2] = np.nan
+    indexer_topk(on, q, keys, weights, 8, causal=False)
+    indexer_topk(on, q, keys, weights, 5, causal=False, pool=4, force_first=1, force_last=1)
+
+
+@every
+def test_fused_with_infinite_scales(on, backend, rng):
+    q, keys = abs(normal(rng, (1, 2, 5, 32), np.float16)), abs(normal(rng, (1, 40, 32), np.float16))
+    weights, scale = np.ones((1, 2, 5), np.float32), (rng.random((1, 40)) + 0.5).astype(np.float32)
+    scale[0, [3, 9, 30]] = np.inf
+    scale[0, [4, 11]] = -np.inf
+    for k in (2, 5, 39):
+        indexer_topk(on, q, keys, weights, k, causal=False, k_scale=scale)
+
+
+@every
+def test_fused_windows_that_hold_nothing(on, backend, rng):
+    q, keys, weights = normal(rng, (2, 2, 3, 32), np.float16), normal(rng, (2, 50, 32), np.float16), normal(rng, (2, 2, 3), np.float32)
+    start, end = np.array([[10, 50, INT_MIN], [49, 7, INT_MAX]], np.int32), np.array([[10, INT_MAX, INT_MAX], [50, -4, INT_MIN]], np.int32)
+    for scores in (False, True):
+        indexer_topk(on, q, keys, weights, 5, causal=False, key_start=start, key_end=end, return_scores=scores)
+    indexer_topk(on, q, keys, weights, 5, q_start=np.array([-100, 48], np.int32))
+    indexer_topk(on, q, keys, weights, 4, q_start=-2, pool=8, force_first=1, force_last=1)
+
+
+@large
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("pool, force", [(1, 0), (1, 3), (16, 1)])
+def test_fused_over_many_tiles(on, backend, dtype, pool, force, rng):
+    q, keys = normal(rng, (1, 4, 70, 64), numpy_dtype(dtype)), normal(rng, (1, 3000, 64), numpy_dtype(dtype))
+    weights = normal(rng, (1, 4, 70), np.float32)
+    indexer_topk(on, q, keys, weights, 133 if pool == 1 else 20, pool=pool, force_first=force, force_last=force)
+
+
+@large
+def test_small_k_is_not_dense_and_all_is(on, backend, rng):
+    """An anti-cheat pair: k = all equals dense attention, a small k differs from it."""
+    import sparsetile as st
+    q, k, v = (normal(rng, s, np.float32) for s in ((1, 2, 40, 32), (1, 2, 90, 32), (1, 2, 90, 32)))
+    iq, ik, w = normal(rng, (1, 2, 40, 32), np.float32), normal(rng, (1, 90, 32), np.float32), normal(rng, (1, 2, 40), np.float32)
+    dense, = arrays(on.sparse_attention(q, k, v, st.Causal()))
+    every_key, = arrays(on.sparse_attention(q, k, v, on.indexer_topk(iq, ik, w, 90)))
+    few, = arrays(on.sparse_attention(q, k, v, on.indexer_topk(iq, ik, w, 4)))
+    assert abs(every_key - dense).max() < 1e-3 * abs(dense).max() < abs(few - dense).max()
