@@ -147,7 +147,7 @@ def shares(q, k, v, dout, lse, delta, numbers, dks, dvs, indices, lengths, kv_le
             if V1:
                 v1 = load(v, key * svs, ok, V0, V1, DV, True)
                 dv1 = tl.zeros([BK, V1], tl.float32)
-            for tile in tl.range(0, TILES):
+            for tile in tl.range(0, TILES, num_stages=1):
                 h, row_ok, exists, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
                 q0 = load(q, h * sqh, row_ok, 0, D0, D, True)
                 g0 = load(dout, h * sgh, row_ok, 0, V0, DV, True)
@@ -198,15 +198,21 @@ def gathered(order, ends, dks, dvs, dk, dv, D: tl.constexpr, DV: tl.constexpr, W
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
+    if problem.arch == "gfx942" and max(problem["D"], problem["Dv"]) > 256:
+        return f"gradients of D {problem['D']} and Dv {problem['Dv']} do not fit gfx942's registers without spills; it takes widths up to 256"
     return refusal(problem)
 
 
 def default_config(problem: Problem) -> dict:
     group, single = problem["Hq"] // problem["Hk"], problem.dtype("q") == "float32"
     wide = power(max(problem["D"], problem["Dv"]))
-    config = dict(heads=min(64 if wide <= 256 else 32, power(group)), block_k=64 if wide <= 128 else 32, num_warps=8 if wide > 128 else 4, num_stages=1)
-    if single or problem.arch != "sm_90a":
+    config = dict(heads=min(64 if wide <= 256 else 16, power(group)), block_k=64 if wide <= 128 else 32 if wide <= 256 else 16, num_warps=8 if wide > 128 else 4, num_stages=1)
+    if wide == 256:
+        config.update(heads=min(config["heads"], 16), block_k=16)
+    if problem.arch != "sm_90a":
         config.update(heads=min(config["heads"], 32), block_k=32 if wide <= 128 else 16)
+    if single:
+        config.update(heads=16, block_k=16, num_warps=8)
     for step in (dict(heads=16), dict(block_k=16), dict(num_warps=8)):
         if isinstance(resources(problem, config), Resources):
             break
