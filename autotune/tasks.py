@@ -38,11 +38,14 @@ class Workload:
         """The same features at sizes that the float64 reference can check in a moment; odd on purpose."""
         least = {"B": 2, "T": 77, "S": 203, "N": 3, "K": 37, "H": 4}
         sizes = {axis: min(size, least.get(axis, size)) for axis, size in self.sizes}
+        options = dict(self.options)
         if "Hk" in sizes:
-            group = sizes["Hq"] // sizes["Hk"]
-            sizes["Hk"] = min(sizes["Hk"], 2)
-            sizes["Hq"] = sizes["Hk"] * min(group, 4)
-        return replace(self, name=self.name + "/small", sizes=tuple(sizes.items()))
+            lists, heads, keys = options.get("G", 1), sizes["Hq"], sizes["Hk"]
+            sizes["Hk"] = min(keys, 2)
+            sizes["Hq"] = sizes["Hk"] * min(heads // keys, 4)
+            if lists > 1:  # one list for each head, or for each key head
+                options["G"] = sizes["Hq"] if lists == heads else sizes["Hk"]
+        return replace(self, name=self.name + "/small", sizes=tuple(sizes.items()), options=tuple(options.items()))
 
 
 class Task:
