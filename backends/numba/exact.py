@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
-from sparsetile.backends.numba.convert import read_row, write_row
-from sparsetile.backends.numba.job import F64_CODE, key_limit, key_of, list_block, row_word
+from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, F64, get_f32, get_i32, op
+from sparsetile.backends.numba.job import F64_CODE, job_at, key_limit, key_of, list_block, row_word, tile_block, tile_rows
+from sparsetile.backends.numba.rows import load_row, store_row
+from sparsetile.backends.numba.simd import F, F64, get_byte, get_f32, get_i32, get_i64, next_task, op
 
 get_f64 = op("ii", lambda e, base, index: e.load(base, e.mul(index, 8), F64), "d")
 put_f64 = op("iid", lambda e, base, index, x: e.store(x, base, e.mul(index, 8)))
@@ -22,7 +23,7 @@ def read_wide(code, source, count, wide, narrow):
         for d in range(count):
             wide[d] = get_f64(source, d)
     else:
-        read_row(code, source, count, narrow.ctypes.data, count)
+        load_row(code, source, count, narrow.ctypes.data, count)
         for d in range(count):
             wide[d] = narrow[d]
 
@@ -35,7 +36,7 @@ def write_wide(code, wide, count, target, narrow):
     else:
         for d in range(count):
             narrow[d] = wide[d]
-        write_row(code, narrow.ctypes.data, count, target)
+        store_row(code, narrow.ctypes.data, count, target)
 
 
 @kernel
@@ -113,3 +114,22 @@ def row_factor(job, h, top, total):
         return 1 / (total + math.exp(sink - top))
     factor = math.exp(top - sink)  # a sink of +inf leaves 0
     return factor / (total * factor + 1)
+
+
+@far("ii")
+def exact(jobs, thread):
+    """One thread: rows whose byte at job.lost is set."""
+    job = job_at(jobs)
+    rows = job.memory + job.memory_step * thread + job.rows
+    while True:
+        task = next_task(job.counter)
+        if task >= job.B * job.Hq * job.tiles:
+            break
+        head, tile = task // job.tiles, task % job.tiles
+        b, h = head // job.Hq, head % job.Hq
+        if tile_rows(jobs, b, tile, rows, job.block_q) > 0:
+            i = tile_block(job, b, tile)
+            for r in range(job.block_q):
+                t = get_i64(rows, r)
+                if t >= 0 and get_byte(job.lost, head * job.T + t) != 0:
+                    exact_row(job, b, h, i, r, t)

@@ -126,8 +126,8 @@ def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
     for name, size in sizes.items():
         job[name] = total
         total += -(-size // 64) * 64
-    memory = np.empty((threads, total), np.uint8)
-    job["memory"], job["memory_step"] = memory.__array_interface__["data"][0], total
+    memory = np.empty(threads * total + 64, np.uint8)
+    job["memory"], job["memory_step"] = -(-memory.__array_interface__["data"][0] // 64) * 64, total  # whole cache lines: a vector never straddles two
     return memory
 
 

@@ -2,13 +2,18 @@
 
 A record spares compilations: element types, strides, orders, lengths and widths are values in it, so that one compiled kernel serves all.
 """
+import math
+
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
+from sparsetile.backends.numba.far import far, record_at
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import address, get_i32
+from sparsetile.backends.numba.simd import address, get_i32, put_i64
 
 F64_CODE = 4
+TAU = 8.0  # a maximum in use may lag behind by so many powers of two
+LARGEST = float(np.finfo(np.float32).max)
 CODES = {**CODE, "float64": F64_CODE}
 
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
@@ -17,11 +22,14 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "tiles", "counter", "shares", "share_rows", "sums_k", "sums_v", "Dp", "Dvp")]
-    + [(name, "f8") for name in ("scale", "softcap")])
+        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dvp", "width", "constants", "direct_k", "direct_v", "shares", "share_tiles", "sums_k", "sums_v",
+        "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "ds")]
+    + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
-tiles: blocks of queries of one batch and head. Steps and addresses of what is absent are 0."""
-KEYS_FROM_ARGUMENT, KEYS_FROM_ARRAY, KEYS_FROM_LENGTH = 0, 1, 2
+tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
+Scores times sign times unit are natural logarithms (a softcap takes the scale in)."""
+job_at = record_at(JOB)
+START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2
 
 
 def _int32(x):
@@ -39,16 +47,25 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
         steps = x.strides[:3]
         values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
     arrays = {name: _int32(getattr(lists, name)) for name in ("offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of")}
-    arrays |= dict(kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(1, np.int64),
+    arrays |= dict(kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
                    sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
     if q_start is None:
-        values["q_start_mode"] = KEYS_FROM_LENGTH
+        values["q_start_mode"] = START_FROM_LENGTH
     elif np.ndim(q_start) == 0:
         values["q_start"] = int(q_start)
     else:
-        values["q_start_mode"] = KEYS_FROM_ARRAY
+        values["q_start_mode"] = START_FROM_ARRAY
         arrays["q_start"] = _int32(q_start)
+    unit, sign = (abs(scale), math.copysign(1, scale)) if scale else (1.0, 0.0)  # scale 0: all scores 0
+    slope, outer, inner = unit, 0.0, 0.0
+    if softcap is not None:
+        unit, outer, inner = 1.0, softcap, abs(scale) / softcap
+    c = unit * math.log2(math.e)
+    constants = [min(c, LARGEST), max(-100 / c, -LARGEST), min(TAU / c, LARGEST), outer, inner, slope]
+    arrays["constants"] = np.array(constants, np.float32)
+    values |= dict(unit=unit, sign=sign)
     values |= {name: address(x) for name, x in arrays.items()}
+    values["odd"] = values["counter"] + 8
     rows, columns = arrays["list_of"].shape
     values |= dict(list_b=columns if rows > 1 else 0, list_h=1 if columns > 1 else 0)
     # A range of T positions touches one block more than it fills when it starts inside of one.
@@ -76,32 +93,34 @@ def first_position(job, b):
 
 
 @kernel
-def tile_rows(job, b, tile, rows):
-    """rows[r] = the query t of each row of a tile, -1 where there is none. Returns its block i in the lists (-1: in none) and how many rows are real."""
-    start, block_q = first_position(job, b), job.block_q
+def tile_block(job, b, tile):
+    """Block of the lists that a tile is, -1: in none."""
     if job.q_order != 0:
-        i, base = tile, tile * block_q
-    else:
-        n = start // block_q + tile
-        i, base = n - job.first, n * block_q
-        if i < 0 or i >= job.nq:
-            i = -1
+        return tile
+    i = first_position(job, b) // job.block_q + tile - job.first
+    return i if 0 <= i < job.nq else -1
+
+
+@far("iiiii", "i")
+def tile_rows(jobs, b, tile, rows, count):
+    """int64 [count] at rows = the query t of each row of a tile, -1 where there is none. Returns how many there are."""
+    job = job_at(jobs)
+    start, block_q = first_position(job, b), job.block_q
+    base = tile * block_q if job.q_order != 0 else (start // block_q + tile) * block_q
     real = 0
-    for r in range(rows.shape[0]):
+    for r in range(count):
         t = -1
         if r < block_q:
             p = base + r
             if job.q_order != 0:
                 p = get_i32(job.q_order, p)
-                t = p - start if p >= 0 else -1
-            else:
-                t = p - start
-            if t >= job.T or t < 0:
+            t = p - start
+            if t >= job.T or t < 0 or (job.q_order != 0 and p < 0):
                 t = -1
             else:
                 real += 1
-        rows[r] = t
-    return i, real
+        put_i64(rows, r, t)
+    return real
 
 
 @kernel

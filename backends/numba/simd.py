@@ -319,6 +319,14 @@ get_i64 = op("ii", _get(I64), "i")
 get_f32 = op("ii", lambda e, address, index: e.load(address, e.mul(index, 4), F), "f")
 
 
+put_i32 = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I32), address, e.mul(index, 4)))
+put_i64 = op("iii", lambda e, address, index, x: e.store(x, address, e.mul(index, 8)))
+get_byte = op("ii", lambda e, address, index: e.b.zext(e.load(address, index, I8), I64), "i")
+put_byte = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I8), address, index))
+lowest_bit = op("i", lambda e, x: e.b.cttz(x, ir.Constant(I1, 1)), "i")
+highest_bit = op("i", lambda e, x: e.b.sub(e.i(63), e.b.ctlz(x, ir.Constant(I1, 1))), "i")
+
+
 def _put_f32(e, address, index, x):
     e.store(x, address, e.mul(index, 4))
 

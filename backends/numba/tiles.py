@@ -6,22 +6,21 @@ then lane by lane. Products run over register tiles of 6 rows, and of 4 where 6 
 
 Masks are words: bit c of a lane's int32 word c // 32 tells whether its query sees key c of the chunk.
 Scores are unscaled; `constants` holds c = scale * log2(e), -100 / c and TAU / c: probabilities are 2 ** (c * (score - m)), m a maximum that
-lags behind by at most TAU / c, so that O is rescaled seldom. Keeping scale out of the scores costs nothing and loses nothing for huge ones.
+lags behind by at most TAU / c (job.py), so that O is rescaled seldom. Keeping scale out of the scores costs nothing and loses nothing for huge ones.
 """
 import math
 
-from numba import njit
-
-from sparsetile.backends.numba.simd import F, I1, I32, LANES, VECTORS, op
 from llvmlite import ir
+
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
 
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
 WIDTH = LANES * 4
-TAU = 8.0
 
 
-@njit
+@kernel
 def split(count):
     """A multiple of 4 as sixes * 6 + fours * 4 with as many sixes as possible."""
     sixes = count // 6
@@ -188,3 +187,47 @@ def _finite(e, row, count):
 
 
 finite = op("ii", _finite, "f")
+
+
+def _fill(e, target, count, x):
+    e.loop(count, [], lambda k, _: (e.store(x, e.add(target, e.mul(k, 4))), [])[1])
+
+
+fill = op("iif", _fill)
+"""(target, count, value)"""
+
+
+def _word_reduce(name):
+    def reduce(e, words):
+        x, *more = _panel(e, words, 0, e.VI)
+        for y in more:
+            x = getattr(e.b, name + "_")(x, y)
+        return e.b.zext(e.call(f"llvm.vector.reduce.{name}.v{LANES}i32", I32, x), I64)
+    return reduce
+
+
+word_union, word_common = op("i", _word_reduce("or"), "i"), op("i", _word_reduce("and"), "i")
+"""Of the PANEL int32 at an address, as 0 .. 2**32 - 1."""
+
+
+def _merge_words(e, saw, words):
+    for n in range(VECTORS):
+        e.store(e.b.or_(e.load(saw, n * WIDTH, e.VI), e.load(words, n * WIDTH, e.VI)), saw, n * WIDTH)
+
+
+merge_words = op("ii", _merge_words)
+
+
+def _every_word(e, words, count):
+    e.loop(e.mul(count, PANEL), [], lambda k, _: (e.store(ir.Constant(I32, -1), e.add(words, e.mul(k, 4))), [])[1])
+
+
+every_word = op("ii", _every_word)
+
+
+def _times(e, address, count, x):
+    e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(address, e.mul(k, 4)), 0, F), x), e.add(address, e.mul(k, 4))), [])[1])
+
+
+times = op("iif", _times)
+"""(address, count, factor): float32 in place."""

@@ -1,0 +1,100 @@
+"""What forward and backward do around their products: rows into panels, keys into scratch, masks into words, and where the seen keys begin and end.
+
+A tile is one block of queries, cut into `panels` of PANEL rows; a chunk is CHUNK keys of a block. Words are int32 [panels, WORDS, PANEL]; `spans` holds
+for each panel, then for all together, WORDS unions and WORDS intersections of its lanes' words, int64 each.
+"""
+from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.far import far
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.job import job_at, key_of, row_word
+from sparsetile.backends.numba.rows import load_row
+from sparsetile.backends.numba.simd import LANES, get_i64, highest_bit, lowest_bit, put_i32, put_i64, transpose_tile
+from sparsetile.backends.numba.tiles import PANEL, STEP, times, word_common, word_union
+
+CHUNK = 64  # keys at a time: their rows of K and V stay in the nearest cache
+WORDS = CHUNK // 32 + 1  # one more, always 0: register tiles may reach three keys past the chunk
+EVERY = 0xFFFFFFFF
+
+
+def up(x: int, step: int) -> int:
+    return -(-x // step) * step
+
+
+@far("iiiiiidii")
+def load_panel(base, step, code, width, padded, rows, sign, flat, panel):
+    """PANEL rows (their numbers at `rows`, -1: zeros) of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL]."""
+    for r in range(PANEL):
+        t = get_i64(rows, r)
+        if t < 0:
+            fill_zero(flat + 4 * r * padded, padded)
+        else:
+            load_row(code, base + t * step, width, flat + 4 * r * padded, padded)
+    if sign != 1:
+        times(flat, PANEL * padded, sign)
+    for r in range(0, PANEL, LANES):
+        for d in range(0, padded, LANES):
+            transpose_tile(flat + 4 * (r * padded + d), 4 * padded, panel + 4 * (d * PANEL + r), STEP)
+
+
+@far("iiiiiiiiiii")
+def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, scratch):
+    """Keys slot .. slot + count - 1 -> float32 rows of scratch [.., padded]; zeros for those that do not exist or are not in `union`."""
+    job = job_at(jobs)
+    for c in range(count):
+        s = key_of(job, slot + c, limit) if (get_i64(union, c >> 5) >> (c & 31)) & 1 else -1
+        if s < 0:
+            fill_zero(scratch + 4 * c * padded, padded)
+        else:
+            load_row(code, base + s * step, width, scratch + 4 * c * padded, padded)
+
+
+@far("iiiiiiiiii")
+def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, spans):
+    """Masks of a chunk, keys slot .. slot + count - 1, which are first .. of their block."""
+    job = job_at(jobs)
+    total = spans + 16 * WORDS * panels
+    for w in range(WORDS):
+        there = 0
+        if 32 * w < count:
+            there = (1 << min(max(limit - slot - 32 * w, 0), 32)) - 1
+            if job.k_order != 0:
+                there = 0
+                for c in range(32):
+                    if key_of(job, slot + 32 * w + c, limit) >= 0:
+                        there |= 1 << c
+        union = 0
+        for p in range(panels):
+            lanes, span = words + 4 * PANEL * (p * WORDS + w), spans + 16 * WORDS * p
+            for n in range(PANEL):
+                word = 0
+                if there != 0 and get_i64(rows, p * PANEL + n) >= 0:
+                    word = there if kind < 0 else there & row_word(job, kind, p * PANEL + n, (first >> 5) + w)
+                put_i32(lanes, n, word)
+            put_i64(span, w, word_union(lanes))
+            put_i64(span, WORDS + w, word_common(lanes))
+            union |= get_i64(span, w)
+        put_i64(total, w, union)
+        put_i64(total, WORDS + w, union)
+
+
+@kernel
+def whole(spans, panels, count):
+    """Spans of a chunk that all rows see."""
+    for p in range(panels + 1):
+        for w in range(2 * WORDS):
+            put_i64(spans + 16 * WORDS * p, w, EVERY if 32 * (w % WORDS) < count else 0)
+
+
+@kernel
+def span_of(span):
+    """First and last + 1 of the keys in a union (0, 0: none), and whether all lanes see all between."""
+    low, high, dense = 0, 0, True
+    for w in range(WORDS):
+        union = get_i64(span, w)
+        if union != 0:
+            first, last = lowest_bit(union), highest_bit(union)
+            dense = dense and get_i64(span, WORDS + w) == union and union >> first == (1 << (last + 1 - first)) - 1 and (high == 0 or high == 32 * w + first)
+            if high == 0:
+                low = 32 * w + first
+            high = 32 * w + last + 1
+    return low, high, dense
