@@ -22,8 +22,8 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dvp", "width", "constants", "direct_k", "direct_v", "shares", "share_tiles", "sums_k", "sums_v",
-        "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "ds")]
+        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dvp", "width", "constants", "direct_k", "direct_v", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
+        "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "dqt", "rows_lse", "more")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
 tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
@@ -61,7 +61,7 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
     if softcap is not None:
         unit, outer, inner = 1.0, softcap, abs(scale) / softcap
     c = unit * math.log2(math.e)
-    constants = [min(c, LARGEST), max(-100 / c, -LARGEST), min(TAU / c, LARGEST), outer, inner, slope]
+    constants = [min(c, LARGEST), max(-100 / c, -LARGEST), min(TAU / c, LARGEST), outer, inner, slope, min(1 / c, LARGEST)]
     arrays["constants"] = np.array(constants, np.float32)
     values |= dict(unit=unit, sign=sign)
     values |= {name: address(x) for name, x in arrays.items()}

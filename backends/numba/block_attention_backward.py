@@ -1,0 +1,306 @@
+"""Gradients of attention over the blocks of a layout on the CPU.
+
+    q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  lse, delta [B,Hq,T]  dout [B,Hq,T,Dv]  ->  dq, dk, dv shaped like q, k, v
+
+lse is the total logsumexp (sink included), delta that of `attention_delta`. Rows whose lse is not finite have no gradient.
+P = exp(s - lse), dS = P (dout v^T - delta) ds/dx; dv = P^T dout, dq = scale dS k, dk = scale dS^T q; dk and dv are summed over the group.
+
+One pass over the forward's own lists: P and dS of a tile stay in the cache and serve all three gradients. A task is a share of the query blocks of
+one batch and key head, and adds its dK and dV up in float32 memory of its own; shares are then summed in order. How many shares there are, and where
+they are cut, follows from the problem alone: results do not depend on the number of threads, and two calls agree bit for bit.
+float64 inputs are done one query at a time (exact_backward.py).
+"""
+import math
+
+import numba
+import numpy as np
+
+from sparsetile.backends.contract import Resources
+from sparsetile.backends.numba import gradient_tiles as gt
+from sparsetile.backends.numba import tiles
+from sparsetile.backends.numba.block_attention import TUNABLES, sizes, supports  # noqa: F401
+from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.exact_backward import exact_backward
+from sparsetile.backends.numba.far import far, on_threads, scratch
+from sparsetile.backends.numba.gradient_tiles import add_row
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.job import job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, span_of, up, whole
+from sparsetile.backends.numba.rows import store_row
+from sparsetile.backends.numba.simd import LANES, address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64, transpose_tile
+from sparsetile.backends.numba.tiles import PANEL, STEP, split
+
+TASKS = 16  # at least so many, if the query blocks suffice
+ROOM = 1 << 28  # bytes of dK and dV in float32 that more shares than one may take
+GRAIN = 32  # keys whose sums are cleared together, when first touched
+
+
+def resources(problem, config):
+    return Resources(threads=1)
+
+
+def default_config(problem):
+    return {"block_q": 64, "block_k": 64}
+
+
+@far("iiiiii")
+def _products(jobs, memory, masked, low, high, where):
+    """P, dS and dQ of all panels against keys low .. high - 1 of a chunk. where: addresses and row steps of K and V."""
+    job = job_at(jobs)
+    pk, k_step, pv, v_step = get_i64(where, 0), get_i64(where, 1), get_i64(where, 2), get_i64(where, 3)
+    D, Dv, pc, step, spans = job.D, job.Dv, job.constants, STEP * job.panels, memory + job.spans
+    padded = (high - low + 3) & ~3
+    sixes, fours = split(padded)
+    sixes_d, fours_d = split((D + 3) & ~3)
+    pk, pv = pk + low * k_step, pv + low * v_step
+    for p in range(job.panels):
+        P, dS = memory + job.p + STEP * p, memory + job.ds + STEP * p
+        if get_i64(memory + job.rows, job.panels * PANEL + p) == 0 or span_of(spans + 16 * WORDS * p)[1] == 0:
+            for r in range(padded):
+                fill_zero(P + r * step, PANEL)
+                fill_zero(dS + r * step, PANEL)
+            continue
+        qt, g, dqt = memory + job.qt + STEP * job.Dp * p, memory + job.gt + STEP * job.width * p, memory + job.dqt + STEP * job.Dp * p
+        words, lse = memory + job.words + STEP * WORDS * p, memory + job.rows_lse + 3 * STEP * p
+        if job.capped != 0:
+            if masked == 0:
+                tiles.every_word(words, WORDS)
+            gt.probability_capped(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, low, dS)
+            gt.score_gradient_capped(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+        else:
+            if masked != 0:
+                gt.probability_masked(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, low)
+            else:
+                gt.probability(pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
+            gt.score_gradient(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+        gt.add_queries(pk, k_step, dS, step, high - low, dqt, sixes_d, fours_d)
+    for r in range(high - low, padded):  # what register tiles read past the keys
+        fill_zero(memory + job.p + r * step, job.panels * PANEL)
+        fill_zero(memory + job.ds + r * step, job.panels * PANEL)
+
+
+@far("iiiii")
+def _sums(jobs, memory, at, count, where):
+    """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched."""
+    job = job_at(jobs)
+    sums_k, sums_v, touched, limit = get_i64(where, 4), get_i64(where, 5), get_i64(where, 6), get_i64(where, 7)
+    step, queries, padded = STEP * job.panels, job.panels * PANEL, (count + 3) & ~3
+    sixes, fours = split(padded)
+    to_k, to_v = sums_k + 4 * job.Dp * at, sums_v + 4 * job.width * at
+    if job.k_order == 0:
+        for grain in range(at // GRAIN, (at + padded - 1) // GRAIN + 1):
+            _clear(job, sums_k, sums_v, touched, grain)
+    else:
+        to_k, to_v = memory + job.more, memory + job.more + 4 * job.Dp * (CHUNK + 4)
+        fill_zero(to_k, (job.Dp + job.width) * (CHUNK + 4))
+    gt.add_keys(memory + job.p, step, queries, memory + job.g_rows, job.width, to_v, sixes, fours)
+    gt.add_keys(memory + job.ds, step, queries, memory + job.q_rows, job.Dp, to_k, sixes, fours)
+    if job.k_order != 0:
+        for c in range(count):
+            s = key_of(job, at + c, limit)
+            if s >= 0:
+                _clear(job, sums_k, sums_v, touched, s // GRAIN)
+                add_row(to_k + 4 * job.Dp * c, sums_k + 4 * job.Dp * s, job.Dp)
+                add_row(to_v + 4 * job.width * c, sums_v + 4 * job.width * s, job.width)
+
+
+@kernel
+def _clear(job, sums_k, sums_v, touched, grain):
+    if get_byte(touched, grain) == 0:
+        put_byte(touched, grain, 1)
+        fill_zero(sums_k + 4 * job.Dp * GRAIN * grain, job.Dp * GRAIN)
+        fill_zero(sums_v + 4 * job.width * GRAIN * grain, job.width * GRAIN)
+
+
+@far("iiiiii")
+def _block(jobs, memory, kind, slot, limit, where):
+    job = job_at(jobs)
+    panels, rows, spans, base_k, base_v = job.panels, memory + job.rows, memory + job.spans, get_i64(where, 8), get_i64(where, 9)
+    total = spans + 16 * WORDS * panels
+    for first in range(0, job.block_k, CHUNK):
+        at, count = slot + first, min(CHUNK, job.block_k - first)
+        if job.k_order == 0 and at >= limit:
+            break
+        masked = 1 if kind >= 0 or job.k_order != 0 or at + count > limit else 0
+        if masked != 0:
+            chunk_words(jobs, kind, at, first, count, limit, rows, panels, memory + job.words, spans)
+        else:
+            whole(spans, panels, count)
+        low, high, dense = span_of(total)
+        if high == 0:
+            continue
+        inside = masked == 0 or dense and at + high + 3 <= job.S  # register tiles may read three rows more
+        pk, k_step, pv, v_step = base_k + at * job.k_t, job.k_t, base_v + at * job.v_t, job.v_t
+        if not (job.direct_k != 0 and inside):
+            pk, k_step = memory + job.keys, 4 * job.Dp
+            load_keys(jobs, base_k, job.k_t, job.k_code, job.D, job.Dp, at, high, limit, total, pk)
+        if not (job.direct_v != 0 and inside):
+            pv, v_step = memory + job.values, 4 * job.width
+            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, job.width, at, high, limit, total, pv)
+        put_i64(where, 0, pk)
+        put_i64(where, 1, k_step)
+        put_i64(where, 2, pv)
+        put_i64(where, 3, v_step)
+        _products(jobs, memory, masked, low, high, where)
+        _sums(jobs, memory, at + low, high - low, where)
+
+
+@far("iiii")
+def _load_rows(jobs, memory, b, h):
+    """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in units of the scores) and delta. Rows without gradient become 0."""
+    job = job_at(jobs)
+    for p in range(job.panels):
+        rows, lse, real = memory + job.rows + 8 * PANEL * p, memory + job.rows_lse + 3 * STEP * p, 0
+        for n in range(PANEL):
+            t = get_i64(rows, n)
+            high, low, delta = np.float32(math.inf), np.float32(0), np.float32(0)
+            if t >= 0:
+                at = (b * job.Hq + h) * job.T + t
+                x = np.float64(get_f32(job.lse, at))
+                if math.isfinite(x):
+                    x = min(max(x / job.unit, -3e38), 3e38)
+                    high = np.float32(x)
+                    low, delta = np.float32(x - high), get_f32(job.delta, at)
+                    real += 1
+                else:
+                    put_i64(rows, n, -1)
+            put_f32(lse, n, high)
+            put_f32(lse, PANEL + n, low)
+            put_f32(lse, 2 * PANEL + n, delta)
+        put_i64(memory + job.rows, job.panels * PANEL + p, real)
+        load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows, job.sign,
+                   memory + job.q_rows + 4 * PANEL * job.Dp * p, memory + job.qt + STEP * job.Dp * p)
+        load_panel(job.dout + b * job.dout_b + h * job.dout_h, job.dout_t, job.dout_code, job.Dv, job.width, rows, 1.0,
+                   memory + job.g_rows + 4 * PANEL * job.width * p, memory + job.gt + STEP * job.width * p)
+
+
+@far("iiii")
+def _store_queries(jobs, memory, b, h):
+    job = job_at(jobs)
+    flat, Dp = memory + job.flat, job.Dp
+    for p in range(job.panels):
+        dqt = memory + job.dqt + STEP * Dp * p
+        tiles.times(dqt, Dp * PANEL, np.float32(job.sign))
+        for r in range(0, PANEL, LANES):
+            for d in range(0, Dp, LANES):
+                transpose_tile(dqt + STEP * d + 4 * r, STEP, flat + 4 * d, 4 * Dp)
+            for n in range(LANES):
+                t = get_i64(memory + job.rows, p * PANEL + r + n)
+                if t >= 0:
+                    store_row(job.dq_code, flat + 4 * Dp * n, job.D, job.dq + b * job.dq_b + h * job.dq_h + t * job.dq_t)
+
+
+@far("ii")
+def work(jobs, thread):
+    job = job_at(jobs)
+    memory, group = job.memory + job.memory_step * thread, job.Hq // job.Hk
+    where = memory + job.spans + 16 * WORDS * (job.panels + 1)
+    while True:
+        task = next_task(job.counter)
+        if task >= job.B * job.Hk * job.shares:
+            break
+        share, head = task % job.shares, task // job.shares
+        b, j = head // job.Hk, head % job.Hk
+        limit = key_limit(job, b)
+        put_i64(where, 4, job.sums_k + 4 * job.Dp * job.sum_rows * task)
+        put_i64(where, 5, job.sums_v + 4 * job.width * job.sum_rows * task)
+        put_i64(where, 6, job.touched + job.touched_step * task)
+        put_i64(where, 7, limit)
+        put_i64(where, 8, job.k + b * job.k_b + j * job.k_h)
+        put_i64(where, 9, job.v + b * job.v_b + j * job.v_h)
+        for h in range(j * group, (j + 1) * group):
+            for tile in range(get_i64(job.cuts, share), get_i64(job.cuts, share + 1)):
+                i = tile_block(job, b, tile)
+                if i >= 0 and tile_rows(jobs, b, tile, memory + job.rows, job.panels * PANEL) > 0:
+                    _load_rows(jobs, memory, b, h)
+                    fill_zero(memory + job.dqt, job.panels * job.Dp * PANEL)
+                    begin, partial, end = list_block(job, b, h, i)
+                    for entry in range(begin, end):
+                        _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, where)
+                    _store_queries(jobs, memory, b, h)
+
+
+@kernel
+def _finish_row(job, head, grain, sums, padded, row):
+    fill_zero(row, padded)
+    for share in range(head * job.shares, (head + 1) * job.shares):
+        if get_byte(job.touched + job.touched_step * share, grain) != 0:
+            add_row(sums + 4 * padded * job.sum_rows * share, row, padded)
+
+
+@far("ii")
+def finish(jobs, thread):
+    """One thread: sums of shares, in their order, for GRAIN keys at a time; what nobody touched is 0."""
+    job = job_at(jobs)
+    row = job.memory + job.memory_step * thread + job.flat
+    grains = (job.S + GRAIN - 1) // GRAIN
+    while True:
+        task = next_task(job.counter)
+        if task >= job.B * job.Hk * grains:
+            break
+        head, grain = task // grains, task % grains
+        b, j = head // job.Hk, head % job.Hk
+        for s in range(grain * GRAIN, min(job.S, grain * GRAIN + GRAIN)):
+            _finish_row(job, head, grain, job.sums_k + 4 * job.Dp * s, job.Dp, row)
+            store_row(job.dk_code, row, job.D, job.dk + b * job.dk_b + j * job.dk_h + s * job.dk_t)
+            _finish_row(job, head, grain, job.sums_v + 4 * job.width * s, job.width, row)
+            store_row(job.dv_code, row, job.Dv, job.dv + b * job.dv_b + j * job.dv_h + s * job.dv_t)
+
+
+def _cuts(lists, job, shares):
+    """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands."""
+    tiles_, offsets = int(job["tiles"][0]), np.asarray(lists.offsets)
+    entries = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq).sum(0)
+    cost = np.ones(tiles_)
+    if lists.q_order is not None:
+        cost += entries
+    else:
+        mode, x = int(job["q_start_mode"][0]), job[0]
+        if mode == 0:
+            i = x["q_start"] // lists.block_q - lists.first + np.arange(tiles_)
+        else:
+            i = x["nq"] - tiles_ + np.arange(tiles_)
+        there = (i >= 0) & (i < lists.nq)
+        cost[there] += entries[i[there]]
+    return np.concatenate([[0], np.searchsorted(np.cumsum(cost), np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
+
+
+def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
+    (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
+    dq = place.zeros(q.shape, out_dtype or q.dtype.name)  # rows that no tile holds
+    if q.dtype == np.float64:
+        dk, dv = place.zeros(k.shape, "float64"), place.zeros(v.shape, "float64")
+    else:
+        dk, dv = place.empty(k.shape, out_dtype or k.dtype.name), place.empty(v.shape, out_dtype or v.dtype.name)
+    if not (dq.size and dk.size):
+        dk.fill(0)
+        dv.fill(0)
+        return dq, dk, dv
+    lse, delta = (np.ascontiguousarray(x, np.float64 if q.dtype == np.float64 else np.float32) for x in (lse, delta))
+    job, alive = make_job(lists, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, delta=delta, scale=scale, softcap=softcap,
+                          kv_length=kv_length, q_start=q_start)
+    shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
+    threads = numba.get_num_threads()
+    if q.dtype == np.float64:
+        _memory = scratch(job, threads, rows=shared["rows"])
+        on_threads(exact_backward, job)
+        return dq, place.cast(dk, out_dtype or k.dtype.name), place.cast(dv, out_dtype or v.dtype.name)
+    panels, Dp, width = (int(job[name][0]) for name in ("panels", "Dp", "width"))
+    job["direct_k"] &= D % 4 == 0
+    job["direct_v"] = v.dtype == np.float32 and lists.k_order is None
+    sum_rows = up(S, GRAIN) + GRAIN
+    one = 4 * B * Hk * sum_rows * (Dp + width)
+    shares = max(1, min(-(-TASKS // (B * Hk)), int(job["tiles"][0]), ROOM // one))
+    sums_k, sums_v = np.empty(shares * one // (Dp + width) // 4 * Dp, np.float32), np.empty(shares * one // (Dp + width) // 4 * width, np.float32)
+    touched, cuts = np.zeros((shares * B * Hk, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
+    for name, x in dict(shares=shares, cuts=address(cuts), sums_k=address(sums_k), sums_v=address(sums_v), sum_rows=sum_rows, touched=address(touched),
+                        touched_step=touched.shape[1]).items():
+        job[name] = x
+    rows, chunk = panels * PANEL, CHUNK + 4
+    shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=4 * rows * Dp, g_rows=4 * rows * width, p=4 * rows * chunk,
+                   ds=4 * rows * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
+    _memory = scratch(job, threads, **shared)
+    on_threads(work, job)
+    alive[0]["counter"][:] = 0
+    on_threads(finish, job)
+    return dq, dk, dv
