@@ -1,67 +1,93 @@
-"""What the backwards need of every row: the whole logsumexp with the sink, delta = sum(dO * O) less the LSE's own gradient, and the sink's gradient.
+"""What the backwards need of every row, on the CPU.
 
-    out, dout [B,Hq,T,Dv], lse, dlse [B,Hq,T], sink_logits [Hq]  ->  lse_total, delta [B,Hq,T], dsink [Hq] float32 or None
+    out, dout [B,Hq,T,Dv]  lse [B,Hq,T] over keys  sink_logits [Hq]  dlse [B,Hq,T]  ->  lse_total, delta [B,Hq,T], dsink [Hq] or None
 
-A head's rows belong to one thread, so the sink's gradient is added in one order whatever the number of threads.
+lse_total = log(exp(lse) + exp(sink)); delta = sum_d dout*out - dlse * exp(lse_total - lse), rows without keys 0; the sum over d is float32.
+dsink_h = -sum over b, t of exp(sink_h - lse_total) * sum_d dout*out, in a fixed order; nothing for a sink of -inf or +inf.
+What is left once the rows are summed is small, and NumPy does it in float64.
 """
+import numba
 import numpy as np
-from numba import prange
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
+from sparsetile.backends.numba.job import CODES
+from sparsetile.backends.numba.rows import load_row
+from sparsetile.backends.numba.simd import LANES, address, next_task, op, put_f32
 
 TUNABLES = ()
-FLOATS = ("float32", "float16", "bfloat16", "float64")
-
-
-@kernel(parallel=True)
-def rows_of_heads(out, dout, lse, dlse, sinks, total, delta, shares):
-    """out, dout [heads,T,Dv], the rest [heads,T]; sinks, shares [heads]"""
-    heads, T, Dv = out.shape
-    for n in prange(heads):
-        h = np.int64(n)
-        sink, share = sinks[h], 0.0
-        for t in range(T):
-            product = 0.0
-            for d in range(Dv):
-                product += np.float64(out[h, t, d]) * np.float64(dout[h, t, d])
-            keys = np.float64(lse[h, t])
-            most = max(keys, sink)
-            whole = most
-            if not np.isinf(most):
-                whole = most + np.log(np.exp(keys - most) + np.exp(sink - most))
-            total[h, t] = whole
-            if np.isinf(keys):  # nothing was seen: out is 0 and nothing flows
-                product = 0.0
-            elif not np.isinf(whole):
-                if not np.isinf(sink):
-                    share += np.exp(sink - whole) * product
-                # P holds exp(keys - whole) of the keys' own share; where that is under exp(-80), P is 0 and a larger factor could only make 0 * inf of it
-                product -= np.float64(dlse[h, t]) * np.exp(min(whole - keys, 80.0))
-            delta[h, t] = product
-        shares[h] = share
+FEATURES = ("out", "dout", "out_b", "out_h", "out_t", "dout_b", "dout_h", "dout_t", "out_code", "dout_code", "H", "T", "Dv", "rows", "sums",
+            "counter", "memory", "memory_step", "left", "right")
+DELTA = np.dtype([(name, "i8") for name in FEATURES])
+job_at = record_at(DELTA)
+BATCH = 64  # rows taken at a time
+FAR_SINK = 80.0  # where the sink holds all but exp(-80) of a row, P is 0 in float32: a larger factor could only make 0 * inf of it
 
 
 def supports(problem):
-    kind = problem.dtype("out", "float32")
-    return None if kind in FLOATS else f"the numba kernel takes {', '.join(FLOATS)}, not {kind}; cast the arrays"
+    return None
 
 
 def resources(problem, config):
-    return Resources()
+    return Resources(threads=1)
 
 
 def default_config(problem):
     return {}
 
 
+def _dot(e, left, right, count):
+    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(left, e.mul(k, 4))), e.load(e.add(right, e.mul(k, 4))), acc[0])], LANES)[0]
+    return e.sum(total)
+
+
+dot = op("iii", _dot, "f")
+
+
+@far("ii")
+def work(jobs, thread):
+    job = job_at(jobs)
+    left, right = job.memory + job.memory_step * thread + job.left, job.memory + job.memory_step * thread + job.right
+    padded = (job.Dv + LANES - 1) // LANES * LANES
+    while True:
+        first = next_task(job.counter) * BATCH
+        if first >= job.rows:
+            break
+        for row in range(first, min(first + BATCH, job.rows)):
+            b, h, t = row // (job.H * job.T), row // job.T % job.H, row % job.T
+            load_row(job.out_code, job.out + b * job.out_b + h * job.out_h + t * job.out_t, job.Dv, left, padded)
+            load_row(job.dout_code, job.dout + b * job.dout_b + h * job.dout_h + t * job.dout_t, job.Dv, right, padded)
+            put_f32(job.sums, row, dot(left, right, padded))
+
+
+def _row_sums(out, dout):
+    """sum_d out * dout, float32 (float64 for float64)."""
+    if out.dtype == np.float64 or dout.dtype == np.float64:
+        return np.einsum("bhtd,bhtd->bht", out.astype(np.float64, copy=False), dout.astype(np.float64, copy=False))
+    B, H, T, Dv = out.shape
+    sums, job, counter = np.zeros((B, H, T), np.float32), np.zeros(1, DELTA), np.zeros(1, np.int64)
+    if sums.size:
+        values = dict(H=H, T=T, Dv=Dv, rows=sums.size, sums=address(sums), counter=address(counter))
+        for name, x in (("out", out), ("dout", dout)):
+            values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", x.strides)}}
+        for name, x in values.items():
+            job[name] = x
+        _memory = scratch(job, numba.get_num_threads(), left=4 * (Dv + LANES), right=4 * (Dv + LANES))
+        on_threads(work, job)
+    return sums
+
+
 def run(out, dout, lse, *, place, config, sink_logits=None, dlse=None):
-    B, Hq, T, Dv = out.shape
-    wide = np.float64 if out.dtype == np.float64 else np.float32
-    flat = lambda x: np.ascontiguousarray(x, wide).reshape(B * Hq, T, *x.shape[3:])  # noqa: E731
-    sinks = np.full(Hq, -np.inf) if sink_logits is None else sink_logits.astype(np.float64)
-    total, delta, shares = np.empty((B * Hq, T), wide), np.empty((B * Hq, T), wide), np.zeros(B * Hq)
-    slopes = np.zeros((B * Hq, T), wide) if dlse is None else flat(dlse)
-    rows_of_heads(flat(out), flat(dout), flat(lse), slopes, np.tile(sinks, B), total, delta, shares)
-    dsink = None if sink_logits is None else -shares.reshape(B, Hq).sum(0).astype(np.float32)
-    return total.reshape(B, Hq, T), delta.reshape(B, Hq, T), dsink
+    kind, keys, delta = lse.dtype, lse.astype(np.float64), _row_sums(out, dout)
+    empty = keys == -np.inf
+    delta = np.where(empty, 0, delta.astype(np.float64))
+    total, dsink = keys, None
+    with np.errstate(all="ignore"):
+        if sink_logits is not None:
+            sink = np.asarray(sink_logits, np.float64)[:, None]
+            total = np.where(np.isposinf(sink), np.inf, np.logaddexp(keys, sink))
+            share = np.where(np.isfinite(sink), np.exp(sink - total), 0)
+            dsink = -(share * delta).sum(axis=(0, 2)).astype(np.float32)
+        if dlse is not None:
+            delta = delta - np.where(empty, 0, dlse.astype(np.float64) * np.exp(np.minimum(total - keys, FAR_SINK)))
+    return total.astype(kind), delta.astype(kind), dsink

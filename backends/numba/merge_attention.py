@@ -1,67 +1,102 @@
-"""Parts of one attention joined by their LSE, in the given order: outs N x [B,Hq,T,Dv], lses N x [B,Hq,T], sink_logits [Hq] -> out, lse.
+"""Attention over disjoint sets of keys, put together by their LSE, on the CPU.
 
-Rows are independent, so the answer does not depend on threads. Sums are float32 (float64 for float64 parts); a row that is empty in every part: out 0, lse -inf.
+    outs: N arrays [B,H,T,Dv]  lses: N arrays [B,H,T]  sink_logits [H]  ->  out [B,H,T,Dv], lse [B,H,T]
+
+Parts are added in their order, in float32 (float64 for float64), and rounded once. A part whose lse is -inf holds nothing and is not read.
+All empty: out 0, lse -inf. The sink enters the denominator, not the lse. Weights are few, and NumPy makes them in float64.
 """
+import numba
 import numpy as np
-from numba import prange
 
-from sparsetile.backends.arrays import numpy_dtype
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
+from sparsetile.backends.numba.job import CODES
+from sparsetile.backends.numba.rows import load_row, store_row
+from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i64, next_task, op
 
 TUNABLES = ()
-FLOATS = ("float32", "float16", "bfloat16", "float64")
-
-
-@kernel(parallel=True)
-def join(outs, lses, sinks, heads, out, lse):
-    """outs [N,rows,Dv], lses [N,rows], sinks [Hq], row r has head r // T % Hq with heads = (T, Hq)"""
-    N, rows, _ = outs.shape
-    for r in prange(rows):
-        row = np.int64(r)
-        sink = sinks[row // heads[0] % heads[1]]
-        top = -np.inf
-        for n in range(N):
-            top = max(top, lses[n, row])
-        if top == -np.inf:
-            lse[row] = -np.inf
-            out[row] = 0
-            continue
-        total = 0.0
-        for n in range(N):
-            total += np.exp(lses[n, row] - top)
-        keys = top + np.log(total)
-        lse[row] = keys
-        most = max(keys, sink)
-        whole = most if np.isinf(most) else most + np.log(np.exp(keys - most) + np.exp(sink - most))
-        out[row] = 0
-        for n in range(N):
-            if lses[n, row] > -np.inf and whole < np.inf:
-                share = outs.dtype.type(np.exp(lses[n, row] - whole))
-                for d in range(outs.shape[2]):
-                    out[row, d] += share * outs[n, row, d]
+MERGE = np.dtype([(name, "i8") for name in ("parts", "count", "weights", "out", "code", "H", "T", "Dv", "rows", "counter", "memory", "memory_step", "part", "total")])
+job_at = record_at(MERGE)
+BATCH = 64  # rows taken at a time
+NOTHING = -1.0  # weight of a part that is not read
 
 
 def supports(problem):
-    kind = problem.dtype("out", "float32")
-    return None if kind in FLOATS else f"the numba merge takes {', '.join(FLOATS)}, not {kind}; cast the parts"
+    return None
 
 
 def resources(problem, config):
-    return Resources()
+    return Resources(threads=1)
 
 
 def default_config(problem):
     return {}
 
 
+def _add_weighted(e, source, weight, target, count):
+    weight = e.splat(weight)
+
+    def body(k, _):
+        at = e.add(target, e.mul(k, 4))
+        e.store(e.fma(e.load(e.add(source, e.mul(k, 4))), weight, e.load(at)), at)
+        return []
+    e.loop(count, [], body, LANES)
+
+
+add_weighted = op("ifii", _add_weighted)
+
+
+@far("ii")
+def work(jobs, thread):
+    job = job_at(jobs)
+    memory, padded = job.memory + job.memory_step * thread, (job.Dv + LANES - 1) // LANES * LANES
+    part, total = memory + job.part, memory + job.total
+    while True:
+        first = next_task(job.counter) * BATCH
+        if first >= job.rows:
+            break
+        for row in range(first, min(first + BATCH, job.rows)):
+            b, h, t = row // (job.H * job.T), row // job.T % job.H, row % job.T
+            fill_zero(total, padded)
+            for n in range(job.count):
+                weight, x = get_f32(job.weights, n * job.rows + row), job.parts + 40 * n
+                if weight != NOTHING:
+                    load_row(get_i64(x, 4), get_i64(x, 0) + b * get_i64(x, 1) + h * get_i64(x, 2) + t * get_i64(x, 3), job.Dv, part, padded)
+                    add_weighted(part, weight, total, padded)
+            store_row(job.code, total, job.Dv, job.out + row * job.Dv * (4 if job.code == 0 else 2))
+
+
+def _weights(lses, sink_logits):
+    """(weights [N,B,H,T], lse [B,H,T]) in float64."""
+    parts = np.stack([x.astype(np.float64) for x in lses])  # [N, B, H, T]
+    lse = np.logaddexp.reduce(parts, axis=0)
+    total = lse
+    if sink_logits is not None:
+        sink = np.asarray(sink_logits, np.float64)[:, None]
+        total = np.where(np.isposinf(sink), np.inf, np.logaddexp(lse, sink))
+    return np.where(parts == -np.inf, NOTHING, np.exp(parts - total)), lse
+
+
 def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None):
-    B, Hq, T, Dv = outs[0].shape
-    kind = numpy_dtype(out_dtype or outs[0].dtype.name)
-    wide = np.float64 if outs[0].dtype == np.float64 else np.float32
-    parts = np.stack([np.asarray(x, wide) for x in outs]).reshape(len(outs), B * Hq * T, Dv)
-    logs = np.stack([np.asarray(x, np.float64) for x in lses]).reshape(len(outs), B * Hq * T)
-    sinks = np.full(Hq, -np.inf) if sink_logits is None else sink_logits.astype(np.float64)
-    out, lse = np.empty((B * Hq * T, Dv), wide), np.empty(B * Hq * T)
-    join(parts, logs, sinks, (T, Hq), out, lse)
-    return out.reshape(B, Hq, T, Dv).astype(kind, copy=False), lse.reshape(B, Hq, T).astype(wide)
+    kind = out_dtype or outs[0].dtype.name
+    with np.errstate(all="ignore"):
+        weights, lse = _weights(lses, sink_logits)
+    B, H, T, Dv = outs[0].shape
+    out, lse = place.empty((B, H, T, Dv), kind), lse.astype(lses[0].dtype)
+    if out.size == 0:
+        return out, lse
+    if "float64" in (kind, *(x.dtype.name for x in outs)):
+        total = np.zeros(out.shape)
+        for x, w in zip(outs, weights):
+            there = (w != NOTHING)[..., None]
+            total += np.where(there, np.where(there, x, 0) * w[..., None], 0)
+        return total.astype(out.dtype), lse
+    weights, counter, job = weights.astype(np.float32), np.zeros(1, np.int64), np.zeros(1, MERGE)
+    parts = np.array([[address(x), *x.strides[:3], CODES[x.dtype.name]] for x in outs], np.int64)
+    for name, x in dict(parts=address(parts), count=len(outs), weights=address(weights), out=address(out), code=CODES[kind], H=H, T=T, Dv=Dv, rows=lse.size,
+                        counter=address(counter)).items():
+        job[name] = x
+    _memory = scratch(job, numba.get_num_threads(), part=4 * (Dv + LANES), total=4 * (Dv + LANES))
+    on_threads(work, job)
+    return out, lse
