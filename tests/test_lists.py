@@ -1,0 +1,95 @@
+"""Block kernels on lists that no pattern makes: random masks, full blocks beside intervals and bitmaps, orders with holes, a list per batch and head."""
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+from block_lists import build
+from drivers import EVERY, arrays, numpy_dtype
+from judge import normal
+from numeric import assert_close, plain
+
+from sparsetile.backends import arrays as places
+from sparsetile.backends.contract import Problem
+from sparsetile.ops import dispatch
+
+ARRAYS = ("offsets", "cols", "kinds", "by_key_offsets", "by_key_rows", "by_key_kinds", "intervals", "bitmaps", "list_of", "q_order", "k_order")
+
+
+class Kernels:
+    """A backend's kernels, run below the ops: native arrays of a place in, NumPy out."""
+
+    def __init__(self, on):
+        on_gpu = on.backend in ("triton", "cupy") and not on.interpreted
+        self.on, self.device = on, 0 if on_gpu else None
+        self.place = places.place_for(on.package.NATIVE, "torch" if on_gpu or on.interpreted else "numpy", self.device)
+
+    def native(self, x):
+        if isinstance(x, np.ndarray):
+            return self.place.native(self.on.put(x))
+        if hasattr(x, "by_key_rows"):
+            return replace(x, **{name: self.place.upload(getattr(x, name)) for name in ARRAYS if getattr(x, name) is not None})
+        return x
+
+    def run(self, name, *args, dims, dtype, config=None, features=(), **options):
+        if not dispatch.has_kernel(self.on.backend, name):
+            pytest.skip(f"{self.on.backend}: {name} is not there")
+        kernel = dispatch.kernel(self.on.backend, name)
+        problem = Problem.of(name, dims, dict(q=dtype, k=dtype, v=dtype, out=dtype), self.place.arch, features)
+        config = {**kernel.default_config(problem), **(config or {})}
+        for refusal in (kernel.supports(problem), kernel.resources(problem, config)):
+            if isinstance(refusal, str):
+                pytest.skip(f"{self.on.backend}: {refusal}")
+        with self.place.guard():
+            got = kernel.run(*map(self.native, args), place=self.place, config=config, **{k: self.native(v) for k, v in options.items()})
+            return arrays(*(None if x is None else self.place.give(x) for x in got))
+
+
+def masks(style, L, P, S, rng):
+    """Blocks of all kinds: empty, full, staircase, two runs a row, random bits."""
+    mask = np.zeros((L, P, S), bool)
+    for l in range(L):
+        for i in range(0, P, 16):
+            for j in range(0, S, 32):
+                rows, keys = np.arange(i, min(i + 16, P))[:, None], np.arange(j, min(j + 32, S))
+                kind = rng.integers(0, 5)
+                mask[l, i:i + 16, j:j + 32] = [np.zeros_like(rows + keys), rows >= 0, keys - j <= rows - i, (keys % 7 < 2), rng.random((len(rows), len(keys))) < 0.4][kind]
+    return mask
+
+
+STYLES = {"first block inside": dict(p0=37), "first negative": dict(p0=-29), "bitmaps only": dict(p0=3, bitmaps=True, full=False), "a list for each": dict(p0=0, each=True), "orders": dict(p0=0, orders=True)}
+BLOCKS = [(32, 64), (16, 32), (64, 64), (128, 128)]
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("style, block", [(s, BLOCKS[n % 4]) for n, s in enumerate(STYLES)] + [("orders", BLOCKS[1]), ("a list for each", BLOCKS[2])])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lists(on, backend, style, block, dtype, rng):
+    options = STYLES[style]
+    B, Hq, Hk, T, S, D, Dv = 2, 4, 2, 53, 150, 48, 32
+    L, p0 = (3, 0) if options.get("each") else (1, options["p0"])
+    list_of = rng.integers(0, L, (B, Hq)) if options.get("each") else np.zeros((1, 1), int)
+    mask = masks(style, L, T, S, rng)
+    if options.get("orders"):
+        q, k = (np.full(-(-n // b) * b + 2 * b, -1) for n, b in ((T, block[0]), (S, block[1])))
+        q[rng.permutation(len(q))[:T]], k[rng.permutation(len(k))[:S]] = rng.permutation(T), rng.permutation(S)
+        lists = build(mask, 0, *block, q_order=q, k_order=k)
+    else:
+        lists = build(mask, p0, *block, list_of=list_of, bitmaps=options.get("bitmaps", False), full=options.get("full", True))
+    kernels = Kernels(on)
+    kind = numpy_dtype(dtype)
+    q, k, v, dout = normal(rng, (B, Hq, T, D), kind), normal(rng, (B, Hk, S, D), kind), normal(rng, (B, Hk, S, Dv), kind), normal(rng, (B, Hq, T, Dv), kind)
+    lengths = np.array([S, 101], np.int32)
+    count = np.broadcast_to(mask[list_of], (B, Hq, T, S)) & (np.arange(S) < lengths[:, None, None, None])
+    features = [w for w, there in (("interval", lists.has_intervals), ("bitmap", lists.has_bitmaps), ("order", lists.q_order is not None), ("per_head", L > 1), ("per_batch", L > 1)) if there]
+    common = dict(dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype=dtype)
+    where = dict(config=dict(block_q=block[0], block_k=block[1]), scale=D ** -0.5, kv_length=lengths, q_start=p0, features=[*features, "kv_length", "lse"])
+    out, lse = kernels.run("block_attention", q, k, v, lists, **where, **common)
+    how = dict(scale=D ** -0.5)
+    for name, got, truth, measure in zip(("out", "lse"), (out, lse), oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)):
+        assert_close(name, got, truth, measure, reduction=S + D)
+    total, delta, _ = kernels.run("attention_delta", out, dout, lse, **common)
+    grads = kernels.run("block_attention_backward", q, k, v, lists, total, delta, dout, **where, **common)
+    truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
+    for name, got, truth, measure in zip(("dq", "dk", "dv"), grads, truths, measures):
+        assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)
