@@ -49,7 +49,7 @@ def gradients(on, q, k, v, rule, count, rng, *, scale=None, softcap=None, sink_l
     truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
     (Hq, T, D), (Hk, S, Dv) = q.shape[1:], v.shape[1:]
     got = arrays(*(x.grad for x in tensors), None if sink is None else sink.grad)
-    for name, g, truth, measure, reduction in zip(("dq", "dk", "dv", "dsink"), got, truths, measures, (S + D + Dv, T * Hq // Hk + D + Dv, T * Hq // Hk + D, T * q.shape[0] + Dv)):
+    for name, g, truth, measure, reduction in zip(("dq", "dk", "dv", "dsink"), got, truths, measures, (S + D + Dv, T * Hq // Hk + D + Dv, T * Hq // Hk + D, T * q.shape[0] * Dv)):
         if g is None:
             continue
         if name == "dsink":  # from the op's own rounded output, as delta is: one number a head is too small a sample of what rounding another output does
