@@ -158,7 +158,8 @@ def _tile(jobs, memory, b, h, tile):
         put_i64(bases, 0, job.k + b * job.k_b + j * job.k_h)
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
         for p in range(panels):
-            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows + 8 * PANEL * p, job.sign, memory + job.flat, memory + job.qt + STEP * job.Dp * p)
+            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows + 8 * PANEL * p, job.sign, memory + job.flat, 4 * job.Dp,
+                       memory + job.qt + STEP * job.Dp * p)
         begin, partial, end = list_block(job, b, h, i)
         for entry in range(begin, end):
             _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, bases)

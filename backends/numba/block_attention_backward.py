@@ -32,6 +32,7 @@ from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
 TASKS = 16  # at least so many, if the query blocks suffice
 ROOM = 1 << 28  # bytes of dK and dV in float32 that more shares than one may take
+APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
 GRAIN = 32  # keys whose sums are cleared together, when first touched
 
 
@@ -93,8 +94,8 @@ def _sums(jobs, memory, at, count, where):
     else:
         to_k, to_v = memory + job.more, memory + job.more + 4 * job.Dp * (CHUNK + 4)
         fill_zero(to_k, (job.Dp + job.width) * (CHUNK + 4))
-    gt.add_keys(memory + job.p, step, queries, memory + job.g_rows, job.width, to_v, sixes, fours)
-    gt.add_keys(memory + job.ds, step, queries, memory + job.q_rows, job.Dp, to_k, sixes, fours)
+    gt.add_keys(memory + job.p, step, queries, memory + job.g_rows, 4 * job.width + APART, job.width, to_v, sixes, fours)
+    gt.add_keys(memory + job.ds, step, queries, memory + job.q_rows, 4 * job.Dp + APART, job.Dp, to_k, sixes, fours)
     if job.k_order != 0:
         for c in range(count):
             s = key_of(job, at + c, limit)
@@ -169,9 +170,9 @@ def _load_rows(jobs, memory, b, h):
             put_f32(lse, 2 * PANEL + n, delta)
         put_i64(memory + job.rows, job.panels * PANEL + p, real)
         load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows, job.sign,
-                   memory + job.q_rows + 4 * PANEL * job.Dp * p, memory + job.qt + STEP * job.Dp * p)
+                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
         load_panel(job.dout + b * job.dout_b + h * job.dout_h, job.dout_t, job.dout_code, job.Dv, job.width, rows, 1.0,
-                   memory + job.g_rows + 4 * PANEL * job.width * p, memory + job.gt + STEP * job.width * p)
+                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
 
 
 @far("iiii")
@@ -297,7 +298,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
                         touched_step=touched.shape[1]).items():
         job[name] = x
     rows, chunk = panels * PANEL, CHUNK + 4
-    shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=4 * rows * Dp, g_rows=4 * rows * width, p=4 * rows * chunk,
+    shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
                    ds=4 * rows * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
     _memory = scratch(job, threads, **shared)
     on_threads(work, job)

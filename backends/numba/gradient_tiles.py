@@ -80,8 +80,8 @@ add_queries = op("iiiiiiii", _add_queries)
 """(K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
 
 
-def _add_keys(e, pp, p_step, queries, px, width, po, sixes, fours):
-    """C [keys, width] += P X, X [queries, width]: as many vectors of features at a time as registers hold, then one by one."""
+def _add_keys(e, pp, p_step, queries, px, x_step, width, po, sixes, fours):
+    """C [keys, width] += P X, X [queries, width] with a row step of its own: as many vectors of features at a time as registers hold, then one by one."""
     step = e.mul(width, 4)
 
     def features(cols):
@@ -89,7 +89,7 @@ def _add_keys(e, pp, p_step, queries, px, width, po, sixes, fours):
             f = e.mul(f, 4)
 
             def group(rows, first, _):
-                acc = e.gemm(rows, cols, e.add(pp, e.mul(first, p_step)), p_step, 4, e.add(px, f), step, queries)
+                acc = e.gemm(rows, cols, e.add(pp, e.mul(first, p_step)), p_step, 4, e.add(px, f), x_step, queries)
                 for r in range(rows):
                     out = e.add(e.add(po, f), e.mul(e.add(first, r), step))
                     for n in range(cols):
@@ -104,8 +104,8 @@ def _add_keys(e, pp, p_step, queries, px, width, po, sixes, fours):
     e.loop(e.b.sub(width, main), [], lambda f, s: rest(e.add(f, main), s), LANES)
 
 
-add_keys = op("iiiiiiii", _add_keys)
-"""(P, P's row step, queries, X, width, C, sixes, fours)"""
+add_keys = op("iiiiiiiii", _add_keys)
+"""(P, P's row step, queries, X, X's row step, width, C, sixes, fours)"""
 
 
 def _add_row(e, source, target, count):

@@ -20,20 +20,20 @@ def up(x: int, step: int) -> int:
     return -(-x // step) * step
 
 
-@far("iiiiiidii")
-def load_panel(base, step, code, width, padded, rows, sign, flat, panel):
+@far("iiiiiidiii")
+def load_panel(base, step, code, width, padded, rows, sign, flat, flat_step, panel):
     """PANEL rows (their numbers at `rows`, -1: zeros) of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL]."""
     for r in range(PANEL):
-        t = get_i64(rows, r)
+        t, row = get_i64(rows, r), flat + r * flat_step
         if t < 0:
-            fill_zero(flat + 4 * r * padded, padded)
+            fill_zero(row, padded)
         else:
-            load_row(code, base + t * step, width, flat + 4 * r * padded, padded)
-    if sign != 1:
-        times(flat, PANEL * padded, sign)
+            load_row(code, base + t * step, width, row, padded)
+            if sign != 1:
+                times(row, padded, sign)
     for r in range(0, PANEL, LANES):
         for d in range(0, padded, LANES):
-            transpose_tile(flat + 4 * (r * padded + d), 4 * padded, panel + 4 * (d * PANEL + r), STEP)
+            transpose_tile(flat + r * flat_step + 4 * d, flat_step, panel + 4 * (d * PANEL + r), STEP)
 
 
 @far("iiiiiiiiiii")
