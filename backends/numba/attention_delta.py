@@ -2,7 +2,7 @@
 
     out, dout [B,Hq,T,Dv]  lse [B,Hq,T] over keys  sink_logits [Hq]  dlse [B,Hq,T]  ->  lse_total, delta [B,Hq,T], dsink [Hq] or None
 
-lse_total = log(exp(lse) + exp(sink)); delta = sum_d dout*out - dlse * exp(lse_total - lse), rows without keys 0; the sum over d is float32.
+lse_total = log(exp(lse) + exp(sink)), -inf for rows without keys; delta = sum_d dout*out - dlse * exp(lse_total - lse), rows without keys 0; the sum over d is float32.
 dsink_h = -sum over b, t of exp(sink_h - lse_total) * sum_d dout*out, in a fixed order; nothing for a sink of -inf or +inf.
 What is left once the rows are summed is small, and NumPy does it in float64.
 """
@@ -90,4 +90,5 @@ def run(out, dout, lse, *, place, config, sink_logits=None, dlse=None):
             dsink = -(share * delta).sum(axis=(0, 2)).astype(np.float32)
         if dlse is not None:
             delta = delta - np.where(empty, 0, dlse.astype(np.float64) * np.exp(np.minimum(total - keys, FAR_SINK)))
-    return total.astype(kind), delta.astype(kind), dsink
+    # A row without keys is no row at all to the backwards, even beside a sink: whatever stands in its q and dout must not meet a product.
+    return np.where(empty, -np.inf, total).astype(kind), delta.astype(kind), dsink
