@@ -201,13 +201,14 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     panels, width = int(job["panels"][0]), int(job["width"][0])
-    _memory = scratch(job, numba.get_num_threads(), **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
+    threads = min(numba.get_num_threads(), B * Hq * int(job["tiles"][0]))
+    _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
     job["lost"] = address(lost)
     if not wide:
-        on_threads(work, job)
+        on_threads(work, job, threads)
     counter = alive[0]["counter"]
     if wide or counter[1]:
         counter[:] = 0
-        on_threads(exact, job)
+        on_threads(exact, job, threads)
     return out, lse if return_lse else None

@@ -301,7 +301,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
                    ds=4 * rows * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
     _memory = scratch(job, threads, **shared)
-    on_threads(work, job)
+    on_threads(work, job, min(threads, shares * B * Hk))
     alive[0]["counter"][:] = 0
     on_threads(finish, job)
     return dq, dk, dv

@@ -108,6 +108,11 @@ def _spread(threads, function, job):
     return failed
 
 
+@kernel
+def _alone(function, job):
+    return _invoke(function, job, 0)
+
+
 def record_at(dtype):
     """A function for compiled code: the record of this type at an address."""
     kind = numba.from_dtype(dtype)
@@ -134,6 +139,6 @@ def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
 def on_threads(work, job: np.ndarray, threads: int | None = None):
     """work(address of job, thread) on each of some threads (all); work is far("ii")."""
     count = numba.get_num_threads() if threads is None else threads
-    function, job = _FAR[work].link(), job.__array_interface__["data"][0]
-    if _spread(count, function, job):
+    function, job = _FAR[work].link(), job.ctypes.data  # a record's array interface describes every field
+    if _alone(function, job) if count == 1 else _spread(count, function, job):  # waking threads costs more than a small call
         raise MemoryError(f"{_FAR[work].symbol}: no memory for its scratch")
