@@ -72,13 +72,13 @@ def test_lengths_of_every_kind(on, backend, rng):
 def test_keys_that_nobody_sees_do_not_leak(on, backend, way, what, rng):
     """0 * NaN is NaN: such keys may not even be multiplied by 0."""
     T = 10 if way in ("selection", "blocks") else 40
-    q, k, v = qkv(rng, Hq=4, Hk=2, T=T, S=70)
+    q, k, v = qkv(rng, Hq=8, Hk=2, T=T, S=70)
     options, g = {}, 1
     if way in ("selection", "blocks"):
         g = 1 if way == "selection" else 8
         used = np.array([0, 3, 4, 8]) if g > 1 else np.array([1, 2, 30, 31, 33, 69])
         indices = rng.choice(np.append(used, -1), (1, 1, T, 9)).astype(np.int32)
-        count, rule = oracle.selection_count(indices, 70, 4, granularity=g), lambda put: st.Selection(put(indices), granularity=g)
+        count, rule = oracle.selection_count(indices, 70, 8, granularity=g), lambda put: st.Selection(put(indices), granularity=g)
     elif way == "kv_length":
         options = {"kv_length": np.array([37], np.int32)}
         count, rule = oracle.visible(1, 40, 70, rule=lambda p, s: s <= p, **options), lambda put: st.Causal()
@@ -90,7 +90,7 @@ def test_keys_that_nobody_sees_do_not_leak(on, backend, way, what, rng):
         mask[[0, 1, 2, 2], [0, 3, 3, 1]] = True
         options = {"q_start": 0}
         count, rule = oracle.visible(1, 40, 70, rule=lambda p, s: mask[np.minimum(p // 16, 2), np.minimum(s // 16, 4)], **options), lambda put: st.Blocks(mask, 16, 16)
-    unseen = ~(np.broadcast_to(count, (1, 4, T, 70)) > 0).reshape(1, 2, 2, T, 70).any(axis=(2, 3))
+    unseen = ~(np.broadcast_to(count, (1, 8, T, 70)) > 0).reshape(1, 2, 4, T, 70).any(axis=(2, 3))
     assert unseen.any()
 
     def poison(x):
@@ -328,7 +328,7 @@ def test_windows_and_ragged_sizes(on, backend, window, T, S, rng):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_scores_of_every_size(on, backend, dtype, rng):
     """A softmax of huge scores is one key; of equal ones the mean: the policy holds for every finite input."""
-    q, k, v = qkv(rng, T=20, S=60, dtype=numpy_dtype(dtype))
+    q, k, v = qkv(rng, Hq=16, T=20, S=60, dtype=numpy_dtype(dtype))                  # where scores are huge few rows have any error: many rows
     count = oracle.visible(1, 20, 60, rule=lambda p, s: s <= p)
     for scale in (0.0, 1e-4, 5.0, 300.0, -1.0):
         attention(on, q, k, v, st.Causal(), count, scale=scale, name=f"scale {scale}: ")
