@@ -29,6 +29,7 @@ from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
 TUNABLES = (Tunable("block_q", (64, 32, 128), "queries per task"),
             Tunable("block_k", (64, 32, 128), "keys per block of the layout"))
+SMALL = 1 << 20  # pairs times widths that one thread does faster than others are woken
 NOTHING = np.float32(-np.inf)
 
 
@@ -201,7 +202,7 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     panels, width = int(job["panels"][0]), int(job["width"][0])
-    threads = min(numba.get_num_threads(), B * Hq * int(job["tiles"][0]))
+    threads = min(numba.get_num_threads(), B * Hq * int(job["tiles"][0])) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
     job["lost"] = address(lost)

@@ -68,11 +68,18 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
     values["odd"] = values["counter"] + 8
     rows, columns = arrays["list_of"].shape
     values |= dict(list_b=columns if rows > 1 else 0, list_h=1 if columns > 1 else 0)
-    # A range of T positions touches one block more than it fills when it starts inside of one.
-    values["tiles"] = lists.nq if lists.q_order is not None else (T + lists.block_q - 2) // lists.block_q + 1 if T else 0
+    values["tiles"] = lists.nq if lists.q_order is not None else _tiles(T, S, lists.block_q, kv_length, q_start)
     for name, x in values.items():
         job[name] = x
     return job, [arrays, tensors]
+
+
+def _tiles(T, S, block_q, kv_length, q_start) -> int:
+    """Blocks of queries that the positions of a batch touch, at most."""
+    if q_start is None:
+        q_start = (S if kv_length is None else np.clip(kv_length, 0, S)) - T
+    start = np.asarray(q_start, np.int64)
+    return int(((start + T - 1) // block_q - start // block_q + 1).max(initial=0)) if T else 0
 
 
 @kernel
