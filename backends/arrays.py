@@ -42,7 +42,7 @@ def framework(x) -> str | None:
     if root in ("numpy", "torch", "cupy"):
         return root if hasattr(x, "shape") and hasattr(x, "dtype") else None
     if root in ("jax", "jaxlib"):
-        return "jax"
+        return "jax" if hasattr(x, "shape") and hasattr(x, "dtype") else None
     if isinstance(x, np.ndarray):
         return "numpy"
     torch = sys.modules.get("torch")
@@ -132,7 +132,7 @@ def as_numpy(x) -> np.ndarray:
     """A CPU array as NumPy sees it, sharing memory (bfloat16 and float8 as ml_dtypes)."""
     name = framework(x)
     if name == "numpy":
-        return x
+        return plain(x)
     if name == "torch":
         x = x.detach()
         kind = dtype_name(x)
@@ -143,6 +143,13 @@ def as_numpy(x) -> np.ndarray:
     return np.asarray(x)
 
 
+def plain(x: np.ndarray) -> np.ndarray:
+    """The array itself; a copy if its elements are misaligned (a field of a record) or of the other byte order, which no kernel can read in place."""
+    if x.flags.aligned and x.dtype.isnative:
+        return x
+    return np.array(x, x.dtype.newbyteorder("="))
+
+
 def as_torch(x):
     """An array as a torch tensor sharing memory. Read-only NumPy arrays are fine: kernels never write into arguments."""
     import torch
@@ -150,7 +157,7 @@ def as_torch(x):
     if name == "torch":
         return x.detach()
     if name == "numpy":
-        kind = dtype_name(x)
+        kind, x = dtype_name(x), plain(x)
         if any(s < 0 for s in x.strides):
             x = np.ascontiguousarray(x)
         if not x.flags.writeable:  # torch warns on read-only memory, and no kernel writes there

@@ -84,6 +84,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
 
 def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config) -> Call:
     """Everything that can be said of the arguments before a backend is chosen."""
+    checks.options(backend, config)
     checks.array("q", q, 4, "[B,Hq,T,D]")
     checks.array("k", k, 4, "[B,Hk,S,D]")
     checks.array("v", v, 4, "[B,Hk,S,Dv]", optional=True)
@@ -91,7 +92,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     _, Hk, S, _ = k.shape
     kind = arrays.dtype_name(q)
     if "float8" in kind:
-        raise Unsupported("sparse_attention: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
+        raise Unsupported("q: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
     checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
     checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
     checks.same("k", "batch size of q", B, k.shape[0], "expand it with a zero stride or repeat it")
@@ -101,14 +102,14 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     checks.width("q", D)
     if v is None:
         if value_width is None:
-            raise ValueError(f"v: expected an array [B,Hk,S,Dv], or value_width=Dv with v=None, got None for both; pass one of them")
+            raise ValueError("v: expected an array [B,Hk,S,Dv], or value_width=Dv with v=None, got None for both; pass one of them")
         checks.integer("value_width", value_width, 1, D)
     else:
         checks.same("v", "element type of q", kind, arrays.dtype_name(v), "convert q, k and v to one type")
         checks.same("v", "shape [B,Hk,S] of k", list(k.shape[:3]), list(v.shape[:3]), "k and v hold the same keys")
         checks.width("v", v.shape[3])
-        if value_width not in (None, v.shape[3]):
-            raise ValueError(f"value_width: expected {v.shape[3]}, the width of v, or None, got {value_width}; it is for v=None")
+        if value_width is not None and checks.integer("value_width", value_width) != v.shape[3]:
+            raise ValueError(f"value_width: expected {v.shape[3]}, the width of v, or None, got {checks.shown(value_width)}; it is for v=None")
         value_width = v.shape[3]
     rule = Full() if pattern is None else pattern
     if not isinstance(rule, (Pattern, Layout, Selection)):
@@ -126,6 +127,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
     if isinstance(rule, Selection):
         rule.check(B, Hq, Hk, T)
+        rule = rule.within(S)
         named |= {"pattern.indices": rule.indices, "pattern.lengths": rule.lengths}
     elif isinstance(rule, Layout):
         rule.check(B, Hq)
@@ -134,8 +136,6 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     caller, device = checks.together(named)
     if isinstance(rule, Selection) and rule.restriction is not None:
         rule = rule.resolve(S, q_start, kv_length)
-    if config is not None and not hasattr(config, "keys"):
-        raise TypeError(f"config: expected a dict of knobs or None, got {type(config).__name__}; see sparsetile.explain for the knobs in use")
     return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device)
 
 

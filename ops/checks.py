@@ -1,5 +1,10 @@
 """Errors for users: argument, what was expected, what came, what to do."""
+import math
+import sys
+
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import BACKENDS
+from sparsetile.ops.pattern import shown
 
 HALF = ("float16", "bfloat16")
 
@@ -12,6 +17,9 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         raise TypeError(f"{name}: expected an array {axes}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
     if arrays.framework(x) is None:
         raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX array {axes}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor) and x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense array {axes}, got a tensor of layout {x.layout}; call to_dense() first")
     if ndim is not None and x.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         raise ValueError(f"{name}: expected {ndim if isinstance(ndim, int) else ' or '.join(map(str, ndim))} axes {axes}, got shape {list(x.shape)}; add or remove axes with reshape")
     if dtypes is not None:
@@ -32,7 +40,7 @@ def together(named: dict):
     for name, x in named.items():
         if x is None:
             continue
-        here = arrays.framework(x), arrays.device_of(x)
+        here = arrays.framework(array(name, x)), arrays.device_of(x)
         if first is None:
             first, origin = here, name
         elif here != first:
@@ -48,36 +56,56 @@ def _where(place):
 def number(name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}; pass a Python float")
-    value = float(value)
-    if value != value or low is not None and not value > low or high is not None and not value < high:
-        raise ValueError(f"{name}: expected a number{f' above {low}' if low is not None else ''}{f' below {high}' if high is not None else ''}, got {value}; choose one in range")
-    return value
+    try:
+        if isinstance(value, str) or getattr(value, "ndim", 0) or str(getattr(value, "dtype", type(value).__name__)).endswith("bool"):
+            raise TypeError
+        exact = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {shown(value)} of type {type(value).__name__}; pass a Python float") from None
+    except OverflowError:
+        exact = math.inf
+    if not math.isfinite(exact) or low is not None and not exact > low or high is not None and not exact < high:
+        raise ValueError(f"{name}: expected a finite number{f' above {low}' if low is not None else ''}{f' below {high}' if high is not None else ''}, got {shown(value)}; choose one in range")
+    return exact
 
 
 def integer(name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return None
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}; pass a Python int")
-    value = value.__index__()
+        raise TypeError(f"{name}: expected an integer, got {shown(value)} of type {type(value).__name__}; pass a Python int")
+    try:
+        value = value.__index__()
+    except TypeError:  # arrays of floats have an __index__ that refuses
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}; pass a Python int") from None
     if low is not None and value < low or high is not None and value > high:
         bounds = f"{'' if low is None else f' from {low}'}{'' if high is None else f' to {high}'}"
-        raise ValueError(f"{name}: expected an integer{bounds}, got {value}; choose one in range")
+        raise ValueError(f"{name}: expected an integer{bounds}, got {shown(value)}; choose one in range")
     return value
 
 
 def choice(name, value, values):
-    if value not in values:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}; choose one of these")
+    if not (value is None or isinstance(value, str)) or value not in values:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {shown(value)}; choose one of these")
     return value
 
 
 def flag(name, value):
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}; pass a bool")
     return value
+
+
+def options(backend, config):
+    """The arguments that every op has: who shall run it, and how."""
+    if backend is not None:
+        choice("backend", backend, ("auto", *BACKENDS))
+    if config is not None:
+        if not hasattr(config, "keys"):
+            raise TypeError(f"config: expected a dict of knobs or None, got {shown(config)}; see sparsetile.explain for the knobs in use")
+        for knob in config:
+            if not isinstance(knob, str) or not isinstance(config[knob], (bool, int, float, str)):
+                raise TypeError(f"config: expected names of knobs and plain values, got {shown(knob)}: {shown(config[knob])}; see sparsetile.explain for the knobs in use")
 
 
 def lengths(name, x, shape, what):

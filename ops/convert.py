@@ -3,7 +3,7 @@
 Our Window(left, right) is inclusive on both sides and leaves out the query in the counts; queries stand bottom-right (q_start = S - T) unless
 q_start= says otherwise. Where a library aligns top-left when T != S, pass q_start=0 to the op; the docstrings say so.
 """
-from sparsetile.ops.patterns import Causal, Dilated, Full, Pattern, Window, integer
+from sparsetile.ops.patterns import Causal, Dilated, Full, Pattern, Window, integer, shown
 from sparsetile.ops.presets import longformer
 
 
@@ -23,7 +23,8 @@ def from_jax(local_window_size=None, is_causal: bool = False) -> Pattern:
         return Causal() if is_causal else Full()
     sides = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size, local_window_size)
     if len(sides) != 2:
-        raise ValueError(f"from_jax: local_window_size must be one number or (left, right), got {local_window_size!r}")
+        raise ValueError(f"from_jax: local_window_size must be one number or (left, right), got {shown(local_window_size)}; pass a pair of distances")
+    sides = [integer("from_jax", "local_window_size", side) for side in sides]
     return Window(*sides) & Causal() if is_causal else Window(*sides)
 
 
@@ -39,6 +40,8 @@ def from_huggingface(sliding_window: int | None) -> Pattern:
 
 def from_huggingface_longformer(attention_window: int, globals=()) -> Pattern:
     """attention_window of Hugging Face's Longformer: total width, half on each side, even."""
+    if integer("from_huggingface_longformer", "attention_window", attention_window) % 2:
+        raise ValueError(f"from_huggingface_longformer: attention_window must be even, half on each side, got {attention_window}; Hugging Face takes no odd one either")
     return longformer(attention_window, globals=globals)
 
 

@@ -73,7 +73,7 @@ def requested_backend(op: str, backend: str | None) -> str:
     for value, origin in ((backend, "backend"), (per_op, "SPARSETILE_BACKEND_" + op.upper()), (everywhere, "SPARSETILE_BACKEND")):
         if value:
             if value not in BACKENDS and value != "auto":
-                raise ValueError(f"{origin}: expected one of auto, {', '.join(BACKENDS)}, got {value!r}")
+                raise ValueError(f"{origin}: expected one of auto, {', '.join(BACKENDS)}, got {value!r}; choose one of these")
             return value
     return "auto"
 
@@ -81,7 +81,7 @@ def requested_backend(op: str, backend: str | None) -> str:
 def tune_mode() -> str:
     mode = os.environ.get("SPARSETILE_TUNE") or "cache"
     if mode not in ("off", "cache", "on"):
-        raise ValueError(f"SPARSETILE_TUNE: expected off, cache or on, got {mode!r}")
+        raise ValueError(f"SPARSETILE_TUNE: expected off, cache or on, got {mode!r}; choose one of these")
     return mode
 
 
@@ -130,9 +130,9 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
     known = {t.name: t for t in module.TUNABLES}
     for name, value in config.items():
         if name not in known:
-            raise ValueError(f"{origin}: expected knobs of {problem.op} ({', '.join(known) or 'it has none'}), got {name!r}")
+            raise ValueError(f"{origin}: expected knobs of {problem.op} ({', '.join(known) or 'it has none'}), got {name!r}; leave it out")
         if value not in known[name].values:
-            raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}")
+            raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}; choose one of these")
     full = {**module.default_config(problem), **config}
     asked = module.resources(problem, full)
     if not isinstance(asked, Resources):
@@ -186,6 +186,9 @@ def _nearest(problem, device, reasons) -> str:
 def _configure(backend: str, problem: Problem, device: int | None, config, fixed) -> Choice:
     module = kernel(backend, problem.op)
     fixed = fixed or {}
+    for name, value in fixed.items():
+        if config is not None and config.get(name, value) != value:
+            raise ValueError(f"config: expected {name} = {value}, the tile that the layout was made with, got {config[name]}; leave it out or make the layout with it")
     if config is not None:
         return Choice(backend, module, check_config(module, problem, {**dict(config), **fixed}, "config"), "the config argument")
     found = None
@@ -229,14 +232,16 @@ def explain(op, *args, **kwargs) -> Explanation:
     if isinstance(op, str):
         face = importlib.import_module(_PACKAGE)
         if op not in face.__all__:
-            raise ValueError(f"op: expected a public function of sparsetile, got {op!r}")
+            raise ValueError(f"op: expected a public function of sparsetile, got {op!r}; see sparsetile.__all__")
         op = getattr(face, op)
+    if not callable(op):
+        raise TypeError(f"op: expected a public function of sparsetile or its name, got {type(op).__name__}; e.g. sparsetile.sparse_attention")
     with explaining():
         try:
             op(*args, **kwargs)
         except _Explained as stop:
             return stop.explanation
-    raise ValueError("op: expected a function of sparsetile that computes something for these arguments; this call needs no kernel")
+    raise ValueError(f"op: expected a function of sparsetile that runs a kernel for these arguments, got {getattr(op, '__name__', op)}, which ran none; e.g. sparsetile.sparse_attention")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from sparsetile.ops.selection import Selection
 
 FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 WEIGHTS = ("float32", "float16", "bfloat16")
+MOST = 2 ** 24  # entries a query may ask for: every row has as many, keys or not
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=Non
     computed, unless scores are asked for. For finite scores the set equals topk(indexer_scores(...)) of the same backend bit for bit.
     """
     call = _check("indexer_topk", q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config)
-    checks.integer("top_k", top_k, 1), checks.integer("pool", pool, 1), checks.integer("force_first", force_first, 0), checks.integer("force_last", force_last, 0)
+    top_k, pool = checks.integer("top_k", top_k, 1, MOST), checks.integer("pool", pool, 1, 2 ** 31 - 1)
+    force_first, force_last = checks.integer("force_first", force_first, 0, MOST), checks.integer("force_last", force_last, 0, MOST)
     checks.flag("return_scores", return_scores)
     if force_first + force_last > top_k:
         raise ValueError(f"force_first: expected force_first + force_last <= top_k = {top_k}, got {force_first} + {force_last}; forced blocks count in top_k")
@@ -112,6 +114,7 @@ def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=Non
 def select(call: Call, top_k: int, options: dict):
     """indexer_topk of checked arguments: indices [B,T,K], lengths [B,T], scores [B,T,K] or None."""
     B, H, T, S, D = call.sizes
+    options = options | dict(pool=min(options["pool"], max(S, 1)))  # one block holds no more than all keys
     words = [w for w in ("pool", "force_first", "force_last") if options[w] > (w == "pool")] + ["return_scores"] * options["return_scores"]
     choice, place = _choose(call, dict(K=top_k), words, options["pool"])
     with place.guard():
@@ -129,8 +132,9 @@ def topk(scores, top_k, *, key_start=None, key_end=None, backend=None, config=No
     Returns a Selection [B,1,T,top_k]: indices ascending, then -1; lengths [B,1,T]. Largest first chosen, equal scores by the smaller index, -0.0 equals 0.0,
     NaN and -inf are never chosen. Identical on all backends.
     """
+    checks.options(backend, config)
     checks.array("scores", scores, 3, "[B,T,S]", ("float32",))
-    checks.integer("top_k", top_k, 1)
+    top_k = checks.integer("top_k", top_k, 1, MOST)
     B, T, S = scores.shape
     key_start, key_end = _row("key_start", key_start, B, T), _row("key_end", key_end, B, T)
     caller, device = checks.together({"scores": scores, "key_start": key_start, "key_end": key_end})
@@ -164,6 +168,7 @@ def best(scores, top_k, key_start, key_end, backend, config, caller, device):
 
 # -------------------------------------------------------------------------------------------------------------------- shared
 def _check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config) -> Call:
+    checks.options(backend, config)
     checks.array("q", q, 4, "[B,H,T,D]", FLOATS)
     checks.array("k", k, 3, "[B,S,D]", FLOATS)
     checks.array("weights", weights, 3, "[B,H,T]", WEIGHTS)

@@ -13,6 +13,7 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
     k_rope [B,S,P] shared by all heads; latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (the latent may then be float8_e4m3fn).
     Returns k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's element type. Source: DeepSeek-V2 (arXiv 2405.04434), equations 9-11 and 14-16.
     """
+    checks.options(backend, config)
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale)
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
@@ -56,6 +57,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
+    checks.options(backend, config)
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
     checks.array("q_nope", q_nope, 4, "[B,H,T,Dn]", FLOATS)
@@ -72,7 +74,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     scale = (Dn + P) ** -0.5 if scale is None else checks.number("scale", scale)
     plain = latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
     if mode == "absorbed" and not plain:
-        raise Unsupported("latent_attention: mode='absorbed' needs latent and k_rope in q_nope's element type and no latent_scale; mode='decompressed' takes scales")
+        raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
     if mode == "auto":
         mode = "absorbed" if plain and R + P <= 576 and _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) else "decompressed"
     if caller == "jax":
@@ -94,7 +96,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         q = q_nope if q_rope is None else _concat(q_nope, q_rope, caller, device)
         return attention.sparse_attention(q, k, v, pattern, return_lse=return_lse, config=config, **options)
     if R + P > 576:
-        raise Unsupported(f"latent_attention: mode='absorbed' works in width R + P = {R + P} and attention is made for at most 576; mode='decompressed' would run it")
+        raise Unsupported(f"mode: 'absorbed' works in width R + P, which must be at most 576 and is {R + P}; mode='decompressed' would run it")
     keys = latent if k_rope is None else _joined(latent, k_rope, caller, device)  # [B,S,R+P]
     keys = _unsqueeze(keys)                                                        # [B,1,S,R+P]
     if dispatch.is_explaining():  # the attention kernel is the one to explain; queries of the right shape are all it needs

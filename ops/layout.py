@@ -3,9 +3,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sparsetile.backends import arrays
 from sparsetile.backends.contract import Lists
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import device_lists
+from sparsetile.ops.pattern import flag, shown
 from sparsetile.ops.patterns import Causal, Documents, Pattern, integer
 
 
@@ -38,7 +40,10 @@ class Layout:
     def of(cls, pattern: Pattern, T: int, S: int, *, block_q: int = 128, block_k: int = 128, q_start: int | None = None, heads: int | None = None) -> "Layout":
         """The layout of a pattern for queries at q_start .. q_start + T - 1 (default S - T) and keys 0 .. S - 1. Host arrays."""
         from sparsetile.ops.lowering import lower
-        T, S = integer("layout", "T", T), integer("layout", "S", S)
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"layout: pattern must be a Pattern, got {shown(pattern)} of type {type(pattern).__name__}; e.g. Causal() or Window(127)")
+        T, S = integer("layout", "T", T, most=_MOST), integer("layout", "S", S, most=_MOST)
+        heads = None if heads is None else integer("layout", "heads", heads, 1)
         block_q, block_k = _blocks(block_q, block_k)
         start = S - T if q_start is None else integer("layout", "q_start", q_start, None)
         return cls(tuple(lower(pattern, start, start + T, S, block_q, block_k, heads)), T, S, start)
@@ -51,13 +56,10 @@ class Layout:
         queries at positions i * block_q ... T and S default to whole blocks.
         """
         block_q, block_k = _blocks(block_q, block_k)
-        if not hasattr(mask, "ndim"):
-            mask = np.asarray(mask)
-        if mask.ndim not in (2, 3, 4):
-            raise ValueError(f"from_block_mask: mask must be [nq,nk], [Hq,nq,nk] or [B,Hq,nq,nk], got shape {tuple(mask.shape)}")
+        mask = _table("from_block_mask", "mask", mask, (2, 3, 4), "boolean (or 0 and 1) [nq,nk], [Hq,nq,nk] or [B,Hq,nq,nk]", ("bool", *_INTS))
         nq, nk = int(mask.shape[-2]), int(mask.shape[-1])
-        T = nq * block_q if T is None else integer("from_block_mask", "T", T, max(nq - 1, 0) * block_q, "the mask's last row of blocks", nq * block_q)
-        S = nk * block_k if S is None else integer("from_block_mask", "S", S, max(nk - 1, 0) * block_k, "the mask's last column of blocks", nk * block_k)
+        T = nq * block_q if T is None else integer("from_block_mask", "T", T, max(nq - 1, 0) * block_q, "it ends in the mask's last row of blocks", nq * block_q)
+        S = nk * block_k if S is None else integer("from_block_mask", "S", S, max(nk - 1, 0) * block_k, "it ends in the mask's last column of blocks", nk * block_k)
         lead = (1,) * (4 - mask.ndim) + tuple(int(n) for n in mask.shape[:-2])
         kinds = -1 - xp.astype(mask == 0, "int32").reshape(lead[0] * lead[1], nq, nk)  # -1 full, -2 absent
         return cls((device_lists.lists(kinds, block_q, block_k, lead[:2]),), T, S, 0)
@@ -71,19 +73,19 @@ class Layout:
         """
         block_q, block_k = _blocks(block_q, block_k)
         if (lengths is None) == (cu_seqlens is None):
-            raise ValueError("from_documents: expected either lengths or cu_seqlens, got " + ("neither" if lengths is None else "both"))
+            raise ValueError("from_documents: expected either lengths or cu_seqlens, got " + ("neither" if lengths is None else "both") + "; pass one of them")
+        flag("from_documents", "causal", causal)
         given, name = (lengths, "lengths") if cu_seqlens is None else (cu_seqlens, "cu_seqlens")
+        given = _table("from_documents", name, given, (1,), f"integers [{'n' if cu_seqlens is None else 'n + 1'}]", ("int32", "int64"))
         if xp.kind(given) == "numpy":
-            values = np.asarray(given, np.int64).reshape(-1)
-            values = values if cu_seqlens is None else np.diff(values)
-            rule = Documents(values)
-            total = rule.total if total is None else integer("from_documents", "total", total)
+            if cu_seqlens is not None and (not len(given) or given[0] != 0 or (given[1:] < given[:-1]).any()):
+                raise ValueError(f"from_documents: cu_seqlens must be 0 and then ends that do not descend, got {shown(given.tolist())}; pass lengths instead")
+            rule = Documents(given if cu_seqlens is None else np.diff(given))
+            total = rule.total if total is None else integer("from_documents", "total", total, most=_MOST)
             return cls.of(rule & Causal() if causal else rule, total, total, block_q=block_q, block_k=block_k, q_start=0)
-        if given.ndim != 1:
-            raise ValueError(f"from_documents: {name} must have one axis, got shape {tuple(given.shape)}")
         if total is None:
-            raise ValueError("from_documents: total is needed with device tensors (their sum would be a host round trip); give the number of tokens")
-        total = integer("from_documents", "total", total)
+            raise ValueError("from_documents: total must be given with tensors (their sum would be a host round trip), got None; give the number of tokens")
+        total = integer("from_documents", "total", total, most=_MOST)
         ends = xp.running(given, 0) if cu_seqlens is None else xp.astype(given[1:], "int32")
         return cls((device_lists.documents(ends, total, block_q, block_k, bool(causal)),), total, total, 0)
 
@@ -95,14 +97,12 @@ class Layout:
         window  (left, right) distances, or one number for both; None is no window. Queries stand bottom-right, at S - T ...
         """
         block_q, block_k = _blocks(block_q, block_k)
-        T, S = integer("from_global_tokens", "T", T), integer("from_global_tokens", "S", S)
-        if not hasattr(tokens, "ndim"):
-            tokens = np.asarray(tokens)
-        if tokens.ndim != 2:
-            raise ValueError(f"from_global_tokens: tokens must be [B, n] padded with -1, got shape {tuple(tokens.shape)}")
+        flag("from_global_tokens", "causal", causal)
+        T, S = integer("from_global_tokens", "T", T, most=_MOST), integer("from_global_tokens", "S", S, most=_MOST)
+        tokens = _table("from_global_tokens", "tokens", tokens, (2,), "integers [B, n] padded with -1", ("int32", "int64"))
         sides = window if isinstance(window, (tuple, list)) else (window, window)
         if len(sides) != 2:
-            raise ValueError(f"from_global_tokens: window must be one number or (left, right), got {window!r}")
+            raise ValueError(f"from_global_tokens: window must be one number or (left, right), got {shown(window)}; pass a pair of distances")
         sides = None if window is None else tuple(integer("from_global_tokens", "window", side) for side in sides)
         return cls((device_lists.global_tokens(tokens, T, S, block_q, block_k, sides, bool(causal)),), T, S, S - T)
 
@@ -111,8 +111,7 @@ class Layout:
         for part in self.parts:
             samples, heads = part.list_of.shape
             if samples not in (1, B) or heads not in (1, Hq):
-                raise ValueError(f"pattern: the layout has lists for {samples} sample(s) and {heads} head(s), the call has B = {B} and Hq = {Hq}; "
-                                 "make it with 1 or as many of each")
+                raise ValueError(f"pattern: expected a layout for 1 or B = {B} samples and 1 or Hq = {Hq} heads, got lists for {samples} and {heads}; make it with 1 or as many of each")
 
     def on(self, key, carry) -> tuple:
         """`carry(part)` of every part, made once for each key (a place) and kept with the layout."""
@@ -184,8 +183,28 @@ def picture(lists: Lists, kind: int) -> np.ndarray:
     return (words[:, c // 32] >> (c % 32)) & 1 == 1
 
 
+_MOST = 2 ** 31 - 1  # positions are int32
+_INTS = ("int8", "uint8", "int16", "int32", "int64")
+
+
+def _table(owner, name, x, axes, what, kinds):
+    """An array argument, or nested lists as a NumPy array."""
+    if isinstance(x, (list, tuple)):
+        try:
+            x = np.asarray(x) if x else np.zeros(0, kinds[0])
+        except ValueError:
+            raise ValueError(f"{owner}: {name} must be {what}, got lists of unequal lengths; pad them") from None
+    if arrays.framework(x) is None:
+        raise TypeError(f"{owner}: {name} must be {what}, got {shown(x)} of type {type(x).__name__}; give a list or an array")
+    if arrays.dtype_name(x) not in kinds:
+        raise TypeError(f"{owner}: {name} must be {what}, got element type {arrays.dtype_name(x)}; convert it to {kinds[0]}")
+    if x.ndim not in axes:
+        raise ValueError(f"{owner}: {name} must be {what}, got shape {list(x.shape)}; add or remove axes")
+    return x
+
+
 def _blocks(block_q, block_k):
-    block_q, block_k = integer("layout", "block_q", block_q, 1), integer("layout", "block_k", block_k, 1)
+    block_q, block_k = integer("layout", "block_q", block_q, 1, most=2 ** 15), integer("layout", "block_k", block_k, 1, most=2 ** 15)
     if block_k % 32:
         raise ValueError(f"layout: block_k must be a multiple of 32, got {block_k}; use 32, 64 or 128")
     return block_q, block_k

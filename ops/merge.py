@@ -15,6 +15,10 @@ def merge_attention(outs, lses, *, sink_logits=None, backend=None, config=None):
     Returns out in the element type of outs[0], lse float32 over the keys of all parts (without the sink). Parts are added in the given order. A row that is empty (-inf) in every
     part: out 0, LSE -inf. Differentiable in PyTorch. Source: the online softmax of FlashAttention (arXiv 2205.14135), section 3.
     """
+    checks.options(backend, config)
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of arrays, one for each part, got {type(parts).__name__}; pass a list or a tuple")
     outs, lses = tuple(outs), tuple(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs: expected as many parts as lses and at least one, got {len(outs)} and {len(lses)}; pass one LSE for each part")
@@ -24,6 +28,7 @@ def merge_attention(outs, lses, *, sink_logits=None, backend=None, config=None):
         checks.same(f"outs[{n}]", "element type of outs[0]", arrays.dtype_name(outs[0]), arrays.dtype_name(out), "convert all parts to one type")
         checks.array(f"lses[{n}]", lse, 3, "[B,Hq,T]", ("float64",) if arrays.dtype_name(out) == "float64" else ("float32",))
         checks.same(f"lses[{n}]", "shape [B,Hq,T]", list(out.shape[:3]), list(lse.shape), "one value for each row")
+    checks.width("outs[0]", outs[0].shape[3])
     checks.row("sink_logits", sink_logits, (outs[0].shape[1],), "[Hq]")
     named = {f"outs[{n}]": x for n, x in enumerate(outs)} | {f"lses[{n}]": x for n, x in enumerate(lses)} | {"sink_logits": sink_logits}
     caller, device = checks.together(named)

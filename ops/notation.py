@@ -131,7 +131,7 @@ def _value(node):
             try:
                 return _NAMES[node.func.id](*args, **kwargs)
             except TypeError as error:
-                raise ValueError(f"pattern: {ast.unparse(node)[:80]!r} is not valid: {error}") from None
+                raise ValueError(f"pattern: expected a pattern with its own fields, got {ast.unparse(node)[:80]!r}; {error}") from None
     raise ValueError(f"pattern: cannot read {ast.unparse(node)[:80]!r}; expected the patterns {sorted(_NAMES)}, numbers, lists, range(a, b), None, True, False, &, | and ~")
 
 
@@ -183,25 +183,25 @@ def from_data(data, where: str = "pattern") -> pt.Pattern:
     if isinstance(data, str):
         return {"full": pt.Full, "causal": pt.Causal}[data]() if data in ("full", "causal") else read(data)
     if not isinstance(data, dict) or len(data) != 1:
-        raise ValueError(f"{where}: expected one pattern such as {{window: {{left: 127, right: 0}}}} or a text, got {_short(data)}")
+        raise ValueError(f"{where}: expected one pattern such as {{window: {{left: 127, right: 0}}}} or a text, got {_short(data)}; see Pattern.to_data")
     (key, value), = data.items()
     where = f"{where}.{key}"
     if key in ("and", "or", "per_head"):
         if not isinstance(value, list) or not value:
-            raise ValueError(f"{where}: expected a list of patterns, got {_short(value)}")
+            raise ValueError(f"{where}: expected a list of patterns, got {_short(value)}; give at least one")
         parts = [from_data(part, f"{where}[{n}]") for n, part in enumerate(value)]
         return pt.PerHead(parts) if key == "per_head" else pt.intersection(parts) if key == "and" else pt.union(parts)
     if key == "not":
         return ~from_data(value, where)
     if key not in _FIELDS:
-        raise ValueError(f"{where}: unknown pattern; expected one of {sorted([*_FIELDS, 'and', 'or', 'not', 'per_head'])}")
+        raise ValueError(f"{where}: expected one of {sorted([*_FIELDS, 'and', 'or', 'not', 'per_head'])}, got {_short(key)}; choose one of these")
     name, fields = _FIELDS[key]
     value = {} if value is None else value
     if not isinstance(value, dict) or not set(value) <= set(fields):
-        raise ValueError(f"{where}: expected fields {sorted(fields)}, got {_short(value)}")
+        raise ValueError(f"{where}: expected fields {sorted(fields)}, got {_short(value)}; leave out what is not among them")
     missing = [field for field, default in fields.items() if default is ... and field not in value]
     if missing:
-        raise ValueError(f"{where}: missing {missing}; expected fields {sorted(fields)}")
+        raise ValueError(f"{where}: expected fields {sorted(fields)}, got none for {missing}; give it")
     values = dict(value)
     if "tokens" in values:
         values["tokens"] = _runs(values["tokens"], where)
@@ -244,14 +244,14 @@ def load_yaml(text: str, what: str):
     """Plain data of a YAML text: safe loader, bounded size, no aliases (they can unfold without bound)."""
     import yaml
     if not isinstance(text, str) or len(text) > _LIMIT:
-        raise ValueError(f"{what}: expected YAML text of at most {_LIMIT} characters, got {_short(text)}")
+        raise ValueError(f"{what}: expected YAML text of at most {_LIMIT} characters, got {_short(text)}; give what to_yaml writes")
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{what}: YAML aliases are not accepted, got *{event.anchor}; write the entry out")
+                raise ValueError(f"{what}: expected YAML without aliases, got *{event.anchor}; write the entry out")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{what}: not valid YAML: {str(error)[:300]}") from None
+        raise ValueError(f"{what}: expected plain YAML, got {_short(text)}; {' '.join(str(error).split())[:200]}") from None
 
 
 def from_yaml(text: str) -> pt.Pattern:

@@ -20,26 +20,42 @@ class once:
         return value
 
 
-def integer(owner: str, name: str, value, least: int | None = 0, remedy: str = "", most: int | None = None) -> int:
-    bounds = "" if least is None else f" >= {least}" if most is None else f" in {least}..{most}"
+def shown(value) -> str:
+    """A value as error messages quote it: short, whatever it is."""
+    if type(value) is int and abs(value) >= 2 ** 70:
+        return f"an integer of {value.bit_length()} bits"
+    text = f"an array of shape {list(value.shape)}" if getattr(value, "ndim", 0) else " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:60] + "..." + text[-17:]
+
+
+def integer(owner: str, name: str, value, least: int | None = 0, remedy: str = "", most: int = 2 ** 63 - 1) -> int:
+    bounds = " of 64 bits" if least is None else f" >= {least}" if most >= 2 ** 31 - 1 else f" in {least}..{most}"
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{owner}: {name} must be an integer{bounds}, got {value!r} of type {type(value).__name__}{remedy and '; ' + remedy}") from None
-    if least is not None and number < least or most is not None and number > most:
-        raise ValueError(f"{owner}: {name} must be an integer{bounds}, got {number}{remedy and '; ' + remedy}")
+        raise TypeError(f"{owner}: {name} must be an integer{bounds}, got {shown(value)} of type {type(value).__name__}; {remedy or 'pass a Python int'}") from None
+    if not (-2 ** 63 if least is None else least) <= number <= most:
+        bounds += f" and <= {most}" if number > most >= 2 ** 31 - 1 else ""
+        raise ValueError(f"{owner}: {name} must be an integer{bounds}, got {shown(number)}; {remedy or 'choose one in range'}")
     return number
 
 
 def listed(owner, name, values) -> list:
-    if isinstance(values, (str, bytes)):
-        raise TypeError(f"{owner}: {name} must be a list of integers, got the text {values!r}; give a list")
+    """A sequence (or an array of one axis) of integers to be, as a list."""
+    if isinstance(values, (str, bytes, dict)) or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"{owner}: {name} must be a list of integers, got {shown(values)}; give a list, a tuple or a range")
     try:
         return values.tolist() if hasattr(values, "tolist") else list(values)
     except TypeError:
-        raise TypeError(f"{owner}: {name} must be a list of integers, got {values!r}; give a list, a tuple or a range") from None
+        raise TypeError(f"{owner}: {name} must be a list of integers, got {shown(values)}; give a list, a tuple or a range") from None
+
+
+def flag(owner, name, value) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{owner}: {name} must be True or False, got {shown(value)}; pass a bool")
+    return bool(value)
 
 
 class Pattern:
@@ -188,10 +204,11 @@ class Pattern:
 
     def flops(self, T: int, S: int, Hq: int = 1, D: int = 128, Dv: int | None = None, q_start: int | None = None) -> int:
         """Floating-point operations of one forward over Hq heads: 2 pairs (D + Dv), pairs inside the pattern only."""
-        Hq = integer("flops", "Hq", Hq, 1)
+        Hq, D = integer("flops", "Hq", Hq, 1), integer("flops", "D", D, 1)
+        Dv = D if Dv is None else integer("flops", "Dv", Dv, 1)
         if self.heads is not None and Hq % self.heads:
             raise ValueError(f"flops: Hq must be a multiple of the pattern's {self.heads} heads, got {Hq}; give Hq={self.heads} or a multiple")
-        return 2 * self.pairs(T, S, q_start) * (Hq // len(self.head_map())) * (D + (D if Dv is None else Dv))
+        return 2 * self.pairs(T, S, q_start) * (Hq // len(self.head_map())) * (D + Dv)
 
     def hops(self, T: int) -> int | None:
         """Layers until every position can reach every other, or for a causal pattern every earlier one; None if never, 0 if T is 1.
@@ -205,7 +222,8 @@ class Pattern:
     def plot(self, T: int, S: int | None = None, path=None, width: int = 64) -> str:
         """The mask as text for a terminal; with `path` also a PNG, one colour per part of the union, as the papers draw it (needs matplotlib)."""
         from sparsetile.ops.plot import plot
-        return plot(self, T, T if S is None else S, path, width)
+        T, width = integer("plot", "T", T), integer("plot", "width", width, 1)
+        return plot(self, T, T if S is None else integer("plot", "S", S), path, width)
 
 
 def _sizes(pattern: Pattern, T, S, q_start):
@@ -217,12 +235,15 @@ class PerHead(Pattern):
     """One pattern per head: length Hq, or Hk and expanded over the group. Kept as distinct rules and a head map; masks are [heads, T, S]."""
 
     def __init__(self, patterns):
-        patterns = tuple(patterns)
+        try:
+            patterns = tuple(patterns)
+        except TypeError:
+            raise TypeError(f"PerHead: patterns must be a list of patterns, got {shown(patterns)}; give one per query head or per key head") from None
         if not patterns:
             raise ValueError("PerHead: patterns must not be empty, got none; give one per query head or per key head")
         for n, part in enumerate(patterns):
             if not isinstance(part, Pattern) or part.heads is not None:
-                raise TypeError(f"PerHead: entry {n} must be a pattern without heads, got {part!r}; give one plain pattern per head")
+                raise TypeError(f"PerHead: patterns[{n}] must be a pattern without heads, got {shown(part)}; give one plain pattern per head")
         distinct = tuple(dict.fromkeys(patterns))
         number = {rule: n for n, rule in enumerate(distinct)}
         self.__dict__.update(_rules=distinct, _map=tuple(number[part] for part in patterns))
@@ -296,7 +317,7 @@ def _by_head(parts, join):
     heads = max(part.heads for part in parts if part.heads is not None)
     for part in parts:
         if part.heads is not None and heads % part.heads:
-            raise ValueError(f"patterns of {part.heads} and {heads} heads cannot be combined; give both the same number, or one a divisor of the other")
+            raise ValueError(f"PerHead: patterns that are combined must have as many heads, or one a divisor of the other, got {part.heads} and {heads} heads; list as many patterns in both")
     rows = [[part] * heads if part.heads is None else [part.rules()[part.head_map()[h * part.heads // heads]] for h in range(heads)] for part in parts]
     return PerHead([join(column) for column in zip(*rows)])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops.pattern import And, Not, Or, Pattern, PerHead, integer, once, listed, complement, intersection, union  # noqa: F401
+from sparsetile.ops.pattern import And, Not, Or, Pattern, PerHead, flag, integer, once, listed, shown, complement, intersection, union  # noqa: F401
 
 _FAR = 2 ** 31 - 1  # positions are below it, so a wider window is an unbounded one
 
@@ -33,7 +33,7 @@ class Window(Pattern):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, integer("Window", name, value, 0, remedy))
-        object.__setattr__(self, "block", 1 if self.left is None and self.right is None else integer("Window", "block", self.block, 1))
+        object.__setattr__(self, "block", 1 if self.left is None and self.right is None else integer("Window", "block", self.block, 1, most=_FAR))
 
     def _see(self, p, s, S):
         if self.left is None and self.right is None:
@@ -71,7 +71,7 @@ class Dilated(Pattern):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, integer("Dilated", name, value, 0, "use None for an unbounded side"))
-        object.__setattr__(self, "step", integer("Dilated", "step", self.step, 1))
+        object.__setattr__(self, "step", integer("Dilated", "step", self.step, 1, most=_FAR))
 
     @once
     def window(self) -> Window:
@@ -87,7 +87,7 @@ class Strided(Pattern):
     stride: int
 
     def __post_init__(self):
-        object.__setattr__(self, "stride", integer("Strided", "stride", self.stride, 1))
+        object.__setattr__(self, "stride", integer("Strided", "stride", self.stride, 1, most=_FAR))
 
     def _see(self, p, s, S):
         return (p - s) % self.stride == 0
@@ -100,7 +100,7 @@ class Fixed(Pattern):
     summary: int
 
     def __post_init__(self):
-        object.__setattr__(self, "stride", integer("Fixed", "stride", self.stride, 1))
+        object.__setattr__(self, "stride", integer("Fixed", "stride", self.stride, 1, most=_FAR))
         object.__setattr__(self, "summary", integer("Fixed", "summary", self.summary, 0, f"at most the stride {self.stride}", self.stride))
 
     def _see(self, p, s, S):
@@ -118,11 +118,11 @@ class Global(Pattern):
         if isinstance(tokens, (int, np.integer)):
             tokens = (tokens,)
         if not isinstance(tokens, range):
-            tokens = (integer("Global", "tokens", t, 0, "positions count from 0") for t in listed("Global", "tokens", tokens))
-        elif len(tokens) and min(tokens) < 0:
-            raise ValueError(f"Global: tokens must be integers >= 0, got {tokens!r}; positions count from 0")
+            tokens = (integer("Global", "tokens", t, 0, "positions count from 0", _FAR) for t in listed("Global", "tokens", tokens))
+        elif tokens and not (0 <= min(tokens[0], tokens[-1]) and max(tokens[0], tokens[-1]) < 2 ** 27):
+            raise ValueError(f"Global: tokens must be integers in 0..{2 ** 27 - 1}, got {shown(tokens)}; positions count from 0")
         object.__setattr__(self, "tokens", tuple(sorted(set(tokens))))
-        object.__setattr__(self, "symmetric", bool(self.symmetric))
+        object.__setattr__(self, "symmetric", flag("Global", "symmetric", self.symmetric))
 
     @once
     def runs(self) -> tuple:
@@ -183,13 +183,13 @@ class RandomBlocks(Pattern):
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         set_("count", integer("RandomBlocks", "count", self.count))
-        set_("block", integer("RandomBlocks", "block", self.block, 1))
+        set_("block", integer("RandomBlocks", "block", self.block, 1, most=_FAR))
         set_("seed", integer("RandomBlocks", "seed", self.seed, 0, most=2 ** 63 - 1))
-        set_("causal", bool(self.causal))
-        exclude = (self.exclude,) if isinstance(self.exclude, Pattern) else tuple(self.exclude)
+        set_("causal", flag("RandomBlocks", "causal", self.causal))
+        exclude = (self.exclude,) if isinstance(self.exclude, Pattern) else tuple(self.exclude) if isinstance(self.exclude, (list, tuple)) else (self.exclude,)
         for part in exclude:
             if not isinstance(part, Pattern) or part.heads is not None:
-                raise TypeError(f"RandomBlocks: exclude must be patterns without heads, got {part!r}; make one RandomBlocks per head inside PerHead")
+                raise TypeError(f"RandomBlocks: exclude must be patterns without heads, got {shown(part)}; make one RandomBlocks per head inside PerHead")
         joint = union(exclude) if exclude else None
         set_("exclude", () if joint is None else joint.parts if isinstance(joint, Or) else (joint,))
 
@@ -213,11 +213,14 @@ class Blocks(Pattern):
     block_k: int = 64
 
     def __init__(self, mask, block_q: int = 64, block_k: int = 64):
-        object.__setattr__(self, "block_q", integer("Blocks", "block_q", block_q, 1))
-        object.__setattr__(self, "block_k", integer("Blocks", "block_k", block_k, 1))
+        object.__setattr__(self, "block_q", integer("Blocks", "block_q", block_q, 1, most=_FAR))
+        object.__setattr__(self, "block_k", integer("Blocks", "block_k", block_k, 1, most=_FAR))
         if not isinstance(mask, np.ndarray) and type(mask).__module__.partition(".")[0] in ("cupy", "torch", "jax", "jaxlib") and xp.on_device(mask):
             raise TypeError("Blocks: mask must be on the host, got a device array; use Layout.from_block_mask, which builds the layout on the device")
-        bits = np.asarray(mask)
+        try:
+            bits = np.asarray(mask)
+        except ValueError:
+            raise ValueError("Blocks: mask must be [nq, nk] or [heads, nq, nk], got lists of unequal lengths; give every row as many blocks") from None
         if bits.dtype != bool and not (bits.dtype.kind in "iu" and np.isin(bits, (0, 1)).all()):
             raise TypeError(f"Blocks: mask must be boolean (or 0 and 1), got {bits.dtype}; compare it first, e.g. mask > 0")
         if bits.ndim not in (2, 3) or (bits.ndim == 3 and not bits.shape[0]):
@@ -260,12 +263,11 @@ class Documents(Pattern):
         lengths = self.lengths
         if type(lengths).__module__.partition(".")[0] in ("cupy", "torch", "jax", "jaxlib") and xp.on_device(lengths):
             raise TypeError("Documents: lengths must be on the host, got a device array; use Layout.from_documents, which builds the layout on the device")
-        values = np.asarray(listed("Documents", "lengths", lengths))
-        if values.size and values.dtype.kind not in "iu":
-            raise TypeError(f"Documents: lengths must be integers >= 0, got {lengths!r}; give the number of tokens of each document")
-        if values.size and values.min() < 0:
-            raise ValueError(f"Documents: lengths must be integers >= 0, got {int(values.min())}; give the number of tokens of each document")
-        object.__setattr__(self, "lengths", tuple(values.tolist()))
+        remedy = "give the number of tokens of each document"
+        values = tuple(integer("Documents", "lengths", n, 0, remedy) for n in listed("Documents", "lengths", lengths))
+        if sum(values) > _FAR:
+            raise ValueError(f"Documents: lengths must be fewer than 2**31 tokens together, got {sum(values)}; {remedy}")
+        object.__setattr__(self, "lengths", values)
 
     @property
     def has_tensors(self):

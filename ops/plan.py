@@ -1,7 +1,7 @@
 """Layer plans: which pattern or selector each layer of a model uses, as plain data."""
 from dataclasses import dataclass, fields
 
-from sparsetile.ops.patterns import Pattern, integer
+from sparsetile.ops.patterns import Pattern, integer, shown
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Selector:
 
     def __post_init__(self):
         if self.kind not in ("indexer_topk", "topk"):
-            raise ValueError(f'Selector: kind must be "indexer_topk" or "topk", got {self.kind!r}')
+            raise ValueError(f'Selector: kind must be "indexer_topk" or "topk", got {shown(self.kind)}; choose one of these')
         for name, least in (("top_k", 1), ("pool", 1), ("force_first", 0), ("force_last", 0)):
             object.__setattr__(self, name, integer("Selector", name, getattr(self, name), least))
         if not isinstance(self.causal, bool):
-            raise TypeError(f"Selector: causal must be True or False, got {self.causal!r}")
+            raise TypeError(f"Selector: causal must be True or False, got {shown(self.causal)}; pass a bool")
 
     def arguments(self) -> dict:
         """Keyword arguments for the op named by `kind`."""
@@ -38,7 +38,7 @@ class Selector:
         """The selector of plain data, checked."""
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or not set(data) <= set(names):
-            raise ValueError(f"{where}: expected fields {names}, got {data!r}")
+            raise ValueError(f"{where}: expected fields {names}, got {shown(data)}; see Selector.to_data")
         try:
             return cls(**data)
         except (TypeError, ValueError) as error:
@@ -57,13 +57,15 @@ class LayerPlan:
     def of(cls, entries) -> "LayerPlan":
         """From (layers, rule) pairs: layers an integer or a collection of them, together 0 .. n - 1, each once; rule a Pattern or a Selector."""
         found = {}
+        if not isinstance(entries, (list, tuple)) or any(not isinstance(entry, (list, tuple)) or len(entry) != 2 for entry in entries):
+            raise TypeError(f"LayerPlan: expected a list of pairs (layers, rule), got {shown(entries)}; e.g. [(range(12), Causal())]")
         for layers, rule in entries:
             if not isinstance(rule, (Pattern, Selector)):
                 raise TypeError(f"LayerPlan: layers {layers} must have a Pattern or a Selector, got {type(rule).__name__}; e.g. Causal() or Selector(top_k=2048)")
             for layer in layers if hasattr(layers, "__iter__") else (layers,):
                 layer = integer("LayerPlan", "layer", layer)
                 if layer in found:
-                    raise ValueError(f"LayerPlan: layer {layer} is given twice; give every layer once")
+                    raise ValueError(f"LayerPlan: expected every layer once, layer {layer} is given twice; leave one out")
                 found[layer] = rule
         missing = sorted(set(range(len(found))) - set(found))
         if missing:
@@ -109,16 +111,16 @@ class LayerPlan:
         """The plan of plain data, checked entry by entry."""
         from sparsetile.ops.notation import from_data
         if not isinstance(data, list):
-            raise ValueError(f"plan: expected a list of {{layers: [first, last], pattern: ...}}, got {type(data).__name__}")
+            raise ValueError(f"plan: expected a list of {{layers: [first, last], pattern: ...}}, got {type(data).__name__}; see LayerPlan.to_data")
         entries = []
         for n, entry in enumerate(data):
             where = f"plan[{n}]"
             if not isinstance(entry, dict) or set(entry) not in ({"layers", "pattern"}, {"layers", "selector"}):
-                raise ValueError(f"{where}: expected layers and either pattern or selector, got {entry!r}"[:300])
+                raise ValueError(f"{where}: expected layers and either pattern or selector, got {shown(entry)}; see LayerPlan.to_data")
             layers = entry["layers"]
             layers = [layers, layers] if type(layers) is int else layers
             if not isinstance(layers, list) or len(layers) != 2 or any(type(x) is not int for x in layers) or not 0 <= layers[0] <= layers[1] < 2 ** 20:
-                raise ValueError(f"{where}.layers: expected a layer or [first, last], got {entry['layers']!r}")
+                raise ValueError(f"{where}.layers: expected a layer or [first, last], got {shown(entry['layers'])}; count from 0")
             rule = from_data(entry["pattern"], f"{where}.pattern") if "pattern" in entry else Selector.from_data(entry["selector"], f"{where}.selector")
             entries.append((range(layers[0], layers[1] + 1), rule))
         return cls.of(entries)

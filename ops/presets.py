@@ -1,11 +1,11 @@
 """Presets: the patterns of the papers, in the words of the papers. Conventions of other libraries: ops/convert.py."""
-from sparsetile.ops.patterns import Causal, Dilated, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window, integer
+from sparsetile.ops.patterns import Causal, Dilated, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window, flag, integer, shown
 from sparsetile.ops.random_blocks import hash64
 
 
 def dense(causal: bool = False) -> Pattern:
     """Every key, or with causal=True every earlier one and itself ("Attention Is All You Need", arXiv:1706.03762, section 3.2)."""
-    return Causal() if causal else Full()
+    return Causal() if flag("dense", "causal", causal) else Full()
 
 
 def sparse_transformer_strided(stride: int) -> Pattern:
@@ -45,6 +45,8 @@ def longformer(window: int, *, dilation=1, globals=()) -> Pattern:
         reach = window // 2 * step
         band = Window(reach, reach) if step == 1 else Dilated(reach, reach, step)
         return band | tokens if tokens.tokens else band
+    if hasattr(dilation, "__len__") and not len(dilation):
+        raise ValueError("longformer: dilation must be a number or one for each head, got none; use 1 for plain windows")
     return PerHead([head(step) for step in dilation]) if hasattr(dilation, "__iter__") else head(dilation)
 
 
@@ -62,7 +64,7 @@ def bigbird(block: int = 64, window: int = 3, globals: int = 2, random: int = 3,
     if window % 2 == 0 and window:
         raise ValueError(f"bigbird: window must be odd, the own block and as many on each side, got {window}; use {window - 1} or {window + 1}")
     if mode not in ("itc", "etc"):
-        raise ValueError(f'bigbird: mode must be "itc" (existing tokens become global) or "etc" (extra tokens in front), got {mode!r}')
+        raise ValueError(f'bigbird: mode must be "itc" (existing tokens become global) or "etc" (extra tokens in front), got {shown(mode)}; choose one of these')
     globals, block = integer("bigbird", "globals", globals), integer("bigbird", "block", block, 1)
     seed, layer = integer("bigbird", "seed", seed, 0, most=2 ** 63 - 1), integer("bigbird", "layer", layer)
     side = (window - 1) // 2
@@ -82,4 +84,5 @@ def streaming_llm(sinks: int = 4, window: int = 1020) -> Pattern:
 
     The paper numbers positions inside its cache; rotary embeddings are the caller's business.
     """
+    sinks = integer("streaming_llm", "sinks", sinks)
     return Causal() & (Sink(sinks) | Window(integer("streaming_llm", "window", window, 1, "it counts the query itself") - 1))

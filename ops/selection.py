@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsetile.backends import arrays
 from sparsetile.ops import array_operators as xp
+from sparsetile.ops.pattern import flag, shown
 from sparsetile.ops.patterns import And, Causal, Pattern, integer
 
 
@@ -26,14 +28,13 @@ class Selection:
     restriction: Pattern | None = None
 
     def __post_init__(self):
-        if isinstance(self.indices, (list, tuple)):
-            object.__setattr__(self, "indices", np.asarray(self.indices, np.int32))
-        object.__setattr__(self, "granularity", integer("Selection", "granularity", self.granularity, 1))
-        object.__setattr__(self, "causal", bool(self.causal))
+        for name in ("indices", "lengths"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, _from_lists(name, getattr(self, name)))
+        object.__setattr__(self, "granularity", integer("Selection", "granularity", self.granularity, 1, most=2 ** 31 - 1))
+        object.__setattr__(self, "causal", flag("Selection", "causal", self.causal))
         shape = _shape("indices", self.indices, 4, "[B,G,T,K]")
         if self.lengths is not None:
-            if isinstance(self.lengths, (list, tuple)):
-                object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int32))
             got = _shape("lengths", self.lengths, 3, "[B,G,T]")
             if got != shape[:3]:
                 raise ValueError(f"Selection: lengths must be [B,G,T] = {list(shape[:3])} as indices says, got {list(got)}; give one length per row of entries")
@@ -65,10 +66,10 @@ class Selection:
         """ValueError if it does not fit a call of these sizes."""
         got = tuple(int(n) for n in self.indices.shape)
         if got[0] != B or got[1] not in (1, Hk, Hq) or got[2] != T:
-            raise ValueError(f"pattern: the selection's indices must be [B,G,T,K] with B = {B}, G in {sorted({1, Hk, Hq})} and T = {T}, got {list(got)}; "
+            raise ValueError(f"pattern.indices: expected [B,G,T,K] with B = {B}, G in {sorted({1, Hk, Hq})} and T = {T}, got {list(got)}; "
                              "select for the same queries that attend")
         if self.restriction is not None and self.restriction.heads is not None and (self.restriction.heads not in (Hq, Hk) or Hq % max(got[1], 1)):
-            raise ValueError(f"pattern: the selection is restricted by a pattern of {self.restriction.heads} heads, expected Hq = {Hq} or Hk = {Hk}; list as many patterns")
+            raise ValueError(f"pattern.restriction: expected one rule per query head (Hq = {Hq}) or per key head (Hk = {Hk}), got {self.restriction.heads}; list as many patterns")
 
     # ---- entries
     def to_tokens(self) -> "Selection":
@@ -81,6 +82,10 @@ class Selection:
         keys = lib.where((e >= 0) & (e < last), e * g + xp.arange(e, g), -1)
         B, G, T, K = (int(n) for n in self.indices.shape)
         return replace(self, indices=xp.astype(keys.reshape(B, G, T, K * g), "int32"), granularity=1, lengths=None)
+
+    def within(self, S: int) -> "Selection":
+        """The same entries over S keys: one that reaches past the last key need reach no further."""
+        return self if self.granularity <= max(S, 1) else replace(self, granularity=max(int(S), 1))
 
     def _read(self):
         """Entries with -1 where lengths end them."""
@@ -97,7 +102,7 @@ class Selection:
         """
         if self.restriction is None:
             return self
-        flat = self.to_tokens()
+        flat = self.within(S).to_tokens()
         e, lib = flat._read(), xp.module(flat.indices)
         B, G, T, K = (int(n) for n in e.shape)
         start = q_start if q_start is not None else kv_length - T if kv_length is not None else S - T
@@ -132,7 +137,7 @@ class Selection:
             raise ValueError(f"Selection: mask needs T = {rows} (the indices') and the number of keys S, got T {T} and S {S}")
         start = S - rows if q_start is None else q_start
         whole = replace(self, indices=xp.to_numpy(self.indices), lengths=None if self.lengths is None else xp.to_numpy(self.lengths)).resolve(S, start)
-        entries = whole.to_tokens()._read()
+        entries = whole.within(S).to_tokens()._read()
         out = np.zeros((B, entries.shape[1], rows, S + 1), np.int64)
         legal = (entries >= 0) & (entries < S)
         if self.causal:
@@ -142,11 +147,21 @@ class Selection:
         return out[..., :S]
 
 
+def _from_lists(name, values):
+    try:
+        array = np.asarray(values)
+        if array.size and (array.dtype.kind not in "iu" or array.max() > 2 ** 31 - 1 or array.min() < -2 ** 31):
+            raise ValueError
+        return array.astype(np.int32)
+    except ValueError:  # unequal lengths too
+        raise ValueError(f"Selection: {name} must be int32 in nested lists of equal lengths, got {shown(values)}; pad with -1") from None
+
+
 def _shape(name, array, axes, text):
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+    if arrays.framework(array) is None:
         raise TypeError(f"Selection: {name} must be an int32 array {text}, got {type(array).__name__}; give an array of the caller's framework")
     if len(array.shape) != axes:
         raise ValueError(f"Selection: {name} must be {text}, got shape {list(array.shape)}; add or merge axes")
-    if str(array.dtype).rpartition(".")[2] != "int32":
+    if arrays.dtype_name(array) != "int32":
         raise TypeError(f"Selection: {name} must be int32, got {array.dtype}; convert it, e.g. indices.to(torch.int32)")
     return tuple(int(n) for n in array.shape)

@@ -71,7 +71,7 @@ def test_a_named_backend_never_falls_back(qkv, name):
 
 
 def test_unknown_backend_is_an_error(qkv, monkeypatch):
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton"):
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'triton'"):
         st.sparse_attention(*qkv, backend="cuda")
     monkeypatch.setenv("SPARSETILE_BACKEND", "cuda")
     with pytest.raises(ValueError, match="SPARSETILE_BACKEND: expected one of"):
