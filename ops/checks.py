@@ -1,6 +1,5 @@
 """Errors for users: argument, what was expected, what came, what to do."""
 import math
-import sys
 
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS
@@ -15,10 +14,10 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         if optional:
             return None
         raise TypeError(f"{name}: expected an array {axes}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
-    if arrays.framework(x) is None:
+    framework = arrays.framework(x)
+    if framework is None:
         raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX array {axes}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor) and x.layout is not torch.strided:
+    if framework == "torch" and _is_sparse(x):
         raise TypeError(f"{name}: expected a dense array {axes}, got a tensor of layout {x.layout}; call to_dense() first")
     if ndim is not None and x.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         raise ValueError(f"{name}: expected {ndim if isinstance(ndim, int) else ' or '.join(map(str, ndim))} axes {axes}, got shape {list(x.shape)}; add or remove axes with reshape")
@@ -27,6 +26,11 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         if kind not in dtypes:
             raise TypeError(f"{name}: expected element type {' or '.join(dtypes)}, got {kind}; convert it first")
     return x
+
+
+def _is_sparse(x):
+    import torch
+    return x.layout is not torch.strided
 
 
 def same(name, what, expected, got, remedy):

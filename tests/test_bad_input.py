@@ -159,7 +159,7 @@ def starts(name="q_start"):
 
 ATTENTION = [
     *no_array("q", "k"), *no_array("v")[1:], *no_floats("q", Q), *no_floats("k", K), *no_floats("v", V), *backends(), *configs(), *starts(),
-    ("v", dict(v=None)), ("k", dict(k=K.astype(BF16))), ("v", dict(v=V.astype(np.float16))), ("k", dict(q=Q.astype(F64))), ("q", dict(q=Q.astype(FP8))),
+    ("q", dict(q=tensor(Q).to_sparse(), k=tensor(K), v=tensor(V))), ("v", dict(v=None)), ("k", dict(k=K.astype(BF16))), ("v", dict(v=V.astype(np.float16))), ("k", dict(q=Q.astype(F64))), ("q", dict(q=Q.astype(FP8))),
     ("q", dict(q=Q.astype(np.longdouble), k=K.astype(np.longdouble), v=V.astype(np.longdouble))), ("q", dict(q=Q.astype(ml_dtypes.float8_e5m2))),
     ("k", dict(k=real(3, 2, 10, 16))), ("k", dict(k=real(1, 2, 10, 16))), ("k", dict(k=real(2, 2, 10, 15))), ("k", dict(k=real(2, 3, 10, 16))), ("k", dict(k=real(2, 0, 10, 16))),
     ("k", dict(k=real(2, 8, 10, 16), v=real(2, 8, 10, 8))), ("v", dict(v=real(2, 2, 9, 8))), ("v", dict(v=real(2, 1, 10, 8))), ("v", dict(v=real(1, 2, 10, 8))),
