@@ -5,7 +5,7 @@
 Query t stands at q_start + t (None: the last T keys'). Keys at or past min(S, kv_length) do not exist. Rows without keys: out 0, lse -inf.
 softcap comes before masking; the sink stands in the denominator only. Values of keys that no query of a tile sees are not read.
 
-A task is one block of queries of one batch and head; threads take tasks from a counter, and none shares a sum with another, so results do
+A task is one block of queries of one batch and head (where queries are few, of the heads that share a key head); threads take tasks from a counter, and none shares a sum with another, so results do
 not depend on their number. Keys and values are read in place where they are float32 rows; other types, permuted keys, holes between seen
 keys and ragged ends go through float32 scratch, one chunk at a time. Sums are float32 (tiles.py); float64 inputs, and rows whose
 float32 sums overflow, are done one query at a time in float64 (exact.py).
@@ -20,9 +20,8 @@ from sparsetile.backends.numba import tiles
 from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.exact import exact, row_factor
 from sparsetile.backends.numba.far import far, on_threads, scratch
-from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, span_of, up, whole
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
 from sparsetile.backends.numba.rows import store_row
 from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64, transpose_tile
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
@@ -110,7 +109,8 @@ def _store(jobs, memory, b, h, inside):
         for n in range(PANEL):
             total = np.float64(get_f32(state, 2 * PANEL + n))
             top = np.float64(get_f32(state, PANEL + n)) * job.unit if total != 0 else -math.inf
-            put_f32(state, n, np.float32(row_factor(job, h, top, total)))
+            t = get_i64(rows, n)
+            put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
             put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
         tiles.scale_panel(o, width, state)
         for r in range(0, PANEL, LANES):
@@ -120,7 +120,7 @@ def _store(jobs, memory, b, h, inside):
                 t = get_i64(rows, n)
                 if t >= 0:
                     row, at = flat + 4 * (n - r) * width, (b * job.Hq + h) * job.T + t
-                    store_row(job.out_code, row, Dv, job.out + b * job.out_b + h * job.out_h + t * job.out_t)
+                    store_row(job.out_code, row, Dv, job.out + b * job.out_b + (h + t // job.T) * job.out_h + t % job.T * job.out_t)
                     put_f32(job.lse, at, get_f32(state, PANEL + n))
                     seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
                     if inside != 0 and (tiles.finite(row, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
@@ -128,26 +128,14 @@ def _store(jobs, memory, b, h, inside):
                         put_i64(job.odd, 0, 1)
 
 
-@kernel
-def _panel_rows(rows, panels):
-    """How many rows of each panel there are -> behind the rows; and 0 for panels that have met a whole block, behind that."""
-    for p in range(panels):
-        real = 0
-        for n in range(PANEL):
-            if get_i64(rows, p * PANEL + n) >= 0:
-                real += 1
-        put_i64(rows, panels * PANEL + p, real)
-        put_i64(rows, panels * (PANEL + 1) + p, 0)
-
-
-@far("iiiii")
-def _tile(jobs, memory, b, h, tile):
-    """One block of queries. state: for each panel new maxima, maxima in use, sums, scratch; PANEL float32 each."""
+@far("iiiiii")
+def _tile(jobs, memory, b, h, heads, tile):
+    """One block of queries of `heads` heads that share a list and a key head. state: for each panel new maxima, maxima in use, sums, scratch; PANEL float32 each."""
     job = job_at(jobs)
     rows, panels, state, bases = memory + job.rows, job.panels, memory + job.state, memory + job.spans + 16 * WORDS * (job.panels + 1)
     if tile_rows(jobs, b, tile, rows, panels * PANEL) == 0:
         return
-    _panel_rows(rows, panels)
+    number_rows(rows, panels, job.T, heads)
     fill_zero(memory + job.ot, panels * job.width * PANEL)
     fill_zero(memory + job.saw, panels * PANEL)
     for p in range(panels):
@@ -159,7 +147,7 @@ def _tile(jobs, memory, b, h, tile):
         put_i64(bases, 0, job.k + b * job.k_b + j * job.k_h)
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
         for p in range(panels):
-            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows + 8 * PANEL * p, job.sign, memory + job.flat, 4 * job.Dp,
+            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows + 8 * PANEL * p, job.sign, memory + job.flat, 4 * job.Dp,
                        memory + job.qt + STEP * job.Dp * p)
         begin, partial, end = list_block(job, b, h, i)
         for entry in range(begin, end):
@@ -172,13 +160,17 @@ def work(jobs, thread):
     """One thread: takes tasks until there are none left. Blocks of queries of one head follow each other, the last (causal: the longest) first."""
     job = job_at(jobs)
     memory = job.memory + job.memory_step * thread
-    total = job.B * job.Hq * job.tiles
+    group = job.Hq // job.Hk
+    parts = (group + job.stack - 1) // job.stack
+    total = job.B * job.Hk * parts * job.tiles
     while True:
         task = next_task(job.counter)
         if task >= total:
             break
-        head = task // job.tiles
-        _tile(jobs, memory, head // job.Hq, head % job.Hq, job.tiles - 1 - task % job.tiles)
+        unit, tile = task // job.tiles, job.tiles - 1 - task % job.tiles
+        part, head = unit % parts, unit // parts
+        first = part * job.stack
+        _tile(jobs, memory, head // job.Hk, head % job.Hk * group + first, min(job.stack, group - first), tile)
 
 
 def sizes(job, D, Dv, block_q, k, v, k_order):
@@ -187,7 +179,7 @@ def sizes(job, D, Dv, block_q, k, v, k_order):
     job["panels"], job["Dp"], job["Dvp"], job["width"] = panels, Dp, up(Dv, 4), width
     job["direct_k"] = k.dtype == np.float32 and k_order is None
     job["direct_v"] = v.dtype == np.float32 and k_order is None and Dv % 4 == 0
-    return dict(rows=8 * panels * (PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
+    return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
                 spans=16 * WORDS * (panels + 1) + 16, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
 
 
@@ -202,6 +194,9 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     panels, width = int(job["panels"][0]), int(job["width"][0])
+    group, rows = Hq // k.shape[1], min(T, lists.block_q)
+    if lists.list_of.shape[1] == 1 and 2 * rows <= panels * PANEL:  # few queries: the heads of a group fill the lanes, and keys are read once for all
+        job["stack"] = min(group, panels * PANEL // rows)
     threads = min(numba.get_num_threads(), B * Hq * int(job["tiles"][0])) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)

@@ -25,7 +25,7 @@ from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, span_of, up, whole
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
 from sparsetile.backends.numba.rows import store_row
 from sparsetile.backends.numba.simd import LANES, address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64, transpose_tile
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
@@ -151,7 +151,7 @@ def _load_rows(jobs, memory, b, h):
     """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in units of the scores) and delta. Rows without gradient become 0."""
     job = job_at(jobs)
     for p in range(job.panels):
-        rows, lse, real = memory + job.rows + 8 * PANEL * p, memory + job.rows_lse + 3 * STEP * p, 0
+        rows, lse = memory + job.rows + 8 * PANEL * p, memory + job.rows_lse + 3 * STEP * p
         for n in range(PANEL):
             t = get_i64(rows, n)
             high, low, delta = np.float32(math.inf), np.float32(0), np.float32(0)
@@ -162,17 +162,16 @@ def _load_rows(jobs, memory, b, h):
                     x = min(max(x / job.unit, -3e38), 3e38)
                     high = np.float32(x)
                     low, delta = np.float32(x - high), get_f32(job.delta, at)
-                    real += 1
                 else:
                     put_i64(rows, n, -1)
             put_f32(lse, n, high)
             put_f32(lse, PANEL + n, low)
             put_f32(lse, 2 * PANEL + n, delta)
-        put_i64(memory + job.rows, job.panels * PANEL + p, real)
-        load_panel(job.q + b * job.q_b + h * job.q_h, job.q_t, job.q_code, job.D, job.Dp, rows, job.sign,
+        load_panel(job.q + b * job.q_b + h * job.q_h, 0, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign,
                    memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
-        load_panel(job.dout + b * job.dout_b + h * job.dout_h, job.dout_t, job.dout_code, job.Dv, job.width, rows, 1.0,
+        load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
                    memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
+    number_rows(memory + job.rows, job.panels, job.T, 1)
 
 
 @far("iiii")

@@ -22,7 +22,7 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dvp", "width", "constants", "direct_k", "direct_v", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
+        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dvp", "width", "constants", "direct_k", "direct_v", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "dqt", "rows_lse", "more")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
@@ -42,7 +42,7 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
     job = np.zeros(1, JOB)
     values = dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv, capped=softcap is not None, block_q=lists.block_q, block_k=lists.block_k,
-                  first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0)
+                  first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0, stack=1)
     for name, x in tensors.items():
         steps = x.strides[:3]
         values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}

@@ -20,20 +20,51 @@ def up(x: int, step: int) -> int:
     return -(-x // step) * step
 
 
-@far("iiiiiidiii")
-def load_panel(base, step, code, width, padded, rows, sign, flat, flat_step, panel):
-    """PANEL rows (their numbers at `rows`, -1: zeros) of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL]."""
+@far("iiiiiiiidiii")
+def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, flat_step, panel):
+    """PANEL rows of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL].
+    rows: their numbers t, or T more for each head after the first; -1: zeros."""
     for r in range(PANEL):
         t, row = get_i64(rows, r), flat + r * flat_step
         if t < 0:
             fill_zero(row, padded)
         else:
-            load_row(code, base + t * step, width, row, padded)
+            load_row(code, base + t // T * head_step + t % T * step, width, row, padded)
             if sign != 1:
                 times(row, padded, sign)
     for r in range(0, PANEL, LANES):
         for d in range(0, padded, LANES):
             transpose_tile(flat + r * flat_step + 4 * d, flat_step, panel + 4 * (d * PANEL + r), STEP)
+
+
+@far("iiii", "i")
+def number_rows(rows, panels, T, heads):
+    """Queries of a tile for one head at `rows` -> for `heads` heads that see the same keys, packed, T added for each head; -1 after them. Behind the rows:
+    how many there are in each panel, a 0 for each panel, and which row of the block each is. Returns how many there are."""
+    slots, real = panels * PANEL, 0
+    block_rows = rows + 8 * panels * (PANEL + 2)
+    for r in range(slots):
+        t = get_i64(rows, r)
+        at = real if heads > 1 else r
+        put_i64(block_rows, r, r)
+        if t >= 0:
+            put_i64(rows, at, t)
+            put_i64(block_rows, at, r)
+            real += 1
+    if heads > 1:
+        for n in range(real, slots):
+            g = n // real if real > 0 else heads
+            put_i64(rows, n, g * T + get_i64(rows, n % real) if g < heads else -1)
+            if g < heads:
+                put_i64(block_rows, n, get_i64(block_rows, n % real))
+    for p in range(panels):
+        there = 0
+        for n in range(PANEL):
+            if get_i64(rows, p * PANEL + n) >= 0:
+                there += 1
+        put_i64(rows, slots + p, there)
+        put_i64(rows, slots + panels + p, 0)
+    return real * heads
 
 
 @far("iiiiiiiiiii")
@@ -50,8 +81,9 @@ def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, 
 
 @far("iiiiiiiiii")
 def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, spans):
-    """Masks of a chunk, keys slot .. slot + count - 1, which are first .. of their block."""
+    """Masks of a chunk, keys slot .. slot + count - 1, which are first .. of their block. rows: as `number_rows` leaves them."""
     job = job_at(jobs)
+    block_rows = rows + 8 * panels * (PANEL + 2)
     total = spans + 16 * WORDS * panels
     for w in range(WORDS):
         there = 0
@@ -68,7 +100,7 @@ def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, span
             for n in range(PANEL):
                 word = 0
                 if there != 0 and get_i64(rows, p * PANEL + n) >= 0:
-                    word = there if kind < 0 else there & row_word(job, kind, p * PANEL + n, (first >> 5) + w)
+                    word = there if kind < 0 else there & row_word(job, kind, get_i64(block_rows, p * PANEL + n), (first >> 5) + w)
                 put_i32(lanes, n, word)
             put_i64(span, w, word_union(lanes))
             put_i64(span, WORDS + w, word_common(lanes))
