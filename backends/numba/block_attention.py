@@ -72,8 +72,10 @@ def _block(jobs, memory, kind, slot, limit, bases):
             pv, v_step = memory + job.values, 4 * Dvp
             load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, Dvp, at, high, limit, total, pv)
         for p in range(panels):
+            if get_i64(rows, job.panels * PANEL + p) == 0:
+                continue
             low, high, dense = span_of(spans + 16 * WORDS * p)
-            if high == 0 or get_i64(rows, job.panels * PANEL + p) == 0:
+            if high == 0:
                 continue
             qt, po, top, words = memory + job.qt + STEP * job.Dp * p, memory + job.ot + STEP * job.width * p, memory + job.state + 4 * STEP * p, memory + job.words + STEP * WORDS * p
             saw = memory + job.saw + STEP * p

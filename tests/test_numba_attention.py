@@ -1,0 +1,65 @@
+"""What only the Numba backend promises of attention: no dependence on threads, float64 where float32 overflows, lanes shared by heads."""
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from drivers import Driver  # noqa: E402
+from judge import attention  # noqa: E402
+from oracle import visible  # noqa: E402
+
+import sparsetile as st  # noqa: E402
+
+PATTERNS = {"causal": st.Causal(), "window": st.Window(20, 5), "strided": st.Causal() & (st.Window(4) | st.Strided(8)), "global": st.Window(5, 5) | st.Global([0, 17])}
+
+
+def tensors(seed, Hq=4, Hk=2, T=150, S=150, D=40, Dv=24, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return tuple((scale * rng.normal(size=(2, h, n, d))).astype(np.float32) for h, n, d in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv)))
+
+
+@pytest.fixture
+def threads():
+    before = numba.get_num_threads()
+    yield numba.set_num_threads
+    numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_bits_do_not_depend_on_threads(threads, name):
+    torch = pytest.importorskip("torch")
+    results = []
+    for count in (1, numba.config.NUMBA_NUM_THREADS, 1):
+        threads(count)
+        q, k, v = (torch.from_numpy(x).requires_grad_() for x in tensors(0, T=260, S=260))
+        out, lse = st.sparse_attention(q, k, v, PATTERNS[name], return_lse=True, backend="numba")
+        (out.sum() + lse.sum()).backward()
+        results.append([x.detach().numpy().tobytes() for x in (out, lse, q.grad, k.grad, v.grad)])
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("size, scale, value", [(1e19, 1.0, 1.0), (1e25, 1e-48, 1.0), (1e15, -1.0, 1e37), (1.0, 0.2, 3e37), (1e-30, 1.0, 1e-38), (1.0, 0.0, 1.0)])
+def test_every_finite_input(size, scale, value):
+    """Scores past 3e38 before scaling, and values whose weighted sums pass it before the division."""
+    q, k, v = tensors(1)
+    q, k, v = np.float32(size / 8) * q, np.float32(size / 8) * k, np.float32(value) * v
+    attention(Driver("numba"), q, k, v, st.Causal(), visible(2, 150, 150, rule=lambda p, s: s <= p), scale=scale)
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+@pytest.mark.parametrize("groups", [3, 17, 40])
+def test_heads_share_lanes_when_queries_are_few(T, groups):
+    q, k, v = tensors(2, Hq=2 * groups, T=T)
+    sinks = np.linspace(-3, 3, 2 * groups).astype(np.float32)
+    for pattern, rule in ((st.Causal(), lambda p, s: s <= p), (st.Window(30) | st.Sink(4), lambda p, s: (s < 4) | (s <= p) & (s >= p - 30))):
+        attention(Driver("numba"), q, k, v, pattern, visible(2, T, 150, rule=rule), sink_logits=sinks)
+
+
+def test_unseen_nan_between_seen_keys():
+    """Keys that no query of the call sees lie inside of chunks that are read."""
+    q, k, v = tensors(3, T=64, S=64)
+    seen = np.arange(64) % 8 < 3
+    pattern = st.Global(np.flatnonzero(seen).tolist(), symmetric=False)
+    clean = st.sparse_attention(q, k, v, pattern, backend="numba")
+    k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
+    assert np.array_equal(clean, st.sparse_attention(q, k, v, pattern, backend="numba"))
