@@ -20,7 +20,10 @@ struct Entries {
     granularity = s.granularity;
     slots = (i64)(s.lengths ? clamp(__ldg(s.lengths + row), 0, s.K) : s.K) * granularity;
     limit = key_limit(at, b);
-    if (s.causal) limit = clamp(first_position(at, b) + t + 1, 0, limit);
+    if (s.causal) {  // 64-bit sums: a position near the largest int does not wrap
+      const i64 end = (i64)first_position(at, b) + t + 1;
+      limit = end < 0 ? 0 : end < limit ? (int)end : limit;
+    }
     blocks = (limit + granularity - 1) / granularity;  // entries from here on hold no key, and their first key may overflow
   }
   // the key in a slot, or -1

@@ -24,17 +24,17 @@ def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: 
     if ends is not None:
         hi = tl.minimum(tl.maximum(tl.load(ends + item, mask=mask, other=0), 0), S)
     if CAUSAL:
-        p = position + t
+        end = t.to(tl.int64) + 1 + position  # wide: positions may be any int32
         if q_starts is not None:
-            p += tl.load(q_starts + b)
-        hi = tl.minimum(hi, p + 1)
+            end += tl.load(q_starts + b)
+        hi = tl.minimum(hi, tl.maximum(tl.minimum(end, S), 0).to(tl.int32))
     idle = (hi - lo <= short) | (mask == 0)
     return tl.where(idle, S, lo), tl.where(idle, 0, hi)
 
 
 @triton.jit
 def weigh(product, weight, RELU: tl.constexpr):
-    if RELU:  # a NaN stays one
+    if RELU:  # a NaN stays one. (x + |x|) * (w / 2) has fewer instructions and was slower
         product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return product * weight
 
