@@ -58,28 +58,37 @@ def kth_key(keys, k):
 
 
 @triton.jit
+def bound_rank(mean):
+    """The rank in a sample that, where the k-th of the row is expected at `mean`, lies below it: four and a half deviations."""
+    return mean + 4.5 * tl.sqrt(mean) + 3.0
+
+
+@triton.jit
 def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.constexpr):
     """(key, position): entries with a larger key, or this key at or before this position, are with high probability at least k and few more.
 
-    The sample are runs of 4 at hashed places of equal strata, so that no period of the row is in step with it. hi - lo >= SAMPLE.
+    The sample are runs of 4 at hashed places of equal strata, so that no period of the row is in step with it; at most half of a row of more than 8.
     """
-    RUNS: tl.constexpr = SAMPLE // 4
     n = hi - lo
+    runs = tl.minimum(SAMPLE // 4, n // 8)
     i = tl.arange(0, SAMPLE)
     run = i // 4
-    begin = run * (n // RUNS) + run * (n % RUNS) // RUNS
-    room = n // RUNS - 3
-    at = lo + begin + tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, room.to(tl.uint32) + tl.zeros((SAMPLE,), tl.uint32)).to(tl.int32) + (i & 3)
+    begin = run * (n // runs) + run * (n % runs) // runs
+    room = n // runs - 3
+    noise = tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, room.to(tl.uint32) + tl.zeros((SAMPLE,), tl.uint32)).to(tl.int32)
+    at = tl.where(run < runs, lo + begin + noise + (i & 3), hi)
     keys = load_keys(row, at, lo, hi, first, last, FORCED)
-    mean = k * (SAMPLE / n.to(tl.float32))
-    rank = (mean + 4.5 * tl.sqrt(mean) + 3.0).to(tl.int32)
+    mean = k * (4 * runs / n.to(tl.float32))
+    rank = bound_rank(mean).to(tl.int32)
     key = tl.sum(tl.zeros_like(keys), axis=0)
     position = lo * 0 - 1
     if tl.sum((keys > 0).to(tl.int32), axis=0) >= rank:  # else every entry passes
         key = kth_key(keys, rank)
-        ties = (keys == key).to(tl.int32)
-        left = rank - tl.sum((keys > key).to(tl.int32), axis=0)
-        position = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, axis=0) <= left), at, -1), axis=0)
+        position = hi
+        if tl.sum((keys >= key).to(tl.int32), axis=0) > rank:  # equal scores at the bound, as far as they are needed
+            ties = (keys == key).to(tl.int32)
+            left = rank - tl.sum((keys > key).to(tl.int32), axis=0)
+            position = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, axis=0) <= left), at, -1), axis=0)
     return key, position
 
 
@@ -110,15 +119,14 @@ def passes(x, at, lo, n, position, low, high, first, last, FORCED: tl.constexpr)
 
 
 @triton.jit
-def keep_one(buffer, slot, x, at, kept, CAPACITY: tl.constexpr):
-    entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | at.to(tl.int64)
-    tl.store(buffer + slot, entry, mask=(kept > 0) & (slot < CAPACITY))
+def keep_one(buffer, slot, x, at, kept):
+    tl.store(buffer + slot, (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | at.to(tl.int64), mask=kept > 0)
     return slot + kept
 
 
 @triton.jit
 def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
-    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position into the buffer.
+    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position into the buffer of CAPACITY + BLOCK.
 
     Returns how many there are (more than CAPACITY: not all are kept). Every thread loads 16 bytes at a time; the four floats are then held in four tensors, so
     that sums run over quads and the scattered stores need no exchange between threads.
@@ -137,16 +145,28 @@ def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPA
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         at = block + quads
-        k0 = passes(x0, at, lo, n, position, low, high, first, last, FORCED)
-        k1 = passes(x1, at + 1, lo, n, position, low, high, first, last, FORCED)
-        k2 = passes(x2, at + 2, lo, n, position, low, high, first, last, FORCED)
-        k3 = passes(x3, at + 3, lo, n, position, low, high, first, last, FORCED)
+        # Almost every block lies inside the row, on one side of the bound's position and away from forced entries: one comparison an entry
+        plain = (block >= lo) & (block + BLOCK <= hi) & ((block > position) | (block + BLOCK - 1 <= position))
+        if FORCED:
+            plain = plain & (block >= first) & (block + BLOCK <= last)
+        if plain:
+            limit = tl.where(block > position, high, low)
+            k0 = (x0 >= limit).to(tl.int32)
+            k1 = (x1 >= limit).to(tl.int32)
+            k2 = (x2 >= limit).to(tl.int32)
+            k3 = (x3 >= limit).to(tl.int32)
+        else:
+            k0 = passes(x0, at, lo, n, position, low, high, first, last, FORCED)
+            k1 = passes(x1, at + 1, lo, n, position, low, high, first, last, FORCED)
+            k2 = passes(x2, at + 2, lo, n, position, low, high, first, last, FORCED)
+            k3 = passes(x3, at + 3, lo, n, position, low, high, first, last, FORCED)
         four = k0 + k1 + k2 + k3
-        slot = count + tl.cumsum(four, axis=0) - four
-        slot = keep_one(buffer, slot, x0, at, k0, CAPACITY)
-        slot = keep_one(buffer, slot, x1, at + 1, k1, CAPACITY)
-        slot = keep_one(buffer, slot, x2, at + 2, k2, CAPACITY)
-        keep_one(buffer, slot, x3, at + 3, k3, CAPACITY)
+        slot = tl.cumsum(four, axis=0) - four
+        places = buffer + tl.minimum(count, CAPACITY)
+        slot = keep_one(places, slot, x0, at, k0)
+        slot = keep_one(places, slot, x1, at + 1, k1)
+        slot = keep_one(places, slot, x2, at + 2, k2)
+        keep_one(places, slot, x3, at + 3, k3)
         count += tl.sum(four, axis=0)
     return count
 
@@ -171,8 +191,12 @@ def choose(keys, at, k, row, out, values, VALUES: tl.constexpr):
     if have > k:
         bound = kth_key(keys, k)
         left = k - tl.sum((keys > bound).to(tl.int32), axis=0)
-    ties = (keys == bound).to(tl.int32)
-    chosen = (keys > bound) | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+    ties = ((keys == bound) & (keys > 0)).to(tl.int32)
+    chosen = keys > bound
+    if tl.sum(ties, axis=0) > left:  # more equal scores at the end than are wanted
+        chosen = chosen | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
+    else:
+        chosen = chosen | (ties > 0)
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(out + slot, at, mask=chosen)
     if VALUES:
