@@ -10,9 +10,9 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
-from sparsetile.backends.contract import Lists, Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, FLOATS, POINTER, parts, power, shared_limit, tiles
-from sparsetile.backends.triton.tiles import capped, chunked, finish, first_from, load, load_at, negated, product, seen, soften
+from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
@@ -22,7 +22,6 @@ TUNABLES = (
     Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept"),
     Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
 )
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -71,57 +70,9 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
     b = (x // tiles // Hq).to(tl.int64)
     hk = (h // group).to(tl.int64)
     which = tl.load(list_of + b * slb + h * slh)
-    limit = S
-    if kv_length is not None:
-        limit = tl.minimum(tl.maximum(tl.load(kv_length + b), 0), S)
-    start = tl.full([], 0, tl.int64) + q_start
-    if q_starts is not None:
-        start = tl.load(q_starts + b).to(tl.int64)
-    elif FROM_LENGTH:
-        start += limit - T
-    # ---- the rows
-    r = tl.arange(0, BQ)
-    if q_order is not None:
-        if schedule is not None:
-            i = tl.load(schedule + which * nq + i)
-        tile = i.to(tl.int64)
-        p = tl.load(q_order + i * BQ + r)
-        t = p.to(tl.int64) - start
-        row_ok = (p >= 0) & (t >= 0) & (t < T)
-        t = tl.where(row_ok, t, 0)
-        base = tl.full([], 0, tl.int64)
-        if not FAR:
-            t = t.to(tl.int32)
-    else:
-        rest = start & (BQ - 1)
-        if schedule is not None:  # the call covers exactly the layout's tiles
-            tile = tl.load(schedule + which * nq + i).to(tl.int64)
-            base = (first + tile) * BQ - start
-        else:  # later tiles first: under causal patterns they are the longer ones
-            turned = tiles - 1 - i
-            tile = (start - rest) // BQ + turned - first
-            base = turned * BQ - rest
-        tile = tl.where(base < T, tile, -1)
-        t = (base + r).to(tl.int32)
-        row_ok = (t >= 0) & (t < T)
-        t = r.to(tl.int64) if FAR else r
-    a = 0
-    n = 0
-    c = 0
-    e = 0
-    edge = 0
-    if (tile >= 0) & (tile < nq):
-        at = offsets + 2 * (which.to(tl.int64) * nq + tile)
-        a = tl.load(at)
-        e = tl.load(at + 1)
-        c = tl.load(at + 2)
-        n = e
-        if EDGE:  # entries of whole blocks: a .. n; one cut by the limit is done with the partial ones
-            n = first_from(cols, a, e, limit // BK)
-            c = first_from(cols, e, c, (limit + BK - 1) // BK)
-            if n < e:
-                if (tl.load(cols + n) == limit // BK) & (limit % BK != 0):
-                    edge = 1
+    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    tile, base, t, row_ok = rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ, FAR)
+    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
     q += b * sqb + h.to(tl.int64) * sqh + base * sqt
     k += b * skb + hk * skh
     v += b * svb + hk * svh
@@ -196,14 +147,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
-    kinds = {problem.dtype(name) for name in "qkv"} - {None}
-    if len(kinds) > 1:
-        return f"q, k and v of different types ({', '.join(sorted(kinds))}) are not supported by the triton kernel; cast them to one type"
-    if not kinds <= set(FLOATS):
-        return f"{', '.join(sorted(kinds))} is not supported by the triton kernel; use float32, float16 or bfloat16" + (" (float64: backend='reference' or 'numba')" if "float64" in kinds else "")
-    if not (1 <= problem["D"] <= 576 and 1 <= problem["Dv"] <= 576):
-        return f"D {problem['D']} and Dv {problem['Dv']}: the triton kernel holds widths of 1 to 576"
-    return None
+    return refusal(problem)
 
 
 def widths(D: int, DV: int, config) -> dict:
@@ -264,14 +208,6 @@ def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=Fal
                 BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far)
 
 
-def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:
-    """(scale, inner, outer, negate) in base 2: the kernel's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
-    size = max(abs(scale), 1.2e-38)
-    if softcap is None:
-        return size * LOG2E, 0.0, 0.0, scale < 0
-    return 1.0, (0.0 if scale == 0 else size / softcap), softcap * LOG2E, scale < 0
-
-
 @lru_cache(4096)
 def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     (B, Hq, T, D), (_, Hk, S, DV) = shapes
@@ -288,19 +224,6 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
     options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options}
-
-
-def schedule(lists: Lists):
-    """[L, nq] tiles of each list, longest first; kept with the lists. Any permutation is right, so an old one of lists rebuilt in place stays valid."""
-    found = lists.extras.get("triton.schedule")
-    if found is None:
-        import torch
-        if lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # not into a graph's memory pool
-        ends = lists.offsets[::2]
-        length = (ends[1:] - ends[:-1]).view(-1, max(1, lists.nq))
-        found = lists.extras["triton.schedule"] = torch.sort(length, dim=1, descending=True, stable=True).indices.to(torch.int32)
-    return found
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):

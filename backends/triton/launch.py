@@ -8,6 +8,7 @@ SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90a": 22
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 POINTER = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int32": "*i32", "int64": "*i64"}
 FLOATS = ("float32", "float16", "bfloat16")
+LOG2E = 1.4426950408889634
 FAR = 2 ** 31  # offsets of elements from here on need 64 bits
 
 
@@ -35,3 +36,36 @@ def tiles(T: int, block: int, q_start: int | None) -> int:
     if q_start is None:
         return (T + block - 2) // block + 1
     return (q_start + T - 1) // block - q_start // block + 1
+
+
+def refusal(problem, names: str = "qkv") -> str | None:
+    """What the attention kernels cannot do, in one sentence; None if they can."""
+    kinds = {problem.dtype(name) for name in names} - {None}
+    if not kinds <= set(FLOATS):
+        return f"the triton kernel takes float32, float16 or bfloat16, not {', '.join(sorted(kinds - set(FLOATS)))}; cast q, k and v, or use backend='reference'"
+    if len(kinds) > 1:
+        return f"the triton kernel takes q, k and v of one type, not {', '.join(sorted(kinds))}; cast them to one type"
+    if not (1 <= problem["D"] <= 576 and 1 <= problem["Dv"] <= 576):
+        return f"the triton kernel holds widths of 1 to 576, not D {problem['D']} and Dv {problem['Dv']}"
+    return None
+
+
+def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:
+    """(scale, inner, outer, negate) in base 2: the kernel's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
+    size = max(abs(scale), 1.2e-38)
+    if softcap is None:
+        return size * LOG2E, 0.0, 0.0, scale < 0
+    return 1.0, (0.0 if scale == 0 else size / softcap), softcap * LOG2E, scale < 0
+
+
+def schedule(lists):
+    """[L, nq] tiles of each list, longest first; kept with the lists. Any permutation is right, so an old one of lists rebuilt in place stays valid."""
+    found = lists.extras.get("triton.schedule")
+    if found is None:
+        import torch
+        if lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # not into a graph's memory pool
+        ends = lists.offsets[::2]
+        length = (ends[1:] - ends[:-1]).view(-1, max(1, lists.nq))
+        found = lists.extras["triton.schedule"] = torch.sort(length, dim=1, descending=True, stable=True).indices.to(torch.int32)
+    return found

@@ -59,12 +59,14 @@ def negated(x):
 
 @triton.jit
 def first_from(cols, lo, hi, count):
-    """The first of the ascending entries lo .. hi whose column is at least `count`. Almost always hi: one look; else bisection."""
+    """The first of the ascending entries lo .. hi whose column is at least `count`. Almost always hi or lo: two looks; else bisection."""
     n = hi
     if lo < hi:
         if tl.load(cols + hi - 1) >= count:
             left = lo
             n = hi - 1
+            if tl.load(cols + lo) >= count:
+                n = lo
             while left < n:
                 middle = left + (n - left) // 2
                 if tl.load(cols + middle) < count:
@@ -72,6 +74,76 @@ def first_from(cols, lo, hi, count):
                 else:
                     n = middle
     return n
+
+
+@triton.jit
+def place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH: tl.constexpr):
+    """(keys that exist, position of query 0 as int64) of batch b."""
+    limit = S
+    if kv_length is not None:
+        limit = tl.minimum(tl.maximum(tl.load(kv_length + b), 0), S)
+    start = tl.full([], 0, tl.int64) + q_start
+    if q_starts is not None:
+        start = tl.load(q_starts + b).to(tl.int64)
+    elif FROM_LENGTH:
+        start += limit - T
+    return limit, start
+
+
+@triton.jit
+def rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ: tl.constexpr, FAR: tl.constexpr):
+    """Program i's query tile: (number in the layout, or outside 0 .. nq - 1 if it has none; base, row: query base + row[r]; row_ok).
+
+    Tiles are aligned to absolute positions, of which `start` may be negative: masks and shifts of two's complement, not C's division, find the tile below it.
+    """
+    r = tl.arange(0, BQ)
+    if q_order is not None:
+        if schedule is not None:
+            i = tl.load(schedule + which * nq + i)
+        tile = i.to(tl.int64)
+        p = tl.load(q_order + i * BQ + r)
+        t = p.to(tl.int64) - start
+        row_ok = (p >= 0) & (t >= 0) & (t < T)
+        t = tl.where(row_ok, t, 0)
+        row = t if FAR else t.to(tl.int32)
+        base = tl.full([], 0, tl.int64)
+    else:
+        rest = start & (BQ - 1)
+        if schedule is not None:  # the call covers exactly the layout's tiles
+            tile = tl.load(schedule + which * nq + i).to(tl.int64)
+            base = (first + tile) * BQ - start
+        else:  # later tiles first: under causal patterns they are the longer ones
+            turned = tiles - 1 - i
+            tile = (start - rest) // BQ + turned - first
+            base = turned * BQ - rest
+        tile = tl.where(base < T, tile, -1)
+        t = (base + r).to(tl.int32)
+        row_ok = (t >= 0) & (t < T)
+        row = r.to(tl.int64) if FAR else r
+    return tile, base, row, row_ok
+
+
+@triton.jit
+def entries_of(tile, which, offsets, cols, limit, nq, BK: tl.constexpr, EDGE: tl.constexpr):
+    """List of a tile: full blocks a .. n, partial ones e .. c; edge 1 if entry n is a full block that the limit cuts, to be done with the partial ones."""
+    a = 0
+    n = 0
+    e = 0
+    c = 0
+    edge = 0
+    if (tile >= 0) & (tile < nq):
+        at = offsets + 2 * (which.to(tl.int64) * nq + tile)
+        a = tl.load(at)
+        e = tl.load(at + 1)
+        c = tl.load(at + 2)
+        n = e
+        if EDGE:
+            n = first_from(cols, a, e, limit // BK)
+            c = first_from(cols, e, c, (limit + BK - 1) // BK)
+            if n < e:
+                if (tl.load(cols + n) == limit // BK) & (limit % BK != 0):
+                    edge = 1
+    return a, n, e, c, edge
 
 
 @triton.jit
