@@ -120,6 +120,7 @@ static inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y
 static inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 static inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 template <class T> static T __ldg(const T* p) { return *p; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdividef(float a, float b) { return a / b; }
 template <class T> static T atomicOr(T* p, T v) { T old = *p; *p |= v; return old; }
 template <class T> static T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }

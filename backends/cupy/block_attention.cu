@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_values(float (&o)[MT][VT][4], const float (&
 
 __device__ __forceinline__ void store_rows(const Params& p, const float (&o)[MT][VT][4], const float (&most)[MT][2], const float (&sums)[MT][2], const int* rows, int row, int head, int slice) {
   const int lane = threadIdx.x & 31, h = head % p.Hq, c = 2 * (lane & 3);
-  const float sink2 = p.sink ? __ldg(p.sink + h) * LOG2E : -inf();
+  const float sink = p.sink ? __ldg(p.sink + h) : -inf();
   Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.out + (i64)head * p.at.T * p.Dv;
 #pragma unroll
   for (int m = 0; m < MT; m++)
@@ -81,10 +81,10 @@ __device__ __forceinline__ void store_rows(const Params& p, const float (&o)[MT]
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float top = most[m][half];
       const bool empty = top == -inf() && sum == 0.f;
-      const float inverse = 1.f / (sum + (p.sink && !empty ? ex2(sink2 - top) : 0.f));
+      const float inverse = 1.f / (sum + (p.sink && !empty ? ex2((sink - top) * LOG2E) : 0.f));
       const int t = rows[row + 16 * m + 8 * half + lane / 4];
       if (t < 0) continue;
-      if (p.lse && slice == 0 && c == 0) p.lse[(i64)head * p.at.T + t] = empty ? -inf() : top * LN2 + logf(sum);
+      if (p.lse && slice == 0 && c == 0) p.lse[(i64)head * p.at.T + t] = empty ? -inf() : top + logf(sum);
 #pragma unroll
       for (int n = 0; n < VT; n++) {
         const int col = slice * DVP + 8 * n + c;

@@ -41,8 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       const u32 word = masked ? words[row + i] : ~0u;
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        float y = s[i][e] * p.scale;
-        if constexpr (SOFTCAP) y = p.softcap * tanhf(y / p.softcap);
+        const float y = SOFTCAP ? p.softcap * tanhf(s[i][e] * p.scale / p.softcap) : __fmul_rn(s[i][e], p.scale);
         s[i][e] = word >> (tx + 16 * e) & 1 ? y : -inf();
       }
       const float top = max16(fmaxf(most[i], fmaxf(s[i][0], s[i][1])));

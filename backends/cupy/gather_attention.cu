@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const float* from = other + (lane / 4 + 8 * h) * (DVP + 2);
-          const float top = fmaxf(most[h], from[DVP]), zero = top == -inf() ? 0.f : top, mine = ex2(most[h] - zero), theirs = ex2(from[DVP] - zero);
+          const float top = fmaxf(most[h], from[DVP]), zero = top == -inf() ? 0.f : top, mine = ex2((most[h] - zero) * LOG2E), theirs = ex2((from[DVP] - zero) * LOG2E);
           most[h] = top;
           sum[h] = sum[h] * mine + from[DVP + 1] * theirs;
 #pragma unroll
@@ -128,9 +128,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     const int r = row + lane / 4 + 8 * h;
     if (r >= x.rows) continue;
     const bool empty = most[h] == -inf() && sum[h] == 0.f;
-    const float inverse = 1.f / (sum[h] + (p.sink && !empty ? ex2(__ldg(p.sink + x.head + r) * LOG2E - most[h]) : 0.f));
+    const float inverse = 1.f / (sum[h] + (p.sink && !empty ? ex2((__ldg(p.sink + x.head + r) - most[h]) * LOG2E) : 0.f));
     const i64 at = ((i64)x.b * p.Hq + x.head + r) * p.at.T + x.t;
-    if (p.lse && slice == 0 && (lane & 3) == 0) p.lse[at] = empty ? -inf() : most[h] * LN2 + logf(sum[h]);
+    if (p.lse && slice == 0 && (lane & 3) == 0) p.lse[at] = empty ? -inf() : most[h] + logf(sum[h]);
     Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.out + at * p.Dv;
 #pragma unroll
     for (int n = 0; n < VT; n++) {

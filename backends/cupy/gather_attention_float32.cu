@@ -42,8 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     for (int i = 0; i < 4; i++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        float y = s[i][e] * p.scale;
-        if constexpr (SOFTCAP) y = p.softcap * tanhf(y / p.softcap);
+        const float y = SOFTCAP ? p.softcap * tanhf(s[i][e] * p.scale / p.softcap) : __fmul_rn(s[i][e], p.scale);
         s[i][e] = *word >> (tx + 16 * e) & 1 ? y : -inf();
       }
       const float top = max16(fmaxf(most[i], fmaxf(s[i][0], s[i][1]))), zero = top == -inf() ? 0.f : top, factor = expf(most[i] - zero);

@@ -35,8 +35,8 @@ template <int Kind, int N, int M> __device__ __forceinline__ void add_products(f
   }
 }
 
-// s: raw products of two half rows, N tiles of 8 keys. To units of log2, softcap, mask; s becomes probabilities relative to the new maximum; `factor`
-// is for what was summed before. `low`, `high`: words of the two rows, bit first + c is key c.
+// s: raw products of two half rows, N tiles of 8 keys. Scale, softcap, mask; s becomes probabilities relative to the new maximum; `factor` is for what was
+// summed before. Scores stay in natural units, rounded once: however large they are, the largest gives exactly 1, here and again in the backward. `low`, `high`: words of the two rows, bit first + c is key c.
 template <bool Softcap, int N>
 __device__ __forceinline__ void softmax(float (&s)[N][4], float (&most)[2], float (&sum)[2], float (&factor)[2], float scale, float softcap, bool masked, const u32* low, const u32* high, int first) {
   const int t = 2 * (threadIdx.x & 3);
@@ -44,8 +44,7 @@ __device__ __forceinline__ void softmax(float (&s)[N][4], float (&most)[2], floa
   for (int n = 0; n < N; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      if constexpr (Softcap) s[n][e] = softcap * LOG2E * tanhf(s[n][e] * scale / softcap);
-      else s[n][e] *= scale * LOG2E;
+      s[n][e] = Softcap ? softcap * tanhf(s[n][e] * scale / softcap) : __fmul_rn(s[n][e], scale);
     }
   if (masked) {
 #pragma unroll
@@ -66,12 +65,12 @@ __device__ __forceinline__ void softmax(float (&s)[N][4], float (&most)[2], floa
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     const float zero = top == -inf() ? 0.f : top;  // no key so far: every exponent is -inf, not NaN
-    factor[h] = ex2(most[h] - zero);
+    factor[h] = ex2((most[h] - zero) * LOG2E);
     most[h] = top;
 #pragma unroll
-    for (int n = 0; n < N; n++) {  // score - maximum, not one fused product: the largest gives exactly 1 however large it is
-      s[n][2 * h] = ex2(s[n][2 * h] - zero);
-      s[n][2 * h + 1] = ex2(s[n][2 * h + 1] - zero);
+    for (int n = 0; n < N; n++) {
+      s[n][2 * h] = ex2((s[n][2 * h] - zero) * LOG2E);
+      s[n][2 * h + 1] = ex2((s[n][2 * h + 1] - zero) * LOG2E);
       total += s[n][2 * h] + s[n][2 * h + 1];
     }
     sum[h] = sum[h] * factor[h] + total;
