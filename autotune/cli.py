@@ -23,7 +23,7 @@ def main(argv=None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if getattr(args, "json", False):
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         else:
@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     p = command("demo", _demo, "Attention tensors of a real model reading a real text, under every pattern and selector: keys seen, mass kept, error, time.",
                 "Needs the extra: pip install 'sparsetile[demo]'. Writes demo/masks.png and demo/profiles/ in the current directory.")
     p.add_argument("--out", default="demo", help="directory for the picture and the tuned profiles (default: demo)")
-    p.add_argument("--tokens", type=int, default=16384, help="positions laid end to end for the timing (default: 16384)")
-    p.add_argument("--tune-seconds", type=float, default=10, help="seconds of tuning for each pattern timed again (default: 10; 0 skips it)")
+    p.add_argument("--tokens", type=_count, default=16384, help="positions laid end to end for the timing (default: 16384)")
+    p.add_argument("--tune-seconds", type=_duration, default=10, help="seconds of tuning for each pattern timed again (default: 10; 0 skips it)")
 
     p = command("tune", _tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
                 "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --seconds 30            the first GPU\n"
@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("workloads", nargs="*", help="names of workloads, or of kernels (all their workloads); none: every workload of the device")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
-    p.add_argument("--seconds", type=float, help="budget for each workload and backend (default: 30)")
-    p.add_argument("--trials", type=int, help="configs to try for each workload and backend")
+    p.add_argument("--seconds", type=_duration, help="budget for each workload and backend (default: 30)")
+    p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
     p.add_argument("--storage", help="Optuna journal file, or a storage URL, that remembers every trial")
     p.add_argument("--profiles", help="directory to write into (default: the user cache, where calls look by themselves)")
     p.add_argument("--sampler", choices=("tpe", "random", "nsga2"), default="tpe")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default and PyTorch where it has the op.")
     p.add_argument("workloads", nargs="*", help="names or kernels; none: every workload of the device")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
-    p.add_argument("--seconds", type=float, default=1.0, help="time for each workload (default: 1)")
+    p.add_argument("--seconds", type=_duration, default=1.0, help="time for each workload (default: 1)")
 
     command("doctor", _doctor, "What this machine has, which backends run, why the others do not, and which profiles are in use.")
 
@@ -77,23 +77,40 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--backend")
 
     p = command("pattern", _pattern, "Print, count and plot a pattern.",
-                "examples:\n  sparsetile pattern \"Window(255, 0) | Sink(4)\" --tokens 4096\n  sparsetile pattern \"longformer(512, global_tokens=(0,))\" --plot mask.png")
+                "examples:\n  sparsetile pattern \"Window(255, 0) | Sink(4)\" --tokens 4096\n  sparsetile pattern \"longformer(512, globals=[0])\" --plot mask.png")
     p.add_argument("pattern", help="a pattern or preset in the library's own words")
-    p.add_argument("--tokens", type=int, default=64, help="queries and keys (default: 64)")
-    p.add_argument("--keys", type=int, help="keys, where they differ from the queries")
+    p.add_argument("--tokens", type=_count, default=64, help="queries and keys (default: 64)")
+    p.add_argument("--keys", type=_count, help="keys, where they differ from the queries")
     p.add_argument("--plot", help="write a PNG here")
-    p.add_argument("--block", type=int, default=128, help="block size for the layout's figures (default: 128)")
+    p.add_argument("--block", type=_count, default=128, help="block size for the layout's figures (default: 128)")
     return parser
+
+
+def _count(text):
+    """A whole number from 1 on; argparse says the rest."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}; give e.g. 1024")
+    return int(text)
+
+
+def _duration(text):
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}; give e.g. 30")
+    return seconds
 
 
 def _device(text):
     if text == "cpu":
         return None
     if not text.isdigit():
-        raise ValueError(f"--device: expected cpu or the index of a GPU, got {text!r}")
+        raise ValueError(f"--device: expected cpu or the index of a GPU, got {text!r}; see sparsetile doctor")
     import torch
     if int(text) >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected an index below {torch.cuda.device_count()}, the number of visible GPUs, got {text}")
+        raise ValueError(f"--device: expected an index below {torch.cuda.device_count()}, the number of visible GPUs, got {text}; see sparsetile doctor")
     return int(text)
 
 

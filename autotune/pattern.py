@@ -1,6 +1,7 @@
 """`sparsetile pattern`: a pattern in words, counted, drawn, and as the blocks that kernels read."""
 import ast
 import importlib
+import inspect
 
 _PACKAGE = __name__.partition(".autotune.")[0]
 WORDS = ("Full", "Causal", "Window", "Dilated", "Strided", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead", "sparse_transformer_strided",
@@ -11,8 +12,8 @@ def parse(text: str):
     """A pattern from Python-like words: calls of WORDS with plain values, |, & and ~. Nothing is evaluated."""
     try:
         return _build(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
-        raise ValueError(f"pattern: expected something like \"Window(255) | Sink(4)\", got {text!r}: {error.msg}") from None
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"pattern: expected something like \"Window(255) | Sink(4)\", got {text[:80]!r}; {getattr(error, 'msg', 'it is nested too deeply')}") from None
 
 
 def _build(node):
@@ -21,20 +22,31 @@ def _build(node):
         return left | right if isinstance(node.op, ast.BitOr) else left & right
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         return ~_build(node.operand)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WORDS:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WORDS and all(k.arg for k in node.keywords):
         face = importlib.import_module(_PACKAGE)
-        return getattr(face, node.func.id)(*map(_value, node.args), **{k.arg: _value(k.value) for k in node.keywords})
+        args, named = list(map(_value, node.args)), {k.arg: _value(k.value) for k in node.keywords}
+        try:
+            inspect.signature(getattr(face, node.func.id)).bind(*args, **named)
+        except TypeError as error:
+            raise ValueError(f"pattern: expected the arguments of {node.func.id}{inspect.signature(getattr(face, node.func.id))}, got {ast.unparse(node)[:80]!r}; {error}") from None
+        return getattr(face, node.func.id)(*args, **named)
     raise ValueError(f"pattern: expected one of {', '.join(WORDS)} with plain values, joined by | & ~, got {ast.unparse(node)!r}")
 
 
 def _value(node):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        return range(*map(_value, node.args))
+        args = list(map(_value, node.args))
+        if not 1 <= len(args) <= 3 or any(type(a) is not int for a in args) or args[2:] == [0]:
+            raise ValueError(f"pattern: expected range(end) or range(first, end) of whole numbers, got {ast.unparse(node)[:80]!r}; write the numbers out")
+        return range(*args)
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(x) for x in node.elts]
     if isinstance(node, (ast.Call, ast.BinOp)) or isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         return _build(node)
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"pattern: expected plain values, got {ast.unparse(node)[:80]!r}; write numbers, lists, ranges, True, False or None") from None
 
 
 def report(text: str, T: int, S: int, block: int, plot: str | None) -> dict:

@@ -254,7 +254,9 @@ def find(name: str) -> Workload:
     for w in workloads():
         if w.name == name:
             return w
-    raise ValueError(f"workload: expected one of {', '.join(w.name for w in workloads())}, got {name!r}")
+    from difflib import get_close_matches
+    near = get_close_matches(str(name), [w.name for w in workloads()], 3, 0) or ["cpu/window-256/4096"]
+    raise ValueError(f"workload: expected the name of a workload such as {', '.join(near)}, got {name!r}; see sparsetile tune --list")
 
 
 

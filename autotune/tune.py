@@ -18,7 +18,7 @@ from sparsetile.autotune.tasks import Task, Workload, find
 from sparsetile.autotune.verify import Verifier
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS, KERNELS, Unsupported
-from sparsetile.ops import dispatch
+from sparsetile.ops import checks, dispatch
 from sparsetile.profiles import lookup
 
 FINALISTS = 6
@@ -52,7 +52,8 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     if not isinstance(w, Workload):
         raise TypeError(f"workload: expected a Workload or its name, got {type(workload).__name__}; see sparsetile.autotune.tasks.workloads()")
     if op not in KERNELS + ("sparse_attention", "latent_attention", "merge_attention") or op in KERNELS and op != w.kernel:
-        raise ValueError(f"op: expected {w.kernel!r}, the kernel of workload {w.name}, got {op!r}")
+        raise ValueError(f"op: expected {w.kernel!r}, the kernel of workload {w.name}, got {op!r}; name the kernel or leave the workload to it")
+    checks.number("seconds", seconds, optional=True), checks.integer("trials", trials, 1, optional=True)
     if seconds is None and trials is None:
         seconds = 30.0
     say = progress or (lambda event: None)

@@ -24,7 +24,7 @@ def patterns():
     return {
         "dense": st.Full(),
         "sliding window 64": st.Window(32, 32),
-        "Longformer 64 + 8 global": st.longformer(64, global_tokens=range(8)),
+        "Longformer 64 + 8 global": st.longformer(64, globals=range(8)),
         "BigBird 16: 3 + 2 + 3": st.Window(24, 24) | st.Global(range(32)) | st.RandomBlocks(3, 16, seed=0),
         "window 64 + 4 sinks": st.Window(32, 32) | st.Sink(4),
         "strided 32": st.Window(16, 16) | st.Strided(32),

@@ -131,7 +131,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
         rule = rule.within(S)
         named |= {"pattern.indices": rule.indices, "pattern.lengths": rule.lengths}
     elif isinstance(rule, Layout):
-        rule.check(B, Hq)
+        rule.check(B, Hq, T, S, q_start if isinstance(q_start, int) else None)
     elif isinstance(rule, Pattern):
         rule.check(Hq, Hk)
     caller, device = checks.together(named)

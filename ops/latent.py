@@ -58,6 +58,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
+    if backend is None and dispatch.environment("latent_attention")[0]:  # this op's own variable rules the kernels of other ops that it calls
+        backend = dispatch.requested_backend("latent_attention", None)
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
     checks.array("q_nope", q_nope, 4, "[B,H,T,Dn]", FLOATS)

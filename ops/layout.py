@@ -106,8 +106,13 @@ class Layout:
         sides = None if window is None else tuple(integer("from_global_tokens", "window", side) for side in sides)
         return cls((device_lists.global_tokens(tokens, T, S, block_q, block_k, sides, bool(causal)),), T, S, S - T)
 
-    def check(self, B: int, Hq: int) -> None:
-        """ValueError if the layout's lists are for another number of samples or heads than the call's."""
+    def check(self, B: int, Hq: int, T: int = 0, S: int = 0, q_start: int | None = None) -> None:
+        """ValueError if the layout's lists are for another number of samples or heads than the call's, or end before its keys or queries (where known) do."""
+        if S > self.S:
+            raise ValueError(f"pattern: expected a layout for at least S = {S} keys, got one for {self.S}; make it for as many as the cache will hold")
+        if T and q_start is not None and self.q_start is not None and not self.q_start <= q_start <= self.q_start + self.T - T:
+            raise ValueError(f"pattern: expected a layout that holds the queries at {q_start} .. {q_start + T - 1}, got one for {self.q_start} .. {self.q_start + self.T - 1}; "
+                             "make it with larger T, or pass q_start")
         for part in self.parts:
             samples, heads = part.list_of.shape
             if samples not in (1, B) or heads not in (1, Hq):

@@ -30,7 +30,7 @@ def wanted(*tensors) -> bool:
         return True
     grad = torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or grad and x.requires_grad):
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
             return True
     return False
 

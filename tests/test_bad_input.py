@@ -168,6 +168,7 @@ ATTENTION = [
     *[("value_width", dict(v=None, value_width=x)) for x in (0, -1, 17, 2.5, "8", True, HUGE)], ("value_width", dict(value_width=7)), ("value_width", dict(value_width="8")),
     *[("pattern", dict(pattern=x)) for x in ("causal", 3, st.Causal, np.ones((6, 10), bool), [st.Causal()], lambda q, k: q >= k, {"window": 3})],
     *[("pattern", dict(pattern=st.PerHead([st.Causal()] * n))) for n in (1, 3, 8)], ("pattern", dict(pattern=st.Blocks(np.ones((3, 1, 1), bool)))),
+    ("pattern", dict(pattern=st.Causal().layout(6, 9))), ("pattern", dict(pattern=st.Causal().layout(5, 10))), ("pattern", dict(pattern=st.Causal().layout(6, 10), q_start=5)),
     ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 1, 1), bool)))), ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 4, 1, 1), bool)))),
     *[("scale", dict(scale=x)) for x in ("1", None, NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)[:1] + (NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)],
     *[("softcap", dict(softcap=x)) for x in (0, -1.0, NAN, INF, "30", True, real(4), HUGE)],
@@ -417,3 +418,42 @@ def test_far_sizes_of_the_indexer(backend):
     assert (pooled.indices[..., 0] == 0).all() and (pooled.indices[..., 1:] == -1).all() and (pooled.lengths == 1).all()
     same([st.sparse_attention(IQ, IK[:, None], IK[:, None], pooled, **options)], [st.sparse_attention(IQ, IK[:, None], IK[:, None], **options)])
     assert (st.indexer_topk(IQ, IK, IW, 30, pool=4, force_first=10, force_last=20, causal=False, **options).lengths == 3).all()
+
+
+# -------------------------------------------------------------------------------------------------------- the command line
+WORKLOAD = "cpu/window-256/4096"
+
+
+@pytest.mark.parametrize("code, argv", [(1, ["pattern", text]) for text in (
+    "Windo(3)", "Window(", "", "3", "Window(-1)", "Window(3, wide=2)", "Window(x)", "Window(*[1])", "Window(**{'left': 1})", "Window(1/0)", "Global(range('a'))", "Global(range(1, 2, 0))", "~3", "Causal() & 3",
+    "PerHead([Causal(), 3])", "longformer(3)", "Global([__import__('os')])", "(" * 3000 + ")" * 3000)] + [
+    (1, ["pattern", "Causal()", "--block", "33"]), (1, ["pattern", "Causal()", "--plot", "/nowhere/x.png"]), (1, ["explain", "nothing"]), (1, ["explain", WORKLOAD, "--backend", "numbaa"]),
+    (1, ["explain", WORKLOAD, "--device", "x"]), (1, ["explain", WORKLOAD, "--device", "999"]), (1, ["tune", "nothing"]), (1, ["tune", "--device", "-1"]), (1, ["bench", "nothing"])] + [
+    (2, ["pattern", "Causal()", flag, value]) for flag in ("--tokens", "--keys", "--block") for value in ("0", "-3", "1.5", "x")] + [
+    (2, ["tune", WORKLOAD, *more]) for more in (["--trials", "0"], ["--seconds", "-1"], ["--seconds", "nan"], ["--seconds", "inf"], ["--backend", "reference"], ["--seed", "x"], ["--sampler", "x"])] + [
+    (2, ["bench", "--seconds", "-1"]), (2, ["demo", "--tokens", "0"]), (2, ["demo", "--tune-seconds", "x"]), (2, ["nothing"]), (2, ["pattern"])], ids=lambda x: x if isinstance(x, int) else " ".join(x)[:40])
+def test_bad_commands(code, argv, capsys):
+    """One line that says what was expected; usage errors are argparse's."""
+    from sparsetile.autotune.cli import main
+    try:
+        got = main(argv)
+    except SystemExit as stop:
+        got = stop.code
+    said = capsys.readouterr().err.strip()
+    assert got == code and said
+    if code == 1:
+        assert "\n" not in said and said.startswith(f"sparsetile {argv[0]}: ") and re.search("expected|must|No such file", said) and len(said) < 1000
+
+
+def test_the_variable_of_latent_attention_rules_all_its_kernels(monkeypatch):
+    function, good = CALLS["latent"]
+    monkeypatch.setenv("SPARSETILE_BACKEND_LATENT_ATTENTION", "reference")
+    for mode in ("absorbed", "decompressed"):
+        assert st.explain(function, **good, mode=mode).backend == "reference"
+        assert st.explain(function, **good, mode=mode, backend="numba").backend == "numba"
+
+
+def test_meta_tensors_have_shapes():
+    q, k = torch.empty(2, 4, 6, 16, device="meta"), torch.empty(2, 2, 10, 16, device="meta")
+    out, lse = st.sparse_attention(q, k, k, st.Causal(), return_lse=True)
+    assert out.is_meta and out.shape == (2, 4, 6, 16) and lse.shape == (2, 4, 6)
