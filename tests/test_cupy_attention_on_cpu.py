@@ -48,17 +48,19 @@ def judge(place, run, backward, q, k, v, count, *, scale, sink=None, softcap=Non
     truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
     here = np.broadcast_to(True if keep is None else keep, (B, Hq, T))
     clean = lambda x: np.where(here.reshape(here.shape + (1,) * (x.ndim - 3)), x, np.zeros((), x.dtype))  # noqa: E731
-    assert_close("out", clean(out.owner), clean(truth[0]), clean(formula[0]), reduction=k.shape[2])
-    assert_close("lse", clean(lse.owner), clean(truth[1]), clean(formula[1]), reduction=k.shape[2])
+    S, Dv = v.shape[2:]
+    assert_close("out", clean(out.owner), clean(truth[0]), clean(formula[0]), reduction=S + D)
+    assert_close("lse", clean(lse.owner), clean(truth[1]), clean(formula[1]), reduction=S + D)
     dout = clean(rng.standard_normal(out.shape).astype(q.dtype))
     dlse = np.where(np.isneginf(truth[1]) | ~here, 0, rng.standard_normal(lse.shape)).astype(np.float32)
     out, lse = place.put(clean(out.owner)), place.put(clean(lse.owner))
     total, delta, _ = attention_delta.run(out, place.put(dout), lse, place=place, sink_logits=place.put(sink), dlse=place.put(dlse))
     grads = backward(total, delta, place.put(dout))
     truth, formula = (f(q, k, v, count, dout, dlse=dlse, **given) for f in (oracle.attention_gradients, plain.attention_gradients))
-    for name, got, true, one in zip(("dq", "dk", "dv"), grads, truth, formula):
+    rows = T * Hq // k.shape[1]
+    for name, got, true, one, reduction in zip(("dq", "dk", "dv"), grads, truth, formula, (S + D + Dv, rows + D + Dv, rows + D)):
         got = clean(got.owner) if name == "dq" else got.owner
-        assert_close(name, got, true, one, reduction=k.shape[2] + T * Hq)
+        assert_close(name, got, true, one, reduction=reduction)
 
 
 # ------------------------------------------------------------------------------------------------------------------ block lists

@@ -40,8 +40,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> int:
 def resources(problem: Problem, config: dict):
     bq, bk, tk, mt = config["block_q"], config["block_k"], config["tile_k"], config["row_tiles"]
     float32 = problem.dtype("q") == "float32"
-    if bk % tk:
-        return f"tile_k {tk} does not divide block_k {bk}"
+    if bq % 32 or bk % tk:
+        return f"block_q is a multiple of 32 and block_k of tile_k {tk}, not {bq} and {bk}"
     if float32 and (mt > 1 or tk != 32):
         return "row_tiles and tile_k are for tensor cores; float32 takes 1 and 32"
     wide = sliced(problem["Dv"])[1]

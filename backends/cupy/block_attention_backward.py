@@ -42,8 +42,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> tuple[int, int
 def resources(problem: Problem, config: dict):
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
-    if bk % tk or bq % tq:
-        return f"tile_k {tk} must divide block_k {bk}, tile_q {tq} block_q {bq}"
+    if bq % 32 or bk % tk or bq % tq:
+        return f"block_q is a multiple of 32 and of tile_q {tq}, block_k of tile_k {tk}, not {bq} and {bk}"
     if float32 and (tk, tq, config["stages"]) != (32, 32, 1):
         return "float32 takes tile_k 32, tile_q 32 and stages 1"
     registers = max(sliced(problem["D"])[1] // 2 + tk, sum(column_slices(problem["D"], problem["Dv"])[1:]) // 2 + tq) + 56
