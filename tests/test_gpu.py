@@ -1,0 +1,250 @@
+"""What only a real chip shows, on both GPU backends: CUDA graphs, the caller's stream, other frameworks' arrays, a second device, compiled calls, long rows, many runs."""
+import os
+
+import numpy as np
+import pytest
+from numeric import assert_close, assert_same_bits, plain
+
+import sparsetile as st
+
+torch = pytest.importorskip("torch")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+both = pytest.mark.parametrize("backend", ["triton", "cupy"])
+
+
+class Make:
+    """Inputs of one kind, again and again, on one device."""
+
+    def __init__(self, rng, device=0):
+        self.generator, self.device = torch.Generator(f"cuda:{device}").manual_seed(int(rng.integers(2 ** 31))), f"cuda:{device}"
+
+    def normal(self, *shape, dtype=torch.bfloat16, gradient=False):
+        return lambda: torch.randn(shape, generator=self.generator, device=self.device).to(dtype).requires_grad_(gradient)
+
+    def integers(self, low, high, *shape):
+        return lambda: torch.randint(low, high, shape, generator=self.generator, device=self.device).to(torch.int32)
+
+
+def cases(make):
+    """name -> (makers of the inputs, call(backend, *inputs) -> tensors)"""
+    def qkv(T=50, S=90, D=64, **how):
+        return [make.normal(2, 4, T, D, **how), make.normal(2, 2, S, D, **how), make.normal(2, 2, S, D, **how)]
+    window, fine = st.Window(40) | st.Sink(3), st.Causal() & (st.Window(8) | st.Strided(8))
+    attend = lambda backend, q, k, v, rule, **how: st.sparse_attention(q, k, v, rule, return_lse=True, backend=backend, **how)  # noqa: E731
+
+    def gradients(backend, rule, *x):
+        out, lse = attend(backend, *x[:3], rule)
+        return (out, lse, *torch.autograd.grad([out, lse], x[:3], [x[3], x[4]]))
+    cotangents = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, dtype=torch.float32)]
+    entries = make.integers(-2, 95, 2, 1, 50, 17)
+    indexer = [make.normal(2, 8, 50, 64), make.normal(2, 400, 64), make.normal(2, 8, 50, dtype=torch.float32)]
+    latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
+    heads = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, 32)]
+    chosen = lambda s: (s.indices, s.lengths)  # noqa: E731
+    absorbed = lambda mode: lambda b, qn, qr, c, uk, uv, r: [st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode, backend=b)]  # noqa: E731
+    return {
+        "window": (qkv(), lambda b, q, k, v: attend(b, q, k, v, window)),
+        "strided": (qkv(), lambda b, q, k, v: attend(b, q, k, v, fine)),
+        "lengths": ([*qkv(T=1), make.integers(0, 91, 2)], lambda b, q, k, v, n: attend(b, q, k, v, window, kv_length=n)),
+        "positions": ([*qkv(T=5), make.integers(0, 85, 2)], lambda b, q, k, v, p: attend(b, q, k, v, window, q_start=p)),
+        "selection": ([*qkv(), entries], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i))),
+        "window-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, window, *x)),
+        "strided-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, fine, *x)),
+        "selection-gradients": ([*qkv(gradient=True), *cotangents, entries], lambda b, *x: gradients(b, st.Selection(x[5]), *x)),
+        "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
+        "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
+        "indexer-blocks": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 5, pool=16, force_first=1, force_last=1, backend=b))),
+        "topk": ([make.normal(2, 9, 5000, dtype=torch.float32)], lambda b, s: chosen(st.topk(s, 100, backend=b))),
+        "decompress": (latent, lambda b, c, uk, uv, r: st.latent_decompress(c, uk, uv, k_rope=r, backend=b)),
+        "absorbed": ([*heads, *latent], absorbed("absorbed")),
+        "decompressed": ([*heads, *latent], absorbed("decompressed")),
+        "merge": ([make.normal(2, 4, 50, 64) for _ in range(2)] + [make.normal(2, 4, 50, dtype=torch.float32) for _ in range(2)],
+                  lambda b, o, p, e, f: st.merge_attention([o, p], [e, f], backend=b)),
+    }
+
+
+NAMES = list(cases(type("Names", (), {"normal": lambda self, *a, **k: None, "integers": lambda self, *a: None})()))
+every_case = pytest.mark.parametrize("name", NAMES)
+
+
+def run(case, backend, inputs):
+    try:
+        return [x.detach() for x in case[1](backend, *inputs)]
+    except st.Unsupported as refusal:
+        pytest.skip(f"{backend}: {refusal}")
+
+
+def refill(inputs, makers):
+    with torch.no_grad():
+        for x, make in zip(inputs, makers):
+            x.copy_(make())
+
+
+@both
+@every_case
+def test_a_graph_is_replayed_with_new_inputs(backend, name, rng):
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(case, backend, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case, backend, inputs)
+    for _ in range(3):
+        refill(inputs, case[0])
+        graph.replay()
+        torch.cuda.synchronize()
+        for n, (got, want) in enumerate(zip(captured, run(case, backend, inputs))):
+            assert_same_bits(f"result {n}", got, want)
+
+
+@both
+@every_case
+def test_work_stands_on_the_callers_stream(backend, name, rng):
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    wanted, right = run(case, backend, inputs), [x.detach().clone() for x in inputs]
+    refill(inputs, case[0])
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream reads the other inputs
+        for x, y in zip(inputs, right):
+            x.copy_(y)
+        with torch.enable_grad():
+            got = run(case, backend, inputs)
+    side.synchronize()
+    for n, (a, b) in enumerate(zip(got, wanted)):
+        assert_same_bits(f"result {n}", a, b)
+
+
+@both
+@every_case
+def test_twenty_runs_give_the_same_bits(backend, name, rng):
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    first = run(case, backend, inputs)
+    for _ in range(19):
+        for n, (a, b) in enumerate(zip(run(case, backend, inputs), first)):
+            assert_same_bits(f"result {n}", a, b)
+
+
+@both
+@every_case
+def test_on_the_second_device_while_the_first_is_current(backend, name, rng):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    case = cases(Make(rng, 1))[name]
+    inputs = [make() for make in case[0]]
+    got = run(case, backend, inputs)
+    with torch.cuda.device(1):
+        for n, (a, b) in enumerate(zip(got, run(case, backend, inputs))):
+            assert a.device == inputs[0].device
+            assert_same_bits(f"result {n}", a, b)
+
+
+FORWARD = [name for name in NAMES if "gradients" not in name]
+
+
+def from_torch(x, to):
+    return to.from_dlpack(x.detach().contiguous())
+
+
+@both
+@pytest.mark.parametrize("name", FORWARD)
+def test_cupy_arrays(backend, name, rng):
+    cupy = pytest.importorskip("cupy")
+    case = cases(Make(rng))[name]
+    inputs = [x.half() if x.dtype == torch.bfloat16 else x for x in (make() for make in case[0])]  # CuPy has no bfloat16
+    wanted = run(case, backend, inputs)
+    torch.cuda.synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        got = case[1](backend, *(from_torch(x, cupy) for x in inputs))
+    stream.synchronize()
+    for n, (a, b) in enumerate(zip(got, wanted)):
+        assert isinstance(a, cupy.ndarray)
+        assert_same_bits(f"result {n}", cupy.asnumpy(a), b)
+
+
+@both
+@pytest.mark.parametrize("name", FORWARD)
+def test_jax_arrays(backend, name, rng):
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU")
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    wanted = run(case, backend, inputs)
+    torch.cuda.synchronize()
+    for n, (a, b) in enumerate(zip(case[1](backend, *(from_torch(x, jax.dlpack) for x in inputs)), wanted)):
+        assert isinstance(a, jax.Array)
+        assert_same_bits(f"result {n}", np.asarray(a), b)
+
+
+@both
+@every_case
+def test_compiled_whole(backend, name, rng):
+    torch.compiler.reset()
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    wanted = run(case, backend, inputs)
+    if "gradients" in name:
+        rule = {"window": st.Window(40) | st.Sink(3), "strided": st.Causal() & (st.Window(8) | st.Strided(8))}.get(name.partition("-")[0])
+        attend = torch.compile(lambda q, k, v, i: st.sparse_attention(q, k, v, rule or st.Selection(i), return_lse=True, backend=backend), fullgraph=True, backend="aot_eager")
+        results = attend(*inputs[:3], inputs[5] if rule is None else None)
+        got = [*results, *torch.autograd.grad(results, inputs[:3], inputs[3:5])]
+    else:
+        got = torch.compile(lambda *x: case[1](backend, *x), fullgraph=True, backend="aot_eager")(*inputs)
+    for n, (a, b) in enumerate(zip(got, wanted)):
+        assert_same_bits(f"result {n}", a, b)
+
+
+@both
+def test_more_queries_than_a_grid_has_rows(backend, rng):
+    """T = 70000 against the limit of 65535 on two of a grid's three axes; a sample of the rows against float64."""
+    make = Make(rng)
+    T, D = 70000, 64
+    q, k, v = (make.normal(1, h, T, D)() for h in (2, 1, 1))
+    out = st.sparse_attention(q, k, v, st.Window(20), backend=backend)
+    chosen = st.sparse_attention(q, k, v, st.Selection(torch.arange(T, device=q.device, dtype=torch.int32)[None, None, :, None] - torch.arange(21, device=q.device, dtype=torch.int32)), backend=backend)
+    scores = st.topk(make.normal(1, T, 40, dtype=torch.float32)(), 3, backend=backend)
+    assert (scores.lengths == 3).all()
+    rows = torch.tensor([0, 5, 65535, 65536, T - 1], device=q.device)
+    for got in (out, chosen):
+        for t in rows.tolist():
+            lo = max(0, t - 20)
+            judge_row(got[0, :, t], q[0, :, t], k[0, 0, lo:t + 1], v[0, 0, lo:t + 1])
+
+
+def judge_row(got, q, k, v):
+    """One query of every head against a few keys: [H,D], [n,D], [n,Dv]."""
+    import oracle
+    from numeric import to_numpy
+    q, k, v = (to_numpy(x) for x in (q[None, :, None], k[None, None], v[None, None]))
+    count, how = np.ones((1, q.shape[1], 1, k.shape[2])), dict(scale=q.shape[-1] ** -0.5)
+    assert_close("row", to_numpy(got)[None, :, None], oracle.attention(q, k, v, count, **how)[0], plain.attention(q, k, v, count, **how)[0], reduction=k.shape[2] + q.shape[-1])
+
+
+@both
+@pytest.mark.slow
+def test_offsets_past_two_to_the_31(backend, rng):
+    """3.8 million keys of width 576: the last ones lie past 2^31 elements."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2 ** 30:
+        pytest.skip("less than 12 GiB of GPU memory are free")
+    make = Make(rng)
+    S, D, Dv = 3_800_000, 576, 512
+    k = torch.empty(1, 1, S, D, device="cuda", dtype=torch.bfloat16)
+    for part in k[0, 0].split(2 ** 19):
+        part.normal_(generator=make.generator)
+    q = make.normal(1, 16, 2, D)()
+    indices = torch.tensor([[0, 7, S // 2, S - 3, S - 1, S, 2 ** 31 - 1, -5], [S - 2, S - 1, -1, 5, 3, 1, 0, S]], dtype=torch.int32, device="cuda")
+    chosen = st.sparse_attention(q, k, None, st.Selection(indices[None, None]), value_width=Dv, backend=backend)
+    window = st.sparse_attention(q, k, None, st.Window(30), value_width=Dv, backend=backend)
+    for t in range(2):
+        keys = k[0, 0, indices[t][(indices[t] >= 0) & (indices[t] < S)].long()]
+        judge_row(chosen[0, :, t], q[0, :, t], keys, keys[:, :Dv])
+        keys = k[0, 0, S - 32 + t:S - 1 + t]
+        judge_row(window[0, :, t], q[0, :, t], keys, keys[:, :Dv])
