@@ -1,5 +1,7 @@
 """`sparsetile bench`: workloads timed with the config a call gets, beside the kernel's default and PyTorch's own op, interleaved in one run."""
-from sparsetile.autotune import tasks, timing
+import numpy as np
+
+from sparsetile.autotune import numeric, tasks, timing
 from sparsetile.backends.contract import BACKENDS
 from sparsetile.ops import dispatch
 
@@ -40,15 +42,25 @@ def operations(task) -> float | None:
     if w.kernel.startswith("block_attention"):
         pairs = task.inputs[3].pairs(w["T"], w["S"]) * w["B"] * w["Hq"]
         return pairs * (2 * (3 * w["D"] + 2 * w["Dv"]) if w.kernel.endswith("backward") else 2 * (w["D"] + w["Dv"]))
-    if w.kernel == "gather_attention":
-        return 2.0 * w["B"] * w["Hq"] * w["T"] * min(w["S"], w["K"] * w.option("granularity", 1)) * (w["D"] + w["Dv"])
-    if w.kernel == "indexer_scores":
+    if w.kernel.startswith("gather_attention"):
+        chosen = task.inputs[3]
+        pairs = selected_pairs(chosen, w["S"]) * w["Hq"] // chosen.indices.shape[1]
+        return pairs * (2 * (3 * w["D"] + 2 * w["Dv"]) if w.kernel.endswith("backward") else 2 * (w["D"] + w["Dv"]))
+    if w.kernel in ("indexer_scores", "indexer_topk"):
         return 2.0 * w["B"] * w["H"] * w["T"] * w["S"] * w["D"]
     if w.kernel == "latent_decompress":
         return 2.0 * w["B"] * w["H"] * w["S"] * w["R"] * (w["Dn"] + w["Dv"])
     if w.kernel == "grouped_matmul":
         return 2.0 * w["B"] * w["H"] * w["T"] * w["N"] * w["M"]
     return None
+
+
+def selected_pairs(selection, S: int) -> int:
+    """Pairs of one list of queries and keys, summed over batch and lists: entries times granularity, cut at S and, if causal, past the query."""
+    entries = numeric.to_numpy(selection.indices).astype(np.int64)
+    T, g = entries.shape[2], selection.granularity
+    last = np.minimum(S, S - T + np.arange(T)[:, None] + 1) if selection.causal else S
+    return int(np.where(entries >= 0, np.clip(last - entries * g, 0, g), 0).sum())
 
 
 def torch_peer(task):

@@ -10,8 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from sparsetile.backends import arrays
-from sparsetile.ops import attention, indexer, latent, merge, patterns
-from sparsetile.ops import dispatch
+from sparsetile.ops import attention, dispatch, indexer, latent, merge, patterns, presets
 from sparsetile.ops.selection import Selection
 
 
@@ -200,7 +199,10 @@ def outputs(result) -> list:
 
 
 P = patterns
-BIGBIRD = P.Window(128 + 64, 128 + 64) | P.Global(range(256)) | P.RandomBlocks(3, 128, seed=0)
+BIGBIRD = presets.bigbird(128)
+LONGFORMER = P.Window(256, 256) | P.Global(range(64))
+DOCUMENTS = P.Documents((12001, 2638, 5998, 12131)) & P.Causal()  # drawn once from 1024..16383
+LONG = {"documents": DOCUMENTS, "random-10pct": P.RandomBlocks(25, 128), "strided-128": presets.sparse_transformer_strided(128), "fixed-128": presets.sparse_transformer_fixed(128, 8)}
 _DSA = dict(Hq=128, Hk=1, D=576, Dv=512, S=32768, K=2048)
 
 
@@ -208,18 +210,22 @@ def workloads() -> list[Workload]:
     """Every named workload. "gpu" and "cpu" ones differ in size; `for_device` says which suit a device."""
     W, found = Workload.of, []
     shapes = dict(B=1, Hq=32, Hk=32, D=128, Dv=128)
-    named = {"causal": P.Causal(), "window-4096": P.Window(4095), "window-1024": P.Window(1023), "longformer-512": P.Window(256, 256) | P.Global(range(64)), "bigbird-128": BIGBIRD}
+    named = {"causal": P.Causal(), "window-4096": P.Window(4095), "window-1024": P.Window(1023), "longformer-512": LONGFORMER, "bigbird-128": BIGBIRD}
     for kernel, suffix in (("block_attention", ""), ("block_attention_backward", "/backward")):
         for n in (8192, 32768):
-            for name, pattern in named.items():
+            for name, pattern in (named if n == 8192 else named | LONG).items():
                 found.append(W(f"gpu/{name}/{n}{suffix}", kernel, "bfloat16", dict(pattern=pattern), T=n, S=n, **shapes))
         found.append(W(f"gpu/causal-d64/16384{suffix}", kernel, "bfloat16", dict(pattern=P.Causal()), B=1, Hq=16, Hk=16, T=16384, S=16384, D=64, Dv=64))
-        for name, pattern in {"causal": P.Causal(), "window-256": P.Window(256, 256), "longformer-512": P.Window(256, 256) | P.Global(range(64))}.items():
+        found.append(W(f"gpu/causal-d192/16384{suffix}", kernel, "bfloat16", dict(pattern=P.Causal()), T=16384, S=16384, **{**shapes, "D": 192}))
+        for name, pattern in {"causal": P.Causal(), "window-256": P.Window(256, 256), "longformer-512": LONGFORMER}.items():
             found.append(W(f"cpu/{name}/4096{suffix}", kernel, "float32", dict(pattern=pattern), B=1, Hq=8, Hk=8, T=4096, S=4096, D=64, Dv=64))
     found.append(W("gpu/decode-window/32768", "block_attention", "bfloat16", dict(pattern=P.Window(4095) | P.Sink(4)), B=64, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
-    for heads in (128, 64, 16):
+    for heads in (128, 16):  # the attention of latent_attention's absorbed mode over every key
+        found.append(W(f"gpu/latent-decode-h{heads}", "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=128, Hq=heads, Hk=1, T=1, S=32768, D=576, Dv=512))
+    for heads in (128, 64, 32, 16, 8):
         found.append(W(f"gpu/dsa-prefill-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads}))
     found.append(W("gpu/dsa-backward", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "S": 8192, "K": 1024}))
+    found.append(W("gpu/dsa-backward-16384", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=16384, **{**_DSA, "S": 16384}))
     found.append(W("gpu/blocks-64-backward", "gather_attention_backward", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16))
     found.append(W("gpu/blocks-64", "gather_attention", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=8192, S=8192, D=128, Dv=128, K=16))
     for T, S in ((2048, 32768), (4096, 131072), (1, 32768)):
@@ -257,7 +263,6 @@ def find(name: str) -> Workload:
     from difflib import get_close_matches
     near = get_close_matches(str(name), [w.name for w in workloads()], 3, 0) or ["cpu/window-256/4096"]
     raise ValueError(f"workload: expected the name of a workload such as {', '.join(near)}, got {name!r}; see sparsetile tune --list")
-
 
 
 

@@ -7,15 +7,15 @@ import time
 
 
 class Stopwatch:
-    """Times calls on one device. `cold` empties the L2 cache between calls on a GPU."""
+    """Times calls on one device. `cold` empties the L2 cache between calls on a GPU, by writing at least `flush_mb`: the host launches meanwhile."""
 
-    def __init__(self, device: int | None, cold: bool = True):
+    def __init__(self, device: int | None, cold: bool = True, flush_mb: int = 64):
         self.device, self.cold = device, cold
         if device is not None:
             import torch
             from sparsetile.backends import arrays
             self.torch = torch
-            size = max(2 * arrays.device_info(device).l2_mb, 64) << 20
+            size = max(2 * arrays.device_info(device).l2_mb, flush_mb) << 20
             self.flush = torch.empty(size // 4, dtype=torch.int32, device=f"cuda:{device}") if cold else None
 
     def synchronize(self):

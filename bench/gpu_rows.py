@@ -1,0 +1,72 @@
+"""The rows of the GPU table: a named workload, what others reach on it, and where our floor lies.
+
+Stored figures were measured on one H200 whose bfloat16 product ran at 790 TFLOP/s (torch 2.11, CUDA events, cold L2, median). A peer that is not installed where
+the table is made stands there with its stored figure times (this run's product / 790), marked with a star.
+"""
+from dataclasses import dataclass
+
+STORED_AT = 790.0  # TFLOP/s of the bfloat16 product beside which the stored figures were measured
+
+
+@dataclass(frozen=True)
+class Row:
+    """unit: "TFLOP/s" (more is better), "ms" or "GB/s"; stored: ((peer, figure in that unit), ...); floor in that unit, None where none is set."""
+    name: str
+    workload: str
+    unit: str
+    stored: tuple = ()
+    floor: float | None = None
+
+
+# name, workload: (peer: forward, backward) ..., floors of forward and backward. FA3 is FlashAttention-3, Flex the compiled FlexAttention.
+_BLOCK = (
+    ("causal 32k", "causal/32768", dict(FA3=(673, 612), cuDNN=(604, 539), Flex=(429, 393)), (650, 560)),
+    ("causal 8k", "causal/8192", dict(FA3=(732, 602), cuDNN=(617, 504)), (640, 570)),
+    ("window 4096", "window-4096/32768", dict(FA3=(631, 554), Flex=(410, 374)), (640, 540)),
+    ("window 1024", "window-1024/32768", dict(FA3=(556, 447)), (540, 440)),
+    ("documents", "documents/32768", dict(FA3=(628, 568), Flex=(395, 367)), (600, 530)),
+    ("Longformer 512+64", "longformer-512/32768", dict(Flex=(150, 166)), (340, 300)),
+    ("BigBird 128", "bigbird-128/32768", dict(FlashInfer=(421, None), Flex=(289, 310)), (600, 450)),
+    ("random 10 %", "random-10pct/32768", dict(FlashInfer=(535, None), Flex=(335, 340)), (660, 510)),
+    ("causal 16k D 64", "causal-d64/16384", dict(cuDNN=(450, 450), Flex=(357, 294)), (420, 400)),
+    ("causal 16k D 192", "causal-d192/16384", dict(cuDNN=(607, 496), Flex=(329, 148)), (560, 430)),
+    ("strided 128", "strided-128/32768", {}, (250, 200)),
+    ("fixed 128 + 8", "fixed-128/32768", {}, (250, 200)),
+)
+
+
+def _block():
+    for turn, (word, suffix) in enumerate((("fwd", ""), ("bwd", "/backward"))):
+        for name, workload, stored, floors in _BLOCK:
+            yield Row(f"{word} {name}", f"gpu/{workload}{suffix}", "TFLOP/s", tuple((peer, figures[turn]) for peer, figures in stored.items() if figures[turn]), floors[turn])
+
+
+ROWS = (
+    *_block(),
+    Row("DSA h 128", "gpu/dsa-prefill-h128", "TFLOP/s", (("FlashMLA", 592), ("TileLang", 515)), 580),
+    Row("DSA h 64", "gpu/dsa-prefill-h64", "TFLOP/s", (("FlashMLA", 579),), 570),
+    Row("DSA h 32", "gpu/dsa-prefill-h32", "TFLOP/s", (("FlashMLA", 290),)),
+    Row("DSA h 16", "gpu/dsa-prefill-h16", "TFLOP/s", (("FlashMLA", 145),)),
+    Row("DSA h 8", "gpu/dsa-prefill-h8", "TFLOP/s", (("FlashMLA", 72),)),
+    Row("blocks of 64", "gpu/blocks-64", "TFLOP/s"),
+    Row("DSA bwd 16k", "gpu/dsa-backward-16384", "TFLOP/s", (("TileLang", 174),), 147),  # deterministic: at most 1.5 x the time of 220
+    Row("blocks of 64 bwd", "gpu/blocks-64-backward", "TFLOP/s"),
+    Row("latent decode h 128", "gpu/latent-decode-h128", "TFLOP/s", (("FlashMLA", 665),), 560),
+    Row("latent decode h 16", "gpu/latent-decode-h16", "GB/s", (("FlashMLA", 4266),), 3900),
+    Row("scores 2048 x 32k", "gpu/indexer-2048x32768", "TFLOP/s", (("DeepGEMM", 1130), ("TileLang", 408)), 1130),
+    Row("scores 4096 x 128k", "gpu/indexer-4096x131072", "TFLOP/s", (("DeepGEMM", 1014),), 1050),
+    Row("top-k 4096 x 128k", "gpu/topk-4096x131072", "ms", (("FlashInfer", 1.89), ("torch", 5.98)), 0.75),
+    Row("top-k 4096 x 32k", "gpu/topk-4096x32768", "ms", (("TileLang", 0.56), ("torch", 1.66)), 0.30),
+    Row("top-k 128 x 128k", "gpu/topk-128x131072", "ms", (("FlashInfer", 0.073),), 0.045),
+    Row("scores + top-k", "gpu/indexer-topk-4096x131072", "ms", (("DeepGEMM + FlashInfer", 10.4),), 9.2),
+    Row("decompress 4k", "gpu/latent-4096", "ms", (("cuBLAS", 0.217), ("compiled", 0.368)), 0.217),
+    Row("decompress 32k", "gpu/latent-32768", "ms", (("cuBLAS", 1.685), ("compiled", 2.887)), 1.685 / 1.12),
+    Row("decompress 128k", "gpu/latent-131072", "ms", (("cuBLAS", 7.65), ("compiled", 11.75)), 7.65 / 1.12),
+    Row("absorb 4k", "gpu/absorb-4096", "TFLOP/s"),
+    Row("merge 32k", "gpu/merge-32768", "GB/s"),
+)
+
+
+def selected(words: list[str]) -> list[Row]:
+    """Rows whose name or workload contains one of the words; all of them without words."""
+    return [row for row in ROWS if not words or any(word.lower() in f"{row.name} {row.workload}".lower() for word in words)]

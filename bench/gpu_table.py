@@ -1,0 +1,165 @@
+"""The table of all kernels beside their peers, from one command on one GPU: python -m sparsetile.bench.gpu_table
+
+Every kernel is checked against the float64 formula on a few rows before it is timed; a row's candidates are timed in turn (CUDA events, cold L2, median); operations
+count only pairs inside the pattern. What fails is a row that says so. Rows are measured in a process of their own: a kernel that hangs or breaks the device
+costs that one figure, and the table goes on without it. `--list` shows the rows, and needs no GPU.
+"""
+import argparse
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsetile.bench.gpu_rows import ROWS, STORED_AT, selected  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("triton", "cupy")
+
+
+class Measured:
+    """What came of all rows: events of the workers, kept as they come and written to `out` at once."""
+
+    def __init__(self, out):
+        self.out, self.machine, self.ceilings, self.rows, self.trying, self.done = out, {}, {}, {}, None, set()
+
+    def take(self, event: dict):
+        if event.pop("trying", None):
+            self.trying = event["row"], event["who"]
+            return
+        print(json.dumps(event), flush=True)
+        if self.out:
+            print(json.dumps(event), file=self.out, flush=True)
+        if "row" not in event:
+            self.machine |= event.get("machine", {})
+            self.ceilings = self.ceilings or event.get("ceilings", {})
+        elif event.get("done"):
+            self.done.add(event["row"])
+        else:
+            self.rows.setdefault(event["row"], {})[event["who"]] = event
+
+
+def supervise(order: dict, found: Measured, limit: float, until: float, command=None):
+    """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying."""
+    while order["rows"]:
+        found.trying = None
+        end = work(command or [sys.executable, "-m", "sparsetile.bench.gpu_worker"], order, found, limit, until)
+        order["rows"] = [name for name in order["rows"] if name not in found.done]
+        if not order["rows"]:
+            return
+        if found.trying is None or time.monotonic() > until:
+            for name in order["rows"]:
+                found.take({"row": name, "who": "row", "failed": f"not measured: {end}"})
+            return
+        row, who = found.trying
+        known = found.rows.setdefault(row, {}).get(who, {})
+        if "failed" not in known:
+            found.take({"row": row, "who": who, "failed": end})
+        if who in ("inputs", "timing"):
+            order["rows"].remove(row)
+        else:
+            order["without"].append([row, who])
+
+
+def work(command: list, order: dict, found: Measured, limit: float, until: float) -> str:
+    """One worker, to its end; why it ended."""
+    worker = subprocess.Popen([*command, json.dumps(order)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    lines = queue.Queue()
+    threading.Thread(target=_read, args=(worker, lines), daemon=True).start()
+    while True:
+        left = until - time.monotonic()
+        try:
+            line = lines.get(timeout=max(0.01, min(limit, left)))
+        except queue.Empty:
+            line = ""
+        if not line or left < 0:
+            worker.kill()
+            worker.wait()
+            return "out of time" if time.monotonic() > until else f"silent for {limit:.0f} s, stopped"
+        if line is _END:
+            return f"the process ended with code {worker.wait()}"
+        if line.startswith("{"):
+            found.take(json.loads(line))
+
+
+_END = object()
+
+
+def _read(worker, lines):
+    for line in worker.stdout:
+        lines.put(line)
+    lines.put(_END)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the table
+def figure(event: dict, unit: str) -> float | None:
+    if "time_us" not in event:
+        return None
+    return event["time_us"] / 1e3 if unit == "ms" else event.get("tflops") if unit == "TFLOP/s" else event.get("gbs")
+
+
+def shown(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.3f}" if unit == "ms" else f"{value:.0f}"
+
+
+def table(found: Measured, names: list[str]) -> str:
+    """Why what is missing is missing; then short lines: ours, the floor, the clock, peers of this run, stored peers scaled by the product of this run (*)."""
+    scale = found.ceilings.get("bf16_tflops", STORED_AT) / STORED_AT
+    lines, missing = [], []
+    for row in ROWS:
+        if row.name not in names:
+            continue
+        events = found.rows.get(row.name, {})
+        seen = {who: figure(event, row.unit) for who, event in events.items()}
+        ours = " ".join(f"{shown(seen.get(name), row.unit):>7}" for name in OURS)
+        others = [f"{who} {shown(value, row.unit)}" for who, value in seen.items() if who not in OURS and value is not None]
+        others += [f"{who}* {shown(value / scale if row.unit == 'ms' else value * scale, row.unit)}" for who, value in row.stored if seen.get(who) is None]
+        clock = next((event["clock_mhz"] for event in events.values() if event.get("clock_mhz")), "-")
+        lines.append(f"{row.name:24} {row.unit:7} {ours} {shown(row.floor, row.unit):>6} {clock:>5}  {', '.join(others)}")
+        missing += [f"{row.name}, {who}: {event['failed'][:150]}" for who, event in events.items() if "failed" in event]
+        missing += [f"{row.name}, {who}: outside our numeric policy: {event['outside_policy'][:100]}" for who, event in events.items() if "outside_policy" in event]
+    head = [" ".join(f"{k} {v}" for k, v in found.machine.items()), " ".join(f"{k} {v}" for k, v in found.ceilings.items()),
+            f"{'row':24} {'unit':7} {'triton':>7} {'cupy':>7} {'floor':>6} {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
+    return "\n".join(missing + head + lines)
+
+
+def commit() -> str:
+    got = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    return got.stdout.strip() or "unknown"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("gpu_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose name or workload contains one of these words")
+    parser.add_argument("--list", action="store_true", help="list the rows and stop")
+    parser.add_argument("--seconds", type=float, default=0.8, help="time for a row's rounds, at least five rounds each (default: 0.8)")
+    parser.add_argument("--compiled", action="store_true", help="also peers that torch.compile makes: FlexAttention, decompression with split and concat (tens of seconds a row)")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of silence after which a worker is stopped (default: 60; 180 with --compiled)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop and print what there is (default: 8.5)")
+    parser.add_argument("--out", help="file of JSON lines that the results are appended to")
+    parser.add_argument("--commit", help="what is measured (default: git describe)")
+    args = parser.parse_args(argv)
+    names = [row.name for row in selected(args.only)]
+    if args.list or not names:
+        print("\n".join(f"{row.name:24} {row.workload}" for row in selected(args.only)) or f"--only: no row's name or workload contains {args.only}")
+        return 0 if names else 2
+    until = time.monotonic() + 60 * args.minutes
+    out = None
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        out = open(args.out, "a")
+    found = Measured(out)
+    found.take({"machine": {"commit": args.commit or commit()}})
+    order = dict(rows=list(names), without=[], seconds=args.seconds, compiled=args.compiled)
+    supervise(order, found, max(args.limit, 180) if args.compiled else args.limit, until)
+    print("\n" + table(found, names))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

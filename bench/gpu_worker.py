@@ -1,0 +1,158 @@
+"""The process that measures rows of the GPU table, one after the other, and says each result as a line of JSON at once. bench/gpu_table.py starts it.
+
+Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
+A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel.
+"""
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from sparsetile.autotune import measure, tasks, timing
+from sparsetile.backends import arrays
+from sparsetile.bench import gpu_rows, peers, spot
+from sparsetile.bench.gpu_rows import ROWS
+
+OURS = ("triton", "cupy")
+FLUSH_MB = 1024  # about 0.3 ms of writing: longer than the host needs to launch any call
+SLOW_US = 300_000  # rows with a slower call are timed three times only
+
+
+def say(**event):
+    print(json.dumps(event), flush=True)
+
+
+def machine() -> dict:
+    found = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "python": sys.version.split()[0]}
+    for name in ("triton", "cupy"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = None
+    return found
+
+
+def clock_mhz() -> int | None:
+    """The SM clock now, by NVML."""
+    try:
+        return torch.cuda.clock_rate(0)
+    except Exception:  # NVML is not there, or is not allowed to say
+        return None
+
+
+def ceilings(watch) -> dict:
+    """What this chip reaches today: a copy of 2 GB and a square product."""
+    source = torch.empty(2 ** 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copy, product = lambda: target.copy_(source), lambda: a @ b
+    for call in (copy, product):
+        timing.screen(watch, call, 0)
+    copies, products = (statistics.median(samples) for samples in timing.finals(watch, [copy, product], 0.5))
+    return {"copy_gbs": round(2 * source.numel() / copies / 1e3), "bf16_tflops": round(2 * 8192 ** 3 / products / 1e6, 1), "clock_mhz": clock_mhz()}
+
+
+def failure(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def candidates(task, compiled: bool) -> list[peers.Peer]:
+    return [peers.Peer(name, lambda name=name: task.bound(name)) for name in OURS] + peers.peers(task, compiled)
+
+
+def ready(who: peers.Peer, judge, row: str) -> tuple | None:
+    """The call to time, what is known of it, microseconds; after two calls and the check. None if it failed, which is said. A peer outside our numeric policy is timed all the same."""
+    say(row=row, who=who.name, trying=True)
+    try:
+        call, start = who.make(), time.monotonic()
+        got = call()
+        torch.cuda.synchronize()
+        first_s = time.monotonic() - start
+        wrong = judge.wrong(got) if who.judged else None
+        size = sum(x.numel() * x.element_size() for x in tasks.outputs(got))
+        del got
+        if wrong and who.name in OURS:
+            say(row=row, who=who.name, failed=f"wrong answer: {wrong[:300]}")
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.monotonic()
+        tasks.outputs(call())
+        torch.cuda.synchronize()
+        beyond = torch.cuda.max_memory_allocated() - before - size
+        known = {"first_s": round(first_s, 2), "scratch_mb": round(max(0, beyond) / 1e6, 1)} | ({"outside_policy": wrong[:200]} if wrong else {})
+        return call, known, (time.monotonic() - start) * 1e6
+    except Exception as error:
+        say(row=row, who=who.name, failed=failure(error))
+        del error
+        torch.cuda.synchronize()  # raises if the context is broken: nothing more can be measured in this process
+        return None
+
+
+def measured(row: gpu_rows.Row, watch, seconds: float, compiled: bool, without: set):
+    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn."""
+    say(row=row.name, who="inputs", trying=True)
+    try:
+        task = tasks.Task(tasks.find(row.workload), 0)
+        judge, flops = spot.Judge(task), measure.operations(task)
+    except Exception as error:
+        say(row=row.name, who="inputs", failed=failure(error))
+        del error
+        torch.cuda.synchronize()
+        return
+    found = {who.name: ready(who, judge, row.name) for who in candidates(task, compiled) if (row.name, who.name) not in without}
+    found = {name: one for name, one in found.items() if one}
+    if not found:
+        return
+    slow = max(us for _, _, us in found.values()) > SLOW_US
+    calls = [call for call, _, _ in found.values()]
+    say(row=row.name, who="timing", trying=True)
+    samples = timing.finals(watch, calls, seconds, 3 if slow else 40)
+    calls[0]()
+    clock = clock_mhz()  # under load
+    torch.cuda.synchronize()
+    for (name, (_, known, _)), times in zip(found.items(), samples):
+        time_us = watch.centre(times)
+        say(row=row.name, who=name, time_us=round(time_us, 1), **timing.spread(times), **known, clock_mhz=clock,
+            **({"tflops": round(flops / time_us / 1e6, 1)} if flops else {}), gbs=round(moved(task) / time_us / 1e3))
+
+
+def moved(task) -> float:
+    """The fewest bytes: every input and every output once."""
+    w = task.workload
+    arrays_in = [x for group in task.inputs for x in (group if isinstance(group, list) else [group]) if isinstance(x, torch.Tensor)]
+    total = sum(x.numel() * x.element_size() for x in arrays_in)
+    size = arrays.ITEMSIZE[w.dtype]
+    if w.kernel.endswith("_backward"):
+        return total + sum(x.numel() * x.element_size() for x in task.inputs[:3] if x is not None)
+    if w.kernel in ("block_attention", "gather_attention"):
+        return total + w["B"] * w["Hq"] * w["T"] * w["Dv"] * size
+    if w.kernel == "latent_decompress":
+        return total + w["B"] * w["H"] * w["S"] * (w["Dn"] + w["P"] + w["Dv"]) * size
+    if w.kernel == "grouped_matmul":
+        return total + w["B"] * w["H"] * w["T"] * (w["M"] + w["P"]) * size
+    if w.kernel == "merge_attention":
+        return total + w["B"] * w["Hq"] * w["T"] * (w["Dv"] * size + 4)
+    return total + 4 * w["B"] * w["T"] * (w["S"] if w.kernel == "indexer_scores" else w["K"] + 1)
+
+
+def main(order: dict) -> int:
+    """order: rows (names), without ([row, who] pairs), seconds, compiled."""
+    torch.cuda.init()
+    watch = timing.Stopwatch(0, flush_mb=FLUSH_MB)
+    say(machine=machine())
+    say(ceilings=ceilings(watch))
+    without = {tuple(pair) for pair in order["without"]}
+    for row in ROWS:
+        if row.name in order["rows"]:
+            measured(row, watch, order["seconds"], order["compiled"], without)
+            torch.cuda.empty_cache()
+            say(row=row.name, who="row", done=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,147 @@
+"""The same work by others, on the inputs of one task (autotune/tasks.py): cuDNN, cuBLAS and PyTorch, compiled PyTorch, and FlashAttention-3, FlashMLA and DeepGEMM
+where they are installed. `peers(task, compiled)` gives Peers; making one may fail, which is then that peer's row.
+"""
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Callable
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsetile.autotune import tasks
+from sparsetile.ops import patterns as P
+
+
+@dataclass(frozen=True)
+class Peer:
+    """make() prepares what is not timed and returns the call to time; judged: its answer has our shapes and is checked like ours."""
+    name: str
+    make: Callable
+    judged: bool = True
+
+
+def peers(task, compiled: bool) -> list[Peer]:
+    """compiled: also what torch.compile makes (tens of seconds each to compile)."""
+    w, found = task.workload, []
+    if w.kernel.startswith("block_attention") and w["T"] > 1:
+        rule, backward = task.inputs[3], w.kernel.endswith("_backward")
+        if rule == P.Causal():
+            found.append(Peer("cuDNN", lambda: _attention(task, _cudnn, backward)))
+        if find_spec("flash_attn_interface") and isinstance(rule, P.Window):
+            found.append(Peer("FA3", lambda: _attention(task, _flash(rule), backward)))
+        if compiled:
+            found.append(Peer("Flex", lambda: _attention(task, _flex(task), backward)))
+    elif w.kernel == "gather_attention" and w["D"] == 576 and find_spec("flash_mla"):
+        found.append(Peer("FlashMLA", lambda: _flash_mla(task)))
+    elif w.kernel == "indexer_scores" and find_spec("deep_gemm"):
+        found.append(Peer("DeepGEMM", lambda: _deep_gemm(task)))
+    elif w.kernel == "topk":
+        found.append(Peer("torch", lambda: lambda: torch.topk(task.inputs[0], w["K"], dim=-1), judged=False))
+    elif w.kernel == "latent_decompress":
+        found.append(Peer("cuBLAS", lambda: _product(task), judged=False))
+        if compiled:
+            found.append(Peer("compiled", lambda: _decompressed(task)))
+    elif w.kernel == "grouped_matmul":
+        x, weights = task.inputs[0][0], task.inputs[1].swapaxes(1, 2)
+        found.append(Peer("cuBLAS", lambda: lambda: torch.bmm(x, weights), judged=False))  # without the rotary tail
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------- attention
+def _attention(task, forward, backward: bool):
+    """forward(q, k, v) -> out, or the gradients of it: everything that autograd does after the forward."""
+    q, k, v = (x.detach().clone().requires_grad_(backward) for x in task.inputs[:3])
+    if not backward:
+        return lambda: forward(q, k, v)
+    dout, out = task.inputs[6], forward(q, k, v)
+    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+
+def _cudnn(q, k, v):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _flash(rule):
+    from flash_attn_interface import flash_attn_func
+    window = (-1, -1) if rule == P.Causal() else tuple(-1 if side is None else side for side in (rule.left, rule.right))
+
+    def forward(q, k, v):
+        got = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=rule.right == 0, window_size=window)
+        return (got[0] if isinstance(got, tuple) else got).transpose(1, 2)
+    return forward
+
+
+def _flex(task):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    w, rule = task.workload, task.inputs[3]
+    torch._dynamo.reset()  # a new pattern is a new program; after eight of one function dynamo would stop compiling
+    blocks = create_block_mask(_sees(rule, w, task.inputs[0].device), None, None, w["T"], w["S"], device=task.inputs[0].device, _compile=True)
+    flex = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: flex(q, k, v, block_mask=blocks)
+
+
+def _sees(rule, w, device):
+    """The pattern as a mask_mod of FlexAttention, written as its users would."""
+    if rule == P.Causal():
+        return lambda b, h, p, s: p >= s
+    if isinstance(rule, P.Window):
+        left = rule.left
+        return lambda b, h, p, s: (p >= s) & (p - s <= left)
+    if rule == tasks.LONGFORMER:
+        return lambda b, h, p, s: (p - s <= 256) & (s - p <= 256) | (s < 64) | (p < 64)
+    if rule == tasks.LONG["strided-128"]:
+        return lambda b, h, p, s: (p >= s) & ((p - s <= 127) | ((p - s) % 128 == 0))
+    if rule == tasks.LONG["fixed-128"]:
+        return lambda b, h, p, s: (p >= s) & ((p // 128 == s // 128) | (s % 128 >= 120))
+    if rule == tasks.DOCUMENTS:
+        lengths = next(part.lengths for part in rule.parts if isinstance(part, P.Documents))
+        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+        return lambda b, h, p, s: (p >= s) & (document[p] == document[s])
+    p, s = np.arange(0, w["T"], 128)[:, None], np.arange(0, w["S"], 128)  # block masks of 128
+    kept = torch.from_numpy(rule.visible(p, s, w["S"])).to(device)
+    return lambda b, h, p, s: kept[p // 128, s // 128]
+
+
+def _flash_mla(task):
+    from flash_mla import flash_mla_sparse_fwd
+    q, k, _, chosen = task.inputs
+    q, keys, indices = q[0].transpose(0, 1).contiguous(), k[0].transpose(0, 1).contiguous(), chosen.indices[0].transpose(0, 1).contiguous()  # [T,h,576] [S,1,576] [T,1,K]
+    return lambda: flash_mla_sparse_fwd(q, keys, indices, task.workload["D"] ** -0.5)[0].transpose(0, 1)[None]
+
+
+# ------------------------------------------------------------------------------------------------------------ indexer and latent
+def _deep_gemm(task):
+    import deep_gemm
+    q, k, weights, k_scale = task.inputs
+    q, weights = q[0].transpose(0, 1).contiguous(), weights[0].transpose(0, 1).contiguous()  # [T,H,D] [T,H]
+    T, S = task.workload["T"], task.workload["S"]
+    first, last = (torch.full((T,), n, dtype=torch.int32, device=q.device) for n in (0, S))
+    return lambda: deep_gemm.fp8_mqa_logits(q, (k[0], k_scale[0]), weights, first, last, clean_logits=False)[None]
+
+
+def _both(task):
+    """w_uk and w_uv side by side: [R, H * (Dn + Dv)]."""
+    return torch.cat(task.inputs[1:3], -1).permute(1, 0, 2).reshape(task.workload["R"], -1).contiguous()
+
+
+def _product(task):
+    both, latent = _both(task), task.inputs[0]
+    return lambda: latent @ both
+
+
+def _decompressed(task):
+    both, w, (latent, _, _, rope) = _both(task), task.workload, task.inputs
+    H, Dn, Dv = w["H"], w["Dn"], w["Dv"]
+
+    def run(latent, both, rope):
+        keys, values = (latent @ both).unflatten(-1, (H, Dn + Dv)).split((Dn, Dv), -1)
+        return torch.cat((keys, rope[:, :, None].expand(-1, -1, H, -1)), -1), values.contiguous()
+    run = torch.compile(run, dynamic=False)
+
+    def call():
+        keys, values = run(latent, both, rope)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+    return call

@@ -1,0 +1,130 @@
+"""The benchmarks' own machinery, without a GPU: the judge of large answers, the counting of pairs, and a table that survives kernels which hang or kill their process."""
+import json
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparsetile.autotune import measure, tasks
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import KERNELS
+from sparsetile.bench import gpu_rows, gpu_table, spot
+
+GPU = {w.name: w for w in tasks.workloads()}
+
+
+def test_every_row_has_a_workload_and_a_name_of_its_own():
+    assert len({row.name for row in gpu_rows.ROWS}) == len(gpu_rows.ROWS)
+    assert [row.name for row in gpu_rows.ROWS if row.workload not in GPU] == []
+    assert [row.name for row in gpu_rows.selected(["bigbird"])] == ["fwd BigBird 128", "bwd BigBird 128"]
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta")])
+def test_the_judge_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(spot, "ROWS", 9)
+    rows = [row for row in gpu_rows.ROWS if GPU[row.workload].kernel == kernel]
+    assert rows
+    for row in rows[:: max(1, len(rows) // 3)]:
+        task = tasks.Task(GPU[row.workload].small(), None)
+        judge, right = spot.Judge(task), task.run("reference")
+        assert judge.wrong(right) is None
+        first = np.array(tasks.outputs(right)[0])
+        n, take, *_ = judge.parts[0]
+        marked = np.zeros(first.shape, bool)
+        at = np.argwhere(take_indices(take, first.shape))[0]
+        marked[tuple(at)] = True
+        changed = np.where(marked, np.roll(first, 1, -1), first)
+        assert changed.dtype == first.dtype and judge.wrong([changed, *tasks.outputs(right)[1:]]) is not None
+
+
+def take_indices(take, shape):
+    """Which elements of an answer the judge looks at."""
+    numbered = np.arange(np.prod(shape)).reshape(shape)
+    return np.isin(numbered, take(numbered))
+
+
+def test_pairs_of_a_selection_are_those_of_its_mask():
+    w = GPU["gpu/blocks-64"].small()
+    task = tasks.Task(w, None)
+    chosen, judge = task.inputs[3], spot.Judge(task)
+    lists = chosen.indices.shape[1]
+    every = sum(judge._count(chosen, h * w["Hq"] // lists, np.arange(w["T"])).sum() for h in range(lists))
+    assert measure.selected_pairs(replace(chosen, indices=chosen.indices[-1:]), w["S"]) == every  # the judge looks at the last batch entry
+
+
+@pytest.mark.parametrize("name", [row.workload for row in gpu_rows.ROWS if row.name.startswith("fwd")])
+def test_masks_given_to_flex_attention_are_the_patterns(name, rng):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import peers
+    w = GPU[name]
+    rule = w.option("pattern")
+    p, s = (np.unique(np.concatenate((np.arange(130), rng.integers(0, w["T"], 300), w["T"] - 1 - np.arange(130)))) for _ in range(2))
+    got = peers._sees(rule, w, "cpu")(0, 0, torch.from_numpy(p)[:, None], torch.from_numpy(s)[None])
+    assert (got.numpy() == rule.visible(p[:, None], s[None], w["S"])).all()
+
+
+@pytest.mark.parametrize("name", ["gpu/causal/8192", "gpu/causal/8192/backward", "gpu/latent-4096"])
+def test_peers_answer_what_we_answer(name, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import peers
+    monkeypatch.setattr(peers, "_cudnn", lambda *x: peers.scaled_dot_product_attention(*(y.float() for y in x), attn_mask=mask).to(x[0].dtype))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    w = GPU[name].small()
+    w = replace(w, sizes=tuple((axis, 203 if axis == "T" else size) for axis, size in w.sizes))
+    task = tasks.Task(w, None)
+    judge, mask = spot.Judge(task), torch.ones(203, 203, dtype=torch.bool).tril()
+    task.inputs = [arrays.as_torch(x) if isinstance(x, np.ndarray) else x for x in task.inputs]
+    ours = [peer for peer in peers.peers(task, True) if peer.judged and peer.name != "Flex"]
+    assert ours and [judge.wrong(peer.make()()) for peer in ours] == [None]
+
+
+WORKER = '''
+import json, os, sys, time
+order = json.loads(sys.argv[1])
+without = {tuple(x) for x in order["without"]}
+def say(**event): print(json.dumps(event), flush=True)
+say(machine={"gpu": "none"}); say(ceilings={"bf16_tflops": 395.0})
+for row in order["rows"]:
+    say(row=row, who="inputs", trying=True)
+    for who in ("triton", "cupy"):
+        if (row, who) in without: continue
+        say(row=row, who=who, trying=True)
+        if row == "fwd causal 8k" and who == "triton": time.sleep(60)
+        if row == "fwd window 4096" and who == "cupy": os._exit(7)
+        say(row=row, who=who, time_us=1000.0, tflops=321.0, clock_mhz=1500)
+    say(row=row, who="row", done=True)
+'''
+
+
+def test_the_table_goes_on_without_what_hangs_or_dies(tmp_path, capsys):
+    names = [row.name for row in gpu_rows.ROWS[:4]]
+    with open(tmp_path / "out.jsonl", "w") as out:
+        found = gpu_table.Measured(out)
+        gpu_table.supervise(dict(rows=list(names), without=[]), found, 3, time.monotonic() + 60, [sys.executable, "-c", WORKER])
+    assert "silent" in found.rows["fwd causal 8k"]["triton"]["failed"] and "code 7" in found.rows["fwd window 4096"]["cupy"]["failed"]
+    assert found.done == set(names) and found.rows["fwd causal 8k"]["cupy"]["tflops"] == 321.0
+    text = gpu_table.table(found, names)
+    assert "FA3* 336" in text and "fwd window 4096, cupy: the process ended with code 7" in text
+    assert all(json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_a_worker_that_cannot_start_ends_the_table():
+    found = gpu_table.Measured(None)
+    gpu_table.supervise(dict(rows=["fwd causal 8k"], without=[]), found, 5, time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"])
+    assert "code 3" in found.rows["fwd causal 8k"]["row"]["failed"]
+
+
+def test_the_table_stops_when_its_time_is_over():
+    found = gpu_table.Measured(None)
+    start = time.monotonic()
+    gpu_table.supervise(dict(rows=["fwd causal 8k", "fwd causal 32k"], without=[]), found, 30, start + 2, [sys.executable, "-c", WORKER])
+    assert time.monotonic() - start < 10 and "out of time" in found.rows["fwd causal 32k"]["row"]["failed"]
+
+
+def test_rows_are_listed_without_a_gpu(capsys):
+    assert gpu_table.main(["--list", "--only", "decompress"]) == 0
+    assert capsys.readouterr().out.count("gpu/latent-") == 3
+    assert gpu_table.main(["--only", "no such row"]) == 2
