@@ -8,7 +8,7 @@ from sparsetile.autotune import numeric, plain
 from sparsetile.autotune.tasks import outputs
 from sparsetile.backends import arrays
 
-ROWS = 48
+ROWS = 32
 
 
 class Judge:
@@ -55,12 +55,14 @@ class Judge:
 
     # ------------------------------------------------------------------------------------------------------------ attention
     def _head(self, h, rows):
-        """q [1,1,n,D], k, v [1,1,S,..] of the last batch entry on the host, and how often each row sees each key."""
+        """q [1,1,n,D] of the last batch entry on the host, k, v [1,1,..] of the keys that these rows see, and how often each row sees each."""
         w, (q, k, v, rule) = self.w, self.task.inputs[:4]
         hk = h * w["Hk"] // w["Hq"]
         keys = host(k[-1, hk])
         values = keys[:, :w["Dv"]] if v is None else host(v[-1, hk])
-        return host(q[-1, h][rows])[None, None], keys[None, None], values[None, None], self._count(rule, h, rows)
+        count = self._count(rule, h, rows)
+        seen = (count > 0).any(0)
+        return host(q[-1, h][rows])[None, None], keys[seen][None, None], values[seen][None, None], count[:, seen]
 
     def _count(self, rule, h, rows):
         T, S = self.w["T"], self.w["S"]
@@ -78,7 +80,7 @@ class Judge:
     def _block_attention(self):
         scale, parts = self.w["D"] ** -0.5, []
         for h in sorted({0, self.w["Hq"] - 1}):
-            rows = self._some(self.w["T"])
+            rows = self._some(self.w["T"], ROWS if self.kernel == "block_attention" else ROWS // 4)
             q, k, v, count = self._head(h, rows)
             truth, formula = plain.attention(*wide(q, k, v), count, scale=scale)[0], plain.attention(q, k, v, count, scale=scale)[0]
             parts.append((0, lambda x, h=h, rows=rows: host(x[-1, h][rows]), truth[0, 0], formula[0, 0], self.w["S"]))
@@ -88,7 +90,7 @@ class Judge:
 
     def _block_attention_backward(self):
         w, h, scale = self.w, self.w["Hq"] - 1, self.w["D"] ** -0.5
-        rows = self._some(w["T"])
+        rows = self._some(w["T"], ROWS if w["Hq"] == w["Hk"] else ROWS // 4)
         q, k, v, count = self._head(h, rows)
         dout = host(self.task.inputs[6][-1, h][rows])[None, None]
         truth = plain.attention_gradients(*wide(q, k, v), count, *wide(dout), scale=scale)[0]
@@ -110,23 +112,24 @@ class Judge:
         return [(1 + n, lambda x: host(x[-1, h][keys]), t, f.astype(held[0].dtype), T) for n, (t, f) in enumerate(zip(truth, formula))]
 
     # -------------------------------------------------------------------------------------------------------------- indexer
-    def _scores(self):
-        """Scores of a few queries: [1,n,S] in float64 and by the plain formula; the rows."""
+    def _scores(self, queries: int, keys: np.ndarray):
+        """Scores of a few queries with some keys: [1,n,keys] in float64 and by the plain formula; the queries."""
         q, k, weights, k_scale = self.task.inputs
-        rows = self._some(self.w["T"], 4)
-        q, weights, k, k_scale = host(q[-1:, :, rows]), host(weights[-1:, :, rows]), host(k[-1:]), None if k_scale is None else host(k_scale[-1:])
+        rows = self._some(self.w["T"], queries)
+        q, weights, k, k_scale = host(q[-1:, :, rows]), host(weights[-1:, :, rows]), host(k[-1:])[:, keys], None if k_scale is None else host(k_scale[-1:])[:, keys]
         x = np.maximum(q.astype(float) @ k.astype(float)[:, None].swapaxes(-1, -2), 0)
         truth = (x * weights.astype(float)[..., None]).sum(1)
         return truth if k_scale is None else truth * k_scale[:, None].astype(float), plain.indexer_scores(q, k, weights, k_scale=k_scale), rows
 
     def _indexer_scores(self):
         assert not self.w.option("causal", True)
-        truth, formula, rows = self._scores()
-        return [(0, lambda x: host(x[-1:, rows]), truth, formula, self.w["D"] * self.w["H"])]
+        keys = self._some(self.w["S"], 2048)
+        truth, formula, rows = self._scores(8, keys)
+        return [(0, lambda x: host(x[-1:, rows])[..., keys], truth, formula, self.w["D"] * self.w["H"])]
 
     def _indexer_topk(self):
         assert not self.w.option("causal", True)
-        truth, formula, rows = self._scores()
+        truth, formula, rows = self._scores(2, np.arange(self.w["S"]))
         return [(0, lambda x: host(x[-1:, 0][:, rows]), truth, formula, self.w["D"] * self.w["H"])]
 
     def _topk(self):

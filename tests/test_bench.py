@@ -24,7 +24,7 @@ def test_every_row_has_a_workload_and_a_name_of_its_own():
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta")])
 def test_the_judge_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(spot, "ROWS", 9)
+    monkeypatch.setattr(spot, "ROWS", 12)
     rows = [row for row in gpu_rows.ROWS if GPU[row.workload].kernel == kernel]
     assert rows
     for row in rows[:: max(1, len(rows) // 3)]:
