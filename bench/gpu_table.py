@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsetile.bench.gpu_rows import ROWS, STORED_AT, selected  # noqa: E402
+from sparsetile.ci.report import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("triton", "cupy")
@@ -126,11 +127,6 @@ def table(found: Measured, names: list[str]) -> str:
     head = [" ".join(f"{k} {v}" for k, v in found.machine.items()), " ".join(f"{k} {v}" for k, v in found.ceilings.items()),
             f"{'row':24} {'unit':7} {'triton':>7} {'cupy':>7} {'floor':>6} {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
     return "\n".join(missing + head + lines)
-
-
-def commit() -> str:
-    got = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    return got.stdout.strip() or "unknown"
 
 
 def main(argv=None) -> int:

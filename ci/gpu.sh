@@ -1,23 +1,41 @@
 #!/usr/bin/env bash
-# The same suite on a GPU machine, in parts of under nine minutes each. Uses $PYTHON (python3), which must have torch, triton, cupy, pytest and hypothesis.
-#   ci/gpu.sh tests [pytest arguments]      every test that runs a Triton or CuPy kernel, on the chip
-#   ci/gpu.sh sanitize                      CuPy kernels with garbage indices under compute-sanitizer memcheck (says so where the tool is missing)
-#   ci/gpu.sh tune [tune arguments]         profiles/ for this GPU
-#   ci/gpu.sh bench [table arguments]       the table of all kernels beside their peers
-# Compiled kernels are kept in .gpu-cache between parts (and may be carried to another machine of the kind).
+# The same suite on a GPU machine, in parts of under nine minutes each. Uses $PYTHON (python3), which must have torch, triton, cupy, numba, ml_dtypes, pyyaml, pytest,
+# pytest-xdist, pytest-timeout and hypothesis; `tune` takes optuna where it is. What a wheel brings may come by PYTHONPATH; nothing is installed here.
+#   ci/gpu.sh tests [--shard 1/3] [pytest arguments]   every test that runs a Triton or CuPy kernel, on the chip
+#   ci/gpu.sh report                                   all parts that ran, as one text: $RESULTS/<gpu>-tests.txt
+#   ci/gpu.sh sanitize                                 CuPy kernels with garbage indices under compute-sanitizer memcheck (says so where the tool is missing)
+#   ci/gpu.sh tune [tune arguments]                    profiles/ for this GPU; names of workloads or kernels keep a part short, --storage lets it go on
+#   ci/gpu.sh bench [table arguments]                  the table of all kernels beside their peers, and $RESULTS/<gpu>-table.jsonl
+#   ci/gpu.sh host                                     what a call costs the host
+# Compiled kernels are kept in .gpu-cache between parts (and may be carried to another machine of the kind). Unless they are set, $RESULTS is bench/results, and
+# $PARTS, where pytest's JUnit files of the parts lie, .gpu-cache/tests; `python -m sparsetile.ci.report *.xml` joins parts anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part="${1:-tests}"
 [ $# -gt 0 ] && shift
 python="${PYTHON:-python3}"
+results="${RESULTS:-bench/results}" parts="${PARTS:-.gpu-cache/tests}"
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 export SPARSETILE_CACHE_DIR="${SPARSETILE_CACHE_DIR:-$PWD/.gpu-cache/sparsetile}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.gpu-cache/triton}"
+gpu() { "$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-"))'; }
+report() { mkdir -p "$results"; "$python" -m sparsetile.ci.report "$parts"/*.xml | tee "$results/$(gpu)-tests.txt"; }
 case "$part" in
-  tests) "$python" -m pytest tests -m "not aot" -k "triton or cupy or gpu" --ignore-glob "*_on_cpu.py" -n "${JOBS:-8}" --dist worksteal "$@" ;;
+  tests)
+    shard=1/1
+    if [ "${1:-}" = --shard ]; then shard="$2"; shift 2; fi
+    rm -f $(ls "$parts"/*.xml 2>/dev/null | grep -v -e "-of-${shard#*/}.xml$" || true)
+    status=0
+    "$python" -m pytest tests -m "not aot" -k "triton or cupy or gpu" --ignore-glob "*_on_cpu.py" -n "${JOBS:-8}" --dist worksteal --timeout 300 --tb short --continue-on-collection-errors \
+      --ignore tests/test_profiles.py --shard "$shard" --junitxml "$parts/${shard/\//-of-}.xml" -o junit_suite_name="$("$python" -m sparsetile.ci.report --machine)" "$@" || status=$?
+    report || true
+    exit "$status" ;;
+  report) report ;;
   sanitize)
     tool="$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)"
     if [ ! -x "$tool" ]; then echo "compute-sanitizer is not on this machine: guard bands and poisoned memory in tests/test_garbage.py are what was checked"; exit 0; fi
     CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 "$python" -m sparsetile.ci.sanitize "$@" ;;
   tune) "$python" -m sparsetile tune --device 0 --profiles profiles "$@" ;;
-  bench) "$python" -m sparsetile.bench.gpu_table "$@" ;;
-  *) echo "ci/gpu.sh: expected tests, sanitize, tune or bench, got $part" >&2; exit 2 ;;
+  bench) "$python" -m sparsetile.bench.gpu_table --out "$results/$(gpu)-table.jsonl" "$@" ;;
+  host) "$python" -m sparsetile.bench.host "$@" ;;
+  *) echo "ci/gpu.sh: expected tests, report, sanitize, tune, bench or host, got $part" >&2; exit 2 ;;
 esac

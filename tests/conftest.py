@@ -18,6 +18,7 @@ MARKS = {"interp": "runs the Triton kernels, in the interpreter when TRITON_INTE
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="added to the hash of the test's id")
+    parser.addoption("--shard", default="1/1", help="I/N: only the tests of part I of N, by the hash of their ids")
     parser.addoption("--backends", default="", help="comma separated; only these backends, of those that are available")
 
 
@@ -52,7 +53,13 @@ def on(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """`-m interp` in a process with TRITON_INTERPRET=1 takes the Triton cases alone; numpy's warnings about inf and nan in them say nothing."""
+    """--shard keeps its part. `-m interp` in a process with TRITON_INTERPRET=1 takes the Triton cases alone; numpy's warnings about inf and nan in them say nothing."""
+    part, of = map(int, config.getoption("--shard").split("/"))
+    if not 1 <= part <= of:
+        raise pytest.UsageError(f"--shard: expected I/N with 1 <= I <= N, got {part}/{of}")
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % of != part - 1]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % of == part - 1]
     if os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on"):
         for item in items:
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))

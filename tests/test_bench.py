@@ -128,3 +128,15 @@ def test_rows_are_listed_without_a_gpu(capsys):
     assert gpu_table.main(["--list", "--only", "decompress"]) == 0
     assert capsys.readouterr().out.count("gpu/latent-") == 3
     assert gpu_table.main(["--only", "no such row"]) == 2
+
+
+def test_a_report_counts_and_names_what_failed(tmp_path):
+    from sparsetile.ci import report
+    part = tmp_path / "1-of-1.xml"
+    part.write_text('<testsuites><testsuite name="chip, torch 2" time="3.5"><testcase classname="tests.test_a" name="x[cupy]"/>'
+                    '<testcase classname="tests.test_a" name="y"><failure message="AssertionError: off by one&#10;more"/></testcase>'
+                    '<testcase classname="tests.test_b" name="z"><skipped message="cupy: D 577 is too wide"/></testcase></testsuite></testsuites>')
+    text = report.summary([str(part)])
+    assert text.splitlines()[:2] == ["chip, torch 2", "1 passed, 1 failed, 1 skipped in 1 part, 4 s of processes' time"]
+    assert "failed test_a::y: AssertionError: off by one" in text and "1 cupy: D # is too wide" in text
+    assert report.main([str(part)]) == 1
