@@ -36,8 +36,21 @@ def _torch_name(dtype) -> str:
     return name
 
 
+_FRAMEWORKS = {}  # type of an array -> its framework: asked a dozen times a call
+
+
 def framework(x) -> str | None:
     """"numpy", "torch", "cupy", "jax", or None for what is no array of these."""
+    kind = type(x)
+    found = _FRAMEWORKS.get(kind)
+    if found is None:
+        found = _framework(x)
+        if found is not None:
+            _FRAMEWORKS[kind] = found
+    return found
+
+
+def _framework(x) -> str | None:
     root = type(x).__module__.partition(".")[0]
     if root in ("numpy", "torch", "cupy"):
         return root if hasattr(x, "shape") and hasattr(x, "dtype") else None

@@ -44,7 +44,10 @@ def together(named: dict):
     for name, x in named.items():
         if x is None:
             continue
-        here = arrays.framework(array(name, x)), arrays.device_of(x)
+        framework = arrays.framework(x)
+        if framework is None or framework == "torch" and _is_sparse(x):
+            array(name, x)
+        here = framework, arrays.device_of(x)
         if first is None:
             first, origin = here, name
         elif here != first:

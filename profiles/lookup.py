@@ -107,10 +107,15 @@ def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -
 
 
 def find(problem: Problem, device: str, backend: str | None = None) -> Found | None:
-    """The config for a problem on a device, of one backend or (None) of the profile's winner."""
-    files = _candidates(problem.op, device, problem.arch, os.environ.get("SPARSETILE_PROFILE_DIR"), str(user_cache()))
+    """The config for a problem on a device, of one backend or (None) of the profile's winner. Remembered: the same question costs one look into a dict."""
+    get = os.environ.get
+    return _find(problem, device, backend, get("SPARSETILE_PROFILE_DIR"), get("SPARSETILE_CACHE_DIR"), get("XDG_CACHE_HOME"))
+
+
+@lru_cache(4096)
+def _find(problem, device, backend, user, *_cache) -> Found | None:
     best = None
-    for file, source, inherited in files:
+    for file, source, inherited in _candidates(problem.op, device, problem.arch, user, str(user_cache())):
         for entry in file.near(problem):
             if backend is not None and entry["backend"] != backend:
                 continue
@@ -123,5 +128,6 @@ def find(problem: Problem, device: str, backend: str | None = None) -> Found | N
 
 def forget() -> None:
     """Read the files again: after one was written."""
+    _find.cache_clear()
     _file.cache_clear()
     _candidates.cache_clear()

@@ -1,0 +1,102 @@
+"""What a call costs the host: python -m sparsetile.bench.host
+
+An eager call of sparse_attention on a tiny input, of every backend that runs here, beside torch's scaled_dot_product_attention on the same tensors in the same
+run; the call's own stages; a profile's lookup; `import sparsetile` in a fresh interpreter. On a GPU the launches run behind: only the host's time counts.
+Aims: a GPU call under 40 us, a lookup (a call's cached choice) 1 us, the import 0.3 s.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+
+import sparsetile as st  # noqa: E402
+from sparsetile.autotune import store  # noqa: E402
+from sparsetile.backends import arrays  # noqa: E402
+from sparsetile.backends.contract import BACKENDS  # noqa: E402
+from sparsetile.ops import attention, dispatch  # noqa: E402
+from sparsetile.profiles import lookup  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = (1, 2, 16, 64)
+
+
+def host_us(calls: dict, wait=lambda: None, rounds: int = 15, count: int = 100) -> dict:
+    """Microseconds of the host for each call: medians over rounds in turn, `count` calls a round; `wait` empties the device's queue between rounds."""
+    found = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            if turn:  # the first round warms up
+                found[name].append((time.perf_counter() - start) / count * 1e6)
+    wait()
+    return {name: round(statistics.median(times), 2) for name, times in found.items()}
+
+
+def calls_on(device: str) -> tuple[dict, object]:
+    """name -> call for every backend that runs there, and torch's own; how to wait for them."""
+    import torch
+    cuda = device != "cpu"
+    q = torch.randn(SHAPE, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    rule, found = st.Causal(), {}
+    for name in BACKENDS[:-1]:
+        try:
+            st.sparse_attention(q, q, q, rule, backend=name)
+        except st.Unsupported:
+            continue
+        found[f"{name}, torch tensors"] = lambda name=name: st.sparse_attention(q, q, q, rule, backend=name)
+    found["auto, torch tensors"] = lambda: st.sparse_attention(q, q, q, rule)
+    if not cuda:
+        x = q.numpy()
+        found["numba, NumPy arrays"] = lambda: st.sparse_attention(x, x, x, rule, backend="numba")
+    found["torch SDPA"] = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    call = attention.check(q, q, q, rule, *[None] * 6, True, None, None)
+    found["stage: checks"] = lambda: attention.check(q, q, q, rule, *[None] * 6, True, None, None)
+    found["stage: cached choice"] = lambda: attention.choose(call, "block_attention")
+    return found, torch.cuda.synchronize if cuda else lambda: None
+
+
+def lookup_us() -> dict:
+    """A profile's entry found again, and a miss again; the first time reads the files and goes through the neighbouring buckets."""
+    x = np.zeros(SHAPE, np.float32)
+    problem = attention.problem_of(attention.check(x, x, x, st.Causal(), *[None] * 6, True, None, None), "block_attention")
+    name = arrays.device_info(None).name
+    module = dispatch.kernel("numba", "block_attention")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SPARSETILE_PROFILE_DIR"] = folder
+        entry = {"key": lookup.key_of(problem), "backend": "numba", "config": module.default_config(problem), "status": "manual", "time_us": 1.0}
+        store.add(Path(folder), "block_attention", {"name": name, "arch": "cpu"}, entry, {}, {})
+        assert lookup.find(problem, name) is not None
+        return host_us({"lookup that finds": lambda: lookup.find(problem, name), "lookup that misses": lambda: lookup.find(problem, name, "cupy")})
+
+
+def import_s(first_use: str = "pass") -> float:
+    """The best of seven fresh interpreters."""
+    code = f"import time; t = time.perf_counter(); import sparsetile; {first_use}; print(time.perf_counter() - t)"
+    return round(min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout) for _ in range(7)), 3)
+
+
+def main() -> int:
+    import torch
+    print(json.dumps({"import_s": {"sparsetile": import_s(), "and sparse_attention": import_s("sparsetile.sparse_attention")}}), flush=True)
+    print(json.dumps({"host_us": lookup_us()}), flush=True)
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        with torch.no_grad():
+            where = arrays.device_info(None if device == "cpu" else 0).name
+            print(json.dumps({"device": where, "torch": torch.__version__, "host_us": host_us(*calls_on(device))}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
