@@ -116,7 +116,8 @@ class Judge:
         """Scores of a few queries with some keys: [1,n,keys] in float64 and by the plain formula; the queries."""
         q, k, weights, k_scale = self.task.inputs
         rows = self._some(self.w["T"], queries)
-        q, weights, k, k_scale = host(q[-1:, :, rows]), host(weights[-1:, :, rows]), host(k[-1:])[:, keys], None if k_scale is None else host(k_scale[-1:])[:, keys]
+        q, weights, k = host(q[-1:])[:, :, rows], host(weights[-1:])[:, :, rows], host(k[-1:])[:, keys]  # float8 is picked from on the host
+        k_scale = None if k_scale is None else host(k_scale[-1:])[:, keys]
         x = np.maximum(q.astype(float) @ k.astype(float)[:, None].swapaxes(-1, -2), 0)
         truth = (x * weights.astype(float)[..., None]).sum(1)
         return truth if k_scale is None else truth * k_scale[:, None].astype(float), plain.indexer_scores(q, k, weights, k_scale=k_scale), rows
