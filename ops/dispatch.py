@@ -141,7 +141,19 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
 
 
 def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None) -> Choice:
-    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles)."""
+    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles). Remembered until clear_plans()."""
+    if is_explaining():
+        return _choose(op, problem, device, backend, config, fixed)
+    key = (op, problem, device, backend, *(None if knobs is None else tuple(sorted(knobs.items())) for knobs in (config, fixed)), environment(op))
+    choice = _choices.get(key)
+    if choice is None:
+        if len(_choices) >= 4096:  # shapes come and go
+            _choices.clear()
+        choice = _choices[key] = _choose(op, problem, device, backend, config, fixed)
+    return choice
+
+
+def _choose(op, problem, device, backend, config, fixed) -> Choice:
     asked = requested_backend(op, backend)
     reasons, choice = {}, None
     if asked != "auto":
@@ -266,5 +278,6 @@ def clear_plans() -> None:
         cache.clear()
 
 
-PLAN_CACHES = []  # dicts of the op modules, keyed on raw shapes
+_choices = {}
+PLAN_CACHES = [_choices]  # and dicts of the op modules, keyed on raw shapes
 assert len(set(KERNELS)) == len(KERNELS)
