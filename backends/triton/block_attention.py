@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, scales, schedule, shared_limit, tiles
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
@@ -41,7 +41,7 @@ def _step(acc0, acc1, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k,
         s = capped(s, inner, outer)
     if MASK:
         s = tl.where(mask, s, float("-inf"))
-    p, a, m, l = soften(s, m, l, 1.0 if CAP else scale, MASK)
+    p, a, m, l = soften(s, m, l, scale, MASK)
     if SLICED:
         v0 = load_at(v, keys_v, ok_v, col, V0, DV)
     elif SHARED and not ROWS:
@@ -76,6 +76,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
     q += b * sqb + h.to(tl.int64) * sqh + base * sqt
     k += b * skb + hk * skh
     v += b * svb + hk * svh
+    scale2 = scale * 1.4426950408889634
     q_rows = t * sqt
     q0 = 0.0
     q1 = 0.0
@@ -110,7 +111,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
             if INTERVALS or BITMAPS:
                 mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
-            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale, inner, outer,
+            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
                                      sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
     else:
         if EDGE or INTERVALS or BITMAPS:
@@ -124,15 +125,15 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
                 any_row = tl.max(mask.to(tl.int32), 0) > 0
                 far = s_key.to(tl.int64)
                 acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                         scale, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+                                         scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
         following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
         for f in tl.range(a, n):
             far = following.to(tl.int64) * BK
             following = tl.load(cols + f + 1)
             acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
-                                     scale, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
+                                     scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
     # ---- the answer
-    factor, logs = finish(m, l, sinks, h, sinks is not None)
+    factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = (b * Hq + h) * T + base
     if lse is not None:
         if piece == 0:
@@ -222,8 +223,7 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
                      edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
-    options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
-    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options}
+    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options(config)}
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
@@ -267,4 +267,4 @@ def artifacts(problem: Problem, config) -> list[dict]:
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
     signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    return [dict(fn=forward, signature=signature, constexprs=made, options=dict(num_warps=config["num_warps"], num_stages=config["num_stages"]), div16=div16)]
+    return [dict(fn=forward, signature=signature, constexprs=made, options=options(config), div16=div16)]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, POINTER, parts, power, refusal, scales, shared_limit
+from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
@@ -85,6 +85,7 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
     if V1:
         acc1 = tl.zeros([BH, V1], tl.float32)
     col = piece * V0
+    scale2 = scale * 1.4426950408889634
     for at in tl.range(0, count * GRANULARITY, BK):
         key, ok = keys_of(row, at, count, limit, start + t, GRANULARITY, CAUSAL, BK)
         k0 = load(k, key * sks, ok, 0, D0, D, True)
@@ -95,7 +96,7 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
         if CAP:
             s = capped(s, inner, outer)
         s = tl.where(ok[None, :], s, float("-inf"))
-        p, a, m, l = soften(s, m, l, 1.0 if CAP else scale, True)
+        p, a, m, l = soften(s, m, l, scale2, True)
         if SLICES > 1:
             v0 = load_at(v, key * svs, ok, col, V0, DV)
         elif SHARED:
@@ -106,7 +107,7 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
         if V1:
             v1 = load(v, key * svs, ok, V0, V1, DV, True)
             acc1 = product(p.to(v.dtype.element_ty), v1, acc1 * a[:, None])
-    factor, logs = finish(m, l, sinks, h, sinks is not None)
+    factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     rows = (b * Hq + h) * T + t
     if lse is not None:
         if piece == 0:
@@ -175,7 +176,7 @@ def _plan(sizes, config, scale, softcap, granularity, causal, shared_kv, from_le
     config, rows = dict(config), shared_rows(Hq, Hk, G)
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, rows=rows, granularity=granularity, causal=causal, shared_kv=shared_kv, negate=negate, cap=softcap is not None, from_length=from_length)
-    return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), {**made, "num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), {**made, **options(config)}
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None,
@@ -205,4 +206,4 @@ def artifacts(problem: Problem, config) -> list[dict]:
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
     signature |= {name: "i32" for name in strides + ("Hq", "Hk", "G", "T", "S", "K", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    return [dict(fn=forward, signature=signature, constexprs=made, options=dict(num_warps=config["num_warps"], num_stages=config["num_stages"]), div16=div16)]
+    return [dict(fn=forward, signature=signature, constexprs=made, options=options(config), div16=div16)]

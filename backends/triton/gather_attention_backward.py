@@ -13,8 +13,8 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.gather_attention import keys_of, shared_rows
-from sparsetile.backends.triton.launch import BYTES, LOG2E, POINTER, parts, power, refusal, shared_limit
-from sparsetile.backends.triton.tiles import capped, load, place_of, product, store
+from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, shared_limit
+from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 TUNABLES = (
     Tunable("heads", (16, 32, 64), "rows of a tile: heads that share entries and keys, padded"),
@@ -26,33 +26,17 @@ SCRATCH = 256 << 20  # bytes of shares at a time
 
 
 @triton.jit
-def weights(raw, grad, lse, delta, row_ok, scale, inner, outer, CAP: tl.constexpr):
-    """(P, dS without the scale) of products raw = q.k and grad = dO.v; rows of lse and delta broadcast against them."""
-    if CAP:
-        s = capped(raw, inner, outer)
-    else:
-        s = raw * scale
-    p = tl.where(row_ok, tl.math.exp2(s - lse), 0.0)
-    ds = p * (grad - delta)
-    if CAP:
-        ds *= 1.0 - (s / outer) * (s / outer)
-    return p, tl.where(row_ok, ds, 0.0)
-
-
-@triton.jit
 def rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS: tl.constexpr, BH: tl.constexpr):
-    """Heads of a tile of a set, whether they exist and have seen a key, their LSE in base 2 and delta."""
+    """Heads of a tile of a set, whether they exist, their LSE and delta."""
     member = tile * BH + tl.arange(0, BH)
     h = (which * ROWS + tl.where(member < ROWS, member, 0)).to(tl.int64)
-    line = (b * Hq + h) * T + t
-    logs = tl.load(lse + line)
-    exists = (member < ROWS) & (tl.abs(logs) < float("inf"))
-    return h, member < ROWS, exists, tl.where(exists, logs, 0.0) * 1.4426950408889634, tl.load(delta + line)
+    logs, shift = rows_known(lse, delta, t, (b * Hq + h) * T, member < ROWS, True)
+    return h, member < ROWS, logs, shift
 
 
 @triton.jit(do_not_specialize=["T", "S", "K", "q_start", "Hq", "Hk", "G"])
 def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, Hq, Hk, G, T, S, K,
-            q_start, scale2, inner, outer, scale, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+            q_start, scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
             V0: tl.constexpr, V1: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
             FROM_LENGTH: tl.constexpr):
     x = tl.program_id(0)
@@ -64,7 +48,7 @@ def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts
     b = (x // sets // T).to(tl.int64)
     hk = (which * ROWS // (Hq // Hk)).to(tl.int64)
     g = (which * ROWS // (Hq // G)).to(tl.int64)
-    h, row_ok, exists, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
+    h, row_ok, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     line = (b * G + g) * T + t
     count = K
@@ -94,8 +78,8 @@ def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts
         grad = product(g0, tl.trans(load(v, key * svs, ok, 0, V0, DV, True)), tl.zeros([BH, BK], tl.float32))
         if V1:
             grad = product(g1, tl.trans(load(v, key * svs, ok, V0, V1, DV, True)), grad)
-        p, ds = weights(raw, grad, logs[:, None], shift[:, None], exists[:, None] & ok[None, :], scale2, inner, outer, CAP)
-        ds = ds.to(k.dtype.element_ty)
+        p, ds = rebuilt(raw, grad, logs[:, None], shift[:, None], scale, inner, outer, CAP)
+        ds = tl.where(ok[None, :], ds, 0.0).to(k.dtype.element_ty)
         acc0 = product(ds, k0, acc0)
         if D1:
             acc1 = product(ds, k1, acc1)
@@ -107,7 +91,7 @@ def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts
 
 @triton.jit(do_not_specialize=["T", "S", "K", "q_start", "Hq", "Hk", "G", "begin", "some", "blocks"])
 def shares(q, k, v, dout, lse, delta, numbers, dks, dvs, indices, lengths, kv_length, q_starts, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, Hq, Hk, G, T, S,
-           K, q_start, begin, some, blocks, none, scale2, inner, outer, scale, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+           K, q_start, begin, some, blocks, none, scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
            D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
            CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
     # programs: block of places, set of heads, query begin + i, batch; places of a list lie together, [B, sets, some, blocks * BK]
@@ -148,7 +132,7 @@ def shares(q, k, v, dout, lse, delta, numbers, dks, dvs, indices, lengths, kv_le
                 v1 = load(v, key * svs, ok, V0, V1, DV, True)
                 dv1 = tl.zeros([BK, V1], tl.float32)
             for tile in tl.range(0, TILES, num_stages=1):
-                h, row_ok, exists, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
+                h, row_ok, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
                 q0 = load(q, h * sqh, row_ok, 0, D0, D, True)
                 g0 = load(dout, h * sgh, row_ok, 0, V0, DV, True)
                 raw = product(k0, tl.trans(q0), tl.zeros([BK, BH], tl.float32))
@@ -159,9 +143,9 @@ def shares(q, k, v, dout, lse, delta, numbers, dks, dvs, indices, lengths, kv_le
                 if V1:
                     g1 = load(dout, h * sgh, row_ok, V0, V1, DV, True)
                     grad = product(v1, tl.trans(g1), grad)
-                p, ds = weights(raw, grad, logs[None, :], shift[None, :], exists[None, :] & ok[:, None], scale2, inner, outer, CAP)
-                p = p.to(v.dtype.element_ty)
-                ds = ds.to(k.dtype.element_ty)
+                p, ds = rebuilt(raw, grad, logs[None, :], shift[None, :], scale, inner, outer, CAP)
+                p = tl.where(ok[:, None], p, 0.0).to(v.dtype.element_ty)
+                ds = tl.where(ok[:, None], ds, 0.0).to(k.dtype.element_ty)
                 dv0 = product(p, g0, dv0)
                 dk0 = product(ds, q0, dk0)
                 if D1:
@@ -249,12 +233,12 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     dq, rows = place.empty((B, Hq, T, D), kind), shared_rows(Hq, Hk, G)
     host = q_start if isinstance(q_start, int) else None
     made = constants(D, DV, config, rows=rows, granularity=granularity, causal=bool(causal), cap=softcap is not None, from_length=q_start is None)
-    options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
-    inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
+    compiled = options(config)
+    inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, softcap)
     arrays = (indices, lengths, kv_length, None if q_start is None or host is not None else q_start)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sets = Hq // rows
-    queries[(made["TILES"] * sets * T * B,)](q, k, v, dout, lse, delta, dq, *arrays, *strides, Hq, Hk, G, T, S, K, host or 0, scale * LOG2E, inner, outer, scale, **made, **options)
+    queries[(made["TILES"] * sets * T * B,)](q, k, v, dout, lse, delta, dq, *arrays, *strides, Hq, Hk, G, T, S, K, host or 0, scale, inner, outer, **made, **compiled)
     blocks = triton.cdiv(K * granularity, config["block_k"])
     per = B * sets * blocks * config["block_k"]                                # places of one query
     some = max(1, min(T, SCRATCH // (per * (D + DV) * 4)))
@@ -265,7 +249,7 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     columns = math.ceil(max(D, DV) / width)
     for begin in range(0, T, some):
         shares[(B * sets * some * blocks,)](q, k, v, dout, lse, delta, numbers, dks, dvs, *arrays, *strides, Hq, Hk, G, T, S, K, host or 0, begin, some, blocks, none,
-                                            scale * LOG2E, inner, outer, scale, **made, **options)
+                                            scale, inner, outer, **made, **compiled)
         ordered, order = place.torch.sort(numbers, stable=True)
         ends = place.torch.searchsorted(ordered, keys)
         gathered[(none * columns,)](order, ends, dks, dvs, dk, dv, D=D, DV=DV, WIDTH=width, BLOCKS=columns, num_warps=1 if width <= 128 else 2)
@@ -280,12 +264,12 @@ def artifacts(problem: Problem, config) -> list[dict]:
     common = {name: pointer for name in ("q", "k", "v", "dout")} | {"lse": "*fp32", "delta": "*fp32", "indices": "*i32", "lengths": "*i32"}
     common |= {name: "*i32" for name, on in (("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on}
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgt")
-    numbers = {name: "i32" for name in strides + ("Hq", "Hk", "G", "T", "S", "K", "q_start")} | {name: "fp32" for name in ("scale2", "inner", "outer", "scale")}
+    numbers = {name: "i32" for name in strides + ("Hq", "Hk", "G", "T", "S", "K", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
     aligned = strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ()
-    options = dict(num_warps=config["num_warps"], num_stages=config["num_stages"])
-    found = [dict(fn=queries, signature=common | {"dq": pointer} | numbers, constexprs=made, options=options, div16=(*common, "dq", *aligned)),
+    compiled = options(config)
+    found = [dict(fn=queries, signature=common | {"dq": pointer} | numbers, constexprs=made, options=compiled, div16=(*common, "dq", *aligned)),
              dict(fn=shares, signature=common | {"numbers": "*i64", "dks": "*fp32", "dvs": "*fp32"} | numbers | {"begin": "i32", "some": "i32", "blocks": "i32", "none": "i32"},
-                  constexprs=made, options=options, div16=(*common, "numbers", "dks", "dvs", *aligned))]
+                  constexprs=made, options=compiled, div16=(*common, "numbers", "dks", "dvs", *aligned))]
     width = min(256, power(max(problem["D"], problem["Dv"])))
     found.append(dict(fn=gathered, signature={"order": "*i64", "ends": "*i64", "dks": "*fp32", "dvs": "*fp32", "dk": "*fp32", "dv": "*fp32"},
                       constexprs=dict(D=problem["D"], DV=problem["Dv"], WIDTH=width, BLOCKS=math.ceil(max(problem["D"], problem["Dv"]) / width)),

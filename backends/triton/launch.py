@@ -8,7 +8,6 @@ SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90a": 22
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 POINTER = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int32": "*i32", "int64": "*i64"}
 FLOATS = ("float32", "float16", "bfloat16")
-LOG2E = 1.4426950408889634
 FAR = 2 ** 31  # offsets of elements from here on need 64 bits
 
 
@@ -51,11 +50,16 @@ def refusal(problem, names: str = "qkv") -> str | None:
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:
-    """(scale, inner, outer, negate) in base 2: the kernel's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
+    """(scale, inner, outer, negate): the forward's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
     size = max(abs(scale), 1.2e-38)
     if softcap is None:
-        return size * LOG2E, 0.0, 0.0, scale < 0
-    return 1.0, (0.0 if scale == 0 else size / softcap), softcap * LOG2E, scale < 0
+        return size, 0.0, 0.0, scale < 0
+    return 1.0, (0.0 if scale == 0 else size / softcap), softcap, scale < 0
+
+
+def options(config) -> dict:
+    """How an attention kernel is compiled. Products that the compiler fuses with sums are rounded differently in forward and backward (tiles.py)."""
+    return dict(num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=False)
 
 
 def schedule(lists):

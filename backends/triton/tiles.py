@@ -1,6 +1,8 @@
 """Device helpers of the attention kernels: tiles of any width, what a row of a partial block sees, one step of the softmax.
 
-A width is held as a power of two W0 and a padded rest W1 (0: none); see launch.parts. All arithmetic on elements is in float32.
+A width is held as a power of two W0 and a padded rest W1 (0: none); see launch.parts. All arithmetic on elements is in float32, and products are
+fused with sums only by name (tl.fma; launch.options): a score, q.k times the scale in natural units, is rounded alike in forward and backward, so that
+score - lse is right however large both are. A row of one key has P = 1 exactly.
 """
 import triton
 import triton.language as tl
@@ -31,8 +33,8 @@ def load_at(p, rows, ok, col, W: tl.constexpr, N):
 
 
 @triton.jit
-def store(p, rows, ok, x, COL: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
-    c = COL + tl.arange(0, W)
+def store(p, rows, ok, x, col, W: tl.constexpr, N: tl.constexpr):
+    c = col + tl.arange(0, W)
     tl.store(p + rows[:, None] + c[None, :], x.to(p.dtype.element_ty), mask=ok[:, None] & (c < N)[None, :])
 
 
@@ -203,34 +205,63 @@ def tanh(x):
 
 @triton.jit
 def capped(s, inner, outer):
-    """Logits in base 2 after the cap: outer * tanh(inner * s), inner = scale / cap, outer = cap * log2(e)."""
+    """Logits after the cap: outer * tanh(inner * s), inner = scale / cap, outer = cap."""
     return outer * tanh(inner * s)
 
 
 @triton.jit
 def soften(s, m, l, scale, GUARD: tl.constexpr):
-    """One step of the softmax in base 2: probabilities, the factor of what was summed before, new maximum, new sum. GUARD: a row may have seen nothing yet."""
-    new = tl.maximum(m, tl.max(s, 1) * scale)
-    z = new
+    """One step of the softmax: probabilities, the factor of what was summed before, new maximum of the products, new sum. `scale` > 0 takes products to base 2.
+    GUARD: a row may have seen nothing yet."""
+    new = tl.maximum(m, tl.max(s, 1))
+    z = new * scale
     if GUARD:
-        z = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.math.exp2(s * scale - z[:, None])
-    a = tl.math.exp2(m - z)
+        z = tl.where(new == float("-inf"), 0.0, z)
+    p = tl.math.exp2(tl.fma(s, scale, -z[:, None]))
+    a = tl.math.exp2(m * scale - z)
     return p, a, new, l * a + tl.sum(p, 1)
 
 
 @triton.jit
-def finish(m, l, sinks, h, HAS_SINK: tl.constexpr):
-    """(factor of the sums, natural logsumexp of the keys) from maximum and sum in base 2; a sink enlarges the denominator only. A NaN sum stays NaN."""
+def finish(m, l, scale, scale2, sinks, h, HAS_SINK: tl.constexpr):
+    """(factor of the sums, natural logsumexp of the keys) from maximum and sum of `soften`, which ran with scale2 = scale * log2(e); a sink enlarges the
+    denominator only. A NaN sum stays NaN. What rounding m * scale2 cost, the fused products of the sum still hold: it is taken out again."""
     none = l == 0
-    lse = tl.where(none, float("-inf"), (m + tl.math.log2(tl.where(none, 1.0, l))) * 0.6931471805599453)
+    z = m * scale2
+    lost = tl.where(none, 0.0, tl.fma(m, scale2, -z))
+    lse = tl.where(none, float("-inf"), m * scale + (tl.math.log2(tl.where(none, 1.0, l)) - lost) * 0.6931471805599453)
     if HAS_SINK:
         sink = tl.load(sinks + h) * 1.4426950408889634
-        top = tl.maximum(m, sink)
-        z = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        a = tl.where(none, 0.0, tl.math.exp2(m - z))
-        total = l * a + tl.math.exp2(sink - z)
+        top = tl.maximum(z, sink)
+        most = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        a = tl.where(none, 0.0, tl.math.exp2(z - most))
+        total = l * a + tl.math.exp2(sink - most)
         factor = tl.where(sink == float("inf"), 0.0, tl.where(none, 0.0, a / total))
     else:
         factor = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, l))
     return factor, lse
+
+
+@triton.jit
+def rows_known(lse, delta, line, rows, ok, ROWS: tl.constexpr):
+    """(lse, delta) of rows line + rows; lse +inf, hence P = 0, where a row sees no key, where its sink holds all and, if ROWS, where it is not ok."""
+    at = tl.where(tl.arange(0, 2)[None, :] == 0, lse, delta) + line + rows[:, None]  # one load of both: one alone would be few enough for every thread to load all it uses
+    if ROWS:
+        logs, shift = tl.split(tl.load(at, mask=ok[:, None], other=0.0))
+        return tl.where(ok & (tl.abs(logs) < float("inf")), logs, float("inf")), shift
+    else:
+        logs, shift = tl.split(tl.load(at))
+        return tl.where(tl.abs(logs) < float("inf"), logs, float("inf")), shift
+
+
+@triton.jit
+def rebuilt(raw, grad, lse, delta, scale, inner, outer, CAP: tl.constexpr):
+    """(P, dS less the scale) from the products raw = q.k and grad = dO.v; lse and delta broadcast against them."""
+    if CAP:
+        y = tanh(inner * raw)
+        p = tl.math.exp2((outer * y - lse) * 1.4426950408889634)
+        ds = p * (grad - delta) * (1.0 - y * y)
+    else:
+        p = tl.math.exp2((raw * scale - lse) * 1.4426950408889634)
+        ds = p * (grad - delta)
+    return p, ds
