@@ -102,6 +102,7 @@ GRADIENTS = [
     attend("full", "float32", Hq=3, Hk=1, T=33, S=50, D=31, Dv=24),
     attend("causal", "bfloat16", B=2, Hq=4, Hk=2, T=40, S=40, D=64, Dv=64, sink=True),
     attend("causal", "float16", Hq=2, Hk=2, T=70, S=33, D=64, Dv=32, softcap=3.0),
+    attend("causal", "bfloat16", Hq=2, Hk=1, T=64, S=64, D=32, Dv=32),               # tiles that hold queries of the call only
     attend("window", "float32", Hq=2, Hk=1, T=64, S=90, D=64, Dv=64, lengths=True, lse=True),
     attend("sink", "bfloat16", Hq=6, Hk=2, T=100, S=100, D=96, Dv=96),
     attend("strided", "float16", Hq=2, Hk=1, T=48, S=48, D=32, Dv=32, lse=True),

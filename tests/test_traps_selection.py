@@ -337,6 +337,16 @@ def test_scores_of_every_size(on, backend, dtype, rng):
 
 
 @every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scale", [0.0, 5.0, -30.0])
+def test_gradients_of_scores_of_every_size(on, backend, dtype, scale, rng):
+    """P = exp(score - lse) of scores rounded in the backward as in the forward: where one key is all of a row it is 1."""
+    pytest.importorskip("torch")
+    q, k, v = qkv(rng, Hq=8, T=20, S=60, dtype=numpy_dtype(dtype))
+    gradients(on, q, k, v, st.Causal(), oracle.visible(1, 20, 60, rule=lambda p, s: s <= p), rng, scale=scale)
+
+
+@every
 def test_values_of_every_size(on, backend, rng):
     q, k, v = qkv(rng, T=20, S=60, dtype=numpy_dtype("bfloat16"))
     count = oracle.visible(1, 20, 60, rule=lambda p, s: s <= p)

@@ -1,0 +1,455 @@
+"""Gradients of attention over lists of blocks, without atomics: dQ by the lists of queries, dK and dV by the lists of keys.
+
+q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  dout [B,Hq,T,Dv]  lse, delta [B,Hq,T]  ->  dq [B,Hq,T,D], dk [B,Hk,S,D], dv [B,Hk,S,Dv]
+lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives; a row whose lse is infinite has no gradient.
+P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
+head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
+"""
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, schedule, shared_limit, tiles
+from sparsetile.backends.triton.tiles import (chunked, entries_of, first_from, load, load_at, place_of, product, rebuilt, rows_known, rows_of, seen, seen_by_key,
+                                              store)
+
+TUNABLES = (
+    Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
+    Tunable("block_k", (64, 32, 128), "keys of a tile"),
+    Tunable("num_warps", (4, 8), "warps of a program"),
+    Tunable("num_stages", (1, 2, 3), "blocks in flight"),
+    Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept"),
+    Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all"),
+)
+HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
+
+
+@triton.jit
+def program(tiles, heads, together, SLICES: tl.constexpr):
+    """(slice, tile, head, batch) of this program, slices fastest, then `together` heads, then tiles."""
+    x = tl.program_id(0)
+    piece = x % SLICES
+    x = x // SLICES
+    own = x % together
+    x = x // together
+    tile = x % tiles
+    x = x // tiles
+    groups = heads // together
+    return piece, tile, (x % groups) * together + own, (x // groups).to(tl.int64)
+
+
+@triton.jit
+def products(a0, a1, a, a_rows, a_ok, b, b_rows, b_ok, col, R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+             CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """(a . b^T [R, C], and the two tiles of b). With CHUNK both are read from memory and b's tile is that of the program's columns."""
+    b1 = 0.0
+    if CHUNK:
+        s = chunked(a, a_rows, a_ok, b, b_rows, b_ok, R, C, N, CHUNK, False)
+        b0 = load_at(b, b_rows, b_ok, col, N0, N)
+    else:
+        b0 = load(b, b_rows, b_ok, 0, N0, N, ROWS)
+        s = product(a0, tl.trans(b0), tl.zeros([R, C], tl.float32))
+        if N1:
+            b1 = load(b, b_rows, b_ok, N0, N1, N, ROWS)
+            s = product(a1, tl.trans(b1), s)
+    return s, b0, b1
+
+
+@triton.jit
+def _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k, k_rows, v, v_rows, ok, mask, col, scale, inner, outer, D: tl.constexpr,
+              D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+              CAP: tl.constexpr, MASK: tl.constexpr):
+    """One block of keys. MASK: `mask` [BQ, BK] hides pairs, keys that are not ok are read as 0."""
+    raw, k0, k1 = products(q0, q1, q, q_rows, row_ok, k, k_rows, ok, col, BQ, BK, D, D0, D1, CHUNK, MASK)
+    grad, v0, v1 = products(g0, g1, dout, g_rows, row_ok, v, v_rows, ok, col, BQ, BK, DV, V0, V1, CHUNK, MASK)
+    p, ds = rebuilt(raw, grad, logs[:, None], shift[:, None], scale, inner, outer, CAP)
+    if MASK:
+        ds = tl.where(mask, ds, 0.0)
+    ds = ds.to(k.dtype.element_ty)
+    dq0 = product(ds, k0, dq0)
+    if D1:
+        dq1 = product(ds, k1, dq1)
+    return dq0, dq1
+
+
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "together", "q_start"])
+def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+         sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, together, q_start, scale, inner, outer,
+         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+         SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
+    if QT:
+        sqt = QT
+        sks = KT
+        svs = VT
+        sgt = GT
+    piece, i, h, b = program(tiles, Hq, together, SLICES)
+    hk = (h // group).to(tl.int64)
+    which = tl.load(list_of + b * slb + h * slh)
+    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    tile, base, t, row_ok = rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ, FAR)
+    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
+    q += b * sqb + h.to(tl.int64) * sqh + base * sqt
+    dout += b * sgb + h.to(tl.int64) * sgh + base * sgt
+    k += b * skb + hk * skh
+    v += b * svb + hk * svh
+    q_rows = t * sqt
+    g_rows = t * sgt
+    line = (b * Hq + h) * T + base
+    logs, shift = rows_known(lse, delta, line, t, row_ok, True)
+    q0 = 0.0
+    q1 = 0.0
+    g0 = 0.0
+    g1 = 0.0
+    if CHUNK == 0:
+        q0 = load(q, q_rows, row_ok, 0, D0, D, True)
+        g0 = load(dout, g_rows, row_ok, 0, V0, DV, True)
+        if D1:
+            q1 = load(q, q_rows, row_ok, D0, D1, D, True)
+        if V1:
+            g1 = load(dout, g_rows, row_ok, V0, V1, DV, True)
+    dq0 = tl.zeros([BQ, D0], tl.float32)
+    dq1 = 0.0
+    if D1:
+        dq1 = tl.zeros([BQ, D1], tl.float32)
+    col = piece * D0
+    w = tl.arange(0, BK)
+    span = w.to(tl.int64) if FAR else w
+    # ---- blocks with a mask
+    if k_order is not None:
+        for f in tl.range(a, c, num_stages=1):
+            key = tl.load(k_order + tl.load(cols + f).to(tl.int64) * BK + w)
+            exists = (key >= 0) & (key < limit)
+            mask = exists[None, :] & row_ok[:, None]
+            if INTERVALS or BITMAPS:
+                mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
+            ok = tl.max(mask.to(tl.int32), 0) > 0
+            key = tl.where(ok, key, 0)
+            if FAR:
+                key = key.to(tl.int64)
+            dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k, key * sks, v, key * svs, ok, mask, col,
+                                 scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, True)
+    else:
+        if EDGE or INTERVALS or BITMAPS:
+            for f in tl.range(e - edge, c, num_stages=1):
+                entry = tl.where(f < e, n, f)
+                key = tl.load(cols + entry) * BK
+                mask = (key + w < limit)[None, :] & row_ok[:, None]
+                if INTERVALS or BITMAPS:
+                    mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
+                ok = tl.max(mask.to(tl.int32), 0) > 0
+                far = key.to(tl.int64)
+                dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k + far * sks, span * sks, v + far * svs, span * svs, ok, mask, col,
+                                     scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, True)
+        following = tl.load(cols + a)  # one turn early, as in the forward
+        for f in tl.range(a, n):
+            far = following.to(tl.int64) * BK
+            following = tl.load(cols + f + 1)
+            dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k + far * sks, span * sks, v + far * svs, span * svs, w >= 0, True, col,
+                                 scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, False)
+    dq += line * D
+    store(dq, t * D, row_ok, dq0 * scale, col, D0, D)
+    if D1:
+        store(dq, t * D, row_ok, dq1 * scale, D0, D1, D)
+
+
+@triton.jit
+def queries_of(j, which, offsets, entries, start, T, first, nq, nk, BQ: tl.constexpr, EDGE: tl.constexpr):
+    """List of key tile j: full blocks a .. e, partial ones m .. c. EDGE: of the query tiles that hold queries of the call only."""
+    a = 0
+    e = 0
+    m = 0
+    c = 0
+    if j < nk:
+        at = offsets + 2 * (which.to(tl.int64) * nk + j)
+        a = tl.load(at)
+        m = tl.load(at + 1)
+        c = tl.load(at + 2)
+        e = m
+        if EDGE:
+            last = start + T - 1
+            low = tl.minimum(tl.maximum((start - (start & (BQ - 1))) // BQ - first, 0), nq).to(tl.int32)
+            high = tl.minimum(tl.maximum((last - (last & (BQ - 1))) // BQ - first + 1, 0), nq).to(tl.int32)
+            e = first_from(entries, a, m, high)
+            a = first_from(entries, a, e, low)
+            c = first_from(entries, m, c, high)
+            m = first_from(entries, m, c, low)
+    return a, e, m, c
+
+
+@triton.jit
+def _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, key_ok, q, q_rows, dout, g_rows, lse, delta, line, t, ok, kind, intervals, bitmaps, col, scale, inner, outer, D: tl.constexpr,
+                 D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+                 CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, ROWS: tl.constexpr):
+    """One block of queries, rows line + t of lse and delta. ROWS: queries that are not ok do not count."""
+    raw, q0, q1 = products(k0, k1, k, k_rows, key_ok, q, q_rows, ok, col, BK, BQ, D, D0, D1, CHUNK, ROWS)
+    grad, g0, g1 = products(v0, v1, v, v_rows, key_ok, dout, g_rows, ok, col, BK, BQ, DV, V0, V1, CHUNK, ROWS)
+    logs, shift = rows_known(lse, delta, line, t, ok, ROWS)
+    p, ds = rebuilt(raw, grad, logs[None, :], shift[None, :], scale, inner, outer, CAP)
+    if ROWS:  # their lse alone would not do: a key of NaN that only they would see
+        p = tl.where(ok[None, :], p, 0.0)
+        ds = tl.where(ok[None, :], ds, 0.0)
+    if INTERVALS or BITMAPS:
+        mask = seen_by_key(kind, intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)  # this late: the registers are needed before
+        p = tl.where(mask, p, 0.0)
+        ds = tl.where(mask, ds, 0.0)
+    p = p.to(v.dtype.element_ty)
+    ds = ds.to(k.dtype.element_ty)
+    dv0 = product(p, g0, dv0)
+    dk0 = product(ds, q0, dk0)
+    if V1:
+        dv1 = product(p, g1, dv1)
+    if D1:
+        dk1 = product(ds, q1, dk1)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit(do_not_specialize=["slb", "slh", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "together", "q_start"])
+def columns(q, k, v, dout, lse, delta, dk, dv, offsets, entries, kinds, intervals, bitmaps, list_of, q_order, k_order, kv_length, q_starts,
+            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hk, group, T, S, first, nq, nk, tiles, together, q_start, scale, inner, outer,
+            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+            SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
+    if QT:
+        sqt = QT
+        sks = KT
+        svs = VT
+        sgt = GT
+    piece, j, hk, b = program(tiles, Hk, together, SLICES)
+    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    w = tl.arange(0, BK)
+    r = tl.arange(0, BQ)
+    if k_order is not None:
+        base = tl.full([], 0, tl.int64)
+        key = tl.load(k_order + j.to(tl.int64) * BK + w)
+        inside = (key >= 0) & (key < S)
+        exists = inside & (key < limit)
+        key = tl.where(inside, key, 0)
+        heads = group
+    else:
+        base = j.to(tl.int64) * BK
+        key = w
+        inside = base + w < S
+        exists = base + w < limit
+        heads = tl.where(base < limit, group, 0)
+    if FAR:
+        key = key.to(tl.int64)
+    span = r.to(tl.int64) if FAR else r
+    k += b * skb + hk.to(tl.int64) * skh + base * sks
+    v += b * svb + hk.to(tl.int64) * svh + base * svs
+    k_rows = key * sks
+    v_rows = key * svs
+    k0 = 0.0
+    k1 = 0.0
+    v0 = 0.0
+    v1 = 0.0
+    if CHUNK == 0:
+        k0 = load(k, k_rows, exists, 0, D0, D, True)
+        v0 = load(v, v_rows, exists, 0, V0, DV, True)
+        if D1:
+            k1 = load(k, k_rows, exists, D0, D1, D, True)
+        if V1:
+            v1 = load(v, v_rows, exists, V0, V1, DV, True)
+    dk0 = tl.zeros([BK, D0], tl.float32)
+    dv0 = tl.zeros([BK, V0], tl.float32)
+    dk1 = 0.0
+    dv1 = 0.0
+    if D1:
+        dk1 = tl.zeros([BK, D1], tl.float32)
+    if V1:
+        dv1 = tl.zeros([BK, V1], tl.float32)
+    col = piece * D0
+    # what a loop adds to is folded into the pointers: two sums and two products of D 128 leave few registers
+    origin = first * BQ - start
+    h = hk * group
+    line = (b * Hk * group + h) * T
+    list_of += b * slb + h * slh
+    q += b * sqb + h.to(tl.int64) * sqh
+    dout += b * sgb + h.to(tl.int64) * sgh
+    if q_order is None:
+        q += origin * sqt
+        dout += origin * sgt
+        line += origin
+    for member in tl.range(0, heads, num_stages=1):
+        a, e, m, c = queries_of(j, tl.load(list_of), offsets, entries, start, T, first, nq, nk, BQ, EDGE)
+        # ---- blocks with a mask
+        if q_order is not None:
+            for f in tl.range(a, c, num_stages=1):
+                place = tl.load(q_order + tl.load(entries + f).to(tl.int64) * BQ + r)
+                t = place.to(tl.int64) - start
+                ok = (place >= 0) & (t >= 0) & (t < T)
+                t = tl.where(ok, t, 0)
+                row = t if FAR else t.to(tl.int32)
+                dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q, row * sqt, dout, row * sgt, lse, delta, line, row, ok, tl.load(kinds + f),
+                                                  intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, INTERVALS, BITMAPS, True)
+        else:
+            if INTERVALS or BITMAPS:
+                for f in tl.range(m, c):
+                    t = tl.load(entries + f).to(tl.int64) * BQ
+                    ok = (t + origin + r >= 0) & (t + origin + r < T)
+                    dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q + t * sqt, span * sqt, dout + t * sgt, span * sgt, lse, delta, line + t, r,
+                                                      ok, tl.load(kinds + f), intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP,
+                                                      INTERVALS, BITMAPS, EDGE)
+            following = tl.load(entries + a)
+            for f in tl.range(a, e):
+                t = following.to(tl.int64) * BQ
+                following = tl.load(entries + f + 1)
+                ok = (t + origin + r >= 0) & (t + origin + r < T)
+                dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q + t * sqt, span * sqt, dout + t * sgt, span * sgt, lse, delta, line + t, r,
+                                                  ok, -1, intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, False, False, EDGE)
+        list_of += slh
+        q += sqh
+        dout += sgh
+        line += T
+    # ---- the answer: keys past the limit were computed from zeros, which means nothing
+    line = (b * Hk + hk) * S + base
+    there = exists[:, None]
+    dk += line * D
+    dv += line * DV
+    store(dk, key * D, inside, tl.where(there, dk0 * scale, 0.0), col, D0, D)
+    store(dv, key * DV, inside, tl.where(there, dv0, 0.0), col, V0, DV)
+    if D1:
+        store(dk, key * D, inside, tl.where(there, dk1 * scale, 0.0), D0, D1, D)
+    if V1:
+        store(dv, key * DV, inside, tl.where(there, dv1, 0.0), V0, V1, DV)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the host
+def supports(problem: Problem) -> str | None:
+    return refusal(problem)
+
+
+def widths(D: int, DV: int, config, own: int) -> dict:
+    """How the widths lie in a program's tiles; `own` is the width whose gradients the program makes."""
+    if not config["chunk"]:
+        (D0, D1), (V0, V1) = parts(D), parts(DV)
+        return dict(D0=D0, D1=D1, V0=V0, V1=V1, SLICES=1)
+    wide = min(config["columns"] or power(own), power(own))
+    return dict(D0=wide, D1=0, V0=wide, V1=0, SLICES=-(-own // wide))
+
+
+def default_config(problem: Problem) -> dict:
+    wide, big = power(max(problem["D"], problem["Dv"])), problem.arch in ("sm_90a", "sm_100", "cpu")
+    config = dict(block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
+    if problem.dtype("q") == "float32":
+        config.update(block_q=32, block_k=32, num_stages=1, chunk=32, columns=128 if wide > 128 else 0)
+    elif problem.arch == "gfx942":
+        config.update(num_stages=1)
+        if wide > 64:
+            config.update(block_q=32, block_k=32)
+        if wide > 128:
+            config.update(chunk=64, columns=128)
+    elif wide > 256:
+        config.update(block_q=32 if big else 16, block_k=32, num_warps=8, num_stages=1)
+    elif wide > 128:
+        config.update(num_warps=8)
+        if not big:  # no warpgroups that would want 64 rows
+            config.update(block_q=32, block_k=32)
+    for step in (dict(num_stages=1), dict(block_q=32, block_k=32), dict(chunk=64, columns=128)):
+        if isinstance(resources(problem, config), Resources):
+            break
+        config |= step
+    if problem["T"] < config["block_q"]:
+        config["block_q"] = power(problem["T"])
+    return config
+
+
+def resources(problem: Problem, config) -> Resources | str:
+    D, DV, BQ, BK, warps, stages = problem["D"], problem["Dv"], config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
+    size, lanes = BYTES[problem.dtype("q", "float32")], 64 if problem.arch == "gfx942" else 32
+    a, b = widths(D, DV, config, D), widths(D, DV, config, max(D, DV))
+    sums = max(BQ * (a["D0"] + a["D1"]), BK * (b["D0"] + b["D1"] + b["V0"] + b["V1"])) + 2 * BQ * BK
+    if sums > warps * 32 * 232:
+        return f"the sums of a tile ({BQ} queries, {BK} keys, {D} + {DV} columns) do not fit the registers of {warps} warps; use smaller blocks, more warps, or chunk and columns"
+    if config["chunk"]:
+        shared = size * max(BQ, BK) * (2 * config["chunk"] + b["D0"] + b["V0"])
+    else:
+        wide = a["D0"] + a["D1"] + a["V0"] + a["V1"]
+        scratch = BK * wide + 2 * BQ * BK if problem.arch == "sm_100" else BK * max(a["D0"], a["V0"])  # sums on their way out; sm_100 lays P and dS there too
+        shared = size * (wide * max(BQ + max(1, stages) * BK, BK + max(1, stages) * BQ) + scratch) + 2048
+    if shared > shared_limit(problem.arch):
+        return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use smaller blocks, fewer stages, or chunk and columns"
+    return Resources(threads=warps * lanes, shared=shared)
+
+
+def constants(D: int, DV: int, config, own: int, *, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False, steps=(0, 0, 0, 0)) -> dict:
+    """The compile-time constants of `rows` (own = D) and `columns` (own = max(D, DV)): what run launches and what artifacts compiles ahead.
+    steps: the distances of rows in q, k, v, dout where they are the usual ones, else zeros. Known and in 64 bits they cost one address, not one a row."""
+    QT, KT, VT, GT = steps
+    return dict(D=D, DV=DV, **widths(D, DV, config, own), BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps,
+                EDGE=edge, FROM_LENGTH=from_length, FAR=far or QT > 0, QT=QT, KT=KT, VT=VT, GT=GT)
+
+
+def beside(heads: int) -> int:
+    """How many heads run side by side: the most that divides them."""
+    return max(n for n in range(1, HEADS + 1) if heads % n == 0)
+
+
+@lru_cache(4096)
+def _plan(shapes, strides, lists_key, flags, config, softcap):
+    """Of both kernels: constants, and of `rows` its tiles and whether the call covers exactly those of the lists."""
+    (Hq, T, D), (Hk, S, DV) = shapes
+    block_q, block_k, first, nq, nk, has_intervals, has_bitmaps, ordered_q, ordered_k = lists_key
+    kv_length, from_length, q_start = flags
+    config = dict(config)
+    sqt, sks, svs, sgt = strides
+    reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
+    far = max(reach_q * max(abs(sqt), abs(sgt), D), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
+    usual = all(step in (width, heads * width) for step, width, heads in ((sqt, D, Hq), (sks, D, Hk), (svs, DV, Hk), (sgt, DV, Hq)))
+    n = nq if ordered_q else tiles(T, block_q, q_start)
+    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
+    exact = covers and q_start is not None and q_start % block_q == 0 and T % block_q == 0
+    common = dict(cap=softcap, intervals=has_intervals, bitmaps=has_bitmaps, from_length=from_length, far=far, steps=(sqt, sks, svs, sgt) if usual else (0, 0, 0, 0))
+    by_rows = constants(D, DV, config, D, edge=not ordered_k and (kv_length or nk * block_k > S), **common)
+    by_columns = constants(D, DV, config, max(D, DV), edge=not ordered_q and not exact, **common)
+    return by_rows, by_columns, n, covers
+
+
+def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
+    B, Hq, T, D = q.shape
+    Hk, S, DV = k.shape[1], k.shape[2], v.shape[3]
+    kind = out_dtype or str(q.dtype)[6:]
+    if not B * Hq * T or not S or not lists.nq or not lists.nk:
+        return place.zeros((B, Hq, T, D), kind), place.zeros((B, Hk, S, D), kind), place.zeros((B, Hk, S, DV), kind)
+    dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys
+    make = place.zeros if lists.k_order is not None else place.empty
+    dk, dv = make((B, Hk, S, D), kind), make((B, Hk, S, DV), kind)
+    host = q_start if isinstance(q_start, int) else None
+    by_rows, by_columns, n, covers = _plan(
+        ((Hq, T, D), (Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2), dout.stride(2)),
+        (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, lists.q_order is not None, lists.k_order is not None),
+        (kv_length is not None, q_start is None, host), tuple(config.items()), softcap is not None)
+    inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, float(softcap))
+    list_of, compiled = lists.list_of, options(config)
+    where = lists.q_order, lists.k_order, kv_length, None if q_start is None or host is not None else q_start
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
+    rows[(by_rows["SLICES"] * n * Hq * B,)](
+        q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
+        *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, **compiled)
+    n = lists.nk if lists.k_order is not None else triton.cdiv(S, config["block_k"])
+    columns[(by_columns["SLICES"] * n * Hk * B,)](
+        q, k, v, dout, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, *where,
+        *steps, Hk, Hq // Hk, T, S, lists.first, lists.nq, lists.nk, n, beside(Hk), host or 0, float(scale), inner, outer, **by_columns, **compiled)
+    return dq, dk, dv
+
+
+def artifacts(problem: Problem, config) -> list[dict]:
+    """What run would compile for the problem: with the words of its features."""
+    has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
+    pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
+    common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))
+    by_rows = constants(D, DV, config, D, edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), **common)
+    by_columns = constants(D, DV, config, max(D, DV), edge=not has("order") and (has("kv_length") or has("q_start") or problem["T"] % config["block_q"] != 0), **common)
+    arrays = {name: pointer for name in ("q", "k", "v", "dout")} | {"lse": "*fp32", "delta": "*fp32"} | {name: "*i32" for name in ("offsets", "kinds", "intervals", "bitmaps", "list_of")}
+    arrays |= {name: "*i32" for name, on in (("q_order", has("order")), ("k_order", has("order")), ("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on}
+    strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgt")
+    numbers = {name: "i32" for name in (*strides, "slb", "slh", "group", "T", "S", "first", "nq", "tiles", "together", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    aligned = strides if D % 16 == 0 and DV % 16 == 0 else ()
+    found = []
+    for fn, own, integers, made in ((rows, {"dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("Hq",), by_rows),
+                                    (columns, {"dk": gradient, "dv": gradient, "entries": "*i32"}, ("Hk", "nk"), by_columns)):
+        pointers = arrays | own
+        found.append(dict(fn=fn, signature=pointers | numbers | {name: "i32" for name in integers}, constexprs=made, options=options(config), div16=(*pointers, *aligned)))
+    return found
