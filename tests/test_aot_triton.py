@@ -1,0 +1,88 @@
+"""Every Triton kernel compiled for GPUs that are not here, with budgets of registers, spills and shared memory from ptxas's and LLVM's own reports.
+
+The default config of each problem is what runs untuned, so it may not spill at all; what does is named in SPILLS with its bytes. Each kernel's first case is
+compiled for every target, the others for Hopper. What was found is kept by digest (aot.py): a second run compiles nothing.
+"""
+import importlib
+
+import aot
+import pytest
+
+from sparsetile.backends.contract import Problem, Resources
+from sparsetile.backends.triton import interpreted
+from sparsetile.backends.triton.launch import shared_limit
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")]
+HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
+WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
+SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
+    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 256,
+}
+
+
+def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=("interval",)):
+    return dict(B=1, Hq=Hq, Hk=Hk, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
+
+
+def cases():
+    for op in ("block_attention", "block_attention_backward"):
+        yield op, "128", attention(128, 128)
+        yield op, "64", attention(64, 64)
+        yield op, "192x128-full", attention(192, 128, features=())
+        yield op, "128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order", "bitmap"))
+        yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
+        yield op, "64-float32", attention(64, 64, SINGLE)
+    for op in ("gather_attention", "gather_attention_backward"):
+        yield op, "128", attention(128, 128, features=())
+        yield op, "576x512", attention(576, 512, Hq=128, Hk=1, features=("shared_kv", "causal") if op == "gather_attention" else ("causal",))
+    yield "attention_delta", HALF, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=HALF), ("sink",))
+    yield "merge_attention", HALF, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=HALF), ())
+    yield "indexer_scores", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=EIGHT, k=EIGHT), ("causal",))
+    yield "indexer_topk", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=EIGHT, k=EIGHT), ("causal",))
+    yield "topk", SINGLE, (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
+    yield "latent_decompress", HALF, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=HALF, w_uk=HALF, w_uv=HALF), ())
+    yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
+    yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
+
+
+def everywhere():
+    first = set()
+    for op, name, case in cases():
+        for arch in aot.TARGETS if op not in first else ("sm_90a",):
+            yield pytest.param(op, case, arch, id=f"{op}-{name}-{arch}")
+        first.add(op)
+
+
+@pytest.mark.parametrize("op, case, arch", list(everywhere()))
+def test_budget(op, case, arch):
+    kernel = importlib.import_module(f"sparsetile.backends.triton.{op}")
+    dims, dtypes, features = case
+    problem = Problem.of(op, dims, dtypes, arch, features)
+    refusal = kernel.supports(problem)
+    if refusal:
+        pytest.skip(refusal)
+    config = kernel.default_config(problem)
+    asked = kernel.resources(problem, config)
+    assert isinstance(asked, Resources), asked
+    artifacts = kernel.artifacts(problem, config)
+    assert artifacts
+    for artifact in artifacts:
+        name, used = artifact["fn"].__name__, aot.resources(artifact, arch)
+        assert used["registers"] <= WIDEST[arch]
+        assert used["spills"] <= SPILLS.get((op, name), 0), f"{op}.{name}: {used} with {config}"
+        assert used["shared"] <= shared_limit(arch), f"{op}.{name}: {used} with {config}"
+
+
+@pytest.mark.parametrize("op", ["block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward"])
+def test_what_resources_lets_through_fits(op):
+    """The largest config of odd widths that is not refused compiles, and within the chip's shared memory."""
+    kernel = importlib.import_module(f"sparsetile.backends.triton.{op}")
+    problem = Problem.of(op, *attention(72, 40)[:2], "sm_80")
+    config = {knob.name: max(knob.values) for knob in kernel.TUNABLES}
+    while isinstance(kernel.resources(problem, config), str):
+        knob = next(knob for knob in kernel.TUNABLES if config[knob.name] != min(knob.values))
+        config[knob.name] = max(value for value in knob.values if value < config[knob.name])
+    for artifact in kernel.artifacts(problem, config):
+        used = aot.resources(artifact, "sm_80")
+        assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
