@@ -9,9 +9,14 @@ static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedB
 static inline void emulate_barrier_settle(EmulatedBarrier& b) {
   if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
 }
-namespace emulate { static Barrier named[16]; }
+namespace emulate {
+static Barrier named[16];
+struct Landing { uint32_t bar; std::vector<Copy> copies; };  // an arrival that follows a thread's asynchronous copies: they land when somebody waits for it, not before
+static std::vector<Landing> landings;
+}
 static inline void emulate_barrier_init(uint32_t at, int arrivals) {  // the first thing a kernel does: named barriers of the block before may have arrivals left
   for (auto& b : emulate::named) b.count = 0;
+  emulate::landings.clear();
   emulate_barrier(at) = {(short)arrivals, (short)arrivals, 0};
 }
 static inline void emulate_barrier_bytes(uint32_t at, int bytes) { auto& b = emulate_barrier(at); b.phase_and_bytes += 2 * bytes; emulate_barrier_settle(b); }
@@ -21,7 +26,27 @@ static inline void emulate_barrier_arrive(uint32_t at) {
   b.pending--;
   emulate_barrier_settle(b);
 }
-static inline void emulate_barrier_wait(uint32_t at, uint32_t parity) { while ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) emulate::yield(); }
+static inline void emulate_copies_land(uint32_t at) {
+  auto& all = emulate::landings;
+  for (size_t i = 0; i < all.size();) {
+    if (all[i].bar != at) { i++; continue; }
+    for (auto& c : all[i].copies) emulate::run(c);
+    all.erase(all.begin() + i);
+    emulate_barrier_arrive(at);
+  }
+}
+static inline void emulate_copies_arrive(uint32_t at) {
+  auto& open = emulate::fibers[emulate::now].open;
+  emulate::landings.push_back({at, std::move(open)});
+  open.clear();
+  if (emulate::eager) emulate_copies_land(at);
+}
+static inline void emulate_barrier_wait(uint32_t at, uint32_t parity) {
+  while ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) {
+    emulate_copies_land(at);
+    if ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) emulate::yield();
+  }
+}
 
 // where byte `column` of 128-byte row `row` stands in a swizzled tile
 static inline uint32_t emulate_swizzle(uint32_t row, uint32_t column) { return row * 128 + ((column / 16 ^ (row & 7)) * 16) + column % 16; }
@@ -115,6 +140,39 @@ template <int N> static inline void emulate_wgmma_registers(float (&d)[N / 2], c
       uint16_t x; memcpy(&x, emulate_shared() + where, 2);
       B[k][n] = wide(x, bf16);
     }
+    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
+      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
+      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
+      for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
+      product[first + t].d[i] = s;
+    }
+  });
+}
+
+// Element (row, k) of an operand of 16-bit values as its descriptor says; rows are M or N. columns: the tile's rows are k, 64 columns each.
+static inline float emulate_element(uint64_t descriptor, int row, int k, bool columns, bool bf16) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4, swizzle = descriptor >> 62;
+  const uint32_t width = 256 >> swizzle;  // 128, 64 or 32 bytes a row
+  uint32_t at = columns ? start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2 : start + row / 8 * stride + row % 8 * width + k * 2;
+  at ^= (at >> 7 & (width / 16 - 1)) << 4;  // the pattern follows the address
+  uint16_t x; memcpy(&x, emulate_shared() + at, 2);
+  return emulate::wide(x, bf16);
+}
+
+// N columns, 16 values of k: A in registers (a) or in shared memory (da), B in shared memory
+template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t da, uint64_t db, int acc, bool bf16, bool columns) {
+  using namespace emulate;
+  static uint32_t given[MOST][4];
+  if (a) memcpy(given[now], a, 16);
+  product[now] = {d, da, db, acc};
+  const int first = now / 128 * 128;
+  const bool held = a != nullptr;
+  arrive(warpgroup[now / 128], 128, [=] {
+    static float A[64][16], B[16][N];
+    for (int t = 0; held && t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
+      A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
+    for (int m = 0; !held && m < 64; m++) for (int k = 0; k < 16; k++) A[m][k] = emulate_element(product[first].a, m, k, false, bf16);
+    for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) B[k][n] = emulate_element(product[first].b, n, k, columns, bf16);
     for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
       const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
       float s = product[first + t].acc ? product[first + t].d[i] : 0.f;

@@ -4,6 +4,7 @@ The default config of each problem is what runs untuned, so it may not spill at 
 digest in the backend's own disk cache: a second run compiles nothing.
 """
 import importlib
+import re
 
 import pytest
 
@@ -29,6 +30,7 @@ def cases():
             yield op, f"{D}x{Dv}", attention(D, Dv)
         yield op, "128x128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order"))
         yield op, "576x512-shared", attention(576, 512, Hq=128, Hk=1, features=("shared_kv",))
+        yield op, "576x512-shared-float16", attention(576, 512, "float16", Hq=128, Hk=1, features=("shared_kv",))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "128x128-float32", attention(128, 128, SINGLE)
     for kind in (HALF, SINGLE):
@@ -64,6 +66,8 @@ def test_budget(op, name, case, arch):
     assert not isinstance(asked, str), asked
     for artifact in kernel.artifacts(problem, config):
         found = nvrtc.report(artifact["source"], artifact["defines"], arch)
+        said = set(re.findall(r"\bC7[56]\d\d\b", nvrtc.cubin(artifact["source"], artifact["defines"], arch)[1])) - {"C7519"}
+        assert not said, f"{artifact['source']}: ptxas serialised products, ignored a register budget or refused a shape: {sorted(said)}"
         assert set(artifact["names"]) <= set(found), f"{artifact['source']}.cu defines {sorted(found)}, artifacts() names {artifact['names']}"
         for entry in artifact["names"]:
             used = found[entry]

@@ -10,8 +10,10 @@ import numpy as np
 import oracle
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
+from hopper_on_cpu import HopperPlace
 from numeric import assert_close, plain
 
+from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, merge_attention
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
@@ -227,15 +229,110 @@ def test_gather_attention(case, kind, rng, place):
     put = place.put
     at = dict(place=place, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap,
               kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
-    forward = dict(zip(("heads", "tile_k", "key_warps", "stages"), c.forward))
+    forward = dict(zip(("path", "heads", "tile_k", "key_warps", "stages"), ("portable", *c.forward)))
     backward = dict(zip(("heads", "tile_k", "key_warps", "tile_q", "chunk"), c.backward))
     if kind == "float32":
-        forward = dict(heads=32, tile_k=32, key_warps=1, stages=1)
+        forward = dict(path="portable", heads=32, tile_k=32, key_warps=1, stages=1)
         backward.update(heads=32, tile_k=32, key_warps=1, tile_q=32)
     operands = (*map(put, (q, k, v)), put(indices))
     judge(place, lambda sink: gather_attention.run(*operands, config=forward, sink_logits=put(sink), **at),
           lambda lse, delta, dout: gather_attention_backward.run(*operands, lse, delta, dout, config=backward, **at),
           q, k, v, count, scale=c.scale, sink=SINK[:c.Hq] if c.sink else None, softcap=c.softcap, rng=rng)
+
+
+@dataclasses.dataclass
+class Latent:
+    """DeepSeek's shapes: keys of width 576, values their first 512 columns, one list for all heads."""
+    B: int = 1
+    Hq: int = 3
+    T: int = 2
+    S: int = 90
+    K: int = 70
+    causal: bool = False
+    kv: tuple | None = None
+    lengths: bool = False
+    start: tuple | None = None
+    sink: tuple = ()
+    scale: float = 0.05
+    softcap: float | None = None
+    sms: int = 3
+    keys: str = "any"
+    token_major: bool = False
+    offset: int = 0     # keys whose rows start so many elements after a multiple of 16 bytes
+    portable: bool = False
+
+    __str__ = Case.__str__
+
+
+LATENTS = [
+    Latent(),
+    Latent(B=2, Hq=70, T=3, lengths=True, causal=True, kv=(33, 90), sms=1),
+    Latent(B=2, Hq=64, T=5, S=61, K=33, causal=True, kv=(3, 61), token_major=True, sms=7),
+    Latent(Hq=4, K=1, T=1, sink=(0.5, -np.inf, np.inf, 3e38)),
+    Latent(Hq=130, T=1, S=300, K=260, keys="ascending"),
+    Latent(Hq=4, S=300, K=200, keys="late", sink=(300.0, -3e38, 0.0, 1.0)),
+    Latent(Hq=4, S=200, K=200, keys="huge", sink=(0.0, 1e9, -1e9, 5.0)),
+    Latent(B=2, T=9, lengths=True, causal=True, start=(3, 80), scale=0.5, sms=2),
+    Latent(scale=-0.05, portable=True),
+    Latent(softcap=2.0, portable=True),
+    Latent(offset=4, portable=True),
+]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
+@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
+@pytest.mark.parametrize("case", LATENTS, ids=str)
+def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
+    """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
+    c, place = case, HopperPlace()
+    place.sms = c.sms
+    if eager:
+        monkeypatch.setenv("SPARSETILE_EMULATE_EAGER", "1")
+    q = rng.standard_normal((c.B, c.T, c.Hq, 576) if c.token_major else (c.B, c.Hq, c.T, 576)).astype(TYPES[kind])
+    q = q.transpose(0, 2, 1, 3) if c.token_major else q
+    k = rng.standard_normal((c.B, 1, c.S, 584)).astype(TYPES[kind])[..., c.offset:c.offset + 576]
+    indices = np.stack([rng.permutation(max(c.S, c.K))[:c.K] for _ in range(c.B * c.T)]).reshape(c.B, 1, c.T, c.K).astype(np.int32)
+    if c.keys == "ascending":
+        k *= np.linspace(0, 8, c.S).astype(k.dtype)[:, None]
+        indices[:] = np.sort(indices, axis=-1)
+    elif c.keys == "huge":
+        q, k = q * q.dtype.type(200), k * k.dtype.type(200)
+    luck = rng.random(indices.shape)
+    indices[luck < 0.25] = rng.choice(np.array([-1, -1, BIG, -BIG - 1, -123456, c.S]), (luck < 0.25).sum())
+    indices[..., -2:] = indices[..., :2]
+    indices[indices == 0] = -1  # what a careless hole would read
+    if c.keys == "late":
+        indices[..., :170] = -1
+    elif c.T > 1:
+        indices[0, 0, 0] = -1
+    lengths = rng.integers(-2, c.K + 5, (c.B, 1, c.T)).astype(np.int32) if c.lengths else None
+    count = oracle.selection_count(indices, c.S, c.Hq, lengths=lengths, causal=c.causal, kv_length=c.kv, q_start=c.start if c.kv or c.start else c.S - c.T)
+    hide(k, k, count, c.Hq)
+    v, put = k[..., :512], place.put
+    problem = Problem.of("gather_attention", dict(B=c.B, Hq=c.Hq, Hk=1, T=c.T, S=c.S, D=576, Dv=512, K=c.K), dict(q=kind, k=kind, v=kind), "sm_90a", ("shared_kv",))
+    config = {**gather_attention.default_config(problem), "path": "hopper"}
+    assert not isinstance(gather_attention.resources(problem, config), str)
+    operands = *map(put, (q, k, v)), put(indices)
+    assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable
+    sink = np.array(c.sink, np.float32) if c.sink else None
+    out, lse = gather_attention.run(*operands, place=place, config=config, lengths=put(lengths), causal=c.causal, scale=c.scale, softcap=c.softcap, sink_logits=put(sink),
+                                    kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    given = dict(scale=c.scale, softcap=c.softcap, sink_logits=sink)
+    truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
+    assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
+    assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
+
+
+def test_gather_attention_refuses_what_hopper_lacks():
+    """A config that names the path runs it or says why not."""
+    sizes, kinds = dict(B=1, Hq=64, Hk=1, T=4, S=90, D=576, Dv=512, K=40), dict(q="bfloat16", k="bfloat16", v="bfloat16")
+    given = ("sm_90a", ("shared_kv",))
+    assert gather_attention.default_config(Problem.of("gather_attention", sizes, kinds, *given))["path"] == "hopper"
+    for change, dtypes, arch, features, granularity in (({}, kinds, "sm_80", ("shared_kv",), 1), ({}, dict.fromkeys("qkv", "float32"), *given, 1), ({}, kinds, "sm_90a", (), 1),
+                                                        (dict(D=512), kinds, *given, 1), (dict(Hk=2), kinds, *given, 1), ({}, kinds, *given, 64), ({}, kinds, "sm_90a", ("shared_kv", "softcap"), 1)):
+        problem = Problem.of("gather_attention", {**sizes, **change}, dtypes, arch, features, granularity=granularity)
+        config = gather_attention.default_config(problem)
+        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "hopper"})
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge

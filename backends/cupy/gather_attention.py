@@ -2,20 +2,27 @@
 
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
-Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once.
+Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
+sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
 """
+import math
+
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
                                                selected_values, sliced)
 
 TUNABLES = (
+    Tunable("path", ("portable", "hopper"), "hopper: 64 heads of one query a tile by warpgroup products; 16-bit latents of width 576 whose first 512 columns are the values. The rest is for portable"),
     Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
     Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
     Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
     Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
+HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
+HOPPER_HEADS, HOPPER_THREADS = 64, 512
+HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (8 + 4 + 4 * 8)
 
 
 def supports(problem: Problem) -> str | None:
@@ -36,7 +43,26 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
     return max((rows * (padded(D) + 8) + stages * tk * tile) * 2 + (stages + 1) * (tk + tk // 32) * 4, rows * (wide + 2) * 4 if kw > 1 else 0)
 
 
+def no_hopper(problem: Problem) -> str | None:
+    """Why the path "hopper" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path hopper: {problem.arch} lacks its instructions; take portable"
+    if problem.dtype("q") not in HALVES or problem.dtype("out", problem.dtype("q")) != problem.dtype("q"):
+        return f"path hopper takes float16 or bfloat16 and answers in the same type, not {problem.dtype('q')} to {problem.dtype('out', problem.dtype('q'))}; take portable"
+    if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or problem.granularity != 1 or "softcap" in problem.features:
+        return "path hopper takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
+    return None
+
+
+def hopper_takes(q, k, v, indices, granularity: int, scale: float, softcap, out_kind: str) -> bool:
+    """The same for arrays: aligned rows that 32 bits can count, one list for all heads, and a scale that keeps the order of scores."""
+    fits = (q.shape[3], v.shape[3], k.shape[1], indices.shape[1], granularity) == (576, 512, 1, 1, 1) and same_memory(k, v) and out_kind == q.dtype and softcap is None
+    return fits and 0 < scale <= 2 ** 64 and copy_bytes(q, k) == 16 and 0 <= k.strides[2] < 2 ** 31
+
+
 def resources(problem: Problem, config: dict):
+    if config["path"] == "hopper":
+        return no_hopper(problem) or Resources(HOPPER_THREADS, HOPPER_SHARED, 128)
     tk, kw, float32 = config["tile_k"], config["key_warps"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, config["stages"]) != (32, 32, 1, 1):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and stages 1"
@@ -57,11 +83,12 @@ def _threads(config: dict, float32: bool) -> int:
 
 def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
-        return dict(heads=32, tile_k=32, key_warps=1, stages=1)
+        return dict(path="portable", heads=32, tile_k=32, key_warps=1, stages=1)
     group, wide = problem["Hq"] // problem["Hk"], problem["D"] > 256
     rows = 16 if group <= 16 else 32 if group <= 32 else 64
     tries = [(rows, 64, {16: 4, 32: 2, 64: 2 if wide else 1}[rows], 1 if wide else 2), (rows, 64, {16: 4, 32: 2, 64: 2}[rows], 1), (rows, 32, 2, 1), (min(rows, 32), 32, 2, 1), (16, 32, 2, 1)]
-    return first_fitting(problem, resources, [dict(heads=h, tile_k=tk, key_warps=kw, stages=st) for h, tk, kw, st in tries])
+    tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, stages=st) for h, tk, kw, st in tries])
+    return tiles if no_hopper(problem) or group < HOPPER_HEADS // 2 else {**tiles, "path": "hopper"}  # fewer heads: most of its rows would be padding
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:
@@ -73,12 +100,27 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
+    if config["path"] == "hopper":
+        return [dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind]), names=["gather_attention_hopper"])]
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
     return [dict(source=_source(kind), defines=d, names=["forward"])]
 
 
 def _source(kind: str) -> str:
     return "gather_attention_float32" if kind == "float32" else "gather_attention"
+
+
+def run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logits, kv_length, q_start):
+    (B, Hq, T, _), S = q.shape, k.shape[2]
+    parts = ceil_div(Hq, HOPPER_HEADS)
+    items = B * T * parts
+    if items >= 2 ** 31:
+        raise Unsupported(f"CuPy gather attention takes at most 2^31 - 1 tiles of 64 heads, not {items}; split the batch")
+    function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", HOPPER_FIELDS, dict(KIND=KINDS[q.dtype]), place)
+    strides = [2 * s for s in (*q.strides[:3], k.strides[0])]
+    function(min(items, max(place.sms, 1)), HOPPER_THREADS, HOPPER_SHARED, place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+             *selected_values(indices, lengths, 1, causal), *position_values(T, S, kv_length, q_start), *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
+    return out, lse
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
@@ -88,6 +130,8 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     if B * Hq * T == 0:
         return out, lse
+    if config["path"] == "hopper" and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
+        return run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logits, kv_length, q_start)
     float32, shared_kv, slices = kind == "float32", same_memory(k, v), sliced(Dv)[0]
     copy = copy_bytes(q, k) if shared_kv else copy_bytes(q, k, v)
     blocks = B * T * head_groups(indices.shape[1], Hq, Hk, config["heads"]) * slices

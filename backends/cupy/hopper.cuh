@@ -199,3 +199,71 @@ template <int Kind, bool Columns> __device__ __forceinline__ void wgmma_n128(flo
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(acc));
 #endif
 }
+
+// ------------------------------------------------------------------------------------------------------------------ copies and products of gathered tiles
+// `bar` gets this thread's arrival once its asynchronous copies so far have landed.
+__device__ __forceinline__ void copies_arrive(u32 bar) {
+#ifdef SPARSETILE_EMULATE
+  emulate_copies_arrive(bar);
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
+#endif
+}
+__device__ __forceinline__ u32 thread_again() {  // threadIdx.x, computed where it stands instead of kept in a register
+#ifdef SPARSETILE_EMULATE
+  return threadIdx.x;
+#else
+  u32 x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#endif
+}
+
+// Any tile: K-major rows of as many bytes as the swizzle is wide (`stride`: 8 rows), or rows of k with 64 columns each (`leading`: the next 64 columns; `stride`: 8 rows)
+enum : u64 { SWIZZLE_128 = 1, SWIZZLE_64 = 2, SWIZZLE_32 = 3 };
+__device__ __forceinline__ u64 descriptor_of(u32 tile, u32 leading, u32 stride, u64 swizzle) {
+  return (u64)((tile & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | swizzle << 62;
+}
+
+#define SPARSETILE_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define SPARSETILE_OUT8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SPARSETILE_OUT64(d) SPARSETILE_OUT8(d, 0), SPARSETILE_OUT8(d, 8), SPARSETILE_OUT8(d, 16), SPARSETILE_OUT8(d, 24), SPARSETILE_OUT8(d, 32), SPARSETILE_OUT8(d, 40), SPARSETILE_OUT8(d, 48), SPARSETILE_OUT8(d, 56)
+
+// d (+)= A x B, A 64 x 16 in registers, B 32 x 16, K-major, in shared memory
+template <int Kind> __device__ __forceinline__ void wgmma_n32(float (&d)[16], const u32 (&a)[4], u64 b, int acc) {
+#ifdef SPARSETILE_EMULATE
+  emulate_wgmma<32>(d, a, 0, b, acc, Kind == BFLOAT16, false);
+#else
+#define SPARSETILE_MMA(type) asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " SPARSETILE_D16 ", {%16, %17, %18, %19}, %20, p, 1, 1, 0;}" \
+    : SPARSETILE_OUT8(d, 0), SPARSETILE_OUT8(d, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(acc))
+  if constexpr (Kind == BFLOAT16) SPARSETILE_MMA("bf16");
+  else SPARSETILE_MMA("f16");
+#undef SPARSETILE_MMA
+#endif
+}
+// the same, A too in shared memory
+template <int Kind> __device__ __forceinline__ void wgmma_n32(float (&d)[16], u64 a, u64 b, int acc) {
+#ifdef SPARSETILE_EMULATE
+  emulate_wgmma<32>(d, nullptr, a, b, acc, Kind == BFLOAT16, false);
+#else
+#define SPARSETILE_MMA(type) asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " SPARSETILE_D16 ", %16, %17, p, 1, 1, 0, 0;}" \
+    : SPARSETILE_OUT8(d, 0), SPARSETILE_OUT8(d, 8) : "l"(a), "l"(b), "r"(acc))
+  if constexpr (Kind == BFLOAT16) SPARSETILE_MMA("bf16");
+  else SPARSETILE_MMA("f16");
+#undef SPARSETILE_MMA
+#endif
+}
+// d (+)= A x B, A 64 x 16, K-major, B 16 x 128, rows of k, both in shared memory
+template <int Kind> __device__ __forceinline__ void wgmma_n128_columns(float (&d)[64], u64 a, u64 b, int acc) {
+#ifdef SPARSETILE_EMULATE
+  emulate_wgmma<128>(d, nullptr, a, b, acc, Kind == BFLOAT16, true);
+#else
+#define SPARSETILE_MMA(type) asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+    "}, %64, %65, p, 1, 1, 0, 1;}" : SPARSETILE_OUT64(d) : "l"(a), "l"(b), "r"(acc))
+  if constexpr (Kind == BFLOAT16) SPARSETILE_MMA("bf16");
+  else SPARSETILE_MMA("f16");
+#undef SPARSETILE_MMA
+#endif
+}

@@ -1,0 +1,74 @@
+"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] (CuPy, a GPU with compute capability 9.0).
+
+Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths, empty rows, sinks. Timed: each path
+of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16. `paths` is hopper over portable.
+"""
+import sys
+
+import numpy as np
+
+from sparsetile.autotune import numeric, plain, timing
+from sparsetile.ops.attention import sparse_attention
+from sparsetile.ops.selection import Selection
+
+D, DV = 576, 512
+
+
+def inputs(torch, T, Hq, S, K, seed=0):
+    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row."""
+    torch.manual_seed(seed)
+    q, latent = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, Hq, T, D), (1, 1, S, D)))
+    rows = [torch.rand(min(64, T - t), S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
+    return q, latent, torch.cat(rows)[None, None, :, torch.randperm(K, device="cuda")].contiguous()
+
+
+def check(torch, path, T=300, Hq=128, S=8192, K=2048):
+    """One call with every trap, some rows against float64."""
+    q, latent, indices = inputs(torch, T, Hq, S, K)
+    indices %= S - 64  # the last keys are seen by nobody
+    latent[:, :, S - 64:] = float("nan")
+    garbage = torch.tensor([-1, -2 ** 31, -123456, S, 2 ** 31 - 1], device="cuda", dtype=torch.int32)
+    holes = torch.rand(indices.shape, device="cuda") < 0.2
+    indices[holes] = garbage[torch.randint(5, (int(holes.sum()),), device="cuda")]
+    indices[0, 0, 5], indices[0, 0, 6, :K - 40] = -1, -1
+    lengths = torch.full((1, 1, T), K, device="cuda", dtype=torch.int32)
+    lengths[0, 0, 7:12] = torch.tensor([0, -3, 1, 33, K + 9], device="cuda")
+    sink = torch.linspace(-3, 3, Hq, device="cuda")
+    sink[:3] = torch.tensor([float("-inf"), float("inf"), 3e38])
+    out, lse = sparse_attention(q, latent, None, Selection(indices, lengths=lengths), value_width=DV, sink_logits=sink, return_lse=True, backend="cupy", config={"path": path})
+    for t in (0, 1, 5, 6, 7, 8, 9, 10, 11, 131, T // 2, T - 1):
+        row = numeric.to_numpy(indices[0, 0, t])[:max(0, int(lengths[0, 0, t]))]
+        row = row[(row >= 0) & (row < S)]
+        few = row if len(row) else np.zeros(1, np.int32)
+        keys, query, sinks = numeric.to_numpy(latent[:, :, few.tolist()]), numeric.to_numpy(q[:, :, t:t + 1]), numeric.to_numpy(sink)
+        count = np.full((1, 1, 1, len(few)), min(len(row), 1))
+        wide = lambda x: x.astype(np.float64)  # noqa: E731
+        truth = plain.attention(wide(query), wide(keys), wide(keys[..., :DV]), count, scale=D ** -0.5, sink_logits=sinks)
+        formula = plain.attention(query, keys, keys[..., :DV], count, scale=D ** -0.5, sink_logits=sinks)
+        for name, got, true, one in zip(("out", "lse"), (out[:, :, t:t + 1], lse[:, :, t:t + 1]), truth, formula):
+            numeric.assert_close(f"{path}, {name} of query {t}", got, true, one, reduction=len(few))
+    assert torch.equal(out, sparse_attention(q, latent, None, Selection(indices, lengths=lengths), value_width=DV, sink_logits=sink, backend="cupy", config={"path": path}))
+    print(f"{path}: 12 queries x {Hq} heads within the policy, the same bits twice", flush=True)
+
+
+def main(quick):
+    import torch
+    for Hq in (128, 70, 17, 1):
+        check(torch, "hopper", Hq=Hq)
+    check(torch, "portable")
+    watch, T, K, table = timing.Stopwatch(0), 4096, 2048, []
+    for Hq, S in ((128, 32768), (128, 131072), (64, 32768), (64, 131072), (32, 32768), (16, 32768)):
+        q, latent, indices = inputs(torch, T, Hq, S, K)
+        calls = [lambda path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend="cupy", config={"path": path}) for path in ("hopper", "portable")]
+        for call in calls:
+            call()
+        samples = timing.finals(watch, calls, seconds=1.0 if quick else 5.0, most=10 if quick else 40)
+        table.append((Hq, S, [watch.centre(x) / 1e3 for x in samples], min(samples[0]) / 1e3))
+    print(f"{'heads':>6}{'S':>8}{'hopper ms':>11}{'best':>8}{'TFLOP/s':>9}{'portable ms':>13}{'TFLOP/s':>9}{'paths':>7}")
+    for Hq, S, (ours, other), best in table:
+        rate = lambda ms: 2 * T * Hq * K * (D + DV) / ms / 1e9  # noqa: E731
+        print(f"{Hq:6}{S:8}{ours:11.3f}{best:8.3f}{rate(ours):9.1f}{other:13.3f}{rate(other):9.1f}{other / ours:7.2f}")
+
+
+if __name__ == "__main__":
+    main("--quick" in sys.argv)
