@@ -25,8 +25,8 @@ TUNABLES = (
 
 
 @triton.jit
-def _step(acc0, acc1, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
-          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
+          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
           CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr):
     """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0."""
     if CHUNK:
@@ -48,17 +48,13 @@ def _step(acc0, acc1, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k,
         v0 = k0
     else:
         v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
-    acc0 = product(p.to(v.dtype.element_ty), v0, acc0 * a[:, None])
-    if V1:
-        v1 = load(v, keys_v, ok_v, V0, V1, DV, ROWS)
-        acc1 = product(p.to(v.dtype.element_ty), v1, acc1 * a[:, None])
-    return acc0, acc1, m, l
+    return product(p.to(v.dtype.element_ty), v0, acc * a[:, None]), m, l
 
 
 @triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start"])
 def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks,
             sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
-            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
             INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
             FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
@@ -90,10 +86,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
                 q1 = negated(q1)
     m = tl.full([BQ], float("-inf"), tl.float32)
     l = tl.zeros([BQ], tl.float32)
-    acc0 = tl.zeros([BQ, V0], tl.float32)
-    acc1 = 0.0
-    if V1:
-        acc1 = tl.zeros([BQ, V1], tl.float32)
+    acc = tl.zeros([BQ, V0], tl.float32)
     col = piece * V0
     w = tl.arange(0, BK)
     span = w.to(tl.int64) if FAR else w
@@ -111,8 +104,8 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
             if INTERVALS or BITMAPS:
                 mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
-            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
-                                     sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
+                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
     else:
         if EDGE or INTERVALS or BITMAPS:
             for f in tl.range(e - edge, c, num_stages=1):
@@ -124,14 +117,14 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
                     mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
                 any_row = tl.max(mask.to(tl.int32), 0) > 0
                 far = s_key.to(tl.int64)
-                acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                         scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
         following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
         for f in tl.range(a, n):
             far = following.to(tl.int64) * BK
             following = tl.load(cols + f + 1)
-            acc0, acc1, m, l = _step(acc0, acc1, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
-                                     scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
+            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
+                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
     # ---- the answer
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = (b * Hq + h) * T + base
@@ -140,10 +133,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
             tl.store(lse + line + t, logs, mask=row_ok)
     out += line * DV
     cv = col + tl.arange(0, V0)
-    tl.store(out + (t * DV)[:, None] + cv[None, :], (acc0 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
-    if V1:
-        cv = V0 + tl.arange(0, V1)
-        tl.store(out + (t * DV)[:, None] + cv[None, :], (acc1 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+    tl.store(out + (t * DV)[:, None] + cv[None, :], (acc * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -152,16 +142,14 @@ def supports(problem: Problem) -> str | None:
 
 
 def widths(D: int, DV: int, config) -> dict:
-    """How the widths lie in a program's tiles."""
+    """How the widths lie in a program's tiles. Values in one part: sums in two came out wrong in Triton 3.6's warpgroup products."""
     D0, D1 = parts(D)
     if config["chunk"]:
         D0, D1 = config["chunk"], 0
-    V0, V1 = parts(DV)
-    slices = 1
-    if config["value_block"] and config["value_block"] < V0 + V1:
-        V0, V1 = config["value_block"], 0
-        slices = -(-DV // V0)
-    return dict(D0=D0, D1=D1, V0=V0, V1=V1, SLICES=slices)
+    V0 = power(DV)
+    if config["value_block"]:
+        V0 = min(V0, config["value_block"])
+    return dict(D0=D0, D1=D1, V0=V0, SLICES=-(-DV // V0))
 
 
 def default_config(problem: Problem) -> dict:
@@ -190,11 +178,11 @@ def resources(problem: Problem, config) -> Resources | str:
     size = BYTES[problem.dtype("q", "float32")]
     w = widths(problem["D"], problem["Dv"], config)
     BQ, BK, warps, stages = config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
-    sums = BQ * (w["V0"] + w["V1"] + BK)
+    sums = BQ * (w["V0"] + BK)
     if sums > warps * 32 * 232:
-        return f"the sums of a tile ({BQ} rows x {w['V0'] + w['V1']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
+        return f"the sums of a tile ({BQ} rows x {w['V0']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
     kept = 0 if config["chunk"] else BQ * (w["D0"] + w["D1"])
-    key_tiles = w["D0"] + w["D1"] + w["V0"] + w["V1"]
+    key_tiles = w["D0"] + w["D1"] + w["V0"]
     shared = size * (kept + max(1, stages) * BK * key_tiles) if problem.arch != "gfx942" else size * max(kept, stages * BK * key_tiles)
     if shared > shared_limit(problem.arch):
         return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use smaller blocks, fewer stages, or chunk and value_block"

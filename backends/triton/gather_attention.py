@@ -44,7 +44,7 @@ def keys_of(row, start, count, limit, p, GRANULARITY: tl.constexpr, CAUSAL: tl.c
 @triton.jit(do_not_specialize=["T", "S", "K", "q_start", "Hq", "Hk", "G"])
 def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, Hq, Hk, G, T, S, K, q_start,
             scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-            V1: tl.constexpr, SLICES: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
+            SLICES: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
             NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
     # programs: value slice, tile of the heads that share (ROWS of them), set of such heads, query, batch
     x = tl.program_id(0)
@@ -80,10 +80,7 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
             q1 = negated(q1)
     m = tl.full([BH], float("-inf"), tl.float32)
     l = tl.zeros([BH], tl.float32)
-    acc0 = tl.zeros([BH, V0], tl.float32)
-    acc1 = 0.0
-    if V1:
-        acc1 = tl.zeros([BH, V1], tl.float32)
+    acc = tl.zeros([BH, V0], tl.float32)
     col = piece * V0
     scale2 = scale * 1.4426950408889634
     for at in tl.range(0, count * GRANULARITY, BK):
@@ -103,20 +100,14 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
             v0 = k0
         else:
             v0 = load(v, key * svs, ok, 0, V0, DV, True)
-        acc0 = product(p.to(v.dtype.element_ty), v0, acc0 * a[:, None])
-        if V1:
-            v1 = load(v, key * svs, ok, V0, V1, DV, True)
-            acc1 = product(p.to(v.dtype.element_ty), v1, acc1 * a[:, None])
+        acc = product(p.to(v.dtype.element_ty), v0, acc * a[:, None])
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     rows = (b * Hq + h) * T + t
     if lse is not None:
         if piece == 0:
             tl.store(lse + rows, logs, mask=row_ok)
     cv = col + tl.arange(0, V0)
-    tl.store(out + (rows * DV)[:, None] + cv[None, :], (acc0 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
-    if V1:
-        cv = V0 + tl.arange(0, V1)
-        tl.store(out + (rows * DV)[:, None] + cv[None, :], (acc1 * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
+    tl.store(out + (rows * DV)[:, None] + cv[None, :], (acc * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -140,19 +131,17 @@ def default_config(problem: Problem) -> dict:
 
 
 def _widths(D, DV, config):
-    D0, D1 = parts(D)
-    V0, V1 = parts(DV)
-    if config["value_block"] and config["value_block"] < V0 + V1:
-        return D0, D1, config["value_block"], 0, -(-DV // config["value_block"])
-    return D0, D1, V0, V1, 1
+    """Values in one part, as in block_attention."""
+    V0 = min(power(DV), config["value_block"] or power(DV))
+    return *parts(D), V0, -(-DV // V0)
 
 
 def resources(problem: Problem, config) -> Resources | str:
-    D0, D1, V0, V1, slices = _widths(problem["D"], problem["Dv"], config)
+    D0, D1, V0, slices = _widths(problem["D"], problem["Dv"], config)
     size, rows, keys, stages = BYTES[problem.dtype("q", "float32")], config["heads"], config["block_k"], config["num_stages"]
-    if rows * (V0 + V1 + keys) > config["num_warps"] * 32 * 232:
-        return f"{rows} heads x {V0 + V1} value columns do not fit the registers of {config['num_warps']} warps; use fewer heads, more warps, or value_block"
-    values = 0 if "shared_kv" in problem.features and slices == 1 and V0 == D0 and not V1 else V0 + V1
+    if rows * (V0 + keys) > config["num_warps"] * 32 * 232:
+        return f"{rows} heads x {V0} value columns do not fit the registers of {config['num_warps']} warps; use fewer heads, more warps, or value_block"
+    values = 0 if "shared_kv" in problem.features and slices == 1 and V0 == D0 else V0
     shared = size * (rows * (D0 + D1) + stages * keys * (D0 + D1 + values) + rows * keys)
     if shared > shared_limit(problem.arch):
         return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use fewer heads, keys or stages"
@@ -160,8 +149,8 @@ def resources(problem: Problem, config) -> Resources | str:
 
 
 def constants(D, DV, config, *, rows, granularity=1, causal=False, shared_kv=False, negate=False, cap=False, from_length=False) -> dict:
-    D0, D1, V0, V1, slices = _widths(D, DV, config)
-    return dict(ROWS=rows, TILES=-(-rows // config["heads"]), D=D, D0=D0, D1=D1, DV=DV, V0=V0, V1=V1, SLICES=slices, BH=config["heads"], BK=config["block_k"], GRANULARITY=granularity,
+    D0, D1, V0, slices = _widths(D, DV, config)
+    return dict(ROWS=rows, TILES=-(-rows // config["heads"]), D=D, D0=D0, D1=D1, DV=DV, V0=V0, SLICES=slices, BH=config["heads"], BK=config["block_k"], GRANULARITY=granularity,
                 CAUSAL=causal, SHARED=shared_kv and slices == 1 and DV == V0 == D0, NEGATE=negate, CAP=cap, FROM_LENGTH=from_length)
 
 
