@@ -105,6 +105,7 @@ RULES = {
     "window128": lambda p, s, rng: (s <= p) & (s > p - 128),
     "blocks": lambda p, s, rng: (rng.random((p[-1, 0] // 128 + 1, s.shape[1] // 128 + 1)) < 0.5).repeat(128, 0).repeat(128, 1)[p[:, 0], :s.shape[1]],
     "holes": lambda p, s, rng: (p // 128 % 2 == 1) & (p % 7 != 3) & (s < 100),
+    "late": lambda p, s, rng: (s < 100) | (s >= 128) & (p >= 0),
     "global": lambda p, s, rng: (p < 128) | (s < 128) & (s <= p),
 }
 BLOCK_CASES = [
@@ -175,7 +176,9 @@ HOPPER_CASES = [
     Case(B=2, Hq=2, Hk=1, rule="full", T=130, S=390, D=192, Dv=128, lengths=(200, 1000), start=(-7, 300)),
     Case(B=3, Hq=2, Hk=2, rule="mixed", T=140, S=260, D=64, Dv=128, lists=3, lengths=(0, 77, 260), scale=0.1),
     Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30),
-    Case(B=1, Hq=1, Hk=1, rule="global", T=700, S=700, D=64, Dv=64),
+    Case(B=1, Hq=2, Hk=1, rule="global", T=1300, S=1300, D=16, Dv=16),
+    Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600)),
+    Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100)),
     Case(B=2, Hq=1, Hk=1, rule="window", T=5, S=3, D=16, Dv=16),
 ]
 
@@ -208,6 +211,7 @@ STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30
 def test_large_scores_on_hopper(steps, kind, rng):
     """Scores of any finite size, from key block to key block; what the backward makes of that lse. The scale carries what float16 cannot."""
     place, sizes, T = HopperPlace(), np.array(STEPS[steps]), 70
+    place.refused = "block_attention"
     S, scale = 128 * len(sizes), float(np.abs(sizes).max())
     q, k, v = tensors(rng, kind, 1, 2, 1, T, S, 16, 16)
     if steps == "dominant":

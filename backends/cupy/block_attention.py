@@ -121,7 +121,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
 
 
 def takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e30 and out_kind == q.dtype \
+    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
         and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
