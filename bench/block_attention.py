@@ -14,9 +14,9 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from sparsetile import sparse_attention  # noqa: E402
 from sparsetile.autotune import measure, numeric, plain, tasks, timing  # noqa: E402
 from sparsetile.bench import spot  # noqa: E402
+from sparsetile.ops.attention import sparse_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal, Dilated, Full, Global, RandomBlocks, Sink, Window  # noqa: E402
 from sparsetile.ops.presets import bigbird  # noqa: E402
 

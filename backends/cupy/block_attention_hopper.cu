@@ -45,7 +45,8 @@ struct Shared {
   u32 base, q, k, v, bars;
   unsigned char* raw;
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
-    q = (base + 1023) & ~1023u; k = q + Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
+    q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
+    k = q + Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
   }
   __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
   __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
