@@ -115,7 +115,7 @@ class Lists:
     has_intervals: bool = False
     has_bitmaps: bool = False
     longest: int = 0
-    extras: dict = field(default_factory=dict)  # what a backend derives once per layout (schedules, orders), under its own key
+    extras: dict = field(default_factory=dict)  # what a backend derives once per layout (schedules, orders), under its own key; "offsets": those of a static layout on the host
 
 
 def density_bucket(density: float) -> float:

@@ -231,7 +231,8 @@ def _carry(part: Lists, place) -> Lists:
         if x is None:
             return None
         return place.upload(arrays.as_numpy(x)) if arrays.device_of(x) is None else place.native(x)
-    return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras={})
+    host = {} if arrays.device_of(part.offsets) is not None else {"offsets": arrays.as_numpy(part.offsets)}
+    return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras=host)
 
 
 # ------------------------------------------------------------------------------------------------------------------- forward

@@ -36,12 +36,14 @@ class Emulated:
 
 class CpuPlace:
     device, stream, arch, sms, caller = 0, 0, "sm_80", 4, "numpy"
+    refused = None  # a source that must not be asked for
 
     def __init__(self, folder=None):
         self.folder = Path(folder or os.environ.get("SPARSETILE_CACHE_DIR") or Path.home() / ".cache" / "sparsetile") / "emulated"
 
     def compile(self, source, name, fields, defines):
-        key = hashlib.sha256((HERE / "cuda_on_cpu.hpp").read_bytes() + repr(sorted(defines.items())).encode())
+        assert source != self.refused
+        key = hashlib.sha256((HERE / "cuda_on_cpu.hpp").read_bytes() + (HERE / "hopper_on_cpu.hpp").read_bytes() + repr(sorted(defines.items())).encode())
         for path in nvrtc.sources(source):
             key.update(path.read_bytes())
         library = self.folder / f"{source}-{name}-{key.hexdigest()[:24]}.so"

@@ -70,7 +70,7 @@ static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, 
 static inline void emulate_tma_store(const void* map, uint32_t from, const int* at) {
   const EmulatedMap& m = *(const EmulatedMap*)map;
   for (unsigned z = 0, row = 0; z < m.box[2]; z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
-    if (at[1] + y >= m.extent[1] || at[2] + z >= m.extent[2]) continue;
+    if (at[1] + (int)y < 0 || at[1] + (int)y >= (int)m.extent[1] || at[2] + z >= m.extent[2]) continue;
     const uint32_t first = from / 128 % 8;  // the pattern follows the address
     for (unsigned x = 0; x < 128; x++)
       if (at[0] + x / m.size < m.extent[0])

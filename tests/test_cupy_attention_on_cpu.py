@@ -35,6 +35,11 @@ def tensors(rng, kind, B, Hq, Hk, T, S, D, Dv, *, odd=False, shared=False):
     return q, k, k[..., :Dv] if shared else make(B, Hk, S, Dv)
 
 
+def token_major(x):
+    """[B,H,T,D], whose heads stand side by side."""
+    return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
 def hide(k, v, count, heads):
     """NaN where no query of the call sees the key."""
     seen = np.broadcast_to(count, (k.shape[0], heads, *count.shape[2:])).reshape(k.shape[0], k.shape[1], -1, *count.shape[2:]).any((2, 3))
@@ -97,6 +102,11 @@ RULES = {
     "full": lambda p, s, rng: np.ones(np.broadcast_shapes(p.shape, s.shape), bool),
     "random": lambda p, s, rng: rng.random((len(p), s.shape[1])) < 0.3,
     "mixed": lambda p, s, rng: ((rng.random((len(p) // 32 + 1, s.shape[1] // 32 + 1)) < 0.4).repeat(32, 0).repeat(32, 1)[:len(p), :s.shape[1]] | (s <= p) & (s > p - 9)) & (p % 13 != 5),
+    "window128": lambda p, s, rng: (s <= p) & (s > p - 128),
+    "blocks": lambda p, s, rng: (rng.random((p[-1, 0] // 128 + 1, s.shape[1] // 128 + 1)) < 0.5).repeat(128, 0).repeat(128, 1)[p[:, 0], :s.shape[1]],
+    "holes": lambda p, s, rng: (p // 128 % 2 == 1) & (p % 7 != 3) & (s < 100),
+    "late": lambda p, s, rng: (s < 100) | (s >= 128) & (p >= 0),
+    "global": lambda p, s, rng: (p < 128) | (s < 128) & (s <= p),
 }
 BLOCK_CASES = [
     Case(),
@@ -112,16 +122,14 @@ BLOCK_CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
-def test_block_attention(case, kind, rng, place):
-    c = case
+def scene(c, kind, rng, place):
+    """q, k, v with NaN where nobody sees, who sees what, arguments of both directions, and lists for a config."""
     q, k, v = tensors(rng, kind, c.B, c.Hq, c.Hk, c.T, c.S, c.D, c.Dv, odd=c.odd)
     limit = np.full(c.B, c.S) if c.lengths is None else np.clip(c.lengths, 0, c.S)
     starts = np.broadcast_to(limit - c.T if c.start is None else c.start, (c.B,))
     first, P = int(starts.min()), int(starts.max() - starts.min()) + c.T
     masks = np.stack([RULES[c.rule](first + np.arange(P)[:, None], np.arange(c.S)[None], rng) for _ in range(c.lists)])
-    q_order = k_order = keep = None
+    q_order = k_order = None
     if c.order:  # slots in any order, some of them empty; a position or key without a slot is seen nowhere
         slots = lambda n, m: rng.permutation(np.concatenate((np.arange(n), np.full(-n % m + m, -1))))  # noqa: E731
         q_order, k_order = slots(P, 128), slots(c.S, 128)
@@ -133,24 +141,91 @@ def test_block_attention(case, kind, rng, place):
         for h in range(c.Hq):
             count[b, h] = masks[list_of[b if len(list_of) > 1 else 0, h]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
     hide(k, v, count, c.Hq)
-    sink = SINK[:c.Hq] if c.sink else None
     at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
               q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
-    forward = dict(zip(("block_q", "block_k", "tile_k", "row_tiles"), c.forward))
-    backward = dict(zip(("block_q", "block_k", "tile_k", "tile_q", "stages"), c.backward))
-    if kind == "float32":
-        forward.update(tile_k=32, row_tiles=1)
-        backward.update(tile_k=32, tile_q=32, stages=1)
 
     def lists(config):
         made = block_lists.build(masks, first, config["block_q"], config["block_k"], q_order=q_order, k_order=k_order, list_of=list_of, bitmaps=c.rule == "random")
         arrays = {f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)}
-        return dataclasses.replace(made, **arrays)
+        return dataclasses.replace(made, **arrays, extras={"offsets": made.offsets})
 
+    return q, k, v, count, at, lists
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
+def test_block_attention(case, kind, rng, place):
+    c = case
+    q, k, v, count, at, lists = scene(c, kind, rng, place)
+    forward = dict(zip(("path", "block_q", "block_k", "tile_k", "row_tiles"), ("portable", *c.forward)))
+    backward = dict(zip(("block_q", "block_k", "tile_k", "tile_q", "stages"), c.backward))
+    if kind == "float32":
+        forward.update(tile_k=32, row_tiles=1)
+        backward.update(tile_k=32, tile_q=32, stages=1)
     operands = tuple(map(place.put, (q, k, v)))
     judge(place, lambda sink: block_attention.run(*operands, lists(forward), config=forward, sink_logits=place.put(sink), **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, lists(backward), lse, delta, dout, config=backward, **at),
-          q, k, v, count, scale=c.scale, sink=sink, softcap=c.softcap, keep=keep, rng=rng)
+          q, k, v, count, scale=c.scale, sink=SINK[:c.Hq] if c.sink else None, softcap=c.softcap, rng=rng)
+
+
+HOPPER_CASES = [
+    Case(B=1, Hq=2, Hk=1, rule="causal", T=300, S=300, D=128, Dv=128),
+    Case(B=2, Hq=2, Hk=2, rule="window128", T=200, S=420, D=64, Dv=64, sink=True),
+    Case(B=1, Hq=4, Hk=2, rule="blocks", T=400, S=520, D=128, Dv=128, lists=2, start=0),
+    Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True),
+    Case(B=2, Hq=2, Hk=1, rule="full", T=130, S=390, D=192, Dv=128, lengths=(200, 1000), start=(-7, 300)),
+    Case(B=3, Hq=2, Hk=2, rule="mixed", T=140, S=260, D=64, Dv=128, lists=3, lengths=(0, 77, 260), scale=0.1),
+    Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30),
+    Case(B=1, Hq=2, Hk=1, rule="global", T=1300, S=1300, D=16, Dv=16),
+    Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600)),
+    Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100)),
+    Case(B=2, Hq=1, Hk=1, rule="window", T=5, S=3, D=16, Dv=16),
+]
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "device"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_block_attention_on_hopper(case, kind, static, rng):
+    """Warpgroup products and the copy engine: full, partial and cut blocks, tiles at any position, empty rows and lists; order of items from the host or not."""
+    place = HopperPlace()
+    place.refused = "block_attention"  # what takes the portable path here is a mistake
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    q, k, v = (token_major(x) for x in (q, k, v))
+    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    made, sink = lists(config), SINK[:case.Hq] if case.sink else None
+    if not static:
+        made.extras.clear()
+    out, lse = block_attention.run(*map(place.put, (q, k, v)), made, config=config, sink_logits=place.put(sink), **at)
+    given = dict(scale=case.scale, sink_logits=sink)
+    truth, formula = oracle.attention(q, k, v, count.astype(np.int64), **given), plain.attention(q, k, v, count.astype(np.int64), **given)
+    for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(name, got.owner, true, one, reduction=case.S)
+
+
+STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_large_scores_on_hopper(steps, kind, rng):
+    """Scores of any finite size, from key block to key block; what the backward makes of that lse. The scale carries what float16 cannot."""
+    place, sizes, T = HopperPlace(), np.array(STEPS[steps]), 70
+    place.refused = "block_attention"
+    S, scale = 128 * len(sizes), float(np.abs(sizes).max())
+    q, k, v = tensors(rng, kind, 1, 2, 1, T, S, 16, 16)
+    if steps == "dominant":
+        k[:, :, 77] *= 30
+    else:
+        q[..., 0], q[..., 1:] = 1, q[..., 1:] * 2 ** -5
+        k[..., 0] = (sizes / scale).repeat(128) * (1 + 2 ** -7 * rng.integers(0, 8, S))
+        k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
+    made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
+    made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1)
+    operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
+    judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)
 
 
 def test_expanded_and_unit_inputs(rng, place):
@@ -161,7 +236,7 @@ def test_expanded_and_unit_inputs(rng, place):
     lists = block_lists.build(mask, 7, 32, 64)
     lists = dataclasses.replace(lists, **{f.name: place.put(getattr(lists, f.name)) for f in dataclasses.fields(lists) if isinstance(getattr(lists, f.name), np.ndarray)})
     put, count = place.put, np.ones((2, 2, 33, 40), np.int64)
-    forward, backward = dict(block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    forward, backward = dict(path="portable", block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     out, lse = block_attention.run(put(q), put(k), put(v), lists, place=place, config=forward, scale=0.2)
     total, delta, _ = attention_delta.run(out, put(dout), lse, place=place)
     grads = block_attention_backward.run(put(q), put(k), put(v), lists, total, delta, put(dout), place=place, config=backward, scale=0.2)

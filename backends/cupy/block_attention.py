@@ -3,19 +3,28 @@
 A row that sees no key: out 0, lse -inf. The sink stands in the denominator only. Keys at or past kv_length (clamped to 0..S) do not exist; what no row of
 a tile sees is never read into a product. Tiles stand at absolute positions, so q_start and kv_length may change under a replayed graph.
 
-float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32.
+float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32. The path "hopper"
+(block_attention_hopper.cu) is for sm_90a and blocks of 128; calls that it does not know (softcap, orders, scales that are not positive, outputs of another type,
+arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
+import struct
+
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
+    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128"),
     Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step, divides block_k"),
     Tunable("row_tiles", (1, 2), "16-row tiles a warp holds: 2 halves what is read from shared memory, and doubles the registers"),
 )
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
+LOG2E = 1.4426950408889634
+HOPPER_FIELDS = "128s" * 4 + "5Q" + LISTS + POSITIONS + "7i2f"
+HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
 def supports(problem: Problem) -> str | None:
@@ -37,8 +46,32 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> int:
     return (bq + tk) * (padded(D) + 8) * 2 + tk * (sliced(Dv)[1] + 8) * 2 + words
 
 
+def no_hopper(problem: Problem) -> str | None:
+    """Why the path "hopper" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path hopper: {problem.arch} lacks its instructions; take portable"
+    if problem.dtype("q") not in HALVES or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
+        return f"path hopper takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; take portable"
+    return None
+
+
+def hopper_defines(kind: str, D: int, Dv: int) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128)
+
+
+def hopper_bytes(D: int, Dv: int) -> int:
+    """Two stages of keys and of values, the queries, barriers and the item; 16384 bytes hold 128 rows of 64 columns."""
+    keys, values = ceil_div(D, 64) * 16384, ceil_div(Dv, 64) * 16384
+    return 1024 + 2 * (keys + values) + max(keys, values) + 160
+
+
 def resources(problem: Problem, config: dict):
     bq, bk, tk, mt = config["block_q"], config["block_k"], config["tile_k"], config["row_tiles"]
+    if config["path"] == "hopper":
+        if (bq, bk) != (128, 128):
+            return f"path hopper takes blocks of 128 x 128, not {bq} x {bk}"
+        portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
+        return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk:
         return f"block_q is a multiple of 32 and block_k of tile_k {tk}, not {bq} and {bk}"
@@ -61,13 +94,15 @@ def _threads(config: dict, float32: bool) -> int:
 def default_config(problem: Problem) -> dict:
     D, T = problem["D"], problem["T"]
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
+    if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
+        return first_fitting(problem, resources, [dict(path="hopper", block_q=128, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
     if problem.dtype("q") == "float32":
         tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
     elif D <= 128:
         tries = [(rows, 128, 64), (min(rows, 64), 64, 32)]
     else:
         tries = [(min(rows, 64), 64, 32 if D > 256 else 64), (min(rows, 64), 64, 32), (32, 64, 32)]
-    return first_fitting(problem, resources, [dict(block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])
+    return first_fitting(problem, resources, [dict(path="portable", block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
@@ -80,7 +115,42 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
-    return [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
+    portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
+    own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["forward"])]
+    return own + portable if config["path"] == "hopper" else portable
+
+
+def takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) -> bool:
+    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
+        and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
+
+
+def longest_first(lists, place):
+    """[L, nq] tiles of each list, longest first, and how many are far longer than the rest; made once and kept. Lists from the device: None, 0."""
+    found = lists.extras.get("cupy.longest_first")
+    if found is None:
+        offsets = lists.extras.get("offsets")
+        if offsets is None or not lists.nq:
+            return None, 0
+        length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
+        ahead = (length > 4 * length.mean()).sum(axis=1).max()
+        found = lists.extras["cupy.longest_first"] = place.upload((-length).argsort(axis=1, kind="stable").astype("int32")), int(ahead)
+    return found
+
+
+def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start):
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    rows = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, 128, 1, 1))  # noqa: E731
+    maps = rows(q), rows(k), rows(v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
+    start = S - T if q_start is None and kv_length is None else q_start
+    covered = isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq
+    order, ahead = longest_first(lists, place) if covered else (None, 0)
+    items = B * Hq * tiles
+    ticket = place.zeros((1,), "int32") if items > place.sms else None
+    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv), place)
+    function(min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(ticket), nvrtc.ptr(order),
+             *lists_values(lists), *position_values(T, S, kv_length, q_start), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, items, scale, scale * LOG2E)
+    return out, lse
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
@@ -91,6 +161,8 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     tiles = query_tiles(lists, T, q_start, S, kv_length)
     if B * Hq * tiles == 0:
         return out, lse
+    if takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
+        return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None)

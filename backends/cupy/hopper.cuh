@@ -96,8 +96,8 @@ __device__ __forceinline__ void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) 
 }
 #endif
 
-// Tiles whose rows are k: 64 columns to a row of 128 bytes, the next 64 columns 8192 bytes on; 16 rows further is + 128 in the descriptor
-__device__ __forceinline__ u64 descriptor_columns(u32 tile) { return (u64)((tile & 0x3FFFF) >> 4) | ((u64)(8192 >> 4) << 16) | (64ull << 32) | (1ull << 62); }
+// Tiles whose rows are k: 64 columns to a row of 128 bytes, the next 64 columns `Next` bytes on; 16 rows further is + 128 in the descriptor
+template <int Next = 8192> __device__ __forceinline__ u64 descriptor_columns(u32 tile) { return (u64)((tile & 0x3FFFF) >> 4) | ((u64)(Next >> 4) << 16) | (64ull << 32) | (1ull << 62); }
 __device__ __forceinline__ u64 descriptor(u32 tile) { return (u64)((tile & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 #ifdef SPARSETILE_EMULATE
 inline void wgmma_fence() {}
