@@ -171,7 +171,7 @@ def _load_rows(jobs, memory, b, h):
                    memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
         load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
                    memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
-    number_rows(memory + job.rows, job.panels, job.T, 1)
+    number_rows(memory + job.rows, job.panels, job.T, 1, 0)
 
 
 @far("iiii")
