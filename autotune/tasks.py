@@ -245,6 +245,7 @@ def workloads() -> list[Workload]:
         found.append(W(f"gpu/latent-{S}", "latent_decompress", "bfloat16", B=1, S=S, H=128, R=512, Dn=128, Dv=128, P=64))
         found.append(W(f"gpu/absorb-{S // 32}", "grouped_matmul", "bfloat16", B=1, H=128, T=S // 32, N=128, M=512, P=64))
         found.append(W(f"gpu/merge-{S // 4}", "merge_attention", "bfloat16", B=1, Hq=32, T=S // 4, Dv=128, N=2))
+    found.append(W("cpu/decode/65536", "block_attention", "float32", dict(pattern=P.Causal()), B=1, Hq=32, Hk=8, T=1, S=65536, D=128, Dv=128))
     cpu = dict(B=1, T=512, S=4096)
     for K in (32, 128, 512):
         found.append(W(f"cpu/topk-{K}", "topk", "float32", K=K, **cpu))
