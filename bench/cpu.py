@@ -22,7 +22,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import sparsetile as st  # noqa: E402
-from sparsetile.autotune import timing  # noqa: E402
 from sparsetile.backends import arrays  # noqa: E402
 from sparsetile.backends.numba.far import far, on_threads  # noqa: E402
 from sparsetile.backends.numba.simd import LANES, op  # noqa: E402
@@ -121,8 +120,8 @@ def growth(lengths, seconds):
         for name, call, outputs in (("forward", forward, size + H * N * 4 / 2 ** 20), ("both", both, 4 * size + 2 * H * N * 4 / 2 ** 20)):
             call()
             grown = resident_peak(call)
-            samples = timing.finals(timing.Stopwatch(None), [call], seconds)[0]
-            row |= {f"{name}_ms": round(min(samples) / 1e3, 2), f"{name}_extra_mb": None if grown is None else round(max(0.0, grown - outputs), 1)}
+            best = min(took(call) for _ in range(max(3, int(seconds * 1e6 / took(call)))))
+            row |= {f"{name}_ms": round(best / 1e3, 2), f"{name}_extra_mb": None if grown is None else round(max(0.0, grown - outputs), 1)}
         yield row
 
 
