@@ -6,7 +6,7 @@ import pytest
 numba = pytest.importorskip("numba")
 
 from drivers import Driver  # noqa: E402
-from judge import attention  # noqa: E402
+from judge import attention, gradients  # noqa: E402
 from oracle import visible  # noqa: E402
 
 import sparsetile as st  # noqa: E402
@@ -81,3 +81,13 @@ def test_few_queries_of_long_keys(threads, kind, groups, T, D, Dv):
         threads(count)
         got.append([x.tobytes() for x in attention(Driver("numba"), q, k, v, pattern, seen, kv_length=np.array([length], np.int32), softcap=20.0 if T == 4 else None)])
     assert got[0] == got[1]
+
+
+def test_gradients_of_heads_in_groups(monkeypatch):
+    """Long keys: the sums of a few key heads at a time, here of two of six."""
+    pytest.importorskip("torch")
+    from sparsetile.backends.numba import block_attention_backward
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.normal(size=(2, h, n, d)).astype(np.float32) for h, n, d in ((6, 150, 40), (3, 170, 40), (3, 170, 24)))
+    monkeypatch.setattr(block_attention_backward, "SPARE", 2 * 4 * (192 + 32) * (48 + 32))
+    gradients(Driver("numba"), q, k, v, st.Window(30), visible(2, 150, 170, rule=lambda p, s: (s <= p) & (s >= p - 30)), rng)
