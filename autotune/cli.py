@@ -1,4 +1,4 @@
-"""The command line: sparsetile demo | tune | bench | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
+"""The command line: sparsetile demo | tune | bench | warmup | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
 import argparse
 import importlib
 import json
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("workloads", nargs="*", help="names or kernels; none: every workload of the device")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
     p.add_argument("--seconds", type=_duration, default=1.0, help="time for each workload (default: 1)")
+
+    p = command("warmup", _warmup, "Compile ahead: one small call of each workload on each backend that runs it, so that the first real call finds its kernels on disk.",
+                "Compiled code is kept where Numba and the GPU compilers keep theirs (NUMBA_CACHE_DIR, SPARSETILE_CACHE_DIR, TRITON_CACHE_DIR); another CPU or a new version compiles anew.")
+    p.add_argument("workloads", nargs="*", help="names or kernels; none: every workload of the device")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
+    p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="this backend only (default: each that supports the problem)")
 
     command("doctor", _doctor, "What this machine has, which backends run, why the others do not, and which profiles are in use.")
 
@@ -165,6 +171,31 @@ def _bench(args):
     if not args.json:
         print(measure.table(rows))
     return 0
+
+
+def _warmup(args):
+    """A GPU kernel is compiled for its sizes and gets the workload itself; on the CPU a small twin's code serves all sizes."""
+    import time
+
+    from sparsetile.autotune import tasks
+    from sparsetile.backends.contract import BACKENDS
+    from sparsetile.ops import dispatch
+    device, failed = _device(args.device), 0
+    for w in _selected(args.workloads, device):
+        task = tasks.Task(w.small() if device is None else w, device)
+        for name in [args.backend] if args.backend else BACKENDS[:-1]:
+            why = dispatch.refusal(name, task.problem, device)
+            start = time.perf_counter()
+            if why is None:
+                task.bound(name)()
+            elif args.backend:
+                failed += 1
+            row = {"workload": w.name, "backend": name, **({"refused": why} if why else {"seconds": round(time.perf_counter() - start, 3)})}
+            if args.json:
+                print(json.dumps(row), flush=True)
+            elif why is None or args.backend:
+                print(f"{w.name:40} {name:8} " + (why or f"{row['seconds']:8.2f} s"), flush=True)
+    return 1 if failed else 0
 
 
 def _doctor(args):

@@ -100,6 +100,41 @@ def indexer_scores(q, k, weights, *, k_scale=None, visible=None, activation="rel
     return total if visible is None else np.where(visible, total, np.float32(-np.inf))
 
 
+def indexer_gradients(q, k, weights, dscores, *, k_scale=None, visible=None, activation="relu"):
+    """dscores [B,T,S]  ->  dq, dk, dweights float32"""
+    with np.errstate(all="ignore"):
+        wq, wk, g = q.astype(np.float32), k.astype(np.float32), dscores.astype(np.float32)
+        g = g if k_scale is None else g * k_scale.astype(np.float32)[:, None]
+        g = g if visible is None else np.where(visible, g, 0)
+        x = wq @ wk[:, None].swapaxes(-1, -2)
+        steep = x > 0 if activation == "relu" else np.ones_like(x, bool)
+        dweights = np.where(steep, x * g[:, None], 0).sum(axis=-1)
+        da = rounded(np.where(steep, g[:, None] * weights.astype(np.float32)[..., None], 0), q.dtype)
+        return da @ wk[:, None], np.einsum("bhts,bhtd->bsd", da, wq), dweights
+
+
+def grouped_gradients(dout, x, w):
+    """dout [B,H,T,M]  ->  dx, dw in the types of x, w"""
+    kind = working(x)
+    with np.errstate(all="ignore"):
+        g = dout.astype(kind)
+        return (g @ w.astype(kind)).astype(x.dtype), (g.swapaxes(-1, -2) @ x.astype(kind)).sum(axis=0).astype(w.dtype)
+
+
+def latent_gradients(dk, dv, latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
+    """dk [B,H,S,Dn+P]  dv [B,H,S,Dv]  ->  dlatent in w_uk's type, dw_uk, dw_uv, dk_rope"""
+    kind, Dn = working(w_uk), w_uk.shape[2]
+    with np.errstate(all="ignore"):
+        c, gk, gv, scale = latent.astype(kind), dk[..., :Dn].astype(kind), dv.astype(kind), None
+        if latent_scale is not None:
+            scale = np.repeat(latent_scale, 128, axis=-1)[..., :c.shape[-1]].astype(kind)
+            c = rounded(c * scale, w_uk.dtype)
+        dc = (gk @ w_uk.astype(kind).swapaxes(-1, -2) + gv @ w_uv.astype(kind).swapaxes(-1, -2)).sum(axis=1)
+        weights = ((c[:, None].swapaxes(-1, -2) @ g).sum(axis=0).astype(w_uk.dtype) for g in (gk, gv))
+        drope = None if k_rope is None else dk[..., Dn:].astype(kind).sum(axis=1).astype(k_rope.dtype)
+        return ((dc if scale is None else dc * scale).astype(w_uk.dtype), *weights, drope)
+
+
 def grouped_matmul(x, w, *, tail=None, out_dtype=None):
     """x [B,H,T,N]  w [H,M,N]  ->  [B,H,T,M+P]"""
     with np.errstate(all="ignore"):

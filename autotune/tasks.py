@@ -116,6 +116,10 @@ class Task:
 
     _indexer_topk = _indexer_scores
 
+    def _indexer_scores_backward(self):
+        w = self.workload
+        return *self._indexer_scores(), self.normal((w["B"], w["T"], w["S"]), "float32")
+
     def _topk(self):
         w = self.workload
         return (self.normal((w["B"], w["T"], w["S"]), "float32"),)
@@ -145,6 +149,10 @@ class Task:
         w, kernel, x = self.workload, self.workload.kernel, self.inputs
         if kernel in ("block_attention", "gather_attention"):
             return attention.forward(self._call(*x, backend, config), False)[0]
+        if kernel == "indexer_scores_backward":
+            q, k, weights, k_scale, dscores = x
+            call = indexer.check("indexer_scores", q, k, weights, k_scale, w.option("causal", True), None, None, None, "relu", backend, None)
+            return indexer.scores_backward(call, dscores, config)
         if kernel.endswith("_backward"):
             q, k, v, rule, out, lse, dout = x
             return attention.backward(self._call(q, k, v, rule, backend), out, lse, dout, config=config)[:3]
@@ -237,6 +245,7 @@ def workloads() -> list[Workload]:
         found.append(W(f"gpu/latent-{S}", "latent_decompress", "bfloat16", B=1, S=S, H=128, R=512, Dn=128, Dv=128, P=64))
         found.append(W(f"gpu/absorb-{S // 32}", "grouped_matmul", "bfloat16", B=1, H=128, T=S // 32, N=128, M=512, P=64))
         found.append(W(f"gpu/merge-{S // 4}", "merge_attention", "bfloat16", B=1, Hq=32, T=S // 4, Dv=128, N=2))
+    found.append(W("cpu/decode/65536", "block_attention", "float32", dict(pattern=P.Causal()), B=1, Hq=32, Hk=8, T=1, S=65536, D=128, Dv=128))
     cpu = dict(B=1, T=512, S=4096)
     for K in (32, 128, 512):
         found.append(W(f"cpu/topk-{K}", "topk", "float32", K=K, **cpu))
@@ -245,6 +254,7 @@ def workloads() -> list[Workload]:
         found.append(W(f"cpu/gather-{K}/backward", "gather_attention_backward", "float32", Hq=8, Hk=8, D=64, Dv=64, K=K, **cpu))
     for S in (512, 1024, 4096):
         found.append(W(f"cpu/indexer-{S}", "indexer_scores", "float32", B=1, H=16, T=256, S=S, D=128))
+        found.append(W(f"cpu/indexer-{S}/backward", "indexer_scores_backward", "float32", B=1, H=16, T=256, S=S, D=128))
         found.append(W(f"cpu/latent-{S}", "latent_decompress", "float32", B=1, S=S, H=16, R=512, Dn=128, Dv=128, P=64))
         found.append(W(f"cpu/absorb-{S}", "grouped_matmul", "float32", B=1, H=16, T=S // 4, N=128, M=512, P=64))
         found.append(W(f"cpu/merge-{S}", "merge_attention", "float32", B=1, Hq=8, T=S, Dv=64, N=2))

@@ -79,6 +79,16 @@ def _answers(task: Task, dtype) -> list:
             g = w.option("pool")
             scores = np.pad(scores, ((0, 0), (0, 0), (0, -S % g)), constant_values=-np.inf).reshape(w["B"], T, -1, g).max(-1)
         return [scores]
+    if w.kernel == "indexer_scores_backward":
+        q, k, weights, k_scale, dscores = x
+        visible = None if not w.option("causal", True) else np.arange(w["S"])[None] <= (w["S"] - w["T"] + np.arange(w["T"]))[:, None]
+        if dtype is None:
+            return list(plain.indexer_gradients(q, k, weights, dscores, k_scale=k_scale, visible=visible))
+        q, k, weights, k_scale, g = (_wide(a, dtype) for a in x)
+        g = np.where(True if visible is None else visible, g if k_scale is None else g * k_scale[:, None], 0)
+        dots = np.einsum("bhtd,bsd->bhts", q, k)
+        da = (dots > 0) * g[:, None] * weights[..., None]
+        return [np.einsum("bhts,bsd->bhtd", da, k), np.einsum("bhts,bhtd->bsd", da, q), np.einsum("bts,bhts->bht", g, np.maximum(dots, 0))]
     if w.kernel == "latent_decompress":
         latent, w_uk, w_uv, rope = (_wide(a, dtype) for a in x)
         return list(plain.latent_decompress(latent, w_uk, w_uv, k_rope=rope))

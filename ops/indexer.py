@@ -1,5 +1,5 @@
 """The lightning indexer: scores of all keys by a light scorer, exact top-k, and both in one without ever holding the scores."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsetile.backends import arrays
@@ -45,7 +45,7 @@ def indexer_scores(q, k, weights, *, k_scale=None, causal=True, q_start=None, ke
     activation   "relu", or None for plain products
     Returns scores [B,T,S] float32. Source: DeepSeek-V3.2 (arXiv 2512.02556), equation 1.
     """
-    call = _check("indexer_scores", q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config)
+    call = check("indexer_scores", q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config)
     B, H, T, S, D = call.sizes
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
@@ -70,6 +70,19 @@ def scores(call: Call):
         return place.give(choice.kernel.run(*_natives(call, place), place=place, config=choice.config, **_window(call, place)))
 
 
+def scores_backward(call: Call, dscores, config=None):
+    """Gradients of a checked call's scores: dscores [B,T,S] -> dq [B,H,T,D], dk [B,S,D], dweights [B,H,T], float32."""
+    B, H, T, S, D = call.sizes
+    choice, place = _choose(replace(call, config=config), {}, [], 1, "indexer_scores_backward")
+    with place.guard():
+        if B * T * S == 0 or H == 0:
+            got = place.zeros((B, H, T, D), "float32"), place.zeros((B, S, D), "float32"), place.zeros((B, H, T), "float32")
+        else:
+            given = place.packed(place.cast(place.native(dscores), "float32"))
+            got = choice.kernel.run(*_natives(call, place), given, place=place, config=choice.config, **_window(call, place))
+        return tuple(place.give(x) for x in got)
+
+
 def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=None, key_start=None, key_end=None, activation="relu", pool=1, force_first=0,
                  force_last=0, return_scores=False, backend=None, config=None):
     """The top_k best keys (or blocks of `pool` keys) of every query, exactly, without holding the scores: memory is O(T * top_k).
@@ -83,7 +96,7 @@ def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=Non
     equal scores by the smaller index, -0.0 equals 0.0, NaN and -inf are never chosen. A row with no more than top_k keys gets all of them and no score is
     computed, unless scores are asked for. For finite scores the set equals topk(indexer_scores(...)) of the same backend bit for bit.
     """
-    call = _check("indexer_topk", q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config)
+    call = check("indexer_topk", q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config)
     top_k, pool = checks.integer("top_k", top_k, 1, MOST), checks.integer("pool", pool, 1, 2 ** 31 - 1)
     force_first, force_last = checks.integer("force_first", force_first, 0, MOST), checks.integer("force_last", force_last, 0, MOST)
     checks.flag("return_scores", return_scores)
@@ -167,7 +180,7 @@ def best(scores, top_k, key_start, key_end, backend, config, caller, device):
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared
-def _check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config) -> Call:
+def check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config) -> Call:
     checks.options(backend, config)
     checks.array("q", q, 4, "[B,H,T,D]", FLOATS)
     checks.array("k", k, 3, "[B,S,D]", FLOATS)
@@ -205,12 +218,12 @@ def _full(place, x, B, T):
     return None if x is None else place.rows(place.native(x), (B, T))
 
 
-def _choose(call: Call, more: dict, words: list, granularity: int):
+def _choose(call: Call, more: dict, words: list, granularity: int, kernel: str | None = None):
     B, H, T, S, D = call.sizes
     features = [*words, *(w for w, on in (("causal", call.causal), ("scale", call.k_scale is not None), ("window", call.key_start is not None or call.key_end is not None),
                                           ("q_start", not isinstance(call.q_start, int))) if on)]
     kind = arrays.dtype_name(call.q)
-    problem = Problem.of(call.op, dict(B=B, H=H, T=T, S=S, D=D) | more, dict(q=kind, k=kind), arrays.device_info(call.device).arch, features, 1.0, granularity)
+    problem = Problem.of(kernel or call.op, dict(B=B, H=H, T=T, S=S, D=D) | more, dict(q=kind, k=kind), arrays.device_info(call.device).arch, features, 1.0, granularity)
     choice = dispatch.choose(call.op, problem, call.device, call.backend, call.config)
     return choice, arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
 

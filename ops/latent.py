@@ -120,18 +120,19 @@ def absorb(x, w, tail, backend):
     return matmul(x, w, tail, backend, caller, device)
 
 
-def matmul(x, w, tail, backend, caller, device, config=None):
+def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None):
     """absorb of checked arguments."""
     B, H, T, N = x.shape
     M, P = w.shape[1], 0 if tail is None else tail.shape[3]
     kind = arrays.dtype_name(x)
-    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind), arrays.device_info(device).arch, ["tail"] * (P > 0))
+    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind) | ({} if out_dtype in (None, kind) else dict(out=out_dtype)), arrays.device_info(device).arch, ["tail"] * (P > 0))
     choice = dispatch.choose("latent_attention", problem, device, backend, config)
     place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * H * T == 0:
-            return place.give(place.zeros((B, H, T, M + P), kind))
-        return place.give(choice.kernel.run(place.native(x), place.weights(w), place=place, config=choice.config, tail=None if tail is None else place.native(tail)))
+            return place.give(place.zeros((B, H, T, M + P), out_dtype or kind))
+        return place.give(choice.kernel.run(place.native(x), place.weights(w), place=place, config=choice.config, tail=None if tail is None else place.native(tail),
+                                            out_dtype=out_dtype))
 
 
 def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:

@@ -16,6 +16,7 @@ from sparsetile.ops import attention as attention_op
 from sparsetile.ops import indexer as indexer_op
 from sparsetile.ops import latent as latent_op
 from sparsetile.ops import merge as merge_op
+from sparsetile.ops import torch_gradients
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Pattern
 from sparsetile.ops.selection import Selection
@@ -210,15 +211,7 @@ def merge(outs, lses, sink_logits, backend):
     return _merge(list(outs), list(lses), sink_logits, backend or "")
 
 
-# ----------------------------------------------------------------------------------------------- indexer and latent: forward only
-def _no_gradient(name, remedy):
-    """Gradients of these ops are a written refusal, not a silent zero."""
-    def backward(ctx, *grads):
-        from sparsetile.backends.contract import Unsupported
-        raise Unsupported(f"{name}: gradients are not supported yet; {remedy}")
-    _differentiable(name, backward, lambda ctx, inputs, output: None)
-
-
+# --------------------------------------------------------------------------------------------------------- indexer and latent
 _WINDOW = "Tensor? k_scale, bool causal, Tensor? q_start, SymInt start, Tensor? key_start, Tensor? key_end, str activation, str backend, str config"
 
 
@@ -236,7 +229,24 @@ def _indexer_arguments(call):
 _scores = _define(f"indexer_scores(Tensor q, Tensor k, Tensor weights, {_WINDOW}) -> Tensor",
                   lambda *a: indexer_op.scores(_indexer_call("indexer_scores", *a)),
                   lambda q, k, *rest: q.new_empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32))
-_no_gradient("indexer_scores", "detach its inputs, or compute the scores with torch.einsum where they must train")
+
+
+def _scores_setup(ctx, inputs, output):
+    q, k, weights, k_scale, causal, q_start, start, key_start, key_end, *rest = inputs
+    ctx.save_for_backward(q, k, weights, k_scale, q_start, key_start, key_end)
+    ctx.causal, ctx.start, ctx.rest = causal, start, rest
+
+
+def _saved_indexer(ctx):
+    """The inputs from q on, in the operators' order."""
+    q, k, weights, k_scale, q_start, key_start, key_end, *more = ctx.saved_tensors
+    return (q, k, weights, k_scale, ctx.causal, q_start, ctx.start, key_start, key_end, *ctx.rest), more
+
+
+_like = lambda *tensors: tuple(x.new_empty(x.shape) for x in tensors)  # noqa: E731
+_scores_backward = _define(f"indexer_scores_backward(Tensor dscores, Tensor q, Tensor k, Tensor weights, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
+                           lambda dscores, *a: torch_gradients.indexer_scores(_indexer_call("indexer_scores", *a), dscores), lambda dscores, q, k, weights, *rest: _like(q, k, weights))
+_differentiable("indexer_scores", lambda ctx, dscores: (*_scores_backward(dscores, *_saved_indexer(ctx)[0]), *[None] * 9), _scores_setup)
 
 
 def indexer_scores(call):
@@ -257,7 +267,29 @@ def _select_fake(q, k, weights, top_k, pool, force_first, force_last, return_sco
 
 _select = _define("indexer_topk(Tensor q, Tensor k, Tensor weights, SymInt top_k, int pool, int force_first, int force_last, bool return_scores, "
                   f"{_WINDOW}) -> (Tensor, Tensor, Tensor)", _select_run, _select_fake)
-_no_gradient("indexer_topk", "detach its inputs; the choice of keys has no gradient")
+_select_backward = _define(f"indexer_topk_backward(Tensor indices, Tensor best, Tensor dbest, int pool, Tensor q, Tensor k, Tensor weights, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
+                           lambda indices, best, dbest, pool, *a: torch_gradients.indexer_topk(_indexer_call("indexer_topk", *a), indices, best, dbest, pool),
+                           lambda indices, best, dbest, pool, q, k, weights, *rest: _like(q, k, weights))
+
+
+def _select_setup(ctx, inputs, output):
+    q, k, weights, top_k, ctx.pool, force_first, force_last, return_scores, *rest = inputs
+    indices, lengths, best = output
+    _scores_setup(ctx, (q, k, weights, *rest), None)
+    ctx.save_for_backward(q, k, weights, rest[0], rest[2], rest[4], rest[5], indices, best)
+    ctx.mark_non_differentiable(indices, lengths, *([] if return_scores else [best]))
+    ctx.set_materialize_grads(False)
+
+
+def _select_autograd(ctx, _, __, dbest):
+    if dbest is None:
+        return (None,) * 17
+    inputs, (indices, best) = _saved_indexer(ctx)
+    dq, dk, dweights = _select_backward(indices, best, dbest, ctx.pool, *inputs)
+    return dq, dk, dweights, *[None] * 14
+
+
+_differentiable("indexer_topk", _select_autograd, _select_setup)
 
 
 def indexer_topk(call, top_k, options):
@@ -279,7 +311,33 @@ _decompress = _define("latent_decompress(Tensor latent, Tensor w_uk, Tensor w_uv
                       lambda c, uk, uv, rope, scale, backend: latent_op.decompress(c, uk, uv, rope, scale, backend or None, None, "torch", _device(c)),
                       lambda c, uk, uv, rope, scale, backend: (uk.new_empty((c.shape[0], uk.shape[0], c.shape[1], uk.shape[2] + (0 if rope is None else rope.shape[2]))),
                                                                uk.new_empty((c.shape[0], uk.shape[0], c.shape[1], uv.shape[2]))))
-_no_gradient("latent_decompress", "detach its inputs, or rebuild keys and values with torch.einsum where they must train")
+
+
+def _decompress_backward_run(dk, dv, c, uk, uv, rope, scale, backend):
+    *got, drope = torch_gradients.latent_decompress(dk, dv, c, uk, uv, rope, scale, backend or None)
+    return *got, uk.new_empty(0) if drope is None else drope
+
+
+def _decompress_backward_fake(dk, dv, c, uk, uv, rope, scale, backend):
+    return c.new_empty(c.shape, dtype=uk.dtype), *_like(uk, uv), uk.new_empty(0) if rope is None else rope.new_empty(rope.shape)
+
+
+_decompress_backward = _define("latent_decompress_backward(Tensor dk, Tensor dv, Tensor latent, Tensor w_uk, Tensor w_uv, Tensor? k_rope, Tensor? latent_scale, str backend) "
+                               "-> (Tensor, Tensor, Tensor, Tensor)", _decompress_backward_run, _decompress_backward_fake)
+
+
+def _decompress_setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _decompress_autograd(ctx, dk, dv):
+    c, rope = ctx.saved_tensors[0], ctx.saved_tensors[3]
+    dc, duk, duv, drope = _decompress_backward(dk, dv, *ctx.saved_tensors, ctx.backend)
+    return None if c.dtype != dc.dtype else dc, duk, duv, None if rope is None else drope, None, None
+
+
+_differentiable("latent_decompress", _decompress_autograd, _decompress_setup)
 
 
 def latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend):
@@ -289,7 +347,22 @@ def latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend):
 _matmul = _define("grouped_matmul(Tensor x, Tensor w, Tensor? tail, str backend) -> Tensor",
                   lambda x, w, tail, backend: latent_op.matmul(x, w, tail, backend or None, "torch", _device(x)),
                   lambda x, w, tail, backend: x.new_empty((*x.shape[:3], w.shape[1] + (0 if tail is None else tail.shape[3]))))
-_no_gradient("grouped_matmul", "detach latent_attention's inputs; training through it comes later")
+_matmul_backward = _define("grouped_matmul_backward(Tensor dout, Tensor x, Tensor w, str backend) -> (Tensor, Tensor)",
+                           lambda dout, x, w, backend: torch_gradients.grouped_matmul(dout, x, w, backend or None), lambda dout, x, w, backend: _like(x, w))
+
+
+def _matmul_setup(ctx, inputs, output):
+    x, w, tail, ctx.backend = inputs
+    ctx.save_for_backward(x, w)
+    ctx.tail = tail is not None
+
+
+def _matmul_autograd(ctx, dout):
+    x, w = ctx.saved_tensors
+    return *_matmul_backward(dout, x, w, ctx.backend), dout[..., w.shape[1]:] if ctx.tail else None, None
+
+
+_differentiable("grouped_matmul", _matmul_autograd, _matmul_setup)
 
 
 def grouped_matmul(x, w, tail, backend):

@@ -115,6 +115,21 @@ def indexer_scores(q, k, weights, *, k_scale=None, seen=None, activation="relu")
         return total if seen is None else np.where(seen, total, -np.inf)
 
 
+def indexer_gradients(q, k, weights, dscores, *, k_scale=None, seen=None, activation="relu"):
+    """-> dq [B,H,T,D], dk [B,S,D], dweights [B,H,T], one head at a time"""
+    g = dscores.astype(np.float64) * (1 if k_scale is None else k_scale.astype(np.float64)[:, None, :])
+    g = np.where(np.broadcast_to(True if seen is None else seen, g.shape), g, 0)
+    dq, dk, dweights = np.zeros(q.shape), np.zeros(k.shape), np.zeros(weights.shape)
+    for h in range(q.shape[1]):
+        dots = np.einsum("btd,bsd->bts", q[:, h].astype(np.float64), k.astype(np.float64))
+        slope = np.heaviside(dots, 0) if activation == "relu" else 1.0
+        dweights[:, h] = (g * dots * slope).sum(axis=2)
+        moved = g * slope * weights[:, h].astype(np.float64)[..., None]
+        dq[:, h] = np.einsum("bts,bsd->btd", moved, k.astype(np.float64))
+        dk += np.einsum("bts,btd->bsd", moved, q[:, h].astype(np.float64))
+    return dq, dk, dweights
+
+
 def pooled(scores, seen, pool):
     """[B,T,S] scores of keys -> maxima and visibility of blocks of `pool` keys, [B,T,ceil(S/pool)]; NaN and unseen keys passed over."""
     blocks = [slice(start, start + pool) for start in range(0, scores.shape[-1], pool)]
@@ -134,6 +149,19 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
     if k_rope is not None:
         k = np.concatenate([k, np.broadcast_to(widen(k_rope)[:, None], (*k.shape[:3], k_rope.shape[-1]))], axis=-1)
     return k, v
+
+
+def grouped_gradients(dout, x, w):
+    return np.einsum("bhtm,hmn->bhtn", widen(dout), widen(w)), np.einsum("bhtm,bhtn->hmn", widen(dout), widen(x))
+
+
+def latent_gradients(dk, dv, latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
+    c, Dn = widen(latent), w_uk.shape[-1]
+    scale = np.ones_like(c) if latent_scale is None else np.stack([widen(latent_scale)[..., r // 128] for r in range(c.shape[-1])], axis=-1)
+    gk, gv = widen(dk[..., :Dn]), widen(dv)
+    dlatent = (np.einsum("bhsd,hrd->bsr", gk, widen(w_uk)) + np.einsum("bhsd,hrd->bsr", gv, widen(w_uv))) * scale
+    dw_uk, dw_uv = (np.einsum("bsr,bhsd->hrd", c * scale, g) for g in (gk, gv))
+    return dlatent, dw_uk, dw_uv, None if k_rope is None else widen(dk[..., Dn:]).sum(axis=1)
 
 
 def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, count, *, scale, latent_scale=None, softcap=None, sink_logits=None):

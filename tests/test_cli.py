@@ -9,7 +9,7 @@ import pytest
 from sparsetile.autotune import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "tune", "bench", "doctor", "explain", "pattern")
+COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern")
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +84,11 @@ def test_unknown_command_is_usage():
     with pytest.raises(SystemExit) as stop:
         cli.main(["fly"])
     assert stop.value.code == 2
+
+
+def test_warmup_compiles_each_kernel_and_says_what_is_refused(capsys):
+    assert cli.main(["warmup", "cpu/topk-32", "merge_attention", "--backend", "numba", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0]["workload"] == "cpu/topk-32" and len(rows) > 1 and all(row["backend"] == "numba" and row["seconds"] >= 0 for row in rows)
+    assert cli.main(["warmup", "cpu/topk-32", "--backend", "cupy"]) == 1
+    assert "cupy" in capsys.readouterr().out

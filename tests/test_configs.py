@@ -5,7 +5,7 @@ from drivers import LARGE
 from sparsetile.autotune import tasks, verify
 from sparsetile.ops import dispatch
 
-KERNELS = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward", "indexer_scores", "indexer_topk", "topk",
+KERNELS = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward", "indexer_scores", "indexer_scores_backward", "indexer_topk", "topk",
            "latent_decompress", "grouped_matmul", "merge_attention")
 
 

@@ -1,11 +1,12 @@
 """What only the Numba backend promises of attention: no dependence on threads, float64 where float32 overflows, lanes shared by heads."""
+import ml_dtypes
 import numpy as np
 import pytest
 
 numba = pytest.importorskip("numba")
 
 from drivers import Driver  # noqa: E402
-from judge import attention  # noqa: E402
+from judge import attention, gradients  # noqa: E402
 from oracle import visible  # noqa: E402
 
 import sparsetile as st  # noqa: E402
@@ -63,3 +64,30 @@ def test_unseen_nan_between_seen_keys():
     clean = st.sparse_attention(q, k, v, pattern, backend="numba")
     k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
     assert np.array_equal(clean, st.sparse_attention(q, k, v, pattern, backend="numba"))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("groups, T, D, Dv", [(1, 1, 64, 64), (5, 1, 40, 72), (3, 4, 128, 20)])
+def test_few_queries_of_long_keys(threads, kind, groups, T, D, Dv):
+    """Keys in several shares, some rows past their end, poison where no query sees; the same bits from one thread."""
+    S, length, reach = 20000, 19001, 17500  # three shares; a share that ends inside a block
+    kind = {"bfloat16": ml_dtypes.bfloat16}.get(kind, kind)
+    rng = np.random.default_rng(7)
+    q, k, v = (rng.normal(size=(1, h, n, d)).astype(kind) for h, n, d in ((2 * groups, T, D), (2, S, D), (2, S, Dv)))
+    k[:, :, length:], v[:, :, length:], k[:, :, :length - reach - T] = np.nan, np.inf, np.nan
+    pattern, seen = st.Window(reach), visible(1, T, S, kv_length=[length], rule=lambda p, s: (s <= p) & (s >= p - reach))
+    got = []
+    for count in (1, numba.config.NUMBA_NUM_THREADS):
+        threads(count)
+        got.append([x.tobytes() for x in attention(Driver("numba"), q, k, v, pattern, seen, kv_length=np.array([length], np.int32), softcap=20.0 if T == 4 else None)])
+    assert got[0] == got[1]
+
+
+def test_gradients_of_heads_in_groups(monkeypatch):
+    """Long keys: the sums of a few key heads at a time, here of two of six."""
+    pytest.importorskip("torch")
+    from sparsetile.backends.numba import block_attention_backward
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.normal(size=(2, h, n, d)).astype(np.float32) for h, n, d in ((6, 150, 40), (3, 170, 40), (3, 170, 24)))
+    monkeypatch.setattr(block_attention_backward, "SPARE", 2 * 4 * (192 + 32) * (48 + 32))
+    gradients(Driver("numba"), q, k, v, st.Window(30), visible(2, 150, 170, rule=lambda p, s: (s <= p) & (s >= p - 30)), rng)

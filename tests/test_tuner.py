@@ -72,6 +72,14 @@ def test_tune_writes_what_the_next_call_uses(tmp_path):
     assert found.config == entry["config"] and "user cache" in found.source
 
 
+def test_the_next_process_finds_the_profile_of_this_cpu():
+    entry = tune.tune("block_attention", "cpu/window-256/4096", backend="numba", trials=2)
+    command = [sys.executable, "-m", "sparsetile", "explain", "cpu/window-256/4096", "--json"]
+    got = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
+    found = json.loads(got.stdout)
+    assert found["backend"] == "numba" and found["config"] == entry["config"] and "user cache" in found["source"]
+
+
 def _name():
     from sparsetile.backends import arrays
     return arrays.device_info(None).name

@@ -16,14 +16,14 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.numba import tiles
+from sparsetile.backends.numba import few, tiles
 from sparsetile.backends.numba.convert import fill_zero
-from sparsetile.backends.numba.exact import exact, row_factor
+from sparsetile.backends.numba.exact import exact
 from sparsetile.backends.numba.far import far, on_threads, scratch
+from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
-from sparsetile.backends.numba.rows import store_row
-from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64, transpose_tile
+from sparsetile.backends.numba.simd import LANES, address, get_i32, get_i64, next_task, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
 TUNABLES = (Tunable("block_q", (64, 32, 128), "queries per task"),
@@ -100,36 +100,6 @@ def _block(jobs, memory, kind, slot, limit, bases):
             tiles.add_values(pv + low * v_step, v_step, ps, high - low, po, sixes_v, fours_v)
 
 
-@far("iiiii")
-def _store(jobs, memory, b, h, inside):
-    """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
-    job = job_at(jobs)
-    Dv, width, flat = job.Dv, job.width, memory + job.flat
-    for p in range(job.panels):
-        rows, state, o = memory + job.rows + 8 * PANEL * p, memory + job.state + 4 * STEP * p, memory + job.ot + STEP * width * p
-        full = get_i64(memory + job.rows, job.panels * (PANEL + 1) + p)
-        for n in range(PANEL):
-            total = np.float64(get_f32(state, 2 * PANEL + n))
-            top = np.float64(get_f32(state, PANEL + n)) * job.unit if total != 0 else -math.inf
-            t = get_i64(rows, n)
-            put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
-            put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
-        tiles.scale_panel(o, width, state)
-        for r in range(0, PANEL, LANES):
-            for d in range(0, width, LANES):
-                transpose_tile(o + STEP * d + 4 * r, STEP, flat + 4 * d, 4 * width)
-            for n in range(r, r + LANES):
-                t = get_i64(rows, n)
-                if t >= 0:
-                    row, at = flat + 4 * (n - r) * width, (b * job.Hq + h) * job.T + t
-                    store_row(job.out_code, row, Dv, job.out + b * job.out_b + (h + t // job.T) * job.out_h + t % job.T * job.out_t)
-                    put_f32(job.lse, at, get_f32(state, PANEL + n))
-                    seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
-                    if inside != 0 and (tiles.finite(row, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
-                        put_byte(job.lost, at, 1)
-                        put_i64(job.odd, 0, 1)
-
-
 @far("iiiiii")
 def _tile(jobs, memory, b, h, heads, tile):
     """One block of queries of `heads` heads that share a list and a key head. state: for each panel new maxima, maxima in use, sums, scratch; PANEL float32 each."""
@@ -137,7 +107,7 @@ def _tile(jobs, memory, b, h, heads, tile):
     rows, panels, state, bases = memory + job.rows, job.panels, memory + job.state, memory + job.spans + 16 * WORDS * (job.panels + 1)
     if tile_rows(jobs, b, tile, rows, panels * PANEL) == 0:
         return
-    number_rows(rows, panels, job.T, heads)
+    number_rows(rows, panels, job.T, heads, heads - 1)
     fill_zero(memory + job.ot, panels * job.width * PANEL)
     fill_zero(memory + job.saw, panels * PANEL)
     for p in range(panels):
@@ -154,7 +124,7 @@ def _tile(jobs, memory, b, h, heads, tile):
         begin, partial, end = list_block(job, b, h, i)
         for entry in range(begin, end):
             _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, bases)
-    _store(jobs, memory, b, h, 1 if i >= 0 else 0)
+    write_tile(jobs, memory, b, h, 1 if i >= 0 else 0)
 
 
 @far("ii")
@@ -199,13 +169,20 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     group, rows = Hq // k.shape[1], min(T, lists.block_q)
     if lists.list_of.shape[1] == 1 and 2 * rows <= panels * PANEL:  # few queries: the heads of a group fill the lanes, and keys are read once for all
         job["stack"] = min(group, panels * PANEL // rows)
-    threads = min(numba.get_num_threads(), B * Hq * int(job["tiles"][0])) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
+    units, parts, tasks = B * k.shape[1] * int(job["tiles"][0]), None, B * Hq * int(job["tiles"][0])
+    if job["stack"] == group and group * rows <= few.MOST:
+        parts, tasks = few.prepare(job, lists, group * rows, units)
+    threads = min(numba.get_num_threads(), tasks) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
     job["lost"] = address(lost)
-    if not wide:
-        on_threads(work, job, threads)
     counter = alive[0]["counter"]
+    if not wide and parts is not None:
+        on_threads(few.work, job, threads)
+        counter[0] = 0
+        on_threads(few.finish, job, min(threads, units))
+    elif not wide:
+        on_threads(work, job, threads)
     if wide or counter[1]:
         counter[:] = 0
         on_threads(exact, job, threads)

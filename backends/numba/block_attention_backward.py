@@ -31,7 +31,8 @@ from sparsetile.backends.numba.simd import LANES, address, get_byte, get_f32, ge
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
 TASKS = 16  # at least so many, if the query blocks suffice
-ROOM = 1 << 28  # bytes of dK and dV in float32 that more shares than one may take
+SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
+ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone
 APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
 GRAIN = 32  # keys whose sums are cleared together, when first touched
 
@@ -171,7 +172,7 @@ def _load_rows(jobs, memory, b, h):
                    memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
         load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
                    memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
-    number_rows(memory + job.rows, job.panels, job.T, 1)
+    number_rows(memory + job.rows, job.panels, job.T, 1, 0)
 
 
 @far("iiii")
@@ -197,9 +198,9 @@ def work(jobs, thread):
     where = memory + job.spans + 16 * WORDS * (job.panels + 1)
     while True:
         task = next_task(job.counter)
-        if task >= job.B * job.Hk * job.shares:
+        if task >= job.heads * job.shares:
             break
-        share, head = task % job.shares, task // job.shares
+        share, head = task % job.shares, job.head + task // job.shares
         b, j = head // job.Hk, head % job.Hk
         limit = key_limit(job, b)
         put_i64(where, 4, job.sums_k + 4 * job.Dp * job.sum_rows * task)
@@ -236,10 +237,10 @@ def finish(jobs, thread):
     grains = (job.S + GRAIN - 1) // GRAIN
     while True:
         task = next_task(job.counter)
-        if task >= job.B * job.Hk * grains:
+        if task >= job.heads * grains:
             break
         head, grain = task // grains, task % grains
-        b, j = head // job.Hk, head % job.Hk
+        b, j = (job.head + head) // job.Hk, (job.head + head) % job.Hk
         for s in range(grain * GRAIN, min(job.S, grain * GRAIN + GRAIN)):
             _finish_row(job, head, grain, job.sums_k + 4 * job.Dp * s, job.Dp, row)
             store_row(job.dk_code, row, job.D, job.dk + b * job.dk_b + j * job.dk_h + s * job.dk_t)
@@ -289,10 +290,12 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     job["direct_k"] &= D % 4 == 0
     job["direct_v"] = v.dtype == np.float32 and lists.k_order is None
     sum_rows = up(S, GRAIN) + GRAIN
-    one = 4 * B * Hk * sum_rows * (Dp + width)
-    shares = max(1, min(-(-TASKS // (B * Hk)), int(job["tiles"][0]), ROOM // one))
+    one = 4 * sum_rows * (Dp + width)
+    heads = -(-B * Hk // -(-B * Hk // max(1, min(B * Hk, SPARE // one))))  # groups of about the same size
+    one *= heads
+    shares = max(1, min(-(-TASKS // heads), int(job["tiles"][0]), ROOM // one))
     sums_k, sums_v = np.empty(shares * one // (Dp + width) // 4 * Dp, np.float32), np.empty(shares * one // (Dp + width) // 4 * width, np.float32)
-    touched, cuts = np.zeros((shares * B * Hk, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
+    touched, cuts = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
     for name, x in dict(shares=shares, cuts=address(cuts), sums_k=address(sums_k), sums_v=address(sums_v), sum_rows=sum_rows, touched=address(touched),
                         touched_step=touched.shape[1]).items():
         job[name] = x
@@ -300,7 +303,10 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
                    ds=4 * rows * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
     _memory = scratch(job, threads, **shared)
-    on_threads(work, job, min(threads, shares * B * Hk))
-    alive[0]["counter"][:] = 0
-    on_threads(finish, job)
+    for head in range(0, B * Hk, heads):
+        job["head"], job["heads"] = head, min(heads, B * Hk - head)
+        touched[:] = alive[0]["counter"][:] = 0
+        on_threads(work, job, min(threads, shares * int(job["heads"][0])))
+        alive[0]["counter"][:] = 0
+        on_threads(finish, job)
     return dq, dk, dv

@@ -8,6 +8,7 @@ doubles that. A `far` function is compiled once; its callers refer to it by a sy
 
 A far function is called like any other from compiled code. Python starts with `on_threads(work, job)`, which first links all that `work` refers to.
 """
+import os
 from types import FunctionType
 
 import numba
@@ -17,6 +18,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
+from numba.np.ufunc import parallel
 
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import LANES, get_i64
@@ -136,9 +138,23 @@ def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
     return memory
 
 
+_forked = []
+
+
+def _after_fork():
+    """OpenMP's threads do not survive a fork, and starting others would end the process: the child of a process that had them computes alone."""
+    if getattr(parallel, "_is_initialized", True):
+        _forked.append(True)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def on_threads(work, job: np.ndarray, threads: int | None = None):
-    """work(address of job, thread) on each of some threads (all); work is far("ii")."""
-    count = numba.get_num_threads() if threads is None else threads
-    function, job = _FAR[work].link(), job.ctypes.data  # a record's array interface describes every field
-    if _alone(function, job) if count == 1 else _spread(count, function, job):  # waking threads costs more than a small call
+    """work(address of job, thread) on each of some threads (all); work is far("ii"). The interpreter's lock is held: calls from many Python threads run in turn,
+    each on Numba's threads, and never on more than those together."""
+    count = 1 if _forked else numba.get_num_threads() if threads is None else threads
+    function, record = _FAR[work].link(), job.ctypes.data  # a record's array interface describes every field
+    if _alone(function, record) if count == 1 else _spread(count, function, record):  # waking threads costs more than a small call
         raise MemoryError(f"{_FAR[work].symbol}: no memory for its scratch")

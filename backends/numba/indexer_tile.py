@@ -41,15 +41,16 @@ INDEXER = np.dtype([(name, "i8") for name in (
     "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts",
     "B", "H", "T", "S", "D", "padded", "heads", "queries", "memory", "memory_step", "qf", "wf", "rows", "panel", "scale", "scores", "bounds",
     "given", "shares", "share", "state", "candidates", "room", "top_k", "keep", "pool", "force_first", "force_last", "forced", "parts",
-    "indices", "lengths", "chosen", "out")] + [("low", "f8")])
+    "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf")] + [("low", "f8")])
 """x: address of an array; x_b, x_h, x_t, x_s: bytes from batch to batch, head to head, row to row; x_code: its element type. Absent: 0.
 memory: float32 scratch of a thread, memory_step bytes; qf, wf, rows, panel, scale, scores: offsets in it. low: 0 for relu, else -inf."""
 job_at = record_at(INDEXER)
 
 
-@kernel
-def _load_queries(job, b, t0, count, memory):
-    """Queries t0 .. t0 + count as float32: qf [count, heads, padded], wf [count, heads] (rows past H are never used)."""
+@far("iiiii")
+def load_queries(jobs, b, t0, count, memory):
+    """Queries t0 .. t0 + count as float32: qf [count, heads, padded], wf [count, heads]; zeros past H."""
+    job = job_at(jobs)
     for n in range(count):
         for h in range(job.heads):
             row = memory + job.qf + 4 * job.padded * (n * job.heads + h)
@@ -58,16 +59,41 @@ def _load_queries(job, b, t0, count, memory):
             put_f32(memory + job.wf, n * job.heads + h, get_f32(job.weights, (b * job.H + h) * job.T + t0 + n) if there else np.float32(0))
 
 
-@kernel
-def _load_panel(job, b, first, count, memory):
-    """Keys first .. first + count -> panel [padded, KEYS], transposed, zeros past count; scale [KEYS]."""
+@far("iiiii")
+def load_key(jobs, b, s, n, memory):
+    """Key s (-1: zeros) as the n-th of the panel: rows [KEYS, padded], scale [KEYS]."""
+    job = job_at(jobs)
+    load_row(job.k_code, job.k + b * job.k_b + max(s, 0) * job.k_s, job.D if s >= 0 else 0, memory + job.rows + 4 * job.padded * n, job.padded)
+    put_f32(memory + job.scale, n, get_f32(job.k_scale, b * job.S + s) if job.k_scale != 0 and s >= 0 else np.float32(1))
+
+
+@far("ii")
+def turn_panel(jobs, memory):
+    """rows -> panel [padded, KEYS]."""
+    job = job_at(jobs)
     rows = memory + job.rows
-    for n in range(KEYS):
-        load_row(job.k_code, job.k + b * job.k_b + (first + n) * job.k_s, job.D if n < count else 0, rows + 4 * job.padded * n, job.padded)
-        put_f32(memory + job.scale, n, get_f32(job.k_scale, b * job.S + first + n) if job.k_scale != 0 and n < count else np.float32(1))
     for n in range(0, KEYS, LANES):
         for d in range(0, job.padded, LANES):
             transpose_tile(rows + 4 * (job.padded * n + d), 4 * job.padded, memory + job.panel + 4 * (KEYS * d + n), 4 * KEYS)
+
+
+@far("iiiiiii", "i")
+def load_seen(jobs, b, t0, count, first, keys, memory):
+    """Keys first .. first + keys -> rows, panel and scale; zeros for those that none of `count` queries from t0 on sees (job.bounds). How many are seen."""
+    job = job_at(jobs)
+    there = 0
+    for n in range(KEYS):
+        s = -1
+        for t in range(t0, t0 + count if n < keys else t0):
+            bounds = job.bounds + 16 * (b * job.T + t)
+            if get_i64(bounds, 0) <= first + n and first + n < get_i64(bounds, 1):
+                s = first + n
+                there += 1
+                break
+        load_key(jobs, b, s, n, memory)
+    if there > 0:
+        turn_panel(jobs, memory)
+    return there
 
 
 @far("iiiiiiiiii")
@@ -76,14 +102,16 @@ def score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, fresh):
     fresh: these queries are not in memory yet."""
     job = job_at(jobs)
     if fresh:
-        _load_queries(job, b, t0, count, memory)
+        load_queries(jobs, b, t0, count, memory)
     for s in range(first, last, KEYS):
         seen = False
         for n in range(count):
             seen |= get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s
         if not seen:
             continue
-        _load_panel(job, b, s, min(KEYS, last - s), memory)
+        for n in range(KEYS):
+            load_key(jobs, b, s + n if s + n < last else -1, n, memory)
+        turn_panel(jobs, memory)
         for n in range(count):
             if get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s:
                 score_keys(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D,
@@ -114,7 +142,7 @@ def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start,
                  q=q, k=k, weights=weights, k_scale=k_scale, key_start=key_start, key_end=key_end, q_starts=q_start if each else None)
     values = {name: address(x) for name, x in alive.items()}
     values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
-    values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D,
+    values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D, threads=threads,
                    padded=padded, heads=heads, queries=queries, low=0.0 if activation == "relu" else -np.inf)
     for name, x in values.items():
         job[name] = x

@@ -33,6 +33,9 @@ def _stamp(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_DAMAGED = (OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError, ImportError, IndexError, TypeError)
+
+
 class _Cache(FunctionCache):
     def __init__(self, function):
         super().__init__(function)
@@ -43,7 +46,7 @@ class _Cache(FunctionCache):
     def load_overload(self, signature, target):
         try:
             return super().load_overload(signature, target)
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError, ImportError):
+        except _DAMAGED:
             return None
 
     def save_overload(self, signature, data):
@@ -51,6 +54,12 @@ class _Cache(FunctionCache):
             super().save_overload(signature, data)
         except OSError:
             self.disable()
+        except _DAMAGED:  # the index, which is read before it is written
+            try:
+                self._cache_file.flush()
+                super().save_overload(signature, data)
+            except OSError:
+                self.disable()
 
 
 def kernel(function=None, *, parallel=False, signature=None):

@@ -37,21 +37,21 @@ def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, 
             transpose_tile(flat + r * flat_step + 4 * d, flat_step, panel + 4 * (d * PANEL + r), STEP)
 
 
-@far("iiii", "i")
-def number_rows(rows, panels, T, heads):
-    """Queries of a tile for one head at `rows` -> for `heads` heads that see the same keys, packed, T added for each head; -1 after them. Behind the rows:
+@far("iiiii", "i")
+def number_rows(rows, panels, T, heads, packed):
+    """Queries of a tile for one head at `rows` -> for `heads` heads that see the same keys, T added for each head; packed (which several heads must be): first, -1 after them. Behind the rows:
     how many there are in each panel, a 0 for each panel, and which row of the block each is. Returns how many there are."""
     slots, real = panels * PANEL, 0
     block_rows = rows + 8 * panels * (PANEL + 2)
     for r in range(slots):
         t = get_i64(rows, r)
-        at = real if heads > 1 else r
+        at = real if packed != 0 else r
         put_i64(block_rows, r, r)
         if t >= 0:
             put_i64(rows, at, t)
             put_i64(block_rows, at, r)
             real += 1
-    if heads > 1:
+    if packed != 0:
         for n in range(real, slots):
             g = n // real if real > 0 else heads
             put_i64(rows, n, g * T + get_i64(rows, n % real) if g < heads else -1)

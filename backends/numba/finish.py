@@ -1,0 +1,42 @@
+"""The end of a tile of block attention: sums divided, rows written with their lse, rows that float32 could not hold marked."""
+import math
+
+import numpy as np
+
+from sparsetile.backends.numba import tiles
+from sparsetile.backends.numba.exact import row_factor
+from sparsetile.backends.numba.far import far
+from sparsetile.backends.numba.job import job_at
+from sparsetile.backends.numba.rows import store_row
+from sparsetile.backends.numba.simd import LANES, get_f32, get_i32, get_i64, put_byte, put_f32, put_i64, transpose_tile
+from sparsetile.backends.numba.tiles import PANEL, STEP
+
+
+@far("iiiii")
+def write_tile(jobs, memory, b, h, inside):
+    """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
+    job = job_at(jobs)
+    Dv, width, flat = job.Dv, job.width, memory + job.flat
+    for p in range(job.panels):
+        rows, state, o = memory + job.rows + 8 * PANEL * p, memory + job.state + 4 * STEP * p, memory + job.ot + STEP * width * p
+        full = get_i64(memory + job.rows, job.panels * (PANEL + 1) + p)
+        for n in range(PANEL):
+            total = np.float64(get_f32(state, 2 * PANEL + n))
+            top = np.float64(get_f32(state, PANEL + n)) * job.unit if total != 0 else -math.inf
+            t = get_i64(rows, n)
+            put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
+            put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
+        tiles.scale_panel(o, width, state)
+        for r in range(0, PANEL, LANES):
+            for d in range(0, width, LANES):
+                transpose_tile(o + STEP * d + 4 * r, STEP, flat + 4 * d, 4 * width)
+            for n in range(r, r + LANES):
+                t = get_i64(rows, n)
+                if t >= 0:
+                    row, at = flat + 4 * (n - r) * width, (b * job.Hq + h) * job.T + t
+                    store_row(job.out_code, row, Dv, job.out + b * job.out_b + (h + t // job.T) * job.out_h + t % job.T * job.out_t)
+                    put_f32(job.lse, at, get_f32(state, PANEL + n))
+                    seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
+                    if inside != 0 and (tiles.finite(row, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
+                        put_byte(job.lost, at, 1)
+                        put_i64(job.odd, 0, 1)

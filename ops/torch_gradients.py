@@ -1,0 +1,91 @@
+"""PyTorch: gradients made of other kernels. Those of products are products; those of chosen scores are those of all scores, a run of queries at a time."""
+from dataclasses import replace
+
+import torch
+
+from sparsetile.backends.contract import Unsupported
+from sparsetile.ops import indexer, latent
+
+RUN = 4096          # rows, or inner elements, of one product: its operands stay small; sums over runs are made in order
+SCORES = 2 ** 22    # scores held at once
+
+
+def _wide(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _product(x, w, backend):
+    """x [H,T,N], w [H,M,N] -> x w^T [H,T,M], not rounded; inner elements in runs."""
+    total, kind = None, "float64" if x.dtype == torch.float64 else "float32"
+    for n in range(0, x.shape[2], RUN):
+        part = latent.matmul(x[None, :, :, n:n + RUN], w[:, :, n:n + RUN], None, backend, "torch", x.device.index if x.is_cuda else None, out_dtype=kind)[0]
+        total = part if total is None else total.add_(part)
+    return x.new_zeros((*x.shape[:2], w.shape[1]), dtype=_wide(x)) if total is None else total
+
+
+def grouped_matmul(dout, x, w, backend):
+    """out [B,H,T,M+P] = x w^T, then a tail: dx [B,H,T,N] = dout w, dw [H,M,N] = sum over batches and rows of dout^T x."""
+    (B, H, T, _), M = x.shape, w.shape[1]
+    dout = dout[..., :M].to(x.dtype)
+    dx = latent.matmul(dout, w.transpose(1, 2), None, backend, "torch", x.device.index if x.is_cuda else None)
+    dw = torch.zeros(w.shape, dtype=_wide(w), device=w.device)
+    for b in range(B):
+        dw += _product(dout[b].transpose(1, 2), x[b].transpose(1, 2), backend)
+    return dx, dw.to(w.dtype)
+
+
+def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
+    """dk [B,H,S,Dn+P], dv [B,H,S,Dv] -> gradients of latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv], k_rope [B,S,P].
+
+    Heads are columns of one product: g = [dk, dv] [rows, H*(Dn+Dv)] times both weights is dlatent, g^T times the latent is the weights' gradient.
+    """
+    (B, S, R), (H, _, Dn), Dv = c.shape, w_uk.shape, w_uv.shape[2]
+    both = torch.cat((w_uk, w_uv), -1).transpose(0, 1).reshape(R, -1)                       # [R, H*(Dn+Dv)]
+    dlatent = torch.empty(c.shape, dtype=w_uk.dtype, device=c.device)
+    dboth = torch.zeros(both.shape[1], R, dtype=_wide(both), device=c.device)
+    for b in range(B):
+        for s in range(0, S, RUN):
+            end = min(S, s + RUN)
+            g = torch.cat((dk[b, :, s:end, :Dn], dv[b, :, s:end]), -1).transpose(0, 1).reshape(end - s, -1)
+            rows, scale = c[b, s:end], None
+            if latent_scale is not None:
+                scale = latent_scale[b, s:end].repeat_interleave(128, -1)[:, :R]
+                rows = (rows.to(_wide(both)) * scale).to(w_uk.dtype)
+            d = _product(g[None], both[None], backend)[0]                                    # [rows, R]
+            dlatent[b, s:end] = d if scale is None else d * scale
+            dboth += _product(g.t()[None], rows.t()[None], backend)[0]
+    dw = dboth.view(H, Dn + Dv, R).transpose(1, 2).to(w_uk.dtype)
+    drope = None if k_rope is None else dk[..., Dn:].sum(1, dtype=_wide(dk)).to(k_rope.dtype)
+    return dlatent, dw[..., :Dn].contiguous(), dw[..., Dn:].contiguous(), drope
+
+
+def indexer_scores(call, dscores):
+    """dq, dk, dweights in the types of q, k, weights."""
+    if "float8" in str(call.q.dtype):
+        raise Unsupported("indexer_scores: float8 q and k have no gradients; train with bfloat16 q and k")
+    return tuple(g.to(x.dtype) for g, x in zip(indexer.scores_backward(call, dscores), (call.q, call.k, call.weights)))
+
+
+def indexer_topk(call, indices, best, dbest, pool):
+    """indices, best, dbest [B,T,K]: each chosen score's gradient goes to its key, of a block to the first of its best keys."""
+    if "float8" in str(call.q.dtype):
+        raise Unsupported("indexer_topk: float8 q and k have no gradients; train with bfloat16 q and k")
+    B, _, T, S, _ = call.sizes
+    totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.q, call.k, call.weights)]
+    for t in range(0, T if S else 0, max(1, SCORES // (B * S))):
+        end = min(T, t + max(1, SCORES // (B * S)))
+        rows = lambda x: None if x is None else x[..., t:end]
+        part = replace(call, op="indexer_scores", config=None, q=call.q[:, :, t:end], weights=rows(call.weights), q_start=call.q_start + t, key_start=rows(call.key_start),
+                       key_end=rows(call.key_end))
+        entries = indices[:, t:end].long()
+        there = (entries >= 0) & (best[:, t:end] > -torch.inf)
+        keys = entries.clamp(min=0)
+        if pool > 1:
+            scores = torch.nn.functional.pad(indexer.scores(part).nan_to_num(-torch.inf, torch.inf, -torch.inf), (0, -S % pool), value=-torch.inf)
+            keys = keys * pool + scores.unflatten(-1, (-1, pool)).argmax(-1).gather(-1, keys)
+        dscores = torch.zeros(B, end - t, S, dtype=torch.float32, device=indices.device)
+        dscores.scatter_add_(-1, keys, torch.where(there, dbest[:, t:end], 0))               # entries differ: only zeros meet
+        dq, dk, dweights = indexer.scores_backward(part, dscores)
+        totals[0][:, :, t:end], totals[2][:, :, t:end] = dq, dweights
+        totals[1] += dk
+    return tuple(g.to(x.dtype) for g, x in zip(totals, (call.q, call.k, call.weights)))
