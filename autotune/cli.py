@@ -5,6 +5,8 @@ import json
 import os
 import sys
 
+from sparsetile.backends.contract import BACKENDS
+
 _PACKAGE = __name__.partition(".autotune.")[0]
 
 
@@ -64,9 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--list", action="store_true", help="list the workloads and stop")
 
-    p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default and PyTorch where it has the op.")
+    p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default (where that is another) and PyTorch (where it has the op).",
+                "examples:\n  sparsetile bench                                   every CPU workload\n  sparsetile bench cpu/window-256/4096\n"
+                "  sparsetile bench block_attention --device 0        every workload of one kernel on the first GPU")
     p.add_argument("workloads", nargs="*", help="names or kernels; none: every workload of the device")
-    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--seconds", type=_duration, default=1.0, help="time for each workload (default: 1)")
 
     p = command("warmup", _warmup, "Compile ahead: one small call of each workload on each backend that runs it, so that the first real call finds its kernels on disk.",
@@ -75,12 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="this backend only (default: each that supports the problem)")
 
-    command("doctor", _doctor, "What this machine has, which backends run, why the others do not, and which profiles are in use.")
+    p = command("doctor", _doctor, "What this machine has, which backends run, why the others do not, and which profiles are in use.",
+                "examples:\n  sparsetile doctor\n  sparsetile doctor --matrix                         which backend runs which kernel on which element types, and each refusal (needs no GPU)")
+    p.add_argument("--matrix", action="store_true", help="the support matrix in Markdown instead, asked of the kernels themselves")
 
-    p = command("explain", _explain, "Which backend and config a workload's call gets, from where, and why not the other backends.")
+    p = command("explain", _explain, "Which backend and config a workload's call gets, from where, and why not the other backends.",
+                "examples:\n  sparsetile explain cpu/window-256/4096\n  SPARSETILE_BACKEND=reference sparsetile explain cpu/topk-32\n"
+                "For a call of your own: print(sparsetile.explain(sparsetile.sparse_attention, q, k, v, pattern))")
     p.add_argument("workload", help="a workload's name, as `sparsetile tune --list` shows them")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--backend")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--backend", choices=BACKENDS, help="as the argument backend= of the call (default: what the environment and the profiles say)")
 
     p = command("pattern", _pattern, "Print, count and plot a pattern.",
                 "examples:\n  sparsetile pattern \"Window(255, 0) | Sink(4)\" --tokens 4096\n  sparsetile pattern \"longformer(512, globals=[0])\" --plot mask.png")
@@ -141,14 +149,13 @@ def _demo(args):
 def _tune(args):
     from sparsetile.autotune import progress, tune
     from sparsetile.backends.contract import Unsupported
-    device = _device(args.device)
-    workloads = _selected(args.workloads, device)
-    if args.list:
-        for w in workloads:
+    if args.list:  # asks for no GPU
+        for w in _selected(args.workloads, None if args.device == "cpu" else args.device):
             print(json.dumps({"name": w.name, "kernel": w.kernel, "dtype": w.dtype, **dict(w.sizes)}) if args.json else f"{w.name:40} {w.kernel:28} {w.dtype:14} " +
                   " ".join(f"{a}={n}" for a, n in w.sizes))
         return 0
-    failed = 0
+    device = _device(args.device)
+    workloads, failed = _selected(args.workloads, device), 0
     with progress.show(len(workloads), args.json) as say:
         for w in workloads:
             try:
@@ -178,7 +185,6 @@ def _warmup(args):
     import time
 
     from sparsetile.autotune import tasks
-    from sparsetile.backends.contract import BACKENDS
     from sparsetile.ops import dispatch
     device, failed = _device(args.device), 0
     for w in _selected(args.workloads, device):
@@ -200,6 +206,11 @@ def _warmup(args):
 
 def _doctor(args):
     from sparsetile.autotune import doctor
+    if args.matrix:
+        from sparsetile.autotune import matrix
+        text = matrix.markdown()
+        print(json.dumps({"markdown": text}) if args.json else text)
+        return 0
     report = doctor.report()
     print(json.dumps(report, indent=2) if args.json else doctor.text(report))
     return 0

@@ -17,6 +17,9 @@ def rows(workload, device, seconds: float) -> list[dict]:
             refused[name] = why
             continue
         calls.append(task.bound(name)), labels.append(name)
+        default = _default_besides(task, name)
+        if default is not None:
+            calls.append(task.bound(name, default)), labels.append(f"{name} (default config)")
     peer = torch_peer(task)
     if peer is not None:
         calls.append(peer), labels.append("torch")
@@ -34,6 +37,17 @@ def rows(workload, device, seconds: float) -> list[dict]:
     for name, why in refused.items():
         found.append({"workload": workload.name, "kernel": workload.kernel, "who": name, "refused": why})
     return found
+
+
+def _default_besides(task, backend) -> dict | None:
+    """The kernel's own config where a profile gives the call another."""
+    try:
+        with dispatch.explaining():
+            task.run(backend)
+    except dispatch._Explained as stop:
+        found = stop.explanation
+    default = dispatch.kernel(backend, found.kernel).default_config(found.problem)
+    return None if found.config == default else default
 
 
 def operations(task) -> float | None:
@@ -91,8 +105,10 @@ def torch_peer(task):
 
 
 def table(found: list[dict]) -> str:
-    lines = [f"{'workload':42} {'who':8} {'time':>12} {'GFLOP/s':>10}"]
+    lines = [f"{'workload':42} {'who':24} {'time':>12} {'p20 .. p80':>24} {'GFLOP/s':>10}"]
     for r in found:
         if "refused" not in r:
-            lines.append(f"{r['workload']:42} {r['who']:8} {r['time_us'] / 1e3:9.3f} ms {r.get('gflops', ''):>10}")
-    return "\n".join(lines)
+            spread = f"{r['p20'] / 1e3:.3f} .. {r['p80'] / 1e3:.3f}"
+            lines.append(f"{r['workload']:42} {r['who']:24} {r['time_us'] / 1e3:9.3f} ms {spread:>24} {r.get('gflops', ''):>10}")
+    refused = {(r["who"], r["refused"]): None for r in found if "refused" in r}
+    return "\n".join(lines + [f"not timed: {who}: {why}" for who, why in refused])

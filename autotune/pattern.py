@@ -54,7 +54,7 @@ def report(text: str, T: int, S: int, block: int, plot: str | None) -> dict:
     heads = len(pattern.patterns) if type(pattern).__name__ == "PerHead" else None
     parts = importlib.import_module(f"{_PACKAGE}.ops.lowering").lower(pattern, S - T, S, S, block, block, heads)
     found = {"pattern": str(pattern), "T": T, "S": S, "pairs": int(pattern.pairs(T, S)), "density": float(pattern.density(T, S)), "hops": pattern.hops(T) if T == S and T <= 4096 else None,
-             "blocks": {"size": block, "parts": len(parts), "kept": sum(len(p.cols) for p in parts), "of": -(-T // block) * -(-S // block)}, "picture": None, "plot": plot}
+             "blocks": {"size": block, "parts": len(parts), "kept": sum(int(p.offsets[-1]) for p in parts), "of": -(-T // block) * -(-S // block) * (len(pattern.rules()) if heads else 1)}, "picture": None, "plot": plot}
     if T <= 64 and S <= 64 and heads is None:
         found["picture"] = ["".join("#" if seen else "." for seen in row) for row in pattern.mask(T, S)]
     if plot:

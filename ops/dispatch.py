@@ -179,9 +179,10 @@ def _choose(op, problem, device, backend, config, fixed) -> Choice:
         else:
             reasons[name] = f"{choice.backend} comes first: {choice.source if 'profile' in choice.source else 'the order of preference is ' + ', '.join(BACKENDS)}"
     if is_explaining():
-        if choice is not None and asked != "auto":
+        if asked != "auto":
             reasons.update({name: f"{asked} was asked for" for name in BACKENDS if name != asked})
-        raise _Explained(Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, choice.source if choice else "no backend supports this", reasons, problem))
+        source = choice.source if choice else "no backend supports this" if asked == "auto" else f"{asked} was asked for and refuses this"
+        raise _Explained(Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, source, reasons, problem))
     if choice is None:
         near = _nearest(problem, device, reasons) if asked != "auto" else ""
         raise Unsupported(f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + near)
