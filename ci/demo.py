@@ -115,7 +115,7 @@ def read(windows: int):
 
 
 # ------------------------------------------------------------------------------------------------------------------- indexer
-def fit(q, k, hidden, heads=4, width=32, steps=60, batch=3):
+def fit(q, k, hidden, heads=4, width=32, steps=40, batch=2):
     """A lightning indexer for one layer: projections of the layer's input to queries, one key and head weights, trained on the KL divergence from the
     head-averaged dense attention to the softmax of its scores (DeepSeek-V3.2, arXiv 2512.02556, equation 3). Returns [Wq, Wk, Ww].
 
@@ -265,13 +265,14 @@ def draw(path, q, k, hidden, weights):
         mask = np.zeros((WINDOW, WINDOW), bool)
         np.put_along_axis(mask, chosen.indices[0, 0].numpy().clip(0), True, 1)
         masks[name] = mask
-    figure, axes = plt.subplots(2, 4, figsize=(13, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(13, 7.6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.15)
     for axis, (name, mask) in zip(axes.flat, masks.items()):
         axis.imshow(mask, cmap="Blues", interpolation="none", vmin=0, vmax=1.3)
         axis.set_title(f"{name}\n{mask.mean():.1%} of the pairs", fontsize=9)
         axis.set_xlabel("key"), axis.set_ylabel("query")
         axis.tick_params(labelsize=7)
-    figure.suptitle("What one query sees: window 32 of Alice, all-MiniLM-L6-v2, layer 4 (selectors: head 1)")
+    figure.suptitle("What each query sees in one window of 512 tokens of Alice: all-MiniLM-L6-v2, layer 4 (exact scores: head 1; the indexer's choice is shared by all heads)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -284,13 +285,14 @@ def table(rows, tokens, tuned: bool) -> str:
     for name, r in rows.items():
         after = "same config" if "tuned_ms" not in r else f"{r['default_again_ms']:.0f} -> {r['tuned_ms']:.0f} ms"
         lines.append(f"{name:26}{r['keys']:7.0f}{r['mass']:9.1%}{r['error']:9.3f}{r['default_ms']:9.0f} ms{dense / r['default_ms']:9.1f}" + (f"{after:>23}" if tuned else ""))
-    lines += ["", f"keys     seen by a query inside the model's own windows of {WINDOW} tokens      property of the pattern or selector",
-              "mass     share of the dense attention's probability on those keys         property of the model: its layers, heads and queries in held-out windows",
-              "error    |sparse output - dense output| / |dense output|                  property of the model; exact arithmetic would give the same",
-              f"default  one call at {tokens} positions, selectors with their selection     property of the arithmetic: layer 4's tensors laid end to end, a length",
-              "x dense  the time of dense over it                                        at which this model itself never attends; says nothing of its quality"]
+    legend = [("keys", f"seen by a query inside the model's own windows of {WINDOW} tokens", "the pattern or selector"),
+              ("mass", "share of the dense attention's probability on those keys", "the model: all layers and heads, held-out windows"),
+              ("error", "|sparse output - dense output| / |dense output|", "the model; exact arithmetic would give the same"),
+              ("default", f"one call at {tokens} positions, selectors with their selection", "the arithmetic only: layer 4's tensors laid end to end,"),
+              ("x dense", "how many times faster than dense that is", "a length at which this model itself never attends")]
     if tuned:
-        lines.append("tuned    the default config again -> the tuner's, timed in turn                property of the arithmetic, on this machine")
+        legend.append(("tuned", "the default config again -> the tuner's, timed in turn", "the arithmetic only"))
+    lines += ["", f"{'column':9}{'what it is':68}a property of"] + [f"{name:9}{what:68}{of}" for name, what, of in legend]
     return "\n".join(lines)
 
 

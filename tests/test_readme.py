@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsetile.autotune import cli, matrix
+from sparsetile.autotune import cli, matrix, tasks
+from sparsetile.backends.contract import KERNELS
 from sparsetile.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,16 +33,12 @@ def test_python_blocks_run(block):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_exist(command):
     words = shlex.split(command)
-    if words[0] == "sparsetile":
-        cli._parser().parse_args(words[1:])  # ends the process where an option is unknown
-        assert words[1] not in ("bench", "explain") or {*words[2:]} & {w.name for w in matrix_workloads()} or not words[2:]
-    else:
+    if words[0] != "sparsetile":
         assert (ROOT / words[0]).is_file()
-
-
-def matrix_workloads():
-    from sparsetile.autotune import tasks
-    return tasks.workloads()
+        return
+    args = cli._parser().parse_args(words[1:])  # ends the process where an option is unknown
+    names = getattr(args, "workloads", []) + [getattr(args, "workload", None)]
+    assert {*names} <= {w.name for w in tasks.workloads()} | {*KERNELS, None}
 
 
 def test_links_lead_somewhere():
@@ -53,7 +50,7 @@ def test_matrix_is_the_kernels_own():
     pytest.importorskip("triton", reason="asking Triton's kernels needs triton: pip install 'sparsetile[triton]'")
     if dispatch.package("triton").interpreted():
         pytest.skip("under TRITON_INTERPRET=1 kernels answer for the interpreter")
-    assert matrix.section((ROOT / "README.md").read_text())[1] == matrix.markdown(), "the README's matrix is old: python -m sparsetile.autotune.matrix README.md"
+    assert matrix.section(README)[1] == matrix.markdown(), "the README's matrix is old: python -m sparsetile.autotune.matrix README.md"
 
 
 def test_the_matrix_notices(monkeypatch):
