@@ -5,6 +5,7 @@ No GPU is needed: a Problem says what would be computed and for which architectu
 """
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ def _gradient(op):
 
 def markdown() -> str:
     """The table, and the refusals it points to; sentences that differ in numbers only are told once, with the first one's."""
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the matrix asks every kernel, and {' and '.join(missing)} is missing: pip install 'sparsetile[triton]'")
     lines = ["| kernel | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     told = {}  # (backend, sentence without its numbers) -> [the first sentence, kernels, cases, architectures]
     for kernel in KERNELS:

@@ -87,6 +87,7 @@ def test_every_public_name_loads():
     import sparsetile
     for name in sparsetile.__all__:
         assert getattr(sparsetile, name) is not None
+    assert not {*ROOMS[1:]} & {*sparsetile.__all__}, "importing a room would hide the public name"
 
 
 def test_the_wheel_holds_the_tree(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsetile.autotune import cli
+from sparsetile.backends import arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern")
@@ -57,6 +58,9 @@ def test_explain(capsys):
     assert cli.main(["explain", "cpu/topk-32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["backend"] == "numba" and set(found["reasons"]) == {"triton", "cupy", "reference"}
+    assert cli.main(["explain", "cpu/topk-32", "--backend", "cupy", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["backend"] is None and set(found["reasons"]) == {"triton", "cupy", "numba", "reference"} and "cupy" in found["source"]
 
 
 def test_tune_list_and_bench(capsys):
@@ -66,6 +70,38 @@ def test_tune_list_and_bench(capsys):
     assert cli.main(["bench", "cpu/topk-32", "--seconds", "0.1", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert any(r["who"] == "numba" and r.get("time_us", 0) > 0 for r in rows)
+
+
+def test_lists_of_a_device_that_is_not_here(capsys):
+    assert cli.main(["tune", "topk", "--list", "--device", "0", "--json"]) == 0
+    assert all(json.loads(line)["name"].startswith("gpu/") for line in capsys.readouterr().out.splitlines())
+
+
+def test_bench_says_why_a_backend_was_not_timed(capsys):
+    assert cli.main(["bench", "cpu/topk-32", "--seconds", "0.1"]) == 0
+    assert "not timed: cupy: cupy computes on CUDA devices" in capsys.readouterr().out
+
+
+def test_bench_times_the_default_beside_a_tuned_config(capsys, monkeypatch, tmp_path):
+    """A profile with another config than the kernel's own: two rows of one backend."""
+    from sparsetile.autotune import store, tasks
+    from sparsetile.ops import dispatch
+    from sparsetile.profiles import lookup
+    task = tasks.Task(tasks.find("cpu/window-256/4096"), None)
+    entry = {"key": lookup.key_of(task.problem), "backend": "numba", "config": {"block_q": 32, "block_k": 64}, "time_us": 10.0}
+    store.add(tmp_path / "mine", "block_attention", {"name": arrays.device_info(None).name, "arch": "cpu"}, entry, {}, {})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "mine"))
+    lookup.forget(), dispatch.clear_plans()
+    assert cli.main(["bench", "cpu/window-256/4096", "--seconds", "0.1", "--json"]) == 0
+    timed = [row["who"] for row in map(json.loads, capsys.readouterr().out.splitlines()) if "time_us" in row]
+    assert timed[:2] == ["numba", "numba (default config)"]
+
+
+@pytest.mark.parametrize("text, kept, of", [("Full()", 1, 1), ("PerHead([Window(3), Causal(), Causal()])", 2, 2), ("Causal()", 1, 1)])
+def test_pattern_counts_the_blocks_kept(text, kept, of, capsys):
+    assert cli.main(["pattern", text, "--json"]) == 0
+    blocks = json.loads(capsys.readouterr().out)["blocks"]
+    assert (blocks["kept"], blocks["of"]) == (kept, of)
 
 
 @pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])

@@ -13,7 +13,7 @@ FIELDS = "9Q11q4i"
 
 def supports(problem: Problem) -> str | None:
     kinds = {kind for _, kind in problem.dtypes}
-    return None if kinds <= set(KINDS) - {"float8_e4m3fn"} else f"CuPy's attention_delta takes float32, float16 and bfloat16, not {'/'.join(sorted(kinds))}"
+    return None if kinds <= set(KINDS) - {"float8_e4m3fn"} else f"CuPy's attention_delta takes float32, float16 and bfloat16, not {'/'.join(sorted(kinds))}; cast the arrays"
 
 
 def resources(problem: Problem, config: dict):

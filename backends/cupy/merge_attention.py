@@ -17,7 +17,7 @@ def supports(problem: Problem) -> str | None:
     kinds = {kind for name, kind in problem.dtypes if name != "lses"}
     if kinds <= {"float32", "float16", "bfloat16"}:
         return None
-    return f"CuPy's merge_attention takes float32, float16 and bfloat16 parts, not {'/'.join(sorted(kinds))}"
+    return f"CuPy's merge_attention takes float32, float16 and bfloat16 parts, not {'/'.join(sorted(kinds))}; cast the parts"
 
 
 def resources(problem: Problem, config: dict):

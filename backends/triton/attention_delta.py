@@ -61,7 +61,7 @@ def sink(shares, dsink, B, Hq, tiles, BLOCK: tl.constexpr):
 def supports(problem):
     kind = problem.dtype("out", "float32")
     if kind not in FLOATS:
-        return f"the triton kernel takes float32, float16 or bfloat16, not {kind}; cast the arrays, or use backend='reference'"
+        return f"the triton kernel takes float32, float16 or bfloat16, not {kind}; cast the arrays, or move them to the CPU, where numba takes float64"
     return None
 
 

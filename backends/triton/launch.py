@@ -41,7 +41,7 @@ def refusal(problem, names: str = "qkv") -> str | None:
     """What the attention kernels cannot do, in one sentence; None if they can."""
     kinds = {problem.dtype(name) for name in names} - {None}
     if not kinds <= set(FLOATS):
-        return f"the triton kernel takes float32, float16 or bfloat16, not {', '.join(sorted(kinds - set(FLOATS)))}; cast q, k and v, or use backend='reference'"
+        return f"the triton kernel takes float32, float16 or bfloat16, not {', '.join(sorted(kinds - set(FLOATS)))}; cast q, k and v, or move them to the CPU, where numba takes float64"
     if len(kinds) > 1:
         return f"the triton kernel takes q, k and v of one type, not {', '.join(sorted(kinds))}; cast them to one type"
     if not (1 <= problem["D"] <= 576 and 1 <= problem["Dv"] <= 576):

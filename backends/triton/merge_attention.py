@@ -50,7 +50,7 @@ def merge(outs, lses, sinks, out, lse, rows_total, T, Hq, out_strides, lse_strid
 def supports(problem):
     kind = problem.dtype("out", "float32")
     if kind not in FLOATS:
-        return f"the triton merge takes float32, float16 or bfloat16, not {kind}; cast the parts, or use backend='reference'"
+        return f"the triton merge takes float32, float16 or bfloat16, not {kind}; cast the parts, or move them to the CPU, where numba takes float64"
     if problem["N"] > MOST:
         return f"the triton merge joins at most {MOST} parts at once, not {problem['N']}; merge them in groups"
     return None
