@@ -33,8 +33,8 @@ def cases(kernel: str):
         for kind in (*FLOATS, "float64"):
             for parts in (2, 1024):
                 yield kind, f"{parts} parts" if parts > 2 else "", dict(B=1, Hq=8, T=4096, Dv=128, N=parts), dict(out=kind), []
-    elif kernel in ("indexer_scores", "indexer_topk"):
-        for kind in (*FLOATS, FLOAT8):
+    elif kernel in ("indexer_scores", "indexer_scores_backward", "indexer_topk"):
+        for kind in (*FLOATS, *[FLOAT8] * (not kernel.endswith("_backward"))):
             for D, S in ((128, 32768), (576, 32768), (128, LONGEST)):
                 special = f"{S} keys" if S == LONGEST else f"D {D}" if D > 128 else ""
                 yield kind, special, dict(B=1, H=64, T=64, S=S, D=D, K=2048), dict(q=kind, k=kind), ["causal"]
@@ -104,7 +104,7 @@ def markdown() -> str:
     """The table, and the refusals it points to; sentences that differ in numbers only are told once, with the first one's."""
     missing = [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"the matrix asks every kernel, and {' and '.join(missing)} is missing: pip install 'sparsetile[triton]'")
+        raise ImportError(f"the matrix asks every kernel, and misses {' and '.join(missing)}: pip install 'sparsetile[triton]'")
     lines = ["| kernel | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     told = {}  # (backend, sentence without its numbers) -> [the first sentence, kernels, cases, architectures]
     for kernel in KERNELS:
