@@ -261,6 +261,16 @@ __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, in
   if (p.lse && from + tid < until) p.lse[line + from + tid] = -inf();
 }
 
+// this group's rows from their tile, those that the call has
+__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, int w, int tid) {
+  const int n = p.Dv / 8;
+  const i64 line = (i64)x.head * p.at.T;
+  for (int i = tid; i < 64 * n; i += 128) {
+    const int r = w * 64 + i / n, c = i % n, t = x.t + r;
+    if (t >= 0 && t < p.at.T) ((uint4*)p.result)[(line + t) * n + c] = *m.at<uint4>(m.q + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
+  }
+}
+
 // factors of the sums of two rows, and their lse
 __device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row, int lane) {
   const float sink = p.sink ? __ldg(p.sink + x.head % p.Hq) : -inf();
@@ -366,11 +376,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     shared_to_copy_engine();
     named_sync(4 + w, 128);
+    const bool outside = x.t + 64 * w < 0;  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
+    if (outside) {
+      store_inside(p, x, m, w, tid);
+      named_sync(4 + w, 128);
+    }
     if (tid == 0) {
+      if (!outside) {
 #pragma unroll
-      for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, m.q + c * SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
-      tma_store_commit();
-      tma_store_wait_read();
+        for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, m.q + c * SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
+        tma_store_commit();
+        tma_store_wait_read();
+      }
       bar_arrive(m.free_q());
     }
   }

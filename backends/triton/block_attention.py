@@ -142,11 +142,12 @@ def supports(problem: Problem) -> str | None:
 
 
 def widths(D: int, DV: int, config) -> dict:
-    """How the widths lie in a program's tiles. Values in one part: sums in two came out wrong in Triton 3.6's warpgroup products."""
+    """How the widths lie in a program's tiles. Values in one part of at least 64 columns: narrower ones, whose tile is laid out unlike that of the keys, came out
+    wrong (the keys past the first 16) in Triton 3.6 on Hopper."""
     D0, D1 = parts(D)
     if config["chunk"]:
         D0, D1 = config["chunk"], 0
-    V0 = power(DV)
+    V0 = power(DV, 64)
     if config["value_block"]:
         V0 = min(V0, config["value_block"])
     return dict(D0=D0, D1=D1, V0=V0, SLICES=-(-DV // V0))
@@ -171,6 +172,8 @@ def default_config(problem: Problem) -> dict:
             config.update(chunk=64, value_block=256)
     if T < config["block_q"]:
         config["block_q"] = power(T)
+    if config["num_warps"] == 8 and isinstance(resources(problem, config), str):
+        config["num_warps"] = 4
     return config
 
 
@@ -181,6 +184,8 @@ def resources(problem: Problem, config) -> Resources | str:
     sums = BQ * (w["V0"] + BK)
     if sums > warps * 32 * 232:
         return f"the sums of a tile ({BQ} rows x {w['V0']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
+    if problem.arch == "sm_90a" and size == 2 and warps == 8 and BQ == 64 and sums <= 4 * 32 * 232:  # seen wrong with Triton 3.6, D 160, Dv 128
+        return "eight warps would split the columns of 64 rows between two warpgroups; use four, or block_q 128"
     kept = 0 if config["chunk"] else BQ * (w["D0"] + w["D1"])
     key_tiles = w["D0"] + w["D1"] + w["V0"]
     shared = size * (kept + max(1, stages) * BK * key_tiles) if problem.arch != "gfx942" else size * max(kept, stages * BK * key_tiles)
