@@ -25,7 +25,8 @@ def cases(kernel: str):
     if kernel in ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward"):
         for kind in (*FLOATS, "float64"):
             for D, Dv, more in WIDTHS:
-                yield kind, f"D {D}, Dv {Dv}" if D > 128 else "", dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), [more] * bool(more)
+                special = f"D {D}, Dv {Dv}" if D > 128 else ""
+                yield kind, special, dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), [more] * bool(more)
     elif kernel == "attention_delta":
         for kind in (*FLOATS, "float64"):
             yield kind, "", dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), []

@@ -272,7 +272,8 @@ def draw(path, q, k, hidden, weights):
         axis.set_title(f"{name}\n{mask.mean():.1%} of the pairs", fontsize=9)
         axis.set_xlabel("key"), axis.set_ylabel("query")
         axis.tick_params(labelsize=7)
-    figure.suptitle("What each query sees in one window of 512 tokens of Alice: all-MiniLM-L6-v2, layer 4 (exact scores: head 1; the indexer's choice is shared by all heads)")
+    figure.suptitle(f"What each query sees in one window of {WINDOW} tokens of Alice: all-MiniLM-L6-v2, layer 4 "
+                    "(exact scores: head 1; the indexer's choice is shared by all heads)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -284,7 +285,8 @@ def table(rows, tokens, tuned: bool) -> str:
     lines = ["", head, "-" * len(head)]
     for name, r in rows.items():
         after = "same config" if "tuned_ms" not in r else f"{r['default_again_ms']:.0f} -> {r['tuned_ms']:.0f} ms"
-        lines.append(f"{name:26}{r['keys']:7.0f}{r['mass']:9.1%}{r['error']:9.3f}{r['default_ms']:9.0f} ms{dense / r['default_ms']:9.1f}" + (f"{after:>23}" if tuned else ""))
+        lines.append(f"{name:26}{r['keys']:7.0f}{r['mass']:9.1%}{r['error']:9.3f}{r['default_ms']:9.0f} ms{dense / r['default_ms']:9.1f}" +
+                     (f"{after:>23}" if tuned else ""))
     legend = [("keys", f"seen by a query inside the model's own windows of {WINDOW} tokens", "the pattern or selector"),
               ("mass", "share of the dense attention's probability on those keys", "the model: all layers and heads, held-out windows"),
               ("error", "|sparse output - dense output| / |dense output|", "the model; exact arithmetic would give the same"),
