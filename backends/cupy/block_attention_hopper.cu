@@ -261,14 +261,13 @@ __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, in
   if (p.lse && from + tid < until) p.lse[line + from + tid] = -inf();
 }
 
-// this group's rows from their tile, those that the call has
+// this group's rows from their tile, those that the call has; two threads a row
 __device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, int w, int tid) {
-  const int n = p.Dv / 8;
-  const i64 line = (i64)x.head * p.at.T;
-  for (int i = tid; i < 64 * n; i += 128) {
-    const int r = w * 64 + i / n, c = i % n, t = x.t + r;
-    if (t >= 0 && t < p.at.T) ((uint4*)p.result)[(line + t) * n + c] = *m.at<uint4>(m.q + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
-  }
+  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = x.t + r;
+  if (t < 0 || t >= p.at.T) return;
+  uint4* to = (uint4*)p.result + ((i64)x.head * p.at.T + t) * n;
+#pragma unroll 1
+  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(m.q + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
 }
 
 // factors of the sums of two rows, and their lse
