@@ -34,7 +34,7 @@ def check(torch, path, T=300, Hq=128, S=8192, K=2048):
     lengths = torch.full((1, 1, T), K, device="cuda", dtype=torch.int32)
     lengths[0, 0, 7:12] = torch.tensor([0, -3, 1, 33, K + 9], device="cuda")
     sink = torch.linspace(-3, 3, Hq, device="cuda")
-    sink[:3] = torch.tensor([float("-inf"), float("inf"), 3e38])
+    sink[:3] = torch.tensor([float("-inf"), float("inf"), 3e38])[:Hq]
     out, lse = sparse_attention(q, latent, None, Selection(indices, lengths=lengths), value_width=DV, sink_logits=sink, return_lse=True, backend="cupy", config={"path": path})
     for t in (0, 1, 5, 6, 7, 8, 9, 10, 11, 131, T // 2, T - 1):
         row = numeric.to_numpy(indices[0, 0, t])[:max(0, int(lengths[0, 0, t]))]
