@@ -52,6 +52,12 @@ def on(request):
     return driver
 
 
+def pytest_runtest_logreport(report):
+    """With many workers names come only at the end: a run that is cut off must have said what failed."""
+    if report.failed and hasattr(report, "node"):
+        print(f"\nfailed: {report.nodeid} ({report.when})", flush=True)
+
+
 def pytest_collection_modifyitems(config, items):
     """--shard keeps its part. `-m interp` in a process with TRITON_INTERPRET=1 takes the Triton cases alone; numpy's warnings about inf and nan in them say nothing."""
     part, of = map(int, config.getoption("--shard").split("/"))
