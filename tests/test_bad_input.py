@@ -8,7 +8,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
+from numeric import assert_close, assert_same_bits, plain
 
 import sparsetile as st
 from sparsetile.ops import convert
@@ -320,7 +322,7 @@ cpu = pytest.mark.parametrize("backend", CPU)
 def same(got, expected):
     for a, b in zip(got, expected):
         assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-4, atol=1e-5)
+        assert_same_bits("odd", a, b)
 
 
 def twisted(x, way):
@@ -416,7 +418,9 @@ def test_far_sizes_of_the_indexer(backend):
     assert everything.indices.shape == (2, 1, 6, 100) and (everything.lengths == 10).all()
     pooled = st.indexer_topk(IQ, IK, IW, 3, pool=2 ** 31 - 1, causal=False, **options)
     assert (pooled.indices[..., 0] == 0).all() and (pooled.indices[..., 1:] == -1).all() and (pooled.lengths == 1).all()
-    same([st.sparse_attention(IQ, IK[:, None], IK[:, None], pooled, **options)], [st.sparse_attention(IQ, IK[:, None], IK[:, None], **options)])
+    keys, how = IK[:, None], dict(scale=IQ.shape[-1] ** -0.5)
+    assert_close("all keys", st.sparse_attention(IQ, keys, keys, pooled, **options), oracle.attention(IQ, keys, keys, 1, **how)[0], plain.attention(IQ, keys, keys, 1, **how)[0],
+                 reduction=keys.shape[2] + IQ.shape[-1])
     assert (st.indexer_topk(IQ, IK, IW, 30, pool=4, force_first=10, force_last=20, causal=False, **options).lengths == 3).all()
 
 

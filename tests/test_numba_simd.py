@@ -2,6 +2,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from numeric import assert_close
 
 pytest.importorskip("numba")
 import numba  # noqa: E402
@@ -126,7 +127,7 @@ def test_product_in_registers(rows, cols):
         a, c = rng.normal(size=(rows, K + 3)).astype(np.float32), rng.normal(size=(K + 1, cols * LANES)).astype(np.float32)
         out = np.empty((rows, cols * LANES), np.float32)
         run(address(a), a.strides[0], address(c), c.strides[0], K, address(out))
-        assert np.allclose(out, a[:, :K].astype(float) @ c[:K].astype(float), atol=1e-4)
+        assert_close("product", out, a[:, :K].astype(float) @ c[:K].astype(float), a[:, :K] @ c[:K], reduction=K)
 
 
 def test_transpose():
