@@ -132,7 +132,7 @@ def strides_of(x) -> tuple[int, ...]:
 def view(x) -> View:
     name = framework(x)
     if name == "torch":
-        return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype_name(x), x.device.index, x)
+        return View(x.data_ptr(), x.shape, x.stride(), _torch_name(x.dtype), x.get_device(), x)
     if name == "cupy":
         return View(x.data.ptr, x.shape, strides_of(x), dtype_name(x), x.device.id, x)
     if name == "jax":  # the producer's work must be done: the pointer carries no stream
@@ -363,6 +363,10 @@ class ViewPlace(Place):
             self.cupy = cupy
 
     def native(self, x):
+        if self.caller == "torch":
+            strides = x.stride()
+            if not strides or strides[-1] == 1:
+                return View(x.data_ptr(), x.shape, strides, _torch_name(x.dtype), self.device, x)
         return view(contiguous_last(x))
 
     def weights(self, x):
