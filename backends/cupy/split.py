@@ -13,9 +13,10 @@ MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
 QUERIES = 32  # of a tile: a lane holds the mask of one
 
 
-def row_tiles(queries: int, pack: int, warp_columns: int) -> int:
-    """16-row tiles of a block of threads: 1, 2 or 4, as many as a warp's sums leave registers for."""
-    most = 4 if warp_columns <= 32 else 2 if warp_columns <= 128 else 1
+def row_tiles(queries: int, pack: int, columns: int, tile_k: int) -> int:
+    """16-row tiles of a block of threads: 1, 2 or 4, as many as a warp's sums leave registers for (ptxas: none spilled)."""
+    warp_columns = columns * 16 // tile_k
+    most = 4 if warp_columns <= 32 else 2 if warp_columns <= 64 or tile_k == 64 else 1
     return next(n for n in (1, 2, 4) if 16 * n >= min(queries * pack, 16 * most))
 
 
@@ -30,7 +31,7 @@ class Tiles:
     def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int):
         self.tile_k, self.columns = tile_k, value_columns(Dv, tile_k)
         self.shared_kv = shared_kv and self.columns <= padded(D)
-        self.row_tiles = row_tiles(queries, pack, self.columns * 16 // tile_k)
+        self.row_tiles = row_tiles(queries, pack, self.columns, tile_k)
         self.rows, self.threads = 16 * self.row_tiles, 2 * tile_k
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
         fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + tile_k // 16 * (2 * self.rows + 1) * 4 + 8
