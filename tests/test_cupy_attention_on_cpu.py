@@ -135,11 +135,11 @@ def scene(c, kind, rng, place):
         q_order, k_order = slots(P, 128), slots(c.S, 128)
         k_order = np.where(k_order == 7, -1, k_order)
         masks[:, :, 7] = False
-    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq))
+    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq if c.lists > 1 and c.Hq > 1 else 1))
     count = np.zeros((c.B, c.Hq, c.T, c.S), bool)
     for b in range(c.B):
         for h in range(c.Hq):
-            count[b, h] = masks[list_of[b if len(list_of) > 1 else 0, h]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
+            count[b, h] = masks[list_of[b % len(list_of), h % list_of.shape[1]]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
     hide(k, v, count, c.Hq)
     at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
               q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
@@ -253,6 +253,27 @@ def test_few_queries_of_a_shared_latent(D, Dv, heads, tile_k, rng):
     k[~count[:, :1, 0]] = np.nan
     config = dict(path="decode", block_q=32, block_k=128, tile_k=tile_k, row_tiles=1)
     attended(place, q, k, v, made, config, sink=None, count=count, at=dict(place=place, scale=0.05, softcap=None, kv_length=place.put(lengths), q_start=None), reduction=S + D)
+
+
+LATENT_CASES = [
+    Case(T=2, S=300, Hq=70, Hk=1, D=576, Dv=512, rule="causal", lengths=(133, 290), sink=True, scale=0.04),
+    Case(B=3, T=1, S=500, Hq=17, Hk=1, D=576, Dv=512, rule="random", lengths=(0, 77, 500), scale=0.04),
+    Case(B=1, T=1, S=700, Hq=64, Hk=1, D=576, Dv=512, rule="window128", scale=0.04),
+    Case(B=2, T=3, S=200, Hq=5, Hk=1, D=576, Dv=512, rule="mixed", start=(-1, 150), scale=0.04),
+    Case(B=5, T=1, S=128, Hq=3, Hk=1, D=576, Dv=512, rule="full", scale=0.04),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
+    """64 heads of a query a tile by warpgroup products, keys through the copy engine and split over the chip."""
+    place = HopperPlace()
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    k[..., :512] = np.where(np.isnan(v), v, k[..., :512])
+    config = dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1)
+    place.refused = "block_attention_decode"
+    attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
 
 
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}

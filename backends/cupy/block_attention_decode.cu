@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + 2 * (lane & 3);
 
   const auto units = [&](int job) { return Job(p, job).run.n; };
-  Found found;
+  Start found;
   const int total = scan_jobs<THREADS>(p.split, units, -1, blockIdx.x == 0 ? p.split.starts : nullptr, box, found);
   const i64 share = share_of(p.split, total), begin = blockIdx.x * share, whole = (i64)total * p.split.members, end = begin + share < whole ? begin + share : whole;
   if (begin >= end) return;

@@ -38,10 +38,10 @@ template <int Bk> __device__ __forceinline__ Run open_run(const ListArrays& a, i
   return {first, n, full, full - (full && limit - __ldg(a.cols + first + full - 1) * Bk < Bk), middle - first - full, limit};
 }
 
-struct Found { int job, start; };  // and the units before it
+struct Start { int job, start; };  // and the units before it
 
 // Units of all jobs; `found` is the job that holds unit `wanted`, members counted. All threads call it together; `box` [Threads / 32 + 2] in shared memory.
-template <int Threads, class Units> __device__ __forceinline__ int scan_jobs(const Split& s, const Units& units, i64 wanted, int* starts, int* box, Found& found) {
+template <int Threads, class Units> __device__ __forceinline__ int scan_jobs(const Split& s, const Units& units, i64 wanted, int* starts, int* box, Start& found) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int before = 0;
   for (int base = 0; base < s.jobs; base += Threads) {
