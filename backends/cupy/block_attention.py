@@ -16,14 +16,15 @@ from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, c
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128"),
-    Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
+    Tunable("block_q", (64, 32, 128, 192), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step, divides block_k"),
     Tunable("row_tiles", (1, 2), "16-row tiles a warp holds: 2 halves what is read from shared memory, and doubles the registers"),
 )
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 4 + "5Q" + LISTS + POSITIONS + "7i2f"
+CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
+HOPPER_FIELDS = "128s" * 4 + "5Q" + LISTS + POSITIONS + "8i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -55,23 +56,34 @@ def no_hopper(problem: Problem) -> str | None:
     return None
 
 
-def hopper_defines(kind: str, D: int, Dv: int) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128)
+def hopper_bytes(D: int, Dv: int, block_q: int, stages: int, tiles: int) -> int:
+    """Stages of keys and of values, query tiles, barriers and items; a row of 64 columns takes 128 bytes."""
+    keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
+    return 1024 + 128 * (128 * stages * (keys + values) + tiles * block_q * max(keys, values)) + 40 * stages + 128
 
 
-def hopper_bytes(D: int, Dv: int) -> int:
-    """Two stages of keys and of values, the queries, barriers and the item; 16384 bytes hold 128 rows of 64 columns."""
-    keys, values = ceil_div(D, 64) * 16384, ceil_div(Dv, 64) * 16384
-    return 1024 + 2 * (keys + values) + max(keys, values) + 160
+def hopper_depth(D: int, Dv: int, block_q: int) -> tuple[int, int]:
+    """(stages, query tiles). Two tiles where they fit: the next item's is loaded while this one runs."""
+    stages = 4 if max(D, Dv) <= 64 else 2
+    return stages, 2 if hopper_bytes(D, Dv, block_q, stages, 2) <= nvrtc.shared_limit("sm_90a") else 1
+
+
+def hopper_defines(kind: str, D: int, Dv: int, block_q: int) -> dict:
+    stages, tiles = hopper_depth(D, Dv, block_q)
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=block_q, STAGES=stages, TILES=tiles)
 
 
 def resources(problem: Problem, config: dict):
     bq, bk, tk, mt = config["block_q"], config["block_k"], config["tile_k"], config["row_tiles"]
     if config["path"] == "hopper":
-        if (bq, bk) != (128, 128):
-            return f"path hopper takes blocks of 128 x 128, not {bq} x {bk}"
+        if bk != 128 or bq not in (128, 192):
+            return f"path hopper takes blocks of 128 or 192 x 128, not {bq} x {bk}"
+        if bq == 192 and max(problem["D"], problem["Dv"]) > 64:
+            return f"path hopper takes 192 queries a tile up to D and Dv 64, not {problem['D']} and {problem['Dv']}: three groups leave 160 registers a thread"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
+        if no_hopper(problem) or isinstance(portable, str):
+            return no_hopper(problem) or portable
+        return Resources(bq * 2 + 128, hopper_bytes(problem["D"], problem["Dv"], bq, *hopper_depth(problem["D"], problem["Dv"], bq)), 65536 // (bq * 2 + 128))
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk:
         return f"block_q is a multiple of 32 and block_k of tile_k {tk}, not {bq} and {bk}"
@@ -116,7 +128,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
-    own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["forward"])]
+    own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"]), names=["forward"])]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -139,17 +151,19 @@ def longest_first(lists, place):
 
 
 def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start):
-    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
-    rows = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, 128, 1, 1))  # noqa: E731
-    maps = rows(q), rows(k), rows(v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
+    (B, Hq, T, D), (Hk, S), Dv, bq = q.shape, k.shape[1:3], v.shape[3], lists.block_q
+    rows = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
+    maps = rows(q, bq), rows(k, 128), rows(v, 128), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
     start = S - T if q_start is None and kv_length is None else q_start
-    covered = isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq
+    covered = isinstance(start, int) and start // bq == lists.first and tiles == lists.nq
     order, ahead = longest_first(lists, place) if covered else (None, 0)
+    section = max(1, CACHED // max(1, 2 * S * (D + Dv))) * (Hq // Hk)
     items = B * Hq * tiles
     ticket = place.zeros((1,), "int32") if items > place.sms else None
-    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv), place)
-    function(min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(ticket), nvrtc.ptr(order),
-             *lists_values(lists), *position_values(T, S, kv_length, q_start), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, items, scale, scale * LOG2E)
+    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq), place)
+    function(min(items, max(place.sms, 1)), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq)), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+             nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, min(section, B * Hq), items,
+             scale, scale * LOG2E)
     return out, lse
 
 
