@@ -12,6 +12,7 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy.hopper_axes import Axes, axes_of
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
@@ -24,7 +25,7 @@ TUNABLES = (
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
 LOG2E = 1.4426950408889634
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
-HOPPER_FIELDS = "128s" * 4 + "5Q" + LISTS + POSITIONS + "8i2f"
+HOPPER_FIELDS = "128s" * 4 + "8Q" + LISTS + POSITIONS + "12i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -68,9 +69,9 @@ def hopper_depth(D: int, Dv: int, block_q: int) -> tuple[int, int]:
     return stages, 2 if hopper_bytes(D, Dv, block_q, stages, 2) <= nvrtc.shared_limit("sm_90a") else 1
 
 
-def hopper_defines(kind: str, D: int, Dv: int, block_q: int) -> dict:
+def hopper_defines(kind: str, D: int, Dv: int, block_q: int, parted: bool = False) -> dict:
     stages, tiles = hopper_depth(D, Dv, block_q)
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=block_q, STAGES=stages, TILES=tiles)
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=block_q, STAGES=stages, TILES=tiles, PARTED=int(parted))
 
 
 def resources(problem: Problem, config: dict):
@@ -132,9 +133,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     return own + portable if config["path"] == "hopper" else portable
 
 
-def takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
-        and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
+def takes_hopper(q, k, v, config, scale, softcap, out_kind) -> bool:
+    return config["path"] == "hopper" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
 def longest_first(lists, place):
@@ -150,20 +150,39 @@ def longest_first(lists, place):
     return found
 
 
-def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start):
+def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start, axes=None, before=(None, None), partial=None):
+    """axes: how the rows and keys of a part of several stand (hopper_axes.Axes); before: out and lse of the parts before; partial: float32 for the next part, instead of out."""
     (B, Hq, T, D), (Hk, S), Dv, bq = q.shape, k.shape[1:3], v.shape[3], lists.block_q
-    rows = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
-    maps = rows(q, bq), rows(k, 128), rows(v, 128), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
+    at = axes or Axes()
+    maps = at.rows(place, q, bq), at.keys(place, k), at.keys(place, v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
     start = S - T if q_start is None and kv_length is None else q_start
-    covered = isinstance(start, int) and start // bq == lists.first and tiles == lists.nq
+    covered = axes is not None or isinstance(start, int) and start // bq == lists.first and tiles == lists.nq
     order, ahead = longest_first(lists, place) if covered else (None, 0)
     section = max(1, CACHED // max(1, 2 * S * (D + Dv))) * (Hq // Hk)
     items = B * Hq * tiles
     ticket = place.zeros((1,), "int32") if items > place.sms else None
-    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq), place)
+    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq, axes is not None), place)
     function(min(items, max(place.sms, 1)), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq)), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
-             nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, min(section, B * Hq), items,
-             scale, scale * LOG2E)
+             *map(nvrtc.ptr, before), nvrtc.ptr(partial), nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start),
+             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, min(section, B * Hq), items, scale, scale * LOG2E)
+    return out, lse
+
+
+def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
+    """(out, lse) of a layout's parts, each starting from the sums of the one before, or None where that is not possible: then they are run apart and merged."""
+    (B, Hq, T, _), S, Dv = q.shape, k.shape[2], v.shape[3]
+    start = S - T if q_start is None and kv_length is None else q_start
+    axes = [axes_of(part, start, T, S) for part in parts]
+    if None in axes or not takes_hopper(q, k, v, config, scale, softcap, q.dtype) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+        return None
+    out = place.empty((B, Hq, T, Dv), q.dtype)
+    lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
+    partial = place.empty((B, Hq, T, Dv), "float32") if len(parts) > 1 else None
+    before = None, None
+    for n in reversed(range(len(parts))):  # the plain part comes last: its rows leave through the copy engine
+        last = n == 0
+        run_hopper(q, k, v, axes[n].applied(parts[n]), out, lse, parts[n].nq, place, scale, sink_logits if last else None, kv_length, start, axes[n], before, None if last else partial)
+        before = partial, lse
     return out, lse
 
 
@@ -175,7 +194,12 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     tiles = query_tiles(lists, T, q_start, S, kv_length)
     if B * Hq * tiles == 0:
         return out, lse
-    if takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
+    if lists.q_order is not None or lists.k_order is not None:
+        found = run_parts(q, k, v, (lists,), place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
+                          return_lse=return_lse) if out_kind == kind else None
+        if found is not None:
+            return found
+    elif takes_hopper(q, k, v, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
         return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
