@@ -15,6 +15,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
@@ -244,7 +245,7 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
                      edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
-    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options(config)}
+    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
@@ -272,11 +273,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
         (kv_length is not None, from_length, shared_kv, host), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
     list_of = lists.list_of
-    forward[grid](
-        q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-        lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
-        Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer, **constant)
+    launch(forward, grid, place,
+           (q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
+            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits),
+           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
+            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer), constant, (q.dtype, kind))
     return out, lse
 
 
