@@ -380,7 +380,7 @@ def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, interval
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
         (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, slots, slot_full, slot_free)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, slots, slot_full, slot_free, sv, v_full, v_landed)),
-    ], [4, 1, 1, 1], [232, 40, 40, 40])
+    ], [4, 1, 1, 1], [224, 56, 56, 56])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
