@@ -166,7 +166,7 @@ def problem_of(call: Call, name: str, gradient=False, lse=False) -> Problem:
     kind = arrays.dtype_name(call.q)
     features = features_of(call, gradient, lse)
     if isinstance(rule, Pattern):
-        features.append("dense" if rule == Full() else "static")
+        features += ["dense"] if rule == Full() else ["static", rule.kind]
     return Problem.of(name, dims, dict(q=kind, k=kind, v=kind), arrays.device_info(call.device).arch, features, density, granularity)
 
 

@@ -7,6 +7,7 @@ A key of a partial block that no row of the tile sees is never read into a produ
 
 The path "gluon" is for sm_90a. Calls that it does not know (orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot
 address) take the portable one with the same blocks.
+The path "decode" is for few queries; calls with orders take the portable one.
 """
 from functools import lru_cache
 
@@ -19,7 +20,8 @@ from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions (block_attention_gluon.py); 16-bit types, blocks of 128, D up to 192, Dv up to 128"),
+    Tunable("path", ("portable", "gluon", "decode"), "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D up to 192, Dv up to 128 (block_attention_gluon.py); "
+            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
     Tunable("num_warps", (4, 8), "warps of a program"),
@@ -170,6 +172,13 @@ def widths(D: int, DV: int, config) -> dict:
 
 
 def default_config(problem: Problem) -> dict:
+    config = portable_config(problem)
+    if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
+        config.update(path="gluon", block_k=128, num_warps=8)
+    return config
+
+
+def portable_config(problem: Problem) -> dict:
     D, DV, T = problem["D"], problem["Dv"], problem["T"]
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
@@ -196,6 +205,10 @@ def default_config(problem: Problem) -> dict:
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
         return _gluon_resources(problem, config)
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
+        return portable if isinstance(portable, str) else block_attention_decode.resources(problem, config)
     size = BYTES[problem.dtype("q", "float32")]
     w = widths(problem["D"], problem["Dv"], config)
     BQ, BK, warps, stages = config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
@@ -265,6 +278,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         if block_attention_gluon.takes(q, k, v, lists, scale, kind):
             block_attention_gluon.launch(q, k, v, lists, out, lse, place, scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
             return out, lse
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        if block_attention_decode.takes(q, lists, config):
+            return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        config = {**config, "num_stages": 1}
     host = q_start if isinstance(q_start, int) else None
     from_length = q_start is None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
@@ -286,6 +304,9 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
         return block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),

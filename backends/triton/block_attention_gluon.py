@@ -7,6 +7,8 @@ dropped on the way out. Scores and sums are rounded as in the portable source (t
 
 Every barrier is an allocation of its own: with an array of them the compiler puts a bar.sync before each use.
 """
+from functools import lru_cache
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -14,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
+from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.tiles import capped, entries_of, finish, soften
 
 ROWS = gl.constexpr(128)
@@ -405,10 +408,18 @@ def _can_map(x) -> bool:
     return x.data_ptr() % 16 == 0 and all(n == 1 or s > 0 and s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()))
 
 
-def _map(x, rows: int, columns: int):
-    steps = [s if n > 1 else -(-x.shape[-1] // 16) * 16 for n, s in zip(x.shape[:-1], x.stride())]  # a stride that counts for nothing has to be legal too
-    block = [1] * (x.ndim - 2) + [rows, columns]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], block, gl.NVMMASharedLayout(128, 16, x.ndim))
+class _Map(TensorDescriptor):
+    """An array as the copy engine sees it, in blocks of [rows, columns] of its last two axes."""
+
+    def __init__(self, x, rows: int, columns: int):
+        steps = [s if n > 1 else -(-x.shape[-1] // 16) * 16 for n, s in zip(x.shape[:-1], x.stride())]  # a stride that counts for nothing has to be legal too
+        self.base, self.shape, self.strides, self.padding = x, list(x.shape), [*steps, 1], "zero"
+        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
+
+
+@lru_cache
+def _layout(rank: int):
+    return gl.NVMMASharedLayout(128, 16, rank)
 
 
 def _ahead(lists) -> int:
@@ -423,8 +434,9 @@ def _ahead(lists) -> int:
     return found
 
 
-def constants(D: int, DV: int, *, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False) -> dict:
-    return dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
+@lru_cache(1024)
+def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False) -> relaunch.Constants:
+    return relaunch.Constants(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
 
 
 def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softcap, kv_length, q_start):
@@ -434,28 +446,27 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     n = tiles(T, ROWS.value, host)
     covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
     order = schedule(lists) if covers else None
-    items = B * Hq * n
-    sms = max(place.sms, 1)
-    made = constants(D, DV, cap=softcap is not None, intervals=lists.has_intervals, bitmaps=lists.has_bitmaps, edge=kv_length is not None or lists.nk * KEYS.value > S,
-                     from_length=q_start is None)
+    items, sms = B * Hq * n, max(place.sms, 1)
+    made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
-    forward[(min(items, sms),)](
-        _map(q, 64, D0), _map(q, 64, D1) if D1 else None, _map(k, KEYS.value, D0), _map(k, KEYS.value, D1) if D1 else None, _map(v, KEYS.value, V0), _map(out.view(B * Hq, T, DV), 64, V0),
-        out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, None if q_start is None or host is not None else q_start, sink_logits,
-        place.zeros((1,), "int32") if items > sms else None, list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
-        B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer, **made)
+    maps = _Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None, _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0)
+    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, None if q_start is None or host is not None else q_start,
+                sink_logits, place.zeros((1,), "int32") if items > sms else None)
+    numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
+               _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer)
+    relaunch.launch(forward, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
 def artifacts(problem) -> list[dict]:
     has, kind = problem.features.__contains__, problem.dtype("q")
-    made = constants(problem["D"], problem["Dv"], cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % KEYS.value != 0,
-                     from_length=has("kv_length") and not has("q_start"))
+    made = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
+                          has("kv_length") and not has("q_start")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     pointer = POINTER[kind]
 
     def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{gl.NVMMASharedLayout(128, 16, rank)!r}>"
+        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank)!r}>"
     maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
     if made["D1"]:
         maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
