@@ -33,6 +33,9 @@ class Walk:
     def tell(self, config, time_us, **attributes):
         pass
 
+    def drop(self, config):
+        pass
+
 
 class Study:
     """An Optuna study over the pool."""
@@ -91,6 +94,10 @@ class Study:
         trial = self.pending.pop(self._key(config))
         trial.set_user_attr("result", json.dumps({"config": config, "time_us": time_us, **attributes}))
         self.study.tell(trial, BAD if time_us is None else time_us)
+
+    def drop(self, config):
+        """A config that was asked for and not tried: another run may."""
+        self.study.tell(self.pending.pop(self._key(config)), state=self.optuna.trial.TrialState.FAIL)
 
 
 def _storage(optuna, storage):
