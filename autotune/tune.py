@@ -24,7 +24,7 @@ GRACE = 10.0            # a trial that the end of the budget finds at work may g
 _benches, _aheads = {}, {}  # processes live from one workload to the next
 
 
-def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None, profiles=None, device=None, sampler="tpe", seed=0, progress=None, isolated=True,
+def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None, profiles=None, device=None, sampler="pool", seed=0, progress=None, isolated=True,
          bench=BENCH):
     """Tune a kernel on a workload and write the profile entry that the next call on this device finds.
 

@@ -51,7 +51,7 @@ def test_legal_configs_start_with_the_default_and_fit():
         assert all(isinstance(module.resources(problem, c), Resources) for c in pool)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("sampler", search.SAMPLERS)
 def test_search_repeats_nothing_and_can_exhaust(sampler):
     pool = [{"block_q": q, "block_k": k} for t in (FakeKernel.TUNABLES,) for q in t[0].values for k in t[1].values]
     study = search.Study(FakeKernel, pool, "x", None, sampler, 0)
