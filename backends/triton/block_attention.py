@@ -158,6 +158,11 @@ def widths(D: int, DV: int, config) -> dict:
 
 def default_config(problem: Problem) -> dict:
     D, DV, T = problem["D"], problem["Dv"], problem["T"]
+    if T <= 16 and problem.dtype("q") != "float32":
+        from sparsetile.backends.triton import block_attention_decode
+        few = block_attention_decode.default_config(problem)
+        if not isinstance(resources(problem, few), str):
+            return few
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
