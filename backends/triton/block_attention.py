@@ -172,6 +172,11 @@ def widths(D: int, DV: int, config) -> dict:
 
 
 def default_config(problem: Problem) -> dict:
+    if problem["T"] <= 16 and problem.dtype("q") != "float32":
+        from sparsetile.backends.triton import block_attention_decode
+        few = block_attention_decode.default_config(problem)
+        if not isinstance(resources(problem, few), str):
+            return few
     config = portable_config(problem)
     if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
@@ -180,11 +185,6 @@ def default_config(problem: Problem) -> dict:
 
 def portable_config(problem: Problem) -> dict:
     D, DV, T = problem["D"], problem["Dv"], problem["T"]
-    if T <= 16 and problem.dtype("q") != "float32":
-        from sparsetile.backends.triton import block_attention_decode
-        few = block_attention_decode.default_config(problem)
-        if not isinstance(resources(problem, few), str):
-            return few
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
