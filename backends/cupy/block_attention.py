@@ -114,6 +114,10 @@ def default_config(problem: Problem) -> dict:
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
         return first_fitting(problem, resources, [dict(path="hopper", block_q=128, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
+    if rows == 32 and problem.dtype("q") in HALVES:
+        few = first_fitting(problem, resources, split.candidates(problem))
+        if not isinstance(resources(problem, few), str):
+            return few
     if problem.dtype("q") == "float32":
         tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
     elif D <= 128:
