@@ -26,8 +26,8 @@ def supports(problem):
 
 
 def words(config) -> int:
-    """Words of the bitmap that puts positions in order; what is selected is staged in it."""
-    return 2048 if config["candidates"] < 4096 else 4096 if config["candidates"] < 8192 else 8192
+    """Words of the bitmap that puts positions in order; what is selected is staged in it. A thread reads at least four at once."""
+    return max(2048 if config["candidates"] < 4096 else 4096 if config["candidates"] < 8192 else 8192, 4 * config["threads"])
 
 
 def is_fast(top_k: int, config) -> bool:
@@ -55,12 +55,12 @@ def default_config(problem):
 
 
 def heuristic(rows: int, S: int, K: int) -> dict:
-    """Few rows: all threads on each. Long rows: two loads ahead, three rows a multiprocessor. Others: small blocks, six rows. (Measured on an H200.)"""
+    """Few rows: all threads on each. Long rows: two loads ahead, three rows a multiprocessor. Others: small blocks, four rows. (Measured on an H100.)"""
     if rows <= 264:
-        return dict(threads=1024, ahead=4, ctas=1, candidates=4608)
+        return dict(threads=1024, ahead=2, ctas=1, candidates=4608)
     if S > 65536 or K > 2048:
         return dict(threads=512, ahead=2, ctas=3, candidates=4608)
-    return dict(threads=256, ahead=2, ctas=6, candidates=3584)
+    return dict(threads=256, ahead=4, ctas=4, candidates=3584)
 
 
 def defines(config) -> dict:
