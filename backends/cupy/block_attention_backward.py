@@ -24,7 +24,7 @@ TUNABLES = (
     Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
 )
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "13Q" + LISTS + POSITIONS + "9i2f"
+HOPPER_FIELDS = "128s" * 6 + "15Q" + LISTS + POSITIONS + "9i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -119,7 +119,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
-    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "order", "backward", "finish"])]
+    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "classify", "order", "backward", "finish"])]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -128,7 +128,7 @@ def _source(kind: str) -> str:
 
 
 def takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e30 and out_kind == q.dtype \
+    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
         and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
@@ -137,15 +137,16 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
     d = hopper_defines(q.dtype, D, Dv)
     halves, key_tiles = 2 * B * Hq * tiles, ceil_div(S, 128)
-    rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((halves, 64, d["WIDTH"]), "float32"), place.empty((halves + 1,), "int32")
-    walk, columns = place.empty((lists.by_key_rows.shape[0], 4), "int32"), lists.by_key_offsets.shape[0] // 2
+    rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((2 * halves, 64, d["WIDTH"]), "float32"), place.empty((2 * halves + 1,), "int32")
+    columns = lists.by_key_offsets.shape[0] // 2  # key blocks of all lists
+    walk, of_columns = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((2, columns), "int32")
     read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
     items, together = B * Hk * key_tiles, min(config["heads"], B * Hk)
-    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 4 * halves, walk.ptr,
+    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 8 * halves, of_columns.ptr, of_columns.ptr + 4 * columns, walk.ptr,
               lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
               B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, scale, scale * LOG2E)
-    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
+    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", columns // max(lists.nk, 1), 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
     return dq, dk, dv
 

@@ -34,8 +34,9 @@ struct Params {
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ as the accumulators lie
-  int *turns, *ticket;              // additions done to each half tile
-  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind and rank of what sees it, rows descending
+  int *turns, *ticket;              // additions done to each half tile of each sum
+  int *sum_of, *sequence;           // [L, nk] which of two sums a key block adds to; in which order key blocks are taken
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, rank and sum of what sees it, rows descending
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
   ListArrays lists;
   Positions at;
@@ -43,7 +44,7 @@ struct Params {
   float scale, exponent;                                               // exponent = scale * log2(e)
 };
 
-enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16 };
+enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32 };  // SECOND: adds to the second sum
 // A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
@@ -73,7 +74,7 @@ struct Shared {
 };
 
 // ------------------------------------------------------------------------------------------------------------------- planning
-// item -> b, hk, key block
+// what an item is: the key block is the next in the sequence of its list
 struct Item {
   int key_head, b, hk, block, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
   __device__ __forceinline__ Item(const Params& p, int number) {
@@ -82,6 +83,7 @@ struct Item {
     key_head = from + rest % size;
     b = key_head / Hk;
     hk = key_head % Hk;
+    if (block < p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = p.sequence[(i64)list(p, 0) * p.lists.nk + block];  // else lists of one group differ: as they come
     start = first_position(p.at, b);
     limit = key_limit(p.at, b);
     const i64 low = (i64)start - (i64)p.lists.first * ROWS, high = low + p.at.T, all = (i64)p.lists.nq * ROWS;
@@ -92,17 +94,11 @@ struct Item {
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
 
-__device__ __forceinline__ void load_keys(const Params& p, const Shared& m, int block, int hk, int b, u32 bar) {
-  bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
-  for (int c = 0; c < Q_PARTS; c++) tma_load(m.k + c * SLAB, &p.k, bar, 64 * c, block * KEYS, hk, b);
-  for (int c = 0; c < V_PARTS; c++) tma_load(m.v + c * SLAB, &p.v, bar, 64 * c, block * KEYS, hk, b);
-}
-
 struct Planner {
   const Params& p;
   const Shared& m;
   const int lane;
-  u32 patience = PATIENCE, n = 0, turn = 0, turn_keys = 1;  // plans made; parities of `landed` and `free_keys`
+  u32 patience = PATIENCE, n = 0, turn = 0;  // plans made; parity of `landed`
   bool open = false;
 
   __device__ __forceinline__ void publish(int flags) {
@@ -121,8 +117,9 @@ struct Planner {
     __syncwarp();
     open = true;
   }
-  // K and V, zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys.
-  __device__ __forceinline__ void load_and_clear(const Item& x, bool whole);
+  // Makes K and V zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys. Once the item's first
+  // plan is out: then the loading thread loads.
+  __device__ __forceinline__ void clear(const Item& x, bool whole);
   __device__ __forceinline__ bool whole(const Item& x);  // does some query tile see all keys?
   __device__ __forceinline__ void item(int number);
 };
@@ -150,7 +147,7 @@ __device__ __forceinline__ bool Planner::whole(const Item& x) {
   return false;
 }
 
-__device__ __forceinline__ void Planner::load_and_clear(const Item& x, bool whole) {
+__device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   u32 word = whole ? ~0u : 0u;  // keys 32 (lane % 4) .. of the block, by every eighth row
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
     const Entries all(p, x, r);
@@ -163,8 +160,6 @@ __device__ __forceinline__ void Planner::load_and_clear(const Item& x, bool whol
     }
   }
   for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
-  bar_wait(m.free_keys(), turn_keys, patience);
-  if (lane == 0) load_keys(p, m, x.block, x.hk, x.b, m.landed());
   bar_wait(m.landed(), turn, patience);
   turn ^= 1;
 #pragma unroll 1
@@ -187,24 +182,20 @@ __device__ __forceinline__ void Planner::item(int number) {
   __syncwarp();
   const int left = imin(x.limit - x.block * KEYS, KEYS);
   const bool all = whole(x), clears = !all || (left < KEYS && x.limit < p.at.S);
-  int made = 0;
-  for (int r = 0; r < p.group; r++) {
-    const Entries some(p, x, r);
-    for (int e = some.from; e < some.until; e++) {
-      const int4 w = p.walk[e];
-      if (w.x < x.first_row) break;
-      publish(0);
-      if (!made) {
-        if (clears) load_and_clear(x, all);
-        turn_keys ^= 1;
-      }
-      const int head = x.b * p.Hq + x.hk * p.group + r, tile = p.lists.first + w.x;
-      write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.key_head, x.block, w.y, w.z, (made ? 0 : clears ? FIRST | CLEAR : FIRST) | left << 8});
-      made++;
+  for (int made = 0, r = -1, e = 0, until = 0;; made++) {
+    int4 w;
+    bool found = false;
+    while (!found && r < p.group) {
+      if (e < until && (w = p.walk[e]).x >= x.first_row) { found = true; e++; }
+      else if (++r < p.group) { const Entries some(p, x, r); e = some.from; until = some.until; }
     }
+    if (!found && !made) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
+    publish(found ? 0 : LAST);
+    if (made == 1 && clears) clear(x, all);
+    if (!found) return;
+    const int head = x.b * p.Hq + x.hk * p.group + r, tile = p.lists.first + w.x;
+    write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.key_head, x.block, w.y, w.z, (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | left << 8});
   }
-  if (!made) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
-  publish(LAST);
 }
 
 __device__ __forceinline__ void plan_items(const Params& p, const Shared& m) {
@@ -236,11 +227,12 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
     if (x.state & EMPTY) continue;
     const int b = x.head / p.Hq, h = x.head % p.Hq;
     if (x.state & FIRST) {
-      if (!(x.state & CLEAR)) {  // else they are here already
-        bar_wait(m.free_keys(), turn_keys, patience);
-        load_keys(p, m, x.block, h / p.group, b, m.full_keys());
-      }
+      const u32 bar = x.state & CLEAR ? m.landed() : m.full_keys();
+      bar_wait(m.free_keys(), turn_keys, patience);
       turn_keys ^= 1;
+      bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
+      for (int c = 0; c < Q_PARTS; c++) tma_load(m.k + c * SLAB, &p.k, bar, 64 * c, x.block * KEYS, h / p.group, b);
+      for (int c = 0; c < V_PARTS; c++) tma_load(m.v + c * SLAB, &p.v, bar, 64 * c, x.block * KEYS, h / p.group, b);
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
@@ -260,7 +252,7 @@ __device__ __forceinline__ void add_sums(const Params& p, const Shared& m, int s
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
-    const i64 at = (i64)x.row * 2 + s;
+    const i64 at = ((i64)x.row + (x.state & SECOND ? p.key_heads * p.group * p.tiles : 0)) * 2 + s;
     wait_turn(p.turns + at, x.rank, patience);
     bar_wait(m.full_sums(s), turn, patience);
     turn ^= 1;
@@ -521,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant
   line[2 * STEP] = lse;
   if (threadIdx.x < 4) line[3 * STEP] = far;
   if (threadIdx.x == 0) {
-    p.turns[blockIdx.x] = 0;
+    p.turns[blockIdx.x] = p.turns[gridDim.x + blockIdx.x] = 0;
     if (blockIdx.x == 0) *p.ticket = 0;
   }
 }
@@ -536,18 +528,54 @@ __device__ __forceinline__ int count_below(const int* a, int n, int bound) {
   return from;
 }
 
-// The walk of one key block of one list: full and partial entries as one, rows descending, each with the number of earlier key blocks in its row's list.
+// Key blocks that far more rows see than others (sinks, global tokens) are taken first and have a sum of their own, so that nobody waits for them; without such, where rows are
+// long, even and odd key blocks have a sum each. One warp a list.
+extern "C" __global__ void __launch_bounds__(32) classify(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x, nk = p.lists.nk, n = imin(nk, p.key_tiles);
+  const i64 at = (i64)blockIdx.x * nk;
+  const int* o = p.by_key_offsets + 2 * at;
+  const i64 all = __ldg(o + 2 * nk) - __ldg(o);
+  const auto is_long = [&](int j) { const int count = __ldg(o + 2 * j + 2) - __ldg(o + 2 * j); return count > 16 && (i64)count * nk > 4 * all; };
+  int found = 0;
+  for (int j = 0; j < n; j += 32) found += __popc(__ballot_sync(~0u, j + lane < n && is_long(j + lane)));
+  const bool apart = found > 0, split = !apart && all > 24 * (i64)nk;
+  for (int j0 = 0, before = 0; j0 < nk; j0 += 32) {
+    const int j = j0 + lane;
+    const bool mine = j < n && is_long(j);
+    const u32 them = __ballot_sync(~0u, mine);
+    const int earlier = before + __popc(them & ((1u << lane) - 1));
+    if (j < nk) {
+      p.sum_of[at + j] = apart ? mine : split ? j & 1 : 0;
+      if (j < n) p.sequence[at + (mine ? earlier : found + j - earlier)] = j;
+      else p.sequence[at + j] = j;
+    }
+    before += __popc(them);
+  }
+}
+
+// how many of n key blocks before j add to the same sum
+__device__ __forceinline__ int count_earlier(const int* cols, int n, int j, const int* sum_of, int sum) {
+  int found = 0;
+  for (int e = 0; e < n; e++) {
+    const int c = __ldg(cols + e);
+    if (c >= j) break;
+    found += sum_of[c] == sum;
+  }
+  return found;
+}
+
+// The walk of one key block of one list: full and partial entries as one, rows descending, each with its rank among the additions to the same sum of that row.
 extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ Params p) {
   const int list = blockIdx.x / p.lists.nk, j = blockIdx.x % p.lists.nk;
-  const int* o = p.by_key_offsets + 2 * (i64)blockIdx.x;
-  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2);
+  const int *o = p.by_key_offsets + 2 * (i64)blockIdx.x, *sum_of = p.sum_of + (i64)list * p.lists.nk, *cols = p.lists.cols;
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), sum = sum_of[j];
   for (int e = from + threadIdx.x; e < end; e += 128) {
     const int i = __ldg(p.by_key_rows + e);
     const int after = e < middle ? middle - 1 - e + (end - middle) - count_below(p.by_key_rows + middle, end - middle, i)
                                  : end - 1 - e + (middle - from) - count_below(p.by_key_rows + from, middle - from, i);
     const int* y = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
     const int a = __ldg(y), b = __ldg(y + 1), c = __ldg(y + 2);
-    p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), count_below(p.lists.cols + a, b - a, j) + count_below(p.lists.cols + b, c - b, j), 0);
+    p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), count_earlier(cols + a, b - a, j, sum_of, sum) + count_earlier(cols + b, c - b, j, sum_of, sum), sum);
   }
 }
 
@@ -558,16 +586,26 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
   u32* out = (u32*)raw;  // [STEP][PITCH] pairs
   const int half = blockIdx.x & 1, tile = blockIdx.x / 2 % p.tiles, head = blockIdx.x / 2 / p.tiles, b = head / p.Hq, start = first_position(p.at, b), first = floor_div(start, ROWS) + tile;
   const int w = threadIdx.x / 128, tid = threadIdx.x % 128, row = tid / 32 * 16 + tid % 32 / 4, i = first - p.lists.first, limit = key_limit(p.at, b);
-  bool some = false;
+  int some = 0;  // bit n: something was added to sum n
   if (i >= 0 && i < p.lists.nq) {
-    const int* o = p.lists.offsets + 2 * ((i64)__ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h) * p.lists.nq + i);
-    const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2);
-    some = (from < middle && __ldg(p.lists.cols + from) * KEYS < limit) || (middle < end && __ldg(p.lists.cols + middle) * KEYS < limit);
+    const int list = __ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h);
+    const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
+    const int end = __ldg(o + 2);
+    for (int e = __ldg(o) + threadIdx.x; e < end; e += 256) {
+      const int c = __ldg(p.lists.cols + e);
+      if (c * KEYS < limit) some |= 1 << p.sum_of[(i64)list * p.lists.nk + c];
+    }
   }
+  const bool first_sum = __syncthreads_or(some & 1), second_sum = __syncthreads_or(some & 2);
   const float4* sums = (const float4*)p.sums + ((i64)blockIdx.x * 2 + w) * (SUMS / 32) + tid;
+  const i64 next = (i64)gridDim.x * (SUMS / 16);
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; j++) {
-    const float4 x = some ? sums[j * 128] : make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 x = first_sum ? sums[j * 128] : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (second_sum) {
+      const float4 y = sums[next + j * 128];
+      x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+    }
     const int c = w * (COLUMNS / 2) + 4 * j + tid % 4;
     out[row * PITCH + c] = pack<KIND>(x.x * p.scale, x.y * p.scale);
     out[(row + 8) * PITCH + c] = pack<KIND>(x.z * p.scale, x.w * p.scale);
