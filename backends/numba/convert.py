@@ -103,12 +103,29 @@ _read_f32, _read_f16, _read_bf16, _read_fp8 = (op("iii", _row(code, True)) for c
 _write_f32, _write_f16, _write_bf16 = (op("iii", _row(code, False)) for code in range(3))
 
 
+def _rows(code, read):
+    """Many rows in one loop: a call for each would cost more than its elements. Read rows get zeros behind `count` elements, up to `padded`."""
+    row = _row(code, read)
+
+    def rows_(e, source, step, rows, count, padded, target, target_step):
+        def body(r, _):
+            to = e.add(target, e.mul(r, target_step))
+            row(e, e.add(source, e.mul(r, step)), count, to)
+            if read:
+                _fill(e, e.add(to, e.mul(count, 4)), e.b.sub(padded, count))
+            return []
+        e.loop(rows, [], body)
+    return rows_
+
+
 def _fill(e, target, count):
     e.loop(count, [], lambda k, _: (e.store(e.scalar(0), e.add(target, e.mul(k, 4))), [])[1])
 
 
 fill_zero = op("ii", _fill)
 """(target, count): float32 zeros."""
+_rows_f32, _rows_f16, _rows_bf16, _rows_fp8 = (op("iiiiiii", _rows(code, True)) for code in range(4))
+_out_f32, _out_f16, _out_bf16 = (op("iiiiiii", _rows(code, False)) for code in range(3))
 
 
 @kernel
@@ -124,6 +141,30 @@ def read_row(code, source, count, target, padded):
         _read_fp8(source, count, target)
     if padded > count:
         fill_zero(target + 4 * count, padded - count)
+
+
+@kernel
+def read_rows(code, source, step, rows, count, padded, target, target_step):
+    """read_row of `rows` rows, `step` bytes apart, to `target_step` bytes apart."""
+    if code == 0:
+        _rows_f32(source, step, rows, count, padded, target, target_step)
+    elif code == 1:
+        _rows_f16(source, step, rows, count, padded, target, target_step)
+    elif code == 2:
+        _rows_bf16(source, step, rows, count, padded, target, target_step)
+    else:
+        _rows_fp8(source, step, rows, count, padded, target, target_step)
+
+
+@kernel
+def write_rows(code, source, step, rows, count, target, target_step):
+    """write_row of `rows` rows, `step` bytes apart, to `target_step` bytes apart."""
+    if code == 0:
+        _out_f32(source, step, rows, count, 0, target, target_step)
+    elif code == 1:
+        _out_f16(source, step, rows, count, 0, target, target_step)
+    else:
+        _out_bf16(source, step, rows, count, 0, target, target_step)
 
 
 @kernel
