@@ -2,7 +2,7 @@
 // Addresses in shared memory are offsets from its start. A TensorMap holds what hopper_on_cpu.py wrote there.
 #pragma once
 
-struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[4], box[4]; long long step[4]; };  // steps in bytes, axes innermost first
+struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[5], box[5]; long long step[5]; };  // steps in bytes, axes innermost first
 struct EmulatedBarrier { short arrivals, pending; int phase_and_bytes; };                                          // bit 0: the phase under way; above: bytes to come
 
 static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedBarrier*)(emulate_shared() + at); }
@@ -55,13 +55,14 @@ static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, 
   const EmulatedMap& m = *(const EmulatedMap*)map;
   if (m.rank != rank || to % 1024 || m.box[0] * m.size != 128) { fprintf(stderr, "tensor copy: wrong rank, box or address\n"); abort(); }
   uint32_t row = 0;
-  for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++) for (unsigned z = 0; z < (rank > 2 ? m.box[2] : 1); z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
-    const long long c[4] = {at[0], at[1] + y, rank > 2 ? at[2] + z : 0, rank > 3 ? at[3] + w : 0};
+  for (unsigned v = 0; v < (rank > 4 ? m.box[4] : 1); v++) for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++)
+  for (unsigned z = 0; z < (rank > 2 ? m.box[2] : 1); z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
+    const long long c[5] = {at[0], at[1] + y, rank > 2 ? at[2] + z : 0, rank > 3 ? at[3] + w : 0, rank > 4 ? at[4] + v : 0};
     bool inside = true;
     for (int i = 1; i < rank; i++) inside &= c[i] >= 0 && c[i] < m.extent[i];
     for (unsigned x = 0; x < 128; x++) {
       const bool there = inside && c[0] + x / m.size < m.extent[0];
-      emulate_shared()[to + emulate_swizzle(row, x)] = there ? m.base[(c[0] * m.size + x) + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3]] : 0;
+      emulate_shared()[to + emulate_swizzle(row, x)] = there ? m.base[(c[0] * m.size + x) + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3] + c[4] * m.step[4]] : 0;
     }
   }
   emulate_barrier_bytes(bar, -(int)(row * 128));
