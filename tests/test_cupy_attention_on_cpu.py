@@ -488,6 +488,8 @@ LATENTS = [
     Latent(Hq=4, S=300, K=200, keys="late", sink=(300.0, -3e38, 0.0, 1.0)),
     Latent(Hq=4, S=200, K=200, keys="huge", sink=(0.0, 1e9, -1e9, 5.0)),
     Latent(B=2, T=9, lengths=True, causal=True, start=(3, 80), scale=0.5, sms=2),
+    Latent(B=2, Hq=70, T=1, S=300, K=260, lengths=True, sms=7),                                                        # lists split over the chip, two parts of heads
+    Latent(B=3, Hq=4, T=2, S=300, K=200, keys="late", causal=True, kv=(33, 300, 200), sink=(300.0, -np.inf, np.inf, 1.0), sms=13),
     Latent(scale=-0.05, portable=True),
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),
