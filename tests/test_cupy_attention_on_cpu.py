@@ -322,7 +322,8 @@ def test_parts_that_hopper_leaves():
 BACKWARD_CASES = [c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [
     Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=128, Dv=128, odd=False, sink=True),
     Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=128, Dv=64, lists=3, lengths=(130, 300), scale=0.1),
-    Case(B=1, Hq=1, Hk=1, rule="global", T=2300, S=2300, D=16, Dv=16),  # a key block with a sum of its own
+    Case(B=1, Hq=1, Hk=1, rule="global", T=2300, S=2300, D=16, Dv=16),  # with two sums: a key block has one of its own
+    Case(B=1, Hq=1, Hk=1, rule="full", T=3200, S=400, D=16, Dv=16),     # with two sums: even and odd key blocks
 ]
 
 
@@ -334,7 +335,7 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
     place.refused = "block_attention_backward"
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2)
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1)
     operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
     forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
@@ -362,7 +363,7 @@ def test_large_scores_on_hopper(path, steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1)
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1)
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)

@@ -22,9 +22,10 @@ TUNABLES = (
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
     Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
+    Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: key blocks that very many rows see wait for nobody, nor even ones for odd ones where rows are long"),
 )
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "15Q" + LISTS + POSITIONS + "9i2f"
+HOPPER_FIELDS = "128s" * 6 + "15Q" + LISTS + POSITIONS + "10i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -76,6 +77,8 @@ def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         if (config["block_q"], config["block_k"]) != (128, 128):
             return f"path hopper takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        if (config["tile_k"], config["tile_q"], config["stages"]) != (64, 32, 1):
+            return "path hopper has tiles of its own; leave tile_k, tile_q and stages at 64, 32 and 1, which are for calls that need the portable path"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
         return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
@@ -97,12 +100,18 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
     return (4 * config["block_q"], 128) if float32 else (2 * config["block_q"], 2 * config["tile_k"])
 
 
+def seen_by_many(problem: Problem) -> bool:
+    """Some rows, or some key blocks, meet nearly all others: additions queue there."""
+    return any("global" in word or "sink+" in word for word in problem.features)
+
+
 def default_config(problem: Problem) -> dict:
-    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8)
+    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1)
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     if problem["T"] > 64 and no_hopper(problem) is None:
-        return dict(path="hopper", heads=8, block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
+        heads = 32 if seen_by_many(problem) else 16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8
+        return dict(path="hopper", heads=heads, sums=1, block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
@@ -136,16 +145,16 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
     d = hopper_defines(q.dtype, D, Dv)
-    halves, key_tiles = 2 * B * Hq * tiles, ceil_div(S, 128)
-    rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((2 * halves, 64, d["WIDTH"]), "float32"), place.empty((2 * halves + 1,), "int32")
+    halves, key_tiles, n = 2 * B * Hq * tiles, ceil_div(S, 128), config["sums"]
+    rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((n * halves, 64, d["WIDTH"]), "float32"), place.empty((n * halves + 1,), "int32")
     columns = lists.by_key_offsets.shape[0] // 2  # key blocks of all lists
     walk, of_columns = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((2, columns), "int32")
     read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
     items, together = B * Hk * key_tiles, min(config["heads"], B * Hk)
-    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 8 * halves, of_columns.ptr, of_columns.ptr + 4 * columns, walk.ptr,
+    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 4 * n * halves, of_columns.ptr, of_columns.ptr + 4 * columns, walk.ptr,
               lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
-              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, scale, scale * LOG2E)
+              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, scale, scale * LOG2E)
     for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", columns // max(lists.nk, 1), 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
     return dq, dk, dv

@@ -40,7 +40,7 @@ struct Params {
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
   ListArrays lists;
   Positions at;
-  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items;  // key_heads = B * Hk; `together` of them are worked on at a time
+  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums;  // key_heads = B * Hk; `together` of them are worked on at a time
   float scale, exponent;                                               // exponent = scale * log2(e)
 };
 
@@ -513,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant
   line[2 * STEP] = lse;
   if (threadIdx.x < 4) line[3 * STEP] = far;
   if (threadIdx.x == 0) {
-    p.turns[blockIdx.x] = p.turns[gridDim.x + blockIdx.x] = 0;
+    for (int n = 0; n < p.most_sums; n++) p.turns[n * (i64)gridDim.x + blockIdx.x] = 0;
     if (blockIdx.x == 0) *p.ticket = 0;
   }
 }
@@ -528,8 +528,8 @@ __device__ __forceinline__ int count_below(const int* a, int n, int bound) {
   return from;
 }
 
-// Key blocks that far more rows see than others (sinks, global tokens) are taken first and have a sum of their own, so that nobody waits for them; without such, where rows are
-// long, even and odd key blocks have a sum each. One warp a list.
+// With two sums, key blocks that far more rows see than others (sinks, global tokens) are taken first and have a sum of their own, so that nobody waits for them; without such,
+// where rows are long, even and odd key blocks have a sum each. One warp a list.
 extern "C" __global__ void __launch_bounds__(32) classify(const __grid_constant__ Params p) {
   const int lane = threadIdx.x, nk = p.lists.nk, n = imin(nk, p.key_tiles);
   const i64 at = (i64)blockIdx.x * nk;
@@ -538,10 +538,11 @@ extern "C" __global__ void __launch_bounds__(32) classify(const __grid_constant_
   const auto is_long = [&](int j) { const int count = __ldg(o + 2 * j + 2) - __ldg(o + 2 * j); return count > 16 && (i64)count * nk > 4 * all; };
   int found = 0;
   for (int j = 0; j < n; j += 32) found += __popc(__ballot_sync(~0u, j + lane < n && is_long(j + lane)));
-  const bool apart = found > 0, split = !apart && all > 24 * (i64)nk;
+  if (p.most_sums < 2) found = 0;
+  const bool apart = found > 0, split = p.most_sums > 1 && !apart && all > 24 * (i64)nk;
   for (int j0 = 0, before = 0; j0 < nk; j0 += 32) {
     const int j = j0 + lane;
-    const bool mine = j < n && is_long(j);
+    const bool mine = apart && j < n && is_long(j);
     const u32 them = __ballot_sync(~0u, mine);
     const int earlier = before + __popc(them & ((1u << lane) - 1));
     if (j < nk) {
