@@ -2,7 +2,7 @@
 
 First the small calls of bench/block_attention.py against the float64 formula by the numeric policy, each twice for equal bits; then the large ones, each checked on a few rows and
 keys, timed in turn (CUDA events, cold L2, median) and counted by the pairs inside the pattern. Everything a call does is in the time: delta, preparing, rounding.
-Leaves with 1 if an answer is wrong. --quick: fewer repeats, the path hopper alone.
+Columns "heads, sums" are knobs of the path hopper. Leaves with 1 if an answer is wrong. --quick: fewer repeats, the path hopper alone.
 """
 import argparse
 import sys
@@ -21,7 +21,7 @@ from sparsetile.ops import attention  # noqa: E402
 
 LARGE = ("causal/32768", "window-1024/32768", "bigbird-128/32768", "random-10pct/32768", "window-4096/32768", "causal-d64/16384", "longformer-512/32768", "documents/32768", "causal/8192",
          "causal-d192/16384")
-CONFIGS = {**{f"hopper {heads}": dict(path="hopper", heads=heads) for heads in (1, 2, 4, 8, 16, 32)}, "portable": dict(path="portable", block_q=64)}
+CONFIGS = {"default": dict(path="hopper"), **{f"{heads}, {sums}": dict(path="hopper", heads=heads, sums=sums) for heads in (2, 8, 32) for sums in (1, 2)}, "portable": dict(path="portable", block_q=64)}
 
 
 def wrong(pattern, B, Hq, Hk, T, S, D, Dv, options) -> str | None:
