@@ -16,9 +16,9 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
+from sparsetile.backends.numba import block_attention, tiles
 from sparsetile.backends.numba import gradient_tiles as gt
-from sparsetile.backends.numba import tiles
-from sparsetile.backends.numba.block_attention import TUNABLES, default_config, sizes, supports  # noqa: F401
+from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
 from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.exact_backward import exact_backward
 from sparsetile.backends.numba.far import far, keep, on_threads, scratch, take
@@ -30,6 +30,7 @@ from sparsetile.backends.numba.rows import store_rows
 from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
+TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
 ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone
@@ -39,6 +40,11 @@ GRAIN = 32  # keys whose sums are cleared together, when first touched
 
 def resources(problem, config):
     return Resources(threads=1)
+
+
+def default_config(problem):
+    config = block_attention.default_config(problem)
+    return {knob.name: config[knob.name] for knob in TUNABLES}
 
 
 @far("iiiiii")

@@ -4,7 +4,7 @@ Numba knows no bfloat16, float16 or float8 arrays, so kernels hold addresses and
 nearest even (narrowing), NaN stays NaN, and they agree with ml_dtypes bit for bit (NaN payloads aside).
 """
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, F16, HALF, I8, I16, I32, LANES, Vectors, op
+from sparsetile.backends.numba.simd import F, F16, HALF, I8, I16, I32, I64, LANES, Vectors, op
 
 F32_CODE, F16_CODE, BF16_CODE, FP8_CODE = 0, 1, 2, 3
 CODE = {"float32": F32_CODE, "float16": F16_CODE, "bfloat16": BF16_CODE, "float8_e4m3fn": FP8_CODE}
@@ -76,6 +76,33 @@ def load_as_float(e, code, address, offset=0):
 def store_float_as(e, code, x, address, offset=0):
     element, convert = WRITE[code]
     e.store(convert(e, x), address, offset)
+
+
+def _denormal(e, source, count):
+    """How many of `count` bfloat16 are denormal, at least 1 if any is."""
+    main, total = e.b.and_(count, e.i(-LANES)), e.i(0)
+    for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(count, main))):
+        def body(k, found):
+            magnitude = v.b.and_(v.b.zext(v.load(e.add(source, e.mul(e.add(k, first), 2)), 0, v.of(I16)), v.VI), v.n(0x7fff))
+            hit = v.b.icmp_unsigned("<", v.b.sub(magnitude, v.n(1)), v.n(0x7f))
+            return [v.b.or_(found[0], v.b.zext(hit, v.VI))]
+        found = e.loop(n, [v.n(0)], body, v.lanes)[0]
+        total = e.b.add(total, e.b.zext(v.any(v.b.icmp_unsigned("!=", found, v.n(0))), I64))
+    return total
+
+
+_denormal_row = op("ii", _denormal, "i")
+
+
+@kernel
+def denormal_rows(source, steps, shape):
+    """Whether a bfloat16 tensor of these three steps and four sizes holds denormals: pair products take them for 0."""
+    found = 0
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            for t in range(shape[2]):
+                found += _denormal_row(source + b * steps[0] + h * steps[1] + t * steps[2], shape[3])
+    return found > 0
 
 
 def _bytes(code):

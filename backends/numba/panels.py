@@ -9,7 +9,7 @@ from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_of, row_word
 from sparsetile.backends.numba.rows import load_row, load_rows, store_rows
 from sparsetile.backends.numba.simd import LANES, get_i64, highest_bit, lowest_bit, put_i32, put_i64, transpose_tile
-from sparsetile.backends.numba.tiles import PANEL, STEP, times, word_common, word_union
+from sparsetile.backends.numba.tiles import PANEL, STEP, interleave, times, word_common, word_union
 
 CHUNK = 64  # keys at a time: their rows of K and V stay in the nearest cache
 WORDS = CHUNK // 32 + 1  # one more, always 0: register tiles may reach three keys past the chunk
@@ -109,6 +109,18 @@ def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, 
             fill_zero(scratch + 4 * c * padded, padded)
         else:
             load_row(code, base + s * step, width, scratch + 4 * c * padded, padded)
+
+
+@far("iiiiiii")
+def load_pairs(jobs, base, slot, limit, union, scratch, room):
+    """Values of a chunk as pairs of keys 2 j, 2 j + 1 of bfloat16 -> scratch [.., width] words; zeros for those that do not exist or are not in `union`. room: a chunk's raw rows."""
+    job = job_at(jobs)
+    low, high, dense = span_of(union)
+    source, step, count = base + slot * job.v_t, job.v_t, (high + 1) & ~1
+    if not dense or low > 0 or count > high:
+        load_keys(jobs, base, step, 0, job.Dv >> 1, job.width >> 1, slot, count, limit, union, room)
+        source, step = room, 2 * job.width
+    interleave(source, step, count >> 1, job.Dv, scratch, job.width)
 
 
 @far("iiiiiiiiii")
