@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from numeric import assert_close, assert_same_bits, plain
+from numeric import assert_close, assert_same_bits, plain, to_numpy
 
 import sparsetile as st
 
@@ -252,3 +252,26 @@ def test_offsets_past_two_to_the_31(backend, rng):
         judge_row(chosen[0, :, t], q[0, :, t], keys, keys[:, :Dv])
         keys = k[0, 0, S - 32 + t:S - 1 + t]
         judge_row(window[0, :, t], q[0, :, t], keys, keys[:, :Dv])
+
+
+@pytest.mark.parametrize("B, T, is_turned", [(1, 300, False), (3, 1, True), (2, 70, False)])
+def test_products_by_cublas_and_in_a_graph(B, T, is_turned, rng):
+    """The same call alone, by cuBLAS, and recorded, where the portable path stands for it."""
+    from sparsetile.backends.cupy import cublas
+    from sparsetile.ops import latent
+    if (missing := cublas.missing()) is not None:
+        pytest.skip(missing)
+    make = Make(rng)
+    x, tail, w = make.normal(B, 4, T, 128)(), make.normal(B, 4, T, 64)(), make.normal(4, 128, 512)().transpose(1, 2) if is_turned else make.normal(4, 512, 128)()
+    call = lambda: latent.matmul(x, w, tail, "cupy", "torch", 0, dict(path="cublas"))  # noqa: E731
+    alone = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    held = [to_numpy(one) for one in (x, w, tail)]
+    truth, formula = plain.grouped_matmul(*(one.astype(np.float64) for one in held[:2]), tail=held[2].astype(np.float64)), plain.grouped_matmul(*held[:2], tail=held[2])
+    for name, got in (("alone", alone), ("captured", captured)):
+        assert_close(name, to_numpy(got), truth, formula, reduction=128)
+        assert torch.equal(got[..., 512:], tail)

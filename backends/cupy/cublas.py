@@ -21,6 +21,12 @@ def missing() -> str | None:
     return None if hasattr(cublas, "gemmStridedBatchedEx") else "path cublas: this CuPy has no gemmStridedBatchedEx; take portable"
 
 
+def is_captured(place) -> bool:
+    """Whether the place's stream records a CUDA graph: CuPy's binding refuses cuBLAS then."""
+    from cupy.cuda import runtime
+    return bool(runtime.streamIsCapturing(place.stream))
+
+
 def _handle(device: int) -> int:
     """One of our own for each thread: the math mode is the handle's, and CuPy's belongs to its user."""
     from cupy_backends.cuda.libs import cublas

@@ -4,7 +4,8 @@
 
 out[..., :M] = sum_n x w in float32, rounded once to out_dtype (x's by default); out[..., M:] is the tail, bit for bit where the types are equal.
 float16 and bfloat16 run on tensor cores, other types and mixes by fused multiply-adds in float32. The path "cublas" is one call of cuBLAS and a copy of the tail; arrays
-that it cannot address (rows or heads that overlap) take the portable path.
+that it cannot address (rows or heads that overlap) take the portable path, and so does a call that a CUDA graph records: CuPy's binding refuses those. Decoding is
+what graphs are for, so the default asks for cuBLAS from 256 queries on.
 """
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
@@ -44,8 +45,7 @@ def resources(problem, config):
 
 def default_config(problem):
     tiles = gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, dict(config, path="portable")))
-    is_few = problem["B"] > 1 and 1 < problem["T"] < 64  # a call for each batch entry costs more than it saves
-    return dict(tiles, path="portable" if is_few or no_cublas(problem) else "cublas")
+    return dict(tiles, path="portable" if problem["T"] < 256 or no_cublas(problem) else "cublas")
 
 
 def artifacts(problem, config):
@@ -65,13 +65,13 @@ def run(x, w, *, place, config, tail=None, out_dtype=None):
     m_tiles, n_tiles = ceil_div(B * T, config["block_m"]), ceil_div(M, config["block_n"])
     shared = gemm.shared_bytes(x.dtype, w.dtype, out.dtype, w_rows, config, ROW_BYTES)
     values = (x.ptr, w.ptr, nvrtc.ptr(tail), out.ptr, *x.strides[:3], w.strides[0], stride, *(tail.strides[:3] if P else (0, 0, 0)), B, T, H, N, M, P, m_tiles, n_tiles)
-    launch = lambda name, blocks: nvrtc.function("grouped_matmul", name, FIELDS, d, place)(blocks, gemm.threads(config), shared, place.stream, *values)  # noqa: E731
-    if config["path"] == "cublas" and can_call(x, w, w_rows, stride):
+    product = nvrtc.function("grouped_matmul", "grouped_matmul", FIELDS, d, place)  # loaded by the first call whatever it runs: a graph may ask for it
+    if config["path"] == "cublas" and can_call(x, w, w_rows, stride) and not cublas.is_captured(place):
         multiply(x, w, out, w_rows, stride, place)
         if P:
-            launch("copy_tails", m_tiles * H)
+            nvrtc.function("grouped_matmul", "copy_tails", FIELDS, d, place)(m_tiles * H, gemm.threads(config), shared, place.stream, *values)
         return out
-    launch("grouped_matmul", m_tiles * H * n_tiles)
+    product(m_tiles * H * n_tiles, gemm.threads(config), shared, place.stream, *values)
     return out
 
 

@@ -142,10 +142,10 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
   for (int i = t; i < WORDS / 4; i += NT) ((uint4*)s.bits)[i] = make_uint4(0, 0, 0, 0);
   if (t == 0) { s.m.count = 0; s.m.top = 0; }
   u64 base = 0;
-  if (n > CAP) {  // sample: groups spread over the window; 4.5 standard deviations below the rank it should have
+  if (n > CAP) {  // sample: pairs of groups (a sector of memory) spread over the window; 4.5 standard deviations below the rank it should have
     const int SAMPLE = n > 65536 && CAP >= 4096 ? 4096 : 2048, groups = row.gb - row.ga;
     for (int i = t; i < SAMPLE / 4; i += NT) {
-      const int g = row.ga + (int)((i64)i * (groups - 1) / (SAMPLE / 4 - 1));
+      const int g = row.ga + ((int)((i64)(i / 2) * (groups - 2) / (SAMPLE / 8 - 1)) & ~1) + i % 2;
       const float4 v = row.whole(g);
       const float e[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

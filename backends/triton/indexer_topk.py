@@ -58,8 +58,8 @@ def row_stride(S) -> int:
 
 def default_config(problem):
     B, T, S = problem["B"], problem["T"], problem["S"]
-    rows = min(B * T, rows_at_once(T, S, 32))
-    return {**indexer_scores.default_config(problem), **select_rows.default_knobs(rows, S, problem["K"], 132), "scratch_mb": 32}
+    rows = min(B * T, rows_at_once(T, S, 64))
+    return {**indexer_scores.default_config(problem), **select_rows.default_knobs(rows, S, problem["K"], 132), "scratch_mb": 64}
 
 
 def pool_width(pool) -> tuple[int, int]:

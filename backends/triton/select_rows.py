@@ -19,7 +19,7 @@ TUNABLES = (
     Tunable("select_warps", (8, 4, 16), "warps of a program"),
     Tunable("splits", (1, 2, 4, 8, 16), "programs that read one row (few long rows)"),
 )
-SCRATCH = 32 << 20  # bytes of candidates held at a time
+SCRATCH = 64 << 20  # bytes of candidates held at a time
 
 
 @triton.jit
