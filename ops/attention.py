@@ -237,7 +237,8 @@ def _carry(part: Lists, place) -> Lists:
         if x is None:
             return None
         return place.upload(arrays.as_numpy(x)) if arrays.device_of(x) is None else place.native(x)
-    host = {} if arrays.device_of(part.offsets) is not None else {"offsets": arrays.as_numpy(part.offsets)}
+    known = ("offsets", "q_order", "k_order") if arrays.device_of(part.offsets) is None else ()
+    host = {name: arrays.as_numpy(getattr(part, name)) for name in known if getattr(part, name) is not None}
     return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras=host)
 
 
@@ -284,6 +285,10 @@ def _forward(call, choice, place, return_lse, key):
         if key is not None:
             ready.remember(key, call, choice, parts[0], return_lse)
         return choice.kernel.run(q, k, v, parts[0], config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
+    if hasattr(choice.kernel, "run_parts"):
+        found = choice.kernel.run_parts(q, k, v, parts, config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
+        if found is not None:
+            return found
     results = [choice.kernel.run(q, k, v, part, config=choice.config, out_dtype=wide, return_lse=True, **common) for part in parts]
     from sparsetile.ops.merge import merge_native
     return merge_native([out for out, _ in results], [lse for _, lse in results], sink, kind, choice.backend, place, call.device)

@@ -2,7 +2,7 @@
 // Addresses in shared memory are offsets from its start. A TensorMap holds what hopper_on_cpu.py wrote there.
 #pragma once
 
-struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[4], box[4]; long long step[4]; };  // steps in bytes, axes innermost first
+struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[5], box[5]; long long step[5]; };  // steps in bytes, axes innermost first
 struct EmulatedBarrier { short arrivals, pending; int phase_and_bytes; };                                          // bit 0: the phase under way; above: bytes to come
 
 static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedBarrier*)(emulate_shared() + at); }
@@ -55,13 +55,14 @@ static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, 
   const EmulatedMap& m = *(const EmulatedMap*)map;
   if (m.rank != rank || to % 1024 || m.box[0] * m.size != 128) { fprintf(stderr, "tensor copy: wrong rank, box or address\n"); abort(); }
   uint32_t row = 0;
-  for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++) for (unsigned z = 0; z < (rank > 2 ? m.box[2] : 1); z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
-    const long long c[4] = {at[0], at[1] + y, rank > 2 ? at[2] + z : 0, rank > 3 ? at[3] + w : 0};
+  for (unsigned v = 0; v < (rank > 4 ? m.box[4] : 1); v++) for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++)
+  for (unsigned z = 0; z < (rank > 2 ? m.box[2] : 1); z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
+    const long long c[5] = {at[0], at[1] + y, rank > 2 ? at[2] + z : 0, rank > 3 ? at[3] + w : 0, rank > 4 ? at[4] + v : 0};
     bool inside = true;
     for (int i = 1; i < rank; i++) inside &= c[i] >= 0 && c[i] < m.extent[i];
     for (unsigned x = 0; x < 128; x++) {
       const bool there = inside && c[0] + x / m.size < m.extent[0];
-      emulate_shared()[to + emulate_swizzle(row, x)] = there ? m.base[(c[0] * m.size + x) + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3]] : 0;
+      emulate_shared()[to + emulate_swizzle(row, x)] = there ? m.base[(c[0] * m.size + x) + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3] + c[4] * m.step[4]] : 0;
     }
   }
   emulate_barrier_bytes(bar, -(int)(row * 128));
@@ -179,5 +180,29 @@ template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint3
       for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
       product[first + t].d[i] = s;
     }
+  });
+}
+
+// Plain bulk copies, and waiting for a counter that another thread of the grid raises (blocks run one after the other, so it was raised or a thread of this one will)
+static inline void emulate_bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  if (to % 16 || bytes % 16 || (uintptr_t)from % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }
+  memcpy(emulate_shared() + to, from, bytes);
+  emulate_barrier_bytes(bar, -bytes);
+}
+static inline void emulate_bulk_store(float* to, uint32_t from, int bytes, bool add) {
+  if (from % 16 || bytes % 16 || (uintptr_t)to % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }
+  const float* x = (const float*)(emulate_shared() + from);
+  for (int i = 0; i < bytes / 4; i++) to[i] = add ? to[i] + x[i] : x[i];
+}
+static inline void emulate_wait_equal(const int* counter, int value) { while (*(const volatile int*)counter != value) emulate::yield(); }
+static inline void emulate_stmatrix_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  using namespace emulate;
+  static uint32_t given[MOST][5];
+  const uint32_t mine[5] = {a, b, c, d, at};
+  memcpy(given[now], mine, sizeof mine);
+  const int base = now / 32 * 32;
+  warp_do([=] {
+    for (int m = 0; m < 4; m++) for (int l = 0; l < 32; l++) for (int h = 0; h < 2; h++)
+      memcpy(emulate_shared() + given[base + 8 * m + l % 4 * 2 + h][4] + l / 4 * 2, (const char*)&given[base + l][m] + 2 * h, 2);
   });
 }

@@ -10,7 +10,7 @@ class HopperPlace(CpuPlace):
     arch, sms = "sm_90a", 3
 
     def tensor_map(self, ptr, dtype, shape, strides, box):
-        four = lambda x: (*x, *(1,) * (4 - len(x)))  # noqa: E731
+        five = lambda x: (*x, *(1,) * (5 - len(x)))  # noqa: E731
         size = BYTES[dtype]
         assert ptr % 16 == 0 and all(s * size % 16 == 0 for s in strides[1:]) and all(1 <= b <= 256 for b in box) and strides[0] == 1
-        return struct.pack("@Qii4I4I4q48x", ptr, len(shape), size, *four(shape), *four(box), *(s * size for s in (*strides, *(0,) * (4 - len(strides)))))
+        return struct.pack("@Qii5I5I5q32x", ptr, len(shape), size, *five(shape), *five(box), *(s * size for s in (*strides, *(0,) * (5 - len(strides)))))

@@ -11,10 +11,13 @@ import oracle
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
-from numeric import assert_close, plain
+from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, merge_attention
+from sparsetile.backends.cupy.hopper_axes import axes_of
+from sparsetile.ops.lowering import lower
+from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -135,11 +138,11 @@ def scene(c, kind, rng, place):
         q_order, k_order = slots(P, 128), slots(c.S, 128)
         k_order = np.where(k_order == 7, -1, k_order)
         masks[:, :, 7] = False
-    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq))
+    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq if c.lists > 1 and c.Hq > 1 else 1))
     count = np.zeros((c.B, c.Hq, c.T, c.S), bool)
     for b in range(c.B):
         for h in range(c.Hq):
-            count[b, h] = masks[list_of[b if len(list_of) > 1 else 0, h]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
+            count[b, h] = masks[list_of[b % len(list_of), h % list_of.shape[1]]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
     hide(k, v, count, c.Hq)
     at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
               q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
@@ -158,7 +161,7 @@ def test_block_attention(case, kind, rng, place):
     c = case
     q, k, v, count, at, lists = scene(c, kind, rng, place)
     forward = dict(zip(("path", "block_q", "block_k", "tile_k", "row_tiles"), ("portable", *c.forward)))
-    backward = dict(zip(("block_q", "block_k", "tile_k", "tile_q", "stages"), c.backward))
+    backward = dict(zip(("path", "block_q", "block_k", "tile_k", "tile_q", "stages"), ("portable", *c.backward)))
     if kind == "float32":
         forward.update(tile_k=32, row_tiles=1)
         backward.update(tile_k=32, tile_q=32, stages=1)
@@ -203,6 +206,141 @@ def test_block_attention_on_hopper(case, kind, static, rng):
         assert_close(name, got.owner, true, one, reduction=case.S)
 
 
+DECODE_CASES = [
+    Case(T=1, S=500, Hq=8, D=64, Dv=64, rule="window128", sink=True),
+    Case(T=1, S=700, D=64, Dv=64, rule="full", lengths=(130, 700)),
+    Case(B=3, T=4, S=300, Hq=6, D=40, Dv=24, rule="causal", lengths=(0, 77, 1000), sink=True),
+    Case(T=5, S=300, Hq=4, Hk=1, D=72, Dv=72, rule="mixed", lengths=(33, 290), softcap=1.5),
+    Case(T=16, S=400, Hq=16, Hk=2, D=32, Dv=48, rule="random", start=(3, 377)),              # two row tiles of 64
+    Case(T=3, S=300, rule="late", lists=3, odd=True, start=(130, 200)),                      # each head has its own list
+    Case(B=1, T=2, S=200, Hq=20, Hk=1, D=96, Dv=64, rule="causal", start=-1, scale=-0.2),    # one query before the first key
+    Case(B=1, T=1, S=260, Hq=3, Hk=3, D=16, Dv=16, rule="window"),
+    Case(B=1, T=5, S=3, Hq=2, Hk=1, D=1, Dv=1, rule="window"),
+    Case(B=1, T=40, S=130, Hq=2, Hk=1, D=32, Dv=32, rule="causal"),                          # queries of two tiles
+]
+
+
+def attended(place, q, k, v, lists, config, *, sink, count, at, reduction):
+    """out and lse of one path against float64; twice the same bits."""
+    how = dict(config=config, sink_logits=place.put(sink), **at)
+    out, lse = (x.owner.copy() for x in block_attention.run(*map(place.put, (q, k, v)), lists, **how))
+    given = dict(scale=at["scale"], softcap=at["softcap"], sink_logits=sink)
+    truth, formula = oracle.attention(q, k, v, count.astype(np.int64), **given), plain.attention(q, k, v, count.astype(np.int64), **given)
+    for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(name, got, true, one, reduction=reduction)
+    for first, again in zip((out, lse), block_attention.run(*map(place.put, (q, k, v)), lists, **how)):
+        assert_same_bits("again", again.owner, first)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block_k, tile_k", [(128, 64), (64, 32)])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_few_queries(case, block_k, tile_k, kind, rng):
+    """Heads as rows of one tile, keys split over the chip and merged."""
+    place = CpuPlace()
+    place.refused = "block_attention"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    config = dict(path="decode", block_q=32, block_k=block_k, tile_k=tile_k, row_tiles=1)
+    attended(place, q, k, v, lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
+
+
+@pytest.mark.parametrize("D, Dv, heads, tile_k", [(576, 512, 16, 64), (576, 512, 20, 32), (80, 64, 8, 64), (40, 17, 4, 32)])
+def test_few_queries_of_a_shared_latent(D, Dv, heads, tile_k, rng):
+    """Values that are the first columns of the keys; also where their padded width is not within that of the keys."""
+    place, S = CpuPlace(), 300
+    place.refused = "block_attention"
+    q, k, v = tensors(rng, "bfloat16", 2, heads, 1, 2, S, D, Dv, shared=True)
+    made, lengths = block_lists.build(np.ones((1, S, S), bool), 0, 32, 128), np.array([133, S], np.int32)
+    made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
+    count = np.broadcast_to(np.arange(S) < lengths[:, None, None, None], (2, heads, 2, S))
+    k[~count[:, :1, 0]] = np.nan
+    config = dict(path="decode", block_q=32, block_k=128, tile_k=tile_k, row_tiles=1)
+    attended(place, q, k, v, made, config, sink=None, count=count, at=dict(place=place, scale=0.05, softcap=None, kv_length=place.put(lengths), q_start=None), reduction=S + D)
+
+
+LATENT_CASES = [
+    Case(T=2, S=300, Hq=70, Hk=1, D=576, Dv=512, rule="causal", lengths=(133, 290), sink=True, scale=0.04),
+    Case(B=3, T=1, S=500, Hq=17, Hk=1, D=576, Dv=512, rule="random", lengths=(0, 77, 500), scale=0.04),
+    Case(B=1, T=1, S=700, Hq=64, Hk=1, D=576, Dv=512, rule="window128", scale=0.04),
+    Case(B=2, T=3, S=200, Hq=5, Hk=1, D=576, Dv=512, rule="mixed", start=(-1, 150), scale=0.04),
+    Case(B=5, T=1, S=128, Hq=3, Hk=1, D=576, Dv=512, rule="full", scale=0.04),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
+    """64 heads of a query a tile by warpgroup products, keys through the copy engine and split over the chip."""
+    place = HopperPlace()
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    k[..., :512] = np.where(np.isnan(v), v, k[..., :512])
+    config = dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1)
+    place.refused = "block_attention_decode"
+    attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
+
+
+PART_CASES = [  # rule, T, S, Hq, Hk, keys that exist
+    (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
+    (Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
+    (Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
+    (Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
+    (Causal() & Strided(2), 400, 400, 1, 1, None),
+]
+
+
+@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_parts_on_hopper(rule, T, S, Hq, Hk, length, rng):
+    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
+    place, names = HopperPlace(), ("offsets", "q_order", "k_order")
+    place.refused = "block_attention"
+    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
+    made = lower(rule, S - T, S, S, 128, 128)
+    parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
+                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
+    count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
+    hide(k, v, count[None, None], Hq)
+    sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
+    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    got = block_attention.run_parts(*map(place.put, (q, k, v)), parts, config=config, sink_logits=place.put(sink), **at)
+    count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
+    truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
+    for name, x, true, one in zip(("out", "lse"), got, truth, formula):
+        assert_close(name, x.owner, true, one, reduction=S)
+
+
+def test_parts_that_hopper_leaves():
+    """What the copy engine cannot address is None: ragged classes, positions known on the device only, rows of globals out of order."""
+    rule = Causal() & (Window(10) | Strided(8))
+    known = lambda part: dataclasses.replace(part, extras={name: getattr(part, name) for name in ("offsets", "q_order", "k_order") if getattr(part, name) is not None})  # noqa: E731
+    plainly, classes = map(known, lower(rule, 0, 2048, 2048, 128, 128))
+    assert axes_of(classes, 0, 2048, 2048).row_step == 8 and axes_of(plainly, 0, 2048, 2048).row_step == 1
+    assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
+    ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
+    assert None in ragged
+
+
+BACKWARD_CASES = [c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [
+    Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=128, Dv=128, odd=False, sink=True),
+    Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=128, Dv=64, lists=3, lengths=(130, 300), scale=0.1),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_block_attention_backward_on_hopper(case, kind, rng):
+    """One pass, dQ added in order: full, partial and cut blocks, tiles at any position, empty rows, columns and lists, lists by head and by sample."""
+    place, at_portable = HopperPlace(), CpuPlace()
+    place.refused = "block_attention_backward"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    q, k, v = (token_major(x) for x in (q, k, v))
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2)
+    operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
+    forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
+
+
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
 
 
@@ -222,7 +360,7 @@ def test_large_scores_on_hopper(steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1)
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path="portable", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1)
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)
@@ -236,7 +374,7 @@ def test_expanded_and_unit_inputs(rng, place):
     lists = block_lists.build(mask, 7, 32, 64)
     lists = dataclasses.replace(lists, **{f.name: place.put(getattr(lists, f.name)) for f in dataclasses.fields(lists) if isinstance(getattr(lists, f.name), np.ndarray)})
     put, count = place.put, np.ones((2, 2, 33, 40), np.int64)
-    forward, backward = dict(path="portable", block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    forward, backward = dict(path="portable", block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(path="portable", block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     out, lse = block_attention.run(put(q), put(k), put(v), lists, place=place, config=forward, scale=0.2)
     total, delta, _ = attention_delta.run(out, put(dout), lse, place=place)
     grads = block_attention_backward.run(put(q), put(k), put(v), lists, total, delta, put(dout), place=place, config=backward, scale=0.2)
@@ -348,6 +486,8 @@ LATENTS = [
     Latent(Hq=4, S=300, K=200, keys="late", sink=(300.0, -3e38, 0.0, 1.0)),
     Latent(Hq=4, S=200, K=200, keys="huge", sink=(0.0, 1e9, -1e9, 5.0)),
     Latent(B=2, T=9, lengths=True, causal=True, start=(3, 80), scale=0.5, sms=2),
+    Latent(B=2, Hq=70, T=1, S=300, K=260, lengths=True, sms=7),                                                        # lists split over the chip, two parts of heads
+    Latent(B=3, Hq=4, T=2, S=300, K=200, keys="late", causal=True, kv=(33, 300, 200), sink=(300.0, -np.inf, np.inf, 1.0), sms=13),
     Latent(scale=-0.05, portable=True),
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),

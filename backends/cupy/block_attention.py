@@ -5,25 +5,29 @@ a tile sees is never read into a product. Tiles stand at absolute positions, so 
 
 float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32. The path "hopper"
 (block_attention_hopper.cu) is for sm_90a and blocks of 128; calls that it does not know (softcap, orders, scales that are not positive, outputs of another type,
-arrays that the copy engine cannot address) take the portable one with the same blocks.
+arrays that the copy engine cannot address) take the portable one with the same blocks. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
+rows of one tile, keys are split over the chip; calls with orders take the portable one.
 """
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy import hopper, split
+from sparsetile.backends.cupy.hopper_axes import Axes, axes_of
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128"),
-    Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
+    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
+            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip; 16-bit types. latent: the same for D 576 whose first 512 columns are the values, on sm_90a"),
+    Tunable("block_q", (64, 32, 128, 192), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step, divides block_k"),
     Tunable("row_tiles", (1, 2), "16-row tiles a warp holds: 2 halves what is read from shared memory, and doubles the registers"),
 )
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 4 + "5Q" + LISTS + POSITIONS + "7i2f"
+CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
+HOPPER_FIELDS = "128s" * 4 + "8Q" + LISTS + POSITIONS + "12i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -55,23 +59,37 @@ def no_hopper(problem: Problem) -> str | None:
     return None
 
 
-def hopper_defines(kind: str, D: int, Dv: int) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128)
+def hopper_bytes(D: int, Dv: int, block_q: int, stages: int, tiles: int) -> int:
+    """Stages of keys and of values, query tiles, barriers and items; a row of 64 columns takes 128 bytes."""
+    keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
+    return 1024 + 128 * (128 * stages * (keys + values) + tiles * block_q * max(keys, values)) + 40 * stages + 128
 
 
-def hopper_bytes(D: int, Dv: int) -> int:
-    """Two stages of keys and of values, the queries, barriers and the item; 16384 bytes hold 128 rows of 64 columns."""
-    keys, values = ceil_div(D, 64) * 16384, ceil_div(Dv, 64) * 16384
-    return 1024 + 2 * (keys + values) + max(keys, values) + 160
+def hopper_depth(D: int, Dv: int, block_q: int) -> tuple[int, int]:
+    """(stages, query tiles). Two tiles where they fit: the next item's is loaded while this one runs."""
+    stages = 4 if max(D, Dv) <= 64 else 2
+    return stages, 2 if hopper_bytes(D, Dv, block_q, stages, 2) <= nvrtc.shared_limit("sm_90a") else 1
+
+
+def hopper_defines(kind: str, D: int, Dv: int, block_q: int, parted: bool = False) -> dict:
+    stages, tiles = hopper_depth(D, Dv, block_q)
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=block_q, STAGES=stages, TILES=tiles, PARTED=int(parted))
 
 
 def resources(problem: Problem, config: dict):
     bq, bk, tk, mt = config["block_q"], config["block_k"], config["tile_k"], config["row_tiles"]
     if config["path"] == "hopper":
-        if (bq, bk) != (128, 128):
-            return f"path hopper takes blocks of 128 x 128, not {bq} x {bk}"
+        if bk != 128 or bq not in (128, 192):
+            return f"path hopper takes blocks of 128 or 192 x 128, not {bq} x {bk}"
+        if bq == 192 and max(problem["D"], problem["Dv"]) > 64:
+            return f"path hopper takes 192 queries a tile up to D and Dv 64, not {problem['D']} and {problem['Dv']}: three groups leave 160 registers a thread"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
+        if no_hopper(problem) or isinstance(portable, str):
+            return no_hopper(problem) or portable
+        return Resources(bq * 2 + 128, hopper_bytes(problem["D"], problem["Dv"], bq, *hopper_depth(problem["D"], problem["Dv"], bq)), 65536 // (bq * 2 + 128))
+    if config["path"] in ("decode", "latent"):
+        portable = resources(problem, {**config, "path": "portable"})
+        return portable if isinstance(portable, str) else split.resources(problem, config) if config["path"] == "decode" else split.latent_resources(problem, config)
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk:
         return f"block_q is a multiple of 32 and block_k of tile_k {tk}, not {bq} and {bk}"
@@ -96,6 +114,10 @@ def default_config(problem: Problem) -> dict:
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
         return first_fitting(problem, resources, [dict(path="hopper", block_q=128, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
+    if rows == 32 and problem.dtype("q") in HALVES:
+        few = first_fitting(problem, resources, split.candidates(problem))
+        if not isinstance(resources(problem, few), str):
+            return few
     if problem.dtype("q") == "float32":
         tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
     elif D <= 128:
@@ -116,13 +138,14 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
-    own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["forward"])]
+    if config["path"] in ("decode", "latent"):
+        return split.artifacts(problem, config) + portable
+    own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"]), names=["forward"])]
     return own + portable if config["path"] == "hopper" else portable
 
 
-def takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
-        and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
+def takes_hopper(q, k, v, config, scale, softcap, out_kind) -> bool:
+    return config["path"] == "hopper" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
 def longest_first(lists, place):
@@ -138,18 +161,39 @@ def longest_first(lists, place):
     return found
 
 
-def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start):
-    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
-    rows = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, 128, 1, 1))  # noqa: E731
-    maps = rows(q), rows(k), rows(v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
+def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start, axes=None, before=(None, None), partial=None):
+    """axes: how the rows and keys of a part of several stand (hopper_axes.Axes); before: out and lse of the parts before; partial: float32 for the next part, instead of out."""
+    (B, Hq, T, D), (Hk, S), Dv, bq = q.shape, k.shape[1:3], v.shape[3], lists.block_q
+    at = axes or Axes()
+    maps = at.rows(place, q, bq), at.keys(place, k), at.keys(place, v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
     start = S - T if q_start is None and kv_length is None else q_start
-    covered = isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq
+    covered = axes is not None or isinstance(start, int) and start // bq == lists.first and tiles == lists.nq
     order, ahead = longest_first(lists, place) if covered else (None, 0)
+    section = max(1, CACHED // max(1, 2 * S * (D + Dv))) * (Hq // Hk)
     items = B * Hq * tiles
     ticket = place.zeros((1,), "int32") if items > place.sms else None
-    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv), place)
-    function(min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(ticket), nvrtc.ptr(order),
-             *lists_values(lists), *position_values(T, S, kv_length, q_start), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, items, scale, scale * LOG2E)
+    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq, axes is not None), place)
+    function(min(items, max(place.sms, 1)), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq)), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+             *map(nvrtc.ptr, before), nvrtc.ptr(partial), nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start),
+             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, min(section, B * Hq), items, scale, scale * LOG2E)
+    return out, lse
+
+
+def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
+    """(out, lse) of a layout's parts, each starting from the sums of the one before, or None where that is not possible: then they are run apart and merged."""
+    (B, Hq, T, _), S, Dv = q.shape, k.shape[2], v.shape[3]
+    start = S - T if q_start is None and kv_length is None else q_start
+    axes = [axes_of(part, start, T, S) for part in parts]
+    if None in axes or not takes_hopper(q, k, v, config, scale, softcap, q.dtype) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+        return None
+    out = place.empty((B, Hq, T, Dv), q.dtype)
+    lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
+    partial = place.empty((B, Hq, T, Dv), "float32") if len(parts) > 1 else None
+    before = None, None
+    for n in reversed(range(len(parts))):  # the plain part comes last: its rows leave through the copy engine
+        last = n == 0
+        run_hopper(q, k, v, axes[n].applied(parts[n]), out, lse, parts[n].nq, place, scale, sink_logits if last else None, kv_length, start, axes[n], before, None if last else partial)
+        before = partial, lse
     return out, lse
 
 
@@ -161,8 +205,15 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     tiles = query_tiles(lists, T, q_start, S, kv_length)
     if B * Hq * tiles == 0:
         return out, lse
-    if takes_hopper(q, k, v, lists, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
+    if lists.q_order is not None or lists.k_order is not None:
+        found = run_parts(q, k, v, (lists,), place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
+                          return_lse=return_lse) if out_kind == kind else None
+        if found is not None:
+            return found
+    elif takes_hopper(q, k, v, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
         return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
+    if split.takes(q, lists, config, out_kind):
+        return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None)

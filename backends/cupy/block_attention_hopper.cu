@@ -1,9 +1,13 @@
-// Attention over block lists by Hopper's own instructions: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
+// Attention over block lists by Hopper's own instructions: float16 and bfloat16, tiles of 128 or 192 queries of one head, key blocks of 128.
 //
 // A persistent block of threads has four roles. One thread takes items (a tile of a head, longest first, by an atomic ticket), one loads them through the copy
-// engine, one warp clears values that no row of the tile sees, and two groups of 64 rows multiply: while the output product of one key block runs, the
-// exponentials of the next are made. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128).
+// engine, one warp clears values that no row of the tile sees, and groups of 64 rows multiply: while the output product of one key block runs, the exponentials
+// of the next are made. Where two query tiles fit, the items of a block of threads are one stream: an item's last product runs beside the next one's first
+// scores. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
+//
+// PARTED: one part of a layout of several. Its rows may stand `row_step` apart, its keys in runs of `key_run` every `key_step`: the copy engine sees such an axis
+// as two. An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
+// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED.
 #include "wgmma.cuh"
 #include "lists.cuh"
 
@@ -16,50 +20,80 @@
 #ifndef VALUES
 #define VALUES 128
 #endif
+#ifndef ROWS
+#define ROWS 128
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef TILES
+#define TILES 2
+#endif
+#ifndef PARTED
+#define PARTED 0
+#endif
 
-constexpr int ROWS = 128, KEYS = 128, STAGES = 2, SLAB = 128 * 128;  // a slab: 128 rows of 64 columns, as the copy engine writes them
-constexpr int Q_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = Q_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
-constexpr int READERS = 10;    // of an item: the loading thread, the clearing warp, eight multiplying warps
+constexpr int KEYS = 128, SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
+constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
+constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
+constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
 struct Params {
-  TensorMap q, k, v, out;  // boxes of 128 rows x 64 columns; out: 64 x 64
+  TensorMap q, k, v, out;  // boxes of a tile's rows x 64 columns; out: 64 x 64
   void* result;            // out again, for tiles without keys
   float* lse;
   const float* sink;
+  const float *before, *before_lse;  // [B,Hq,T,Dv], [B,Hq,T] of the parts before, or null
+  float* partial;                    // the same for the next part, instead of the result, or null
   int* ticket;             // 0, or null where every block of threads has one item
   const int* order;        // [L, tiles] tiles of a list, longest first, or null: last tile first
   ListArrays lists;
   Positions at;
-  int heads, Hq, group, Dv, tiles, ahead, items;  // heads = B * Hq; the `ahead` longest tiles of all heads come before everything else
+  int row_step, key_step, key_run, whole;         // 1, KEYS, KEYS where they are contiguous; whole: every key of every block exists
+  int heads, Hq, group, Dv, tiles, ahead, section, items;  // heads = B * Hq; the `ahead` longest tiles of all heads first, then so many heads at a time as the cache holds
   float scale, exponent;                          // exponent = scale * log2(e)
 };
 
-// Entries first .. first + n - 1 of the list, `gap` left out behind the `full` full ones; those from `plain` on need a mask. head = b * Hq + h, -1: no more items.
+// Entries first .. first + n - 1 of the list, `gap` left out behind the `full` full ones; those from `plain` on need a mask. head = b * Hq + h; n = -1: no more items.
 struct Item {
   int head, t, first, n, full, plain, gap, limit;  // t: query of row 0, negative where the tile starts before the call
   __device__ __forceinline__ int entry(int x) const { return first + x + (x >= full ? gap : 0); }
 };
+
+// Turn n of N places (1, 2 or 4) stands at n % N; the parity of its barrier.
+template <int N> __device__ __forceinline__ u32 parity(u32 n) { return n / N & 1; }
 
 struct Shared {
   u32 base, q, k, v, bars;
   unsigned char* raw;
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    k = q + Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
+    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
   }
   __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
   __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
   __device__ __forceinline__ u32 full_v(int s) const { return bars + 8 * (2 * STAGES + s); }
   __device__ __forceinline__ u32 free_v(int s) const { return bars + 8 * (3 * STAGES + s); }
   __device__ __forceinline__ u32 landed(int s) const { return bars + 8 * (4 * STAGES + s); }  // values of a masked block, not yet cleared
-  __device__ __forceinline__ u32 full_q() const { return bars + 40 * STAGES; }
-  __device__ __forceinline__ u32 free_q() const { return bars + 40 * STAGES + 8; }
-  __device__ __forceinline__ u32 full_item() const { return bars + 40 * STAGES + 16; }
-  __device__ __forceinline__ u32 free_item() const { return bars + 40 * STAGES + 24; }
+  __device__ __forceinline__ u32 full_q(int s) const { return bars + 40 * STAGES + 8 * s; }
+  __device__ __forceinline__ u32 free_q(int s) const { return bars + 40 * STAGES + 16 + 8 * s; }
+  __device__ __forceinline__ u32 full_item(int s) const { return bars + 40 * STAGES + 32 + 8 * s; }
+  __device__ __forceinline__ u32 free_item(int s) const { return bars + 40 * STAGES + 48 + 8 * s; }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
-  __device__ __forceinline__ Item* item() const { return at<Item>(bars + 40 * STAGES + 32); }
+  __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 40 * STAGES + 64) + s; }
 };
+
+// the query of a tile's row, and the rows first_row .. end_row - 1 that the call has
+__device__ __forceinline__ int query(const Params& p, const Item& x, int r) { return x.t + (PARTED ? r * p.row_step : r); }
+__device__ __forceinline__ int first_row(const Item& x) { return imax(-x.t, 0); }
+__device__ __forceinline__ int end_row(const Params& p, const Item& x) { return imin(ROWS, PARTED ? (p.at.T - x.t + p.row_step - 1) / p.row_step : p.at.T - x.t); }
+// the first key of a block, and how many of its keys exist
+__device__ __forceinline__ int first_key(const Params& p, int block) { return PARTED && p.lists.k_order ? __ldg(p.lists.k_order + (i64)block * KEYS) : block * KEYS; }
+__device__ __forceinline__ int existing_keys(const Params& p, int block, int limit) {
+  const int left = limit - first_key(p, block);
+  return PARTED && left > 0 ? left / p.key_step * p.key_run + imin(left % p.key_step, p.key_run) : left;
+}
 
 // ---------------------------------------------------------------------------------------------------------------- taking items
 // how many of n ascending blocks start before the limit
@@ -75,20 +109,31 @@ __device__ __forceinline__ int existing(const int* cols, int n, int limit) {
 }
 
 __device__ __forceinline__ Item open_item(const Params& p, int number) {
-  const int before = p.ahead * p.heads, each = number < before ? p.ahead : p.tiles - p.ahead, m = number < before ? number : number - before;
-  const int rank = m % each + (number < before ? 0 : p.ahead);
+  const int before = p.ahead * p.heads, each = p.tiles - p.ahead, m = number - before;
+  const int from = m < 0 ? 0 : m / (p.section * each) * p.section, heads = m < 0 ? p.heads : imin(p.section, p.heads - from), y = m < 0 ? number : m - from * each;
+  const int rank = y / heads + (m < 0 ? 0 : p.ahead);
   Item x;
-  x.head = m / each;
+  x.head = from + y % heads;
   const int b = x.head / p.Hq, h = x.head % p.Hq, list = __ldg(p.lists.list_of + b * p.lists.list_b + h * p.lists.list_h);
   const int tile = p.order ? __ldg(p.order + (i64)list * p.tiles + rank) : p.tiles - 1 - rank, start = first_position(p.at, b);
-  const i64 n = (i64)floor_div(start, ROWS) + tile, i = n - p.lists.first;
+  i64 n = (i64)floor_div(start, ROWS) + tile, i = n - p.lists.first;
   x.limit = key_limit(p.at, b);
   x.t = (int)(n * ROWS - start);
+  if (PARTED && p.row_step > 1) {
+    i = tile;
+    x.t = __ldg(p.lists.q_order + i * ROWS) - start;
+  }
   x.first = x.n = x.full = x.plain = x.gap = 0;
   if (i < 0 || i >= p.lists.nq || x.t >= p.at.T) return x;
   const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
   const int middle = __ldg(o + 1), end = __ldg(o + 2);
   x.first = __ldg(o);
+  if (PARTED) {
+    x.full = middle - x.first;
+    x.n = end - x.first;
+    x.plain = p.whole ? x.full : 0;
+    return x;
+  }
   x.full = existing(p.lists.cols + x.first, middle - x.first, x.limit);
   x.n = x.full + existing(p.lists.cols + middle, end - middle, x.limit);
   x.gap = middle - x.first - x.full;
@@ -97,108 +142,123 @@ __device__ __forceinline__ Item open_item(const Params& p, int number) {
 }
 
 __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32& patience) {
-  for (int number = blockIdx.x, turn = 1;; turn ^= 1) {
-    bar_wait(m.free_item(), turn, patience);
+  int number = blockIdx.x;
+  for (u32 i = 0;; i++) {
+    Item& x = *m.item(i % ITEMS);
+    bar_wait(m.free_item(i % ITEMS), parity<ITEMS>(i) ^ 1, patience);
     const bool more = number < p.items && patience;
-    if (more) *m.item() = open_item(p, number); else m.item()->head = -1;
-    bar_arrive(m.full_item());
+    if (more) x = open_item(p, number); else x.n = -1;
+    bar_arrive(m.full_item(i % ITEMS));
     if (!more) return;
     number = p.ticket ? gridDim.x + atomicAdd(p.ticket, 1) : p.items;
   }
 }
 
-// The next item for a warp, or for one thread of it that `arrives`.
-__device__ __forceinline__ Item next_item(const Shared& m, u32& turn, u32& patience, bool arrives) {
-  bar_wait(m.full_item(), turn, patience);
-  turn ^= 1;
-  const Item x = *m.item();
-  __syncwarp();
-  if (arrives) bar_arrive(m.free_item());
-  return x;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- loading, clearing
-struct Ring {  // which stage, and the parity of its turn
-  u32 s, turn;
-  __device__ __forceinline__ void next() { if (++s == STAGES) { s = 0; turn ^= 1; } }
-};
-
-template <int Slabs> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int row, int h, int b) {
-  bar_expect(bar, Slabs * SLAB);
+template <int Slabs, int Bytes = SLAB> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int at, int step, int h, int b) {
+  bar_expect(bar, Slabs * Bytes);
 #pragma unroll
-  for (int c = 0; c < Slabs; c++) tma_load(to + c * SLAB, map, bar, 64 * c, row, h, b);
+  for (int c = 0; c < Slabs; c++)
+    if (PARTED) tma_load(to + c * Bytes, map, bar, 64 * c, step ? at % step : at, step ? at / step : 0, h, b);
+    else tma_load(to + c * Bytes, map, bar, 64 * c, at, h, b);
 }
 
 // K of a block, then V of the block before: values are wanted one product later
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32& patience) {
-  Ring k = {0, 1}, v = {0, 1};
-  u32 turn = 0, turn_q = 1;
-  for (;;) {
-    bar_wait(m.full_item(), turn, patience);
-    turn ^= 1;
-    const Item x = *m.item();
-    bar_arrive(m.free_item());
-    if (x.head < 0 || !patience) return;
-    if (x.n == 0) continue;
+  const int row_step = PARTED && p.row_step > 1 ? p.row_step : 0, key_step = PARTED && p.key_run < KEYS ? p.key_step : 0;
+  u32 k = 0, v = 0;
+  for (u32 i = 0;; i++) {
+    bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
+    const Item x = *m.item(i % ITEMS);
+    bar_arrive(m.free_item(i % ITEMS));
+    if (x.n < 0 || !patience) return;
     const int b = x.head / p.Hq, h = x.head % p.Hq, hk = h / p.group;
-    bar_wait(m.free_q(), turn_q, patience);
-    turn_q ^= 1;
-    load_slabs<Q_SLABS>(m.q, &p.q, m.full_q(), x.t, h, b);
-    for (int e = 0, last = 0; e <= x.n; e++) {
+    bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
+    if (x.n) load_slabs<K_SLABS, Q_SLAB>(m.q + i % TILES * Q_BYTES, &p.q, m.full_q(i % TILES), x.t, row_step, h, b);
+    else bar_arrive(m.full_q(i % TILES));
+    for (int e = 0, last = 0; e <= x.n && x.n; e++) {
       int row = 0;
       if (e < x.n) {
-        row = __ldg(p.lists.cols + x.entry(e)) * KEYS;
-        bar_wait(m.free_k(k.s), k.turn, patience);
-        load_slabs<Q_SLABS>(m.k + k.s * K_BYTES, &p.k, m.full_k(k.s), row, hk, b);
-        k.next();
+        row = first_key(p, __ldg(p.lists.cols + x.entry(e)));
+        bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
+        load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.k, m.full_k(k % STAGES), row, key_step, hk, b);
+        k++;
       }
       if (e > 0) {
-        bar_wait(m.free_v(v.s), v.turn, patience);
-        load_slabs<V_SLABS>(m.v + v.s * V_BYTES, &p.v, e - 1 < x.plain ? m.full_v(v.s) : m.landed(v.s), last, hk, b);
-        v.next();
+        bar_wait(m.free_v(v % STAGES), parity<STAGES>(v) ^ 1, patience);
+        load_slabs<V_SLABS>(m.v + v % STAGES * V_BYTES, &p.v, e - 1 < x.plain ? m.full_v(v % STAGES) : m.landed(v % STAGES), last, key_step, hk, b);
+        v++;
       }
       last = row;
     }
   }
 }
 
+// bits of the keys 32 n .. 32 n + 31 of a block of this kind that row r sees
+__device__ __forceinline__ u32 seen_word(const ListArrays& lists, int kind, int2 range, int r, int n) {
+  const u32 word = range_bits(range.x - 32 * n, range.y - 32 * n);
+  return kind >= 0 && kind & 1 ? word & __ldg(lists.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
+}
+__device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, int left, int r) {
+  const int2 range = kind >= 0 && !(kind & 1) ? __ldg((const int2*)lists.intervals + (i64)(kind >> 1) * ROWS + r) : make_int2(0, KEYS);
+  return make_int2(range.x, imin(range.y, left));
+}
+
 // A warp makes the values of masked blocks zero where no row of the tile sees the key: what nobody sees must not reach a product (0 * NaN).
+// What is seen is known before the values land, so that most blocks are passed on at once.
 __device__ __forceinline__ void clear_values(const Params& p, const Shared& m, u32& patience) {
   const int lane = threadIdx.x & 31;
-  u32 turn = 0, turns = 0, s = 0;
-  for (;;) {
-    const Item x = next_item(m, turn, patience, lane == 0);
-    if (x.head < 0 || !patience) return;
+  u32 turns = 0, s = 0;
+  for (u32 i = 0;; i++) {
+    bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
+    const Item& x = *m.item(i % ITEMS);
+    if (x.n < 0 || !patience) return;
     s = (s + x.plain) % STAGES;
     for (int e = x.plain; e < x.n; e++, s = (s + 1) % STAGES) {
-      const int at = x.entry(e), kind = __ldg(p.lists.kinds + at), left = x.limit - __ldg(p.lists.cols + at) * KEYS;
+      const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
+      u32 seen[KEYS / 32] = {};
+#pragma unroll 1
+      for (int r = first_row(x) + lane; r < end_row(p, x); r += 32) {
+        const int2 range = seen_range(p.lists, kind, left, r);
+#pragma unroll
+        for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range, r, n);
+      }
+#pragma unroll
+      for (int n = 0; n < KEYS / 32; n++) seen[n] = __reduce_or_sync(~0u, seen[n]);
       bar_wait(m.landed(s), turns >> s & 1, patience);
       turns ^= 1u << s;
+#pragma unroll
+      for (int n = 0; n < KEYS / 32; n++) {
 #pragma unroll 1
-      for (int n = 0; n < KEYS; n += 32) {
-        u32 word = 0;
-#pragma unroll 1
-        for (int r = imax(-x.t, 0) + lane; r < imin(ROWS, p.at.T - x.t); r += 32) word |= kind_word<ROWS, KEYS>(p.lists, kind, r, n);
-        word = __reduce_or_sync(~0u, word) & range_bits(0, left - n);
-#pragma unroll 1
-        for (int r = lane / 8; r < 32 && word != ~0u; r += 4)
-          if (!(word >> r & 1))
-            for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + (n + r) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int r = lane / 8; r < 32 && seen[n] != ~0u; r += 4)
+          if (!(seen[n] >> r & 1))
+            for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + (32 * n + r) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
       }
       shared_to_copy_engine();
       __syncwarp();
       if (lane == 0) bar_arrive(m.full_v(s));
     }
+    __syncwarp();
+    if (lane == 0) bar_arrive(m.free_item(i % ITEMS));
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-// two rows of a lane, keys 8 j + 2 (lane % 4) and the next as s[4 j ..]; `left` keys of the block exist
-__device__ __forceinline__ void mask(float (&s)[64], const ListArrays& lists, int kind, int left, int row, int lane) {
+struct Sight { int kind; int2 range[2]; };  // of a masked block: its kind, and where the keys lie that two rows of a lane may see
+
+__device__ __forceinline__ Sight look(const Params& p, const Item& x, int e, int row) {
+  const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
+  return {kind, {seen_range(p.lists, kind, left, row), seen_range(p.lists, kind, left, row + 8)}};
+}
+
+// keys 8 j + 2 (lane % 4) and the next are s[4 j ..]
+__device__ __forceinline__ void mask(float (&s)[64], const ListArrays& lists, const Sight& y, int row) {
 #pragma unroll
   for (int n = 0; n < 4; n++) {
-    const u32 exist = range_bits(0, left - 32 * n);
-    const u32 a = (kind_word<ROWS, KEYS>(lists, kind, row, 32 * n) & exist) >> 2 * (lane & 3), b = (kind_word<ROWS, KEYS>(lists, kind, row + 8, 32 * n) & exist) >> 2 * (lane & 3);
+    u32 a = seen_word(lists, y.kind, y.range[0], row, n), b = seen_word(lists, y.kind, y.range[1], row + 8, n);
+    if (__all_sync(~0u, (a & b) == ~0u)) continue;
+    a >>= 2 * (thread_again() & 3);
+    b >>= 2 * (thread_again() & 3);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       float* x = s + 4 * (4 * n + j);
@@ -255,23 +315,35 @@ __device__ __forceinline__ void soften(float (&s)[64], float (&most)[2], float (
 
 // a tile without keys: this group's 64 rows
 __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, int w, int tid) {
-  const int from = imax(x.t + 64 * w, 0), until = imin(x.t + 64 * w + 64, p.at.T), n = p.Dv / 8;
+  const int r0 = imax(first_row(x), 64 * w), r1 = imin(end_row(p, x), 64 * w + 64), n = p.Dv / (PARTED && p.partial ? 4 : 8);
   const i64 line = (i64)x.head * p.at.T;
-  for (int i = tid; i < (until - from) * n; i += 128) ((uint4*)p.result)[(line + from) * n + i] = make_uint4(0, 0, 0, 0);
-  if (p.lse && from + tid < until) p.lse[line + from + tid] = -inf();
+  uint4* to = (uint4*)(PARTED && p.partial ? (void*)p.partial : p.result);
+  for (int i = r0 * n + tid; i < r1 * n; i += 128) to[(line + query(p, x, i / n)) * n + i % n] = make_uint4(0, 0, 0, 0);
+  if (p.lse && r0 + tid < r1) p.lse[line + query(p, x, r0 + tid)] = -inf();
 }
 
 // this group's rows from their tile, those that the call has; two threads a row
-__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, int w, int tid) {
-  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = x.t + r;
+__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, u32 tile, int w, int tid) {
+  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = query(p, x, r);
   if (t < 0 || t >= p.at.T) return;
   uint4* to = (uint4*)p.result + ((i64)x.head * p.at.T + t) * n;
 #pragma unroll 1
-  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(m.q + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
+  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
+}
+
+// What lies between float32 rows in memory and two rows of a lane: columns 8 j + 2 (lane % 4) and the next are o[4 j ..].
+template <class F> __device__ __forceinline__ void for_pairs(const Params& p, const Item& x, int row, F f) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int t = query(p, x, row + 8 * h), c = 2 * (thread_again() & 3);
+    const i64 line = ((i64)x.head * p.at.T + t) * p.Dv + c;
+#pragma unroll
+    for (int j = 0; j < VALUES / 8; j++) f(4 * j + 2 * h, line + 8 * j, t >= 0 && t < p.at.T && 8 * j < p.Dv);
+  }
 }
 
 // factors of the sums of two rows, and their lse
-__device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row, int lane) {
+__device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row) {
   const float sink = p.sink ? __ldg(p.sink + x.head % p.Hq) : -inf();
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -280,25 +352,58 @@ __device__ __forceinline__ void finish(const Params& p, const Item& x, const flo
     const bool empty = most[h] == -inf() && sum[h] == 0.f;
     const float top = __fmul_rn(most[h], p.scale);  // rounded as the backward rounds its scores
     factor[h] = empty ? 0.f : 1.f / (sum[h] + (p.sink ? ex2((sink - top) * LOG2E) : 0.f));
-    const int t = x.t + row + 8 * h;
-    if (p.lse && (lane & 3) == 0 && t >= 0 && t < p.at.T) p.lse[(i64)x.head * p.at.T + t] = empty ? -inf() : top + logf(sum[h]);
+    const int t = query(p, x, row + 8 * h);
+    if (p.lse && (thread_again() & 3) == 0 && t >= 0 && t < p.at.T) p.lse[(i64)x.head * p.at.T + t] = empty ? -inf() : top + logf(sum[h]);
+  }
+}
+
+// out through this group's rows of the item's query tile
+template <int N> __device__ __forceinline__ void store(const Params& p, const Item& x, const Shared& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid) {
+  if (PARTED && p.partial) {
+    for_pairs(p, x, w * 64 + tid / 32 * 16 + tid % 32 / 4, [&](int i, i64 at, bool there) {
+      if (there) *(float2*)(p.partial + at) = make_float2(o[i] * factor[i >> 1 & 1], o[i + 1] * factor[i >> 1 & 1]);
+    });
+    return;
+  }
+  const int lane = tid & 31, r = w * 64 + tid / 32 * 16 + (lane & 15);
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) {
+    const int c = 2 * j + (lane >> 4);  // 16 bytes each
+    const float* y = o + 8 * j;
+    stmatrix_at(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
+                pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
+  }
+  shared_to_copy_engine();
+  named_sync(4 + w, 128);
+  if (x.t + 64 * w < 0 || PARTED && p.row_step > 1) {  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
+    store_inside(p, x, m, tile, w, tid);
+    named_sync(4 + w, 128);
+  } else if (tid == 0) {
+#pragma unroll
+    for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, tile + c * Q_SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
+    tma_store_commit();
   }
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {
-  const int tid = threadIdx.x % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + lane / 4;
-  const u64 dq = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
-  u32 pr[32], turn = 0, turn_q = 0;
-  Ring k = {0, 0}, v = {0, 0};
+  const int tid = threadIdx.x % 128;
+  const auto row = [w] { const int t = thread_again() % 128; return w * 64 + t / 32 * 16 + t % 32 / 4; };  // seldom wanted: not worth a register
+  const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
+  float s[64], o[VALUES / 2], most[2], sum[2], factor[2], done[2];
+  u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
+  int n, plain;
+  bool owed = false;  // the output of the item before is on its way
+  Sight sight;
+  const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
+  const auto tile = [&](u32 i) { return m.q + i % TILES * Q_BYTES; };
   const auto multiply_scores = [&] {
-    const u64 dk = dk0 + (u64)(k.s * (K_BYTES >> 4));
+    const u64 dq = dq0 + (u64)(uniform(i % TILES) * (Q_BYTES >> 4)), dk = dk0 + (u64)(uniform(k % STAGES) * (K_BYTES >> 4));
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, dq + c / 4 * (SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
+    for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
     wgmma_commit();
   };
-  const auto multiply_output = [&](bool more) {
-    const u64 dv = dv0 + (u64)(v.s * (V_BYTES >> 4));
+  const auto multiply_output = [&](u32 v, bool more) {
+    const u64 dv = dv0 + (u64)(uniform(v % STAGES) * (V_BYTES >> 4));
 #pragma unroll
     for (int c = 0; c < 8; c++) multiply_values<KIND>(o, pr + 4 * c, dv + c * 128, more || c != 0);
     wgmma_commit();
@@ -307,114 +412,145 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int c = 0; c < 32; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
   };
-  for (;;) {
-    const Item x = next_item(m, turn, patience, lane == 0);
-    const int n = __shfl_sync(~0u, x.n, 0), plain = __shfl_sync(~0u, x.plain, 0);
-    if (__shfl_sync(~0u, x.head, 0) < 0) break;
-    if (n == 0) { store_nothing(p, x, w, tid); continue; }
-    most[0] = most[1] = -inf();
-    sum[0] = sum[1] = 0.f;
-    bar_wait(m.full_q(), turn_q, patience);
-    turn_q ^= 1;
-    bar_wait(m.full_k(k.s), k.turn, patience);
+  const auto begin = [&] {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      most[h] = -inf();
+      sum[h] = 0.f;
+      if (PARTED && p.before) {
+        const Item& x = *m.item(i % ITEMS);
+        const int t = query(p, x, row() + 8 * h);
+        if (t >= 0 && t < p.at.T) most[h] = __ldg(p.before_lse + (i64)x.head * p.at.T + t) / p.scale;
+        if (most[h] != -inf() && (thread_again() & 3) == 0) sum[h] = 1.f;
+      }
+    }
+  };
+  const auto resume = [&] {  // the sums of the parts before, as this part's first maximum wants them; false: there are none
+    if (!PARTED || !p.before) return false;
+    for_pairs(p, *m.item(i % ITEMS), row(), [&](int j, i64 at, bool there) {
+      const float2 x = there ? *(const float2*)(p.before + at) : make_float2(0.f, 0.f);
+      o[j] = x.x * factor[j >> 1 & 1];
+      o[j + 1] = x.y * factor[j >> 1 & 1];
+    });
+    return true;
+  };
+  const auto open = [&] {  // item i, once it is known
+    bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
+    n = uniform(m.item(i % ITEMS)->n);
+    plain = uniform(m.item(i % ITEMS)->plain);
+    if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
+  };
+  const auto close = [&](u32 i) { __syncwarp(); if (tid % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
+  const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
+    if (tid == 0) { tma_store_wait_read(); bar_arrive(m.free_q(i % TILES)); }
+    owed = false;
+  };
+  for (open(); n >= 0;) {
+    if (n == 0) {
+      store_nothing(p, *m.item(i % ITEMS), w, tid);
+      close(i);
+      settle(i++);
+      open();
+      continue;
+    }
+    bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
     hold(s);
     wgmma_fence();
     multiply_scores();
-    int kind = -1, left = KEYS;
-    if (plain == 0) { kind = __ldg(p.lists.kinds + x.entry(0)); left = x.limit - __ldg(p.lists.cols + x.entry(0)) * KEYS; }
+    begin();
+    if (plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     wgmma_wait<0>();
     hold(s);
-    if (tid == 0) bar_arrive(m.free_k(k.s));
-    k.next();
-    if (plain == 0) mask(s, p.lists, kind, left, row, lane);
+    if (tid == 0) bar_arrive(m.free_k(k % STAGES));
+    k++;
+    if (plain == 0) mask(s, p.lists, sight, row());
     soften(s, most, sum, factor, p.exponent);
     round();
-    for (int e = 1; e < n; e++) {
-      if (e >= plain) { kind = __ldg(p.lists.kinds + x.entry(e)); left = x.limit - __ldg(p.lists.cols + x.entry(e)) * KEYS; }
-      bar_wait(m.full_k(k.s), k.turn, patience);
+    bool more = resume(), over = false;  // something has been summed; the item before has one product left
+    for (int e = 1;; e++, k++) {
+      if (e == n) {
+        if (TILES == 1) break;
+        if (owed) settle(i - 1);
+        i++;
+        open();
+        over = n > 0;
+        if (!over) break;
+        e = 0;
+      }
+      bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
-      bar_wait(m.full_v(v.s), v.turn, patience);
+      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
       wgmma_fence();
-      multiply_output(e != 1);
+      multiply_output(k - 1, more);
+      if (owed) settle(i - 1);
+      if (over) {
+        finish(p, *m.item((i - 1) % ITEMS), most, sum, done, row());
+        begin();
+      }
+      if (e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       wgmma_wait<1>();
       hold(s);
-      if (tid == 0) bar_arrive(m.free_k(k.s));
-      k.next();
-      if (e >= plain) mask(s, p.lists, kind, left, row, lane);
+      if (tid == 0) bar_arrive(m.free_k(k % STAGES));
+      if (e >= plain) mask(s, p.lists, sight, row());
       soften(s, most, sum, factor, p.exponent);
-      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(), turn_q ^ 1, patience);  // never: a branch on the sums keeps the exponentials before the wait
+      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);  // never: a branch on the sums keeps the exponentials before the wait
       wgmma_wait<0>();
       hold(o);
-      if (tid == 0) bar_arrive(m.free_v(v.s));
-      v.next();
-      if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+      if (tid == 0) bar_arrive(m.free_v((k - 1) % STAGES));
+      more = true;
+      if (over) {
+        store(p, *m.item((i - 1) % ITEMS), m, tile(i - 1), o, done, w, tid);
+        close(i - 1);
+        owed = true;
+        over = false;
+        more = resume();
+      } else if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
         for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       }
       round();
     }
-    bar_wait(m.full_v(v.s), v.turn, patience);
+    const u32 last = TILES == 1 ? i : i - 1;
+    bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
     hold(o);
     wgmma_fence();
-    multiply_output(n != 1);
-    finish(p, x, most, sum, factor, row, lane);
+    multiply_output(k - 1, more);
+    finish(p, *m.item(last % ITEMS), most, sum, done, row());
     wgmma_wait<0>();
     hold(o);
-    if (tid == 0) bar_arrive(m.free_v(v.s));
-    v.next();
-    // out through this group's half of the query tile
-    const int r = w * 64 + tid / 32 * 16 + (lane & 15);
-#pragma unroll
-    for (int j = 0; j < VALUES / 16; j++) {
-      const int c = 2 * j + (lane >> 4);  // 16 bytes each
-      const float* y = o + 8 * j;
-      stmatrix_at(m.q + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
-                  pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
-    }
-    shared_to_copy_engine();
-    named_sync(4 + w, 128);
-    const bool outside = x.t + 64 * w < 0;  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
-    if (outside) {
-      store_inside(p, x, m, w, tid);
-      named_sync(4 + w, 128);
-    }
-    if (tid == 0) {
-      if (!outside) {
-#pragma unroll
-        for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, m.q + c * SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
-        tma_store_commit();
-        tma_store_wait_read();
-      }
-      bar_arrive(m.free_q());
-    }
+    if (tid == 0) bar_arrive(m.free_v((k - 1) % STAGES));
+    store(p, *m.item(last % ITEMS), m, tile(last), o, done, w, tid);
+    close(last);
+    settle(last);
+    if (TILES == 1) { i++; open(); }
   }
   if (tid == 0) tma_store_wait();
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) forward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
   const Shared m(raw);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      bar_init(m.full_k(s), 1); bar_init(m.free_k(s), 2);
-      bar_init(m.full_v(s), 1); bar_init(m.free_v(s), 2); bar_init(m.landed(s), 1);
+      bar_init(m.full_k(s), 1); bar_init(m.free_k(s), GROUPS);
+      bar_init(m.full_v(s), 1); bar_init(m.free_v(s), GROUPS); bar_init(m.landed(s), 1);
     }
-    bar_init(m.full_q(), 1); bar_init(m.free_q(), 2);
-    bar_init(m.full_item(), 1); bar_init(m.free_item(), READERS);
+    for (int s = 0; s < TILES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), GROUPS); }
+    for (int s = 0; s < ITEMS; s++) { bar_init(m.full_item(s), 1); bar_init(m.free_item(s), READERS); }
     bar_fence();
   }
   __syncthreads();
   u32 patience = PATIENCE;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (group == 0) {
-    fewer_registers<40>();
+    fewer_registers<GROUPS == 2 ? 40 : 32>();
     if (threadIdx.x == 0) load_items(p, m, patience);
     else if (threadIdx.x == 32) take_items(p, m, patience);
     else if (threadIdx.x / 32 == 2) clear_values(p, m, patience);
   } else {
-    more_registers<232>();
+    more_registers<GROUPS == 2 ? 232 : 160>();
     multiply_items(p, m, group - 1, patience);
   }
 }

@@ -267,3 +267,14 @@ template <int Kind> __device__ __forceinline__ void wgmma_n128_columns(float (&d
 #undef SPARSETILE_MMA
 #endif
 }
+
+// a tensor copy of five axes
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z, int w, int v) {
+#ifdef SPARSETILE_EMULATE
+  const int at[5] = {x, y, z, w, v};
+  emulate_tma_load(to, map, bar, at, 5);
+#else
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+    :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v) : "memory");
+#endif
+}
