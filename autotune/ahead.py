@@ -3,7 +3,10 @@
 CuPy's kernels say what a config compiles (`artifacts`). Triton has no such list that its own launch would find again, so the call itself is made on
 tensors that are nowhere (torch's meta device) with every launch ending after its compilation.
 """
+import importlib
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from queue import SimpleQueue
 
 from sparsetile.autotune import isolate
@@ -12,20 +15,27 @@ from sparsetile.backends import arrays
 from sparsetile.ops import dispatch
 
 LIMIT = 60.0  # seconds that one config may compile
-BACKENDS = ("triton", "cupy")
 REFUSALS = ("CompileError", "CompilationError", "PTXASError")  # NVRTC's, Triton's and ptxas's
 
 
 class Ahead:
-    """Compile processes for one device's workloads; each takes one config at a time."""
+    """Compile processes for one device's workloads, which start at once; each takes one config at a time."""
 
-    def __init__(self, device: dict, width: int | None = None):
-        self.width = width or max(1, min(12, arrays._cpu_count() - 2))
-        self.pool, self.idle = ThreadPoolExecutor(self.width), SimpleQueue()
-        self.workers = [isolate.Worker(f"{__name__}:Compiler", device, env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) for _ in range(self.width)]
+    def __init__(self, width: int | None = None):
+        self.width = width or max(1, min(14, arrays._cpu_count() - 2))
+        self.pool, self.idle, self.device = ThreadPoolExecutor(self.width), SimpleQueue(), None
+        self.workers = [isolate.Worker(f"{__name__}:Compiler", env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) for _ in range(self.width)]
         for worker in self.workers:
             worker.start()
             self.idle.put(worker)
+
+    def on(self, device: dict) -> "Ahead":
+        """What they compile for, as the bench worker describes it."""
+        if device != self.device:
+            self.device = device
+            for worker in self.workers:
+                worker.open(device)
+        return self
 
     def submit(self, workload, backend: str, config: dict) -> Future:
         """Its result is (the sentence that says why the config does not compile, or None; what was left to the bench worker, or None)."""
@@ -49,7 +59,13 @@ class Ahead:
 class Compiler:
     """In a compile process: the device as it was described, without touching one."""
 
-    def __init__(self, device: dict):
+    def __init__(self):
+        os.nice(10)  # the bench worker's host must not wait for a core
+        for name in ("torch", "triton"):
+            if find_spec(name):
+                importlib.import_module(name)  # seconds, while the bench worker makes its inputs
+
+    def open(self, device: dict) -> None:
         info = arrays.DeviceInfo(device["name"], device["arch"], device["sms"], device["mem_gb"], device["smem_optin"], device["l2_mb"], device["vendor"])
         arrays.device_info = lambda index: info
         self.info, self.problems, self.settled = info, {}, False

@@ -1,4 +1,4 @@
-"""The command line: sparsetile demo | tune | bench | warmup | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
+"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | bench | warmup | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
 import argparse
 import importlib
 import json
@@ -53,10 +53,14 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("tune", _tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
                 "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --seconds 30            the first GPU\n"
-                "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on\n"
+                "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on; processes side by side share the work\n"
+                "  sparsetile tune --storage postgresql+psycopg://user@host/db --device all      on every host: they share the list, each GPU model's its own\n"
+                "  sparsetile tune --shapes shapes.jsonl              after SPARSETILE_RECORD_SHAPES=shapes.jsonl python app.py\n"
                 "  sparsetile tune --list                             the workloads")
     p.add_argument("workloads", nargs="*", help="names of workloads, or of kernels (all their workloads); none: every workload of the device")
-    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--device", default="cpu", help="cpu, the index of a GPU, or all: every GPU of this host, one process each (default: cpu)")
+    p.add_argument("--shapes", help="tune what a running application needed: the file that SPARSETILE_RECORD_SHAPES named")
+    p.add_argument("--again", action="store_true", help="tune workloads too that the storage says are done")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
     p.add_argument("--seconds", type=_duration, help="budget for each workload and backend (default: 30)")
     p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
@@ -65,6 +69,38 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=("pool", "tpe", "random", "nsga2"), default="pool", help="how configs are chosen: pool is ours, the others are Optuna's (default: pool)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--list", action="store_true", help="list the workloads and stop")
+
+    def profiles(name, help, run):
+        p = command(name, run, help)
+        p.add_argument("paths", nargs="*", help="profile files or directories (none: the user cache and the shipped ones)")
+        return p
+
+    profiles("show", "Print the entries of profiles: time, gain over the default, config, and whether the kernel has changed since.", _show)
+    p = command("diff", _diff, "What changed from one profile (or directory) to another: speed and config of each entry.")
+    p.add_argument("a"), p.add_argument("b")
+    p = command("merge", _merge, "Put the entries of profiles into one directory: of two for one key the higher status stays, then the faster; conflicts are printed.",
+                "example:\n  sparsetile merge host1/profiles host2/profiles --into profiles")
+    p.add_argument("paths", nargs="+", help="profile files or directories")
+    p.add_argument("--into", required=True, help="the directory that receives them")
+    p = profiles("verify", "Time each entry's config again beside the default on this machine. Exit code 1 if one is slower beyond the noise, or fails.", _verify)
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    profiles("export", "The entries of profiles as CSV.", _export)
+    p = profiles("report", "One HTML page for each profile: tuned against default, rates, the course of the search and what each knob does.", _report)
+    p.add_argument("--out", default="report", help="directory for the pages (default: report)")
+    p.add_argument("--storage", help="the storage of the run, for the course of its search")
+
+    p = command("replay", _replay, "How good the samplers are: regret against trials and seconds on spaces that were timed whole (Kernel Tuner's T4 format).",
+                "examples:\n  sparsetile replay bench/tables/*.t4.json.gz        every table, 30 seeds\n"
+                "  sparsetile replay --record cpu/window-256/4096 --backend numba --out window.t4.json.gz     time a space whole, every config")
+    p.add_argument("tables", nargs="*", help="tables to replay")
+    p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe)")
+    p.add_argument("--repeats", type=_count, default=30, help="seeds (default: 30)")
+    p.add_argument("--record", help="a workload to time whole")
+    p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="whose configs are timed (with --record)")
+    p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--rounds", type=_count, default=20, help="samples of each config, interleaved (default: 20)")
+    p.add_argument("--seconds", type=_duration, help="end the trials after so long; the table says how many of the legal configs it holds")
+    p.add_argument("--out", help="the table's file (with --record)")
 
     p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default (where that is another) and PyTorch (where it has the op).",
                 "examples:\n  sparsetile bench                                   every CPU workload\n  sparsetile bench cpu/window-256/4096\n"
@@ -148,24 +184,102 @@ def _demo(args):
 
 
 def _tune(args):
-    from sparsetile.autotune import progress, tune
-    from sparsetile.backends.contract import Unsupported
+    from sparsetile.autotune import batch, progress
     if args.list:  # asks for no GPU
         for w in _selected(args.workloads, None if args.device == "cpu" else args.device):
             print(json.dumps({"name": w.name, "kernel": w.kernel, "dtype": w.dtype, **dict(w.sizes)}) if args.json else f"{w.name:40} {w.kernel:28} {w.dtype:14} " +
                   " ".join(f"{a}={n}" for a, n in w.sizes))
         return 0
+    if args.device == "all":
+        return _every_gpu(args)
     device = _device(args.device)
-    workloads, failed = _selected(args.workloads, device), 0
+    workloads = _recorded(args.shapes, device) if args.shapes else _selected(args.workloads, device)
     with progress.show(len(workloads), args.json) as say:
-        for w in workloads:
-            try:
-                tune.tune(w.kernel, w, backend=args.backend, trials=args.trials, seconds=args.seconds, storage=args.storage, profiles=args.profiles, device=device,
-                          sampler=args.sampler, seed=args.seed, progress=say)
-            except Unsupported as error:
-                failed += 1
-                say({"event": "failed", "workload": w.name, "error": str(error)})
+        failed = batch.run(workloads, say, device=device, storage=args.storage, profiles=args.profiles, backend=args.backend, again=args.again, trials=args.trials,
+                           seconds=args.seconds, sampler=args.sampler, seed=args.seed)
     return 1 if failed else 0
+
+
+def _every_gpu(args):
+    import torch
+
+    from sparsetile.autotune import batch
+    if not torch.cuda.device_count():
+        raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
+    names = [w.name for w in _selected(args.workloads, 0)]
+    options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "storage", "profiles", "sampler", "seed", "shapes")]
+    words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
+    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage)
+
+
+def _recorded(path, device):
+    """Workloads that stand for the recorded problems of this device's architecture."""
+    from sparsetile.autotune import tasks, tune
+    from sparsetile.ops.pattern import Pattern
+    from sparsetile.profiles import misses
+    arch, found = tune.machine(device)["arch"], []
+    for problem, _, text in misses.read(path):
+        workload = tasks.of_problem(problem, None if text is None else Pattern.parse(text)) if problem.arch == arch else None
+        if workload is None:
+            print(f"{problem.op} of {problem.arch} with {sorted(problem.features)}: " + ("no workload stands for it" if problem.arch == arch else f"this device is {arch}"), file=sys.stderr)
+        else:
+            found.append(workload)
+    return found
+
+
+def _show(args):
+    from sparsetile.autotune import shelf
+    found = [row for path in shelf.files(args.paths) for row in shelf.rows(path)]
+    print("\n".join(json.dumps(row) for row in found) if args.json else shelf.table(found))
+
+
+def _diff(args):
+    from sparsetile.autotune import shelf
+    lines = shelf.diff(args.a, args.b)
+    print(json.dumps(lines) if args.json else "\n".join(lines) or "no difference")
+
+
+def _merge(args):
+    from sparsetile.autotune import shelf
+    conflicts = shelf.merge(args.into, args.paths)
+    print(json.dumps(conflicts) if args.json else "\n".join([f"conflict: {line}" for line in conflicts] + [f"merged into {args.into}"]))
+
+
+def _verify(args):
+    from sparsetile.autotune import shelf
+    say = (lambda line: print(json.dumps({"line": line}), flush=True)) if args.json else (lambda line: print(line, flush=True))
+    return 1 if shelf.verify(args.paths, _device(args.device), say) else 0
+
+
+def _export(args):
+    from sparsetile.autotune import shelf
+    print(json.dumps([row for path in shelf.files(args.paths) for row in shelf.rows(path)]) if args.json else shelf.to_csv(args.paths), end="")
+
+
+def _report(args):
+    from pathlib import Path
+
+    from sparsetile.autotune import report, shelf
+    for path in shelf.files(args.paths):
+        page = report.write(path, Path(args.out), args.storage)
+        print(json.dumps({"page": str(page)}) if args.json else page)
+
+
+def _replay(args):
+    from sparsetile.autotune import progress, replay, tasks
+    if args.record:
+        if not args.backend or not args.out:
+            raise ValueError("--record: expected --backend and --out beside it, got " + ("neither" if not args.backend and not args.out else "one of them") + "; name whose configs, and the file")
+        with progress.show(1, args.json) as say:
+            print(json.dumps(replay.record(tasks.find(args.record), _device(args.device), args.backend, args.out, rounds=args.rounds, seconds=args.seconds, progress=say)))
+        return 0
+    samplers = tuple(args.samplers.split(",")) if args.samplers else replay.SAMPLERS
+    if not args.tables or not set(samplers) <= {*replay.SAMPLERS, "nsga2"}:
+        raise ValueError(f"replay: expected tables, and samplers of {', '.join(replay.SAMPLERS)}, got {args.tables or 'no table'} and {', '.join(samplers)}; see bench/tables")
+    for path in args.tables:
+        rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
+        print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows), flush=True)
+    return 0
 
 
 def _bench(args):
@@ -220,13 +334,14 @@ def _doctor(args):
 def _explain(args):
     from sparsetile.autotune import tasks
     device, missing = _device(args.device), 0
-    for w in _selected(args.workloads, device):
+    selected = _selected(args.workloads, device)
+    for w in selected:
         found = tasks.Task(w, device, hollow=True).explain(args.backend)
         missing += found.backend is None
         if args.json:
             print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
         else:
-            print(f"{w.name}\n{found}" if len(args.workloads) != 1 else found)
+            print(f"{w.name}\n{found}" if len(selected) > 1 else found)
     return 1 if missing else 0
 
 

@@ -14,6 +14,7 @@ class Tried:
     config: dict
     time_us: float | None = None
     failure: str | None = None
+    seconds: float = 0.0
     samples: list = field(default_factory=list)
 
 

@@ -11,12 +11,12 @@ SECONDS = float(os.environ.get("SPARSETILE_TUNE_SECONDS") or 10)
 _running = False
 
 
-def on_miss(problem, device, backend):
+def on_miss(problem, device, backend, rule=None):
     """Tune `problem` on a stand-in workload of the same sizes; what has none runs on the heuristic, said once."""
     global _running
     if _running or _capturing(device):
         return
-    workload = tasks.of_problem(problem)
+    workload = tasks.of_problem(problem, rule)
     if workload is None:
         log.warning("SPARSETILE_TUNE=on: %s has no stand-in workload with features %s; its default config runs", problem.op, sorted(problem.features))
         return

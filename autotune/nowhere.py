@@ -35,6 +35,11 @@ class _Driver:
         return 0
 
 
+def _address(x) -> int:
+    """An address as the device would give one: aligned, of its storage alone, the same for two views of one place."""
+    return x.untyped_storage()._cdata * 256 + x.storage_offset() * x.element_size()
+
+
 def settle(info) -> None:
     """From now on calls of this process compile for the device that `info` describes, and launch nothing. For a process that does nothing else: it is not undone."""
     import torch
@@ -58,5 +63,6 @@ def settle(info) -> None:
     arrays.device_of, arrays.stream_of = lambda x: 0 if arrays.framework(x) == "torch" else None, lambda *_: 0
     arrays.TorchPlace.__init__, arrays.TorchPlace.guard = place, lambda self: contextlib.nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.Tensor.data_ptr = _address  # meta's is 0 for all, as if keys were values
     torch_ops.wanted = lambda *_: False  # its operators would answer for meta tensors by shape alone
     dispatch.package("triton").unavailable = lambda: None

@@ -43,8 +43,12 @@ def _beside(folder: Path, file: Path) -> list[Path]:
 
 def code(module) -> str:
     """A digest of the kernel's sources, its search space among them."""
+    return of(Path(inspect.getfile(module)))
+
+
+def of(module: Path) -> str:
     digest = hashlib.sha256()
-    for path in sources(Path(inspect.getfile(module))):
+    for path in sources(module):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:8]
 

@@ -100,7 +100,7 @@ class Study:
         return self.pool[key]
 
     def _enqueued(self, key):
-        self.study.enqueue_trial(dict(zip(self.space, key)))
+        self.study.enqueue_trial({name: max(0, value) for name, value in zip(self.space, key)})
         return self.study.ask(self.space)
 
     def tell(self, config, time_us, **attributes):

@@ -52,8 +52,8 @@ def _same(a: dict, b: dict, rules: dict) -> bool:
     return lookup._flat(a["key"], rules) == lookup._flat(b["key"], rules) and a["backend"] == b["backend"]
 
 
-def add(root: Path, op: str, device: dict, entry: dict, tuned_with: dict, regime: dict) -> Path:
-    """Put an entry into <root>/<device>/<op>.yaml, replacing the one of the same key and backend; pinned ones stay. Returns the path."""
+def add(root: Path, op: str, device: dict, entry: dict, tuned_with: dict, regime: dict, keep_pinned: bool = True) -> Path:
+    """Put an entry into <root>/<device>/<op>.yaml, replacing the one of the same key and backend; pinned ones stay, unless told otherwise. Returns the path."""
     path = Path(root) / lookup.slug(device["name"]) / f"{op}.yaml"
     with _locked(path.parent):
         data = None
@@ -65,7 +65,7 @@ def add(root: Path, op: str, device: dict, entry: dict, tuned_with: dict, regime
         data = data or {"schema": schema.VERSION, "op": op, "device": device, "dims": dict(lookup.DIMS), "entries": []}
         data |= {"tuned_with": tuned_with, "regime": regime}
         rules = data["dims"]
-        pinned = any(_same(e, entry, rules) and e.get("status") == "pinned" for e in data["entries"])
+        pinned = keep_pinned and any(_same(e, entry, rules) and e.get("status") == "pinned" for e in data["entries"])
         if not pinned:
             data["entries"] = [e for e in data["entries"] if not _same(e, entry, rules)] + [entry]
         # the winner of a key comes first: lookups without a named backend take it

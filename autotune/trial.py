@@ -9,6 +9,7 @@ from sparsetile.autotune.verify import Verifier
 from sparsetile.backends.contract import BACKENDS
 from sparsetile.ops import dispatch
 
+FLUSH_MB = 1024  # 0.35 ms of writing between calls: longer than the host needs to launch one
 LEAK_MB = 64  # that the calls of one trial may keep
 
 
@@ -16,19 +17,23 @@ class Bench:
     """One device and the workload that is open on it. `broken` says that the device is lost to this process."""
 
     def __init__(self, device: int | None):
-        self.device, self.broken, self.watch = device, False, timing.Stopwatch(device)
+        self.device, self.broken, self.watch = device, False, timing.Stopwatch(device, flush_mb=FLUSH_MB)
 
     def open(self, workload: Workload, seed: int) -> None:
         """Inputs of another workload; those before are let go."""
         self.workload, self.task, self._verifier = workload, None, None
         gc.collect()
         self.task = Task(workload, self.device, seed)
+        self.verifier  # noqa: B018 (made now: the first trial's time is its own)
 
     @property
     def verifier(self):
         if self._verifier is None:
             self._verifier = Verifier(self.workload, self.device)
         return self._verifier
+
+    def machine(self) -> dict:
+        return provenance.device(self.device)
 
     def facts(self) -> dict:
         """What the controller has to know of the device, which it never touches."""
@@ -57,7 +62,7 @@ class Bench:
         return told | {"seconds": round(time.monotonic() - start, 3)}
 
     def finals(self, chosen: list, seconds: float) -> list:
-        """Samples of each (backend, config), interleaved, warm; None for one that does not answer rightly in this process."""
+        """Samples of each (backend, config), interleaved, warm, None for one that does not answer rightly in this process; and the clock at the end, in MHz."""
         calls = {}
         for n, (backend, config) in enumerate(chosen):
             try:
@@ -68,7 +73,15 @@ class Bench:
                 calls.pop(n, None)
         self.watch.synchronize()
         samples = dict(zip(calls, timing.finals(self.watch, list(calls.values()), seconds)))
-        return [samples.get(n) for n in range(len(chosen))]
+        return [samples.get(n) for n in range(len(chosen))], self._clock_mhz()
+
+    def rounds(self, chosen: list, count: int) -> list:
+        """`count` samples of each (backend, config), interleaved; they have been checked before."""
+        calls = [self.task.bound(backend, config) for backend, config in chosen]
+        for call in calls:
+            call()
+        self.watch.synchronize()
+        return timing.finals(self.watch, calls, float("inf"), count)
 
     def centre(self, samples: list) -> float:
         return self.watch.centre(samples)
@@ -80,6 +93,15 @@ class Bench:
         except bands.Overwritten as error:
             return f"out of bounds: {error}"
         return None if wrong is None else f"wrong answer: {wrong}"[:300]
+
+    def _clock_mhz(self) -> int | None:
+        if self.device is None:
+            return None
+        import torch
+        try:
+            return torch.cuda.clock_rate(self.device)
+        except Exception:  # noqa: BLE001 (NVML is not there, or is not allowed to say)
+            return None
 
     def _held_mb(self) -> float:
         gc.collect()

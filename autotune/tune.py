@@ -51,6 +51,7 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     say = progress or (lambda event: None)
     worker = _bench(bench, device, isolated)
     worker.open(w, seed)
+    compilers = _compilers(device) if isolated and device is not None else None
     facts = worker("facts", seconds=isolate.STARTING)
     problem, refused = facts["problem"], facts["refused"]
     asked = dispatch.requested_backend("sparse_attention" if "attention" in w.kernel else w.kernel, backend)
@@ -60,8 +61,9 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     entries, root = [], Path(profiles) if profiles else lookup.user_cache()
     for name in names:
         if refused.get(name, name) is None:
-            hunt = _Hunt(name, w, problem, worker, _compilers(facts["device"], device) if isolated and name in ahead.BACKENDS else None, say)
-            hunt.search(trials, seconds, storage, sampler, seed)
+            hunt = _Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say)
+            near = lookup.related(problem, facts["device"]["name"], name, user=str(root))
+            hunt.search(trials, seconds, storage, sampler, seed, near)
             entries.append(hunt.entry(seconds))
             note(root, _summary(w, name, entries[-1], hunt.failures()))
     entries = [e for e in entries if e is not None]
@@ -96,6 +98,11 @@ def _summary(w, backend, entry, failures: Counter) -> str:
             f"; {entry['config']}; tried {s['evaluated']} of {s['feasible']}, failed {s['failed']}{causes}, {entry['ties']} tied within {entry['band']:.1%}, stop {s['stop']}, {s['seconds']} s")
 
 
+def machine(device, bench=BENCH) -> dict:
+    """The device as its bench worker describes it."""
+    return _bench(bench, device, True)("machine", seconds=isolate.STARTING)
+
+
 def _bench(role, device, isolated):
     """The device's bench worker, started once and kept."""
     if not isolated:
@@ -105,10 +112,10 @@ def _bench(role, device, isolated):
     return _benches[role, device]
 
 
-def _compilers(device: dict, index):
-    if index not in _aheads:
-        _aheads[index] = ahead.Ahead(device)
-    return _aheads[index]
+def _compilers(device) -> ahead.Ahead:
+    if device not in _aheads:
+        _aheads[device] = ahead.Ahead()
+    return _aheads[device]
 
 
 def close() -> None:
@@ -126,7 +133,7 @@ class _Hunt:
     def __init__(self, backend, workload, problem, worker, compilers, say):
         self.backend, self.workload, self.problem, self.worker, self.compilers, self.say = backend, workload, problem, worker, compilers, say
         self.module = dispatch.kernel(backend, workload.kernel)
-        self.tried, self.start = [], time.monotonic()
+        self.tried, self.start, self.warm = [], time.monotonic(), 0
 
     def failures(self) -> Counter:
         return Counter(t.failure.partition(":")[0] for t in self.tried if t.failure)
@@ -135,10 +142,10 @@ class _Hunt:
     def best(self) -> float | None:
         return min((t.time_us for t in self.tried if t.time_us), default=None)
 
-    def search(self, trials, seconds, storage, sampler, seed) -> None:
+    def search(self, trials, seconds, storage, sampler, seed, seeds=()) -> None:
         w = self.workload
         self.pool, total = space.legal(self.module, self.problem, seed)
-        study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed)
+        study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed, seeds)
         self.sampler, self.seed = study.name, seed
         self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(study, "history", {}).values()]
         self.say({"event": "start", "workload": w.name, "backend": self.backend, "feasible": len(self.pool), "total": total, "resumed": len(self.tried)})
@@ -158,10 +165,11 @@ class _Hunt:
             if one is None:
                 line.appendleft((config, compiled))
                 break
+            one.seconds = round(time.monotonic() - begun, 3)
             study.tell(config, one.time_us, failure=one.failure)
             self.tried.append(one)
             self.say({"event": "trial", "workload": w.name, "backend": self.backend, "config": config, "time_us": one.time_us, "failure": one.failure, "done": len(self.tried),
-                      "best_us": self.best, "seconds": round(time.monotonic() - begun, 2)})
+                      "best_us": self.best, "seconds": one.seconds})
         for config, compiled in line:  # asked for, and never tried
             study.drop(config)
             compiled and compiled.cancel()
@@ -177,17 +185,19 @@ class _Hunt:
         """One config, by the bench worker. None if the budget ended before it did: that is no failure of the config's."""
         if compiled is not None:
             try:
-                refused, left = compiled.result(self._left())
+                refused, left = compiled.result(None if self.end is None else self._left())
             except TimeoutError:
                 return None
             if refused:
                 return Tried(self.backend, config, None, refused)
-        limit = max(LEAST, TIMES * (self.best or 0) / 1e6) + (COMPILING if compiled is None or left else 0)
         failure = None
         for turn in range(2):
+            slow = compiled is None or left or self.worker.starts != self.warm or self.worker.process is None  # a new process loads its compilers first
+            limit = max(LEAST, TIMES * (self.best or 0) / 1e6) + (COMPILING if slow else 0)
             allowed = min(limit, self._left())
             try:
                 told = self.worker("attempt", self.backend, config, self.best or float("inf"), seconds=allowed)
+                self.warm = self.worker.starts
                 return Tried(self.backend, config, told["time_us"], told["failure"])
             except (isolate.Lost, isolate.Failed) as error:
                 failure = str(error)[:300]
@@ -207,6 +217,7 @@ class _Hunt:
             self.say({"event": "trial", "workload": self.workload.name, "backend": self.backend, "config": {}, "time_us": None, "failure": f"finals: {error}", "done": len(self.tried),
                       "best_us": self.best})
             return None
+        samples, clock = samples
         for one, found in zip(chosen, samples):
             one.samples, one.time_us = found, found and self.worker("centre", found)
         chosen = [one for one in chosen if one.samples]
@@ -217,5 +228,7 @@ class _Hunt:
                   "date": datetime.date.today().isoformat(),
                   "search": {"sampler": self.sampler, "evaluated": len(self.tried), "feasible": len(self.pool), "failed": sum(self.failures().values()), "seed": self.seed,
                              "stop": self.stop, "seconds": round(time.monotonic() - self.start, 1)}}
+        if clock:
+            entry["clock_mhz"] = clock
         self.say({"event": "final", "workload": self.workload.name, "backend": self.backend, "entry": entry})
         return entry

@@ -189,7 +189,7 @@ def choose(call: Call, name: str, gradient=False, lse=False) -> dispatch.Choice:
         _choices.move_to_end(key)
         return _choices[key]
     fixed = {"block_q": rule.block_q, "block_k": rule.block_k} if isinstance(rule, Layout) else None
-    choice = dispatch.choose(OP, problem_of(call, name, gradient, lse), call.device, call.backend, call.config, fixed)
+    choice = dispatch.choose(OP, problem_of(call, name, gradient, lse), call.device, call.backend, call.config, fixed, rule if isinstance(rule, Pattern) else None)
     _remember(_choices, key, choice, 1024)
     return choice
 

@@ -23,7 +23,7 @@ from sparsetile.profiles.environment import reader
 
 log = logging.getLogger("sparsetile")
 _PACKAGE = __name__.rpartition(".ops.")[0]
-tune_hook = None  # set by autotune: (problem, device) -> None, writes a profile entry that the next lookup finds
+tune_hook = None  # set by autotune: (problem, device, backend, pattern) -> None, writes a profile entry that the next lookup finds
 
 
 class Choice(NamedTuple):
@@ -147,26 +147,27 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
     return full
 
 
-def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None) -> Choice:
-    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles). Remembered until clear_plans()."""
+def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None, rule=None) -> Choice:
+    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles); `rule` is its pattern, for what tunes and
+    records. Remembered until clear_plans()."""
     if is_explaining():
-        return _choose(op, problem, device, backend, config, fixed)
+        return _choose(op, problem, device, backend, config, fixed, rule)
     key = (op, problem, device, backend, *(None if knobs is None else tuple(sorted(knobs.items())) for knobs in (config, fixed)), environment(op))
     choice = _choices.get(key)
     if choice is None:
         if len(_choices) >= 4096:  # shapes come and go
             _choices.clear()
-        choice = _choices[key] = _choose(op, problem, device, backend, config, fixed)
+        choice = _choices[key] = _choose(op, problem, device, backend, config, fixed, rule)
     return choice
 
 
-def _choose(op, problem, device, backend, config, fixed) -> Choice:
+def _choose(op, problem, device, backend, config, fixed, rule) -> Choice:
     asked = requested_backend(op, backend)
     reasons, choice = {}, None
     if asked != "auto":
         sentence = refusal(asked, problem, device)
         if sentence is None:
-            choice = _configure(asked, problem, device, config, fixed)
+            choice = _configure(asked, problem, device, config, fixed, rule)
         else:
             reasons[asked] = sentence
         candidates = ()
@@ -174,7 +175,7 @@ def _choose(op, problem, device, backend, config, fixed) -> Choice:
         candidates = BACKENDS
         found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
         if found and refusal(found.backend, problem, device) is None:
-            choice = _configure(found.backend, problem, device, None, None)
+            choice = _configure(found.backend, problem, device, None, None, rule)
     for name in candidates if choice is None or is_explaining() else ():
         if choice is not None and name == choice.backend:
             continue
@@ -182,7 +183,7 @@ def _choose(op, problem, device, backend, config, fixed) -> Choice:
         if sentence is not None:
             reasons[name] = sentence
         elif choice is None:
-            choice = _configure(name, problem, device, config, fixed)
+            choice = _configure(name, problem, device, config, fixed, rule)
         else:
             reasons[name] = f"{choice.backend} comes first: {choice.source if 'profile' in choice.source else 'the order of preference is ' + ', '.join(BACKENDS)}"
     if is_explaining():
@@ -203,7 +204,7 @@ def _nearest(problem, device, reasons) -> str:
     return ""
 
 
-def _configure(backend: str, problem: Problem, device: int | None, config, fixed) -> Choice:
+def _configure(backend: str, problem: Problem, device: int | None, config, fixed, rule) -> Choice:
     module = kernel(backend, problem.op)
     fixed = fixed or {}
     for name, value in fixed.items():
@@ -215,8 +216,10 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     if not fixed and tune_mode() != "off":
         found = _lookup(problem, device, backend)
         if found is None and tune_mode() == "on" and tune_hook is not None:
-            tune_hook(problem, device, backend)
+            tune_hook(problem, device, backend, rule)
             found = _lookup(problem, device, backend)
+        if found is None and not is_explaining() and module.TUNABLES:
+            _missed(problem, backend, rule)
     if found is not None:
         try:
             return Choice(backend, module, check_config(module, problem, dict(found.config), found.where), found.source)
@@ -231,6 +234,11 @@ def _lookup(problem: Problem, device: int | None, backend: str | None):
     if found is not None and found.inherited:
         _once(f"{problem.op}: {found.source} is used for {arrays.device_info(device).name}; run `sparsetile tune` for a profile of its own")
     return found
+
+
+def _missed(problem: Problem, backend: str, rule) -> None:
+    from sparsetile.profiles import misses
+    misses.note(problem, backend, rule)
 
 
 _said = set()

@@ -4,6 +4,7 @@ A problem falls into a bucket by the rule of each axis; if the bucket has no ent
 their own serves, else the answer is None and the kernel's heuristic runs. Never across architectures. Files are read once per process.
 """
 import logging
+import math
 import os
 import re
 from functools import lru_cache
@@ -140,6 +141,23 @@ def _find(problem, device, backend, user) -> Found | None:
                 return found
             best = best or found
     return best
+
+
+def related(problem: Problem, device: str, backend: str, most: int = 8, user: str | None = None) -> list[dict]:
+    """Configs of a backend that won other buckets of this op, here or on devices of the architecture: the nearest first, the problem's own among them."""
+    mine, found = key_of(problem), []
+    for file, _, inherited in _candidates(problem.op, device, problem.arch, user or os.environ.get("SPARSETILE_PROFILE_DIR"), str(user_cache())):
+        for entries in file.entries.values():
+            found += [(_distance(mine, e["key"]) + inherited, len(found) + n, e["config"]) for n, e in enumerate(entries) if e["backend"] == backend]
+    distinct = {tuple(sorted(config.items(), key=str)): config for _, _, config in sorted(found, key=lambda one: one[:2], reverse=True)}
+    return [dict(config) for config in list(distinct.values())[::-1][:most]]
+
+
+def _distance(a: dict, b: dict) -> float:
+    """How many times a size doubles from one key to another; another type or feature counts as eight."""
+    sizes = sum(abs(math.log2((a["dims"].get(axis, 0) + 1) / (b["dims"].get(axis, 0) + 1))) for axis in {*a["dims"], *b["dims"]})
+    other = len({*a["features"]} ^ {*b.get("features", ())}) + (a["dtypes"] != b["dtypes"]) + (a["granularity"] != b.get("granularity", 1))
+    return sizes + abs(math.log2(a["density"] / b.get("density", 1.0))) + 8 * other
 
 
 def forget() -> None:

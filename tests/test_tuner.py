@@ -1,4 +1,5 @@
 """The tuner's loop: legality before compiling, correctness before timing, the default always measured, resume after a kill, the next call uses the winner."""
+import itertools
 import json
 import os
 import signal
@@ -53,7 +54,7 @@ def test_legal_configs_start_with_the_default_and_fit():
 
 @pytest.mark.parametrize("sampler", search.SAMPLERS)
 def test_search_repeats_nothing_and_can_exhaust(sampler):
-    pool = [{"block_q": q, "block_k": k} for t in (FakeKernel.TUNABLES,) for q in t[0].values for k in t[1].values]
+    pool = [dict(zip((t.name for t in FakeKernel.TUNABLES), values)) for values in itertools.product(*(t.values for t in FakeKernel.TUNABLES))]
     study = search.Study(FakeKernel, pool, "x", None, sampler, 0)
     seen = []
     while (config := study.ask()) is not None:

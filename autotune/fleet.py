@@ -1,0 +1,104 @@
+"""Tasks shared by any number of processes and hosts, in the storage that holds their trials: who works on what, and what a dead one left.
+
+A claim is a trial of one study; of the claims of a task that live, the first is the owner's. A claim lives while its lease does, which its owner renews, and no
+longer than the process itself where that can be seen. So nothing is done twice, and what a dead worker held returns to the list.
+"""
+import os
+import socket
+import threading
+import time
+
+from sparsetile.autotune import search
+
+LEASE = 60.0  # seconds; renewed three times as often
+_HERE = socket.gethostname()
+
+
+def _me() -> str:
+    return f"{_HERE}:{os.getpid()}:{_born(os.getpid())}"
+
+
+def _born(pid: int) -> str:
+    """When a process of this host began, as its kernel counts; empty if there is none: numbers of processes come again."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except OSError:
+        return ""
+
+
+def alive(owner: str, until: float) -> bool:
+    """Whether a lease holds."""
+    host, pid, born = owner.rsplit(":", 2)
+    if host == _HERE and os.path.exists("/proc/self/stat"):
+        return _born(int(pid)) == born
+    return time.time() < until
+
+
+class WorkList:
+    """The tasks of one storage, by name."""
+
+    def __init__(self, storage, name: str = "sparsetile/tasks"):
+        self.optuna = search.engine()
+        self.study = self.optuna.create_study(study_name=name, storage=search.storage_of(storage), load_if_exists=True)
+
+    def _claims(self, task: str) -> list:
+        return [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("task") == task]
+
+    def _live(self, claims) -> list:
+        return [t for t in claims if t.state == self.optuna.trial.TrialState.RUNNING and alive(t.user_attrs["owner"], t.user_attrs["until"])]
+
+    def done(self, task: str) -> bool:
+        return any(t.state == self.optuna.trial.TrialState.COMPLETE for t in self._claims(task))
+
+    def claim(self, task: str, again: bool = False) -> "Claim | None":
+        """The task, or None if it is done (unless again) or another's."""
+        claims, state = self._claims(task), self.optuna.trial.TrialState
+        if self._live(claims) or not again and any(t.state == state.COMPLETE for t in claims):
+            return None
+        for dead in claims:
+            if dead.state == state.RUNNING:
+                self._end(dead, state.FAIL)
+        storage = self.study._storage
+        template = self.optuna.trial.create_trial(state=state.RUNNING, user_attrs={"task": task, "owner": _me(), "until": time.time() + LEASE}, value=None)
+        mine = storage.create_new_trial(self.study._study_id, template)
+        first = min(self._live(self._claims(task)), key=lambda t: t.number)
+        if first._trial_id != mine:
+            storage.set_trial_state_values(mine, state.FAIL)
+            return None
+        return Claim(self, mine)
+
+    def _end(self, trial, state):
+        try:
+            self.study._storage.set_trial_state_values(trial._trial_id, state)
+        except (RuntimeError, self.optuna.exceptions.UpdateFinishedTrialError):  # another ended it
+            pass
+
+
+class Claim:
+    """A task that is this process's: `with` renews its lease; `finish` says that it is done, else it returns to the list."""
+
+    def __init__(self, owner: WorkList, trial_id: int):
+        self.owner, self.trial_id, self.over, self.finished = owner, trial_id, threading.Event(), False
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread.start()
+        return self
+
+    def _renew(self):
+        while not self.over.wait(LEASE / 3):
+            try:
+                self.owner.study._storage.set_trial_user_attr(self.trial_id, "until", time.time() + LEASE)
+            except Exception:  # noqa: BLE001 (a storage that is away for a moment; the next turn tries again, and the lease ends by itself)
+                pass
+
+    def finish(self):
+        self.finished = True
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+        state = self.owner.optuna.trial.TrialState
+        self.owner.study._storage.set_trial_state_values(self.trial_id, state.COMPLETE if self.finished else state.FAIL, [0.0] if self.finished else None)

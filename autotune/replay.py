@@ -1,0 +1,152 @@
+"""How good a sampler is, on spaces that were timed whole: `sparsetile replay`.
+
+A table is one kernel on one workload and device, every legal config of it with its times, in Kernel Tuner's T4 format (one result a line, gzip). A replay gives
+a sampler the table's answers in place of a device's, so that thirty runs cost seconds: its regret after n trials, and after s seconds of compiling and timing.
+"""
+import gzip
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsetile.autotune import search
+from sparsetile.backends.contract import Tunable
+
+SAMPLERS = ("pool", "random", "tpe-plain", "tpe")
+BUDGETS = (10, 25, 50, 100, 150)
+TIE = 0.01  # configs within so much of the best are the best
+
+
+@dataclass
+class Table:
+    """results: key -> (microseconds or None, seconds that the trial took)."""
+    name: str
+    tunables: tuple
+    default: dict
+    results: dict
+    noise: float
+
+    def key(self, config):
+        return tuple(config[t.name] for t in self.tunables)
+
+    @property
+    def pool(self):
+        rest = [dict(zip((t.name for t in self.tunables), key)) for key in self.results if key != self.key(self.default)]
+        return [self.default, *rest]
+
+    @property
+    def best(self):
+        return min(us for us, _ in self.results.values() if us)
+
+
+def load(path) -> Table:
+    data = json.loads(gzip.decompress(Path(path).read_bytes()))
+    about = data["metadata"]
+    tunables = tuple(Tunable(name, tuple(values)) for name, values in about["tunables"].items())
+    table = Table(about["workload"] + "/" + about["backend"], tunables, about["default"], {}, about["noise"])
+    for r in data["results"]:
+        us = r["measurements"][0]["value"] if r["invalidity"] == "correct" else None
+        table.results[table.key(r["configuration"])] = us, r["times"]["compilation_time"] + sum(r["times"]["runtimes"])
+    return table
+
+
+def t4(about: dict, rows: list[dict]) -> bytes:
+    """A table's file. rows: config, samples (us) or failure, seconds."""
+    def result(row):
+        samples = row.get("samples") or []
+        why = "correct" if samples else "correctness" if row["failure"].startswith(("wrong", "out of")) else "compile" if row["failure"].startswith("compile") else \
+            "timeout" if row["failure"].startswith("hang") else "runtime"
+        spent = [round(us / 1e6, 7) for us in samples[:1]]
+        return {"configuration": row["config"], "invalidity": why, "correctness": int(bool(samples)), "objectives": ["time"],
+                "times": {"compilation_time": round(max(0.0, row["seconds"] - sum(spent)), 3), "runtimes": spent},
+                "measurements": [{"name": "time", "value": round(statistics.median(samples), 2), "unit": "us"}] if samples else [], **({"cause": row["failure"]} if not samples else {})}
+    lines = ",\n".join(json.dumps(result(row)) for row in rows)
+    return gzip.compress(f'{{"schema_version": "1.0.0",\n"metadata": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n'.encode(), 9, mtime=0)
+
+
+# -------------------------------------------------------------------------------------------------------------------- replays
+class _Plain:
+    """Optuna's TPE as it comes: one suggestion after the other, legal or not, new or not."""
+
+    def __init__(self, table, seed):
+        self.optuna, self.table = search.engine(), table
+        self.study = self.optuna.create_study(sampler=self.optuna.samplers.TPESampler(seed=seed))
+        self.space = {t.name: self.optuna.distributions.CategoricalDistribution(list(t.values)) for t in table.tunables}
+
+    def ask(self):
+        self.trial = self.study.ask(self.space)
+        return dict(self.trial.params)
+
+    def tell(self, config, time_us):
+        self.study.tell(self.trial, search.BAD if time_us is None else time_us)
+
+
+class _Module:
+    def __init__(self, tunables):
+        self.TUNABLES = tunables
+
+
+def run(table: Table, sampler: str, trials: int, seed: int, seeds=()) -> list[tuple[float, float]]:
+    """After each trial: (best so far / the table's best - 1, seconds spent). One that is not legal or not right costs a trial and finds nothing."""
+    how = _Plain(table, seed) if sampler == "tpe-plain" else search.Study(_Module(table.tunables), table.pool, f"replay-{seed}", None, sampler, seed, seeds)
+    found, spent, course = float("inf"), 0.0, []
+    for _ in range(trials):
+        config = how.ask()
+        if config is None:
+            course.append((course[-1][0], spent))
+            continue
+        us, seconds = table.results.get(table.key(config), (None, 0.0))
+        how.tell(config, us)
+        found, spent = min(found, us or float("inf")), spent + seconds
+        course.append((found / table.best - 1, spent))
+    return course
+
+
+def regrets(table: Table, samplers=SAMPLERS, budgets=BUDGETS, repeats: int = 30) -> list[dict]:
+    """One row for each sampler and budget: the median and 90th percentile of the regret, and the median's seconds. Differences below the tie count as none."""
+    rows, size = [], len(table.results)
+    for sampler in samplers:
+        courses = [run(table, sampler, min(max(budgets), max(size, 1)), seed) for seed in range(repeats)]
+        for budget in budgets:
+            if budget > size and budget != min((b for b in budgets if b >= size), default=budget):
+                continue
+            at = [course[min(budget, len(course)) - 1] for course in courses]
+            regret = sorted(0.0 if r <= max(TIE, table.noise) else r for r, _ in at)
+            rows.append({"table": table.name, "size": size, "sampler": sampler, "trials": budget, "median": statistics.median(regret),
+                         "p90": regret[min(len(regret) - 1, int(0.9 * len(regret)))], "seconds": round(statistics.median(s for _, s in at), 1)})
+    return rows
+
+
+def text(rows: list[dict]) -> str:
+    lines = [f"{'table':44} {'configs':>7} {'sampler':10} {'trials':>6} {'median':>8} {'p90':>8} {'seconds':>8}"]
+    for r in rows:
+        lines.append(f"{r['table']:44} {r['size']:7} {r['sampler']:10} {r['trials']:6} {r['median']:8.2%} {r['p90']:8.2%} {r['seconds']:8.1f}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------ recording
+def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, progress=None) -> dict:
+    """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said."""
+    from sparsetile.autotune import isolate, provenance, space, tune
+    from sparsetile.ops import dispatch
+    worker = tune._bench(tune.BENCH, device, True)
+    worker.open(workload, 0)
+    facts = worker("facts", seconds=isolate.STARTING)
+    module, start = dispatch.kernel(backend, workload.kernel), time.monotonic()
+    pool, _ = space.legal(module, facts["problem"])
+    compilers = None if device is None else tune._compilers(device).on(facts["device"])
+    hunt = tune._Hunt(backend, workload, facts["problem"], worker, compilers, progress or (lambda event: None))
+    hunt.search(len(pool), seconds, None, "random", 0)
+    right = [(n, t) for n, t in enumerate(hunt.tried) if t.time_us]
+    samples = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
+    rows = [dict(config=t.config, failure=t.failure, seconds=t.seconds, samples=None) for t in hunt.tried]
+    for (n, _), found in zip(right, samples):
+        rows[n]["samples"] = found
+    spread = [statistics.stdev(s) / statistics.mean(s) / len(s) ** 0.5 for s in samples]
+    about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
+             "tunables": {t.name: list(t.values) for t in module.TUNABLES}, "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4),
+             "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(t4(about, rows))
+    return {"path": str(path), "legal": len(pool), "timed": len(right), "failed": len(rows) - len(right), "noise": about["noise"]}

@@ -1,0 +1,101 @@
+"""Samplers on spaces that were timed whole: the file format, what a regret is, and that ours beats random and plain TPE on a space of knobs that interact."""
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsetile.autotune import parzen, replay, search
+from sparsetile.backends.contract import Tunable
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted((ROOT / "bench" / "tables").glob("*.t4.json.gz"))
+KNOBS = (Tunable("tile", (64, 16, 32, 128)), Tunable("block", (32, 64, 128)), Tunable("warps", (4, 8, 2)), Tunable("stages", (1, 2, 3, 4)), Tunable("path", ("plain", "fast")))
+
+
+def rows(seed=0):
+    """A space whose best lies in a corner, with a third of it illegal and some that fail."""
+    rng, found = np.random.default_rng(seed), []
+    for values in itertools.product(*(t.values for t in KNOBS)):
+        config = dict(zip((t.name for t in KNOBS), values))
+        if config["tile"] * config["block"] * config["stages"] > 20_000:
+            continue
+        us = 100 + abs(np.log2(config["tile"] / 32)) * 20 + abs(np.log2(config["block"] / 64)) * 15 * (config["path"] == "fast") + abs(config["stages"] - 3) * 9 + 40 * (config["path"] == "plain") + \
+            (config["warps"] != 8) * 25 * (config["tile"] > 16)
+        fails = config != {t.name: t.values[0] for t in KNOBS} and rng.random() < 0.1
+        found.append(dict(config=config, samples=None if fails else list(us * (1 + 0.002 * rng.standard_normal(5))), failure="hang: no answer" if fails else None, seconds=0.5))
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables") / "made.t4.json.gz"
+    about = {"workload": "made", "backend": "numba", "tunables": {t.name: list(t.values) for t in KNOBS}, "default": {t.name: t.values[0] for t in KNOBS}, "noise": 0.001}
+    path.write_bytes(replay.t4(about, rows()))
+    return replay.load(path)
+
+
+def test_a_table_is_what_was_timed(table):
+    made = {table.key(r["config"]): r["samples"] and float(np.median(r["samples"])) for r in rows()}
+    assert {key: us for key, (us, _) in table.results.items()} == {key: us and pytest.approx(us, rel=1e-3) for key, us in made.items()}
+    assert table.pool[0] == table.default and len(table.pool) == len(made) and all(seconds == pytest.approx(0.5, rel=1e-3) for _, seconds in table.results.values())
+
+
+@pytest.mark.parametrize("sampler", ["pool", "random", "tpe", "tpe-plain"])
+def test_a_course_descends_and_ends_at_the_best_when_everything_was_tried(table, sampler):
+    course = replay.run(table, sampler, len(table.results) if sampler != "tpe-plain" else 20, 0)
+    regret = [r for r, _ in course]
+    assert regret == sorted(regret, reverse=True) and (regret[-1] == 0 or sampler == "tpe-plain") and [s for _, s in course] == sorted(s for _, s in course)
+
+
+def test_ours_beats_random_and_plain_tpe(table):
+    found = {r["sampler"]: r for r in replay.regrets(table, ("pool", "random", "tpe-plain"), (40,), repeats=10)}
+    assert found["pool"]["median"] <= min(found["random"]["median"], found["tpe-plain"]["median"]) and found["pool"]["p90"] <= found["random"]["p90"]
+
+
+def test_the_same_seed_is_the_same_course_and_no_config_comes_twice():
+    points = np.array(list(itertools.product(range(4), range(3), range(5))))
+    courses = []
+    for _ in range(2):
+        pool, given = parzen.Pool(points, [True, False, True], 3, seeds=(7, 8)), []
+        while (n := pool.ask()) is not None:
+            pool.tell(n, float((points[n] ** 2).sum()) if n % 7 else float("inf"))
+            given.append(n)
+        courses.append(given)
+    assert courses[0] == courses[1] and sorted(courses[0]) == list(range(len(points))) and courses[0][:3] == [0, 7, 8]
+
+
+def test_the_cold_arm_knows_nothing_of_the_seeds():
+    pool = parzen.Pool(np.arange(50)[:, None], [True], 0, seeds=(5, 6))
+    for _ in range(20):
+        pool.tell(pool.ask(), 1.0)
+    warm, cold = pool.arms
+    assert {0, 5, 6} <= set(warm.index) and not {5, 6} & set(cold.index) and 0 in cold.index and abs(len(warm.index) - len(cold.index)) <= 4
+
+
+def test_a_study_gives_back_what_was_dropped():
+    module = replay._Module(KNOBS)
+    study = search.Study(module, [r["config"] for r in rows()][:5], "x", None, "pool", 0)
+    first = study.ask()
+    study.drop(first)
+    seen = [study.ask() for _ in range(5)]
+    assert first in seen and study.ask() is None
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
+def test_committed_tables_hold_the_whole_legal_space(path):
+    import gzip
+    data, table = json.loads(gzip.decompress(path.read_bytes())), replay.load(path)
+    assert len(table.results) == data["metadata"]["legal"] and table.results[table.key(table.default)][0] and {"device", "versions", "code", "noise"} <= set(data["metadata"])
+    assert replay.run(table, "pool", len(table.results), 0)[-1][0] == 0
+
+
+def test_the_command(table, tmp_path):
+    path = tmp_path / "t.t4.json.gz"
+    about = {"workload": "made", "backend": "numba", "tunables": {t.name: list(t.values) for t in KNOBS}, "default": table.default, "noise": 0.001}
+    path.write_bytes(replay.t4(about, rows()))
+    got = subprocess.run([sys.executable, "-m", "sparsetile", "replay", str(path), "--samplers", "pool,random", "--repeats", "2", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert got.returncode == 0 and {json.loads(line)["sampler"] for line in got.stdout.splitlines()} == {"pool", "random"}, got.stderr

@@ -1,0 +1,142 @@
+"""Profiles in an operator's hands: show, diff, merge, export, report, verify; recorded misses and the work list they make."""
+import json
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparsetile as st
+from sparsetile.autotune import fleet, report, shelf, store, tasks, tune
+from sparsetile.ops import dispatch
+from sparsetile.profiles import lookup, misses, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = {"name": "Some GPU", "arch": "sm_80"}
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
+    lookup.forget(), dispatch.clear_plans(), misses.counts.clear(), misses._written.clear()
+    yield
+    tune.close(), lookup.forget(), dispatch.clear_plans()
+
+
+def entry(T=64, **more):
+    return {"key": {"dims": {"B": 1, "T": T}, "dtypes": {"scores": "float32"}, "features": [], "density": 1.0, "granularity": 1}, "backend": "cupy", "config": {"threads": 256},
+            "time_us": 5.0, "default_us": 6.0, "status": "tuned", **more}
+
+
+def put(root, *entries):
+    for e in entries:
+        store.add(root, "topk", DEVICE, e, {}, {})
+    return root
+
+
+def test_merge_keeps_the_higher_status_then_the_faster_whatever_the_order(tmp_path):
+    a = put(tmp_path / "a", entry(), entry(128, time_us=3.0, config={"threads": 512}))
+    b = put(tmp_path / "b", entry(time_us=4.0, config={"threads": 1024}), entry(128, time_us=9.0, status="pinned"), entry(256))
+    texts = []
+    for n, sources in enumerate(([a, b], [b, a])):
+        conflicts = shelf.merge(tmp_path / f"m{n}", sources)
+        assert len(conflicts) == 2 and any("'threads': 1024} (4.0 us) stays" in line for line in conflicts)
+        texts.append((tmp_path / f"m{n}" / "some-gpu" / "topk.yaml").read_text())
+    assert texts[0] == texts[1]
+    kept = {e["key"]["dims"]["T"]: (e["time_us"], e["status"]) for e in schema.load(tmp_path / "m0/some-gpu/topk.yaml")["entries"]}
+    assert kept == {64: (4.0, "tuned"), 128: (9.0, "pinned"), 256: (5.0, "tuned")}
+
+
+def test_diff_says_speed_and_knobs(tmp_path):
+    a, b = put(tmp_path / "a", entry(), entry(128)), put(tmp_path / "b", entry(time_us=4.0, config={"threads": 512}), entry(256))
+    lines = shelf.diff(a, b)
+    assert len(lines) == 3 and [line[0] for line in lines if "T64" in line] == ["~"] and any("5.0 -> 4.0 us (-20.0%), threads 256 -> 512" in line for line in lines)
+    assert shelf.diff(a, a) == []
+
+
+def test_show_export_and_report(tmp_path):
+    a = put(tmp_path / "a", entry(code="00000000", workload="gpu/topk-128x131072", band=0.01, ties=2))
+    (row,) = shelf.rows(a / "some-gpu/topk.yaml")
+    assert row["stale"] and "stale" in shelf.table([row]) and "1.200 x" in shelf.table([row])
+    assert shelf.to_csv([a]).splitlines()[0].startswith("device,op,workload") and len(shelf.to_csv([a]).splitlines()) == 2
+    page = report.write(a / "some-gpu/topk.yaml", tmp_path / "report").read_text()
+    assert "1.200 x" in page and "<script" not in page and "gpu/topk-128x131072" in page
+    with pytest.raises(ValueError, match="profiles: expected files"):
+        shelf.files([tmp_path / "nothing"])
+
+
+def test_a_report_of_a_search_and_verify_of_its_entry(tmp_path):
+    small = tasks.Workload.of("cpu/window-256/4096", "block_attention", "float32", dict(pattern=st.Window(16, 16)), B=1, Hq=2, Hk=2, T=128, S=128, D=16, Dv=16)
+    tune.tune("block_attention", small, backend="numba", trials=4, storage=str(tmp_path / "journal"), profiles=tmp_path / "p")
+    (path,) = (tmp_path / "p").rglob("*.yaml")
+    page = report.write(path, tmp_path / "report", str(tmp_path / "journal")).read_text()
+    assert "4 trials, best" in page and "block_q" in page
+    said = []
+    assert shelf.verify([path], None, said.append) in (0, 1) and len(said) == 1 and "cpu/window-256/4096" in said[0]
+    data = schema.load(path)
+    data["entries"][0]["config"] = {"block_q": 5}
+    store.write(path, store.dump(data))
+    assert shelf.verify([path], None, said.append) == 1 and said[1].startswith("FAILS")
+
+
+# ------------------------------------------------------------------------------------------------------------------- misses
+def test_misses_are_counted_and_become_a_work_list(tmp_path, monkeypatch, rng):
+    path = tmp_path / "shapes.jsonl"
+    monkeypatch.setenv("SPARSETILE_RECORD_SHAPES", str(path))
+    for T in (40, 41, 100):
+        x = rng.standard_normal((1, 2, T, 16)).astype(np.float32)
+        st.sparse_attention(x, x, x, st.Window(3, 3), backend="numba")
+    assert misses.counts["block_attention", "numba"] == 3 and len(path.read_text().splitlines()) == 2  # two of them share a bucket
+    found = misses.read(path)
+    assert [(problem.op, backend, text) for problem, backend, text in found] == [("block_attention", "numba", "Window(3, 3)")] * 2
+    command = [sys.executable, "-m", "sparsetile", "tune", "--shapes", str(path), "--trials", "2", "--backend", "numba", "--profiles", str(tmp_path / "p"), "--json"]
+    got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert got.returncode == 0, got.stderr
+    monkeypatch.delenv("SPARSETILE_RECORD_SHAPES")
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "p"))
+    lookup.forget(), dispatch.clear_plans()
+    assert "user profile" in st.explain(st.sparse_attention, x, x, x, st.Window(3, 3), backend="numba").source
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"op": "rm"}', '{"op": "topk", "backend": "numba", "arch": "cpu", "dims": {"B": -1}, "dtypes": {}, "features": [], "density": 1, "granularity": 1, '
+                                  '"pattern": null}'])
+def test_a_bad_work_list_is_refused_by_line(line, tmp_path):
+    path = tmp_path / "shapes.jsonl"
+    path.write_text("\n" + line + "\n")
+    with pytest.raises(ValueError, match="shapes.jsonl: line 2"):
+        misses.read(path)
+
+
+# -------------------------------------------------------------------------------------------------------------------- leases
+def _claims(path, queue):
+    work = fleet.WorkList(path)
+    for task in "abcdefgh":
+        claim = work.claim(task)
+        if claim:
+            with claim:
+                queue.put(task)
+                claim.finish()
+
+
+def test_no_task_is_done_twice_and_a_dead_one_returns(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue, path = context.Queue(), str(tmp_path / "journal")
+    workers = [context.Process(target=_claims, args=(path, queue)) for _ in range(3)]
+    [w.start() for w in workers], [w.join(60) for w in workers]
+    done = [queue.get(timeout=1) for _ in range(8)]
+    assert sorted(done) == list("abcdefgh") and queue.empty()
+    work = fleet.WorkList(path)
+    dead = [sys.executable, "-c", f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom sparsetile.autotune import fleet\nassert fleet.WorkList({path!r}).claim('x')\nos.kill(os.getpid(), 9)"]
+    assert subprocess.run(dead, timeout=60).returncode == -9
+    claim = work.claim("x")
+    assert claim and work.claim("x") is None and work.claim("a") is None
+    with claim:
+        pass  # not finished: back on the list
+    assert work.claim("x") is not None
+
+
+def test_a_lease_of_another_host_holds_until_its_time():
+    assert fleet.alive("elsewhere:1:1", 9e12) and not fleet.alive("elsewhere:1:1", 0.0) and not fleet.alive(f"{fleet._HERE}:999999999:1", 9e12)
