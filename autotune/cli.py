@@ -85,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("explain", _explain, "Which backend and config a workload's call gets, from where, and why not the other backends.",
                 "examples:\n  sparsetile explain cpu/window-256/4096\n  SPARSETILE_BACKEND=reference sparsetile explain cpu/topk-32\n"
+                "  SPARSETILE_PROFILE_DIR=tuned sparsetile explain --device 0 --json     every workload of the first GPU, one line each\n"
                 "For a call of your own: print(sparsetile.explain(sparsetile.sparse_attention, q, k, v, pattern))")
-    p.add_argument("workload", help="a workload's name, as `sparsetile tune --list` shows them")
+    p.add_argument("workloads", nargs="*", help="names of workloads, as `sparsetile tune --list` shows them, or of kernels; none: every workload of the device")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--backend", choices=BACKENDS, help="as the argument backend= of the call (default: what the environment and the profiles say)")
 
@@ -218,18 +219,15 @@ def _doctor(args):
 
 def _explain(args):
     from sparsetile.autotune import tasks
-    from sparsetile.ops import dispatch
-    task = tasks.Task(tasks.find(args.workload), _device(args.device))
-    with dispatch.explaining():
-        try:
-            task.run(args.backend)
-        except dispatch._Explained as stop:
-            found = stop.explanation
-    if args.json:
-        print(json.dumps({"op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
-    else:
-        print(found)
-    return 0 if found.backend else 1
+    device, missing = _device(args.device), 0
+    for w in _selected(args.workloads, device):
+        found = tasks.Task(w, device, hollow=True).explain(args.backend)
+        missing += found.backend is None
+        if args.json:
+            print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
+        else:
+            print(f"{w.name}\n{found}" if len(args.workloads) != 1 else found)
+    return 1 if missing else 0
 
 
 def _pattern(args):

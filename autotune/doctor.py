@@ -1,4 +1,5 @@
 """`sparsetile doctor`: what this machine has, what runs, why the rest does not, and which profiles are found."""
+import os
 import platform
 import sys
 from importlib import metadata
@@ -23,7 +24,7 @@ def report() -> dict:
         "python": platform.python_version(), "platform": platform.platform(), "versions": versions,
         "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb} for d in devices for i in (arrays.device_info(d),)],
         "backends": dispatch.backends(),
-        "environment": {name: value for name, value in zip(("SPARSETILE_BACKEND", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR"), dispatch.environment("sparse_attention")[1:])},
+        "environment": {name: os.environ.get(name) for name in dispatch.VARIABLES},
         "profiles": [_profile(path) for root in _roots() for path in sorted(root.glob("*/*.yaml"))],
     }
 
@@ -40,7 +41,6 @@ def _gpus() -> int:
 
 
 def _roots():
-    import os
     from pathlib import Path
     user = os.environ.get("SPARSETILE_PROFILE_DIR")
     return ([Path(user)] if user else []) + [lookup.user_cache(), lookup.SHIPPED]

@@ -41,11 +41,7 @@ def rows(workload, device, seconds: float) -> list[dict]:
 
 def _default_besides(task, backend) -> dict | None:
     """The kernel's own config where a profile gives the call another."""
-    try:
-        with dispatch.explaining():
-            task.run(backend)
-    except dispatch._Explained as stop:
-        found = stop.explanation
+    found = task.explain(backend)
     default = dispatch.kernel(backend, found.kernel).default_config(found.problem)
     return None if found.config == default else default
 

@@ -50,8 +50,9 @@ class Workload:
 class Task:
     """A workload with its inputs on a device."""
 
-    def __init__(self, workload: Workload, device: int | None, seed: int = 0):
-        self.workload, self.device = workload, device
+    def __init__(self, workload: Workload, device: int | None, seed: int = 0, hollow: bool = False):
+        """hollow: inputs of the right shapes that hold one element each: enough for `problem`, at no cost."""
+        self.workload, self.device, self.hollow = workload, device, hollow
         self.rng = np.random.default_rng(seed + zlib.crc32(workload.name.encode()))
         self.seed = int(self.rng.integers(2 ** 31))
         self.inputs = getattr(self, "_" + workload.kernel)()
@@ -59,6 +60,8 @@ class Task:
     # ------------------------------------------------------------------------------------------------------------- inputs
     def normal(self, shape, dtype=None, scale=1.0):
         dtype = dtype or self.workload.dtype
+        if self.hollow:
+            return self.filled(shape, dtype)
         if self.device is None:
             return (self.rng.standard_normal(shape, dtype=np.float32) * scale).astype(arrays.numpy_dtype(dtype))
         import torch
@@ -66,8 +69,17 @@ class Task:
         x = torch.randn(shape, generator=generator, device=f"cuda:{self.device}", dtype=torch.float32 if "float8" in dtype else arrays.torch_dtype(dtype))
         return (x * scale if scale != 1 else x).to(arrays.torch_dtype(dtype))
 
+    def filled(self, shape, dtype):
+        """Zeros that are one element in memory."""
+        if self.device is None:
+            return np.broadcast_to(np.zeros((), arrays.numpy_dtype(dtype)), shape)
+        import torch
+        return torch.zeros((), device=f"cuda:{self.device}", dtype=arrays.torch_dtype(dtype)).expand(shape)
+
     def integers(self, x):
         """A host int32 array on the device."""
+        if self.hollow:
+            return self.filled(x.shape, "int32")
         x = np.ascontiguousarray(x, np.int32)
         if self.device is None:
             return x
@@ -89,17 +101,14 @@ class Task:
         B, G, T, K, S, g = w["B"], w.option("G", 1), w["T"], w["K"], w["S"], w.option("granularity", 1)
         causal = w.option("causal", False)
         blocks = -(-S // g)
-        rows = np.full((B, G, T, K), -1, np.int32)
-        for t in range(T):
-            seen = min(blocks, max(1, (S - T + t) // g + 1)) if causal else blocks
-            n = min(K, seen)
-            rows[:, :, t, :n] = np.sort(self.rng.choice(seen, n, replace=False)) if n < seen else np.arange(n)
-        return *self._attention(), Selection(self.integers(rows), g, None, causal)
+        rows = np.full((1, 1), -1, np.int32) if self.hollow else _drawn(self.rng, T, K, np.clip((S - T + np.arange(T)) // g + 1, 1, blocks) if causal else np.full(T, blocks))
+        return *self._attention(), Selection(self.integers(np.broadcast_to(rows, (B, G, T, K))), g, None, causal)
 
     def _gradient(self, name):
         q, k, v, rule = getattr(self, "_" + name)()
-        call = self._call(q, k, v, rule)
-        out, lse = attention.forward(call, True)
+        w = self.workload
+        shape = w["B"], w["Hq"], w["T"], w["Dv"]
+        out, lse = (self.filled(shape, w.dtype), self.filled(shape[:3], "float32")) if self.hollow else attention.forward(self._call(q, k, v, rule), True)
         return q, k, v, rule, out, lse, self.normal(tuple(out.shape))
 
     def _block_attention_backward(self):
@@ -182,15 +191,19 @@ class Task:
                 return self.run(backend, config)
         return call
 
+    def explain(self, backend=None):
+        """What would run, and why: the call ends at the choice of its kernel."""
+        try:
+            with dispatch.explaining(), _grad_off(self.device):
+                self.run(backend)
+        except dispatch._Explained as stop:
+            return stop.explanation
+        raise AssertionError(f"{self.workload.name}: the call chose no kernel")
+
     @cached_property
     def problem(self):
         """The problem as dispatch sees it for this call: what the profile's key is made of."""
-        try:
-            with dispatch.explaining(), _grad_off(self.device):
-                self.run()
-        except dispatch._Explained as stop:
-            return stop.explanation.problem
-        raise AssertionError(f"{self.workload.name}: the call chose no kernel")
+        return self.explain().problem
 
 
 def _grad_off(device):
@@ -199,6 +212,18 @@ def _grad_off(device):
         return contextlib.nullcontext()
     import torch
     return torch.no_grad()
+
+
+def _drawn(rng, T: int, K: int, seen: np.ndarray) -> np.ndarray:
+    """Entries [T,K], -1 past the end: of seen[t] blocks one out of each of K even parts, so distinct and ascending without a sort (32M entries in a second)."""
+    rows, e = np.empty((T, K), np.int32), np.arange(K)
+    for t in range(0, T, 1024):
+        blocks = seen[t:t + 1024, None]
+        n = np.minimum(K, blocks)
+        low, high = np.minimum(e, n) * blocks // n, np.minimum(e + 1, n) * blocks // n
+        part = np.maximum(high - low, 1)
+        rows[t:t + 1024] = np.where(e < n, low + np.minimum(rng.random(part.shape) * part, part - 1).astype(np.int64), -1)
+    return rows
 
 
 def outputs(result) -> list:
@@ -232,7 +257,9 @@ def workloads() -> list[Workload]:
         found.append(W(f"gpu/latent-decode-h{heads}", "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=128, Hq=heads, Hk=1, T=1, S=32768, D=576, Dv=512))
     for heads in (128, 64, 32, 16, 8):
         found.append(W(f"gpu/dsa-prefill-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads}))
+    found.append(W("gpu/dsa-decode-h128", "gather_attention", "bfloat16", dict(shared_kv=True), B=128, T=1, **_DSA))
     found.append(W("gpu/dsa-backward", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "S": 8192, "K": 1024}))
+    found.append(W("gpu/dsa-backward-h16", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "Hq": 16, "S": 8192, "K": 1024}))
     found.append(W("gpu/dsa-backward-16384", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=16384, **{**_DSA, "S": 16384}))
     found.append(W("gpu/blocks-64-backward", "gather_attention_backward", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16))
     found.append(W("gpu/blocks-64", "gather_attention", "bfloat16", dict(granularity=64, causal=True, G=4), B=1, Hq=64, Hk=4, T=8192, S=8192, D=128, Dv=128, K=16))
@@ -275,16 +302,20 @@ def find(name: str) -> Workload:
     raise ValueError(f"workload: expected the name of a workload such as {', '.join(near)}, got {name!r}; see sparsetile tune --list")
 
 
-
-def of_problem(problem) -> Workload | None:
-    """A workload that stands for a problem met in a running program: the same sizes and types on seeded inputs. None where the features cannot be stood for."""
-    unknown = set(problem.features) - {"static", "dense", "causal", "lse", "scale", "tail", "shared_kv", "gradient"}
-    if unknown or problem.op in ("attention_delta", "layout"):
-        return None
+def of_problem(problem, pattern=None) -> Workload | None:
+    """A workload that stands for a problem met in a running program: the same sizes and types on seeded inputs, and its pattern, if that is known, else one of its
+    kind and density. None where nothing stands for its features."""
+    plain = {"static", "dense", "causal", "lse", "scale", "tail", "shared_kv", "gradient"}
     options, sizes = {}, dict(problem.dims)
-    if "static" in problem.features:  # the density is known, the pattern is not: a causal window of that density stands for it
-        reach = max(1, int(sizes["S"] * problem.density))
-        options["pattern"] = P.Causal() if problem.density >= 0.5 else P.Window(reach - 1)
+    if "static" in problem.features:
+        kinds = _of_kind(sizes["S"], problem.density)
+        kind = next((word for word in problem.features if word in kinds), None)
+        if pattern is None and kind is None:
+            return None
+        options["pattern"] = kinds[kind] if pattern is None else pattern
+        plain |= {options["pattern"].kind}
+    if set(problem.features) - plain or problem.op in ("attention_delta", "layout"):
+        return None
     if "dense" in problem.features:
         options["pattern"] = P.Full()
     if "shared_kv" in problem.features:
@@ -294,3 +325,11 @@ def of_problem(problem) -> Workload | None:
     if problem.granularity > 1:
         options["pool" if problem.op == "indexer_topk" else "granularity"] = problem.granularity
     return Workload.of(f"recorded/{problem.op}/" + "-".join(f"{a}{n}" for a, n in problem.dims), problem.op, problem.dtypes[0][1], options, **sizes)
+
+
+def _of_kind(S: int, density: float) -> dict:
+    """One pattern of each kind that a density alone describes (a bucket's: the pattern's own lies above its half)."""
+    reach = max(1, int(S * density))
+    side = max(0, reach * 3 // 8 - 64)
+    return {"causal": P.Causal(), "window": P.Window(reach - 1), "global+window": P.Window(side, side) | P.Global(range(64)),
+            "sinks+window": P.Window(reach - 1) | P.Sink(4), "random": P.RandomBlocks(max(1, reach // 128), 128)}

@@ -5,18 +5,15 @@ formula before it is timed. Failures are counted and kept with their cause.
 """
 import contextlib
 import datetime
-import hashlib
-import inspect
-import platform
+import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
-from sparsetile.autotune import search, space, store, timing
+from sparsetile.autotune import provenance, search, space, store, timing
 from sparsetile.autotune.tasks import Task, Workload, find
 from sparsetile.autotune.verify import Verifier
-from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS, KERNELS, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.profiles import lookup
@@ -78,16 +75,33 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
         entries[0]["runner_up"] = {"backend": entries[1]["backend"], "time_us": entries[1]["time_us"]}
     root = Path(profiles) if profiles else lookup.user_cache()
     for entry in entries:
-        path = store.add(root, w.kernel, _device(device), entry, _versions(), {"launch": "eager", "l2": "cold" if device is not None else "warm", "clocks": "floating"})
+        path = store.add(root, w.kernel, provenance.device(device), entry, provenance.versions(), {"launch": "eager", "l2": "cold" if device is not None else "warm", "clocks": "floating"})
     dispatch.clear_plans()
+    used = lookup.find(problem, provenance.device(device)["name"], user=str(root))
+    note(root, f"{w.name} {w.kernel}: a call gets {used.backend} {used.config} from {used.source}")
     say({"event": "done", "workload": w.name, "entry": entries[0], "path": str(path)})
     return entries[0]
+
+
+def note(root: Path, line: str) -> None:
+    """A line of <root>/tune.log, in one write: processes that tune side by side share the file."""
+    root.mkdir(parents=True, exist_ok=True)
+    handle = os.open(root / "tune.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.write(handle, f"{datetime.datetime.now().isoformat(timespec='seconds')} {line}\n".encode())
+    os.close(handle)
+
+
+def _summary(w, entry, failures: Counter) -> str:
+    s, default = entry["search"], entry.get("default_us")
+    causes = f" ({', '.join(f'{cause} {n}' for cause, n in failures.most_common())})" if failures else ""
+    return (f"{w.name} {w.kernel} {entry['backend']}: {entry['time_us']} us, " + (f"default {default} us, {default / entry['time_us']:.3f} x" if default else "default failed") +
+            f"; {entry['config']}; tried {s['evaluated']} of {s['feasible']}, failed {s['failed']}{causes}, {entry['ties']} tied within {entry['band']:.1%}, stop {s['stop']}, {s['seconds']} s")
 
 
 def _tune_backend(name, w, task, problem, watch, verifier, trials, seconds, storage, sampler, seed, say):
     module = dispatch.kernel(name, w.kernel)
     pool, total = space.legal(module, problem, seed)
-    study = search.searcher(module, pool, f"{w.kernel}/{name}/{problem.arch}/{w.name}/{_code(module)}", storage, sampler, seed)
+    study = search.searcher(module, pool, f"{w.kernel}/{name}/{problem.arch}/{w.name}/{provenance.code(module)}", storage, sampler, seed)
     known = getattr(study, "history", {})
     tried = [Tried(name, r["config"], r["time_us"], r.get("failure")) for r in known.values()]
     say({"event": "start", "workload": w.name, "backend": name, "feasible": len(pool), "total": total, "resumed": len(tried)})
@@ -114,7 +128,7 @@ def _tune_backend(name, w, task, problem, watch, verifier, trials, seconds, stor
         one.samples, one.time_us = samples, watch.centre(samples)
     entry = _decide(finalists, default, watch, module, problem)
     failed = sum(1 for t in tried if t.failure)
-    entry |= {"key": lookup.key_of(problem), "backend": name, "workload": w.name, "code": _code(module), "status": "tuned", "date": datetime.date.today().isoformat(),
+    entry |= {"key": lookup.key_of(problem), "backend": name, "workload": w.name, "code": provenance.code(module), "status": "tuned", "date": datetime.date.today().isoformat(),
               "search": {"sampler": study.name if isinstance(study, search.Walk) else sampler, "evaluated": len(tried), "feasible": len(pool), "failed": failed, "seed": seed,
                          "stop": stop, "seconds": round(time.monotonic() - start, 1)}}
     say({"event": "final", "workload": w.name, "backend": name, "entry": entry})
@@ -162,27 +176,6 @@ def _decide(finalists, default, watch, module, problem) -> dict:
         entry["default_us"] = round(base.time_us, 2)
     return entry
 
-
-# -------------------------------------------------------------------------------------------------------------- provenance
-def _code(module) -> str:
-    """A digest of the kernel's source and of the sources beside it that it is built from."""
-    folder = Path(inspect.getfile(module)).parent
-    text = Path(inspect.getfile(module)).read_bytes()
-    source = folder / f"{module.__name__.rpartition('.')[2]}.cu"
-    return hashlib.sha256(text + (source.read_bytes() if source.exists() else b"")).hexdigest()[:8]
-
-
-def _device(device) -> dict:
-    info = arrays.device_info(device)
-    return {"name": info.name, "arch": info.arch, "sms": info.sms, "vendor": info.vendor, "mem_gb": info.memory_gb, "l2_mb": info.l2_mb, "smem_optin": info.shared}
-
-
-def _versions() -> dict:
-    found = {"python": platform.python_version()}
-    for name in ("sparsetile", "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "optuna"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 @contextlib.contextmanager

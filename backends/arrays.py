@@ -132,7 +132,7 @@ def strides_of(x) -> tuple[int, ...]:
 def view(x) -> View:
     name = framework(x)
     if name == "torch":
-        return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype_name(x), x.device.index, x)
+        return View(x.data_ptr(), x.shape, x.stride(), _torch_name(x.dtype), x.get_device(), x)
     if name == "cupy":
         return View(x.data.ptr, x.shape, strides_of(x), dtype_name(x), x.device.id, x)
     if name == "jax":  # the producer's work must be done: the pointer carries no stream
@@ -292,6 +292,8 @@ class TorchPlace(Place):
         self.arch, self.sms = info.arch, info.sms
 
     def native(self, x):
+        if type(x) is self.torch.Tensor and not x.requires_grad and x.stride()[-1:] == (1,):
+            return x
         return contiguous_last(as_torch(x))
 
     def weights(self, x):
@@ -343,8 +345,8 @@ class TorchPlace(Place):
             yield
 
     def guard(self):
-        if self.device is None or (self.caller == "torch" and self.torch.cuda.current_device() == self.device):
-            return contextlib.nullcontext()
+        if self.device is None or (self.caller == "torch" and _torch_device()() == self.device):
+            return _NOTHING
         return self.torch.cuda.device(self.device) if self.caller == "torch" else self._switch()
 
 
@@ -363,6 +365,10 @@ class ViewPlace(Place):
             self.cupy = cupy
 
     def native(self, x):
+        if self.caller == "torch":
+            strides = x.stride()
+            if not strides or strides[-1] == 1:
+                return View(x.data_ptr(), x.shape, strides, _torch_name(x.dtype), self.device, x)
         return view(contiguous_last(x))
 
     def weights(self, x):
@@ -370,7 +376,8 @@ class ViewPlace(Place):
 
     def empty(self, shape, dtype):
         if self.caller == "torch":
-            return view(self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target))
+            x = self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target)
+            return View(x.data_ptr(), x.shape, x.stride(), dtype, self.device, x)
         return view(self.cupy.empty(shape, numpy_dtype(dtype)))
 
     def full(self, shape, dtype, value):
@@ -428,7 +435,7 @@ class ViewPlace(Place):
 
     def guard(self):
         if self.caller == "torch":
-            return contextlib.nullcontext() if self.torch.cuda.current_device() == self.device else self.torch.cuda.device(self.device)
+            return _NOTHING if _torch_device()() == self.device else self.torch.cuda.device(self.device)
         return self._switch()
 
 
@@ -481,12 +488,29 @@ def _to_cupy(x):
     return cupy.from_dlpack(x)
 
 
+@lru_cache(1)
+def _torch_stream():
+    """device -> pointer of torch's current stream; the raw call spares making a Stream object, 4 us."""
+    import torch
+    return getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(1)
+def _torch_device():
+    """() -> torch's current device; torch.cuda.current_device() first asks whether CUDA was initialised, which arrays on it prove."""
+    import torch
+    return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 def stream_of(caller: str, device: int | None) -> int:
     """The caller's current stream."""
     if device is None:
         return 0
     if caller == "torch":
-        return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+        return _torch_stream()(device)
     import cupy
     return cupy.cuda.get_current_stream().ptr if caller == "cupy" else 0
 

@@ -14,6 +14,7 @@ Axis names, used alike in docstrings, errors, tuning keys and YAML:
     K selected entries, R latent rank, P rotary width, Dn non-rotary width, H heads of the indexer or the latent.
 """
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Mapping
 
 KERNELS = (
@@ -36,7 +37,7 @@ class Problem:
     dtypes    argument name -> dtype name ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn")
     arch      "cpu", "sm_80", "sm_90a", ..., "gfx942"
     features  words such as "interval", "bitmap", "order", "per_head", "per_batch", "sink", "softcap", "lse", "kv_length", "q_start",
-              "gradient", "shared_kv", "causal", "scale", "pool", "return_scores", "tail", "interpret"
+              "gradient", "shared_kv", "causal", "scale", "pool", "return_scores", "tail", "interpret"; of a static pattern its kind ("window", "global+window")
     density   share of the pairs kept, rounded up to a power of two (1.0 = dense)
     granularity   keys per selected entry (selections), else 1
     """
@@ -51,6 +52,16 @@ class Problem:
     @classmethod
     def of(cls, op: str, dims: Mapping[str, int], dtypes: Mapping[str, str], arch: str, features=(), density: float = 1.0, granularity: int = 1):
         return cls(op, tuple(sorted(dims.items())), tuple(sorted(dtypes.items())), arch, frozenset(features), density, granularity)
+
+    @cached_property
+    def _hash(self):
+        return hash((self.op, self.dims, self.dtypes, self.arch, self.features, self.density, self.granularity))
+
+    def __hash__(self):  # asked at every lookup
+        return self._hash
+
+    def __reduce__(self):  # without the hash: another process hashes words differently
+        return Problem, (self.op, self.dims, self.dtypes, self.arch, self.features, self.density, self.granularity)
 
     def __getitem__(self, axis: str) -> int:
         for name, size in self.dims:

@@ -50,6 +50,24 @@ def main(backend="cupy") -> int:
         st.topk(normal(2, 3, S, dtype=torch.float32), top_k, key_start=integers(-9, S + 9, 2, 3), key_end=integers(-9, S + 9, 2, 3), backend=backend), done("top-k")
     q8 = normal(1, 64, 37, 128).to(torch.float8_e4m3fn)
     st.indexer_topk(q8, normal(1, 4100, 128).to(torch.float8_e4m3fn), normal(1, 64, 37, dtype=torch.float32), 512, k_scale=normal(1, 4100, dtype=torch.float32).abs(), backend=backend), done("fp8")
+    # large enough for an architecture's own paths, forward and backward
+    for D, Dv in ((64, 64), (128, 128), (192, 128)):
+        q, k, v = (normal(1, heads, T, width).requires_grad_() for heads, T, width in ((4, 300, D), (2, 333, D), (2, 333, Dv)))
+        for name, rule in (("causal", st.Causal()), ("window", st.Window(70) | st.Sink(3)), ("random", st.RandomBlocks(1, 128, seed=1))):
+            st.sparse_attention(q, k, v, rule, backend=backend).float().sum().backward(), done(f"large {name} {D}")
+            for length, start in ((garbage[:1], None), (garbage[2:3], garbage[:1])):
+                st.sparse_attention(q.detach(), k.detach(), v.detach(), rule, kv_length=length, q_start=start, backend=backend), done("large, garbage lengths")
+    for heads, T in ((128, 9), (64, 5), (16, 5), (8, 3)):
+        q, latent = normal(1, heads, T, 576).requires_grad_(), normal(1, 1, 400, 576).requires_grad_()
+        indices = integers(-50, 450, 1, 1, T, 200)
+        indices[..., 7] = garbage[0]
+        st.sparse_attention(q, latent, None, st.Selection(indices, lengths=integers(-3, 250, 1, 1, T)), value_width=512, backend=backend).float().sum().backward(), done(f"latent gather {heads}")
+    for T in (1, 2, 16):  # decoding
+        for heads, rule in ((8, st.Window(99) | st.Sink(4)), (16, None)):
+            q, k, v = normal(4, heads, T, 128), normal(4, 2, 777, 128), normal(4, 2, 777, 128)
+            st.sparse_attention(q, k, v, rule, kv_length=garbage, backend=backend), done(f"decode {T}")
+        st.sparse_attention(normal(4, 32, T, 576), normal(4, 1, 500, 576), None, value_width=512, kv_length=garbage, backend=backend), done(f"latent decode {T}")
+    st.latent_decompress(normal(1, 300, 512), normal(4, 512, 128), normal(4, 512, 128), k_rope=normal(1, 300, 64), backend=backend), done("large decompress")
     outs, lses = [normal(2, 3, 37, 40) for _ in range(3)], [normal(2, 3, 37, dtype=torch.float32) for _ in range(3)]
     st.merge_attention(outs, lses, backend=backend), done("merge")
     print(f"{len(ran)} calls of {backend} ran")

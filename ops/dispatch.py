@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS, KERNELS, Problem, Resources, Unsupported
+from sparsetile.profiles.environment import reader
 
 log = logging.getLogger("sparsetile")
 _PACKAGE = __name__.rpartition(".ops.")[0]
@@ -61,16 +62,22 @@ _depth = 0  # how many calls are being explained anywhere: torch.compile can rea
 
 
 # --------------------------------------------------------------------------------------------------------------- environment
+_readers = {}  # op -> how its variables are read
+VARIABLES = ("SPARSETILE_BACKEND", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR")
+
+
 def environment(op: str) -> tuple:
     """All that the environment says about a call, as a key."""
-    get = os.environ.get
-    return get("SPARSETILE_BACKEND_" + op.upper()), get("SPARSETILE_BACKEND"), get("SPARSETILE_TUNE"), get("SPARSETILE_PROFILE_DIR")
+    read = _readers.get(op)
+    if read is None:
+        read = _readers[op] = reader("SPARSETILE_BACKEND_" + op.upper(), *VARIABLES)
+    return read()
 
 
 def requested_backend(op: str, backend: str | None) -> str:
     """The backend asked for by argument or environment, or "auto"."""
-    per_op, everywhere = environment(op)[:2]
-    for value, origin in ((backend, "backend"), (per_op, "SPARSETILE_BACKEND_" + op.upper()), (everywhere, "SPARSETILE_BACKEND")):
+    own = "SPARSETILE_BACKEND_" + op.upper()
+    for value, origin in ((backend, "backend"), (os.environ.get(own), own), (os.environ.get("SPARSETILE_BACKEND"), "SPARSETILE_BACKEND")):
         if value:
             if value not in BACKENDS and value != "auto":
                 raise ValueError(f"{origin}: expected one of auto, {', '.join(BACKENDS)}, got {value!r}; choose one of these")
@@ -212,7 +219,7 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
             found = _lookup(problem, device, backend)
     if found is not None:
         try:
-            return Choice(backend, module, check_config(module, problem, dict(found.config), found.source), found.source)
+            return Choice(backend, module, check_config(module, problem, dict(found.config), found.where), found.source)
         except (ValueError, Unsupported) as error:
             _once(f"{error}; the kernel's default config runs instead")
     return Choice(backend, module, check_config(module, problem, fixed, "layout"), "the kernel's heuristic" + (" and the layout's tiles" if fixed else ""))

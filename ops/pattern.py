@@ -138,6 +138,14 @@ class Pattern:
     def _children(self) -> tuple:
         return ()
 
+    @once
+    def kind(self) -> str:
+        """The kinds of rule it is made of, as one word: "window", "causal", "global+window". Of two patterns of equal density, lists are alike only within a kind."""
+        return "+".join(sorted(self._kinds()))
+
+    def _kinds(self) -> set:
+        return set().union(*(part._kinds() for part in self._children())) or {type(self).__name__.lower()}
+
     # ---- heads
     def rules(self) -> tuple:
         """The distinct single-head rules; without heads the pattern itself alone."""

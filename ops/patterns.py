@@ -35,6 +35,9 @@ class Window(Pattern):
                 object.__setattr__(self, name, integer("Window", name, value, 0, remedy))
         object.__setattr__(self, "block", 1 if self.left is None and self.right is None else integer("Window", "block", self.block, 1, most=_FAR))
 
+    def _kinds(self):
+        return {"full" if self.left is None and self.right is None else "window" if self.left is not None and self.right is not None else "causal"}
+
     def _see(self, p, s, S):
         if self.left is None and self.right is None:
             return (p == p) & (s == s)
@@ -161,6 +164,9 @@ class Sink(Pattern):
     def __post_init__(self):
         object.__setattr__(self, "n", integer("Sink", "n", self.n))
 
+    def _kinds(self):
+        return {"sinks"}  # "sink" among a problem's features is the sink's logits
+
     def _see(self, p, s, S):
         return (s < min(self.n, _FAR)) & (p == p)
 
@@ -195,6 +201,9 @@ class RandomBlocks(Pattern):
 
     def _children(self):
         return self.exclude
+
+    def _kinds(self):
+        return {"random"}
 
     @property
     def needs_exact_S(self):

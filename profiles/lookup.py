@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsetile.backends.contract import Problem
-from sparsetile.profiles import schema
+from sparsetile.profiles import environment, schema
 
 log = logging.getLogger("sparsetile")
 SHIPPED = Path(__file__).resolve().parent
 DIMS = {"B": "pow2_up", "T": "pow2_up", "S": "pow2_up", "K": "pow2_up"}  # every other axis is exact
+ALIKE = frozenset({"lse"})  # features that change no winner: one more float32 a row; training asks for it, inference does not
 
 
 class Found(NamedTuple):
-    """A profile's answer: who, with which config, from where; inherited from another device of the architecture or not."""
+    """A profile's answer: who, with which config, from where (in words, and file and entry); inherited from another device of the architecture or not."""
     backend: str
     config: dict
     source: str
+    where: str
     inherited: bool
     entry: dict
 
@@ -48,12 +50,12 @@ def bucket(dims: dict, rules: dict = DIMS) -> dict:
 
 def key_of(problem: Problem) -> dict:
     """A problem as the key of an entry."""
-    return {"dims": bucket(dict(problem.dims)), "dtypes": dict(problem.dtypes), "features": sorted(problem.features), "density": problem.density,
+    return {"dims": bucket(dict(problem.dims)), "dtypes": dict(problem.dtypes), "features": sorted(problem.features - ALIKE), "density": problem.density,
             "granularity": problem.granularity}
 
 
 def _flat(key: dict, rules: dict) -> tuple:
-    return (tuple(sorted(bucket(key["dims"], rules).items())), tuple(sorted(key["dtypes"].items())), frozenset(key.get("features", ())), float(key.get("density", 1.0)),
+    return (tuple(sorted(bucket(key["dims"], rules).items())), tuple(sorted(key["dtypes"].items())), frozenset(key.get("features", ())) - ALIKE, float(key.get("density", 1.0)),
             int(key.get("granularity", 1)))
 
 
@@ -63,8 +65,9 @@ class _File:
     def __init__(self, path: Path):
         self.path, data = path, schema.load(path)
         self.device, self.rules = data["device"], data["dims"]
-        self.entries = {}
-        for entry in data["entries"]:
+        self.entries, self.number = {}, {}
+        for number, entry in enumerate(data["entries"]):
+            self.number[id(entry)] = number
             self.entries.setdefault(_flat(entry["key"], self.rules), []).append(entry)
 
     def near(self, problem: Problem):
@@ -73,7 +76,7 @@ class _File:
         moved = [dims] + [{**dims, axis: size} for axis in dims if self.rules.get(axis) == "pow2_up" for size in (dims[axis] * 2, dims[axis] // 2) if size > 0]
         for n, sizes in enumerate(moved):
             for density in (problem.density,) if n else (problem.density, problem.density * 2, problem.density / 2):
-                key = (tuple(sorted(sizes.items())), problem.dtypes, problem.features, density, problem.granularity)
+                key = (tuple(sorted(sizes.items())), problem.dtypes, problem.features - ALIKE, density, problem.granularity)
                 yield from self.entries.get(key, ())
 
 
@@ -106,20 +109,33 @@ def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -
     return tuple(found)
 
 
-def find(problem: Problem, device: str, backend: str | None = None) -> Found | None:
-    """The config for a problem on a device, of one backend or (None) of the profile's winner. Remembered: the same question costs one look into a dict."""
-    get = os.environ.get
-    return _find(problem, device, backend, get("SPARSETILE_PROFILE_DIR"), get("SPARSETILE_CACHE_DIR"), get("XDG_CACHE_HOME"))
+_found = {}
+_environment = environment.reader("SPARSETILE_PROFILE_DIR", "SPARSETILE_CACHE_DIR", "XDG_CACHE_HOME")
 
 
-@lru_cache(4096)
-def _find(problem, device, backend, user, *_cache) -> Found | None:
+def find(problem: Problem, device: str, backend: str | None = None, user: str | None = None) -> Found | None:
+    """The config for a problem on a device, of one backend or (None) of the profile's winner. Remembered: the same question costs one look into a dict.
+
+    user   a directory that comes before every other (default: SPARSETILE_PROFILE_DIR)
+    """
+    key = problem, device, backend, user, _environment()
+    try:
+        return _found[key]
+    except KeyError:
+        if len(_found) >= 4096:  # shapes come and go
+            _found.clear()
+        found = _found[key] = _find(problem, device, backend, user or os.environ.get("SPARSETILE_PROFILE_DIR"))
+        return found
+
+
+def _find(problem, device, backend, user) -> Found | None:
     best = None
     for file, source, inherited in _candidates(problem.op, device, problem.arch, user, str(user_cache())):
         for entry in file.near(problem):
             if backend is not None and entry["backend"] != backend:
                 continue
-            found = Found(entry["backend"], dict(entry["config"]), f"{source} {file.path.parent.name}/{file.path.name}", inherited, entry)
+            where = f"{file.path}: entry {file.number[id(entry)]}"
+            found = Found(entry["backend"], dict(entry["config"]), f"{source} {file.path.parent.name}/{file.path.name}", where, inherited, entry)
             if entry.get("status") == "pinned":
                 return found
             best = best or found
@@ -128,6 +144,6 @@ def _find(problem, device, backend, user, *_cache) -> Found | None:
 
 def forget() -> None:
     """Read the files again: after one was written."""
-    _find.cache_clear()
+    _found.clear()
     _file.cache_clear()
     _candidates.cache_clear()

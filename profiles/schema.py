@@ -1,5 +1,6 @@
 """What a profile file may say, and the safe loader. A bad file is one error that names file and entry; nothing in it is ever executed."""
 import json
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import yaml
 from sparsetile.backends.contract import BACKENDS, KERNELS
 
 VERSION = "sparsetile-profile/1"
-MAX_BYTES = 4 << 20
-MAX_ENTRIES = 20_000
+MAX_BYTES = 2 << 20
+MAX_ENTRIES = 2_000
+MAX_EVENTS = 200_000  # of the parser: half a second, and a hundred for each of the most entries
 STATUS = ("tuned", "partial", "inherited", "manual", "pinned")
 RULES = ("exact", "pow2_up", "bucket")
 
@@ -28,8 +30,10 @@ def _plain_data(text: str):
     nodes) are refused. Twice as fast as yaml.load, which builds nodes first."""
     root = []
     stack, keys = [root], []
-    for event in yaml.parse(text, _PARSER):
+    for count, event in enumerate(yaml.parse(text, _PARSER)):
         kind = type(event)
+        if count > MAX_EVENTS:
+            raise yaml.YAMLError(f"more than {MAX_EVENTS} scalars and brackets, enough for {MAX_ENTRIES} entries")
         if kind is yaml.ScalarEvent:
             if event.anchor or event.tag:
                 raise yaml.YAMLError("tags and anchors are not allowed in a profile")
@@ -67,6 +71,7 @@ def _plain_data(text: str):
     return root[0] if len(root) == 1 else None
 
 
+@lru_cache(4096)  # the same words and sizes come again and again
 def _scalar(text: str):
     lower = text.lower()
     if lower in _WORDS:

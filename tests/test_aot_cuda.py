@@ -16,7 +16,7 @@ ARCHES = ("sm_80", "sm_90a")
 HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
-    "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32,
+    "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 64,
 }
 
 
@@ -36,7 +36,7 @@ def cases():
         yield op, "128x128-float32", attention(128, 128, SINGLE)
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
-        yield "merge_attention", kind, (dict(B=1, H=8, T=4096, Dv=128, N=2), dict(outs=kind), ())
+        yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())
     for kind in (HALF, SINGLE, "float8_e4m3fn"):
         yield "indexer_scores", kind, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=kind, k=kind), ("causal",))
         yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
@@ -107,15 +107,15 @@ def test_small_chips_have_a_default():
 def test_cache_survives_damage(tmp_path, monkeypatch):
     """A cubin cut short or overwritten is compiled again; a fresh one is read without compiling."""
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
-    first = nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0]
+    first = nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0]
     (file,) = (tmp_path / "cupy").iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:100], b"", whole[:50] + b"\0" + whole[51:]):
         file.write_bytes(damaged)
-        assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0] == first
+        assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0] == first
         assert len(file.read_bytes()) > len(whole) - 64  # the log tells the time it took
     monkeypatch.setattr(nvrtc.compiler().__class__, "compile", lambda *a: pytest.fail("compiled although the cache was whole"))
-    assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1), "sm_80")[0] == first
+    assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0] == first
 
 
 def test_digest_knows_its_sources():

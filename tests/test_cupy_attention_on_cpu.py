@@ -11,7 +11,7 @@ import oracle
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
-from numeric import assert_close, plain
+from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, merge_attention
@@ -138,11 +138,11 @@ def scene(c, kind, rng, place):
         q_order, k_order = slots(P, 128), slots(c.S, 128)
         k_order = np.where(k_order == 7, -1, k_order)
         masks[:, :, 7] = False
-    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq))
+    list_of = rng.integers(0, c.lists, (c.B if c.lists > 2 else 1, c.Hq if c.lists > 1 and c.Hq > 1 else 1))
     count = np.zeros((c.B, c.Hq, c.T, c.S), bool)
     for b in range(c.B):
         for h in range(c.Hq):
-            count[b, h] = masks[list_of[b if len(list_of) > 1 else 0, h]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
+            count[b, h] = masks[list_of[b % len(list_of), h % list_of.shape[1]]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
     hide(k, v, count, c.Hq)
     at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
               q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
@@ -244,6 +244,77 @@ def test_parts_that_hopper_leaves():
     assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
     ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
     assert None in ragged
+DECODE_CASES = [
+    Case(T=1, S=500, Hq=8, D=64, Dv=64, rule="window128", sink=True),
+    Case(T=1, S=700, D=64, Dv=64, rule="full", lengths=(130, 700)),
+    Case(B=3, T=4, S=300, Hq=6, D=40, Dv=24, rule="causal", lengths=(0, 77, 1000), sink=True),
+    Case(T=5, S=300, Hq=4, Hk=1, D=72, Dv=72, rule="mixed", lengths=(33, 290), softcap=1.5),
+    Case(T=16, S=400, Hq=16, Hk=2, D=32, Dv=48, rule="random", start=(3, 377)),              # two row tiles of 64
+    Case(T=3, S=300, rule="late", lists=3, odd=True, start=(130, 200)),                      # each head has its own list
+    Case(B=1, T=2, S=200, Hq=20, Hk=1, D=96, Dv=64, rule="causal", start=-1, scale=-0.2),    # one query before the first key
+    Case(B=1, T=1, S=260, Hq=3, Hk=3, D=16, Dv=16, rule="window"),
+    Case(B=1, T=5, S=3, Hq=2, Hk=1, D=1, Dv=1, rule="window"),
+    Case(B=1, T=40, S=130, Hq=2, Hk=1, D=32, Dv=32, rule="causal"),                          # queries of two tiles
+]
+
+
+def attended(place, q, k, v, lists, config, *, sink, count, at, reduction):
+    """out and lse of one path against float64; twice the same bits."""
+    how = dict(config=config, sink_logits=place.put(sink), **at)
+    out, lse = (x.owner.copy() for x in block_attention.run(*map(place.put, (q, k, v)), lists, **how))
+    given = dict(scale=at["scale"], softcap=at["softcap"], sink_logits=sink)
+    truth, formula = oracle.attention(q, k, v, count.astype(np.int64), **given), plain.attention(q, k, v, count.astype(np.int64), **given)
+    for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(name, got, true, one, reduction=reduction)
+    for first, again in zip((out, lse), block_attention.run(*map(place.put, (q, k, v)), lists, **how)):
+        assert_same_bits("again", again.owner, first)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block_k, tile_k", [(128, 64), (64, 32)])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_few_queries(case, block_k, tile_k, kind, rng):
+    """Heads as rows of one tile, keys split over the chip and merged."""
+    place = CpuPlace()
+    place.refused = "block_attention"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    config = dict(path="decode", block_q=32, block_k=block_k, tile_k=tile_k, row_tiles=1)
+    attended(place, q, k, v, lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
+
+
+@pytest.mark.parametrize("D, Dv, heads, tile_k", [(576, 512, 16, 64), (576, 512, 20, 32), (80, 64, 8, 64), (40, 17, 4, 32)])
+def test_few_queries_of_a_shared_latent(D, Dv, heads, tile_k, rng):
+    """Values that are the first columns of the keys; also where their padded width is not within that of the keys."""
+    place, S = CpuPlace(), 300
+    place.refused = "block_attention"
+    q, k, v = tensors(rng, "bfloat16", 2, heads, 1, 2, S, D, Dv, shared=True)
+    made, lengths = block_lists.build(np.ones((1, S, S), bool), 0, 32, 128), np.array([133, S], np.int32)
+    made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
+    count = np.broadcast_to(np.arange(S) < lengths[:, None, None, None], (2, heads, 2, S))
+    k[~count[:, :1, 0]] = np.nan
+    config = dict(path="decode", block_q=32, block_k=128, tile_k=tile_k, row_tiles=1)
+    attended(place, q, k, v, made, config, sink=None, count=count, at=dict(place=place, scale=0.05, softcap=None, kv_length=place.put(lengths), q_start=None), reduction=S + D)
+
+
+LATENT_CASES = [
+    Case(T=2, S=300, Hq=70, Hk=1, D=576, Dv=512, rule="causal", lengths=(133, 290), sink=True, scale=0.04),
+    Case(B=3, T=1, S=500, Hq=17, Hk=1, D=576, Dv=512, rule="random", lengths=(0, 77, 500), scale=0.04),
+    Case(B=1, T=1, S=700, Hq=64, Hk=1, D=576, Dv=512, rule="window128", scale=0.04),
+    Case(B=2, T=3, S=200, Hq=5, Hk=1, D=576, Dv=512, rule="mixed", start=(-1, 150), scale=0.04),
+    Case(B=5, T=1, S=128, Hq=3, Hk=1, D=576, Dv=512, rule="full", scale=0.04),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
+    """64 heads of a query a tile by warpgroup products, keys through the copy engine and split over the chip."""
+    place = HopperPlace()
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    k[..., :512] = np.where(np.isnan(v), v, k[..., :512])
+    config = dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1)
+    place.refused = "block_attention_decode"
+    attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
 
 
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}

@@ -1,4 +1,6 @@
 """The CuPy backend's latent decompression, matrix per head and block lists, run on the CPU as they are written (cuda_on_cpu.py)."""
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, plain
 
 import oracle
+import sparsetile as st
 from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import grouped_matmul, latent_decompress, layout
 
@@ -116,3 +119,11 @@ def test_latent_decompress_on_hopper(kind, B, S, H, P, is_turned, sms, rng):
         assert_close(name, found, true, one, reduction=512)
     if P:
         assert np.array_equal(place.get(got[0])[..., 128:], np.broadcast_to(rope[:, None], (B, H, S, P)))
+
+
+def test_hopper_is_chosen_for_the_problem_that_the_op_names(rng):
+    """DeepSeek's sizes on sm_90a, in the words of the public op."""
+    latent, w, rope = normal(rng, "bfloat16", 1, 256, 512), normal(rng, "bfloat16", 1, 512, 128), normal(rng, "bfloat16", 1, 256, 64)
+    problem = replace(st.explain("latent_decompress", latent, w, w, k_rope=rope).problem, arch="sm_90a")
+    config = latent_decompress.default_config(problem)
+    assert config["path"] == "hopper" and not isinstance(latent_decompress.resources(problem, config), str)

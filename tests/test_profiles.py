@@ -85,13 +85,45 @@ def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
     assert time.monotonic() - start < 1 and not marker.exists()
 
 
-def test_a_huge_file_is_refused_before_it_is_parsed(tmp_path):
+@pytest.mark.parametrize("text, why", [("- x\n" * (schema.MAX_BYTES // 4 + 1), "at most"), ("- x\n" * 1_000_000, "at most"), ("entries: [" + "1," * 900_000 + "]", "more than"),
+                                       ("entries:\n" + "- {}\n" * 400_000, "more than"), (f"schema: {schema.VERSION}\nop: topk\ndevice: {{name: x, arch: y}}\ndims: {{}}\nentries:\n" +
+                                        "- {}\n" * (schema.MAX_ENTRIES + 1), "list of at most")], ids=["bytes", "million entries", "scalars", "brackets", "entries"])
+def test_a_huge_file_is_refused_quickly(text, why, tmp_path):
     path = tmp_path / "topk.yaml"
-    path.write_text("- x\n" * (schema.MAX_BYTES // 4 + 1))
+    path.write_text(text)
     start = time.monotonic()
-    with pytest.raises(schema.ProfileError, match="at most"):
+    with pytest.raises(schema.ProfileError, match=f"topk.yaml.*{why}"):
         schema.load(path)
     assert time.monotonic() - start < 1
+
+
+HOSTILE_ENTRIES = {
+    "unknown knob": dict(config={"rm": "-rf"}), "a knob's value that is none": dict(config={"block_q": 7}), "a path for a knob": dict(config={"source": "../../etc/passwd"}),
+    "a knob of the wrong type": dict(config={"block_q": "64"}), "a path for a backend": dict(backend="../numba"), "too large a tile": dict(config={"block_q": 1 << 40}),
+    "time that is no number": dict(time_us=float("nan")), "knobs by the thousand": dict(config={f"k{n}": n for n in range(5000)}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ENTRIES)
+def test_calls_run_beside_a_hostile_entry_which_is_named(name, tmp_path, monkeypatch, caplog):
+    import numpy as np
+
+    import sparsetile as st
+    from sparsetile.backends import arrays
+    from sparsetile.ops import dispatch
+    x = np.ones((1, 2, 40, 16), np.float32)
+    problem = st.explain(st.sparse_attention, x, x, x, st.Causal()).problem
+    one = {**entry(), "key": lookup.key_of(problem), **HOSTILE_ENTRIES[name]}
+    data = profile(op="block_attention", device={"name": arrays.device_info(None).name, "arch": "cpu"}, entries=[entry(), one])
+    store.write(tmp_path / lookup.slug(data["device"]["name"]) / "block_attention.yaml", store.dump(data))
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans(), dispatch._said.clear()
+    start = time.monotonic()
+    with caplog.at_level("WARNING", "sparsetile"):
+        choice = st.explain(st.sparse_attention, x, x, x, st.Causal(), backend="numba")
+    assert time.monotonic() - start < 1 and np.isfinite(st.sparse_attention(x, x, x, st.Causal())).all()
+    assert "heuristic" in choice.source and "block_attention.yaml" in caplog.text and "entry 1" in caplog.text, caplog.text
+    lookup.forget(), dispatch.clear_plans()
 
 
 def test_entries_are_replaced_by_key_and_the_winner_stands_first(tmp_path):
@@ -124,7 +156,9 @@ def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
 
 
 def test_two_hundred_entries_load_quickly(tmp_path):
-    data = profile(entries=[entry(n % 30, backend=b, status="tuned", workload=str(n)) for n in range(100) for b in ("numba", "triton")])
+    said = dict(status="tuned", workload="cpu/window-256/4096", band=0.0121, code="0123abcd", date="2026-11-27", default_us=31.5, ties=2, spread={"p20": 3.5, "p80": 3.9, "n": 40},
+                search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, runner_up={"backend": "triton", "time_us": 4.5})
+    data = profile(entries=[entry(n % 30, backend=b, **said) for n in range(100) for b in ("numba", "triton")])
     path = tmp_path / "some-gpu" / "topk.yaml"
     store.write(path, store.dump(data))
     best = min(_load_seconds(path) for _ in range(3))

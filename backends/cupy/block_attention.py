@@ -5,18 +5,20 @@ a tile sees is never read into a product. Tiles stand at absolute positions, so 
 
 float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32. The path "hopper"
 (block_attention_hopper.cu) is for sm_90a and blocks of 128; calls that it does not know (softcap, orders, scales that are not positive, outputs of another type,
-arrays that the copy engine cannot address) take the portable one with the same blocks.
+arrays that the copy engine cannot address) take the portable one with the same blocks. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
+rows of one tile, keys are split over the chip; calls with orders take the portable one.
 """
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy import hopper, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128"),
+    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
+            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip; 16-bit types. latent: the same for D 576 whose first 512 columns are the values, on sm_90a"),
     Tunable("block_q", (64, 32, 128, 192), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step, divides block_k"),
@@ -85,6 +87,9 @@ def resources(problem: Problem, config: dict):
         if no_hopper(problem) or isinstance(portable, str):
             return no_hopper(problem) or portable
         return Resources(bq * 2 + 128, hopper_bytes(problem["D"], problem["Dv"], bq, *hopper_depth(problem["D"], problem["Dv"], bq)), 65536 // (bq * 2 + 128))
+    if config["path"] in ("decode", "latent"):
+        portable = resources(problem, {**config, "path": "portable"})
+        return portable if isinstance(portable, str) else split.resources(problem, config) if config["path"] == "decode" else split.latent_resources(problem, config)
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk:
         return f"block_q is a multiple of 32 and block_k of tile_k {tk}, not {bq} and {bk}"
@@ -129,6 +134,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
+    if config["path"] in ("decode", "latent"):
+        return split.artifacts(problem, config) + portable
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"]), names=["forward"])]
     return own + portable if config["path"] == "hopper" else portable
 
@@ -201,6 +208,8 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
             return found
     elif takes_hopper(q, k, v, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
         return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
+    if split.takes(q, lists, config, out_kind):
+        return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None)

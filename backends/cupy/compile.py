@@ -173,7 +173,8 @@ def report(source: str, defines: dict, arch: str) -> dict[str, dict[str, int]]:
             name = m[1]
             out[name] = {"registers": 0, "spills": 0, "shared": 0, "stack": 0}
         elif name and (m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
-            out[name]["stack"], out[name]["spills"] = int(m[1]), int(m[2]) + int(m[3])
+            out[name]["stack"] += int(m[1])  # of the entry and of every function that it calls
+            out[name]["spills"] += int(m[2]) + int(m[3])
         elif name and (m := re.search(r"Used (\d+) registers", line)):
             out[name]["registers"] = int(m[1])
             if s := re.search(r"(\d+) bytes smem", line):

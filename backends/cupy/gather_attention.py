@@ -9,6 +9,7 @@ import math
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy.split import NO_SPLIT, SPLIT
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
                                                selected_values, sliced)
 
@@ -20,9 +21,9 @@ TUNABLES = (
     Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
-HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
+HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + SPLIT + "4q3iI2f"
 HOPPER_HEADS, HOPPER_THREADS = 64, 512
-HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (8 + 4 + 4 * 8)
+HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 
 
 def supports(problem: Problem) -> str | None:
@@ -119,7 +120,7 @@ def run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logi
     function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", HOPPER_FIELDS, dict(KIND=KINDS[q.dtype]), place)
     strides = [2 * s for s in (*q.strides[:3], k.strides[0])]
     function(min(items, max(place.sms, 1)), HOPPER_THREADS, HOPPER_SHARED, place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
-             *selected_values(indices, lengths, 1, causal), *position_values(T, S, kv_length, q_start), *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
+             *selected_values(indices, lengths, 1, causal), *position_values(T, S, kv_length, q_start), *NO_SPLIT, *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
     return out, lse
 
 

@@ -1,10 +1,7 @@
-// Attention over selected keys by Hopper's own instructions, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16.
-// An item is one query and up to 64 heads that share its list. Persistent, four warpgroups: one gathers tiles of 32 keys into a ring of six, one makes scores and
-// probabilities with 31 of the query's 36 k-steps in registers, two hold 64 x 256 sums of values each. The query itself arrives as two more tiles of the ring, and
-// the probabilities of a tile overwrite its last 64 columns, which no value needs. Holes are zeros in the tile and -inf in the scores: nothing is read for them.
-// The order of waits is the speed: values of tile i are multiplied while the probabilities of tile i + 1 are made.
-#include "hopper.cuh"
+// Attention over selected keys by Hopper's own instructions, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16:
+// an item is one query and up to 64 heads that share its list (latent_hopper.cuh). A warpgroup gathers its keys; holes are zeros in the tile: nothing is read for them.
 #include "selections.cuh"
+#include "split.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -17,25 +14,15 @@ struct Params {
   const float* sink;
   Selected list;
   Positions at;
+  Split split;
   i64 qb, qh, qt, kb;      // bytes
   int Hq, parts, items;    // parts: of 64 heads
   u32 kt;                  // bytes, too
   float scale, scale2;     // above 0; the second is for powers of two
 };
 
-constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, SLOTS = 6, HELD = 31;  // HELD: k-steps of the query in registers
-constexpr int ROTARY = SLOTS * TILE, STEP31 = ROTARY + BH * 128, FACTORS = STEP31 + BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 8, BARS = MOVED + SLOTS * 4;
-constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f;  // the reference of a row moves to its maximum when that has grown by 2^8: nothing is rescaled otherwise
-constexpr float WIDE = 1024.f;                        // from here on a fused product is too far from its rounded twin: the largest has to give 1 in 16 bits
-#define FULL(s) (bars + 8 * (s))
-#define FREE(s) (bars + 8 * (SLOTS + (s)))
-#define READY(s) (bars + 8 * (2 * SLOTS + (s)))
-#define START(s) (bars + 8 * (3 * SLOTS + (s)))
+#include "latent_hopper.cuh"
 
-struct Found { u32 word; int left; };  // which of a tile's 32 keys exist, how many tiles of the item follow
-
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-__device__ __forceinline__ void advance(u32& slot, u32& phase) { if (++slot == SLOTS) { slot = 0; phase ^= 1; } }
 __device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {  // 16 bytes, zeros where nothing is to be read
 #ifdef SPARSETILE_EMULATE
   emulate_cp_async(emulate_shared() + to, from, 16, exists);
@@ -48,23 +35,13 @@ __device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b,
 #pragma unroll
   for (int c = 0; c < 9; c++) { fetch(to + c * CHUNK, a + c * 128, a_exists); fetch(to + c * CHUNK + 2048, b + c * 128, b_exists); }
 }
-struct Item {
-  int head, rows, t, b;  // head: the first of `rows`
-  __device__ __forceinline__ Item(const Params& p, int it) {
-    const int x = p.items - 1 - it, y = x / p.parts;  // late queries have long rows: first
-    head = (x - y * p.parts) * BH;
-    rows = imin(p.Hq - head, BH);
-    b = y / p.at.T;
-    t = y - b * p.at.T;
-  }
-};
-
 __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, r = tid / 8, column = tid % 8 * 16;
   const u32 here = base + r * 128 + (column ^ (r & 7) << 4);
   u32 slot = 0, phase = 1, patience = PATIENCE;
   for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
-    const Item x(p, it);
+    const int number = p.items - 1 - it;  // late queries have long rows: first
+    const Item x(p, number);
     const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
 #pragma unroll 1
     for (int half = 0, rows = x.rows - r; half < 2; half++, rows -= N, from += N * p.qh) {
@@ -88,211 +65,11 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
       fetch_rows(here + slot * TILE, from + (u64)(u32)imax(a, 0) * p.kt, from + (u64)(u32)imax(b, 0) * p.kt, a >= 0, b >= 0);
       copies_arrive(FULL(slot));
       if (tid == 0) {
-        ((Found*)(raw + FOUND))[slot] = {word, left};
+        ((Found*)(raw + FOUND))[slot] = {word, left || it + (int)gridDim.x < p.items ? left : -1, number, -1};
         bar_arrive(FULL(slot));
       }
       advance(slot, phase);
     }
-  }
-}
-
-// Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
-struct Rows { float top[2], m[2], sum[2]; bool wide; };
-
-// Products of a tile become probabilities relative to 2^m. Whether a reference of this warp's rows moved: then `factor` is for what was summed before. Where one key
-// of a row decides, its probability is 1 exactly: were it ahead of m by less than 2^8, another key would have a say.
-__device__ __forceinline__ bool probabilities(float (&s)[16], Rows& r, float (&factor)[2], float scale2) {
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    factor[h] = 1.f;
-#pragma unroll
-    for (int j = 0; j < 4; j++) r.top[h] = fmaxf(r.top[h], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-  }
-  const bool moved = __any_sync(~0u, fmaf(r.top[0], scale2, -LAZY) > r.m[0] || fmaf(r.top[1], scale2, -LAZY) > r.m[1]);
-  if (moved) {  // rare: no exchange otherwise
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 1));
-      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 2));
-      const float m = __fmul_rn(r.top[h], scale2);
-      if (m > r.m[h]) {
-        factor[h] = ex2(r.m[h] - m);
-        r.m[h] = m;
-        r.sum[h] *= factor[h];
-      }
-    }
-    r.wide = __any_sync(~0u, fabsf(r.m[0]) > WIDE || fabsf(r.m[1]) > WIDE);
-  }
-  float unit = scale2;
-  if (r.wide) {  // a fused product would not give the largest its own reference back
-    unit = 1.f;
-#pragma unroll
-    for (int i = 0; i < 16; i++) s[i] = __fmul_rn(s[i], scale2);
-  }
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    s[i] = ex2(fmaf(s[i], unit, -r.m[i / 2 % 2]));
-    r.sum[i / 2 % 2] += s[i];
-  }
-  return moved;
-}
-
-// A row at the end: sums relative to 2^m become sums relative to the row's largest score, in natural units and rounded once as the backward rounds it: where one
-// key decides, its score is the lse, however large.
-__device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, int row, float top, float m, float sum, bool wide) {
-#pragma unroll
-  for (int lanes = 1; lanes < 4; lanes *= 2) {
-    sum += __shfl_xor_sync(~0u, sum, lanes);
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
-  }
-  const bool empty = top == -inf() && sum == 0.f;
-  const float largest = __fmul_rn(top, p.scale), unit = ex2(wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
-  if (threadIdx.x % 4) return;
-  const float sink = p.sink && row < x.rows ? ex2((__ldg(p.sink + x.head + row) - largest) * LOG2E) : 0.f;
-  ((float*)(raw + INVERSE))[row] = empty ? 0.f : unit / (total + sink);
-  if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
-}
-
-__device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
-  const u64 rotary = descriptor(base + ROTARY), step31 = descriptor_of(base + STEP31, 16, 256, SWIZZLE_32);
-  u32 q[HELD][4], slot = 0, phase = 0, patience = PATIENCE;
-  float s[16];
-  for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
-    {
-      const int tid = thread_again() % 128, lane = tid & 31, r = (tid / 32 & 1) * 16 + (lane & 15), r2 = tid / 2;
-      const u32 low = slot;
-      bar_wait(FULL(slot), phase, patience);
-      advance(slot, phase);
-      bar_wait(FULL(slot), phase, patience);
-      const u32 tile = (tid < 64 ? low : slot) * TILE;
-#pragma unroll
-      for (int k = 0; k < HELD; k++) ldmatrix_at(q[k], base + tile + r * 128 + (k >> 2) * CHUNK + (((2 * (k & 3) + (lane >> 4)) ^ (r & 7)) << 4));
-#pragma unroll
-      for (int j = 0; j < 4; j++) *(uint4*)(raw + ROTARY + tid / 64 * CHUNK + tid % 64 * 16 + j * 1024) = *(const uint4*)(raw + tile + 8 * CHUNK + tid % 64 * 16 + j * 1024);
-      *(uint4*)(raw + STEP31 + r2 * 32 + ((tid & 1) ^ (r2 / 4 & 1)) * 16) = *(const uint4*)(raw + tile + 7 * CHUNK + r2 % 32 * 128 + ((6 + (tid & 1)) ^ (r2 & 7)) * 16);
-      shared_to_copy_engine();
-      named_sync(1, 128);
-      bar_arrive(READY(low)); bar_arrive(READY(slot));
-      if (tid == 0) { bar_arrive(START(low)); bar_arrive(START(slot)); }
-      advance(slot, phase);
-    }
-    Rows rows = {{-inf(), -inf()}, {LOWEST, LOWEST}, {0.f, 0.f}, false};
-    int left;
-    bool first = true;
-    do {
-      const u32 before = slot == 0 ? SLOTS - 1 : slot - 1;
-      const u64 keys = descriptor(base + slot * TILE);
-      bar_wait(FULL(slot), phase, patience);
-      const Found found = ((const Found*)(raw + FOUND))[slot];
-      shared_to_copy_engine();
-      if (!first) bar_arrive(READY(before));  // of the tile before: the fence serves both
-      hold(s); wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 32; k++) {
-        const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
-        if (k < HELD) wgmma_n32<KIND>(s, q[k], b, k != 0);
-        else wgmma_n32<KIND>(s, step31, b, 1);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n32<KIND>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
-      wgmma_commit(); wgmma_wait<0>(); hold(s);
-      const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
-      if (tid == 0 && !first) bar_arrive(START(before));
-      left = uniform(found.left);
-      if (found.word != ~0u) {
-        const u32 word = found.word >> 2 * (lane & 3);
-#pragma unroll
-        for (int i = 0; i < 16; i++) if (!(word >> (i / 4 * 8 + (i & 1)) & 1)) s[i] = -inf();
-      }
-      float factor[2];
-      const bool moved = probabilities(s, rows, factor, p.scale2) && !first;
-      const u32 r16 = tid / 32 * 16 + (lane & 15), to = base + slot * TILE + 8 * CHUNK + r16 * 64;
-      if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = moved;
-      if (moved) {
-        bar_wait(FREE(before), slot == 0 ? phase ^ 1 : phase, patience);  // the factors before these have been applied
-        if ((lane & 3) == 0) { ((float*)(raw + FACTORS))[r] = factor[0]; ((float*)(raw + FACTORS))[r + 8] = factor[1]; }
-      }
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-        stmatrix_at(to + (((2 * j + (lane >> 4)) ^ (r16 >> 1 & 3)) << 4), pack<KIND>(s[8 * j], s[8 * j + 1]), pack<KIND>(s[8 * j + 2], s[8 * j + 3]),
-                    pack<KIND>(s[8 * j + 4], s[8 * j + 5]), pack<KIND>(s[8 * j + 6], s[8 * j + 7]));
-      if (!left) {
-        const Item x(p, it);
-#pragma unroll
-        for (int h = 0; h < 2; h++) finish(p, raw, x, r + 8 * h, rows.top[h], rows.m[h], rows.sum[h], rows.wide);
-        shared_to_copy_engine();
-        bar_arrive(READY(slot));
-        if (tid == 0) bar_arrive(START(slot));
-      }
-      first = false;
-      advance(slot, phase);
-    } while (left);
-  }
-}
-
-// Sums out through this group's half of the item's last tile, warp by warp: rows of 256 bytes, coalesced.
-__device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[2][64], const Item& x, u32 slot, int half, int tid) {
-  const int lane = tid & 31, first = tid / 32 * 16, r16 = first + (lane & 15);
-  const float f0 = ((const float*)(raw + INVERSE))[first + lane / 4], f1 = ((const float*)(raw + INVERSE))[first + lane / 4 + 8];
-  const u32 staged = slot * TILE + half * 4 * CHUNK;
-  named_sync(2 + half, 128);
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    char* out = (char*)p.out + ((((i64)x.b * p.Hq + x.head + first + lane / 16) * p.at.T + x.t) * 512 + half * 256 + e * 128 + lane % 16 * 8) * 2;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float* y = &o[e][8 * j];
-      stmatrix_at(base + staged + r16 * 256 + (((2 * j + (lane >> 4)) ^ (r16 & 7)) << 4), pack<KIND>(y[0] * f0, y[1] * f0), pack<KIND>(y[2] * f1, y[3] * f1),
-                  pack<KIND>(y[4] * f0, y[5] * f0), pack<KIND>(y[6] * f1, y[7] * f1));
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int n = 0; n < 8; n += 4) {
-      uint4 line[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = first + lane / 16 + 2 * (n + i);
-        line[i] = *(const uint4*)(raw + staged + row * 256 + ((lane & 15) ^ (row & 7)) * 16);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++, out += (i64)p.at.T * 2048)
-        if (first + lane / 16 + 2 * (n + i) < x.rows) *(uint4*)out = line[i];
-    }
-    __syncwarp();
-  }
-}
-
-__device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 base, u32 bars, int half) {
-  const int tid = threadIdx.x % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;
-  u32 slot = 0, phase = 0, patience = PATIENCE;
-  float o[2][64];  // two products of 128 columns: ptxas takes none of 256 where the entry has 128 registers
-  for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
-    for (int t = 0; t < 2; t++) {  // the query's tiles pass by
-      bar_wait(READY(slot), phase, patience);
-      if (lane == 0) bar_arrive(FREE(slot));
-      advance(slot, phase);
-    }
-    int left;
-    bool first = true;
-    do {
-      bar_wait(READY(slot), phase, patience);
-      left = uniform(((const Found*)(raw + FOUND))[slot].left);
-      if (raw[MOVED + slot * 4 + tid / 32]) {
-        const float f0 = ((const float*)(raw + FACTORS))[r], f1 = ((const float*)(raw + FACTORS))[r + 8];
-#pragma unroll
-        for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= i & 2 ? f1 : f0;
-      }
-      bar_wait(START(slot), phase, patience);
-      const u64 a = descriptor_of(base + slot * TILE + 8 * CHUNK, 16, 512, SWIZZLE_64), b = descriptor_of(base + slot * TILE + half * 4 * CHUNK, CHUNK, 1024, SWIZZLE_128);
-      hold(o[0]); hold(o[1]); wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n128_columns<KIND>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
-      wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
-      if (!left) store(p, raw, base, o, Item(p, it), slot, half, tid);
-      if (lane == 0) bar_arrive(FREE(slot));
-      first = false;
-      advance(slot, phase);
-    } while (left);
   }
 }
 
@@ -303,20 +80,5 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(con
   extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
 #endif
   const u32 base = shared_address(raw), bars = base + BARS;
-  const int group = uniform(threadIdx.x / 128);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 8); bar_init(READY(s), 128); bar_init(START(s), 1); }
-    bar_fence();
-  }
-  __syncthreads();
-  if (group == 0) {
-    fewer_registers<24>();
-    gather(p, raw, base, bars);
-  } else if (group == 1) {
-    more_registers<168>();
-    scores(p, raw, base, bars);
-  } else {
-    more_registers<160>();
-    values(p, raw, base, bars, group - 2);
-  }
+  run_roles(p, raw, base, bars, 129, [&] { gather(p, raw, base, bars); });
 }

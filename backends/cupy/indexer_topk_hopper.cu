@@ -129,18 +129,26 @@ __device__ __forceinline__ int stride_of(int tiles) {
   for (int a = imax((int)(tiles * 0.6180339f), 1);; a++) { int x = a, y = tiles; while (y) { const int z = x % y; x = y; y = z; } if (x == 1) return a; }
 }
 
-struct Item { int b, t, nt, lo, tiles, step, L; i64 row; Window mine; };
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ int afresh(int x) { asm volatile("" : "+r"(x)); return x; }  // what depends on it is computed where it stands: kept over the loop it would spill
+
+struct Rows { int b, t, n; i64 first; };        // queries t .. t + n - 1 (four at most are in work) of one batch entry
+struct Item { int lo, tiles, step; u32 mask; Window mine; };
 
 __device__ __forceinline__ Window query_window(const Params& p, i64 row) { return window_of(row, p.T, p.S, p.starts, p.ends, p.q_starts, p.q_start, p.causal); }
 
-__device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
-  const int it = p.items - 1 - number, groups = (p.T + QB - 1) / QB, group = it % groups;  // late queries first
+__device__ __forceinline__ Rows rows_of(const Params& p, int number) {
+  const int it = p.items - 1 - number, groups = (p.T + QB - 1) / QB, b = it / groups, t = it % groups * QB;  // late queries first
+  return {b, t, p.T - t, (i64)b * p.T + t};
+}
+
+__device__ __forceinline__ Item open_item(const Params& p, const Rows& r, int me) {
   Item x;
-  x.b = it / groups; x.t = group * QB; x.nt = p.T - x.t; x.row = (i64)x.b * p.T + x.t; x.mine = {0, 0};
+  x.mine = {0, 0};
   int lo = p.S, hi = 0;
   for (int i = 0; i < QB; i++) {
-    if (i >= x.nt) continue;
-    const Window w = query_window(p, x.row + i);
+    if (i >= r.n) continue;
+    const Window w = query_window(p, r.first + i);
     if (w.lo >= w.hi || w.hi - w.lo <= p.top_k) continue;  // all its keys, no scores
     lo = imin(lo, w.lo); hi = imax(hi, w.hi);
     if (i == me) x.mine = w;
@@ -148,7 +156,7 @@ __device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
   x.lo = lo;
   x.tiles = (int)(((i64)imax(hi - lo, 0) + UNROLL * KB - 1) / (UNROLL * KB) * UNROLL);
   x.step = x.tiles ? stride_of(x.tiles) : 1;
-  x.L = 32 - __clz(imax(hi - 1, 1));
+  x.mask = ~0u >> __clz(imax(hi - 1, 1));
   return x;
 }
 
@@ -170,15 +178,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
   __syncthreads();
   u32 patience = PATIENCE, n = 0, m = 0;
   if (group == 0) {
-    fewer_registers<40>();
+    fewer_registers<24>();
     if (threadIdx.x == 0) {
       u32 v = 0;
       for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
-        const Item x = open_item(p, number, 0);
+        const Rows rows = rows_of(p, number);
+        const Item x = open_item(p, rows, 0);
         if (!x.tiles) continue;
         bar_wait(free_q, (m & 1) ^ 1, patience); m++;
         bar_expect(full_q, QUERY_BYTES);
-        tma_load(queries, &p.q, full_q, 0, 0, x.t, x.b);
+        tma_load(queries, &p.q, full_q, 0, 0, rows.t, rows.b);
         do {
           for (int t = 0, at = 0; t < x.tiles; t++, n++) {
             const int i = n % STAGES;
@@ -186,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
             volatile int* c = s.count;
             *(volatile int*)&s.event[i] = imax(imax(c[0], c[1]), imax(c[2], c[3])) > NEARLY_FULL;
             bar_expect(FULL(i), KEY_BYTES);
-            for (int j = 0; j < 8; j++) tma_load(keys + i * KEY_BYTES + j * 2048, &p.k, FULL(i), 0, x.lo + (j * x.tiles + at) * 16, x.b);
+            for (int j = 0; j < 8; j++) tma_load(keys + i * KEY_BYTES + j * 2048, &p.k, FULL(i), 0, x.lo + (j * x.tiles + at) * 16, rows.b);
             at += x.step; if (at >= x.tiles) at -= x.tiles;
           }
           bar_wait(verdict, v & 1, patience); v++;
@@ -194,20 +203,22 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
       }
     }
   } else {
-    more_registers<232>();
+    more_registers<240>();
     const int g = group - 1, lane = tid & 31, me = lane & 3, t256 = threadIdx.x - 128, chunk = t256 / 32, row = chunk * 16 + lane / 4, k = p.top_k;
     float a[64], b[64], w[64], r[4][2];
     bool safe = false;
     for (int number = blockIdx.x; number < p.items;) {
-      const Item x = open_item(p, number, me);
+      const Rows rows = rows_of(p, number);
+      Item x = open_item(p, rows, me);
+      x.lo = uniform(x.lo); x.tiles = uniform(x.tiles); x.step = uniform(x.step);
       if (!safe)  // rows that need no scores
         for (int q = 2 * g; q < 2 * g + 2; q++)
-          if (q < x.nt) { const Window all = query_window(p, x.row + q); if (all.hi - (i64)all.lo <= k) emit_all(all, tid, k, p.out + (x.row + q) * k, p.lengths + x.row + q); }
+          if (q < rows.n) { const Window all = query_window(p, rows.first + q); if (all.hi - (i64)all.lo <= k) emit_all(all, tid, k, p.out + (rows.first + q) * k, p.lengths + rows.first + q); }
       if (!x.tiles) { number += gridDim.x; continue; }
-      const int qs = x.mine.lo, qn = imax(x.mine.hi - x.mine.lo, 0), late = x.tiles / 4 / UNROLL * UNROLL, L = x.L;
-      const u32 mask = (u32)((1ull << L) - 1);
-      load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
-      const float* scales = p.k_scale ? p.k_scale + x.b * p.scale_b : nullptr;
+      const int qs = x.mine.lo, qn = imax(x.mine.hi - x.mine.lo, 0), late = x.tiles / 4 / UNROLL * UNROLL;
+      const u32 mask = x.mask;
+      load_weights(w, p.weights + rows.b * p.w_b + rows.t * p.w_t, p.w_h, p.w_t, rows.n, me);
+      const float* scales = p.k_scale ? p.k_scale + rows.b * p.scale_b : nullptr;
       float lim = value_of(LOWEST);
       float2 ks = make_float2(0, 0);
       int key = 0, slot = 0, cut = 0x7fffffff;
@@ -215,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
       if (t256 < QB) s.base[t256] = 0;
       sync_consumers();
       bar_wait(full_q, m & 1, patience);
-      const u64 dq0 = descriptor(queries), dq1 = descriptor(queries + 128 * 128);
+      const u64 dq0 = descriptor(uniform(queries)), dq1 = dq0 + (128 * 128 >> 4), dk0 = descriptor(uniform(keys + g * 64 * 128));  // uniform registers
       auto finish = [&]() {
         float z[2];
         exchange(r, me, z);
@@ -247,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           if (go) {
             const float f = (float)k * t / x.tiles;
             const int rank = safe ? k : imin((int)(f + 4.5f * sqrtf(f) + 3.f), k);
-            for (int q = 2 * g; q < 2 * g + 2; q++) thin(s, q, g, tid, rank, L);
+            for (int q = 2 * g; q < 2 * g + 2; q++) thin(s, q, g, tid, rank, __popc(mask));
             sync_consumers();
             u32 kb = (u32)(s.base[me] >> 32);
             cut = (int)(mask - (u32)s.base[me]);
@@ -257,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           }
         }
         auto issue = [&](float (&d)[64], u64 dq) {
-          const u64 dk = descriptor(keys + n % STAGES * KEY_BYTES + g * 64 * 128);
+          const u64 dk = dk0 + (u64)(u32)(uniform(n % STAGES) * (KEY_BYTES >> 4));
           hold(d); wgmma_fence();
 #pragma unroll
           for (int c = 0; c < 4; c++) wgmma_e4m3_n128(d, dk + 2 * c, dq + 2 * c, c != 0);
@@ -269,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           const int where = x.lo + (chunk * x.tiles + at) * 16 + lane / 4;
           at += x.step; if (at >= x.tiles) at -= x.tiles;
           float2 next = make_float2(1.f, 1.f);
-          if (scales) { next.x = __ldg(scales + imin(where, p.S - 1) * p.scale_s); next.y = __ldg(scales + imin(where + 8, p.S - 1) * p.scale_s); }
+          if (scales) { next.x = __ldg(scales + imin(where, p.S - 1)); next.y = __ldg(scales + imin(where + 8, p.S - 1)); }
           if (u || pending) finish();  // the tile before, while this one's products run
           ks = next; key = where; slot = (t + u) * KB;
           const u32 done = FREE(n % STAGES);
@@ -294,10 +305,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
       if (t256 == 0) { s.redo = redo; bar_arrive(verdict); if (!redo) bar_arrive(free_q); }
       safe = redo;
       if (!redo) {
+        const Rows again = rows_of(p, afresh(number));
         for (int q = 2 * g; q < 2 * g + 2; q++)
-          if (q < x.nt) {
-            const Window all = query_window(p, x.row + q);
-            if (all.hi - (i64)all.lo > k) emit(s, q, g, tid, k, mask, L, p.out + (x.row + q) * k, p.lengths + x.row + q);
+          if (q < again.n) {
+            const Window all = query_window(p, again.first + q);
+            if (all.hi - (i64)all.lo > k) emit(s, q, g, tid, k, mask, __popc(mask), p.out + (again.first + q) * k, p.lengths + again.first + q);
           }
         number += gridDim.x; m++;
       }

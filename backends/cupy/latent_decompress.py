@@ -37,7 +37,7 @@ def supports(problem):
 
 def no_hopper(problem) -> str | None:
     """Why the path "hopper" is not for this problem."""
-    kinds = {problem.dtype(name) for name in ("latent", "w_uk", "w_uv")}
+    kinds = {problem.dtype("latent"), problem.dtype("w_uk")}
     if problem.arch != "sm_90a":
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
     if len(kinds) > 1 or not kinds <= set(HALVES) or "scale" in problem.features:

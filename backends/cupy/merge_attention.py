@@ -1,6 +1,6 @@
 """Parts of one attention over disjoint keys into the whole: outs N x [B,H,T,Dv], lses N x [B,H,T] -> out [B,H,T,Dv], lse [B,H,T] float32.
 
-Parts are added in the order given, in float32, and rounded once. A part with lse -inf is not read; all -inf: out 0, lse -inf. The sink stands in the
+Parts are added in the order given, in float32, and rounded once. A part with lse -inf adds nothing, whatever it holds; all -inf: out 0, lse -inf. The sink stands in the
 denominator only. More than 24 parts are merged 24 at a time through float32.
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable
@@ -15,6 +15,8 @@ _UNUSED = (0,) * 9
 
 def supports(problem: Problem) -> str | None:
     kinds = {kind for name, kind in problem.dtypes if name != "lses"}
+    if problem["B"] * problem["Hq"] * problem["T"] >= 2 ** 32:
+        return "CuPy's merge_attention takes fewer than 2^32 rows; merge some batch entries or heads at a time"
     if kinds <= {"float32", "float16", "bfloat16"}:
         return None
     return f"CuPy's merge_attention takes float32, float16 and bfloat16 parts, not {'/'.join(sorted(kinds))}; cast the parts"
@@ -30,7 +32,14 @@ def default_config(problem: Problem) -> dict:
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtypes[0][1]
-    return [dict(source="merge_attention", defines=dict(KIND=KINDS[kind], OUT_KIND=KINDS[kind], VECTOR=4), names=["merge"])]
+    vector = 16 // (4 if kind == "float32" else 2)
+    return [dict(source="merge_attention", defines=_defines(kind, kind, vector, problem["Dv"], parts), names=["merge"]) for parts in (2, MOST)]
+
+
+def _defines(kind: str, out_kind: str, vector: int, Dv: int, parts: int) -> dict:
+    """16 bytes a lane, as many lanes as a row needs."""
+    lanes = min(32, 1 << max(0, (ceil_div(Dv, vector) - 1).bit_length()))
+    return dict(KIND=KINDS[kind], OUT_KIND=KINDS[out_kind], VECTOR=vector, LANES=lanes, PARTS=parts if parts <= 4 else 0)
 
 
 def _merge(outs, lses, place, sink, out_dtype):
@@ -38,10 +47,10 @@ def _merge(outs, lses, place, sink, out_dtype):
     out, lse = place.empty((B, H, T, Dv), out_dtype), place.empty((B, H, T), "float32")
     if B * H * T == 0:
         return out, lse
-    n = min(copy_bytes(*outs) // outs[0].itemsize, 4)
+    d = _defines(outs[0].dtype, out_dtype, copy_bytes(*outs) // outs[0].itemsize, Dv, len(outs))
     parts = [x for o, l in zip(outs, lses) for x in (o.ptr, l.ptr, *o.strides, *l.strides)]
-    function = nvrtc.function("merge_attention", "merge", FIELDS, dict(KIND=KINDS[outs[0].dtype], OUT_KIND=KINDS[out_dtype], VECTOR=n), place)
-    function(ceil_div(B * H * T, 8), 256, 0, place.stream, out.ptr, lse.ptr, nvrtc.ptr(sink), H, T, Dv, len(outs), B * H * T, *parts, *_UNUSED * (MOST - len(outs)))
+    function = nvrtc.function("merge_attention", "merge", FIELDS, d, place)
+    function(ceil_div(B * H * T, 256 // d["LANES"]), 256, 0, place.stream, out.ptr, lse.ptr, nvrtc.ptr(sink), H, T, Dv, len(outs), B * H * T, *parts, *_UNUSED * (MOST - len(outs)))
     return out, lse
 
 

@@ -1,5 +1,6 @@
 """How the attention kernels of this folder take their arguments: element kinds, copy widths, structs (lists.cuh), tiles of value columns."""
 import math
+from functools import lru_cache
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3}  # numbers.cuh
 LISTS = "8Q6i"      # struct ListArrays
@@ -16,6 +17,7 @@ def padded(width: int) -> int:
     return ceil_div(width, 16) * 16
 
 
+@lru_cache(None)
 def sliced(width: int, most: int = 256) -> tuple[int, int]:
     """(slices, padded width of one): how many CTAs share a row of `width` columns when one holds at most `most`."""
     slices = ceil_div(padded(width), most)
@@ -24,13 +26,17 @@ def sliced(width: int, most: int = 256) -> tuple[int, int]:
 
 def copy_bytes(*views) -> int:
     """The widest copy that is aligned in every row of every view: 16, 8 or 4 bytes, else one element (which takes any stride of the last axis too)."""
+    return _copy_bytes(views[0].itemsize, tuple([(x.ptr % 16, x.itemsize, x.shape, x.strides) for x in views]))
+
+
+@lru_cache(4096)
+def _copy_bytes(least, arrays):
     bytes_ = 16
-    for x in views:
-        size = x.itemsize
-        if x.shape[-1] > 1 and x.strides[-1] != 1:
+    for ptr, size, shape, strides in arrays:
+        if shape[-1] > 1 and strides[-1] != 1:
             return size
-        bytes_ = math.gcd(bytes_, x.ptr or 16, x.shape[-1] * size, *(s * size for n, s in zip(x.shape[:-1], x.strides) if n > 1))
-    return max(bytes_, views[0].itemsize)
+        bytes_ = math.gcd(bytes_, ptr or 16, shape[-1] * size, *(s * size for n, s in zip(shape[:-1], strides) if n > 1))
+    return max(bytes_, least)
 
 
 def problem_copy_bytes(problem, *axes) -> int:
@@ -40,11 +46,15 @@ def problem_copy_bytes(problem, *axes) -> int:
 
 
 def lists_values(lists) -> tuple:
-    """The fields of struct ListArrays."""
+    """The fields of struct ListArrays, made once for a part."""
+    found = lists.extras.get("cupy.values")
+    if found is not None:
+        return found
     at = lists.list_of.shape
     ptr = lambda x: 0 if x is None else x.ptr  # noqa: E731
-    return (lists.offsets.ptr, lists.cols.ptr, lists.kinds.ptr, ptr(lists.intervals), ptr(lists.bitmaps), lists.list_of.ptr, ptr(lists.q_order), ptr(lists.k_order),
+    found = lists.extras["cupy.values"] = (lists.offsets.ptr, lists.cols.ptr, lists.kinds.ptr, ptr(lists.intervals), ptr(lists.bitmaps), lists.list_of.ptr, ptr(lists.q_order), ptr(lists.k_order),
             at[1] if at[0] > 1 else 0, 1 if at[1] > 1 else 0, lists.first, lists.nq, lists.nk, 0)
+    return found
 
 
 def position_values(T: int, S: int, kv_length, q_start) -> tuple:

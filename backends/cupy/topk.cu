@@ -52,6 +52,7 @@ struct Row {
 struct Fast { u32 bits[WORDS]; Meeting<NT> m; Row row; u64 list[CAP]; };
 struct Any { u32 bins[BINS]; Meeting<NT> m; Row row; };
 static_assert(WORDS >= BINS, "bitmap and bins share their memory");
+static_assert(WORDS % (4 * NT) == 0, "a thread reads its words of the bitmap four at once");
 
 __device__ __forceinline__ Choice open_row(const Params& p, Row& kept) {
   const i64 i = blockIdx.x, row = p.first_row + i;

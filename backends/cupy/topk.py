@@ -26,8 +26,8 @@ def supports(problem):
 
 
 def words(config) -> int:
-    """Words of the bitmap that puts positions in order; what is selected is staged in it."""
-    return 2048 if config["candidates"] < 4096 else 4096 if config["candidates"] < 8192 else 8192
+    """Words of the bitmap that puts positions in order; what is selected is staged in it. A thread reads at least four at once."""
+    return max(2048 if config["candidates"] < 4096 else 4096 if config["candidates"] < 8192 else 8192, 4 * config["threads"])
 
 
 def is_fast(top_k: int, config) -> bool:

@@ -19,3 +19,12 @@ __device__ __forceinline__ float warp_sum(float x) {  // the same order whatever
   for (int m = 16; m; m /= 2) x += __shfl_xor_sync(~0u, x, m);
   return x;
 }
+
+// and back, rounded once: one store of N elements, aligned as a whole where N > 1
+template <int Kind, int N> __device__ __forceinline__ void store_floats(Element<Kind>* p, const float (&x)[N]) {
+  struct alignas(sizeof(Element<Kind>) * N) Vector { Element<Kind> e[N]; };
+  Vector v;
+#pragma unroll
+  for (int i = 0; i < N; i++) v.e[i] = from_float<Kind>(x[i]);
+  *(Vector*)p = v;
+}

@@ -4,6 +4,7 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  ->  out [B,Hq,T,Dv
 Partial blocks come first, then the full ones, whose loop holds no mask: measured equal or faster than the other orders, and a row that a
 partial block left empty costs no guard later. Key blocks that end past the call's last key are cut in the first loop, later ones skipped.
 A key of a partial block that no row of the tile sees is never read into a product (0 * NaN). Empty row: out 0, lse -inf.
+The path "decode" is for few queries; calls with orders take the portable one.
 """
 from functools import lru_cache
 
@@ -12,9 +13,11 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
+    Tunable("path", ("portable", "decode"), "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
     Tunable("num_warps", (4, 8), "warps of a program"),
@@ -157,7 +160,7 @@ def default_config(problem: Problem) -> dict:
     D, DV, T = problem["D"], problem["Dv"], problem["T"]
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
-    config = dict(block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
+    config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
@@ -178,6 +181,10 @@ def default_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
+        return portable if isinstance(portable, str) else block_attention_decode.resources(problem, config)
     size = BYTES[problem.dtype("q", "float32")]
     w = widths(problem["D"], problem["Dv"], config)
     BQ, BK, warps, stages = config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
@@ -216,7 +223,7 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
                      edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
-    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), {**made, **options(config)}
+    return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
@@ -231,6 +238,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     lse = None
     if return_lse:
         lse = place.full((B, Hq, T), "float32", float("-inf")) if ordered else place.empty((B, Hq, T), "float32")
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        if block_attention_decode.takes(q, lists, config):
+            return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        config = {**config, "num_stages": 1}
     host = q_start if isinstance(q_start, int) else None
     from_length = q_start is None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
@@ -239,16 +251,19 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
         (kv_length is not None, from_length, shared_kv, host), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
     list_of = lists.list_of
-    forward[grid](
-        q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-        lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
-        Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer, **constant)
+    launch(forward, grid, place,
+           (q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
+            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits),
+           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
+            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer), constant, (q.dtype, kind))
     return out, lse
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
+    if config["path"] == "decode":
+        from sparsetile.backends.triton import block_attention_decode
+        return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),

@@ -1,0 +1,62 @@
+"""Where an entry comes from: a digest of the kernel's code, the machine, the versions beside it."""
+import ast
+import contextlib
+import hashlib
+import inspect
+import platform
+import re
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from sparsetile.backends import arrays
+
+PACKAGES = ("sparsetile", "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "optuna")
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
+
+
+@lru_cache(None)
+def sources(path: Path) -> tuple[Path, ...]:
+    """Every file of the backend's folder that a kernel's module is built from: itself, the modules of the folder that it imports, the .cu files that any of these
+    names in a string (each variant is one), and the headers that those include; sorted."""
+    folder, found, todo = path.parent, set(), [path]
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            todo += _beside(folder, file)
+    return tuple(sorted(found))
+
+
+def _beside(folder: Path, file: Path) -> list[Path]:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return [folder / name for name in _INCLUDE.findall(text) if (folder / name).exists()]
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and f"backends.{folder.name}" in node.module:
+            names |= {f"{name.name}.py" for name in node.names} | {f"{node.module.rpartition('.')[2]}.py"}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(f"{node.value}.cu")
+    return [folder / name for name in sorted(names) if len(name) < 100 and (folder / name).is_file()]
+
+
+def code(module) -> str:
+    """A digest of the kernel's sources, its search space among them."""
+    digest = hashlib.sha256()
+    for path in sources(Path(inspect.getfile(module))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+def device(index) -> dict:
+    info = arrays.device_info(index)
+    return {"name": info.name, "arch": info.arch, "sms": info.sms, "vendor": info.vendor, "mem_gb": info.memory_gb, "l2_mb": info.l2_mb, "smem_optin": info.shared}
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

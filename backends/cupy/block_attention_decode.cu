@@ -1,0 +1,278 @@
+// Attention over block lists for few queries, float16 and bfloat16: the heads of a group and the queries of a tile are rows of one tile, so that each key is read once,
+// and the keys of all of them are split over the chip (split.cuh).
+//
+// A warp makes the scores of 16 keys of a step for all rows, and the output of its share of the value columns for all keys of the step: maxima and probabilities pass
+// through shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
+// Defines: KIND, BK (block of the lists), BQ, TK (keys a step, 16 a warp), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
+// the first columns of the keys), SOFTCAP.
+#include "split.cuh"
+#include "mma.cuh"
+
+struct Params {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;
+  const float* sink;
+  ListArrays lists;
+  Positions at;
+  Split split;
+  i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
+  int Hq, group, pack, heads, tiles, parts, D, Dv;  // pack: heads in a tile; heads: 1, or Hq where each has a list of its own; parts: tiles of rows
+  float scale, softcap;
+};
+
+constexpr int WARPS = TK / 16, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
+constexpr int STAGE = TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT == 1 ? 2 : 1;  // chains: sums of even and of odd k-steps, where one alone would wait for itself
+constexpr u64 ALL = TK == 64 ? ~0ull : (1ull << 32) - 1;
+static_assert(TK == 32 || TK == 64, "a lane's word of keys");
+static_assert(DVP % (16 * WARPS) == 0 && BK % TK == 0 && (!SHARED_KV || DVP <= DP), "tiles");
+
+struct Job {
+  int b, head, t, row, count;  // of its first query: its number and its row in the tile of the lists; head: the first of its list
+  Run run;
+  __device__ __forceinline__ Job(const Params& p, int job) {
+    const int tile = job % p.tiles;
+    head = job / p.tiles % p.heads;
+    b = job / p.tiles / p.heads;
+    const int start = first_position(p.at, b);
+    const i64 n = (i64)floor_div(start, BQ) + tile, from = n * BQ - start;
+    t = (int)(from > 0 ? from : 0);
+    row = (int)(t - from);
+    count = (int)(from + BQ < p.at.T ? from + BQ : p.at.T) - t;
+    run = {0, 0, 0, 0, 0, 0};
+    if (count > 0) run = open_run<BK>(p.lists, __ldg(p.lists.list_of + b * p.lists.list_b + head * p.lists.list_h), n - p.lists.first, key_limit(p.at, b));
+  }
+};
+
+// Steps through entries x .. end - 1, TK keys at a time, past those that no query sees. `mine`: the keys that query `lane` of the tile sees.
+struct Steps {
+  int x, end, c, block;
+  u64 mine, seen;
+  __device__ __forceinline__ void settle(const Params& p, const Job& job) {
+    for (; x < end; advance()) {
+      const int e = job.run.entry(x), lane = threadIdx.x & 31;
+      block = __ldg(p.lists.cols + e);
+      mine = seen = ALL;
+      if (x < job.run.plain) return;
+      const int kind = x < job.run.full ? -1 : __ldg(p.lists.kinds + e), left = job.run.limit - block * BK - c;
+      u32 word[2] = {0, 0}, any[2];
+#pragma unroll
+      for (int n = 0; n < TK / 32; n++) {
+        if (lane < job.count) word[n] = kind_word<BQ, BK>(p.lists, kind, job.row + lane, c + 32 * n) & range_bits(0, left - 32 * n);
+        any[n] = __reduce_or_sync(~0u, word[n]);
+      }
+      mine = word[0] | (u64)word[1] << 32;
+      seen = any[0] | (TK == 64 ? (u64)any[TK / 64] << 32 : 0);
+      if (seen) return;
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    c += TK;
+    if (c == BK) { c = 0; x++; }
+  }
+};
+
+struct Tile {  // rows of a tile: row r is row first + r of the job's queries x heads
+  int head, first, rows, pack;
+  __device__ __forceinline__ int query(int r) const { return (first + r) / pack; }
+  __device__ __forceinline__ int head_of(int r) const { return head + (first + r) % pack; }
+};
+
+// raw products of this warp's 16 keys with all rows
+__device__ __forceinline__ void scores(float (&s)[MT][2][4], const u16* sq, const u16* sk, int warp) {
+  float c[CHAINS][MT][2][4] = {};
+#pragma unroll (DP <= 256 ? DP / 16 : 4)
+  for (int k = 0; k < (DP / 16 + CHAINS - 1) / CHAINS; k++)
+#pragma unroll
+    for (int e = 0; e < CHAINS; e++) {
+      if (k * CHAINS + e >= DP / 16) break;
+      u32 b[4];
+      load_b_rows(b, sk, KS, 16 * warp, 16 * (k * CHAINS + e));
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        u32 a[4];
+        load_a(a, sq, KS, 16 * m, 16 * (k * CHAINS + e));
+        mma<KIND>(c[e][m][0], a, b[0], b[1]);
+        mma<KIND>(c[e][m][1], a, b[2], b[3]);
+      }
+    }
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[m][i / 4][i % 4] = CHAINS == 2 ? c[0][m][i / 4][i % 4] + c[CHAINS - 1][m][i / 4][i % 4] : c[0][m][i / 4][i % 4];
+}
+
+__device__ __forceinline__ float natural(const Params& p, float dot) { return SOFTCAP ? p.softcap * tanhf(dot * p.scale / p.softcap) : __fmul_rn(dot, p.scale); }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *sp = stages + STAGES * STAGE;
+  float *tops = (float*)(sp + ROWS * PS), *sums = tops + WARPS * ROWS;  // [WARPS][ROWS] each
+  int* box = (int*)(sums + WARPS * ROWS);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + 2 * (lane & 3);
+
+  const auto units = [&](int job) { return Job(p, job).run.n; };
+  Start found;
+  const int total = scan_jobs<THREADS>(p.split, units, -1, blockIdx.x == 0 ? p.split.starts : nullptr, box, found);
+  const i64 share = share_of(p.split, total), begin = blockIdx.x * share, whole = (i64)total * p.split.members, end = begin + share < whole ? begin + share : whole;
+  if (begin >= end) return;
+  scan_jobs<THREADS>(p.split, units, begin, nullptr, box, found);
+
+  int number = found.job;
+  Job job(p, number);
+  int member = (int)((begin - (i64)found.start * p.split.members) / job.run.n), x = (int)((begin - (i64)found.start * p.split.members) % job.run.n);
+  for (i64 at = begin; at < end;) {
+    const int take = (int)(end - at < job.run.n - x ? end - at : job.run.n - x);
+    const bool complete = take == job.run.n;
+    Tile tile;
+    tile.head = job.head + member / p.parts * p.pack;
+    tile.first = member % p.parts * ROWS;
+    tile.rows = imin(job.count * p.pack - tile.first, ROWS);
+    tile.pack = p.pack;
+    const u16* q = (const u16*)p.q + job.b * p.qb;
+    const u16* k = (const u16*)p.k + job.b * p.kb + (tile.head / p.group) * p.kh;
+    const u16* v = (const u16*)p.v + job.b * p.vb + (tile.head / p.group) * p.vh;
+    const auto load = [&](const Steps& y, int stage) {
+      u16* to = stages + stage * STAGE;
+      const i64 first = y.block * BK + y.c;
+      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
+      if constexpr (!SHARED_KV)
+        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
+    };
+
+    float o[MT][VT][4] = {}, most[MT][2], sum[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; m++) most[m][0] = most[m][1] = -inf(), sum[m][0] = sum[m][1] = 0.f;
+    Steps now = {x, x + take, 0, 0, 0, 0};
+    now.settle(p, job);
+    Steps ahead = now;
+    copy_tile<u16, ROWS, DP, COPY, THREADS>(sq, KS, q, p.D, p.qd, [&](int r) { return r < tile.rows ? q + tile.head_of(r) * p.qh + (job.t + tile.query(r)) * p.qt : nullptr; });
+    for (int s = 0; s < STAGES - 1; s++) {
+      if (ahead.x < ahead.end) {
+        load(ahead, s);
+        ahead.advance();
+        ahead.settle(p, job);
+      }
+      cp_commit();
+    }
+    for (int stage = 0; now.x < now.end; stage = stage + 1 == STAGES ? 0 : stage + 1) {
+      cp_wait<STAGES - 2>();
+      __syncthreads();  // this step's keys are here, and nobody reads those of the step before any more
+      if (ahead.x < ahead.end) {
+        load(ahead, stage == 0 ? STAGES - 1 : stage - 1);
+        ahead.advance();
+        ahead.settle(p, job);
+      }
+      cp_commit();
+      const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
+      float s[MT][2][4];
+      scores(s, sq, sk, warp);
+      const bool masked = now.x >= job.run.plain;
+      const u32 bits = (u32)(now.mine >> 16 * warp);
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = 16 * m + 8 * h + g;
+          const u32 word = masked ? __shfl_sync(~0u, bits, tile.query(row) & 31) >> 2 * (lane & 3) : ~0u;
+          float top = -inf();
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float& y = s[m][e / 2][2 * h + e % 2];
+            y = word >> (e / 2 * 8 + e % 2) & 1 ? natural(p, y) : -inf();
+            top = fmaxf(top, y);
+          }
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+          if ((lane & 3) == 0) tops[warp * ROWS + row] = top;
+        }
+      __syncthreads();
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = 16 * m + 8 * h + g;
+          float top = most[m][h];
+#pragma unroll
+          for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * ROWS + row]);
+          const float zero = top == -inf() ? 0.f : top, factor = ex2((most[m][h] - zero) * LOG2E);  // no key so far: every exponent is -inf, not NaN
+          most[m][h] = top;
+          sum[m][h] *= factor;
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            const float a = ex2((s[m][n][2 * h] - zero) * LOG2E), b = ex2((s[m][n][2 * h + 1] - zero) * LOG2E);
+            sum[m][h] += a + b;
+            *(u32*)(sp + row * PS + 16 * warp + 8 * n + 2 * (lane & 3)) = pack<KIND>(a, b);
+          }
+#pragma unroll
+          for (int n = 0; n < VT; n++) { o[m][n][2 * h] *= factor; o[m][n][2 * h + 1] *= factor; }
+        }
+      __syncthreads();
+#pragma unroll
+      for (int c = 0; c < TK / 16; c++) {
+        u32 a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) load_a(a[m], sp, PS, 16 * m, 16 * c);
+#pragma unroll
+        for (int n = 0; n < VT; n += 2) {
+          u32 b[4];
+          load_b_columns(b, sv, SHARED_KV ? KS : VS, 16 * c, warp * COLUMNS + 8 * n);
+#pragma unroll
+          for (int m = 0; m < MT; m++) {
+            mma<KIND>(o[m][n], a[m], b[0], b[1]);
+            mma<KIND>(o[m][n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+      now.advance();
+      now.settle(p, job);
+    }
+    // ---- sums of all warps, then the answer or this share's part of it
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        sum[m][h] += __shfl_xor_sync(~0u, sum[m][h], 1);
+        sum[m][h] += __shfl_xor_sync(~0u, sum[m][h], 2);
+        if ((lane & 3) == 0) sums[warp * ROWS + 16 * m + 8 * h + g] = sum[m][h];
+      }
+    __syncthreads();
+    const i64 slot = 2 * (i64)blockIdx.x + (at != begin);
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = 16 * m + 8 * h + g;
+        if (row >= tile.rows) continue;
+        float all = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) all += sums[w * ROWS + row];
+        const float top = most[m][h];
+        if (!complete) {
+          float* to = p.split.sums + (slot * ROWS + row) * DVP + column;
+#pragma unroll
+          for (int n = 0; n < VT; n++) *(float2*)(to + 8 * n) = make_float2(o[m][n][2 * h], o[m][n][2 * h + 1]);
+          if (column == 0) *(float2*)(p.split.rows + (slot * ROWS + row) * 2) = make_float2(top, all);
+          continue;
+        }
+        const bool empty = top == -inf() && all == 0.f;
+        const int head = tile.head_of(row);
+        const float inverse = empty ? 0.f : 1.f / (all + (p.sink ? ex2((__ldg(p.sink + head) - top) * LOG2E) : 0.f));
+        const i64 line = ((i64)job.b * p.Hq + head) * p.at.T + job.t + tile.query(row);
+        if (p.lse && column == 0) p.lse[line] = empty ? -inf() : top + logf(all);
+#pragma unroll
+        for (int n = 0; n < VT; n++)
+          if (column + 8 * n < p.Dv)
+            store_pair<KIND>((u16*)p.out + line * p.Dv + column + 8 * n, empty ? 0.f : o[m][n][2 * h] * inverse, empty ? 0.f : o[m][n][2 * h + 1] * inverse, column + 8 * n + 1 < p.Dv, p.Dv % 2 == 0);
+      }
+    // ---- the next item
+    at += take;
+    x = 0;
+    if (at >= end) break;
+    if (++member == p.split.members) {
+      member = 0;
+      do job = Job(p, ++number); while (job.run.n == 0);
+    }
+    __syncthreads();
+  }
+}

@@ -1,0 +1,104 @@
+// Attention over block lists for few queries with a latent 576 wide whose first 512 columns are the values, by Hopper's own instructions (latent_hopper.cuh): an item is one
+// query and up to 64 heads, its keys are split over the chip (split.cuh). The blocks of threads of a row of `parts` take the same share, each for its own 64 heads, so that keys
+// come from memory once. One warp loads tiles of 32 keys through the copy engine, and makes zeros where the query does not see the key: 0 * NaN would reach a product.
+// Defines: KIND, BQ, BK (blocks of the lists).
+#include "hopper.cuh"
+#include "split.cuh"
+
+struct Params {
+  TensorMap q, k;  // boxes of 32 rows (heads; keys) x 64 columns
+  void* out;
+  float* lse;
+  const float* sink;
+  ListArrays lists;
+  Positions at;
+  Split split;
+  int Hq, parts;
+  float scale, scale2;
+};
+#include "latent_hopper.cuh"
+
+struct Job {
+  Run run;
+  int b, t, row;  // row: of the query in its tile of the lists
+  __device__ __forceinline__ Job(const Params& p, int job) {
+    b = job / p.at.T;
+    t = job - b * p.at.T;
+    const i64 position = (i64)first_position(p.at, b) + t;
+    const i64 tile = position >= 0 ? position / BQ : -1 - (-1 - position) / BQ;
+    row = (int)(position - tile * BQ);
+    run = open_run<BK>(p.lists, __ldg(p.lists.list_of + b * p.lists.list_b), tile - p.lists.first, key_limit(p.at, b));
+  }
+};
+
+struct Share { int job, at, units; };  // its first job, the unit of it to begin with, and how many in all
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
+  bar_expect(bar, TILE);
+#pragma unroll 1
+  for (int c = 0; c < 9; c++) tma_load(to + c * CHUNK, map, bar, 64 * c, row, y, z);
+}
+
+// the first warp
+__device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share) {
+  u32 slot = 0, phase = 1, landed = 0, patience = PATIENCE;
+  const int part = (int)blockIdx.x % p.parts;
+  int scratch = 2 * (blockIdx.x - part) + part;
+  for (; share.units > 0; scratch = 2 * (blockIdx.x - part) + p.parts + part, share.job++, share.at = 0) {
+    const Job job(p, share.job);
+    const int take = imin(share.units, job.run.n - share.at);
+    if (take == 0) continue;
+    share.units -= take;
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      bar_wait(FREE(slot), phase, patience);
+      if (threadIdx.x == 0) load_tile(base + slot * TILE, &p.q, FULL(slot), part * BH + half * N, job.t, job.b);
+      advance(slot, phase);
+    }
+#pragma unroll 1
+    for (int i = 0; i < take * (BK / N); i++) {
+      const int x = share.at + i / (BK / N), e = job.run.entry(x), c = i % (BK / N) * N, key = __ldg(p.lists.cols + e) * BK + c;
+      const bool masked = x >= job.run.plain;
+      u32 word = ~0u;
+      if (masked) word = kind_word<BQ, BK>(p.lists, x < job.run.full ? -1 : __ldg(p.lists.kinds + e), job.row, c) & range_bits(0, job.run.limit - key);
+      bar_wait(FREE(slot), phase, patience);
+      if (threadIdx.x == 0) {
+        const int left = take * (BK / N) - 1 - i;
+        ((Found*)(raw + FOUND))[slot] = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
+        load_tile(base + slot * TILE, &p.k, masked ? LANDED : FULL(slot), key, 0, job.b);
+      }
+      if (masked) {
+        bar_wait(LANDED, landed, patience);
+        landed ^= 1;
+#pragma unroll 1
+        for (u32 holes = ~word; holes; holes &= holes - 1) {
+          unsigned char* to = raw + slot * TILE + (__ffs(holes) - 1) * 128;
+#pragma unroll 1
+          for (int n = threadIdx.x; n < 72; n += 32) *(uint4*)(to + n / 8 * CHUNK + n % 8 * 16) = make_uint4(0, 0, 0, 0);
+        }
+        shared_to_copy_engine();
+        __syncwarp();
+        if (threadIdx.x == 0) bar_arrive(FULL(slot));
+      }
+      advance(slot, phase);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) attend_latent(const __grid_constant__ Params p) {
+#ifdef SPARSETILE_EMULATE
+  DYNAMIC_SHARED(raw);
+#else
+  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
+#endif
+  const u32 base = shared_address(raw), bars = base + BARS;
+  const auto units = [&](int job) { return Job(p, job).run.n; };
+  Start found;
+  const int total = scan_jobs<512>(p.split, units, -1, blockIdx.x == 0 ? p.split.starts : nullptr, (int*)raw, found);
+  const i64 size = share_of(p.split, total), begin = blockIdx.x / p.parts * size, end = begin + size < total ? begin + size : total;
+  if (begin >= end) return;
+  scan_jobs<512>(p.split, units, begin, nullptr, (int*)raw, found);
+  const Share share = {found.job, (int)(begin - found.start), (int)(end - begin)};
+  __syncthreads();
+  run_roles(p, raw, base, bars, 1, [&] { if (threadIdx.x < 32) stream(p, raw, base, bars, share); });
+}

@@ -1,0 +1,279 @@
+// Attention with a latent 576 wide whose first 512 columns are the values (DeepSeek's), up to 64 heads of one query an item, by warpgroup products: what the kernels
+// over selections (gather_attention_hopper.cu) and over block lists (block_attention_latent.cu) share. They differ in who brings a tile's 32 keys.
+//
+// Persistent, four warpgroups: one brings tiles of 32 keys into a ring of six, one makes scores and probabilities with 31 of the query's 36 k-steps in registers, two hold
+// 64 x 256 sums of values each. The query itself arrives as two more tiles of the ring, and the probabilities of a tile overwrite its last 64 columns, which no value needs.
+// Keys that nobody sees are zeros in the tile and -inf in the scores. The order of waits is the speed: values of tile i are multiplied while the probabilities of tile
+// i + 1 are made. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
+#pragma once
+#include "hopper.cuh"
+#include "split.cuh"
+
+constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, SLOTS = 6, HELD = 31;  // HELD: k-steps of the query in registers
+constexpr int ROTARY = SLOTS * TILE, STEP31 = ROTARY + BH * 128, FACTORS = STEP31 + BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = MOVED + SLOTS * 4;
+constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f;  // the reference of a row moves to its maximum when that has grown by 2^8: nothing is rescaled otherwise
+constexpr float WIDE = 1024.f;                        // from here on a fused product is too far from its rounded twin: the largest has to give 1 in 16 bits
+#define FULL(s) (bars + 8 * (s))
+#define FREE(s) (bars + 8 * (SLOTS + (s)))
+#define READY(s) (bars + 8 * (2 * SLOTS + (s)))
+#define START(s) (bars + 8 * (3 * SLOTS + (s)))
+#define LANDED (bars + 8 * 4 * SLOTS)  // block lists: a tile with a mask, not yet cleared
+
+struct Found { u32 word; int left, item, slot; };  // which of a tile's 32 keys are seen; how many tiles of the item follow, -1: no tile at all; the item; its slot of scratch, or -1: it is whole
+
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ void advance(u32& slot, u32& phase) { if (++slot == SLOTS) { slot = 0; phase ^= 1; } }
+struct Item {
+  int head, rows, t, b;  // head: the first of `rows`
+  __device__ __forceinline__ Item(const Params& p, int x) {
+    const int y = x / p.parts;
+    head = (x - y * p.parts) * BH;
+    rows = imin(p.Hq - head, BH);
+    b = y / p.at.T;
+    t = y - b * p.at.T;
+  }
+};
+
+// Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
+struct Rows { float top[2], m[2], sum[2]; bool wide; };
+
+// Products of a tile become probabilities relative to 2^m. Whether a reference of this warp's rows moved: then `factor` is for what was summed before. Where one key
+// of a row decides, its probability is 1 exactly: were it ahead of m by less than 2^8, another key would have a say.
+__device__ __forceinline__ bool probabilities(float (&s)[16], Rows& r, float (&factor)[2], float scale2) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    factor[h] = 1.f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) r.top[h] = fmaxf(r.top[h], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+  }
+  const bool moved = __any_sync(~0u, fmaf(r.top[0], scale2, -LAZY) > r.m[0] || fmaf(r.top[1], scale2, -LAZY) > r.m[1]);
+  if (moved) {  // rare: no exchange otherwise
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 1));
+      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 2));
+      const float m = __fmul_rn(r.top[h], scale2);
+      if (m > r.m[h]) {
+        factor[h] = ex2(r.m[h] - m);
+        r.m[h] = m;
+        r.sum[h] *= factor[h];
+      }
+    }
+    r.wide = __any_sync(~0u, fabsf(r.m[0]) > WIDE || fabsf(r.m[1]) > WIDE);
+  }
+  float unit = scale2;
+  if (r.wide) {  // a fused product would not give the largest its own reference back
+    unit = 1.f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) s[i] = __fmul_rn(s[i], scale2);
+  }
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    s[i] = ex2(fmaf(s[i], unit, -r.m[i / 2 % 2]));
+    r.sum[i / 2 % 2] += s[i];
+  }
+  return moved;
+}
+
+// A row at the end: sums relative to 2^m become sums relative to the row's largest score, in natural units and rounded once as the backward rounds it: where one
+// key decides, its score is the lse, however large. A share's part of an item leaves that score and the sum.
+__device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, int slot, int row, float top, float m, float sum, bool wide) {
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    sum += __shfl_xor_sync(~0u, sum, lanes);
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+  }
+  const bool empty = top == -inf() && sum == 0.f;
+  const float largest = __fmul_rn(top, p.scale), unit = ex2(wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
+  if (threadIdx.x % 4) return;
+  if (slot >= 0) {
+    ((float*)(raw + INVERSE))[row] = empty ? 0.f : unit;
+    *(float2*)(p.split.rows + 2 * ((i64)slot * BH + row)) = make_float2(empty ? -inf() : largest, empty ? 0.f : total);
+    return;
+  }
+  const float sink = p.sink && row < x.rows ? ex2((__ldg(p.sink + x.head + row) - largest) * LOG2E) : 0.f;
+  ((float*)(raw + INVERSE))[row] = empty ? 0.f : unit / (total + sink);
+  if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
+}
+
+__device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
+  const u64 rotary = descriptor(base + ROTARY), step31 = descriptor_of(base + STEP31, 16, 256, SWIZZLE_32);
+  u32 q[HELD][4], slot = 0, phase = 0, patience = PATIENCE;
+  float s[16];
+  for (int left = 0; left >= 0;) {
+    {
+      const int tid = thread_again() % 128, lane = tid & 31, r = (tid / 32 & 1) * 16 + (lane & 15), r2 = tid / 2;
+      const u32 low = slot;
+      bar_wait(FULL(slot), phase, patience);
+      advance(slot, phase);
+      bar_wait(FULL(slot), phase, patience);
+      const u32 tile = (tid < 64 ? low : slot) * TILE;
+#pragma unroll
+      for (int k = 0; k < HELD; k++) ldmatrix_at(q[k], base + tile + r * 128 + (k >> 2) * CHUNK + (((2 * (k & 3) + (lane >> 4)) ^ (r & 7)) << 4));
+#pragma unroll
+      for (int j = 0; j < 4; j++) *(uint4*)(raw + ROTARY + tid / 64 * CHUNK + tid % 64 * 16 + j * 1024) = *(const uint4*)(raw + tile + 8 * CHUNK + tid % 64 * 16 + j * 1024);
+      *(uint4*)(raw + STEP31 + r2 * 32 + ((tid & 1) ^ (r2 / 4 & 1)) * 16) = *(const uint4*)(raw + tile + 7 * CHUNK + r2 % 32 * 128 + ((6 + (tid & 1)) ^ (r2 & 7)) * 16);
+      shared_to_copy_engine();
+      named_sync(1, 128);
+      bar_arrive(READY(low)); bar_arrive(READY(slot));
+      if (tid == 0) { bar_arrive(START(low)); bar_arrive(START(slot)); }
+      advance(slot, phase);
+    }
+    Rows rows = {{-inf(), -inf()}, {LOWEST, LOWEST}, {0.f, 0.f}, false};
+    bool first = true;
+    do {
+      const u32 before = slot == 0 ? SLOTS - 1 : slot - 1;
+      const u64 keys = descriptor(base + slot * TILE);
+      bar_wait(FULL(slot), phase, patience);
+      const Found found = ((const Found*)(raw + FOUND))[slot];
+      shared_to_copy_engine();
+      if (!first) bar_arrive(READY(before));  // of the tile before: the fence serves both
+      hold(s); wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 32; k++) {
+        const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
+        if (k < HELD) wgmma_n32<KIND>(s, q[k], b, k != 0);
+        else wgmma_n32<KIND>(s, step31, b, 1);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) wgmma_n32<KIND>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
+      wgmma_commit(); wgmma_wait<0>(); hold(s);
+      const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
+      if (tid == 0 && !first) bar_arrive(START(before));
+      left = uniform(found.left);
+      if (found.word != ~0u) {
+        const u32 word = found.word >> 2 * (lane & 3);
+#pragma unroll
+        for (int i = 0; i < 16; i++) if (!(word >> (i / 4 * 8 + (i & 1)) & 1)) s[i] = -inf();
+      }
+      float factor[2];
+      const bool moved = probabilities(s, rows, factor, p.scale2) && !first;
+      const u32 r16 = tid / 32 * 16 + (lane & 15), to = base + slot * TILE + 8 * CHUNK + r16 * 64;
+      if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = moved;
+      if (moved) {
+        bar_wait(FREE(before), slot == 0 ? phase ^ 1 : phase, patience);  // the factors before these have been applied
+        if ((lane & 3) == 0) { ((float*)(raw + FACTORS))[r] = factor[0]; ((float*)(raw + FACTORS))[r + 8] = factor[1]; }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        stmatrix_at(to + (((2 * j + (lane >> 4)) ^ (r16 >> 1 & 3)) << 4), pack<KIND>(s[8 * j], s[8 * j + 1]), pack<KIND>(s[8 * j + 2], s[8 * j + 3]),
+                    pack<KIND>(s[8 * j + 4], s[8 * j + 5]), pack<KIND>(s[8 * j + 6], s[8 * j + 7]));
+      if (left <= 0) {
+        const Item x(p, found.item);
+#pragma unroll
+        for (int h = 0; h < 2; h++) finish(p, raw, x, found.slot, r + 8 * h, rows.top[h], rows.m[h], rows.sum[h], rows.wide);
+        shared_to_copy_engine();
+        bar_arrive(READY(slot));
+        if (tid == 0) bar_arrive(START(slot));
+      }
+      first = false;
+      advance(slot, phase);
+    } while (left > 0);
+  }
+}
+
+// A share's sums, as they are held.
+__device__ __forceinline__ void store_part(const Params& p, unsigned char* raw, const float (&o)[2][64], int slot, int half, int tid) {
+  const int lane = tid & 31, row = tid / 32 * 16 + lane / 4;
+  const float f0 = ((const float*)(raw + INVERSE))[row], f1 = ((const float*)(raw + INVERSE))[row + 8];
+  float* to = p.split.sums + ((i64)slot * BH + row) * 512 + half * 256 + 2 * (lane & 3);
+#pragma unroll
+  for (int e = 0; e < 2; e++)
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const float* y = &o[e][4 * j];
+      *(float2*)(to + e * 128 + 8 * j) = make_float2(y[0] * f0, y[1] * f0);
+      *(float2*)(to + 8 * 512 + e * 128 + 8 * j) = make_float2(y[2] * f1, y[3] * f1);
+    }
+}
+
+// Sums out through this group's half of the item's last tile, warp by warp: rows of 256 bytes, coalesced.
+__device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[2][64], const Item& x, u32 slot, int half, int tid) {
+  const int lane = tid & 31, first = tid / 32 * 16, r16 = first + (lane & 15);
+  const float f0 = ((const float*)(raw + INVERSE))[first + lane / 4], f1 = ((const float*)(raw + INVERSE))[first + lane / 4 + 8];
+  const u32 staged = slot * TILE + half * 4 * CHUNK;
+  named_sync(2 + half, 128);
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    char* out = (char*)p.out + ((((i64)x.b * p.Hq + x.head + first + lane / 16) * p.at.T + x.t) * 512 + half * 256 + e * 128 + lane % 16 * 8) * 2;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float* y = &o[e][8 * j];
+      stmatrix_at(base + staged + r16 * 256 + (((2 * j + (lane >> 4)) ^ (r16 & 7)) << 4), pack<KIND>(y[0] * f0, y[1] * f0), pack<KIND>(y[2] * f1, y[3] * f1),
+                  pack<KIND>(y[4] * f0, y[5] * f0), pack<KIND>(y[6] * f1, y[7] * f1));
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int n = 0; n < 8; n += 4) {
+      uint4 line[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = first + lane / 16 + 2 * (n + i);
+        line[i] = *(const uint4*)(raw + staged + row * 256 + ((lane & 15) ^ (row & 7)) * 16);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++, out += (i64)p.at.T * 2048)
+        if (first + lane / 16 + 2 * (n + i) < x.rows) *(uint4*)out = line[i];
+    }
+    __syncwarp();
+  }
+}
+
+__device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 base, u32 bars, int half) {
+  const int tid = threadIdx.x % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;
+  u32 slot = 0, phase = 0, patience = PATIENCE;
+  float o[2][64];  // two products of 128 columns: ptxas takes none of 256 where the entry has 128 registers
+  for (int left = 0; left >= 0;) {
+    for (int t = 0; t < 2; t++) {  // the query's tiles pass by
+      bar_wait(READY(slot), phase, patience);
+      if (lane == 0) bar_arrive(FREE(slot));
+      advance(slot, phase);
+    }
+    bool first = true;
+    do {
+      bar_wait(READY(slot), phase, patience);
+      left = uniform(((const Found*)(raw + FOUND))[slot].left);
+      if (raw[MOVED + slot * 4 + tid / 32]) {
+        const float f0 = ((const float*)(raw + FACTORS))[r], f1 = ((const float*)(raw + FACTORS))[r + 8];
+#pragma unroll
+        for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= i & 2 ? f1 : f0;
+      }
+      bar_wait(START(slot), phase, patience);
+      const u64 a = descriptor_of(base + slot * TILE + 8 * CHUNK, 16, 512, SWIZZLE_64), b = descriptor_of(base + slot * TILE + half * 4 * CHUNK, CHUNK, 1024, SWIZZLE_128);
+      hold(o[0]); hold(o[1]); wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; k++) wgmma_n128_columns<KIND>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
+      wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
+      if (left <= 0) {
+        const Found last = ((const Found*)(raw + FOUND))[slot];
+        if (last.slot >= 0) store_part(p, raw, o, last.slot, half, tid);
+        else store(p, raw, base, o, Item(p, last.item), slot, half, tid);
+        shared_to_copy_engine();  // which may write this tile next
+      }
+      if (lane == 0) bar_arrive(FREE(slot));
+      first = false;
+      advance(slot, phase);
+    } while (left > 0);
+  }
+}
+
+// The last arguments of a role: of how many threads FULL counts arrivals, and who brings the tiles
+template <class Bring> __device__ __forceinline__ void run_roles(const Params& p, unsigned char* raw, u32 base, u32 bars, int bringers, const Bring& bring) {
+  const int group = uniform(threadIdx.x / 128);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), bringers); bar_init(FREE(s), 8); bar_init(READY(s), 128); bar_init(START(s), 1); }
+    bar_init(LANDED, 1);
+    bar_fence();
+  }
+  __syncthreads();
+  if (group == 0) {
+    fewer_registers<24>();
+    bring();
+  } else if (group == 1) {
+    more_registers<168>();
+    scores(p, raw, base, bars);
+  } else {
+    more_registers<160>();
+    values(p, raw, base, bars, group - 2);
+  }
+}

@@ -1,0 +1,164 @@
+"""Block attention for few queries: heads of a group become rows of one tile, keys are split over the chip, parts are merged (block_attention_decode.cu, split.cuh, merge_split.cu).
+
+A tile holds the queries of one block of the lists times the heads that share their keys, 64 rows at most; more stand in several tiles. Heads with lists of their own are tiles of their own.
+The path "latent" (block_attention_latent.cu, sm_90a) does the same for DeepSeek's latent by warpgroup products, 64 heads of a query at a time; calls that its copies cannot serve
+(`takes_latent`) run on the path decode. The grid depends on the chip, not on lengths: every block of threads takes an equal share of all key blocks that the lengths on the device leave.
+"""
+import math
+import struct
+
+from sparsetile.backends.contract import Problem, Resources, Unsupported
+from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, same_memory
+
+SPLIT = "3Q4i"  # struct Split
+NO_SPLIT = (0,) * 7  # every item is whole
+LATENT_FIELDS = "128s" * 2 + "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
+LATENT_FIELDS += f"{-struct.calcsize(LATENT_FIELDS) % 64}x"  # the struct is as long as its alignment asks
+LATENT_HEADS, LATENT_THREADS = 64, 512
+LATENT_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
+FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
+MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
+QUERIES = 32  # of a tile: a lane holds the mask of one
+
+
+def row_tiles(queries: int, pack: int, columns: int, tile_k: int) -> int:
+    """16-row tiles of a block of threads: 1, 2 or 4, as many as a warp's sums leave registers for (ptxas: none spilled)."""
+    warp_columns = columns * 16 // tile_k
+    most = 4 if warp_columns <= 32 else 2 if warp_columns <= 64 or tile_k == 64 else 1
+    return next(n for n in (1, 2, 4) if 16 * n >= min(queries * pack, 16 * most))
+
+
+def value_columns(Dv: int, tile_k: int) -> int:
+    """Dv rounded up so that each warp's share of the columns is a multiple of 16."""
+    return ceil_div(Dv, tile_k) * tile_k
+
+
+class Tiles:
+    """What the kernel is compiled for, and what it asks of the chip."""
+
+    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int):
+        self.tile_k, self.columns = tile_k, value_columns(Dv, tile_k)
+        self.shared_kv = shared_kv and self.columns <= padded(D)
+        self.row_tiles = row_tiles(queries, pack, self.columns, tile_k)
+        self.rows, self.threads = 16 * self.row_tiles, 2 * tile_k
+        stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
+        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + tile_k // 16 * (2 * self.rows + 1) * 4 + 8
+        self.residents = 2 if fixed + 3 * stage <= limit // 2 - 1024 else 1  # the chip keeps 1 KiB of each for itself
+        self.stages = max(2, min(4, (limit // self.residents - 1024 * (self.residents > 1) - fixed) // stage))
+        self.shared = fixed + self.stages * stage
+
+    def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool) -> dict:
+        return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
+                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap))
+
+    def merge_defines(self, kind: str, block_q: int) -> dict:
+        return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns)
+
+
+def tiles_of(problem: Problem, config: dict) -> Tiles:
+    pack = 1 if "per_head" in problem.features else problem["Hq"] // problem["Hk"]
+    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch))
+
+
+def resources(problem: Problem, config: dict):
+    if problem.dtype("q") not in HALVES:
+        return f"path decode takes float16 and bfloat16, not {problem.dtype('q')}; take portable"
+    if min(problem["T"], config["block_q"]) > QUERIES:
+        return f"path decode takes up to {QUERIES} queries a tile, not {min(problem['T'], config['block_q'])}; take block_q {QUERIES} or path portable"
+    if config["tile_k"] > 64:
+        return f"path decode takes tile_k 32 and 64, not {config['tile_k']}"
+    t = tiles_of(problem, config)
+    if t.shared > nvrtc.shared_limit(problem.arch):
+        return f"{t.shared} bytes of shared memory, {problem.arch} has {nvrtc.shared_limit(problem.arch)}"
+    return Resources(t.threads, t.shared, 168)
+
+
+def no_latent(problem: Problem) -> str | None:
+    """Why the path "latent" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path latent: {problem.arch} lacks its instructions; take decode"
+    if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
+        return "path latent takes one key head of width 576 whose first 512 columns are the values, and no softcap; take decode"
+    return None
+
+
+def latent_resources(problem: Problem, config: dict):
+    decode = resources(problem, config)  # where a call needs it
+    return decode if isinstance(decode, str) else no_latent(problem) or Resources(LATENT_THREADS, LATENT_SHARED, 128)
+
+
+def latent_defines(kind: str, lists: tuple) -> dict:
+    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1])
+
+
+def artifacts(problem: Problem, config: dict) -> list[dict]:
+    t, kind = tiles_of(problem, config), problem.dtype("q")
+    copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
+    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
+           dict(source="merge_split", defines=dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512), names=["merge"])] if config["path"] == "latent" else []
+    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features), names=["attend"]),
+            dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
+
+
+def takes(q, lists, config: dict, out_kind: str) -> bool:
+    """Whether a call may run on the path "decode", or "latent"."""
+    return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and out_kind == q.dtype and min(q.shape[2], lists.block_q) <= QUERIES
+
+
+def takes_latent(q, k, v, lists, config: dict, scale: float, softcap) -> bool:
+    """What the copy engine and the order of scores ask of a call on the path "latent"."""
+    fits = (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
+    return config["path"] == "latent" and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
+
+
+def split_values(place, slots: int, rows: int, columns: int, jobs: int, members: int, shares: int) -> tuple:
+    """Scratch, and the fields of struct Split."""
+    scratch = place.empty((slots * rows * columns,), "float32"), place.empty((slots * rows * 2,), "float32"), place.empty((jobs + 1,), "int32")
+    return scratch, (*(x.ptr for x in scratch), jobs, members, shares, 0)
+
+
+def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start):
+    (B, Hq, T, D), S, Dv = q.shape, k.shape[2], out.shape[3]
+    parts = ceil_div(Hq, LATENT_HEADS)
+    jobs, shares = B * T, max(place.sms // parts, 1)
+    if max(jobs * max(lists.nk, parts), B * Hq * T) >= 2 ** 31:
+        raise Unsupported(f"CuPy's path latent takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch")
+    scratch, split = split_values(place, 2 * shares * parts, LATENT_HEADS, Dv, jobs, 1, shares)
+    (qb, qh, qt), (kb, _, kt), at = hopper.steps(q), hopper.steps(k), position_values(T, S, kv_length, q_start)
+    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, S, 1, B), (1, kt, kt, kb), (64, 32, 1, 1))
+    attend = nvrtc.function("block_attention_latent", "attend_latent", LATENT_FIELDS, latent_defines(q.dtype, (lists.block_q, lists.block_k)), place)
+    attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
+           Hq, parts, scale, scale * math.log2(math.e))
+    merge(place, dict(KIND=KINDS[q.dtype], BQ=0, ROWS=LATENT_HEADS, COLUMNS=Dv), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
+    return out, lse
+
+
+def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None):
+    if takes_latent(q, k, v, lists, config, scale, softcap):
+        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start)
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    heads = Hq if lists.list_of.shape[1] > 1 else 1
+    pack = Hq // Hk if heads == 1 else 1
+    queries, tiles = min(T, lists.block_q), query_tiles(lists, T, q_start, S, kv_length)
+    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch))
+    parts = ceil_div(queries * pack, t.rows)
+    jobs, members, shares = B * heads * tiles, parts * (Hk if heads == 1 else 1), max(place.sms, 1) * t.residents
+    if max(jobs * lists.nk, B * Hq * T) >= 2 ** 31:
+        raise Unsupported(f"CuPy's path decode takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch or take path portable")
+    scratch, split = split_values(place, 2 * shares, t.rows, t.columns, jobs, members, shares)
+    copy = copy_bytes(q, k) if t.shared_kv else copy_bytes(q, k, v)
+    at = position_values(T, S, kv_length, q_start)
+    attend = nvrtc.function("block_attention_decode", "attend", FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None), place)
+    attend(shares, t.threads, t.shared, place.stream, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
+           *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0)
+    merge(place, t.merge_defines(q.dtype, lists.block_q), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1, 0))
+    return out, lse
+
+
+def merge(place, defines: dict, columns: int, out, lse, sink_logits, split: tuple, at: tuple, sizes: tuple):
+    B, Hq, T, _ = out.shape
+    function = nvrtc.function("merge_split", "merge", MERGE_FIELDS, defines, place)
+    groups = 256 // (columns // 4)
+    function(B * Hq * T, 256, groups * (columns * 4 + 4), place.stream, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *split, *at, *sizes)

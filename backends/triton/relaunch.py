@@ -1,0 +1,32 @@
+"""Launching a Triton kernel again on like arguments. Triton binds and specialises each argument at each launch, 57 us of host time for forty of them;
+a launch whose numbers, constants and alignments were seen before goes to the compiled kernel in 9 us.
+"""
+import triton
+from triton import knobs
+
+_KNOWN = triton.__version__.split(".")[:2] == ["3", "6"]  # how a compiled kernel is called is Triton's own affair
+_compiled = {}
+
+
+class Constants(dict):
+    """Compile-time constants as a key: equal only to itself."""
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=()) -> None:
+    """fn[grid](*pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types."""
+    addresses = [None if x is None else x.data_ptr() for x in pointers]
+    key = fn, place.device, tuple([None if x is None else x % 16 == 0 for x in addresses]), numbers, constants, kinds
+    found = _compiled.get(key)
+    if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to know of every launch
+        kernel = fn[grid](*pointers, *numbers, **constants)
+        if _KNOWN and kernel is not None and place.device is not None:
+            if len(_compiled) >= 4096:  # shapes come and go
+                _compiled.clear()
+            _compiled[key] = kernel, [constants[name] for name in fn.arg_names[len(pointers) + len(numbers):]]
+        return
+    kernel, rest = found
+    kernel.run(*grid, *(1,) * (3 - len(grid)), place.stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses, *numbers, *rest)
