@@ -176,11 +176,12 @@ def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_le
 
 
 def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
-    """(out, lse) of a layout's parts, each starting from the sums of the one before, or None where that is not possible: then they are run apart and merged."""
+    """(out, lse) of a layout's parts, each starting from the sums of the one before, or None where that is not possible: then they are run apart and merged.
+    A tile without entries would forget what came before it."""
     (B, Hq, T, _), S, Dv = q.shape, k.shape[2], v.shape[3]
     start = S - T if q_start is None and kv_length is None else q_start
     axes = [axes_of(part, start, T, S) for part in parts]
-    if None in axes or not takes_hopper(q, k, v, config, scale, softcap, q.dtype) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+    if None in axes or not all(at.complete for at in axes[:-1]) or not takes_hopper(q, k, v, config, scale, softcap, q.dtype) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
     out = place.empty((B, Hq, T, Dv), q.dtype)
     lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
