@@ -188,14 +188,14 @@ HOPPER_CASES = [
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "device"])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
-def test_block_attention_on_hopper(case, kind, static, rng):
+@pytest.mark.parametrize("case, block_q", [pytest.param(c, 128, id=str(c)) for c in HOPPER_CASES] + [pytest.param(c, 192, id=f"{c}-192") for c in HOPPER_CASES if max(c.D, c.Dv) <= 64])
+def test_block_attention_on_hopper(case, block_q, kind, static, rng):
     """Warpgroup products and the copy engine: full, partial and cut blocks, tiles at any position, empty rows and lists; order of items from the host or not."""
     place = HopperPlace()
     place.refused = "block_attention"  # what takes the portable path here is a mistake
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    config = dict(path="hopper", block_q=block_q, block_k=128, tile_k=32, row_tiles=1)
     made, sink = lists(config), SINK[:case.Hq] if case.sink else None
     if not static:
         made.extras.clear()

@@ -2,7 +2,7 @@
 //
 // A persistent block of threads has four roles. One thread takes items (a tile of a head, longest first, by an atomic ticket), one loads them through the copy
 // engine, one warp clears values that no row of the tile sees, and groups of 64 rows multiply: while the output product of one key block runs, the exponentials
-// of the next are made. Where two query tiles fit, the next item's first scores run while this one's output leaves. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
+// of the next are made. Where two query tiles fit, the next item starts while this one's output leaves. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
 //
 // PARTED: one part of a layout of several. Its rows may stand `row_step` apart, its keys in runs of `key_run` every `key_step`: the copy engine sees such an axis
 // as two. An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
@@ -70,6 +70,13 @@ struct Shared {
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
     k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
+  }
+  __device__ __forceinline__ Shared again() const {  // addresses computed where they stand instead of kept in registers
+    Shared x = *this;
+#ifndef SPARSETILE_EMULATE
+    asm volatile("" : "+r"(x.bars), "+r"(x.v));
+#endif
+    return x;
   }
   __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
   __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
@@ -206,10 +213,11 @@ __device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, in
 
 // A warp makes the values of masked blocks zero where no row of the tile sees the key: what nobody sees must not reach a product (0 * NaN).
 // What is seen is known before the values land, so that most blocks are passed on at once.
-__device__ __forceinline__ void clear_values(const Params& p, const Shared& m, u32& patience) {
+__device__ __forceinline__ void clear_values(const Params& p, const Shared& shared, u32& patience) {
   const auto lane = [] { return thread_again() & 31; };  // few registers
   u32 turns = 0, s = 0;
   for (u32 i = 0;; i++) {
+    const Shared m = shared.again();
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
@@ -396,14 +404,20 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   bool owed = false;  // the output of the item before is on its way
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
+  u32 at_q, at_k, at_v;
+  const auto aim = [&] {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
+    at_q = uniform(i % TILES) * (Q_BYTES >> 4);
+    at_k = uniform(k % STAGES) * (K_BYTES >> 4);
+    at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
+  };
   const auto multiply_scores = [&] {
-    const u64 dq = dq0 + (u64)(uniform(i % TILES) * (Q_BYTES >> 4)), dk = dk0 + (u64)(uniform(k % STAGES) * (K_BYTES >> 4));
+    const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
     wgmma_commit();
   };
-  const auto multiply_output = [&](u32 v, bool more) {
-    const u64 dv = dv0 + (u64)(uniform(v % STAGES) * (V_BYTES >> 4));
+  const auto multiply_output = [&](bool more) {
+    const u64 dv = dv0 + (u64)at_v;
 #pragma unroll
     for (int c = 0; c < 8; c++) multiply_values<KIND>(o, pr + 4 * c, dv + c * 128, more || c != 0);
     wgmma_commit();
@@ -434,25 +448,27 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     });
     return true;
   };
-  const auto open = [&] {  // item i, once it is known, and its first scores, under way
+  const auto open = [&] {  // item i, once it is known, and its first scores
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     n = uniform(m.item(i % ITEMS)->n);
     plain = uniform(m.item(i % ITEMS)->plain);
+    aim();
     if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
-    if (n > 0) bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+    if (n <= 0) return;
+    bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+    hold(s);
     wgmma_fence();
-    multiply_scores();  // of stale tiles where there are no keys: no branch may stand between products
-    if (EARLY && n > 0 && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
+    multiply_scores();
+    if (EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
+    wgmma_wait<0>();
+    hold(s);
   };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
   const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
     if (leader) { tma_store_wait_read(); bar_arrive(m.free_q(i % TILES)); }
     owed = false;
   };
-  const auto arrive = [&] { wgmma_wait<0>(); hold(s); };
-  hold(s);
   open();
-  arrive();
   while (n >= 0) {
     if (n == 0) {
       store_nothing(p, *m.item(i % ITEMS), w, tid());
@@ -460,7 +476,6 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (owed) settle(i - 1);
       settle(i++);
       open();
-      arrive();
       continue;
     }
     if (leader) bar_arrive(m.free_k(k % STAGES));
@@ -473,13 +488,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (owed) settle(i - 1);
     bool more = resume();
     for (int e = 1; e < n; e++, k++) {
+      aim();
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
       bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
       wgmma_fence();
-      multiply_output(k - 1, more);
+      multiply_output(more);
       if (EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       wgmma_wait<1>();
       hold(s);
@@ -498,25 +514,21 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       more = true;
       round();
     }
-    const u32 v = k - 1;
-    bar_wait(m.full_v(v % STAGES), parity<STAGES>(v), patience);
-    hold(s); hold(o);
-    wgmma_fence();
-    multiply_output(v, more);
-    i++;
-    if (TILES == 2) open();
-    finish(p, *m.item((i - 1) % ITEMS), most, sum, factor, row());
-    wgmma_wait<TILES - 1>();
+    aim();
+    bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
     hold(o);
-    if (leader) bar_arrive(m.free_v(v % STAGES));
-    store(p, *m.item((i - 1) % ITEMS), m, m.q + (i - 1) % TILES * Q_BYTES, o, factor, w, tid());
-    close(i - 1);
-    owed = true;
-    if (TILES == 1) {
-      settle(i - 1);
-      open();
-    }
-    arrive();
+    wgmma_fence();
+    multiply_output(more);
+    const Item& x = *m.item(i % ITEMS);
+    finish(p, x, most, sum, factor, row());
+    wgmma_wait<0>();
+    hold(o);
+    if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
+    store(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
+    close(i);
+    if (TILES == 1) settle(i); else owed = true;
+    i++;
+    open();
   }
   if (leader) tma_store_wait();
 }
