@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
     p.add_argument("--storage", help="Optuna journal file, or a storage URL, that remembers every trial")
     p.add_argument("--profiles", help="directory to write into (default: the user cache, where calls look by themselves)")
-    p.add_argument("--sampler", choices=("tpe", "random", "nsga2"), default="tpe")
+    p.add_argument("--sampler", choices=("pool", "tpe", "random", "nsga2"), default="pool", help="how configs are chosen: pool is ours, the others are Optuna's (default: pool)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--list", action="store_true", help="list the workloads and stop")
 

@@ -26,6 +26,7 @@ def on_miss(problem, device, backend):
     except Exception as error:  # noqa: BLE001 (a call must not fail because tuning did; it is said)
         log.warning("SPARSETILE_TUNE=on: tuning %s failed: %s; its default config runs", problem.op, error)
     finally:
+        tune.close()  # a program's memory is its own
         _running = False
 
 

@@ -1,13 +1,16 @@
-"""The search over a kernel's legal configs. The only importer of optuna; without it (or for small spaces) the pool is walked in a fixed shuffled order.
+"""The search over a kernel's legal configs. The only importer of optuna; without it the pool is walked in a fixed shuffled order.
 
-Optuna is the engine: every config that is tried is a trial of a study, with its time, cause of failure and seconds, in whatever storage is asked for, so
-that a killed run goes on where it stopped and optuna-dashboard shows it. Its samplers know nothing of legality and repeat themselves; here each
-suggestion is moved to the nearest legal config that was not tried yet.
+Optuna is the engine: every config that is tried is a trial of a study, with its time and cause of failure, in whatever storage is asked for, so that a
+killed run goes on where it stopped and optuna-dashboard shows it. "pool" is our sampler (parzen.py). Optuna's own know nothing of legality and repeat themselves; here
+each suggestion of theirs is moved to the nearest legal config that was not tried yet.
 """
+import functools
 import json
 import logging
 import random
 from importlib.util import find_spec
+
+from sparsetile.autotune import parzen
 
 try:
     import fcntl
@@ -16,6 +19,7 @@ except ImportError:  # Windows: Optuna's own lock file
 
 log = logging.getLogger("sparsetile")
 BAD = 1e9  # what a failed config tells the model, in microseconds: FAIL trials are invisible to TPE
+SAMPLERS = ("pool", "tpe", "random", "nsga2")
 
 
 class Walk:
@@ -25,7 +29,7 @@ class Walk:
     def __init__(self, pool: list[dict], seed: int):
         rest = pool[1:]
         random.Random(seed).shuffle(rest)
-        self.todo = [pool[0], *rest]
+        self.todo, self.history = [pool[0], *rest], {}
 
     def ask(self):
         return self.todo.pop(0) if self.todo else None
@@ -33,71 +37,130 @@ class Walk:
     def tell(self, config, time_us, **attributes):
         pass
 
+    def drop(self, config):
+        self.todo.append(config)
+
 
 class Study:
-    """An Optuna study over the pool."""
+    """An Optuna study over the pool. seeds: configs to try right after the default (winners from elsewhere)."""
 
     def __init__(self, module, pool: list[dict], name: str, storage, sampler: str, seed: int, seeds=()):
-        import optuna
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.name = optuna, sampler
-        self.tunables = module.TUNABLES
+        optuna = self.optuna = engine()
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}; choose one of these")
+        self.tunables, self.name = module.TUNABLES, sampler
         self.pool = {self._key(c): c for c in pool}
-        self.left = dict(self.pool)
+        self.keys, self.number = list(self.pool), {key: n for n, key in enumerate(self.pool)}
         self.space = {t.name: optuna.distributions.CategoricalDistribution(list(range(len(t.values)))) for t in self.tunables}
-        samplers = {"tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True),
-                    "random": lambda: optuna.samplers.RandomSampler(seed=seed), "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed)}
-        if sampler not in samplers:
-            raise ValueError(f"sampler: expected one of {', '.join(samplers)}, got {sampler!r}")
-        self.study = optuna.create_study(study_name=name, storage=_storage(optuna, storage), sampler=samplers[sampler](), load_if_exists=True)
+        first = [self.number[self._key(c)] for c in (pool[0], *seeds) if self._key(c) in self.number]
+        self.model = parzen.Pool(*parzen.places(self.tunables, list(self.pool.values())), seed, first)
+        self.study = optuna.create_study(study_name=name, storage=storage_of(storage), sampler=self._sampler(sampler, seed), load_if_exists=True)
         self.history = {}
         for trial in self.study.get_trials(deepcopy=False):  # what an earlier, killed run already knows
             said = trial.user_attrs.get("result")
             if trial.state == optuna.trial.TrialState.COMPLETE and said:
                 result = json.loads(said)
                 key = self._key(result["config"])
-                if key in self.pool:
+                if key in self.pool and key not in self.history:
                     self.history[key] = result
-                    self.left.pop(key, None)
-        self.first = [c for c in (pool[0], *seeds) if self._key(c) in self.left]
+                    self.model.tell(self.number[key], _value(result["time_us"]))
         self.pending = {}
+
+    def _sampler(self, name, seed):
+        samplers = self.optuna.samplers
+        if name == "pool":
+            return _pool_sampler(self.optuna)(self)
+        return {"tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True),
+                "random": lambda: samplers.RandomSampler(seed=seed), "nsga2": lambda: samplers.NSGAIISampler(seed=seed)}[name]()
 
     def _key(self, config):
         return tuple(t.values.index(config[t.name]) if config.get(t.name) in t.values else -1 for t in self.tunables)
 
     def ask(self):
-        if not self.left:
+        """A config that was never given before, or None."""
+        keys = self.keys
+        if not self.model.free.any():
             return None
-        if self.first:
-            config = self.first.pop(0)
-            key = self._key(config)
-            if key not in self.left:
-                return self.ask()
-            self.study.enqueue_trial(dict(zip(self.space, key)))
+        if self.name == "pool" and self.space:  # Optuna asks no sampler about no knobs
             trial = self.study.ask(self.space)
+            key = keys[self.study.sampler.given.pop(trial.number)]
+        elif self.model.seeds:
+            key = keys[self.model.ask()]
+            trial = self._enqueued(key)
         else:
             trial = self.study.ask(self.space)
             wanted = tuple(trial.params[name] for name in self.space)
-            key = wanted if wanted in self.left else min(self.left, key=lambda k: (sum(min(abs(a - b), 2) for a, b in zip(k, wanted)), k))
+            left = [keys[n] for n in self.model.free.nonzero()[0]]
+            key = wanted if wanted in self.number and self.model.free[self.number[wanted]] else min(left, key=lambda k: (sum(min(abs(a - b), 2) for a, b in zip(k, wanted)), k))
+            self.model.free[self.number[key]] = False
             if key != wanted:  # the model must learn from what was run, not from what was suggested
                 self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-                self.study.enqueue_trial(dict(zip(self.space, key)))
-                trial = self.study.ask(self.space)
-        config = self.left.pop(key)
+                trial = self._enqueued(key)
         self.pending[key] = trial
-        return config
+        return self.pool[key]
+
+    def _enqueued(self, key):
+        self.study.enqueue_trial(dict(zip(self.space, key)))
+        return self.study.ask(self.space)
 
     def tell(self, config, time_us, **attributes):
-        trial = self.pending.pop(self._key(config))
+        key = self._key(config)
+        trial = self.pending.pop(key)
         trial.set_user_attr("result", json.dumps({"config": config, "time_us": time_us, **attributes}))
         self.study.tell(trial, BAD if time_us is None else time_us)
+        self.model.tell(self.number[key], _value(time_us))
+
+    def drop(self, config):
+        """A config that was asked for and not tried: another run may."""
+        key = self._key(config)
+        self.study.tell(self.pending.pop(key), state=self.optuna.trial.TrialState.FAIL)
+        self.model.give_back(self.number[key])
 
 
-def _storage(optuna, storage):
-    if storage is None:
-        return None
+def _value(time_us) -> float:
+    return float("inf") if time_us is None else time_us
+
+
+@functools.lru_cache(1)
+def engine():
+    """Optuna, where it is installed."""
+    if not find_spec("optuna"):
+        raise ValueError("storage: expected optuna to be installed: pip install 'sparsetile[tune]'; or tune without a storage")
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+@functools.lru_cache(1)
+def _pool_sampler(optuna):
+    class PoolSampler(optuna.samplers.BaseSampler):
+        """The next config of a Study's pool, as an Optuna sampler: knobs are sampled together, and never twice the same."""
+
+        def __init__(self, owner):
+            self.owner, self.given = owner, {}  # trial -> its config's place in the pool
+
+        def infer_relative_search_space(self, study, trial):
+            return self.owner.space
+
+        def sample_relative(self, study, trial, search_space):
+            place = self.given[trial.number] = self.owner.model.ask()
+            key = self.owner.keys[place]
+            return {name: max(0, value) for name, value in zip(self.owner.space, key)}
+
+        def sample_independent(self, study, trial, name, distribution):
+            raise ValueError(f"sampler: expected the knobs {', '.join(self.owner.space)}, got {name!r}; the pool sampler gives whole configs")
+    return PoolSampler
+
+
+def storage_of(storage):
+    """An Optuna storage: None is memory, a path a journal file, the rest a URL (postgresql://..., sqlite:///...)."""
+    if storage is None or not isinstance(storage, (str, bytes)) and not hasattr(storage, "__fspath__"):
+        return storage
+    optuna = engine()
     if "://" in str(storage):
-        return str(storage)
+        if str(storage).startswith("sqlite"):
+            return optuna.storages.get_storage(str(storage))
+        return optuna.storages.RDBStorage(str(storage), engine_kwargs={"pool_pre_ping": True})
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     lock = {"lock_obj": _FileLock(f"{storage}.lock")} if fcntl else {}
@@ -119,11 +182,11 @@ class _FileLock:
         self.handle.close()
 
 
-def searcher(module, pool, name, storage=None, sampler="tpe", seed=0, seeds=()):
+def searcher(module, pool, name, storage=None, sampler="pool", seed=0, seeds=()):
     """A Study, or a Walk where optuna is missing and no storage was asked for."""
     if find_spec("optuna"):
         return Study(module, pool, name, storage, sampler, seed, seeds)
     if storage is not None:
-        raise ValueError("storage: expected optuna to be installed: pip install 'sparsetile[tune]'; or tune without a storage")
+        engine()
     log.warning("optuna is not installed (pip install 'sparsetile[tune]'): the legal configs are tried in a fixed shuffled order")
     return Walk(pool, seed)

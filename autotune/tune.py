@@ -1,38 +1,31 @@
 """tune: search a kernel's legal configs on a workload, and write the winner where the next call finds it.
 
-The default is always measured, in the same run and in the finals; the result is adopted only for a real gain. A config is checked against the float64
-formula before it is timed. Failures are counted and kept with their cause.
+The default is always measured, in the same run and in the finals; the result is adopted only for a real gain. A config is compiled by processes of their own, and
+checked against the float64 formula before it is timed, by one process that holds the device and is replaced when a config breaks it (isolate.py): what
+searches never touches a GPU. Failures are counted and kept with their cause.
 """
-import contextlib
 import datetime
 import os
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
 from pathlib import Path
 
-from sparsetile.autotune import provenance, search, space, store, timing
-from sparsetile.autotune.tasks import Task, Workload, find
-from sparsetile.autotune.verify import Verifier
+from sparsetile.autotune import ahead, isolate, provenance, search, space, store
+from sparsetile.autotune.decide import Tried, decide, finalists
+from sparsetile.autotune.tasks import Workload, find
 from sparsetile.backends.contract import BACKENDS, KERNELS, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.profiles import lookup
 
-FINALISTS = 6
-GAIN = 0.02  # a winner must beat the default by this or by twice the noise, whichever is more
+BENCH = "sparsetile.autotune.trial:Bench"
+LEAST, TIMES = 5.0, 50  # a trial may take so many seconds, or so many times what the best one's calls take
+COMPILING = 60.0        # and so long where the bench worker compiles
+GRACE = 10.0            # a trial that the end of the budget finds at work may go on so long
+_benches, _aheads = {}, {}  # processes live from one workload to the next
 
 
-@dataclass
-class Tried:
-    """One config on one backend."""
-    backend: str
-    config: dict
-    time_us: float | None = None
-    failure: str | None = None
-    samples: list = field(default_factory=list)
-
-
-def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None, profiles=None, device=None, sampler="tpe", seed=0, progress=None):
+def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None, profiles=None, device=None, sampler="pool", seed=0, progress=None, isolated=True,
+         bench=BENCH):
     """Tune a kernel on a workload and write the profile entry that the next call on this device finds.
 
     op        kernel ("block_attention", ...) or the public op that runs it; must fit the workload
@@ -43,6 +36,8 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     profiles  directory to write <device>/<kernel>.yaml into; the user cache by default
     device    CUDA device index, None for the CPU
     progress  called with a dict for each event (start, trial, final, done)
+    isolated  False: everything in this process, which a config may then take down
+    bench     what the bench worker runs, as "module:class"; tests bring one that breaks
     Returns the winner's entry as written. Raises Unsupported if no backend runs the problem.
     """
     w = find(workload) if isinstance(workload, str) else workload
@@ -54,30 +49,31 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     if seconds is None and trials is None:
         seconds = 30.0
     say = progress or (lambda event: None)
-    task = Task(w, device, seed)
-    problem = task.problem
+    worker = _bench(bench, device, isolated)
+    worker.open(w, seed)
+    facts = worker("facts", seconds=isolate.STARTING)
+    problem, refused = facts["problem"], facts["refused"]
     asked = dispatch.requested_backend("sparse_attention" if "attention" in w.kernel else w.kernel, backend)
     names = [asked] if asked != "auto" else [b for b in BACKENDS if b != "reference"]
-    refused = {name: dispatch.refusal(name, problem, device) for name in names}
-    names = [name for name in names if refused[name] is None]
-    if not names:
-        raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
-    watch, verifier = timing.Stopwatch(device), Verifier(w, device)
-    entries = []
-    with _fixed_clock():
-        for name in names:
-            entries.append(_tune_backend(name, w, task, problem, watch, verifier, trials, seconds, storage, sampler, seed, say))
+    if not [name for name in names if refused.get(name, name) is None]:
+        raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
+    entries, root = [], Path(profiles) if profiles else lookup.user_cache()
+    for name in names:
+        if refused.get(name, name) is None:
+            hunt = _Hunt(name, w, problem, worker, _compilers(facts["device"], device) if isolated and name in ahead.BACKENDS else None, say)
+            hunt.search(trials, seconds, storage, sampler, seed)
+            entries.append(hunt.entry(seconds))
+            note(root, _summary(w, name, entries[-1], hunt.failures()))
     entries = [e for e in entries if e is not None]
     if not entries:
         raise Unsupported(f"tune: {w.name}: no config of {', '.join(names)} ran and was right; see the failures in the progress events")
     entries.sort(key=lambda e: e["time_us"])
     if len(entries) > 1:
         entries[0]["runner_up"] = {"backend": entries[1]["backend"], "time_us": entries[1]["time_us"]}
-    root = Path(profiles) if profiles else lookup.user_cache()
     for entry in entries:
-        path = store.add(root, w.kernel, provenance.device(device), entry, provenance.versions(), {"launch": "eager", "l2": "cold" if device is not None else "warm", "clocks": "floating"})
+        path = store.add(root, w.kernel, facts["device"], entry, facts["versions"], {"launch": "eager", "l2": "cold" if device is not None else "warm", "clocks": "floating"})
     dispatch.clear_plans()
-    used = lookup.find(problem, provenance.device(device)["name"], user=str(root))
+    used = lookup.find(problem, facts["device"]["name"], user=None if root == lookup.user_cache() else str(root))
     note(root, f"{w.name} {w.kernel}: a call gets {used.backend} {used.config} from {used.source}")
     say({"event": "done", "workload": w.name, "entry": entries[0], "path": str(path)})
     return entries[0]
@@ -91,100 +87,135 @@ def note(root: Path, line: str) -> None:
     os.close(handle)
 
 
-def _summary(w, entry, failures: Counter) -> str:
-    s, default = entry["search"], entry.get("default_us")
+def _summary(w, backend, entry, failures: Counter) -> str:
     causes = f" ({', '.join(f'{cause} {n}' for cause, n in failures.most_common())})" if failures else ""
-    return (f"{w.name} {w.kernel} {entry['backend']}: {entry['time_us']} us, " + (f"default {default} us, {default / entry['time_us']:.3f} x" if default else "default failed") +
+    if entry is None:
+        return f"{w.name} {w.kernel} {backend}: no config ran and was right{causes}"
+    s, default = entry["search"], entry.get("default_us")
+    return (f"{w.name} {w.kernel} {backend}: {entry['time_us']} us, " + (f"default {default} us, {default / entry['time_us']:.3f} x" if default else "default failed") +
             f"; {entry['config']}; tried {s['evaluated']} of {s['feasible']}, failed {s['failed']}{causes}, {entry['ties']} tied within {entry['band']:.1%}, stop {s['stop']}, {s['seconds']} s")
 
 
-def _tune_backend(name, w, task, problem, watch, verifier, trials, seconds, storage, sampler, seed, say):
-    module = dispatch.kernel(name, w.kernel)
-    pool, total = space.legal(module, problem, seed)
-    study = search.searcher(module, pool, f"{w.kernel}/{name}/{problem.arch}/{w.name}/{provenance.code(module)}", storage, sampler, seed)
-    known = getattr(study, "history", {})
-    tried = [Tried(name, r["config"], r["time_us"], r.get("failure")) for r in known.values()]
-    say({"event": "start", "workload": w.name, "backend": name, "feasible": len(pool), "total": total, "resumed": len(tried)})
-    start, default = time.monotonic(), pool[0]
-    while (trials is None or len(tried) < trials) and (seconds is None or time.monotonic() - start < seconds) or not tried:
-        config = study.ask()
-        if config is None:
-            break
-        best = min((t.time_us for t in tried if t.time_us), default=float("inf"))
-        one = _try(name, config, task, watch, verifier, best)
-        study.tell(config, one.time_us, failure=one.failure)
-        tried.append(one)
-        say({"event": "trial", "workload": w.name, "backend": name, "config": config, "time_us": one.time_us, "failure": one.failure, "done": len(tried),
-             "best_us": min((t.time_us for t in tried if t.time_us), default=None)})
-    stop = "exhausted" if len(tried) >= len(pool) else "trials" if trials is not None and len(tried) >= trials else "seconds"
-    right = sorted((t for t in tried if t.time_us), key=lambda t: t.time_us)
-    chosen = right[:FINALISTS]
-    if not any(t.config == default for t in chosen):
-        chosen += [t for t in right if t.config == default][:1] or [Tried(name, default)]
-    finalists = [one for one in (_finalist(t, task, verifier, known) for t in chosen) if one]
-    if not finalists:
-        return None
-    for one, samples in zip(finalists, timing.finals(watch, [task.bound(name, t.config) for t in finalists])):
-        one.samples, one.time_us = samples, watch.centre(samples)
-    entry = _decide(finalists, default, watch, module, problem)
-    failed = sum(1 for t in tried if t.failure)
-    entry |= {"key": lookup.key_of(problem), "backend": name, "workload": w.name, "code": provenance.code(module), "status": "tuned", "date": datetime.date.today().isoformat(),
-              "search": {"sampler": study.name if isinstance(study, search.Walk) else sampler, "evaluated": len(tried), "feasible": len(pool), "failed": failed, "seed": seed,
-                         "stop": stop, "seconds": round(time.monotonic() - start, 1)}}
-    say({"event": "final", "workload": w.name, "backend": name, "entry": entry})
-    return entry
+def _bench(role, device, isolated):
+    """The device's bench worker, started once and kept."""
+    if not isolated:
+        return isolate.Inline(isolate.find(role), device)
+    if (role, device) not in _benches:
+        _benches[role, device] = isolate.Worker(role, device)
+    return _benches[role, device]
 
 
-def _try(name, config, task, watch, verifier, best) -> Tried:
-    """One config: checked, then screened. A failure is recorded with its cause; only a user's interrupt ends the run."""
-    one = Tried(name, config)
-    try:
-        wrong = verifier.wrong(name, config)
-        if wrong:
-            one.failure = f"wrong answer: {wrong}"[:300]
-        else:
-            one.time_us = watch.centre(timing.screen(watch, task.bound(name, config), best))
-    except Exception as error:  # noqa: BLE001 (whatever a compiler or driver throws is this config's failure, told and counted)
-        one.failure = f"{type(error).__name__}: {error}"[:300]
-    return one
+def _compilers(device: dict, index):
+    if index not in _aheads:
+        _aheads[index] = ahead.Ahead(device)
+    return _aheads[index]
 
 
-def _finalist(one: Tried, task, verifier, known):
-    """A finalist from an earlier process is checked again in this one, and every finalist is warm."""
-    try:
-        if verifier.wrong(one.backend, one.config):
+def close() -> None:
+    """Let the processes go that tuning has kept for the next workload."""
+    for worker in _benches.values():
+        worker.kill()
+    for compilers in _aheads.values():
+        compilers.close()
+    _benches.clear(), _aheads.clear()
+
+
+class _Hunt:
+    """The search of one backend's configs on one workload."""
+
+    def __init__(self, backend, workload, problem, worker, compilers, say):
+        self.backend, self.workload, self.problem, self.worker, self.compilers, self.say = backend, workload, problem, worker, compilers, say
+        self.module = dispatch.kernel(backend, workload.kernel)
+        self.tried, self.start = [], time.monotonic()
+
+    def failures(self) -> Counter:
+        return Counter(t.failure.partition(":")[0] for t in self.tried if t.failure)
+
+    @property
+    def best(self) -> float | None:
+        return min((t.time_us for t in self.tried if t.time_us), default=None)
+
+    def search(self, trials, seconds, storage, sampler, seed) -> None:
+        w = self.workload
+        self.pool, total = space.legal(self.module, self.problem, seed)
+        study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed)
+        self.sampler, self.seed = study.name, seed
+        self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(study, "history", {}).values()]
+        self.say({"event": "start", "workload": w.name, "backend": self.backend, "feasible": len(self.pool), "total": total, "resumed": len(self.tried)})
+        self.end = None if seconds is None else self.start + seconds
+        line, more = deque(), lambda: trials is None or len(self.tried) + len(line) < trials
+        while True:
+            while len(line) < (self.compilers.width if self.compilers else 1) and (more() and not self._over() or not self.tried and not line):
+                config = study.ask()
+                if config is None:
+                    break
+                line.append((config, self.compilers and self.compilers.submit(w, self.backend, config)))
+            if not line or self._over() and self.tried:
+                break
+            config, compiled = line.popleft()
+            begun = time.monotonic()
+            one = self._try(config, compiled)
+            if one is None:
+                line.appendleft((config, compiled))
+                break
+            study.tell(config, one.time_us, failure=one.failure)
+            self.tried.append(one)
+            self.say({"event": "trial", "workload": w.name, "backend": self.backend, "config": config, "time_us": one.time_us, "failure": one.failure, "done": len(self.tried),
+                      "best_us": self.best, "seconds": round(time.monotonic() - begun, 2)})
+        for config, compiled in line:  # asked for, and never tried
+            study.drop(config)
+            compiled and compiled.cancel()
+        self.stop = "exhausted" if len(self.tried) >= len(self.pool) else "trials" if trials is not None and len(self.tried) >= trials else "seconds"
+
+    def _over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    def _left(self) -> float:
+        return float("inf") if self.end is None else max(0.0, self.end - time.monotonic()) + GRACE
+
+    def _try(self, config, compiled) -> Tried | None:
+        """One config, by the bench worker. None if the budget ended before it did: that is no failure of the config's."""
+        if compiled is not None:
+            try:
+                refused, left = compiled.result(self._left())
+            except TimeoutError:
+                return None
+            if refused:
+                return Tried(self.backend, config, None, refused)
+        limit = max(LEAST, TIMES * (self.best or 0) / 1e6) + (COMPILING if compiled is None or left else 0)
+        failure = None
+        for turn in range(2):
+            allowed = min(limit, self._left())
+            try:
+                told = self.worker("attempt", self.backend, config, self.best or float("inf"), seconds=allowed)
+                return Tried(self.backend, config, told["time_us"], told["failure"])
+            except (isolate.Lost, isolate.Failed) as error:
+                failure = str(error)[:300]
+                if failure.startswith("hang"):
+                    if allowed < limit and self.tried:
+                        return None
+                    break
+        return Tried(self.backend, config, None, failure)  # twice on fresh processes: never again
+
+    def entry(self, seconds) -> dict | None:
+        """The finals, interleaved in one process, and what is written of them."""
+        default = self.pool[0]
+        chosen = finalists(self.backend, self.tried, default)
+        try:
+            samples = self.worker("finals", [(t.backend, t.config) for t in chosen], 2.0, seconds=COMPILING * 2)
+        except (isolate.Lost, isolate.Failed) as error:
+            self.say({"event": "trial", "workload": self.workload.name, "backend": self.backend, "config": {}, "time_us": None, "failure": f"finals: {error}", "done": len(self.tried),
+                      "best_us": self.best})
             return None
-        task.bound(one.backend, one.config)()
-        return one
-    except Exception:  # noqa: BLE001 (recorded as a failure when it was tried)
-        return None
-
-
-def _decide(finalists, default, watch, module, problem) -> dict:
-    """Ties go to the smaller config in a fixed order; the default stays unless the gain is real."""
-    base = next((t for t in finalists if t.config == default), None)
-    best = min(finalists, key=lambda t: t.time_us)
-    band = max(0.01, timing.noise(best.samples, best.time_us) * 2)
-    ties = [t for t in finalists if t.time_us <= best.time_us * (1 + band)]
-    winner = min(ties, key=lambda t: space.cost_order(t.config, module, problem))
-    if base is not None:
-        need = max(GAIN, 2 * timing.noise(base.samples, base.time_us))
-        if winner is not base and winner.time_us > base.time_us * (1 - need):
-            winner = base
-    entry = {"config": dict(winner.config), "time_us": round(winner.time_us, 2), "spread": timing.spread(winner.samples), "ties": len(ties), "band": round(band, 4)}
-    if base is not None:
-        entry["default_us"] = round(base.time_us, 2)
-    return entry
-
-
-
-@contextlib.contextmanager
-def _fixed_clock():
-    """The garbage collector would be timed with the call that triggers it."""
-    import gc
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+        for one, found in zip(chosen, samples):
+            one.samples, one.time_us = found, found and self.worker("centre", found)
+        chosen = [one for one in chosen if one.samples]
+        if not chosen:
+            return None
+        entry = decide(chosen, default, self.module, self.problem)
+        entry |= {"key": lookup.key_of(self.problem), "backend": self.backend, "workload": self.workload.name, "code": provenance.code(self.module), "status": "tuned",
+                  "date": datetime.date.today().isoformat(),
+                  "search": {"sampler": self.sampler, "evaluated": len(self.tried), "feasible": len(self.pool), "failed": sum(self.failures().values()), "seed": self.seed,
+                             "stop": self.stop, "seconds": round(time.monotonic() - self.start, 1)}}
+        self.say({"event": "final", "workload": self.workload.name, "backend": self.backend, "entry": entry})
+        return entry

@@ -6,6 +6,7 @@ inside the pattern. A row that misses its floor says so; dense rows stand at the
 With --threads 1 it is the process's own CPU time that is compared, which a busy machine disturbs least.
 """
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,6 @@ from sparsetile.backends.numba.simd import LANES, op  # noqa: E402
 from sparsetile.bench import cpu_cases  # noqa: E402
 
 CHAINS, STEPS, SHARE = 12, 1_000_000, 0.75
-FEW = 3  # rounds of a case at least
 
 
 def _multiply_adds(e, memory, count):
@@ -60,13 +60,13 @@ def took(call) -> float:
     return (clock() - start) * 1e6
 
 
-def measure(case, seconds) -> dict:
+def measure(case, seconds, few=3) -> dict:
     """One row: minima in milliseconds, ratio, share of the peak, verdict."""
     calls = {**case.make(), "peak": peak}
     for call in calls.values():
         call()
     start, best, turn, names = time.monotonic(), dict.fromkeys(calls, float("inf")), 0, list(calls)
-    while turn < FEW or time.monotonic() - start < seconds:
+    while turn < few or time.monotonic() - start < seconds:
         for n in range(len(names)):
             name = names[(n + turn) % len(names)]
             best[name] = min(best[name], took(calls[name]), took(calls[name]))
@@ -125,17 +125,27 @@ def growth(lengths, seconds):
         yield row
 
 
+def write(path, found):
+    """After every case: a long table that is cut off keeps its rows."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape: N 4096 (sweep: 1024), D 64")
     parser.add_argument("--parts", default="targets,sweep,growth", help="comma separated, of targets, sweep, growth (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of each case; at least three rounds are run (default: 4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of each case (default: 4)")
+    parser.add_argument("--few", type=int, default=3, help="rounds of each case at least (default: 3)")
+    parser.add_argument("--share", default="1/1", help="I/N: every N-th case from the I-th on, so that processes on cores of their own can divide the table")
     parser.add_argument("--threads", type=int, help="of Numba and PyTorch alike (default: all cores)")
     parser.add_argument("--json", type=Path, help="write all rows here too")
     args = parser.parse_args(arguments)
     parts = {"targets": ("targets", cpu_cases.targets((64,) if args.quick else (64, 128))),
              "sweep": ("sweep", cpu_cases.sweep((1024,), (64,)) if args.quick else cpu_cases.sweep())}
+    part, of = map(int, args.share.split("/"))
     numba.set_num_threads(args.threads or numba.get_num_threads())
     torch.set_num_threads(numba.get_num_threads())
     torch.manual_seed(0)
@@ -147,11 +157,12 @@ def main(arguments=None):
         if name in parts:
             print(head(name), flush=True)
             found[name] = []
-            for make in parts[name][1]:
+            for make in itertools.islice(parts[name][1], part - 1, None, of):
                 case = make()
                 if args.only in case.name:
-                    found[name].append(measure(case, args.seconds))
+                    found[name].append(measure(case, args.seconds, args.few))
                     print(line(found[name][-1]), flush=True)
+                    write(args.json, found)
     if "growth" in args.parts:
         print(f"\ngrowth: window 256, H 8, D 64{'':26}forward ms   extra MB   both ms   extra MB")
         found["growth"] = []
@@ -159,9 +170,7 @@ def main(arguments=None):
             found["growth"].append(row)
             print(f"{row['case']:54}{row['forward_ms']:10.2f}{str(row['forward_extra_mb']):>11}{row['both_ms']:10.2f}{str(row['both_extra_mb']):>11}", flush=True)
     print(f"\npeak resident memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1))
+    write(args.json, found)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ def compile_for(artifact: dict, arch: str):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     fn = artifact["fn"]
     names, kinds, fixed = fn.arg_names, artifact["signature"], artifact["constexprs"]
     constants = {(i,): fixed.get(name) for i, name in enumerate(names) if name not in kinds}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in artifact.get("div16", ())}
-    source = ASTSource(fn=fn, signature={name: kinds.get(name, "constexpr") for name in names}, constexprs=constants, attrs=attributes)
+    source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn=fn, signature={name: kinds.get(name, "constexpr") for name in names}, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=dict(artifact.get("options", {})))
 
 

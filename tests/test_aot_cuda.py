@@ -16,12 +16,12 @@ ARCHES = ("sm_80", "sm_90a")
 HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
-    "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 64,
+    "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
 }
 
 
-def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=()):
-    return dict(B=1, Hq=Hq, Hk=Hk, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
+def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=(), T=4096):
+    return dict(B=1, Hq=Hq, Hk=Hk, T=T, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
 
 
 def cases():
@@ -36,6 +36,9 @@ def cases():
         yield op, "576x512-shared-float16", attention(576, 512, "float16", Hq=128, Hk=1, features=("shared_kv",))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "128x128-float32", attention(128, 128, SINGLE)
+    for D, Dv, Hq, Hk, T, features in ((128, 128, 32, 8, 1, ()), (64, 64, 8, 8, 4, ("softcap",)), (256, 256, 8, 1, 16, ()), (31, 33, 8, 2, 2, ()), (192, 128, 16, 2, 16, ("per_head",)),
+                                       (576, 512, 16, 1, 1, ("shared_kv",)), (576, 512, 128, 1, 1, ("shared_kv",)), (576, 512, 16, 1, 1, ())):
+        yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -21,8 +21,8 @@ SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and wh
 }
 
 
-def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=("interval",)):
-    return dict(B=1, Hq=Hq, Hk=Hk, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
+def attention(D, Dv, kind=HALF, Hq=8, Hk=2, features=("interval",), T=4096):
+    return dict(B=1, Hq=Hq, Hk=Hk, T=T, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), features
 
 
 def cases():
@@ -33,6 +33,9 @@ def cases():
         yield op, "128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order", "bitmap"))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "64-float32", attention(64, 64, SINGLE)
+    yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
+    yield "block_attention", "decode-64-t16", attention(64, 64, Hq=32, Hk=8, T=16, features=("bitmap", "softcap"))
+    yield "block_attention", "decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length"))
     for op in ("gather_attention", "gather_attention_backward"):
         yield op, "128", attention(128, 128, features=())
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1, features=("shared_kv", "causal") if op == "gather_attention" else ("causal",))

@@ -42,6 +42,23 @@ def test_every_value_is_read_exactly(name):
         assert not out[count:].any()
 
 
+@numba.njit
+def there_and_back(code, source, step, rows, count, padded, wide, target, target_step):
+    convert.read_rows(code, source, step, rows, count, padded, wide, 4 * padded)
+    convert.write_rows(code, wide, 4 * padded, rows, count, target, target_step)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rows, count, padded", [(5, 40, 48), (3, 16, 16), (2, 3, 16), (0, 7, 16)])
+def test_many_rows_at_once(rng, name, rows, count, padded):
+    """Steps of their own on both sides; zeros up to the padded width; nothing between the rows is written."""
+    kind = np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name)
+    source, wide, target = rng.normal(size=(rows, count + 5)).astype(kind), np.full((rows, padded), np.nan, np.float32), np.full((rows, count + 3), 7, kind)
+    there_and_back(convert.CODE[name], address(source), source.strides[0], rows, count, padded, address(wide), address(target), target.strides[0])
+    assert np.array_equal(wide[:, :count], source[:, :count].astype(np.float32)) and not wide[:, count:].any()
+    assert np.array_equal(target[:, :count], source[:, :count]) and (target[:, count:] == 7).all()
+
+
 def _hard_floats():
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2 ** 32, 200_000, dtype=np.uint32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparsetile as st
-from sparsetile.autotune import search, space, tasks, timing, tune, verify
+from sparsetile.autotune import decide, search, space, tasks, timing, tune, verify
 from sparsetile.backends.contract import KERNELS, Resources
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -51,7 +51,7 @@ def test_legal_configs_start_with_the_default_and_fit():
         assert all(isinstance(module.resources(problem, c), Resources) for c in pool)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("sampler", search.SAMPLERS)
 def test_search_repeats_nothing_and_can_exhaust(sampler):
     pool = [{"block_q": q, "block_k": k} for t in (FakeKernel.TUNABLES,) for q in t[0].values for k in t[1].values]
     study = search.Study(FakeKernel, pool, "x", None, sampler, 0)
@@ -97,7 +97,7 @@ def test_wrong_answers_are_never_timed(monkeypatch):
         return indices, lengths
     monkeypatch.setattr(module, "run", broken)
     events = []
-    entry = tune.tune("topk", W("test/topk", "topk", B=1, T=8, S=64, K=5), backend="numba", trials=4, progress=events.append)
+    entry = tune.tune("topk", W("test/topk", "topk", B=1, T=8, S=64, K=5), backend="numba", trials=4, progress=events.append, isolated=False)
     trials = [e for e in events if e["event"] == "trial"]
     assert all(e["failure"].startswith("wrong answer") and e["time_us"] is None for e in trials if e["config"] != default)
     assert entry["config"] == default and entry["search"]["failed"] == sum(e["config"] != default for e in trials)
@@ -113,7 +113,7 @@ def test_a_config_that_raises_is_a_failure_with_its_cause(monkeypatch):
         return right(*args, config=config, **rest)
     monkeypatch.setattr(module, "run", broken)
     events = []
-    entry = tune.tune("block_attention", SMALL, backend="numba", trials=3, progress=events.append)
+    entry = tune.tune("block_attention", SMALL, backend="numba", trials=3, progress=events.append, isolated=False)
     assert entry["config"] == default
     assert any(e.get("failure") == "RuntimeError: out of shared memory" for e in events)
 
@@ -138,13 +138,12 @@ def test_ties_go_to_the_smaller_config_and_small_gains_keep_the_default():
     module = dispatch.kernel("numba", "block_attention")
     problem = tasks.Task(SMALL, None).problem
     pool, _ = space.legal(module, problem)
-    watch = timing.Stopwatch(None)
 
     def tried(config, us):
-        return tune.Tried("numba", config, us, samples=[us] * 9)
+        return decide.Tried("numba", config, us, samples=[us] * 9)
     default, other = pool[0], pool[1]
-    assert tune._decide([tried(default, 100.0), tried(other, 99.0)], default, watch, module, problem)["config"] == default
-    entry = tune._decide([tried(default, 100.0), tried(other, 80.0)], default, watch, module, problem)
+    assert decide.decide([tried(default, 100.0), tried(other, 99.0)], default, module, problem)["config"] == default
+    entry = decide.decide([tried(default, 100.0), tried(other, 80.0)], default, module, problem)
     assert entry["config"] == other and entry["default_us"] == 100.0
 
 

@@ -1,9 +1,9 @@
 // Attention over block lists for few queries, float16 and bfloat16: the heads of a group and the queries of a tile are rows of one tile, so that each key is read once,
 // and the keys of all of them are split over the chip (split.cuh).
 //
-// A warp makes the scores of 16 keys of a step for all rows, and the output of its share of the value columns for all keys of the step: maxima and probabilities pass
-// through shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
-// Defines: KIND, BK (block of the lists), BQ, TK (keys a step, 16 a warp), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
+// Of a step's keys a warp makes the scores of a quarter for all rows, then the output of a quarter of the value columns for all keys: maxima and probabilities pass through
+// shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
+// Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
 // the first columns of the keys), SOFTCAP.
 #include "split.cuh"
 #include "mma.cuh"
@@ -21,8 +21,8 @@ struct Params {
   float scale, softcap;
 };
 
-constexpr int WARPS = TK / 16, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
-constexpr int STAGE = TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT == 1 ? 2 : 1;  // chains: sums of even and of odd k-steps, where one alone would wait for itself
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, KEYS = TK / WARPS, NT = KEYS / 8, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
+constexpr int STAGE = TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
 constexpr u64 ALL = TK == 64 ? ~0ull : (1ull << 32) - 1;
 static_assert(TK == 32 || TK == 64, "a lane's word of keys");
 static_assert(DVP % (16 * WARPS) == 0 && BK % TK == 0 && (!SHARED_KV || DVP <= DP), "tiles");
@@ -78,28 +78,37 @@ struct Tile {  // rows of a tile: row r is row first + r of the job's queries x 
   __device__ __forceinline__ int head_of(int r) const { return head + (first + r) % pack; }
 };
 
-// raw products of this warp's 16 keys with all rows
-__device__ __forceinline__ void scores(float (&s)[MT][2][4], const u16* sq, const u16* sk, int warp) {
-  float c[CHAINS][MT][2][4] = {};
-#pragma unroll (DP <= 256 ? DP / 16 : 4)
-  for (int k = 0; k < (DP / 16 + CHAINS - 1) / CHAINS; k++)
+// raw products of this warp's keys with all rows
+__device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u16* sq, const u16* sk, int warp) {
+  const int lane = threadIdx.x & 31;
+  float c[CHAINS][MT][NT][4] = {};
+#pragma unroll (DP <= 256 ? DP / 16 : 4 / CHAINS)
+  for (int k = 0; k < (DP / 16 + CHAINS - 1) / CHAINS; k++) {
+    u32 b[4];
 #pragma unroll
     for (int e = 0; e < CHAINS; e++) {
-      if (k * CHAINS + e >= DP / 16) break;
-      u32 b[4];
-      load_b_rows(b, sk, KS, 16 * warp, 16 * (k * CHAINS + e));
+      const int step = k * CHAINS + e;
+      if (step >= DP / 16) break;
+      if (NT == 2) load_b_rows(b, sk, KS, KEYS * warp, 16 * step);
+      else if (e % 2 == 0) ldmatrix(b, sk + (KEYS * warp + (lane & 7)) * KS + 16 * step + (lane >> 3) * 8);  // two steps of eight keys; past the last there is shared memory still
 #pragma unroll
       for (int m = 0; m < MT; m++) {
         u32 a[4];
-        load_a(a, sq, KS, 16 * m, 16 * (k * CHAINS + e));
-        mma<KIND>(c[e][m][0], a, b[0], b[1]);
-        mma<KIND>(c[e][m][1], a, b[2], b[3]);
+        load_a(a, sq, KS, 16 * m, 16 * step);
+#pragma unroll
+        for (int n = 0; n < NT; n++) mma<KIND>(c[e][m][n], a, b[2 * (NT == 2 ? n : e % 2)], b[2 * (NT == 2 ? n : e % 2) + 1]);
       }
     }
+  }
 #pragma unroll
   for (int m = 0; m < MT; m++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) s[m][i / 4][i % 4] = CHAINS == 2 ? c[0][m][i / 4][i % 4] + c[CHAINS - 1][m][i / 4][i % 4] : c[0][m][i / 4][i % 4];
+    for (int i = 0; i < 4 * NT; i++) {
+      float sum = c[0][m][i / 4][i % 4];
+#pragma unroll
+      for (int e = 1; e < CHAINS; e++) sum += c[e][m][i / 4][i % 4];
+      s[m][i / 4][i % 4] = sum;
+    }
 }
 
 __device__ __forceinline__ float natural(const Params& p, float dot) { return SOFTCAP ? p.softcap * tanhf(dot * p.scale / p.softcap) : __fmul_rn(dot, p.scale); }
@@ -165,10 +174,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
       }
       cp_commit();
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
-      float s[MT][2][4];
+      float s[MT][NT][4];
       scores(s, sq, sk, warp);
       const bool masked = now.x >= job.run.plain;
-      const u32 bits = (u32)(now.mine >> 16 * warp);
+      const u32 bits = (u32)(now.mine >> KEYS * warp);
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -177,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           const u32 word = masked ? __shfl_sync(~0u, bits, tile.query(row) & 31) >> 2 * (lane & 3) : ~0u;
           float top = -inf();
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
+          for (int e = 0; e < 2 * NT; e++) {
             float& y = s[m][e / 2][2 * h + e % 2];
             y = word >> (e / 2 * 8 + e % 2) & 1 ? natural(p, y) : -inf();
             top = fmaxf(top, y);
@@ -199,10 +208,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           most[m][h] = top;
           sum[m][h] *= factor;
 #pragma unroll
-          for (int n = 0; n < 2; n++) {
+          for (int n = 0; n < NT; n++) {
             const float a = ex2((s[m][n][2 * h] - zero) * LOG2E), b = ex2((s[m][n][2 * h + 1] - zero) * LOG2E);
             sum[m][h] += a + b;
-            *(u32*)(sp + row * PS + 16 * warp + 8 * n + 2 * (lane & 3)) = pack<KIND>(a, b);
+            *(u32*)(sp + row * PS + KEYS * warp + 8 * n + 2 * (lane & 3)) = pack<KIND>(a, b);
           }
 #pragma unroll
           for (int n = 0; n < VT; n++) { o[m][n][2 * h] *= factor; o[m][n][2 * h + 1] *= factor; }

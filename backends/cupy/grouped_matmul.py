@@ -3,13 +3,15 @@
     x [B,H,T,N]  w [H,M,N] (any strides with one contiguous axis of the last two)  tail [B,H,T,P]  ->  out [B,H,T,M+P]
 
 out[..., :M] = sum_n x w in float32, rounded once to out_dtype (x's by default); out[..., M:] is the tail, bit for bit where the types are equal.
-float16 and bfloat16 run on tensor cores, other types and mixes by fused multiply-adds in float32.
+float16 and bfloat16 run on tensor cores, other types and mixes by fused multiply-adds in float32. The path "cublas" is one call of cuBLAS and a copy of the tail; arrays
+that it cannot address (rows or heads that overlap) take the portable path.
 """
+from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import gemm
-from sparsetile.backends.cupy.operands import KINDS, ceil_div, copy_bytes
+from sparsetile.backends.cupy import cublas, gemm
+from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, copy_bytes
 
-TUNABLES = gemm.TUNABLES
+TUNABLES = (Tunable("path", ("portable", "cublas"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel"), *gemm.TUNABLES)
 FIELDS = "4Q" + "8q" + "8i"
 ROW_BYTES = 3 * 8  # struct Rows
 
@@ -27,17 +29,28 @@ def _out(problem) -> str:
     return problem.dtype("out") or (problem.dtype("x") if problem.dtype("x") != "float8_e4m3fn" else "bfloat16")
 
 
+def no_cublas(problem) -> str | None:
+    """Why the path "cublas" is not for this problem."""
+    if problem.dtype("x") not in HALVES or problem.dtype("w") != problem.dtype("x") or _out(problem) not in (problem.dtype("x"), "float32"):
+        return f"path cublas takes float16 or bfloat16 of one type, not {problem.dtype('x')} and {problem.dtype('w')}; take portable"
+    return cublas.missing()
+
+
 def resources(problem, config):
+    if config["path"] == "cublas" and (refused := no_cublas(problem)):
+        return refused
     return gemm.resources(problem.arch, problem.dtype("x"), problem.dtype("w"), _out(problem), False, config, ROW_BYTES)
 
 
 def default_config(problem):
-    return gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, config))
+    tiles = gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, dict(config, path="portable")))
+    is_few = problem["B"] > 1 and 1 < problem["T"] < 64  # a call for each batch entry costs more than it saves
+    return dict(tiles, path="portable" if is_few or no_cublas(problem) else "cublas")
 
 
 def artifacts(problem, config):
     out = _out(problem)
-    return [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul"]) for rows in (0, 1)]
+    return [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul", "copy_tails"]) for rows in (0, 1)]
 
 
 def run(x, w, *, place, config, tail=None, out_dtype=None):
@@ -49,8 +62,30 @@ def run(x, w, *, place, config, tail=None, out_dtype=None):
     w_rows, stride = gemm.orientation(w, 2, 1)
     copies = copy_bytes(x), gemm.weight_copy(w, w_rows, 2, 1), gemm.out_copy(out, M + P), gemm.tail_copy(tail, out, M, M + P)
     d = gemm.defines(x.dtype, w.dtype, out.dtype, None if tail is None else tail.dtype, copies, w_rows, False, config)
-    function = nvrtc.function("grouped_matmul", "grouped_matmul", FIELDS, d, place)
     m_tiles, n_tiles = ceil_div(B * T, config["block_m"]), ceil_div(M, config["block_n"])
-    function(m_tiles * H * n_tiles, gemm.threads(config), gemm.shared_bytes(x.dtype, w.dtype, out.dtype, w_rows, config, ROW_BYTES), place.stream,
-             x.ptr, w.ptr, nvrtc.ptr(tail), out.ptr, *x.strides[:3], w.strides[0], stride, *(tail.strides[:3] if P else (0, 0, 0)), B, T, H, N, M, P, m_tiles, n_tiles)
+    shared = gemm.shared_bytes(x.dtype, w.dtype, out.dtype, w_rows, config, ROW_BYTES)
+    values = (x.ptr, w.ptr, nvrtc.ptr(tail), out.ptr, *x.strides[:3], w.strides[0], stride, *(tail.strides[:3] if P else (0, 0, 0)), B, T, H, N, M, P, m_tiles, n_tiles)
+    launch = lambda name, blocks: nvrtc.function("grouped_matmul", name, FIELDS, d, place)(blocks, gemm.threads(config), shared, place.stream, *values)  # noqa: E731
+    if config["path"] == "cublas" and can_call(x, w, w_rows, stride):
+        multiply(x, w, out, w_rows, stride, place)
+        if P:
+            launch("copy_tails", m_tiles * H)
+        return out
+    launch("grouped_matmul", m_tiles * H * n_tiles)
     return out
+
+
+def can_call(x, w, w_rows: int, stride: int) -> bool:
+    """Whether cuBLAS can address the arrays: rows of its matrices do not overlap."""
+    (B, H, T, N), M = x.shape, w.shape[1]
+    apart = [(x.strides[0] if T == 1 else x.strides[2], N, B * T), (stride, *((N, M) if w_rows else (M, N)))]
+    return N > 0 and M > 0 and x.strides[3] == 1 and all(step >= width or rows == 1 for step, width, rows in apart) and min(*x.strides, w.strides[0]) >= 0
+
+
+def multiply(x, w, out, w_rows: int, stride: int, place) -> None:
+    """One call for each batch entry; one for all of them where they have one row each."""
+    (B, H, T, N), M, width = x.shape, w.shape[1], out.shape[3]
+    rows, x_row, out_row = (B, x.strides[0], H * width) if T == 1 else (T, x.strides[2], width)
+    for b in range(1 if T == 1 else B):
+        cublas.products(place, (x.ptr + b * x.strides[0] * x.itemsize, max(x_row, N), x.strides[1]), (w.ptr, max(stride, N if w_rows else M), w.strides[0]),
+                        (out.ptr + b * out.strides[0] * out.itemsize, out_row, out.strides[1]), rows, M, N, H, w_rows, (x.dtype, out.dtype))

@@ -12,14 +12,15 @@
 #define CAP 4096     // candidates of a query
 #endif
 #ifndef EARLY
-#define EARLY 16     // tiles before the first thinning: their scores all have a place
+#define EARLY 18     // tiles before the first thinning: their scores all have a place
 #endif
 #ifndef UNROLL
-#define UNROLL 4     // tiles between two times when no product is under way (the back edge of the loop)
+#define UNROLL 6     // tiles between two times when no product is under way (the back edge of the loop)
 #endif
 
 constexpr int NEARLY_FULL = CAP - (STAGES + 1 + UNROLL) * KB;
 static_assert(EARLY * KB <= CAP && EARLY % UNROLL == 0, "the first tiles fill their places, and end at a back edge");
+static_assert(UNROLL % (2 * STAGES) == 0, "which buffer, and which of its turns, are constants of the unrolled loop");
 
 struct Params {
   TensorMap q, k;                               // [B, T, H, 128] (boxes of 4 queries), [B, S, 128] (boxes of 16 keys)
@@ -176,11 +177,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
   }
   for (int i = threadIdx.x; i < 2 * BINS; i += 384) (&s.bins[0][0])[i] = 0;
   __syncthreads();
-  u32 patience = PATIENCE, n = 0, m = 0;
+  u32 patience = PATIENCE, m = 0;
   if (group == 0) {
     fewer_registers<24>();
     if (threadIdx.x == 0) {
-      u32 v = 0;
+      u32 n = 0, v = 0;
       for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
         const Rows rows = rows_of(p, number);
         const Item x = open_item(p, rows, 0);
@@ -246,9 +247,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
         }
       };
       for (int t = 0, at = 0; t < x.tiles; t += UNROLL) {
-        bar_wait(FULL(n % STAGES), (n / STAGES) & 1, patience);
+        bar_wait(FULL(0), 0, patience);
         const bool plan = t == EARLY || (t == late && t > 2 * EARLY);
-        if (plan || *(volatile int*)&s.event[n % STAGES]) {
+        if (plan || *(volatile int*)&s.event[0]) {
           if (pending) finish();
           pending = false;
           if (t == EARLY && t256 < QB) s.count[t256] = EARLY * KB;
@@ -267,14 +268,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
             lim = value_of(kb);
           }
         }
-        auto issue = [&](float (&d)[64], u64 dq) {
-          const u64 dk = dk0 + (u64)(u32)(uniform(n % STAGES) * (KEY_BYTES >> 4));
+        auto issue = [&](float (&d)[64], u64 dq, int stage) {
+          const u64 dk = dk0 + stage * (KEY_BYTES >> 4);
           hold(d); wgmma_fence();
 #pragma unroll
           for (int c = 0; c < 4; c++) wgmma_e4m3_n128(d, dk + 2 * c, dq + 2 * c, c != 0);
           wgmma_commit();
         };
-        issue(a, dq0); issue(b, dq1);
+        issue(a, dq0, 0); issue(b, dq1, 0);
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
           const int where = x.lo + (chunk * x.tiles + at) * 16 + lane / 4;
@@ -283,15 +284,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           if (scales) { next.x = __ldg(scales + imin(where, p.S - 1)); next.y = __ldg(scales + imin(where + 8, p.S - 1)); }
           if (u || pending) finish();  // the tile before, while this one's products run
           ks = next; key = where; slot = (t + u) * KB;
-          const u32 done = FREE(n % STAGES);
+          const int next_stage = (u + 1) % STAGES;
           wgmma_wait<1>(); hold(a);
           sum_heads(a, w, 0, r);
-          n++;
-          if (u + 1 < UNROLL) { bar_wait(FULL(n % STAGES), (n / STAGES) & 1, patience); issue(a, dq0); wgmma_wait<1>(); } else wgmma_wait<0>();
+          if (u + 1 < UNROLL) { bar_wait(FULL(next_stage), (u + 1) / STAGES & 1, patience); issue(a, dq0, next_stage); wgmma_wait<1>(); } else wgmma_wait<0>();
           hold(b);
-          if (tid == 0) bar_arrive(done);
+          if (tid == 0) bar_arrive(FREE(u % STAGES));
           sum_heads(b, w, 2, r);
-          if (u + 1 < UNROLL) issue(b, dq1);
+          if (u + 1 < UNROLL) issue(b, dq1, next_stage);
         }
         pending = true;
       }

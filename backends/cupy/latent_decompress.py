@@ -17,7 +17,7 @@ TUNABLES = (
     Tunable("path", ("portable", "hopper"), "hopper: latents in registers, weights shared by clusters; 16-bit types, R 512, Dn = Dv = 128, P up to 64"),
     *gemm.TUNABLES,
     Tunable("cluster", (2, 1), "hopper: blocks that share weight tiles"),
-    Tunable("windows", (4, 2, 1), "hopper: parts that the heads are taken in, so that a part's weights stay in L2"),
+    Tunable("windows", (4, 8, 2, 1), "hopper: parts that the heads are taken in, so that a part's weights stay in L2"),
 )
 FIELDS = "7Q" + "8q" + "12i"
 ROW_BYTES = 4 * 8 + 4  # struct Rows
@@ -54,7 +54,7 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    portable = dict(path="portable", cluster=2, windows=4 if problem["B"] * problem["S"] >= 8192 else 2)
+    portable = dict(path="portable", cluster=2, windows=4 if problem["B"] * problem["S"] >= 8192 else 8)
     tiles = gemm.default_config(problem["B"] * problem["S"], max(problem["Dn"], problem["Dv"]), lambda config: resources(problem, {**portable, **config}))
     return {**portable, **tiles, "path": "portable" if no_hopper(problem) or problem["S"] < 256 else "hopper"}
 
@@ -79,7 +79,7 @@ def run_hopper(latent, w_uk, w_uv, k_rope, k, v, place, config, w_rows):
     d = dict(KIND=KINDS[w_uk.dtype], CLUSTER=config["cluster"], STAGES=HOPPER_STAGES, W_ROWS=w_rows)
     function = nvrtc.function("latent_decompress_hopper", "latent_decompress_hopper", HOPPER_FIELDS, d, place)
     each = ceil_div(S, 128 * config["cluster"])
-    windows = next(n for n in (config["windows"], 2, 1) if 2 * H % n == 0)
+    windows = next(n for n in (config["windows"], 4, 2, 1) if 2 * H % n == 0)
     function(max(place.sms // config["cluster"], 1) * config["cluster"], 384, HOPPER_SHARED, place.stream, *maps, H, B * each, each, 2 * H, 2 * H // windows, P)
     return k, v
 

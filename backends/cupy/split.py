@@ -20,33 +20,29 @@ LATENT_HEADS, LATENT_THREADS = 64, 512
 LATENT_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
+MOST_STAGES = 8
 QUERIES = 32  # of a tile: a lane holds the mask of one
 
 
-def row_tiles(queries: int, pack: int, columns: int, tile_k: int) -> int:
-    """16-row tiles of a block of threads: 1, 2 or 4, as many as a warp's sums leave registers for (ptxas: none spilled)."""
-    warp_columns = columns * 16 // tile_k
-    most = 4 if warp_columns <= 32 else 2 if warp_columns <= 64 or tile_k == 64 else 1
+def row_tiles(queries: int, pack: int, columns: int) -> int:
+    """16-row tiles of a block of threads: 1, 2 or 4, as many as the sums leave registers for."""
+    most = 4 if columns <= 128 else 2
     return next(n for n in (1, 2, 4) if 16 * n >= min(queries * pack, 16 * most))
-
-
-def value_columns(Dv: int, tile_k: int) -> int:
-    """Dv rounded up so that each warp's share of the columns is a multiple of 16."""
-    return ceil_div(Dv, tile_k) * tile_k
 
 
 class Tiles:
     """What the kernel is compiled for, and what it asks of the chip."""
 
     def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int):
-        self.tile_k, self.columns = tile_k, value_columns(Dv, tile_k)
+        self.tile_k, self.columns = tile_k, ceil_div(Dv, 64) * 64  # each warp's quarter is a multiple of 16
         self.shared_kv = shared_kv and self.columns <= padded(D)
-        self.row_tiles = row_tiles(queries, pack, self.columns, tile_k)
-        self.rows, self.threads = 16 * self.row_tiles, 2 * tile_k
+        self.row_tiles = row_tiles(queries, pack, self.columns)
+        self.rows, self.threads = 16 * self.row_tiles, 128
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
-        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + tile_k // 16 * (2 * self.rows + 1) * 4 + 8
-        self.residents = 2 if fixed + 3 * stage <= limit // 2 - 1024 else 1  # the chip keeps 1 KiB of each for itself
-        self.stages = max(2, min(4, (limit // self.residents - 1024 * (self.residents > 1) - fixed) // stage))
+        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8
+        half = limit // 2 - 1024  # the chip keeps 1 KiB of each block for itself
+        self.residents = 2 if fixed + max(3 * stage, 65536) <= half else 1
+        self.stages = max(2, min(MOST_STAGES, ((half if self.residents == 2 else limit) - fixed) // stage))
         self.shared = fixed + self.stages * stage
 
     def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool) -> dict:
@@ -93,11 +89,22 @@ def latent_defines(kind: str, lists: tuple) -> dict:
     return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1])
 
 
+def latent_merge_defines(kind: str) -> dict:
+    return dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512)
+
+
+def candidates(problem: Problem) -> list[dict]:
+    """Configs for up to 32 queries, the best first: warpgroup products from 17 heads of a query on, where one key is read for more than a tile of mma.sync has rows."""
+    group = problem["Hq"] // problem["Hk"]
+    steps = (32, 64) if problem["D"] > 256 and group * problem["T"] <= 16 else (64, 32)
+    return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * (group > 16) + ["decode"]) for tk in steps]
+
+
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
-           dict(source="merge_split", defines=dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512), names=["merge"])] if config["path"] == "latent" else []
+           dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
     return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
 
@@ -131,7 +138,7 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     attend = nvrtc.function("block_attention_latent", "attend_latent", LATENT_FIELDS, latent_defines(q.dtype, (lists.block_q, lists.block_k)), place)
     attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
            Hq, parts, scale, scale * math.log2(math.e))
-    merge(place, dict(KIND=KINDS[q.dtype], BQ=0, ROWS=LATENT_HEADS, COLUMNS=Dv), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
+    merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
     return out, lse
 
 

@@ -163,28 +163,38 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
     int cut = (int)(mask - (base & mask));
     if (kb < LOWEST) { kb = LOWEST; cut = 0x7fffffff; }
     const float upto = value_of(kb), behind = value_of(kb + 1);
-    u32 top = 0;
-    auto take = [&](float4 v, int g) {
+    auto take = [&](float4 v, int g) {  // nearly every warp finds some in every 128: as they are, keys come later
       const float lim = 4 * g <= cut ? upto : behind;
       const bool h0 = v.x >= lim, h1 = v.y >= lim, h2 = v.z >= lim, h3 = v.w >= lim;
       if (h0 | h1 | h2 | h3) {
-        const int c = h0 + h1 + h2 + h3;
-        int at = atomicAdd(&s.m.count, c);
+        const int c = h0 + h1 + h2 + h3, at = atomicAdd(&s.m.count, c);
         if (at + c <= CAP) {
-          const u64 low = mask - 4 * g;
-          if (h0) { const u32 q = key_of(v.x); if (q > top) top = q; s.list[at++] = (u64)q << L | low; }
-          if (h1) { const u32 q = key_of(v.y); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 1); }
-          if (h2) { const u32 q = key_of(v.z); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 2); }
-          if (h3) { const u32 q = key_of(v.w); if (q > top) top = q; s.list[at++] = (u64)q << L | (low - 3); }
+          uint2* to = (uint2*)s.list + at;
+          if (h0) *to++ = {(u32)(4 * g), (u32)__float_as_int(v.x)};
+          if (h1) *to++ = {(u32)(4 * g + 1), (u32)__float_as_int(v.y)};
+          if (h2) *to++ = {(u32)(4 * g + 2), (u32)__float_as_int(v.z)};
+          if (h3) *to = {(u32)(4 * g + 3), (u32)__float_as_int(v.w)};
         }
       }
     };
     { const int g = row.mine(); if (g >= 0) take(row.cut(g), g); }
     float4 a[AHEAD];
+    int g = row.ga + t;
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) a[u] = row.whole(row.ga + t + u * NT);
-#pragma unroll 2
-    for (int g = row.ga + t; g < row.gb; g += NT * AHEAD) {
+    for (int u = 0; u < AHEAD; u++) a[u] = row.whole(g + u * NT);
+#pragma unroll (AHEAD < 4 ? 2 : 1)
+    for (; g < row.gb - (2 * AHEAD - 1) * NT; g += NT * AHEAD) {
+      float4 b[AHEAD];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) b[u] = load4(row.x + g + (AHEAD + u) * NT);
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) take(a[u], g + u * NT);
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) a[u] = b[u];
+      if (*(volatile int*)&s.m.count > CAP) break;
+    }
+#pragma unroll 1
+    for (; g < row.gb && *(volatile int*)&s.m.count <= CAP; g += NT * AHEAD) {
       float4 b[AHEAD];
 #pragma unroll
       for (int u = 0; u < AHEAD; u++) b[u] = row.whole(g + (AHEAD + u) * NT);
@@ -192,20 +202,27 @@ extern "C" __global__ void __launch_bounds__(NT, CTAS) topk_fast(const __grid_co
       for (int u = 0; u < AHEAD; u++) take(a[u], g + u * NT);
 #pragma unroll
       for (int u = 0; u < AHEAD; u++) a[u] = b[u];
-      if (*(volatile int*)&s.m.count > CAP) break;
     }
-    top = warp_max(top);
-    if ((t & 31) == 0) atomicMax(&s.m.top, top);
     __syncthreads();
     const int got = s.m.count;
     if (got <= CAP && (got >= need || base == 0)) break;
     // radix passes over the row until what is left fits
     __syncthreads();
-    if (t == 0) { s.m.count = 0; s.m.top = 0; }
+    if (t == 0) s.m.count = 0;
     base = bound<NT>(s.m, s.bits, Scores<AHEAD>{row}, need, CAP - 4 - need, 0, 32 + L);  // 4: groups of equal scores are kept whole
     __syncthreads();
   }
   const int c = s.m.count;
+  u32 top = 0;
+  for (int i = t; i < c; i += NT) {
+    const uint2 raw = ((uint2*)s.list)[i];
+    const u32 key = key_of(__int_as_float((int)raw.y));
+    top = key > top ? key : top;
+    s.list[i] = (u64)key << L | (mask - raw.x);
+  }
+  top = warp_max(top);
+  if ((t & 31) == 0) atomicMax(&s.m.top, top);
+  __syncthreads();
   const u64 low = base - (base < 3 ? base : 3);  // whole groups of four may lie up to 3 positions below the bound
   base = c <= need ? 0 : bound<NT>(s.m, s.bits, List{s.list, c}, need, 0, low, 64 - leading_zeros(((u64)s.m.top << L | mask) - low));
   // ascending indices through a bitmap, 32 * WORDS positions at a time

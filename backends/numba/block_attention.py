@@ -17,17 +17,19 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.numba import few, tiles
-from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.convert import denormal_rows, fill_zero
 from sparsetile.backends.numba.exact import exact
 from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
-from sparsetile.backends.numba.simd import LANES, address, get_i32, get_i64, next_task, put_i64
+from sparsetile.backends.numba.jit import kernel
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, span_of, up, whole
+from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
 TUNABLES = (Tunable("block_q", (64, 32, 128), "queries per task"),
-            Tunable("block_k", (64, 32, 128), "keys per block of the layout"))
+            Tunable("block_k", (64, 32, 128), "keys per block of the layout"),
+            Tunable("pairs", (False, True), "bfloat16 by pair products (AVX-512 BF16), where widths are even, keys in order, the scale positive and no element denormal"))
 SMALL = 1 << 20  # pairs times widths that one thread does faster than others are woken
 NOTHING = np.float32(-np.inf)
 
@@ -38,18 +40,37 @@ def supports(problem):
 
 
 def resources(problem, config):
+    if config.get("pairs") and not (PAIRS and {problem.dtype(name, "float32") for name in ("q", "k", "v")} == {"bfloat16"}):
+        return "pairs: takes bfloat16 q, k and v, on a CPU with AVX-512 BF16"
     return Resources(threads=1)
 
 
 def default_config(problem):
-    return {"block_q": 64, "block_k": 64}
+    long = problem.density == 1 and problem["T"] >= 1024  # two panels read keys that are in the nearest cache; in sparse lists the second often has no use for them
+    return {"block_q": 128 if long else 64, "block_k": 64, "pairs": FAST_PAIRS and not isinstance(resources(problem, {"pairs": True}), str)}
+
+
+@kernel
+def scores_of(job, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain):
+    """Scores of a run of keys. plain: no mask is needed. What a softcap makes of them is masked later, and its maxima are others."""
+    if job.capped != 0:
+        top, plain = top + 3 * STEP, True
+    if job.pairs != 0:
+        if plain:
+            tiles.score_pairs(pk, k_step, qt, D, ps, top, sixes, fours)
+        else:
+            tiles.score_pairs_masked(pk, k_step, qt, D, ps, top, sixes, fours, words, low)
+    elif plain:
+        tiles.score(pk, k_step, qt, D, ps, top, sixes, fours)
+    else:
+        tiles.score_masked(pk, k_step, qt, D, ps, top, sixes, fours, words, low)
 
 
 @far("iiiiii")
 def _block(jobs, memory, kind, slot, limit, bases):
     """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values."""
     job = job_at(jobs)
-    D, Dvp, panels, pc, ps, rows, spans = job.D, job.Dvp, job.panels, job.constants, memory + job.s, memory + job.rows, memory + job.spans
+    D, Dvp, panels, pc, ps, rows, spans = job.D >> job.pairs, job.Dvp, job.panels, job.constants, memory + job.s, memory + job.rows, memory + job.spans
     base_k, base_v, total = get_i64(bases, 0), get_i64(bases, 1), spans + 16 * WORDS * panels
     sixes_v, fours_v = split(Dvp)
     for first in range(0, job.block_k, CHUNK):
@@ -66,9 +87,12 @@ def _block(jobs, memory, kind, slot, limit, bases):
             continue
         pk, k_step, pv, v_step = base_k + at * job.k_t, job.k_t, base_v + at * job.v_t, job.v_t
         if not (job.direct_k != 0 and (not masked or at + high + 3 <= job.S)):  # register tiles of four rows may read three rows more
-            pk, k_step = memory + job.keys, 4 * job.Dp
-            load_keys(jobs, base_k, job.k_t, job.k_code, D, job.Dp, at, high, limit, total, pk)
-        if not (job.direct_v != 0 and dense):
+            pk, k_step = memory + job.keys, 4 * job.Dq
+            load_keys(jobs, base_k, job.k_t, 0 if job.pairs else job.k_code, D, job.Dq, at, high, limit, total, pk)
+        if job.pairs != 0:
+            pv, v_step = memory + job.values, 4 * job.width
+            load_pairs(jobs, base_v, at, limit, total, pv, pv + 2 * (CHUNK + 4) * job.width)
+        elif not (job.direct_v != 0 and dense):
             pv, v_step = memory + job.values, 4 * Dvp
             load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, Dvp, at, high, limit, total, pv)
         for p in range(panels):
@@ -77,7 +101,9 @@ def _block(jobs, memory, kind, slot, limit, bases):
             low, high, dense = span_of(spans + 16 * WORDS * p)
             if high == 0:
                 continue
-            qt, po, top, words = memory + job.qt + STEP * job.Dp * p, memory + job.ot + STEP * job.width * p, memory + job.state + 4 * STEP * p, memory + job.words + STEP * WORDS * p
+            if low & job.pairs:  # pairs of keys start at even ones
+                low, dense = low - 1, False
+            qt, po, top, words = memory + job.qt + STEP * job.Dq * p, memory + job.ot + STEP * job.width * p, memory + job.state + 4 * STEP * p, memory + job.words + STEP * WORDS * p
             saw = memory + job.saw + STEP * p
             if masked:
                 for w in range(WORDS):
@@ -86,18 +112,18 @@ def _block(jobs, memory, kind, slot, limit, bases):
                 put_i64(rows, job.panels * (PANEL + 1) + p, 1)
             padded = (high - low + 3) & ~3
             sixes, fours = split(padded)
+            if job.capped != 0 and not masked:
+                tiles.every_word(words, WORDS)
+            scores_of(job, pk + low * k_step, k_step, qt, D, ps, top, sixes, fours, words, low, dense and padded == high - low)
             if job.capped != 0:
-                if not masked:
-                    tiles.every_word(words, WORDS)
-                tiles.score(pk + low * k_step, k_step, qt, D, ps, top + 3 * STEP, sixes, fours)
                 tiles.softcap(ps, top, words, low, padded, pc)
-            elif dense and padded == high - low:
-                tiles.score(pk + low * k_step, k_step, qt, D, ps, top, sixes, fours)
-            else:
-                tiles.score_masked(pk + low * k_step, k_step, qt, D, ps, top, sixes, fours, words, low)
             tiles.rescale(top, top + STEP, top + 2 * STEP, po, Dvp, pc)
-            tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
-            tiles.add_values(pv + low * v_step, v_step, ps, high - low, po, sixes_v, fours_v)
+            if job.pairs != 0:
+                tiles.exponent_pairs(ps, padded, top + STEP, top + 2 * STEP, pc)
+                tiles.add_values_pairs(pv + (low >> 1) * v_step, v_step, ps, (high - low + 1) >> 1, po, sixes_v, fours_v)
+            else:
+                tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
+                tiles.add_values(pv + low * v_step, v_step, ps, high - low, po, sixes_v, fours_v)
 
 
 @far("iiiiii")
@@ -119,8 +145,8 @@ def _tile(jobs, memory, b, h, heads, tile):
         put_i64(bases, 0, job.k + b * job.k_b + j * job.k_h)
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
         for p in range(panels):
-            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows + 8 * PANEL * p, job.sign, memory + job.flat, 4 * job.Dp,
-                       memory + job.qt + STEP * job.Dp * p)
+            load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, 0 if job.pairs else job.q_code, job.D >> job.pairs, job.Dq, rows + 8 * PANEL * p, job.sign,
+                       memory + job.flat, 4 * job.Dq, memory + job.qt + STEP * job.Dq * p)
         begin, partial, end = list_block(job, b, h, i)
         for entry in range(begin, end):
             _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, bases)
@@ -148,7 +174,7 @@ def work(jobs, thread):
 def sizes(job, D, Dv, block_q, k, v, k_order):
     """Fill in panels and padded widths; bytes of scratch that forward and backward both need."""
     panels, Dp, width = up(block_q, PANEL) // PANEL, up(D, LANES), up(Dv, LANES)
-    job["panels"], job["Dp"], job["Dvp"], job["width"] = panels, Dp, up(Dv, 4), width
+    job["panels"], job["Dp"], job["Dq"], job["Dvp"], job["width"] = panels, Dp, Dp, up(Dv, 4), width
     job["direct_k"] = k.dtype == np.float32 and k_order is None
     job["direct_v"] = v.dtype == np.float32 and k_order is None and Dv % 4 == 0
     return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
@@ -172,6 +198,8 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     units, parts, tasks = B * k.shape[1] * int(job["tiles"][0]), None, B * Hq * int(job["tiles"][0])
     if job["stack"] == group and group * rows <= few.MOST:
         parts, tasks = few.prepare(job, lists, group * rows, units)
+    if config["pairs"] and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
+        job["pairs"], job["Dq"], job["direct_k"] = 1, up(D // 2, LANES), 1
     threads = min(numba.get_num_threads(), tasks) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)

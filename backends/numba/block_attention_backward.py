@@ -16,20 +16,21 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
+from sparsetile.backends.numba import block_attention, tiles
 from sparsetile.backends.numba import gradient_tiles as gt
-from sparsetile.backends.numba import tiles
-from sparsetile.backends.numba.block_attention import TUNABLES, sizes, supports  # noqa: F401
+from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
 from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.exact_backward import exact_backward
-from sparsetile.backends.numba.far import far, on_threads, scratch
+from sparsetile.backends.numba.far import far, keep, on_threads, scratch, take
 from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
-from sparsetile.backends.numba.rows import store_row
-from sparsetile.backends.numba.simd import LANES, address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64, transpose_tile
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, store_panel, up, whole
+from sparsetile.backends.numba.rows import store_rows
+from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
+TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
 ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone
@@ -42,7 +43,8 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    return {"block_q": 64, "block_k": 64}
+    config = block_attention.default_config(problem)
+    return {knob.name: config[knob.name] for knob in TUNABLES}
 
 
 @far("iiiiii")
@@ -178,17 +180,11 @@ def _load_rows(jobs, memory, b, h):
 @far("iiii")
 def _store_queries(jobs, memory, b, h):
     job = job_at(jobs)
-    flat, Dp = memory + job.flat, job.Dp
     for p in range(job.panels):
-        dqt = memory + job.dqt + STEP * Dp * p
-        tiles.times(dqt, Dp * PANEL, np.float32(job.sign))
-        for r in range(0, PANEL, LANES):
-            for d in range(0, Dp, LANES):
-                transpose_tile(dqt + STEP * d + 4 * r, STEP, flat + 4 * d, 4 * Dp)
-            for n in range(LANES):
-                t = get_i64(memory + job.rows, p * PANEL + r + n)
-                if t >= 0:
-                    store_row(job.dq_code, flat + 4 * Dp * n, job.D, job.dq + b * job.dq_b + h * job.dq_h + t * job.dq_t)
+        dqt = memory + job.dqt + STEP * job.Dp * p
+        if job.sign != 1:
+            tiles.times(dqt, job.Dp * PANEL, np.float32(job.sign))
+        store_panel(dqt, job.Dp, memory + job.flat, memory + job.rows + 8 * PANEL * p, job.dq + b * job.dq_b + h * job.dq_h, 0, job.dq_t, job.T, job.dq_code, job.D)
 
 
 @far("ii")
@@ -222,18 +218,26 @@ def work(jobs, thread):
 
 
 @kernel
-def _finish_row(job, head, grain, sums, padded, row):
-    fill_zero(row, padded)
+def _finish_rows(job, head, grain, sums, padded, code, width, target, step):
+    """GRAIN rows: the shares that touched them are added to the first that did, in order."""
+    first, count = -1, min(GRAIN, job.S - GRAIN * grain)
     for share in range(head * job.shares, (head + 1) * job.shares):
         if get_byte(job.touched + job.touched_step * share, grain) != 0:
-            add_row(sums + 4 * padded * job.sum_rows * share, row, padded)
+            own = sums + 4 * padded * (job.sum_rows * share + GRAIN * grain)
+            if first < 0:
+                first = own
+            else:
+                add_row(own, first, padded * GRAIN)
+    if first < 0:
+        first = sums + 4 * padded * (job.sum_rows * head * job.shares + GRAIN * grain)
+        fill_zero(first, padded * GRAIN)
+    store_rows(code, first, 4 * padded, count, width, target + GRAIN * grain * step, step)
 
 
 @far("ii")
 def finish(jobs, thread):
     """One thread: sums of shares, in their order, for GRAIN keys at a time; what nobody touched is 0."""
     job = job_at(jobs)
-    row = job.memory + job.memory_step * thread + job.flat
     grains = (job.S + GRAIN - 1) // GRAIN
     while True:
         task = next_task(job.counter)
@@ -241,11 +245,8 @@ def finish(jobs, thread):
             break
         head, grain = task // grains, task % grains
         b, j = (job.head + head) // job.Hk, (job.head + head) % job.Hk
-        for s in range(grain * GRAIN, min(job.S, grain * GRAIN + GRAIN)):
-            _finish_row(job, head, grain, job.sums_k + 4 * job.Dp * s, job.Dp, row)
-            store_row(job.dk_code, row, job.D, job.dk + b * job.dk_b + j * job.dk_h + s * job.dk_t)
-            _finish_row(job, head, grain, job.sums_v + 4 * job.width * s, job.width, row)
-            store_row(job.dv_code, row, job.Dv, job.dv + b * job.dv_b + j * job.dv_h + s * job.dv_t)
+        _finish_rows(job, head, grain, job.sums_k, job.Dp, job.dk_code, job.D, job.dk + b * job.dk_b + j * job.dk_h, job.dk_t)
+        _finish_rows(job, head, grain, job.sums_v, job.width, job.dv_code, job.Dv, job.dv + b * job.dv_b + j * job.dv_h, job.dv_t)
 
 
 def _cuts(lists, job, shares):
@@ -294,9 +295,10 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     heads = -(-B * Hk // -(-B * Hk // max(1, min(B * Hk, SPARE // one))))  # groups of about the same size
     one *= heads
     shares = max(1, min(-(-TASKS // heads), int(job["tiles"][0]), ROOM // one))
-    sums_k, sums_v = np.empty(shares * one // (Dp + width) // 4 * Dp, np.float32), np.empty(shares * one // (Dp + width) // 4 * width, np.float32)
+    sums = take(shares * one)
+    sums_k, sums_v = address(sums), address(sums) + shares * one // (Dp + width) * Dp
     touched, cuts = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
-    for name, x in dict(shares=shares, cuts=address(cuts), sums_k=address(sums_k), sums_v=address(sums_v), sum_rows=sum_rows, touched=address(touched),
+    for name, x in dict(shares=shares, cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched),
                         touched_step=touched.shape[1]).items():
         job[name] = x
     rows, chunk = panels * PANEL, CHUNK + 4
@@ -309,4 +311,5 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         on_threads(work, job, min(threads, shares * int(job["heads"][0])))
         alive[0]["counter"][:] = 0
         on_threads(finish, job)
+    keep(sums)
     return dq, dk, dv

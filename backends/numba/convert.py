@@ -4,7 +4,7 @@ Numba knows no bfloat16, float16 or float8 arrays, so kernels hold addresses and
 nearest even (narrowing), NaN stays NaN, and they agree with ml_dtypes bit for bit (NaN payloads aside).
 """
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, F16, HALF, I8, I16, I32, LANES, Vectors, op
+from sparsetile.backends.numba.simd import F, F16, HALF, I8, I16, I32, I64, LANES, Vectors, op
 
 F32_CODE, F16_CODE, BF16_CODE, FP8_CODE = 0, 1, 2, 3
 CODE = {"float32": F32_CODE, "float16": F16_CODE, "bfloat16": BF16_CODE, "float8_e4m3fn": FP8_CODE}
@@ -78,6 +78,33 @@ def store_float_as(e, code, x, address, offset=0):
     e.store(convert(e, x), address, offset)
 
 
+def _denormal(e, source, count):
+    """How many of `count` bfloat16 are denormal, at least 1 if any is."""
+    main, total = e.b.and_(count, e.i(-LANES)), e.i(0)
+    for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(count, main))):
+        def body(k, found):
+            magnitude = v.b.and_(v.b.zext(v.load(e.add(source, e.mul(e.add(k, first), 2)), 0, v.of(I16)), v.VI), v.n(0x7fff))
+            hit = v.b.icmp_unsigned("<", v.b.sub(magnitude, v.n(1)), v.n(0x7f))
+            return [v.b.or_(found[0], v.b.zext(hit, v.VI))]
+        found = e.loop(n, [v.n(0)], body, v.lanes)[0]
+        total = e.b.add(total, e.b.zext(v.any(v.b.icmp_unsigned("!=", found, v.n(0))), I64))
+    return total
+
+
+_denormal_row = op("ii", _denormal, "i")
+
+
+@kernel
+def denormal_rows(source, steps, shape):
+    """Whether a bfloat16 tensor of these three steps and four sizes holds denormals: pair products take them for 0."""
+    found = 0
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            for t in range(shape[2]):
+                found += _denormal_row(source + b * steps[0] + h * steps[1] + t * steps[2], shape[3])
+    return found > 0
+
+
 def _bytes(code):
     return 4 if code == F32_CODE else 1 if code == FP8_CODE else 2
 
@@ -103,12 +130,29 @@ _read_f32, _read_f16, _read_bf16, _read_fp8 = (op("iii", _row(code, True)) for c
 _write_f32, _write_f16, _write_bf16 = (op("iii", _row(code, False)) for code in range(3))
 
 
+def _rows(code, read):
+    """Many rows in one loop: a call for each would cost more than its elements. Read rows get zeros behind `count` elements, up to `padded`."""
+    row = _row(code, read)
+
+    def rows_(e, source, step, rows, count, padded, target, target_step):
+        def body(r, _):
+            to = e.add(target, e.mul(r, target_step))
+            row(e, e.add(source, e.mul(r, step)), count, to)
+            if read:
+                _fill(e, e.add(to, e.mul(count, 4)), e.b.sub(padded, count))
+            return []
+        e.loop(rows, [], body)
+    return rows_
+
+
 def _fill(e, target, count):
     e.loop(count, [], lambda k, _: (e.store(e.scalar(0), e.add(target, e.mul(k, 4))), [])[1])
 
 
 fill_zero = op("ii", _fill)
 """(target, count): float32 zeros."""
+_rows_f32, _rows_f16, _rows_bf16, _rows_fp8 = (op("iiiiiii", _rows(code, True)) for code in range(4))
+_out_f32, _out_f16, _out_bf16 = (op("iiiiiii", _rows(code, False)) for code in range(3))
 
 
 @kernel
@@ -124,6 +168,30 @@ def read_row(code, source, count, target, padded):
         _read_fp8(source, count, target)
     if padded > count:
         fill_zero(target + 4 * count, padded - count)
+
+
+@kernel
+def read_rows(code, source, step, rows, count, padded, target, target_step):
+    """read_row of `rows` rows, `step` bytes apart, to `target_step` bytes apart."""
+    if code == 0:
+        _rows_f32(source, step, rows, count, padded, target, target_step)
+    elif code == 1:
+        _rows_f16(source, step, rows, count, padded, target, target_step)
+    elif code == 2:
+        _rows_bf16(source, step, rows, count, padded, target, target_step)
+    else:
+        _rows_fp8(source, step, rows, count, padded, target, target_step)
+
+
+@kernel
+def write_rows(code, source, step, rows, count, target, target_step):
+    """write_row of `rows` rows, `step` bytes apart, to `target_step` bytes apart."""
+    if code == 0:
+        _out_f32(source, step, rows, count, 0, target, target_step)
+    elif code == 1:
+        _out_f16(source, step, rows, count, 0, target, target_step)
+    else:
+        _out_bf16(source, step, rows, count, 0, target, target_step)
 
 
 @kernel

@@ -127,6 +127,24 @@ def record_at(dtype):
     return record
 
 
+_kept = []
+KEEP = 80 << 20  # bytes
+
+
+def take(size: int) -> np.ndarray:
+    """size bytes in whole cache lines, of a call before where they suffice: clearing new pages would cost a large call a tenth of its time. Give them back by `keep`."""
+    memory = _kept.pop() if _kept else None
+    if memory is None or len(memory) < size:
+        memory = np.empty(size + 64, np.uint8)
+        memory = memory[-memory.__array_interface__["data"][0] % 64:]
+    return memory
+
+
+def keep(memory: np.ndarray):
+    if len(memory) <= KEEP:
+        _kept[:] = [memory]
+
+
 def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
     """Memory for each thread: field x of the job becomes the offset of its `sizes[x]` bytes in what thread n has at job.memory + n * job.memory_step."""
     total = 0

@@ -7,8 +7,8 @@ from sparsetile.backends.numba import tiles
 from sparsetile.backends.numba.exact import row_factor
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.job import job_at
-from sparsetile.backends.numba.rows import store_row
-from sparsetile.backends.numba.simd import LANES, get_f32, get_i32, get_i64, put_byte, put_f32, put_i64, transpose_tile
+from sparsetile.backends.numba.panels import store_panel
+from sparsetile.backends.numba.simd import get_f32, get_i32, get_i64, put_byte, put_f32, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP
 
 
@@ -27,16 +27,13 @@ def write_tile(jobs, memory, b, h, inside):
             put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
             put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
         tiles.scale_panel(o, width, state)
-        for r in range(0, PANEL, LANES):
-            for d in range(0, width, LANES):
-                transpose_tile(o + STEP * d + 4 * r, STEP, flat + 4 * d, 4 * width)
-            for n in range(r, r + LANES):
-                t = get_i64(rows, n)
-                if t >= 0:
-                    row, at = flat + 4 * (n - r) * width, (b * job.Hq + h) * job.T + t
-                    store_row(job.out_code, row, Dv, job.out + b * job.out_b + (h + t // job.T) * job.out_h + t % job.T * job.out_t)
-                    put_f32(job.lse, at, get_f32(state, PANEL + n))
-                    seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
-                    if inside != 0 and (tiles.finite(row, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
-                        put_byte(job.lost, at, 1)
-                        put_i64(job.odd, 0, 1)
+        store_panel(o, width, flat, rows, job.out + b * job.out_b + h * job.out_h, job.out_h, job.out_t, job.T, job.out_code, Dv)
+        for n in range(PANEL):
+            t = get_i64(rows, n)
+            if t >= 0:
+                at = (b * job.Hq + h) * job.T + t
+                put_f32(job.lse, at, get_f32(state, PANEL + n))
+                seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
+                if inside != 0 and (tiles.finite(flat + 4 * n * width, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
+                    put_byte(job.lost, at, 1)
+                    put_i64(job.odd, 0, 1)

@@ -7,9 +7,9 @@ from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_of, row_word
-from sparsetile.backends.numba.rows import load_row
+from sparsetile.backends.numba.rows import load_row, load_rows, store_rows
 from sparsetile.backends.numba.simd import LANES, get_i64, highest_bit, lowest_bit, put_i32, put_i64, transpose_tile
-from sparsetile.backends.numba.tiles import PANEL, STEP, times, word_common, word_union
+from sparsetile.backends.numba.tiles import PANEL, STEP, interleave, times, word_common, word_union
 
 CHUNK = 64  # keys at a time: their rows of K and V stay in the nearest cache
 WORDS = CHUNK // 32 + 1  # one more, always 0: register tiles may reach three keys past the chunk
@@ -20,21 +20,47 @@ def up(x: int, step: int) -> int:
     return -(-x // step) * step
 
 
+@kernel
+def run_of(rows, r, T):
+    """How many rows of a panel from row r on follow each other in one head, or are all -1."""
+    t, n = get_i64(rows, r), 1
+    while r + n < PANEL and get_i64(rows, r + n) == (t + n if t >= 0 else -1) and (t < 0 or (t + n) % T != 0):
+        n += 1
+    return n
+
+
 @far("iiiiiiiidiii")
 def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, flat_step, panel):
     """PANEL rows of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL].
     rows: their numbers t, or T more for each head after the first; -1: zeros."""
-    for r in range(PANEL):
-        t, row = get_i64(rows, r), flat + r * flat_step
-        if t < 0:
-            fill_zero(row, padded)
-        else:
-            load_row(code, base + t // T * head_step + t % T * step, width, row, padded)
-            if sign != 1:
-                times(row, padded, sign)
+    r = 0
+    while r < PANEL:
+        t, count = get_i64(rows, r), run_of(rows, r, T)
+        if t >= 0:
+            load_rows(code, base + t // T * head_step + t % T * step, step, count, width, padded, flat + r * flat_step, flat_step)
+        for n in range(r, r + count):
+            if t < 0:
+                fill_zero(flat + n * flat_step, padded)
+            elif sign != 1:
+                times(flat + n * flat_step, padded, sign)
+        r += count
     for r in range(0, PANEL, LANES):
         for d in range(0, padded, LANES):
             transpose_tile(flat + r * flat_step + 4 * d, flat_step, panel + 4 * (d * PANEL + r), STEP)
+
+
+@far("iiiiiiiiii")
+def store_panel(panel, padded, flat, rows, base, head_step, step, T, code, width):
+    """panel [padded, PANEL] -> flat [PANEL, padded], and the rows of a tensor that `rows` names as in load_panel."""
+    for r in range(0, PANEL, LANES):
+        for d in range(0, padded, LANES):
+            transpose_tile(panel + STEP * d + 4 * r, STEP, flat + 4 * (r * padded + d), 4 * padded)
+    r = 0
+    while r < PANEL:
+        t, count = get_i64(rows, r), run_of(rows, r, T)
+        if t >= 0:
+            store_rows(code, flat + 4 * padded * r, 4 * padded, count, width, base + t // T * head_step + t % T * step, step)
+        r += count
 
 
 @far("iiiii", "i")
@@ -71,12 +97,30 @@ def number_rows(rows, panels, T, heads, packed):
 def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, scratch):
     """Keys slot .. slot + count - 1 -> float32 rows of scratch [.., padded]; zeros for those that do not exist or are not in `union`."""
     job = job_at(jobs)
+    low, high, dense = span_of(union)
+    if dense and job.k_order == 0:
+        fill_zero(scratch, low * padded)
+        load_rows(code, base + (slot + low) * step, step, high - low, width, padded, scratch + 4 * low * padded, 4 * padded)
+        fill_zero(scratch + 4 * high * padded, (count - high) * padded)
+        return
     for c in range(count):
         s = key_of(job, slot + c, limit) if (get_i64(union, c >> 5) >> (c & 31)) & 1 else -1
         if s < 0:
             fill_zero(scratch + 4 * c * padded, padded)
         else:
             load_row(code, base + s * step, width, scratch + 4 * c * padded, padded)
+
+
+@far("iiiiiii")
+def load_pairs(jobs, base, slot, limit, union, scratch, room):
+    """Values of a chunk as pairs of keys 2 j, 2 j + 1 of bfloat16 -> scratch [.., width] words; zeros for those that do not exist or are not in `union`. room: a chunk's raw rows."""
+    job = job_at(jobs)
+    low, high, dense = span_of(union)
+    source, step, count = base + slot * job.v_t, job.v_t, (high + 1) & ~1
+    if not dense or low > 0 or count > high:
+        load_keys(jobs, base, step, 0, job.Dv >> 1, job.width >> 1, slot, count, limit, union, room)
+        source, step = room, 2 * job.width
+    interleave(source, step, count >> 1, job.Dv, scratch, job.width)
 
 
 @far("iiiiiiiiii")

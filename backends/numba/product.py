@@ -10,12 +10,12 @@ from sparsetile.backends.numba.convert import CODE
 from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
 from sparsetile.backends.numba.gather_tiles import scale_row
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.rows import load_row, store_row
-from sparsetile.backends.numba.simd import I8, LANES, address, get_f32, next_task, op, transpose_tile
+from sparsetile.backends.numba.rows import load_row, store_row, store_rows
+from sparsetile.backends.numba.simd import I8, LANES, VECTORS, address, get_f32, next_task, op, transpose_tile
 
-TILE, VECTORS = 6, 2          # 12 accumulators
+TILE = 6                      # times VECTORS: the accumulators that registers hold
 COLUMNS = VECTORS * LANES
-DEPTH = 256                   # a panel's part that stays in the nearest cache
+DEPTH = 8192 // COLUMNS       # a panel's part of 32 KB stays in the nearest cache
 ROWS = 8 * TILE
 
 PRODUCT = np.dtype([(name, "i8") for name in (
@@ -65,33 +65,56 @@ def pack(code, size, w, w_k, w_n, K, N, flat, panels):
                     transpose_tile(flat + 4 * (padded * c + k), 4 * padded, panel + 4 * (COLUMNS * k + c), 4 * COLUMNS)
 
 
-@far("iiiiii")
-def multiply(a, count, K, panels, N, tiles):
-    """`count` <= ROWS float32 rows [.., K] times panels -> tiles [ROWS, N padded]."""
-    padded = (N + COLUMNS - 1) // COLUMNS * COLUMNS
+@far("iiiiiiii")
+def multiply(a, a_step, count, K, panels, N, out, out_step):
+    """`count` <= ROWS float32 rows [.., K] times panels -> out [ROWS, N padded]."""
     for n in range(0, N, COLUMNS):
         for k in range(0, K, DEPTH):
             for r in range(0, count, TILE):
-                product_tile(a + 4 * (K * r + k), 4 * K, panels + 4 * (K * n + COLUMNS * k), min(DEPTH, K - k), tiles + 4 * (padded * r + n), 4 * padded,
-                             1 if k == 0 else 0)
+                product_tile(a + r * a_step + 4 * k, a_step, panels + 4 * (K * n + COLUMNS * k), min(DEPTH, K - k), out + r * out_step + 4 * n, out_step, 1 if k == 0 else 0)
 
 
 @kernel
-def _load(job, h, row, target, flat):
-    """Row `row` (of all batches) as float32, its groups scaled; its tail goes to the output."""
-    b, t, K = row // job.T, row % job.T, job.K
-    load_row(job.a_code, job.a + b * job.a_b + h * job.a_h + t * job.a_t, K, target, K)
+def _load(job, h, row, target):
+    """Row `row` (of all batches) as float32, its groups scaled."""
+    K = job.K
+    load_row(job.a_code, job.a + row // job.T * job.a_b + h * job.a_h + row % job.T * job.a_t, K, target, K)
     if job.scale != 0:
         groups = (K + 127) // 128
         for g in range(groups):  # whole vectors: what follows the row is not loaded yet
             scale_row(target + 512 * g, min(128, K - 128 * g), get_f32(job.scale, row * groups + g))
-    if job.P > 0:
-        source, to = job.tail + b * job.tail_b + h * job.tail_h + t * job.tail_t, job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t
-        if job.tail_bytes > 0:
-            copy_bytes(source, to + job.N0 * job.out_size, job.tail_bytes)
+
+
+@kernel
+def _tail(job, h, row, flat):
+    """The tail of a row goes behind the first product."""
+    b, t = row // job.T, row % job.T
+    source, to = job.tail + b * job.tail_b + h * job.tail_h + t * job.tail_t, job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t
+    if job.tail_bytes > 0:
+        copy_bytes(source, to + job.N0 * job.out_size, job.tail_bytes)
+    else:
+        load_row(job.tail_code, source, job.P, flat, job.P)
+        store_row(job.out_code, flat, job.P, to + job.N0 * job.out_size)
+
+
+@far("iiiiiii")
+def _product(jobs, memory, h, start, count, a, a_step):
+    """Both products of `count` rows from row `start` on, which stand at `a` as float32: into the output where whole register tiles fit it, else by way of scratch."""
+    job = job_at(jobs)
+    whole, tiles = start % job.T + ROWS <= job.T and count == ROWS, memory + job.tiles
+    for part in range(2):
+        out, out_b, out_h, out_t, N = (job.out0, job.out0_b, job.out0_h, job.out0_t, job.N0) if part == 0 else (job.out1, job.out1_b, job.out1_h, job.out1_t, job.N1)
+        panels, step, base = memory + job.panels + part * job.panels_step, 4 * ((N + COLUMNS - 1) // COLUMNS * COLUMNS), out + h * out_h
+        first = base + start // job.T * out_b + start % job.T * out_t
+        if whole and job.out_code == 0 and N % COLUMNS == 0:
+            multiply(a, a_step, count, job.K, panels, N, first, out_t)
+            continue
+        multiply(a, a_step, count, job.K, panels, N, tiles, step)
+        if whole:
+            store_rows(job.out_code, tiles, step, count, N, first, out_t)
         else:
-            load_row(job.tail_code, source, job.P, flat, job.P)
-            store_row(job.out_code, flat, job.P, to + job.N0 * job.out_size)
+            for n in range(count):
+                store_row(job.out_code, tiles + step * n, N, base + (start + n) // job.T * out_b + (start + n) % job.T * out_t)
 
 
 @far("ii")
@@ -99,7 +122,7 @@ def work(jobs, thread):
     """One thread: heads' runs of rows until there are none left."""
     job = job_at(jobs)
     K, total, memory = job.K, job.B * job.T, job.memory + job.memory_step * thread
-    rows, tiles, flat, panels = memory + job.rows, memory + job.tiles, memory + job.flat, memory + job.panels
+    rows, flat, panels = memory + job.rows, memory + job.flat, memory + job.panels
     runs = (total + job.run - 1) // job.run
     while True:
         task = next_task(job.counter)
@@ -110,17 +133,16 @@ def work(jobs, thread):
             w, w_k, w_n, N = (job.w0 + h * job.w0_h, job.w0_k, job.w0_n, job.N0) if part == 0 else (job.w1 + h * job.w1_h, job.w1_k, job.w1_n, job.N1)
             pack(job.w_code, job.w_size, w, w_k, w_n, K, N, flat, panels + part * job.panels_step)
         for start in range(first, min(first + job.run, total), ROWS):
-            count = min(ROWS, total - start)
-            for n in range(count):
-                _load(job, h, start + n, rows + 4 * K * n, flat)
-            for part in range(2):
-                N = job.N0 if part == 0 else job.N1
-                step = 4 * ((N + COLUMNS - 1) // COLUMNS * COLUMNS)
-                multiply(rows, count, K, panels + part * job.panels_step, N, tiles)
-                for n in range(count if N > 0 else 0):
-                    b, t = (start + n) // job.T, (start + n) % job.T
-                    to = job.out0 + b * job.out0_b + h * job.out0_h + t * job.out0_t if part == 0 else job.out1 + b * job.out1_b + h * job.out1_h + t * job.out1_t
-                    store_row(job.out_code, tiles + step * n, N, to)
+            count, a, a_step = min(ROWS, total - start), rows, 4 * K
+            if job.a_code == 0 and job.scale == 0 and count == ROWS and start % job.T + ROWS <= job.T:  # read in place
+                a, a_step = job.a + start // job.T * job.a_b + h * job.a_h + start % job.T * job.a_t, job.a_t
+            else:
+                for n in range(count):
+                    _load(job, h, start + n, rows + 4 * K * n)
+            if job.P > 0:
+                for n in range(count):
+                    _tail(job, h, start + n, flat)
+            _product(jobs, memory, h, start, count, a, a_step)
 
 
 def run_product(rows, weights, outputs, *, scale=None, tail=None):

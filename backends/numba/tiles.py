@@ -12,8 +12,9 @@ import math
 
 from llvmlite import ir
 
+from sparsetile.backends.numba.convert import float_to_bfloat
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
+from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, op
 
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
@@ -55,11 +56,11 @@ def _seen(e, words, key):
     return [b.icmp_signed("<", b.shl(e.load(e.add(words, offset), n * WIDTH, e.VI), shift), e.n(0)) for n in range(VECTORS)]
 
 
-def _score(masked):
+def _score(masked, pairs=False):
     def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
-            acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D)
+            acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs)
             if masked:
                 words, first_key = mask
                 for r in range(rows):
@@ -80,6 +81,8 @@ score = op("iiiiiiii", _score(False))
 """(K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
 score_masked = op("iiiiiiiiii", _score(True))
 """The same with (..., words, first key): unseen pairs become -inf."""
+score_pairs, score_pairs_masked = op("iiiiiiii", _score(False, PAIRS)), op("iiiiiiiiii", _score(True, PAIRS))
+"""The same of bfloat16, two to a word: D counts words. Where the CPU has no pair products these are never called."""
 
 
 def _cap(e, ps, pm, words, first_key, count, pc):
@@ -128,41 +131,73 @@ rescale = op("iiiiii", _rescale)
 """(new maxima, maxima in use, sums, O^T, Dv, constants)"""
 
 
-def _exponent(e, ps, count, pm, pl, pc):
-    """P = 2 ** (c (S - m)) in place for a multiple of 4 keys; sums are added up at pl."""
+def _exponent(pairs):
+    def exponent(e, ps, count, pm, pl, pc):
+        _exponents(e, ps, count, pm, pl, pc, pairs)
+    return exponent
+
+
+def _exponents(e, ps, count, pm, pl, pc, pairs):
+    """P = 2 ** (c (S - m)) in place for a multiple of 4 keys; sums are added up at pl. pairs: as bfloat16, rows 2 j and 2 j + 1 together in row j."""
     b = e.b
     c, low = (e.splat(e.load(pc, offset, F)) for offset in (0, 4))
     m = [b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x) for x in _panel(e, pm)]  # -inf - -inf would be NaN
     rows = 2
 
     def body(j, sums):
-        row, new = e.add(ps, e.mul(j, STEP)), []
-        for i in range(rows * VECTORS):
-            x = e.exp2(b.fsub(e.load(row, i * WIDTH), m[i % VECTORS]), c, low)
-            e.store(x, row, i * WIDTH)
-            new.append(b.fadd(sums[i], x))
-        return new
+        row = e.add(ps, e.mul(j, STEP))
+        new = [e.exp2(b.fsub(e.load(row, i * WIDTH), m[i % VECTORS]), c, low) for i in range(rows * VECTORS)]
+        if pairs:
+            words = [b.zext(float_to_bfloat(e, x), e.VI) for x in new]
+            for n in range(VECTORS):
+                e.store(b.or_(words[n], b.shl(words[VECTORS + n], e.n(16))), e.add(ps, e.mul(j, STEP // 2)), n * WIDTH)
+        else:
+            for i, x in enumerate(new):
+                e.store(x, row, i * WIDTH)
+        return [b.fadd(total, x) for total, x in zip(sums, new)]
     sums = e.loop(count, [e.f(0)] * (rows * VECTORS), body, rows)
     for n in range(VECTORS):  # a chunk's sum is made from zero: a smaller error than one long sum
         e.store(b.fadd(e.load(pl, n * WIDTH), b.fadd(sums[n], sums[VECTORS + n])), pl, n * WIDTH)
 
 
-exponent = op("iiiii", _exponent)
+exponent, exponent_pairs = op("iiiii", _exponent(False)), op("iiiii", _exponent(True))
 
 
-def _values(e, pv, v_step, ps, keys, po, sixes, fours):
-    """O^T += V^T P over any number of keys."""
-    def group(rows, first, _):
-        acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys)
-        out = e.add(po, e.mul(first, STEP))
-        for i, x in enumerate(acc):
-            e.store(e.b.fadd(x, e.load(out, i * WIDTH)), out, i * WIDTH)
+def _values(pairs):
+    def values(e, pv, v_step, ps, keys, po, sixes, fours):
+        """O^T += V^T P over any number of keys."""
+        def group(rows, first, _):
+            acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs)
+            out = e.add(po, e.mul(first, STEP))
+            for i, x in enumerate(acc):
+                e.store(e.b.fadd(x, e.load(out, i * WIDTH)), out, i * WIDTH)
+            return []
+        _groups(e, sixes, fours, [], group)
+    return values
+
+
+add_values, add_values_pairs = op("iiiiiii", _values(False)), op("iiiiiii", _values(PAIRS))
+"""(V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
+
+
+def _interleave(e, source, step, pairs, width, target, padded):
+    """Rows 2 j and 2 j + 1 of bfloat16 -> row j of `padded` words, first in the low halves; zeros behind `width`."""
+    def body(j, _):
+        row, to = e.add(source, e.mul(j, e.mul(step, 2))), e.add(target, e.mul(j, e.mul(padded, 4)))
+        main = e.b.and_(width, e.i(-LANES))
+        for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(width, main))):
+            def words(d, _):
+                at = e.mul(e.add(d, first), 2)
+                low, high = (e.b.zext(v.load(e.add(x, at), 0, v.of(I16)), v.VI) for x in (row, e.add(row, step)))
+                v.store(e.b.or_(low, e.b.shl(high, v.n(16))), e.add(to, e.mul(at, 2)))
+                return []
+            e.loop(n, [], words, v.lanes)
+        e.loop(e.b.sub(padded, width), [], lambda d, _: (e.store(ir.Constant(I32, 0), e.add(to, e.mul(e.add(width, d), 4))), [])[1])
         return []
-    _groups(e, sixes, fours, [], group)
+    e.loop(pairs, [], body)
 
 
-add_values = op("iiiiiii", _values)
-"""(V, V's row step, P, keys, O^T, sixes, fours)"""
+interleave = op("iiiiii", _interleave)
 
 
 def _scale_panel(e, po, Dv, pf):

@@ -4,6 +4,9 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  ->  out [B,Hq,T,Dv
 Partial blocks come first, then the full ones, whose loop holds no mask: measured equal or faster than the other orders, and a row that a
 partial block left empty costs no guard later. Key blocks that end past the call's last key are cut in the first loop, later ones skipped.
 A key of a partial block that no row of the tile sees is never read into a product (0 * NaN). Empty row: out 0, lse -inf.
+
+The path "gluon" is for sm_90a. Calls that it does not know (orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot
+address) take the portable one with the same blocks.
 The path "decode" is for few queries; calls with orders take the portable one.
 """
 from functools import lru_cache
@@ -17,7 +20,8 @@ from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "decode"), "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
+    Tunable("path", ("portable", "gluon", "decode"), "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D up to 192, Dv up to 128 (block_attention_gluon.py); "
+            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
     Tunable("num_warps", (4, 8), "warps of a program"),
@@ -144,6 +148,17 @@ def supports(problem: Problem) -> str | None:
     return refusal(problem)
 
 
+def no_gluon(problem: Problem) -> str | None:
+    """Why the path "gluon" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path gluon: {problem.arch} lacks its instructions; take portable"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
+        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if problem.dtype("q") not in ("float16", "bfloat16") or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
+        return f"path gluon takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; take portable"
+    return None
+
+
 def widths(D: int, DV: int, config) -> dict:
     """How the widths lie in a program's tiles. Values in one part of at least 64 columns: narrower ones, whose tile is laid out unlike that of the keys, came out
     wrong (the keys past the first 16) in Triton 3.6 on Hopper."""
@@ -157,6 +172,18 @@ def widths(D: int, DV: int, config) -> dict:
 
 
 def default_config(problem: Problem) -> dict:
+    if problem["T"] <= 16 and problem.dtype("q") != "float32":
+        from sparsetile.backends.triton import block_attention_decode
+        few = block_attention_decode.default_config(problem)
+        if not isinstance(resources(problem, few), str):
+            return few
+    config = portable_config(problem)
+    if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
+        config.update(path="gluon", block_k=128, num_warps=8)
+    return config
+
+
+def portable_config(problem: Problem) -> dict:
     D, DV, T = problem["D"], problem["Dv"], problem["T"]
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
@@ -181,6 +208,8 @@ def default_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] == "gluon":
+        return _gluon_resources(problem, config)
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
@@ -199,6 +228,17 @@ def resources(problem: Problem, config) -> Resources | str:
     if shared > shared_limit(problem.arch):
         return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use smaller blocks, fewer stages, or chunk and value_block"
     return Resources(threads=warps * (64 if problem.arch == "gfx942" else 32), shared=shared)
+
+
+def _gluon_resources(problem: Problem, config) -> Resources | str:
+    if (config["block_q"], config["block_k"]) != (128, 128):
+        return f"path gluon takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+    refused = no_gluon(problem)
+    portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+    if isinstance(portable, str):
+        return portable
+    from sparsetile.backends.triton import block_attention_gluon
+    return block_attention_gluon.resources(problem["D"], problem["Dv"])
 
 
 def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False) -> dict:
@@ -238,6 +278,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     lse = None
     if return_lse:
         lse = place.full((B, Hq, T), "float32", float("-inf")) if ordered else place.empty((B, Hq, T), "float32")
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import block_attention_gluon
+        if block_attention_gluon.takes(q, k, v, lists, scale, kind):
+            block_attention_gluon.launch(q, k, v, lists, out, lse, place, scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+            return out, lse
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         if block_attention_decode.takes(q, lists, config):
@@ -261,6 +306,9 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
 
 def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import block_attention_gluon
+        return block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})

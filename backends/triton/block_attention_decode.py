@@ -151,7 +151,7 @@ def merge(sums, tops, out, lse, sinks, Hq, T, lines, scale, DV: tl.constexpr, V0
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def rows_of_tile(queries: int, pack: int, width: int) -> int:
-    return min(power(queries * pack), 64 if width <= 128 else 32 if width <= 256 else 16)
+    return min(power(queries * pack), 64 if width <= 128 or queries * pack >= 64 else 32 if width <= 256 else 16)
 
 
 def widths(D: int, DV: int) -> dict:
@@ -165,6 +165,8 @@ def pack_of(problem: Problem) -> int:
 
 def resources(problem: Problem, config) -> Resources | str:
     queries = min(problem["T"], config["block_q"])
+    if problem.dtype("q") == "float32":
+        return "path decode takes float16 and bfloat16, not float32; take portable"
     if queries > QUERIES:
         return f"path decode takes up to {QUERIES} queries a tile, not {queries}; take a smaller block_q, or path portable"
     if config["chunk"] or config["value_block"]:
@@ -177,6 +179,12 @@ def resources(problem: Problem, config) -> Resources | str:
     if shared > shared_limit(problem.arch):
         return f"about {shared // 1024} KiB of shared memory asked for, {problem.arch} has {shared_limit(problem.arch) // 1024}; use smaller blocks or fewer stages"
     return Resources(threads=warps * (64 if problem.arch == "gfx942" else 32), shared=shared)
+
+
+def default_config(problem: Problem) -> dict:
+    wide = max(problem["D"], problem["Dv"])
+    shape = dict(block_k=64, num_warps=4, num_stages=3) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8, num_stages=3)
+    return dict(path="decode", block_q=16, chunk=0, value_block=0, **shape)
 
 
 def takes(q, lists, config) -> bool:

@@ -43,6 +43,6 @@ def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=N
     B, T, S = q.shape[0], q.shape[2], k.shape[1]
     scores = place.empty((B, T, S), "float32")
     by_batch = not isinstance(q_start, int)
-    index_score.score(q, k, weights, scores, place=place, queries=config["queries"], stages=config["stages"], T_all=T, k_scale=k_scale, starts=key_start,
+    index_score.score(q, k, index_score.near_heads(weights), scores, place=place, queries=config["queries"], stages=config["stages"], T_all=T, k_scale=k_scale, starts=key_start,
                       ends=key_end, q_starts=q_start if by_batch else None, causal=causal, position=0 if by_batch else q_start, activation=activation)
     return scores

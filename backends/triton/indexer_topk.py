@@ -91,6 +91,7 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     values = place.empty((B, T, top_k), "float32") if return_scores else None
     if not B * T:
         return indices, lengths, values
+    weights = index_score.near_heads(weights)
     at_once, stride = min(B * T, rows_at_once(T, S, config["scratch_mb"])), row_stride(S)
     batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
     scratch = place.empty((batches * queries * stride,), "float32")

@@ -16,17 +16,17 @@ class Constants(dict):
         return self is other
 
 
-def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=()) -> None:
-    """fn[grid](*pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types."""
+def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=(), maps: tuple = ()) -> None:
+    """fn[grid](*maps, *pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
     addresses = [None if x is None else x.data_ptr() for x in pointers]
     key = fn, place.device, tuple([None if x is None else x % 16 == 0 for x in addresses]), numbers, constants, kinds
     found = _compiled.get(key)
     if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to know of every launch
-        kernel = fn[grid](*pointers, *numbers, **constants)
+        kernel = fn[grid](*maps, *pointers, *numbers, **constants)
         if _KNOWN and kernel is not None and place.device is not None:
             if len(_compiled) >= 4096:  # shapes come and go
                 _compiled.clear()
-            _compiled[key] = kernel, [constants[name] for name in fn.arg_names[len(pointers) + len(numbers):]]
+            _compiled[key] = kernel, [constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):]]
         return
     kernel, rest = found
-    kernel.run(*grid, *(1,) * (3 - len(grid)), place.stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses, *numbers, *rest)
+    kernel.run(*grid, *(1,) * (3 - len(grid)), place.stream, kernel.function, kernel.packed_metadata, None, None, None, *maps, *addresses, *numbers, *rest)

@@ -67,17 +67,24 @@ def bound_rank(mean):
 def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.constexpr):
     """(key, position): entries with a larger key, or this key at or before this position, are with high probability at least k and few more.
 
-    The sample are runs of 4 at hashed places of equal strata, so that no period of the row is in step with it; at most half of a row of more than 8.
+    The sample are groups of 4, each one load, at hashed places of equal strata, so that no period of the row is in step with it; at most half of a row, which
+    has more than 16.
     """
     n = hi - lo
-    runs = tl.minimum(SAMPLE // 4, n // 8)
-    i = tl.arange(0, SAMPLE)
-    run = i // 4
-    begin = run * (n // runs) + run * (n % runs) // runs
-    room = n // runs - 3
-    noise = tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, room.to(tl.uint32) + tl.zeros((SAMPLE,), tl.uint32)).to(tl.int32)
-    at = tl.where(run < runs, lo + begin + noise + (i & 3), hi)
-    keys = load_keys(row, at, lo, hi, first, last, FORCED)
+    head = (lo + 3) // 4
+    groups = hi // 4 - head  # whole ones
+    runs = tl.minimum(SAMPLE // 4, groups // 2)
+    run = tl.arange(0, SAMPLE // 4)
+    begin = run * (groups // runs) + run * (groups % runs) // runs
+    noise = tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, (groups // runs).to(tl.uint32) + tl.zeros((SAMPLE // 4,), tl.uint32)).to(tl.int32)
+    there = run < runs
+    group = tl.where(there, head + begin + noise, head) * 4
+    at = group[:, None] + tl.arange(0, 4)[None, :]
+    keys = order_keys(tl.load(row + at).to(tl.int32, bitcast=True))
+    if FORCED:
+        keys = tl.where((at < first) | (at >= last), 0xFFFFFFFF, keys)
+    keys = tl.reshape(tl.where(there[:, None], keys, tl.zeros_like(keys)), (SAMPLE,))
+    at = tl.reshape(at, (SAMPLE,))
     mean = k * (4 * runs / n.to(tl.float32))
     rank = bound_rank(mean).to(tl.int32)
     key = tl.sum(tl.zeros_like(keys), axis=0)

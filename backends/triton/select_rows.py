@@ -72,7 +72,7 @@ def wanted(lo, hi, k, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, ALL: tl.cons
 @triton.jit
 def sample_rows(scores, starts, ends, q_starts, bounds, first_row, T, T_all, S, k, stride_b, stride_t, position, pool, force_first, force_last,
                 CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr):
-    """Program r: bounds[r] = key and position that candidates must pass; key 0 where all may."""
+    """Program r: bounds[first_row + r] = key and position that candidates must pass; key 0 where all may."""
     r = tl.program_id(0)
     b, t = (first_row + r) // T, (first_row + r) % T
     item = b.to(tl.int64) * T_all + t
@@ -81,8 +81,8 @@ def sample_rows(scores, starts, ends, q_starts, bounds, first_row, T, T_all, S, 
     place = lo * 0 - 1
     if (hi - lo > CAPACITY) & wanted(lo, hi, k, CAPACITY, SAMPLE, ALL):
         key, place = sample_bound(scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t, lo, hi, k, first, last, SAMPLE, FORCED)
-    tl.store(bounds + 2 * r, key.to(tl.int32, bitcast=True))
-    tl.store(bounds + 2 * r + 1, place)
+    tl.store(bounds + 2 * (first_row + r), key.to(tl.int32, bitcast=True))
+    tl.store(bounds + 2 * (first_row + r) + 1, place)
 
 
 @triton.jit
@@ -103,8 +103,8 @@ def keep_rows(scores, starts, ends, q_starts, bounds, buffer, counts, first_row,
         part_hi = tl.minimum(part_lo + share, hi)
         if part == SPLITS - 1:
             part_hi = hi
-        key = tl.load(bounds + 2 * r).to(tl.uint32, bitcast=True)
-        place = tl.load(bounds + 2 * r + 1)
+        key = tl.load(bounds + 2 * (first_row + r)).to(tl.uint32, bitcast=True)
+        place = tl.load(bounds + 2 * (first_row + r) + 1)
         count = keep_candidates(row, (S + pool - 1) // pool, tl.maximum(part_lo, lo), part_hi, key, place, first, last, buffer + mine, CAPACITY, BLOCK, FORCED)
         if (count < k) & (key > 0):
             count = count | 0x40000000  # a true bound: the parts together must hold k
@@ -161,7 +161,7 @@ def default_knobs(rows: int, S: int, k: int, sms: int) -> dict:
     splits = 1
     while splits < 16 and rows * splits * 2 <= 4 * sms and S // (splits * 2) >= 8192:
         splits *= 2
-    return {"capacity": capacity, "sample": sample, "block": 2048 if S > 1024 else 1024, "select_warps": warps(capacity), "splits": splits}
+    return {"capacity": capacity, "sample": sample, "block": 4096 if S > 32768 and capacity >= 4096 else 2048 if S > 1024 else 1024, "select_warps": warps(capacity), "splits": splits}
 
 
 def candidates(S: int, k: int, sample: int) -> float:
@@ -197,18 +197,18 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
     bounds, kept, counts = scratch if scratch is not None else buffers(B * T, place, config)
     sample, keep, choose_ = constants(config, causal, bool(force_first or force_last), everything, values is not None)
     window = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last)
+    sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, num_warps=config["select_warps"])
     for first in range(0, B * T, kept.shape[0]):
         rows = min(kept.shape[0], B * T - first)
-        sample_rows[(rows,)](scores, starts, ends, q_starts, bounds, first, *window, **sample, num_warps=config["select_warps"])
         keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, bounds, kept, counts, first, *window, **keep, num_warps=config["select_warps"])
         choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, num_warps=config["select_warps"])
 
 
 def buffers(rows, place, config):
-    """Bounded scratch for as many rows as go through at once: the candidates of each part of a row, and their number."""
-    splits, room = config["splits"], config["capacity"] + config["block"]
+    """A bound for each row, and bounded scratch for as many as go through at once: the candidates of each part of a row, and their number."""
+    splits, room, every = config["splits"], config["capacity"] + config["block"], rows
     rows = max(1, min(rows, SCRATCH // (8 * room * splits), 65535))
-    return place.empty((rows, 2), "int32"), place.empty((rows, splits, room), "int64"), place.empty((rows, splits), "int32")
+    return place.empty((every, 2), "int32"), place.empty((rows, splits, room), "int64"), place.empty((rows, splits), "int32")
 
 
 def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values) -> list[dict]:

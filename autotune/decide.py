@@ -1,0 +1,41 @@
+"""Which of the finalists is written: ties go to the smaller config in a fixed order, and the default stays unless the gain is real."""
+from dataclasses import dataclass, field
+
+from sparsetile.autotune import space, timing
+
+FINALISTS = 6
+GAIN = 0.02  # a winner must beat the default by this or by twice the noise, whichever is more
+
+
+@dataclass
+class Tried:
+    """One config on one backend."""
+    backend: str
+    config: dict
+    time_us: float | None = None
+    failure: str | None = None
+    samples: list = field(default_factory=list)
+
+
+def finalists(backend: str, tried: list, default: dict) -> list:
+    """The best few, and always the default."""
+    right = sorted((t for t in tried if t.time_us), key=lambda t: t.time_us)
+    chosen = [Tried(backend, t.config) for t in right[:FINALISTS]]
+    return chosen if any(t.config == default for t in chosen) else chosen + [Tried(backend, default)]
+
+
+def decide(finalists: list, default: dict, module, problem) -> dict:
+    """The entry's figures of a backend's winner."""
+    base = next((t for t in finalists if t.config == default), None)
+    best = min(finalists, key=lambda t: t.time_us)
+    band = max(0.01, timing.noise(best.samples, best.time_us) * 2)
+    ties = [t for t in finalists if t.time_us <= best.time_us * (1 + band)]
+    winner = min(ties, key=lambda t: space.cost_order(t.config, module, problem))
+    if base is not None:
+        need = max(GAIN, 2 * timing.noise(base.samples, base.time_us))
+        if winner is not base and winner.time_us > base.time_us * (1 - need):
+            winner = base
+    entry = {"config": dict(winner.config), "time_us": round(winner.time_us, 2), "spread": timing.spread(winner.samples), "ties": len(ties), "band": round(band, 4)}
+    if base is not None:
+        entry["default_us"] = round(base.time_us, 2)
+    return entry

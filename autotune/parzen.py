@@ -1,0 +1,122 @@
+"""The sampler over an enumerated pool of legal configs: tree-structured Parzen scores of every config that was not tried yet, one-knob neighbours of the best,
+and a few at random. NumPy only; search.py makes it an Optuna sampler.
+
+With seeds (the default, winners of neighbouring buckets and GPUs) it has two arms that take turns: the warm one knows the seeds and what came of them, the cold one
+only what itself found, because a winner from elsewhere can hold a search where it is. No config is tried twice, by either.
+"""
+import numpy as np
+
+STARTUP = 8          # an arm's first configs are drawn at random
+PARZEN, NEIGHBOUR = 0.65, 0.25
+INCUMBENTS, TOP = 5, 24
+GOOD, MOST_GOOD = 0.15, 20  # the share of an arm's results that counts as good
+SPREAD = 0.3         # how much of a kernel's weight goes to other values of a knob
+
+
+class Arm:
+    def __init__(self):
+        self.index, self.value = [], []
+
+
+class Pool:
+    """points [N,d]: each knob's value as its place among the sorted values; ordered [d]: whether places have a distance. Index 0 is the default."""
+
+    def __init__(self, points, ordered, seed: int = 0, seeds=()):
+        self.points, self.rng = np.asarray(points, np.int32), np.random.default_rng(seed)
+        self.free = np.ones(len(self.points), bool)
+        self.seeds = [n for n in dict.fromkeys((0, *seeds))]
+        self.arms = [Arm(), Arm()] if len(self.seeds) > 1 else [Arm()]
+        self.tables = [_kernel(int(column.max()) + 1, bool(o)) for column, o in zip(self.points.T, ordered)]
+        self.of, self.turn = {}, 0
+
+    def ask(self) -> int | None:
+        """The place of a config that was never given before; None when there is none left."""
+        if not self.free.any():
+            return None
+        while self.seeds:
+            n = self.seeds.pop(0)
+            if self.free[n]:
+                return self._give(n, 0)
+        arm = self.turn % len(self.arms)
+        self.turn += 1
+        return self._give(self._pick(self.arms[arm]), arm)
+
+    def tell(self, n: int, value: float) -> None:
+        """value: what is to be small; infinite for a failure, which counts as bad."""
+        self.free[n] = False
+        for arm in ({self.of.get(n, 0)} | ({len(self.arms) - 1} if n == 0 else set())):  # every arm knows the default
+            self.arms[arm].index.append(n)
+            self.arms[arm].value.append(value)
+
+    def give_back(self, n: int) -> None:
+        self.free[n] = True
+
+    def _give(self, n, arm):
+        self.free[n], self.of[n] = False, arm
+        return int(n)
+
+    def _pick(self, arm: Arm) -> int:
+        left = np.flatnonzero(self.free)
+        draw = self.rng.random()
+        if len(arm.index) < STARTUP or draw >= PARZEN + NEIGHBOUR:
+            return self.rng.choice(left)
+        index, value = np.array(arm.index), np.array(arm.value)
+        order = np.argsort(value, kind="stable")
+        order = order[np.isfinite(value[order])]
+        if not len(order):
+            return self.rng.choice(left)
+        if draw >= PARZEN:
+            near = self._neighbours(index[order[:INCUMBENTS]], left)
+            if len(near):
+                return near[np.argmax(self._score(near, index, order))]
+        if len(left) > 20_000:
+            left = self.rng.choice(left, 20_000, replace=False)
+        score = self._score(left, index, order)
+        best = np.argsort(-score, kind="stable")[:TOP]
+        weight = np.exp((score[best] - score[best[0]]).clip(-30)) + 1e-9
+        return left[self.rng.choice(best, p=weight / weight.sum())]
+
+    def _score(self, candidates, index, order):
+        """log of (density of the good configs / density of the others)."""
+        good = min(MOST_GOOD, max(2, int(np.ceil(GOOD * len(index)))))
+        best = index[order[:good]]
+        rest = np.setdiff1d(index, best)
+        return np.log(self._density(candidates, best)) - np.log(self._density(candidates, rest))
+
+    def _density(self, candidates, centres):
+        if not len(centres):
+            return np.ones(len(candidates))
+        product = np.ones((len(candidates), len(centres)))
+        for j, table in enumerate(self.tables):
+            product *= table[self.points[candidates, j][:, None], self.points[centres, j][None]]
+        return product.mean(1) + 1e-12
+
+    def _neighbours(self, incumbents, left):
+        """Configs not tried that differ from one of these in one knob, by one step where it is ordered."""
+        away = self.points[left][:, None] != self.points[incumbents][None]
+        return left[(away.sum(-1) == 1).any(-1)]
+
+
+def _kernel(values: int, ordered: bool) -> np.ndarray:
+    """How near two values of a knob are, [values, values]: half by being the same, half by their distance."""
+    places = np.arange(values)
+    same = np.eye(values)
+    if values == 1:
+        return same
+    other = (1 - same) / (values - 1)
+    by_hand = (1 - SPREAD) * same + SPREAD * other
+    if not ordered:
+        return by_hand
+    decay = np.exp(-1.5 * np.abs(places[:, None] - places[None]))
+    return (by_hand + decay / decay.sum(1, keepdims=True)) / 2
+
+
+def places(tunables, pool: list[dict]) -> tuple[np.ndarray, list[bool]]:
+    """(points, ordered) of a pool of configs: numbers in ascending order, words in the order of the knob's values."""
+    columns, ordered = [], []
+    for t in tunables:
+        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in t.values)
+        ranked = sorted(t.values) if numeric else list(t.values)
+        columns.append([ranked.index(config[t.name]) if config.get(t.name) in ranked else len(ranked) for config in pool])
+        ordered.append(numeric)
+    return np.array(columns, np.int32).reshape(len(ordered), len(pool)).T, ordered

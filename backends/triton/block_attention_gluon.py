@@ -1,0 +1,477 @@
+"""Block attention's forward for Hopper in Gluon, Triton's language of explicit layouts: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
+
+A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first, by an atomic ticket), `bring` loads them through the copy engine,
+`clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of `multiply` hold 64 rows each: while
+the output product of one key block runs, the exponentials of the next are made. Full blocks run no mask code. Rows that do not exist are zeros on the way in and
+dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
+
+Every barrier is an allocation of its own: with an array of them the compiler puts a bar.sync before each use.
+"""
+from functools import lru_cache
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparsetile.backends.contract import Resources
+from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
+from sparsetile.backends.triton import relaunch
+from sparsetile.backends.triton.tiles import capped, entries_of, finish, soften
+
+ROWS = gl.constexpr(128)
+KEYS = gl.constexpr(128)
+STAGES = gl.constexpr(2)
+READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
+
+
+# ---------------------------------------------------------------------------------------------------------------- items
+@gluon.jit
+def _open(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many need no mask, how many
+    stand before the gap, how many in all, the gap, keys that exist."""
+    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+    q_start, q_starts, kv_length = at
+    before = ahead * heads
+    each = gl.where(number < before, ahead, tiles - ahead)
+    m = gl.where(number < before, number, number - before)
+    head = m // each
+    rank = m - head * each + gl.where(number < before, 0, ahead)
+    b = head // Hq
+    h = head - b * Hq
+    which = gl.load(list_of + b * slb + h * slh)
+    limit = S
+    if kv_length is not None:
+        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
+    start = q_start
+    if q_starts is not None:
+        start = gl.load(q_starts + b)
+    elif FROM_LENGTH:
+        start += limit - T
+    if schedule is not None:  # the call covers exactly the layout's tiles
+        tile = gl.load(schedule + which * nq + rank)
+        t = (first + tile) * ROWS - start
+    else:  # later tiles first: under causal patterns they are the longer ones
+        turned = tiles - 1 - rank
+        rest = start & (ROWS - 1)
+        tile = (start - rest) // ROWS + turned - first
+        t = turned * ROWS - rest
+    tile = gl.where(t < T, tile, -1)
+    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, KEYS, EDGE)
+    return head, t, a, n - a, n - a + edge, n - a + edge + c - e, e - n - edge, limit
+
+
+@gluon.jit
+def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, slots, slot_full, slot_free):
+    place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
+    number = gl.program_id(0)
+    j = 0
+    more = number < items
+    while more:
+        fields = _open(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH)
+        x = place * 0
+        for f in gl.static_range(8):
+            x = gl.where(place == f, fields[f], x)
+        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
+        slots.index(j % 2).store(x)
+        mbarrier.arrive(slot_full.index(j % 2))
+        j += 1
+        number = items
+        if ticket is not None:
+            number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
+        more = number < items
+    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
+    slots.index(j % 2).store(place * 0 - 1)
+    mbarrier.arrive(slot_full.index(j % 2))
+
+
+@gluon.jit
+def _next(j, slots, slot_full, slot_free, WARPS: gl.constexpr):
+    """Item j as `_open` made it; its head is -1 after the last."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # every thread holds all eight
+    mbarrier.wait(slot_full.index(j % 2), (j // 2) & 1)
+    x = slots.index(j % 2).load(layout)
+    mbarrier.arrive(slot_free.index(j % 2))
+    place = gl.arange(0, 8, layout)
+    head = gl.sum(gl.where(place == 0, x, 0), 0)
+    t = gl.sum(gl.where(place == 1, x, 0), 0)
+    first = gl.sum(gl.where(place == 2, x, 0), 0)
+    plain = gl.sum(gl.where(place == 3, x, 0), 0)
+    kept = gl.sum(gl.where(place == 4, x, 0), 0)
+    n = gl.sum(gl.where(place == 5, x, 0), 0)
+    gap = gl.sum(gl.where(place == 6, x, 0), 0)
+    limit = gl.sum(gl.where(place == 7, x, 0), 0)
+    return head, t, first, plain, kept, n, gap, limit
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading, clearing
+@gluon.jit
+def _bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
+    tma.async_copy_global_to_shared(desc0, at, bar, to0)
+    if D1:
+        tma.async_copy_global_to_shared(desc1, [at[0], at[1], at[2], desc0.block_shape[3]], bar, to1)
+
+
+@gluon.jit
+def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, slots, slot_full, slot_free, tiles, q_bars, k_bars, v_bars):
+    """Queries of an item, then its keys and values; those of a masked block go by way of `clear`."""
+    q0, q1, k0, k1, v = maps
+    sq0, sq1, sk0, sk1, sv = tiles
+    q_full, q_free = q_bars
+    k_full, k_free = k_bars
+    v_full, v_free, v_landed = v_bars
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 1)
+    while head >= 0:
+        b = head // Hq
+        h = head - b * Hq
+        hk = h // group
+        if count > 0:
+            u = j % QUERIES
+            mbarrier.wait(q_free.index(u), ((j // QUERIES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + D1))
+            for w in gl.static_range(2):
+                _bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
+            j += 1
+            following = gl.load(cols + first + gl.where(kept == 0, gap, 0))
+            for e in range(count):
+                row = following * KEYS
+                following = gl.load(cols + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= kept, gap, 0))
+                s = n % STAGES
+                phase = ((n // STAGES) & 1) ^ 1
+                mbarrier.wait(k_free.index(s), phase)
+                mbarrier.expect(k_full.index(s), 2 * KEYS * (D0 + D1))
+                _bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), [b, hk, row, 0], D1)
+                mbarrier.wait(v_free.index(s), phase)
+                if e < plain:
+                    mbarrier.expect(v_full.index(s), 2 * KEYS * V0)
+                    tma.async_copy_global_to_shared(v, [b, hk, row, 0], v_full.index(s), sv.index(s))
+                else:
+                    mbarrier.expect(v_landed.index(s), 2 * KEYS * V0)
+                    tma.async_copy_global_to_shared(v, [b, hk, row, 0], v_landed.index(s), sv.index(s))
+                n += 1
+        turn += 1
+        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 1)
+
+
+@gluon.jit
+def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; `left` keys of the block exist."""
+    intervals, bitmaps = tables
+    lo = r * 0
+    hi = lo + left
+    if INTERVALS:
+        rule = (kind >= 0) & ((kind & 1) == 0)
+        at = intervals + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
+        lo = gl.load(at, mask=rule & (r >= 0), other=0)
+        hi = gl.minimum(gl.load(at + 1, mask=rule & (r >= 0), other=KEYS), left)
+    lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
+    hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
+    ones = (r * 0 - 1).to(gl.uint32)
+    word = gl.where(lo < hi, (ones >> gl.maximum(32 - hi, 0).to(gl.uint32)) & (ones << lo.to(gl.uint32)), ones * 0)
+    if BITMAPS:
+        if kind >= 0:
+            if (kind & 1) == 1:
+                word &= gl.load(bitmaps + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
+    return word
+
+
+@gluon.jit
+def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, slots, slot_full, slot_free, sv, v_full, v_landed):
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
+    r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
+    n = 0
+    turns = 0
+    turn = 0
+    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 1)
+    while head >= 0:
+        if MASKED:
+            exists = (r + t >= 0) & (r + t < T)
+            for e in range(plain, count):
+                entry = first + e + gl.where(e >= kept, gap, 0)
+                kind = gl.load(kinds + entry)
+                left = limit - gl.load(cols + entry) * KEYS
+                s = (n + e) % STAGES
+                mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
+                turns ^= 1 << s
+                for w in gl.static_range(4):
+                    word = gl.reduce_or(gl.where(exists, _word(kind, r, w, left, tables, INTERVALS, BITMAPS), 0), 0)
+                    for c in gl.static_range(4):
+                        bits = (word >> (8 * c)) & 0xFF
+                        if bits != 0xFF:
+                            part = sv.index(s).slice(32 * w + 8 * c, 8)
+                            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
+                fence_async_shared()
+                mbarrier.arrive(v_full.index(s))
+            n += count
+        turn += 1
+        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- multiplying
+@gluon.jit
+def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
+    s = warpgroup_mma(q0, k0.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if D1:
+        s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _masked(s, kind, r, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+    c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
+    words = gl.expand_dims(_word(kind, r, 0, left, tables, INTERVALS, BITMAPS), 1)
+    for n in gl.static_range(1, 4):
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, r, n, left, tables, INTERVALS, BITMAPS), 1), words)
+    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
+
+
+@gluon.jit
+def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr,
+             CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, slots, slot_full, slot_free, tiles, q_bars, k_bars, v_bars):
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    R: gl.constexpr = gl.SliceLayout(1, L)
+    sq0, sq1, sk0, sk1, sv = tiles
+    q_full, q_free = q_bars
+    k_full, k_free = k_bars
+    v_full, v_free, v_landed = v_bars
+    kind_of = sv.dtype
+    scale2 = scale * 1.4426950408889634
+    zero = gl.zeros([64, KEYS], gl.float32, L)
+    r = W * 64 + gl.arange(0, 64, R)
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 4)
+    while head >= 0:
+        m = gl.full([64], float("-inf"), gl.float32, R)
+        l = gl.zeros([64], gl.float32, R)
+        acc = gl.zeros([64, V0], gl.float32, O)
+        u = j % QUERIES
+        if count > 0:
+            mbarrier.wait(q_full.index(u), (j // QUERIES) & 1)
+            q0 = sq0.index(2 * u + W)
+            q1 = sq1.index(2 * u + W)
+            mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
+            st = _scores(q0, q1, sk0.index(n % STAGES), sk1.index(n % STAGES), zero, D1)
+            if QUERIES == 2:  # the item before: its output has left shared memory by now
+                if j > 0:
+                    tma.store_wait(0)
+                    mbarrier.arrive(q_free.index(1 - u))
+            s = warpgroup_mma_wait(0, deps=(st, ))
+            mbarrier.arrive(k_free.index(n % STAGES))
+            if CAP:
+                s = capped(s, inner, outer)
+            if MASKED:
+                if plain == 0:
+                    entry = first + gl.where(kept == 0, gap, 0)
+                    s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+            x, f, m, l = soften(s, m, l, scale2, MASKED)
+            p = gl.convert_layout(x.to(kind_of), P)
+            for e in range(1, count):
+                s0 = n % STAGES  # of the block before
+                phase = (n // STAGES) & 1
+                n += 1
+                s1 = n % STAGES
+                mbarrier.wait(k_full.index(s1), (n // STAGES) & 1)
+                st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
+                mbarrier.wait(v_full.index(s0), phase)
+                ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(st, ))
+                mbarrier.arrive(k_free.index(s1))
+                if CAP:
+                    s = capped(s, inner, outer)
+                if MASKED:
+                    if e >= plain:
+                        entry = first + e + gl.where(e >= kept, gap, 0)
+                        s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                x, f, m, l = soften(s, m, l, scale2, MASKED)
+                p2 = gl.convert_layout(x.to(kind_of), P)
+                acc = warpgroup_mma_wait(0, deps=(ot, ))
+                mbarrier.arrive(v_free.index(s0))
+                acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
+                p = p2
+            mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+            ot = warpgroup_mma(p, sv.index(n % STAGES), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(ot, ))
+            mbarrier.arrive(v_free.index(n % STAGES))
+            n += 1
+        h = head - head // Hq * Hq
+        factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
+        query = t + r
+        ok = (query >= 0) & (query < T)
+        line = head.to(gl.int64) * T
+        if lse is not None:
+            gl.store(lse + line + query, logs, mask=ok)
+        y = (acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O)), 1)).to(kind_of)
+        # the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
+        if (count == 0) | (t + W * 64 < 0):
+            rows = t + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
+            c = gl.arange(0, V0, gl.SliceLayout(0, O))
+            inside = gl.expand_dims((rows >= 0) & (rows < T), 1) & gl.expand_dims(c < DV, 0)
+            gl.store(out + line * DV + gl.expand_dims(rows * DV, 1) + gl.expand_dims(c, 0), y, mask=inside)
+        else:
+            to = sq0.index(2 * u + W)._reinterpret(kind_of, [64, V0], sq0.layout)
+            to.store(y)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_map, [head, t + W * 64, 0], to)
+        if count > 0:
+            if QUERIES == 1:
+                tma.store_wait(0)
+                mbarrier.arrive(q_free.index(0))
+            j += 1
+        turn += 1
+        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 4)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
+def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
+            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale, inner, outer,
+            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+            EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
+    sk0 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D0], tile)
+    sq1 = sq0
+    sk1 = sk0
+    if D1:
+        sq1 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D1], tile)
+        sk1 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D1], tile)
+    sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, V0], tile)
+    slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    slot_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    for s in gl.static_range(2):
+        mbarrier.init(slot_full.index(s), count=1)
+        mbarrier.init(slot_free.index(s), count=READERS)
+    for s in gl.static_range(QUERIES):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_free.index(s), count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_free.index(s), count=2)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_free.index(s), count=2)
+        mbarrier.init(v_landed.index(s), count=1)
+    fence_async_shared()
+    MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
+    memory = (sq0, sq1, sk0, sk1, sv)
+    q_bars = (q_full, q_free)
+    k_bars = (k_full, k_free)
+    v_bars = (v_full, v_free, v_landed)
+    tables = (intervals, bitmaps)
+    lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
+    gl.warp_specialize([
+        (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+                    slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
+        (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+                    slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
+        (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
+        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, slots, slot_full, slot_free)),
+        (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, slots, slot_full, slot_free, sv, v_full, v_landed)),
+    ], [4, 1, 1, 1], [224, 56, 56, 56])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the host
+def widths(D: int, DV: int) -> dict:
+    """Columns as they lie in shared memory: of queries and keys D0 + D1 (0: none), of values V0 <= D0, since the output leaves by the queries' memory."""
+    V0 = power(DV, 64)
+    return dict(D0=max(64 if D <= 64 else 128, V0), D1=64 if D > 128 else 0, V0=V0, QUERIES=1 if D > 128 else 2)
+
+
+def resources(D: int, DV: int) -> Resources:
+    w = widths(D, DV)
+    return Resources(threads=384, shared=256 * (w["QUERIES"] + STAGES.value) * (w["D0"] + w["D1"]) + 256 * STAGES.value * w["V0"] + 256, registers=168)
+
+
+def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
+    """Whether this call is one for `forward`: no orders, a positive scale, out of q's type, arrays as the copy engine addresses them."""
+    return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(_can_map, (q, k, v)))
+
+
+def _can_map(x) -> bool:
+    """Base and strides at multiples of 16 bytes; an axis of one element may have any stride."""
+    return x.data_ptr() % 16 == 0 and all(n == 1 or s > 0 and s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()))
+
+
+class _Map(TensorDescriptor):
+    """An array as the copy engine sees it, in blocks of [rows, columns] of its last two axes."""
+
+    def __init__(self, x, rows: int, columns: int):
+        steps = [s if n > 1 else -(-x.shape[-1] // 16) * 16 for n, s in zip(x.shape[:-1], x.stride())]  # a stride that counts for nothing has to be legal too
+        self.base, self.shape, self.strides, self.padding = x, list(x.shape), [*steps, 1], "zero"
+        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
+
+
+@lru_cache
+def _layout(rank: int):
+    return gl.NVMMASharedLayout(128, 16, rank)
+
+
+def _ahead(lists) -> int:
+    """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
+    found = lists.extras.get("triton.ahead")
+    if found is None:
+        offsets, found = lists.extras.get("offsets"), 0
+        if offsets is not None:
+            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
+            found = int((length > 4 * length.mean()).sum(axis=1).max())
+        lists.extras["triton.ahead"] = found
+    return found
+
+
+@lru_cache(1024)
+def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False) -> relaunch.Constants:
+    return relaunch.Constants(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
+
+
+def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softcap, kv_length, q_start):
+    """Fills out [B,Hq,T,Dv] and lse [B,Hq,T] (or None)."""
+    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
+    host = q_start if isinstance(q_start, int) else None
+    n = tiles(T, ROWS.value, host)
+    covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
+    order = schedule(lists) if covers else None
+    items, sms = B * Hq * n, max(place.sms, 1)
+    made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
+    size, inner, outer, _ = scales(scale, softcap)
+    D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
+    maps = _Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None, _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0)
+    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, None if q_start is None or host is not None else q_start,
+                sink_logits, place.zeros((1,), "int32") if items > sms else None)
+    numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
+               _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer)
+    relaunch.launch(forward, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
+
+
+def artifacts(problem) -> list[dict]:
+    has, kind = problem.features.__contains__, problem.dtype("q")
+    made = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
+                          has("kv_length") and not has("q_start")))
+    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    pointer = POINTER[kind]
+
+    def mapped(rank, rows, columns):
+        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank)!r}>"
+    maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
+    if made["D1"]:
+        maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
+    names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
+    arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start")
+    signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    return [dict(fn=forward, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]
