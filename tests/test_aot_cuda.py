@@ -30,6 +30,8 @@ def cases():
         for D, Dv in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (31, 33)):
             yield op, f"{D}x{Dv}", attention(D, Dv)
         yield op, "128x128-float16", attention(128, 128, "float16")
+        yield op, "64x64-order", attention(64, 64, features=("order",))
+        yield op, "128x128-order", attention(128, 128, features=("order",))
         yield op, "128x128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order"))
         yield op, "576x512-shared", attention(576, 512, Hq=128, Hk=1, features=("shared_kv",))
         yield op, "576x512-shared-float16", attention(576, 512, "float16", Hq=128, Hk=1, features=("shared_kv",))

@@ -188,14 +188,14 @@ HOPPER_CASES = [
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "device"])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
-def test_block_attention_on_hopper(case, kind, static, rng):
+@pytest.mark.parametrize("case, block_q", [pytest.param(c, 128, id=str(c)) for c in HOPPER_CASES] + [pytest.param(c, 192, id=f"{c}-192") for c in HOPPER_CASES if max(c.D, c.Dv) <= 64])
+def test_block_attention_on_hopper(case, block_q, kind, static, rng):
     """Warpgroup products and the copy engine: full, partial and cut blocks, tiles at any position, empty rows and lists; order of items from the host or not."""
     place = HopperPlace()
     place.refused = "block_attention"  # what takes the portable path here is a mistake
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    config = dict(path="hopper", block_q=block_q, block_k=128, tile_k=32, row_tiles=1)
     made, sink = lists(config), SINK[:case.Hq] if case.sink else None
     if not static:
         made.extras.clear()
@@ -204,6 +204,46 @@ def test_block_attention_on_hopper(case, kind, static, rng):
     truth, formula = oracle.attention(q, k, v, count.astype(np.int64), **given), plain.attention(q, k, v, count.astype(np.int64), **given)
     for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
         assert_close(name, got.owner, true, one, reduction=case.S)
+
+
+PART_CASES = [  # rule, T, S, Hq, Hk, keys that exist
+    (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
+    (Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
+    (Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
+    (Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
+    (Causal() & Strided(2), 400, 400, 1, 1, None),
+]
+
+
+@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_parts_on_hopper(rule, T, S, Hq, Hk, length, rng):
+    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
+    place, names = HopperPlace(), ("offsets", "q_order", "k_order")
+    place.refused = "block_attention"
+    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
+    made = lower(rule, S - T, S, S, 128, 128)
+    parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
+                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
+    count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
+    hide(k, v, count[None, None], Hq)
+    sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
+    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    got = block_attention.run_parts(*map(place.put, (q, k, v)), parts, config=config, sink_logits=place.put(sink), **at)
+    count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
+    truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
+    for name, x, true, one in zip(("out", "lse"), got, truth, formula):
+        assert_close(name, x.owner, true, one, reduction=S)
+
+
+def test_parts_that_hopper_leaves():
+    """What the copy engine cannot address is None: ragged classes, positions known on the device only, rows of globals out of order."""
+    rule = Causal() & (Window(10) | Strided(8))
+    known = lambda part: dataclasses.replace(part, extras={name: getattr(part, name) for name in ("offsets", "q_order", "k_order") if getattr(part, name) is not None})  # noqa: E731
+    plainly, classes = map(known, lower(rule, 0, 2048, 2048, 128, 128))
+    assert axes_of(classes, 0, 2048, 2048).row_step == 8 and axes_of(plainly, 0, 2048, 2048).row_step == 1
+    assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
+    ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
+    assert None in ragged
 
 
 DECODE_CASES = [
@@ -277,46 +317,6 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
     config = dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1)
     place.refused = "block_attention_decode"
     attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
-
-
-PART_CASES = [  # rule, T, S, Hq, Hk, keys that exist
-    (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
-    (Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
-    (Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
-    (Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
-    (Causal() & Strided(2), 400, 400, 1, 1, None),
-]
-
-
-@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(rule, T, S, Hq, Hk, length, rng):
-    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
-    place, names = HopperPlace(), ("offsets", "q_order", "k_order")
-    place.refused = "block_attention"
-    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
-    made = lower(rule, S - T, S, S, 128, 128)
-    parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
-                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
-    count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
-    hide(k, v, count[None, None], Hq)
-    sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
-    got = block_attention.run_parts(*map(place.put, (q, k, v)), parts, config=config, sink_logits=place.put(sink), **at)
-    count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
-    truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
-    for name, x, true, one in zip(("out", "lse"), got, truth, formula):
-        assert_close(name, x.owner, true, one, reduction=S)
-
-
-def test_parts_that_hopper_leaves():
-    """What the copy engine cannot address is None: ragged classes, positions known on the device only, rows of globals out of order."""
-    rule = Causal() & (Window(10) | Strided(8))
-    known = lambda part: dataclasses.replace(part, extras={name: getattr(part, name) for name in ("offsets", "q_order", "k_order") if getattr(part, name) is not None})  # noqa: E731
-    plainly, classes = map(known, lower(rule, 0, 2048, 2048, 128, 128))
-    assert axes_of(classes, 0, 2048, 2048).row_step == 8 and axes_of(plainly, 0, 2048, 2048).row_step == 1
-    assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
-    ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
-    assert None in ragged
 
 
 BACKWARD_CASES = [c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [

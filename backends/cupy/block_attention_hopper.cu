@@ -2,8 +2,7 @@
 //
 // A persistent block of threads has four roles. One thread takes items (a tile of a head, longest first, by an atomic ticket), one loads them through the copy
 // engine, one warp clears values that no row of the tile sees, and groups of 64 rows multiply: while the output product of one key block runs, the exponentials
-// of the next are made. Where two query tiles fit, the items of a block of threads are one stream: an item's last product runs beside the next one's first
-// scores. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
+// of the next are made. Where two query tiles fit, the next item starts while this one's output leaves. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
 //
 // PARTED: one part of a layout of several. Its rows may stand `row_step` apart, its keys in runs of `key_run` every `key_step`: the copy engine sees such an axis
 // as two. An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
@@ -36,6 +35,7 @@
 constexpr int KEYS = 128, SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
 constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
+constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
 constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
@@ -70,6 +70,13 @@ struct Shared {
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
     k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
+  }
+  __device__ __forceinline__ Shared again() const {  // addresses computed where they stand instead of kept in registers
+    Shared x = *this;
+#ifndef SPARSETILE_EMULATE
+    asm volatile("" : "+r"(x.bars), "+r"(x.v));
+#endif
+    return x;
   }
   __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
   __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
@@ -206,40 +213,41 @@ __device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, in
 
 // A warp makes the values of masked blocks zero where no row of the tile sees the key: what nobody sees must not reach a product (0 * NaN).
 // What is seen is known before the values land, so that most blocks are passed on at once.
-__device__ __forceinline__ void clear_values(const Params& p, const Shared& m, u32& patience) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void clear_values(const Params& p, const Shared& shared, u32& patience) {
+  const auto lane = [] { return thread_again() & 31; };  // few registers
   u32 turns = 0, s = 0;
   for (u32 i = 0;; i++) {
+    const Shared m = shared.again();
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
     s = (s + x.plain) % STAGES;
     for (int e = x.plain; e < x.n; e++, s = (s + 1) % STAGES) {
       const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
-      u32 seen[KEYS / 32] = {};
+      u32 seen[KEYS / 32] = {}, mine = 0;  // lane n keeps the word of keys 32 n ..
 #pragma unroll 1
-      for (int r = first_row(x) + lane; r < end_row(p, x); r += 32) {
+      for (int r = first_row(x) + lane(); r < end_row(p, x); r += 32) {
         const int2 range = seen_range(p.lists, kind, left, r);
 #pragma unroll
         for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range, r, n);
       }
 #pragma unroll
-      for (int n = 0; n < KEYS / 32; n++) seen[n] = __reduce_or_sync(~0u, seen[n]);
+      for (int n = 0; n < KEYS / 32; n++) {
+        seen[n] = __reduce_or_sync(~0u, seen[n]);
+        if (lane() == n) mine = seen[n];
+      }
       bar_wait(m.landed(s), turns >> s & 1, patience);
       turns ^= 1u << s;
-#pragma unroll
-      for (int n = 0; n < KEYS / 32; n++) {
 #pragma unroll 1
-        for (int r = lane / 8; r < 32 && seen[n] != ~0u; r += 4)
-          if (!(seen[n] >> r & 1))
-            for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + (32 * n + r) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
-      }
+      for (int r = lane() / 8; r < KEYS; r += 4)
+        if (!(__shfl_sync(~0u, mine, r / 32) >> r % 32 & 1))
+          for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + r * 128 + lane() % 8 * 16) = make_uint4(0, 0, 0, 0);
       shared_to_copy_engine();
       __syncwarp();
-      if (lane == 0) bar_arrive(m.full_v(s));
+      if (lane() == 0) bar_arrive(m.full_v(s));
     }
     __syncwarp();
-    if (lane == 0) bar_arrive(m.free_item(i % ITEMS));
+    if (lane() == 0) bar_arrive(m.free_item(i % ITEMS));
   }
 }
 
@@ -386,24 +394,30 @@ template <int N> __device__ __forceinline__ void store(const Params& p, const It
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {
-  const int tid = threadIdx.x % 128;
-  const auto row = [w] { const int t = thread_again() % 128; return w * 64 + t / 32 * 16 + t % 32 / 4; };  // seldom wanted: not worth a register
+  const bool leader = threadIdx.x % 128 == 0;
+  const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
+  const auto row = [w, tid] { const int t = tid(); return w * 64 + t / 32 * 16 + t % 32 / 4; };
   const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[64], o[VALUES / 2], most[2], sum[2], factor[2], done[2];
+  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
   u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
   int n, plain;
   bool owed = false;  // the output of the item before is on its way
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
-  const auto tile = [&](u32 i) { return m.q + i % TILES * Q_BYTES; };
+  u32 at_q, at_k, at_v;
+  const auto aim = [&] {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
+    at_q = uniform(i % TILES) * (Q_BYTES >> 4);
+    at_k = uniform(k % STAGES) * (K_BYTES >> 4);
+    at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
+  };
   const auto multiply_scores = [&] {
-    const u64 dq = dq0 + (u64)(uniform(i % TILES) * (Q_BYTES >> 4)), dk = dk0 + (u64)(uniform(k % STAGES) * (K_BYTES >> 4));
+    const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
     wgmma_commit();
   };
-  const auto multiply_output = [&](u32 v, bool more) {
-    const u64 dv = dv0 + (u64)(uniform(v % STAGES) * (V_BYTES >> 4));
+  const auto multiply_output = [&](bool more) {
+    const u64 dv = dv0 + (u64)at_v;
 #pragma unroll
     for (int c = 0; c < 8; c++) multiply_values<KIND>(o, pr + 4 * c, dv + c * 128, more || c != 0);
     wgmma_commit();
@@ -434,99 +448,89 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     });
     return true;
   };
-  const auto open = [&] {  // item i, once it is known
+  const auto open = [&] {  // item i, once it is known, and its first scores
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     n = uniform(m.item(i % ITEMS)->n);
     plain = uniform(m.item(i % ITEMS)->plain);
+    aim();
     if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
-  };
-  const auto close = [&](u32 i) { __syncwarp(); if (tid % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
-  const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
-    if (tid == 0) { tma_store_wait_read(); bar_arrive(m.free_q(i % TILES)); }
-    owed = false;
-  };
-  for (open(); n >= 0;) {
-    if (n == 0) {
-      store_nothing(p, *m.item(i % ITEMS), w, tid);
-      close(i);
-      settle(i++);
-      open();
-      continue;
-    }
+    if (n <= 0) return;
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
     hold(s);
     wgmma_fence();
     multiply_scores();
-    begin();
-    if (plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
+    if (EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     wgmma_wait<0>();
     hold(s);
-    if (tid == 0) bar_arrive(m.free_k(k % STAGES));
+  };
+  const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
+  const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
+    if (leader) { tma_store_wait_read(); bar_arrive(m.free_q(i % TILES)); }
+    owed = false;
+  };
+  open();
+  while (n >= 0) {
+    if (n == 0) {
+      store_nothing(p, *m.item(i % ITEMS), w, tid());
+      close(i);
+      if (owed) settle(i - 1);
+      settle(i++);
+      open();
+      continue;
+    }
+    if (leader) bar_arrive(m.free_k(k % STAGES));
     k++;
+    begin();
+    if (!EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     if (plain == 0) mask(s, p.lists, sight, row());
     soften(s, most, sum, factor, p.exponent);
     round();
-    bool more = resume(), over = false;  // something has been summed; the item before has one product left
-    for (int e = 1;; e++, k++) {
-      if (e == n) {
-        if (TILES == 1) break;
-        if (owed) settle(i - 1);
-        i++;
-        open();
-        over = n > 0;
-        if (!over) break;
-        e = 0;
-      }
+    if (owed) settle(i - 1);
+    bool more = resume();
+    for (int e = 1; e < n; e++, k++) {
+      aim();
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
       bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
       wgmma_fence();
-      multiply_output(k - 1, more);
-      if (owed) settle(i - 1);
-      if (over) {
-        finish(p, *m.item((i - 1) % ITEMS), most, sum, done, row());
-        begin();
-      }
-      if (e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
+      multiply_output(more);
+      if (EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       wgmma_wait<1>();
       hold(s);
-      if (tid == 0) bar_arrive(m.free_k(k % STAGES));
+      if (leader) bar_arrive(m.free_k(k % STAGES));
+      if (!EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       if (e >= plain) mask(s, p.lists, sight, row());
       soften(s, most, sum, factor, p.exponent);
-      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);  // never: a branch on the sums keeps the exponentials before the wait
+      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
       wgmma_wait<0>();
       hold(o);
-      if (tid == 0) bar_arrive(m.free_v((k - 1) % STAGES));
-      more = true;
-      if (over) {
-        store(p, *m.item((i - 1) % ITEMS), m, tile(i - 1), o, done, w, tid);
-        close(i - 1);
-        owed = true;
-        over = false;
-        more = resume();
-      } else if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+      if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
+      if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
         for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       }
+      more = true;
       round();
     }
-    const u32 last = TILES == 1 ? i : i - 1;
+    aim();
     bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
     hold(o);
     wgmma_fence();
-    multiply_output(k - 1, more);
-    finish(p, *m.item(last % ITEMS), most, sum, done, row());
+    multiply_output(more);
+    const Item& x = *m.item(i % ITEMS);
+    finish(p, x, most, sum, factor, row());
     wgmma_wait<0>();
     hold(o);
-    if (tid == 0) bar_arrive(m.free_v((k - 1) % STAGES));
-    store(p, *m.item(last % ITEMS), m, tile(last), o, done, w, tid);
-    close(last);
-    settle(last);
-    if (TILES == 1) { i++; open(); }
+    if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
+    store(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
+    close(i);
+    if (TILES == 1) settle(i); else owed = true;
+    i++;
+    open();
   }
-  if (tid == 0) tma_store_wait();
+  if (leader) tma_store_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_constant__ Params p) {

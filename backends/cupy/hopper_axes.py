@@ -17,7 +17,8 @@ class Axes:
     row_step: int = 1
     key_step: int = KEYS
     key_run: int = KEYS
-    whole: bool = True       # every key of every block exists
+    whole: bool = True        # every key of every block exists
+    complete: bool = True     # every tile has entries
     first: int | None = None  # contiguous rows although there is an order: the first tile
     parted: bool = False
 
@@ -53,9 +54,9 @@ def axes_of(lists, q_start, T: int, S: int) -> Axes | None:
 def _axes(lists, q_start, T, S):
     rows, keys = _rows(lists, q_start, T), _keys(lists, S)
     offsets = lists.extras["offsets"]
-    if rows is None or keys is None or (offsets[2::2] == offsets[:-2:2]).any():  # a tile without entries would leave out what came before
+    if rows is None or keys is None:
         return None
-    return Axes(*rows[:1], *keys, rows[1], True)
+    return Axes(rows[0], *keys, bool((offsets[2::2] > offsets[:-2:2]).all()), rows[1], True)
 
 
 def _rows(lists, q_start, T):
