@@ -528,7 +528,7 @@ def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
     hide(k, k, count, c.Hq)
     v, put = k[..., :512], place.put
     problem = Problem.of("gather_attention", dict(B=c.B, Hq=c.Hq, Hk=1, T=c.T, S=c.S, D=576, Dv=512, K=c.K), dict(q=kind, k=kind, v=kind), "sm_90a", ("shared_kv",))
-    config = {**gather_attention.default_config(problem), "path": "hopper"}
+    config = {**gather_attention.default_config(problem), "path": "hopper", "split": 1}
     assert not isinstance(gather_attention.resources(problem, config), str)
     operands = *map(put, (q, k, v)), put(indices)
     assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable

@@ -47,8 +47,9 @@ def test_queries(on, backend, T, rng):
 
 
 @every
-def test_a_latent_of_deepseeks_widths(on, backend, rng):
-    q, k, lengths = normal(rng, (2, 20, 2, 576), numpy_dtype("bfloat16")), normal(rng, (2, 1, 90, 576), numpy_dtype("bfloat16")), np.array([33, 90], np.int32)
+@pytest.mark.parametrize("heads", [1, 20, 66])
+def test_a_latent_of_deepseeks_widths(on, backend, heads, rng):
+    q, k, lengths = normal(rng, (2, heads, 2, 576), numpy_dtype("bfloat16")), normal(rng, (2, 1, 90, 576), numpy_dtype("bfloat16")), np.array([33, 90], np.int32)
     count = oracle.visible(2, 2, 90, rule=RULES["causal"][1], kv_length=lengths)
     attention(on, q, k, None, st.Causal(), count, value_width=512, scale=0.07, kv_length=lengths)
 

@@ -3,7 +3,7 @@
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
 Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
-sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, and splits the lists of few queries over the chip; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
+sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
 """
 import math
 
@@ -19,6 +19,7 @@ TUNABLES = (
     Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
     Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
     Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
+    Tunable("split", (0, 1), "path hopper: 1 splits the lists of few queries over the chip where whole ones would leave a sixth of it idle"),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
 HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + split.SPLIT + "4q3iI2f"
@@ -64,6 +65,8 @@ def hopper_takes(q, k, v, indices, granularity: int, scale: float, softcap, out_
 def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         return no_hopper(problem) or Resources(HOPPER_THREADS, HOPPER_SHARED, 128)
+    if config.get("split"):
+        return "split is for path hopper; portable takes 0"
     tk, kw, float32 = config["tile_k"], config["key_warps"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, config["stages"]) != (32, 32, 1, 1):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and stages 1"
@@ -84,11 +87,11 @@ def _threads(config: dict, float32: bool) -> int:
 
 def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
-        return dict(path="portable", heads=32, tile_k=32, key_warps=1, stages=1)
+        return dict(path="portable", heads=32, tile_k=32, key_warps=1, stages=1, split=0)
     group, wide = problem["Hq"] // problem["Hk"], problem["D"] > 256
     rows = 16 if group <= 16 else 32 if group <= 32 else 64
     tries = [(rows, 64, {16: 4, 32: 2, 64: 2 if wide else 1}[rows], 1 if wide else 2), (rows, 64, {16: 4, 32: 2, 64: 2}[rows], 1), (rows, 32, 2, 1), (min(rows, 32), 32, 2, 1), (16, 32, 2, 1)]
-    tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, stages=st) for h, tk, kw, st in tries])
+    tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, stages=st, split=0) for h, tk, kw, st in tries])
     return tiles if no_hopper(problem) or group < HOPPER_HEADS // 2 else {**tiles, "path": "hopper"}  # fewer heads: most of its rows would be padding
 
 
@@ -102,7 +105,7 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
     if config["path"] == "hopper":
-        return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in (0, 1)),
+        return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
                 dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
     return [dict(source=_source(kind), defines=d, names=["forward"])]
@@ -112,13 +115,13 @@ def _source(kind: str) -> str:
     return "gather_attention_float32" if kind == "float32" else "gather_attention"
 
 
-def run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logits, kv_length, q_start):
+def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start):
     (B, Hq, T, _), S = q.shape, k.shape[2]
     parts = ceil_div(Hq, HOPPER_HEADS)
     items = B * T * parts
     if items >= 2 ** 31:
         raise Unsupported(f"CuPy gather attention takes at most 2^31 - 1 tiles of 64 heads, not {items}; split the batch")
-    shares = split_shares(items, parts, indices.shape[3], max(place.sms, 1))
+    shares = split_shares(items, parts, indices.shape[3], max(place.sms, 1)) if config.get("split") else 0
     at, scratch, values = position_values(T, S, kv_length, q_start), None, split.NO_SPLIT
     if shares:
         scratch, values = split.split_values(place, 2 * shares * parts, HOPPER_HEADS, 512, B * T, 1, shares)
@@ -145,7 +148,7 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     if B * Hq * T == 0:
         return out, lse
     if config["path"] == "hopper" and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
-        return run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logits, kv_length, q_start)
+        return run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start)
     float32, shared_kv, slices = kind == "float32", same_memory(k, v), sliced(Dv)[0]
     copy = copy_bytes(q, k) if shared_kv else copy_bytes(q, k, v)
     blocks = B * T * head_groups(indices.shape[1], Hq, Hk, config["heads"]) * slices

@@ -174,9 +174,9 @@ def widths(D: int, DV: int, config) -> dict:
 def default_config(problem: Problem) -> dict:
     if problem["T"] <= 16 and problem.dtype("q") != "float32":
         from sparsetile.backends.triton import block_attention_decode
-        few = block_attention_decode.default_config(problem)
-        if not isinstance(resources(problem, few), str):
-            return few
+        for few in block_attention_decode.candidates(problem):
+            if not isinstance(resources(problem, few), str):
+                return few
     config = portable_config(problem)
     if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)

@@ -151,7 +151,7 @@ def merge(sums, tops, out, lse, sinks, Hq, T, lines, scale, DV: tl.constexpr, V0
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def rows_of_tile(queries: int, pack: int, width: int) -> int:
-    return min(power(queries * pack), 64 if width <= 128 or queries * pack >= 64 else 32 if width <= 256 else 16)
+    return min(power(queries * pack), 64 if width <= 128 else 32 if width <= 256 else 16)
 
 
 def widths(D: int, DV: int) -> dict:
@@ -181,10 +181,11 @@ def resources(problem: Problem, config) -> Resources | str:
     return Resources(threads=warps * (64 if problem.arch == "gfx942" else 32), shared=shared)
 
 
-def default_config(problem: Problem) -> dict:
+def candidates(problem: Problem) -> list[dict]:
+    """Configs for few queries, the best first."""
     wide = max(problem["D"], problem["Dv"])
-    shape = dict(block_k=64, num_warps=4, num_stages=3) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8, num_stages=3)
-    return dict(path="decode", block_q=16, chunk=0, value_block=0, **shape)
+    shape = dict(block_k=64, num_warps=4) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8)
+    return [dict(path="decode", block_q=16, chunk=0, value_block=0, num_stages=stages, **shape) for stages in (3, 2, 1)]
 
 
 def takes(q, lists, config) -> bool:
