@@ -253,11 +253,15 @@ def workloads() -> list[Workload]:
         for name, pattern in {"causal": P.Causal(), "window-256": P.Window(256, 256), "longformer-512": LONGFORMER}.items():
             found.append(W(f"cpu/{name}/4096{suffix}", kernel, "float32", dict(pattern=pattern), B=1, Hq=8, Hk=8, T=4096, S=4096, D=64, Dv=64))
     found.append(W("gpu/decode-window/32768", "block_attention", "bfloat16", dict(pattern=P.Window(4095) | P.Sink(4)), B=64, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
-    for heads in (128, 16):  # the attention of latent_attention's absorbed mode over every key
-        found.append(W(f"gpu/latent-decode-h{heads}", "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=128, Hq=heads, Hk=1, T=1, S=32768, D=576, Dv=512))
+    for B in (64, 8):
+        found.append(W(f"gpu/decode-b{B}/32768", "block_attention", "bfloat16", dict(pattern=P.Full()), B=B, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
+    for heads, B, S in [(128, 128, 32768), (16, 128, 32768)] + [(h, B, S) for h in (128, 16) for B in (1, 8, 128) for S in (4096, 32768, 131072) if (B, S) != (128, 32768)]:
+        name = f"gpu/latent-decode-h{heads}" + (f"-b{B}/{S}" if (B, S) != (128, 32768) else "")  # the attention of latent_attention's absorbed mode over every key
+        found.append(W(name, "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=B, Hq=heads, Hk=1, T=1, S=S, D=576, Dv=512))
     for heads in (128, 64, 32, 16, 8):
         found.append(W(f"gpu/dsa-prefill-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads}))
-    found.append(W("gpu/dsa-decode-h128", "gather_attention", "bfloat16", dict(shared_kv=True), B=128, T=1, **_DSA))
+    for heads in (128, 64):
+        found.append(W(f"gpu/dsa-decode-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=128, T=1, **{**_DSA, "Hq": heads}))
     found.append(W("gpu/dsa-backward", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "S": 8192, "K": 1024}))
     found.append(W("gpu/dsa-backward-h16", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "Hq": 16, "S": 8192, "K": 1024}))
     found.append(W("gpu/dsa-backward-16384", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=16384, **{**_DSA, "S": 16384}))

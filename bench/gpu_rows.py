@@ -53,6 +53,13 @@ ROWS = (
     Row("blocks of 64 bwd", "gpu/blocks-64-backward", "TFLOP/s"),
     Row("latent decode h 128", "gpu/latent-decode-h128", "TFLOP/s", (("FlashMLA", 665),), 560),
     Row("latent decode h 16", "gpu/latent-decode-h16", "GB/s", (("FlashMLA", 4266),), 3900),
+    *(Row(f"latent decode h {h} B {B} {S // 1024}k", f"gpu/latent-decode-h{h}-b{B}/{S}", "TFLOP/s" if h == 128 else "GB/s")
+      for h in (128, 16) for B in (1, 8, 128) for S in (4096, 32768, 131072) if (B, S) != (128, 32768)),
+    Row("decode window 4096", "gpu/decode-window/32768", "GB/s", (), 0.85 * 4260),  # of a copy, on the keys that the pattern shows
+    Row("decode B 64", "gpu/decode-b64/32768", "GB/s"),
+    Row("decode B 8", "gpu/decode-b8/32768", "GB/s"),
+    Row("DSA decode h 128", "gpu/dsa-decode-h128", "ms", (("FlashInfer", 0.151),)),
+    Row("DSA decode h 64", "gpu/dsa-decode-h64", "ms"),
     Row("scores 2048 x 32k", "gpu/indexer-2048x32768", "TFLOP/s", (("DeepGEMM", 1130), ("TileLang", 408)), 1130),
     Row("scores 4096 x 128k", "gpu/indexer-4096x131072", "TFLOP/s", (("DeepGEMM", 1014),), 1050),
     Row("top-k 4096 x 128k", "gpu/topk-4096x131072", "ms", (("FlashInfer", 1.89), ("torch", 5.98)), 0.75),

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 
+import numpy as np
 import torch
 
 from sparsetile.autotune import measure, tasks, timing
@@ -126,6 +127,11 @@ def moved(task) -> float:
     arrays_in = [x for group in task.inputs for x in (group if isinstance(group, list) else [group]) if isinstance(x, torch.Tensor)]
     total = sum(x.numel() * x.element_size() for x in arrays_in)
     size = arrays.ITEMSIZE[w.dtype]
+    if w.kernel == "block_attention" and w["T"] == 1:  # keys that the query does not see need not be read
+        hidden = w["S"] - int(task.inputs[3].visible(np.array([[w["S"] - 1]]), np.arange(w["S"])[None], w["S"]).sum())
+        total -= w["B"] * w["Hk"] * hidden * (w["D"] + (0 if w.option("shared_kv") else w["Dv"])) * size
+    if w.kernel == "gather_attention" and w["T"] == 1:
+        total -= w["B"] * (w["S"] - w["K"]) * w["D"] * size
     if w.kernel.endswith("_backward"):
         return total + sum(x.numel() * x.element_size() for x in task.inputs[:3] if x is not None)
     if w.kernel in ("block_attention", "gather_attention"):

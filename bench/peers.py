@@ -33,6 +33,8 @@ def peers(task, compiled: bool) -> list[Peer]:
             found.append(Peer("FA3", lambda: _attention(task, _flash(rule), backward)))
         if compiled:
             found.append(Peer("Flex", lambda: _attention(task, _flex(task), backward)))
+    elif w.kernel == "block_attention" and task.inputs[3] == P.Full():
+        found.append(Peer("torch", lambda: _few(task)))
     elif w.kernel == "gather_attention" and w["D"] == 576 and find_spec("flash_mla"):
         found.append(Peer("FlashMLA", lambda: _flash_mla(task)))
     elif w.kernel == "indexer_scores" and find_spec("deep_gemm"):
@@ -57,6 +59,13 @@ def _attention(task, forward, backward: bool):
         return lambda: forward(q, k, v)
     dout, out = task.inputs[6], forward(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+
+def _few(task):
+    """One query a sequence: the heads of a group as queries of one."""
+    q, k, v, _ = task.inputs
+    (B, Hq, _, D), Hk = q.shape, k.shape[1]
+    return lambda: scaled_dot_product_attention(q.view(B, Hk, Hq // Hk, D), k, k[..., :task.workload["Dv"]] if v is None else v).view(B, Hq, 1, -1)
 
 
 def _cudnn(q, k, v):

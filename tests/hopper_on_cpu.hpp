@@ -182,3 +182,27 @@ template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint3
     }
   });
 }
+
+// Plain bulk copies, and waiting for a counter that another thread of the grid raises (blocks run one after the other, so it was raised or a thread of this one will)
+static inline void emulate_bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  if (to % 16 || bytes % 16 || (uintptr_t)from % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }
+  memcpy(emulate_shared() + to, from, bytes);
+  emulate_barrier_bytes(bar, -bytes);
+}
+static inline void emulate_bulk_store(float* to, uint32_t from, int bytes, bool add) {
+  if (from % 16 || bytes % 16 || (uintptr_t)to % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }
+  const float* x = (const float*)(emulate_shared() + from);
+  for (int i = 0; i < bytes / 4; i++) to[i] = add ? to[i] + x[i] : x[i];
+}
+static inline void emulate_wait_equal(const int* counter, int value) { while (*(const volatile int*)counter != value) emulate::yield(); }
+static inline void emulate_stmatrix_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  using namespace emulate;
+  static uint32_t given[MOST][5];
+  const uint32_t mine[5] = {a, b, c, d, at};
+  memcpy(given[now], mine, sizeof mine);
+  const int base = now / 32 * 32;
+  warp_do([=] {
+    for (int m = 0; m < 4; m++) for (int l = 0; l < 32; l++) for (int h = 0; h < 2; h++)
+      memcpy(emulate_shared() + given[base + 8 * m + l % 4 * 2 + h][4] + l / 4 * 2, (const char*)&given[base + l][m] + 2 * h, 2);
+  });
+}

@@ -161,7 +161,7 @@ def test_block_attention(case, kind, rng, place):
     c = case
     q, k, v, count, at, lists = scene(c, kind, rng, place)
     forward = dict(zip(("path", "block_q", "block_k", "tile_k", "row_tiles"), ("portable", *c.forward)))
-    backward = dict(zip(("block_q", "block_k", "tile_k", "tile_q", "stages"), c.backward))
+    backward = dict(zip(("path", "block_q", "block_k", "tile_k", "tile_q", "stages"), ("portable", *c.backward)))
     if kind == "float32":
         forward.update(tile_k=32, row_tiles=1)
         backward.update(tile_k=32, tile_q=32, stages=1)
@@ -319,6 +319,28 @@ def test_parts_that_hopper_leaves():
     assert None in ragged
 
 
+BACKWARD_CASES = [c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [
+    Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=128, Dv=128, odd=False, sink=True),
+    Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=128, Dv=64, lists=3, lengths=(130, 300), scale=0.1),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_block_attention_backward_on_hopper(case, kind, rng):
+    """One pass, dQ added in order: full, partial and cut blocks, tiles at any position, empty rows, columns and lists, lists by head and by sample."""
+    place, at_portable = HopperPlace(), CpuPlace()
+    place.refused = "block_attention_backward"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    q, k, v = (token_major(x) for x in (q, k, v))
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2)
+    operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
+    forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
+
+
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
 
 
@@ -338,7 +360,7 @@ def test_large_scores_on_hopper(steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1)
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path="portable", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1)
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)
@@ -352,7 +374,7 @@ def test_expanded_and_unit_inputs(rng, place):
     lists = block_lists.build(mask, 7, 32, 64)
     lists = dataclasses.replace(lists, **{f.name: place.put(getattr(lists, f.name)) for f in dataclasses.fields(lists) if isinstance(getattr(lists, f.name), np.ndarray)})
     put, count = place.put, np.ones((2, 2, 33, 40), np.int64)
-    forward, backward = dict(path="portable", block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    forward, backward = dict(path="portable", block_q=32, block_k=64, tile_k=32, row_tiles=1), dict(path="portable", block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     out, lse = block_attention.run(put(q), put(k), put(v), lists, place=place, config=forward, scale=0.2)
     total, delta, _ = attention_delta.run(out, put(dout), lse, place=place)
     grads = block_attention_backward.run(put(q), put(k), put(v), lists, total, delta, put(dout), place=place, config=backward, scale=0.2)
@@ -464,6 +486,8 @@ LATENTS = [
     Latent(Hq=4, S=300, K=200, keys="late", sink=(300.0, -3e38, 0.0, 1.0)),
     Latent(Hq=4, S=200, K=200, keys="huge", sink=(0.0, 1e9, -1e9, 5.0)),
     Latent(B=2, T=9, lengths=True, causal=True, start=(3, 80), scale=0.5, sms=2),
+    Latent(B=2, Hq=70, T=1, S=300, K=260, lengths=True, sms=7),                                                        # lists split over the chip, two parts of heads
+    Latent(B=3, Hq=4, T=2, S=300, K=200, keys="late", causal=True, kv=(33, 300, 200), sink=(300.0, -np.inf, np.inf, 1.0), sms=13),
     Latent(scale=-0.05, portable=True),
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),

@@ -3,18 +3,29 @@
 lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives. P = exp(s - lse), 0 for rows whose lse is
 infinite; dS = P * (dout . v - delta) * d(softcap). dQ goes by the lists of queries, dK and dV by the lists of keys, each sum by one CTA in one order:
 twice the same call gives the same bits. dK and dV are summed over the group's heads; keys that nobody sees get 0.
+
+The path "hopper" (block_attention_backward_hopper.cu) is for sm_90a and blocks of 128: one pass, dQ added in the order of key blocks. Calls that it does not know (softcap,
+orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
+import struct
+
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy import hopper
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
+    Tunable("path", ("portable", "hopper"), "hopper: one pass of warpgroup products, dQ added in order; 16-bit types, blocks of 128, D and Dv up to 128"),
     Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step of dQ, and keys of a CTA of dK and dV; divides block_k"),
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
+    Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
 )
+LOG2E = 1.4426950408889634
+HOPPER_FIELDS = "128s" * 6 + "13Q" + LISTS + POSITIONS + "9i2f"
+HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
 
@@ -39,7 +50,34 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> tuple[int, int
     return (bq + stages * tk) * width * 2 + (stages + 1) * (bq + 1) * words * 4 + bq * 4, (tk + stages * tq) * width * 2 + stages * tq * (2 + words) * 4
 
 
+def no_hopper(problem: Problem) -> str | None:
+    """Why the path "hopper" is not for this problem."""
+    D, Dv = problem["D"], problem["Dv"]
+    if problem.arch != "sm_90a":
+        return f"path hopper: {problem.arch} lacks its instructions; take portable"
+    if problem.dtype("q") not in HALVES or max(D, Dv) > 128 or D % 8 or Dv % 8:
+        return f"path hopper takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {Dv}; take portable"
+    if "softcap" in problem.features:
+        return "path hopper has no softcap; take portable"
+    return None
+
+
+def hopper_defines(kind: str, D: int, Dv: int) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=64 if D <= 64 else 128, VALUES=64 if Dv <= 64 else 128)
+
+
+def hopper_bytes(D: int, Dv: int) -> int:
+    """Keys and values; two stages of queries and dout, of dS, of dQ in float32, of rows; plans and barriers."""
+    width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
+    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + 2 * 64 * width * 4 + 2 * 784 + 128 + 168 + 32
+
+
 def resources(problem: Problem, config: dict):
+    if config["path"] == "hopper":
+        if (config["block_q"], config["block_k"]) != (128, 128):
+            return f"path hopper takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
+        return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk or bq % tq:
@@ -60,12 +98,14 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 
 def default_config(problem: Problem) -> dict:
-    wide = problem["D"] + problem["Dv"]
+    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8)
     if problem.dtype("q") == "float32":
-        return dict(block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+        return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
+    if problem["T"] > 64 and no_hopper(problem) is None:
+        return dict(path="hopper", heads=8, block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
     if wide <= 256:
-        return dict(block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
-    return dict(block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
+        return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
+    return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
@@ -78,11 +118,36 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
-    return [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
+    portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
+    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "order", "backward", "finish"])]
+    return own + portable if config["path"] == "hopper" else portable
 
 
 def _source(kind: str) -> str:
     return "block_attention_backward_float32" if kind == "float32" else "block_attention_backward"
+
+
+def takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) -> bool:
+    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e30 and out_kind == q.dtype \
+        and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
+
+
+def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
+    d = hopper_defines(q.dtype, D, Dv)
+    halves, key_tiles = 2 * B * Hq * tiles, ceil_div(S, 128)
+    rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((halves, 64, d["WIDTH"]), "float32"), place.empty((halves + 1,), "int32")
+    walk, columns = place.empty((lists.by_key_rows.shape[0], 4), "int32"), lists.by_key_offsets.shape[0] // 2
+    read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
+    write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
+    items, together = B * Hk * key_tiles, min(config["heads"], B * Hk)
+    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 4 * halves, walk.ptr,
+              lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
+              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, scale, scale * LOG2E)
+    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
+        nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
+    return dq, dk, dv
 
 
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
@@ -90,9 +155,11 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     kind, out_kind = q.dtype, out_dtype or q.dtype
     if dout.dtype != kind:
         dout = place.cast(dout, kind)
+    tiles = query_tiles(lists, T, q_start, S, kv_length)
+    if B * Hq * T and takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) and max(2 * B * Hq * tiles, B * Hk * ceil_div(S, 128)) < 2 ** 31 - place.sms:
+        return run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start)
     make = place.zeros if lists.k_order is not None or B * Hq * T == 0 else place.empty  # an order may lack keys
     dq, dk, dv = place.empty((B, Hq, T, D), out_kind), make((B, Hk, S, D), out_kind), make((B, Hk, S, Dv), out_kind)
-    tiles = query_tiles(lists, T, q_start, S, kv_length)
     if B * Hq * T == 0:
         return dq, dk, dv
     float32, orders = kind == "float32", (lists.q_order is not None, lists.k_order is not None)

@@ -31,8 +31,6 @@ struct Job {
   }
 };
 
-struct Share { int job, at, units; };  // its first job, the unit of it to begin with, and how many in all
-
 __device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
   bar_expect(bar, TILE);
 #pragma unroll 1
@@ -92,13 +90,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend_latent(const __grid_
   extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
 #endif
   const u32 base = shared_address(raw), bars = base + BARS;
-  const auto units = [&](int job) { return Job(p, job).run.n; };
-  Start found;
-  const int total = scan_jobs<512>(p.split, units, -1, blockIdx.x == 0 ? p.split.starts : nullptr, (int*)raw, found);
-  const i64 size = share_of(p.split, total), begin = blockIdx.x / p.parts * size, end = begin + size < total ? begin + size : total;
-  if (begin >= end) return;
-  scan_jobs<512>(p.split, units, begin, nullptr, (int*)raw, found);
-  const Share share = {found.job, (int)(begin - found.start), (int)(end - begin)};
-  __syncthreads();
+  const Share share = share_of_rows<512>(p.split, p.parts, (int*)raw, [&](int job) { return Job(p, job).run.n; });
+  if (share.units <= 0) return;
   run_roles(p, raw, base, bars, 1, [&] { if (threadIdx.x < 32) stream(p, raw, base, bars, share); });
 }

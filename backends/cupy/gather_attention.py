@@ -3,13 +3,13 @@
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
 Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
-sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
+sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, and splits the lists of few queries over the chip; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
 """
 import math
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy.split import NO_SPLIT, SPLIT
+from sparsetile.backends.cupy import split
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
                                                selected_values, sliced)
 
@@ -21,7 +21,7 @@ TUNABLES = (
     Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
-HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + SPLIT + "4q3iI2f"
+HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + split.SPLIT + "4q3iI2f"
 HOPPER_HEADS, HOPPER_THREADS = 64, 512
 HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 
@@ -102,7 +102,8 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
     if config["path"] == "hopper":
-        return [dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind]), names=["gather_attention_hopper"])]
+        return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in (0, 1)),
+                dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
     return [dict(source=_source(kind), defines=d, names=["forward"])]
 
@@ -117,11 +118,23 @@ def run_hopper(q, k, indices, out, lse, place, lengths, causal, scale, sink_logi
     items = B * T * parts
     if items >= 2 ** 31:
         raise Unsupported(f"CuPy gather attention takes at most 2^31 - 1 tiles of 64 heads, not {items}; split the batch")
-    function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", HOPPER_FIELDS, dict(KIND=KINDS[q.dtype]), place)
+    shares = split_shares(items, parts, indices.shape[3], max(place.sms, 1))
+    at, scratch, values = position_values(T, S, kv_length, q_start), None, split.NO_SPLIT
+    if shares:
+        scratch, values = split.split_values(place, 2 * shares * parts, HOPPER_HEADS, 512, B * T, 1, shares)
+    function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", HOPPER_FIELDS, dict(KIND=KINDS[q.dtype], SPLIT=int(shares > 0)), place)
     strides = [2 * s for s in (*q.strides[:3], k.strides[0])]
-    function(min(items, max(place.sms, 1)), HOPPER_THREADS, HOPPER_SHARED, place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
-             *selected_values(indices, lengths, 1, causal), *position_values(T, S, kv_length, q_start), *NO_SPLIT, *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
+    function(shares * parts or min(items, max(place.sms, 1)), HOPPER_THREADS, HOPPER_SHARED, place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+             *selected_values(indices, lengths, 1, causal), *at, *values, *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
+    if shares:
+        split.merge(place, split.latent_merge_defines(q.dtype), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts, 0))
     return out, lse
+
+
+def split_shares(items: int, parts: int, K: int, sms: int) -> int:
+    """Into how many shares the lists of a call are split, 0: not at all. Where whole items would leave a sixth of the chip idle; lists of a few tiles are not worth it."""
+    busy = items / (ceil_div(items, sms) * sms)
+    return max(sms // parts, 1) if busy < 5 / 6 and K >= 128 else 0
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):

@@ -1,10 +1,14 @@
 // Attention over selected keys by Hopper's own instructions, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16:
 // an item is one query and up to 64 heads that share its list (latent_hopper.cuh). A warpgroup gathers its keys; holes are zeros in the tile: nothing is read for them.
+// SPLIT: for few queries their lists are split over the chip (split.cuh), the blocks of threads of a row of `parts` take the same share.
 #include "selections.cuh"
 #include "split.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
+#endif
+#ifndef SPLIT
+#define SPLIT 0
 #endif
 
 struct Params {
@@ -35,42 +39,62 @@ __device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b,
 #pragma unroll
   for (int c = 0; c < 9; c++) { fetch(to + c * CHUNK, a + c * 128, a_exists); fetch(to + c * CHUNK + 2048, b + c * 128, b_exists); }
 }
-__device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars) {
+__device__ __forceinline__ int tiles_of(i64 slots) { return imax(((int)slots + N - 1) / N, 1); }  // a query without keys has one tile of holes
+
+struct Ring { u32 slot, phase, patience; };
+
+// The query of an item and at most `most` tiles of its keys, from tile `at`. How many they were; `more`: another item comes, or units of this share are left.
+__device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, u32 here, u32 bars, Ring& ring, int number, int at, int most, int scratch, bool more) {
   const int tid = threadIdx.x % 128, r = tid / 8, column = tid % 8 * 16;
-  const u32 here = base + r * 128 + (column ^ (r & 7) << 4);
-  u32 slot = 0, phase = 1, patience = PATIENCE;
-  for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
-    const int number = p.items - 1 - it;  // late queries have long rows: first
-    const Item x(p, number);
-    const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
+  const Item x(p, number);
+  const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
 #pragma unroll 1
-    for (int half = 0, rows = x.rows - r; half < 2; half++, rows -= N, from += N * p.qh) {
-      bar_wait(FREE(slot), phase, patience);
-      fetch_rows(here + slot * TILE, rows > 0 ? from : (const char*)p.q, rows > 16 ? from + 16 * p.qh : (const char*)p.q, rows > 0, rows > 16);
-      copies_arrive(FULL(slot));
-      if (tid == 0) bar_arrive(FULL(slot));
-      advance(slot, phase);
-    }
-    const Entries list(p.list, p.at, x.b, 0, x.t);
-    const int *next = list.entries + tid % 32, limit = list.limit;
-    int to_come = (int)list.slots - tid % 32, left = uniform(imax(((int)list.slots + N - 1) / N, 1)), entry = to_come > 0 ? __ldg(next) : -1;
-    from = (const char*)p.k + x.b * p.kb + column;
-#pragma unroll 1
-    while (left) {
-      const int key = (u32)entry < (u32)limit ? entry : -1, a = __shfl_sync(~0u, key, r), b = __shfl_sync(~0u, key, r + 16);
-      const u32 word = __ballot_sync(~0u, key >= 0);
-      next += N; to_come -= N; left--;
-      entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
-      bar_wait(FREE(slot), phase, patience);
-      fetch_rows(here + slot * TILE, from + (u64)(u32)imax(a, 0) * p.kt, from + (u64)(u32)imax(b, 0) * p.kt, a >= 0, b >= 0);
-      copies_arrive(FULL(slot));
-      if (tid == 0) {
-        ((Found*)(raw + FOUND))[slot] = {word, left || it + (int)gridDim.x < p.items ? left : -1, number, -1};
-        bar_arrive(FULL(slot));
-      }
-      advance(slot, phase);
-    }
+  for (int half = 0, rows = x.rows - r; half < 2; half++, rows -= N, from += N * p.qh) {
+    bar_wait(FREE(ring.slot), ring.phase, ring.patience);
+    fetch_rows(here + ring.slot * TILE, rows > 0 ? from : (const char*)p.q, rows > 16 ? from + 16 * p.qh : (const char*)p.q, rows > 0, rows > 16);
+    copies_arrive(FULL(ring.slot));
+    if (tid == 0) bar_arrive(FULL(ring.slot));
+    advance(ring.slot, ring.phase);
   }
+  const Entries list(p.list, p.at, x.b, 0, x.t);
+  const int *next = list.entries + at * N + tid % 32, limit = list.limit;
+  int to_come = (int)list.slots - at * N - tid % 32, left = uniform(tiles_of(list.slots)) - at, entry = to_come > 0 ? __ldg(next) : -1;
+  if (SPLIT) {
+    if (at == 0 && left <= most) scratch = -1;
+    more = left < most;
+    left = most = imin(left, most);
+  }
+  from = (const char*)p.k + x.b * p.kb + column;
+#pragma unroll 1
+  while (left) {
+    const int key = (u32)entry < (u32)limit ? entry : -1, a = __shfl_sync(~0u, key, r), b = __shfl_sync(~0u, key, r + 16);
+    const u32 word = __ballot_sync(~0u, key >= 0);
+    next += N; to_come -= N; left--;
+    entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
+    bar_wait(FREE(ring.slot), ring.phase, ring.patience);
+    fetch_rows(here + ring.slot * TILE, from + (u64)(u32)imax(a, 0) * p.kt, from + (u64)(u32)imax(b, 0) * p.kt, a >= 0, b >= 0);
+    copies_arrive(FULL(ring.slot));
+    if (tid == 0) {
+      ((Found*)(raw + FOUND))[ring.slot] = {word, left || more ? left : -1, number, scratch};
+      bar_arrive(FULL(ring.slot));
+    }
+    advance(ring.slot, ring.phase);
+  }
+  return most;
+}
+
+__device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share) {
+  const int tid = threadIdx.x % 128, r = tid / 8;
+  const u32 here = base + r * 128 + (tid % 8 * 16 ^ (r & 7) << 4);
+  Ring ring = {0, 1, PATIENCE};
+#if SPLIT
+  const int part = (int)blockIdx.x % p.parts;
+  for (int scratch = 2 * (blockIdx.x - part) + part; share.units > 0; scratch = 2 * (blockIdx.x - part) + p.parts + part, share.job++, share.at = 0)
+    share.units -= gather_item(p, raw, here, bars, ring, share.job * p.parts + part, share.at, share.units, scratch, false);
+#else
+  for (int it = blockIdx.x; it < p.items; it += gridDim.x)  // late queries have long rows: first
+    gather_item(p, raw, here, bars, ring, p.items - 1 - it, 0, 0, -1, it + (int)gridDim.x < p.items);
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(const __grid_constant__ Params p) {
@@ -80,5 +104,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(con
   extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
 #endif
   const u32 base = shared_address(raw), bars = base + BARS;
-  run_roles(p, raw, base, bars, 129, [&] { gather(p, raw, base, bars); });
+  Share share = {0, 0, 0};
+#if SPLIT
+  share = share_of_rows<512>(p.split, p.parts, (int*)raw, [&](int y) { return tiles_of(Entries(p.list, p.at, y / p.at.T, 0, y % p.at.T).slots); });
+  if (share.units <= 0) return;
+#endif
+  run_roles(p, raw, base, bars, 129, [&] { gather(p, raw, base, bars, share); });
 }

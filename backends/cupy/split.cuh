@@ -70,3 +70,15 @@ template <int Threads, class Units> __device__ __forceinline__ int scan_jobs(con
 }
 
 __device__ __forceinline__ i64 share_of(const Split& s, int total) { return ((i64)total * s.members + s.shares - 1) / s.shares; }
+
+struct Share { int job, at, units; };  // its first job, the unit of it to begin with, and how many in all
+
+// The share of this block of threads, one of a row of `parts` that take the same; jobs have one member.
+template <int Threads, class Units> __device__ __forceinline__ Share share_of_rows(const Split& s, int parts, int* box, const Units& units) {
+  Start found;
+  const int total = scan_jobs<Threads>(s, units, -1, blockIdx.x == 0 ? s.starts : nullptr, box, found);
+  const i64 size = share_of(s, total), begin = (int)blockIdx.x / parts * size, end = begin + size < total ? begin + size : total;
+  if (begin < end) scan_jobs<Threads>(s, units, begin, nullptr, box, found);
+  __syncthreads();
+  return {found.job, (int)(begin - found.start), (int)(end - begin)};
+}

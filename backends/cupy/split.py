@@ -89,6 +89,10 @@ def latent_defines(kind: str, lists: tuple) -> dict:
     return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1])
 
 
+def latent_merge_defines(kind: str) -> dict:
+    return dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512)
+
+
 def candidates(problem: Problem) -> list[dict]:
     """Configs for up to 32 queries, the best first: warpgroup products from 17 heads of a query on, where one key is read for more than a tile of mma.sync has rows."""
     group = problem["Hq"] // problem["Hk"]
@@ -100,7 +104,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
-           dict(source="merge_split", defines=dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512), names=["merge"])] if config["path"] == "latent" else []
+           dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
     return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
 
@@ -134,7 +138,7 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     attend = nvrtc.function("block_attention_latent", "attend_latent", LATENT_FIELDS, latent_defines(q.dtype, (lists.block_q, lists.block_k)), place)
     attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
            Hq, parts, scale, scale * math.log2(math.e))
-    merge(place, dict(KIND=KINDS[q.dtype], BQ=0, ROWS=LATENT_HEADS, COLUMNS=Dv), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
+    merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
     return out, lse
 
 

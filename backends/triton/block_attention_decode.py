@@ -151,7 +151,7 @@ def merge(sums, tops, out, lse, sinks, Hq, T, lines, scale, DV: tl.constexpr, V0
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def rows_of_tile(queries: int, pack: int, width: int) -> int:
-    return min(power(queries * pack), 64 if width <= 128 else 32 if width <= 256 else 16)
+    return min(power(queries * pack), 64 if width <= 128 or queries * pack >= 64 else 32 if width <= 256 else 16)
 
 
 def widths(D: int, DV: int) -> dict:

@@ -1,0 +1,581 @@
+// Backward of attention over block lists by Hopper's own instructions: float16 and bfloat16, blocks of 128 x 128, five products in one pass.
+//
+// An item is a key block of a key head: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step, head after head of
+// the group. dQ is summed in float32 in device memory, each tile's additions in the order of key blocks. Items are taken by a ticket in that same order, so whoever waits for
+// its turn waits for an item that some block of threads already holds: no deadlock, however few blocks of threads run at once. The rank of an addition is the number of
+// earlier key blocks in the query tile's own list: lists made on the device need nothing more. Rows are walked from the last to the first, the order in which neighbouring
+// items of windows and causal patterns come to a row without waiting.
+//
+// A block of threads has six roles: a warp plans (tickets, walk, ranks, clearing of keys that nobody sees), a thread loads, two threads add dQ (one for each half of a query
+// tile), two groups of 64 keys multiply. `prepare` and `finish` run before and after: what each row starts from, and dQ rounded.
+// Defines: KIND, WIDTH (D rounded up to 64 or 128), VALUES (Dv likewise).
+#include "wgmma.cuh"
+#include "ordered.cuh"
+#include "lists.cuh"
+
+#ifndef KIND
+#define KIND BFLOAT16
+#endif
+#ifndef WIDTH
+#define WIDTH 128
+#endif
+#ifndef VALUES
+#define VALUES 128
+#endif
+
+constexpr int KEYS = 128, ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a slab: 64 columns of a key block; a part: 64 columns of 64 queries
+constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64, COLUMNS = WIDTH / 2;       // of dQ, a group's
+constexpr int SUMS = STEP * WIDTH * 4, LINE = 3 * STEP + 4;                           // bytes of a step's dQ; floats of a step's rows
+constexpr int PLANS = 4, READERS = 5;                                                // of a plan: the loading thread, two adding threads, two groups
+constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
+
+struct Params {
+  TensorMap q, k, v, dout, dk, dv;  // boxes of 64 columns, 64 rows; k, v: 128 rows
+  void *dq, *dk_out, *dv_out;
+  const float *lse, *delta;
+  float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ as the accumulators lie
+  int *turns, *ticket;              // additions done to each half tile
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind and rank of what sees it, rows descending
+  const int *by_key_offsets, *by_key_rows, *by_key_kinds;
+  ListArrays lists;
+  Positions at;
+  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items;  // key_heads = B * Hk; `together` of them are worked on at a time
+  float scale, exponent;                                               // exponent = scale * log2(e)
+};
+
+enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16 };
+// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
+struct Plan { int row, t, head, key_head, block, kind, rank, state; };
+enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
+
+struct Shared {
+  u32 base, k, v, q, dout, ds, sums, rows, plans, bars;
+  unsigned char* raw;
+  __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
+    k = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
+    v = k + Q_PARTS * SLAB; q = v + V_PARTS * SLAB; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
+    rows = sums + 2 * SUMS; plans = rows + 2 * LINE * 4; bars = plans + PLANS * sizeof(Plan);
+  }
+  __device__ __forceinline__ u32 full_q(int s) const { return bars + 8 * s; }
+  __device__ __forceinline__ u32 free_q(int s) const { return bars + 16 + 8 * s; }
+  __device__ __forceinline__ u32 full_ds(int s) const { return bars + 32 + 8 * s; }
+  __device__ __forceinline__ u32 full_sums(int s) const { return bars + 48 + 8 * s; }
+  __device__ __forceinline__ u32 free_sums(int s) const { return bars + 64 + 8 * s; }
+  __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 80 + 8 * (n % PLANS); }  // of plan n
+  __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 80 + 8 * (PLANS + n % PLANS); }
+  __device__ __forceinline__ u32 full_keys() const { return bars + 80 + 16 * PLANS; }
+  __device__ __forceinline__ u32 free_keys() const { return bars + 88 + 16 * PLANS; }
+  __device__ __forceinline__ u32 landed() const { return bars + 96 + 16 * PLANS; }  // keys and values of which some must be cleared
+  __device__ __forceinline__ u32 item() const { return bars + 104 + 16 * PLANS; }
+  template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
+  __device__ __forceinline__ u32 plan_at(u32 n, int field) const { return plans + n % PLANS * sizeof(Plan) + 4 * field; }
+  __device__ __forceinline__ Plan* plan(u32 n) const { return at<Plan>(plan_at(n, 0)); }
+};
+
+// ------------------------------------------------------------------------------------------------------------------- planning
+// item -> b, hk, key block
+struct Item {
+  int key_head, b, hk, block, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
+  __device__ __forceinline__ Item(const Params& p, int number) {
+    const int team = number / (p.together * p.key_tiles), from = team * p.together, size = imin(p.together, p.key_heads - from), rest = number - from * p.key_tiles, Hk = p.Hq / p.group;
+    block = rest / size;
+    key_head = from + rest % size;
+    b = key_head / Hk;
+    hk = key_head % Hk;
+    start = first_position(p.at, b);
+    limit = key_limit(p.at, b);
+    const i64 low = (i64)start - (i64)p.lists.first * ROWS, high = low + p.at.T, all = (i64)p.lists.nq * ROWS;
+    first_row = (int)((low < 0 ? 0 : low < all ? low : all) / ROWS);
+    end_row = (int)(((high < 0 ? 0 : high < all ? high : all) + ROWS - 1) / ROWS);
+    if (block >= p.lists.nk || block * KEYS >= limit || low >= all || high <= 0) first_row = end_row = 0;
+  }
+  __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
+};
+
+__device__ __forceinline__ void load_keys(const Params& p, const Shared& m, int block, int hk, int b, u32 bar) {
+  bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
+  for (int c = 0; c < Q_PARTS; c++) tma_load(m.k + c * SLAB, &p.k, bar, 64 * c, block * KEYS, hk, b);
+  for (int c = 0; c < V_PARTS; c++) tma_load(m.v + c * SLAB, &p.v, bar, 64 * c, block * KEYS, hk, b);
+}
+
+struct Planner {
+  const Params& p;
+  const Shared& m;
+  const int lane;
+  u32 patience = PATIENCE, n = 0, turn = 0, turn_keys = 1;  // plans made; parities of `landed` and `free_keys`
+  bool open = false;
+
+  __device__ __forceinline__ void publish(int flags) {
+    if (!open) return;
+    open = false;
+    if (lane == 0) {
+      if (flags) m.plan(n)->state |= flags;
+      bar_arrive(m.full_plan(n));
+    }
+    __syncwarp();
+    n++;
+  }
+  __device__ __forceinline__ void write(const Plan& x) {
+    bar_wait(m.free_plan(n), n / PLANS & 1 ^ 1, patience);
+    if (lane == 0) *m.plan(n) = x;
+    __syncwarp();
+    open = true;
+  }
+  // K and V, zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys.
+  __device__ __forceinline__ void load_and_clear(const Item& x, bool whole);
+  __device__ __forceinline__ bool whole(const Item& x);  // does some query tile see all keys?
+  __device__ __forceinline__ void item(int number);
+};
+
+// entries of the walk for head r of an item's group; those before `from` belong to rows past the call's queries
+struct Entries {
+  int from, until;
+  __device__ __forceinline__ Entries(const Params& p, const Item& x, int r) {
+    const int* o = p.by_key_offsets + 2 * ((i64)x.list(p, r) * p.lists.nk + x.block);
+    from = __ldg(o);
+    until = x.first_row < x.end_row ? __ldg(o + 2) : from;
+    while (from + 32 <= until && p.walk[from + 31].x >= x.end_row) from += 32;
+    while (from < until && p.walk[from].x >= x.end_row) from++;
+  }
+};
+
+__device__ __forceinline__ bool Planner::whole(const Item& x) {
+  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++) {
+    const Entries all(p, x, r);
+    for (int e = all.from; e < all.until; e += 32) {
+      const int2 w = e + lane < all.until ? *(const int2*)(p.walk + e + lane) : make_int2(-1, 0);  // row, kind
+      if (__any_sync(~0u, w.x >= x.first_row && w.y < 0)) return true;
+    }
+  }
+  return false;
+}
+
+__device__ __forceinline__ void Planner::load_and_clear(const Item& x, bool whole) {
+  u32 word = whole ? ~0u : 0u;  // keys 32 (lane % 4) .. of the block, by every eighth row
+  for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
+    const Entries all(p, x, r);
+    for (int e = all.from; e < all.until; e++) {
+      const int2 w = *(const int2*)(p.walk + e);
+      if (w.x < x.first_row) break;
+      const int t = (p.lists.first + w.x) * ROWS - x.start;
+#pragma unroll 1
+      for (int y = imax(-t, 0) + lane / 4; y < imin(ROWS, p.at.T - t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
+    }
+  }
+  for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
+  bar_wait(m.free_keys(), turn_keys, patience);
+  if (lane == 0) load_keys(p, m, x.block, x.hk, x.b, m.landed());
+  bar_wait(m.landed(), turn, patience);
+  turn ^= 1;
+#pragma unroll 1
+  for (int n = 0; n < 4; n++) {
+    const u32 seen = __shfl_sync(~0u, word, n) & range_bits(0, x.limit - x.block * KEYS - 32 * n);
+#pragma unroll 1
+    for (int y = lane / 8; y < 32 && seen != ~0u; y += 4)
+      if (!(seen >> y & 1))
+        for (int c = 0; c < Q_PARTS + V_PARTS; c++) *m.at<uint4>(m.k + c * SLAB + (32 * n + y) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+  shared_to_copy_engine();
+  __syncwarp();
+  if (lane == 0) bar_arrive(m.full_keys());
+}
+
+__device__ __forceinline__ void Planner::item(int number) {
+  Item& x = *m.at<Item>(m.item());  // not in registers: these warps have few
+  __syncwarp();
+  if (lane == 0) x = Item(p, number);
+  __syncwarp();
+  const int left = imin(x.limit - x.block * KEYS, KEYS);
+  const bool all = whole(x), clears = !all || (left < KEYS && x.limit < p.at.S);
+  int made = 0;
+  for (int r = 0; r < p.group; r++) {
+    const Entries some(p, x, r);
+    for (int e = some.from; e < some.until; e++) {
+      const int4 w = p.walk[e];
+      if (w.x < x.first_row) break;
+      publish(0);
+      if (!made) {
+        if (clears) load_and_clear(x, all);
+        turn_keys ^= 1;
+      }
+      const int head = x.b * p.Hq + x.hk * p.group + r, tile = p.lists.first + w.x;
+      write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.key_head, x.block, w.y, w.z, (made ? 0 : clears ? FIRST | CLEAR : FIRST) | left << 8});
+      made++;
+    }
+  }
+  if (!made) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
+  publish(LAST);
+}
+
+__device__ __forceinline__ void plan_items(const Params& p, const Shared& m) {
+  Planner planner = {p, m, (int)(threadIdx.x & 31)};
+  for (;;) {
+    int number = 0;
+    if (planner.lane == 0) number = atomicAdd(p.ticket, 1);
+    number = __shfl_sync(~0u, number, 0);
+    if (number >= p.items || !planner.patience) break;
+    planner.item(number);
+  }
+  planner.write({0, 0, 0, 0, 0, -1, 0, STOP});
+  planner.publish(0);
+}
+
+__device__ __forceinline__ Plan next_plan(const Shared& m, u32& n, u32& patience) {
+  bar_wait(m.full_plan(n), n / PLANS & 1, patience);
+  const Plan x = *m.plan(n);
+  bar_arrive(m.free_plan(n++));
+  return x;
+}
+
+// ------------------------------------------------------------------------------------------------------------ loading, adding
+__device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
+  u32 patience = PATIENCE, n = 0, turn = 1, turn_keys = 1;
+  for (;;) {
+    const Plan x = next_plan(m, n, patience);
+    if (x.state & STOP || !patience) return;
+    if (x.state & EMPTY) continue;
+    const int b = x.head / p.Hq, h = x.head % p.Hq;
+    if (x.state & FIRST) {
+      if (!(x.state & CLEAR)) {  // else they are here already
+        bar_wait(m.free_keys(), turn_keys, patience);
+        load_keys(p, m, x.block, h / p.group, b, m.full_keys());
+      }
+      turn_keys ^= 1;
+    }
+    for (int s = 0; s < 2; s++) {
+      bar_wait(m.free_q(s), turn, patience);
+      bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
+      for (int c = 0; c < Q_PARTS; c++) tma_load(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP, h, b);
+      bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));
+      for (int c = 0; c < V_PARTS; c++) tma_load(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + s * STEP, h, b);
+    }
+    turn ^= 1;
+  }
+}
+
+// dQ of step s of every tile: the first addition stores
+__device__ __forceinline__ void add_sums(const Params& p, const Shared& m, int s) {
+  u32 patience = PATIENCE, n = 0, turn = 0;
+  for (;;) {
+    const Plan x = next_plan(m, n, patience);
+    if (x.state & STOP || !patience) break;
+    if (x.state & EMPTY) continue;
+    const i64 at = (i64)x.row * 2 + s;
+    wait_turn(p.turns + at, x.rank, patience);
+    bar_wait(m.full_sums(s), turn, patience);
+    turn ^= 1;
+    if (x.rank == 0) bulk_store(p.sums + at * (SUMS / 4), m.sums + s * SUMS, SUMS); else bulk_add(p.sums + at * (SUMS / 4), m.sums + s * SUMS, SUMS);
+    tma_store_commit();
+    tma_store_wait_read();
+    bar_arrive(m.free_sums(s));
+    tma_store_wait();
+    end_turn(p.turns + at, x.rank);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- multiplying
+// keys `key` and key + 8 of a lane, queries 8 j + 2 (lane % 4) and the next of the step that begins at row `first` of the tile as s[4 j ..]; `left` keys of the block exist
+__device__ __forceinline__ void mask(float (&s)[32], const ListArrays& lists, int kind, int left, int first) {
+  const int tid = thread_again(), key = (tid / 32 - 4) * 16 + tid % 32 / 4;
+  const i64 row = (i64)(kind >> 1) * ROWS + first + 2 * (tid & 3);
+  if (kind >= 0 && kind & 1) {
+    const u32* words = lists.bitmaps + row * (KEYS / 32) + (key >> 5);
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const u32 word = __ldg(words + (j / 2 * 8 + j % 2) * (KEYS / 32)) >> (key & 31);
+      if (!(word & 1)) s[j / 2 * 4 + j % 2] = -inf();
+      if (!(word & 256)) s[j / 2 * 4 + j % 2 + 2] = -inf();
+    }
+  } else if (kind >= 0) {
+    const int2* ranges = (const int2*)lists.intervals + row;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const int2 range = __ldg(ranges + j / 2 * 8 + j % 2);
+      if (key < range.x || key >= range.y) s[j / 2 * 4 + j % 2] = -inf();
+      if (key + 8 < range.x || key + 8 >= range.y) s[j / 2 * 4 + j % 2 + 2] = -inf();
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 32; j++)
+    if (key + (j & 2) * 4 >= left) s[j] = -inf();
+}
+
+// accumulators of [key][query] products start from a value per query
+__device__ __forceinline__ void start_from(float (&d)[32], u32 from) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float2 x = shared_pair(from + j * 32);
+    d[4 * j] = d[4 * j + 2] = x.x;
+    d[4 * j + 1] = d[4 * j + 3] = x.y;
+  }
+  hold(d);
+}
+
+// this group's 64 keys without any query
+__device__ __forceinline__ void store_nothing(const Params& p, int key_head, int from, int tid) {
+  const int n = imin(64, p.at.S - from);
+  const i64 line = (i64)key_head * p.at.S + from;
+  for (int i = tid; i < n * (p.D / 8); i += 128) ((uint4*)p.dk_out)[line * (p.D / 8) + i] = make_uint4(0, 0, 0, 0);
+  for (int i = tid; i < n * (p.Dv / 8); i += 128) ((uint4*)p.dv_out)[line * (p.Dv / 8) + i] = make_uint4(0, 0, 0, 0);
+}
+
+// this group's rows of a key tile; `row` is the one this lane gives the address of
+template <int N> __device__ __forceinline__ void write_keys(const float (&d)[N], float scale, u32 to, int row, int lane) {
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) {
+    const int c = 2 * j + (lane >> 4);  // 16 bytes each
+    const float* y = d + 8 * j;
+    stmatrix_at(to + (c >> 3) * SLAB + row * 128 + (((c & 7) ^ (row & 7)) << 4), pack<KIND>(y[0] * scale, y[1] * scale), pack<KIND>(y[2] * scale, y[3] * scale),
+                pack<KIND>(y[4] * scale, y[5] * scale), pack<KIND>(y[6] * scale, y[7] * scale));
+  }
+}
+
+__device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
+  const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
+  u32 patience = PATIENCE;
+  float s[32], dp[32], own[WIDTH == 128 ? 1 : COLUMNS / 2], dk[WIDTH / 2], dv[VALUES / 2];
+  float (&dq)[COLUMNS / 2] = *(float(*)[COLUMNS / 2])(WIDTH == 128 ? dp : own);  // of the step before: done with before dP begins, so they may share registers
+  u32 pr[16], ds[16], turn_keys = 0, n = 0, plan = 0;                     // n: steps
+  const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128), b_k = descriptor_columns<SLAB>(m.k + w * COLUMNS / 64 * SLAB + w * COLUMNS % 64 * 2);
+  const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
+  const u32 sums_at = m.sums + w * (SUMS / 2) + tid * 16, rows_at = m.rows + (lane & 3) * 8;
+  const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
+  const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
+  const auto begin = [&](u32 b, u32 turn) {
+    bar_wait(m.full_q(b), turn, patience);
+    start_from(s, rows_at + b * LINE * 4);
+  };
+  const auto multiply_dq = [&](u32 b, u32 turn) {
+    bar_wait(m.full_ds(b), turn, patience);
+    wgmma_fence();
+    const u64 a = descriptor(m.ds + b * 2 * PART);
+#pragma unroll
+    for (int c = 0; c < 8; c++) multiply_columns<KIND>(dq, a + c / 4 * (PART >> 4) + c % 4 * 2, b_k + c * 128, c != 0);
+    wgmma_commit();
+  };
+  const auto write_dq = [&](u32 b) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++) shared_store(sums_at + b * SUMS + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  };
+  // One step is 64 queries; b is its stage, and which half of the tile it is. dQ is that of the step before: the groups may drift apart by a step.
+  const auto step = [&](const bool first, bool more) __attribute__((always_inline)) {
+    const u32 b = n & 1, turn = n >> 1 & 1, before = (n - 1) >> 1 & 1;
+    hold(s);
+    wgmma_fence();
+    const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
+#pragma unroll
+    for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    wgmma_commit();
+    if (!first) multiply_dq(b ^ 1, before);
+    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
+    if (first) wgmma_wait<0>(); else wgmma_wait<1>();
+    hold(s);
+    float c = p.exponent;
+    if (far) {  // the score is rounded as in the forward, so that score - lse is right however large both are
+      c = 1.f;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float2 lse = shared_pair(rows_at + b * LINE * 4 + 2 * STEP * 4 + j * 32);
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[4 * j + e] = (__fmul_rn(s[4 * j + e], p.scale) - (e & 1 ? lse.y : lse.x)) * LOG2E;
+      }
+    }
+    if (kind >= 0 || left < KEYS) mask(s, p.lists, kind, left, b * STEP);
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      s[2 * j] = ex2(s[2 * j] * c); s[2 * j + 1] = ex2(s[2 * j + 1] * c);
+      pr[j] = pack<KIND>(s[2 * j], s[2 * j + 1]);
+    }
+    if (!first) {
+      bar_wait(m.free_sums(b ^ 1), before ^ 1, patience);
+      u32 any = 0;
+#pragma unroll
+      for (int j = 0; j < 16; j++) any |= pr[j];
+      if (any & 0x80008000u) bar_wait(m.full_q(b), turn, patience);  // never: probabilities have no sign; a branch that needs them keeps the exponentials before the wait
+      wgmma_wait<0>();
+      hold(dq);
+      write_dq(b ^ 1);
+    }
+    start_from(dp, rows_at + b * LINE * 4 + STEP * 4);
+    hold(dp); hold(dv);
+    wgmma_fence();
+    const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART), do_rows = descriptor_columns<PART>(m.dout + b * V_PARTS * PART);
+#pragma unroll
+    for (int c = 0; c < VALUES / 16; c++) multiply_keys<KIND>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    wgmma_commit();
+#pragma unroll
+    for (int c = 0; c < 4; c++) multiply_values<KIND>(dv, pr + 4 * c, do_rows + c * 128, !first || c != 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    hold(dp);
+#pragma unroll
+    for (int j = 0; j < 16; j++) ds[j] = pack<KIND>(s[2 * j] * dp[2 * j], s[2 * j + 1] * dp[2 * j + 1]);
+    // as [query][key]; the buffer is free: the other group wrote dS of the step before only after its dQ of the step before that
+#pragma unroll
+    for (int g = 0; g < 4; g++) stmatrix_transposed_at(ds_at + b * 2 * PART + g * 2048, ds[4 * g], ds[4 * g + 1], ds[4 * g + 2], ds[4 * g + 3]);
+    hold(dk);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 4; c++) multiply_values<KIND>(dk, ds + 4 * c, q_rows + c * 128, !first || c != 0);
+    wgmma_commit();
+    shared_to_copy_engine();  // dS, and dQ of the step before
+    __syncwarp();
+    if (thread_again() % 32 == 0) { bar_arrive(m.full_ds(b)); if (!first) bar_arrive(m.full_sums(b ^ 1)); }
+    if (more) begin(b ^ 1, (n + 1) >> 1 & 1);
+    wgmma_wait<0>();
+    hold(dk); hold(dv);
+    if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+    n++;
+  };
+  for (;;) {
+    bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+    const int state = field(STATE);
+    if (state & STOP) break;
+    if (state & EMPTY) {
+      store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      named_sync(4 + w, 128);
+      release();
+      continue;
+    }
+    bar_wait(m.full_keys(), turn_keys, patience);
+    turn_keys ^= 1;
+    begin(0, n >> 1 & 1);
+    step(true, true);
+    for (;;) {
+      const bool ends = n & 1 && field(STATE) & LAST;
+      step(false, !ends);
+      if (ends) break;
+      if (!(n & 1)) {
+        release();
+        bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+      }
+    }
+    hold(dq);
+    multiply_dq(1, (n - 1) >> 1 & 1);
+    bar_wait(m.free_sums(1), ((n - 1) >> 1 & 1) ^ 1, patience);
+    wgmma_wait<0>();
+    hold(dq);
+    write_dq(1);
+    shared_to_copy_engine();
+    __syncwarp();
+    if (thread_again() % 32 == 0) bar_arrive(m.full_sums(1));
+    named_sync(1, 256);  // neither group reads the key tile any more
+    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
+    write_keys(dk, p.scale, m.k, row, lane);
+    write_keys(dv, 1.f, m.v, row, lane);
+    shared_to_copy_engine();
+    named_sync(4 + w, 128);
+    release();
+    if (tid == 0) {
+      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      tma_store_commit();
+      tma_store_wait_read();
+      bar_arrive(m.free_keys());
+    }
+  }
+  if (thread_again() % 128 == 0) tma_store_wait();
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  const Shared m(raw);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; s++) {
+      bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2);
+      bar_init(m.full_ds(s), 8);
+      bar_init(m.full_sums(s), 8); bar_init(m.free_sums(s), 1);
+    }
+    for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
+    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1);
+    bar_fence();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == 0) {
+    fewer_registers<24>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 3) plan_items(p, m);
+    else if (threadIdx.x == 0) load_items(p, m);
+    else if (threadIdx.x == 32 || threadIdx.x == 64) add_sums(p, m, warp - 1);
+  } else {
+    more_registers<240>();
+    multiply_items(p, m, group - 1);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- before and after
+// What a step of 64 rows starts from: minus lse / scale, minus delta, lse; a last word says that some lse is far, and then the first is 0. P of rows that do not exist
+// or see no key is 0. Counters start at 0.
+extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant__ Params p) {
+  const int half = blockIdx.x & 1, tile = blockIdx.x / 2 % p.tiles, head = blockIdx.x / 2 / p.tiles, start = first_position(p.at, head / p.Hq);
+  const int t = (floor_div(start, ROWS) + tile) * ROWS - start + half * STEP + threadIdx.x;
+  const i64 at = (i64)head * p.at.T + t;
+  const bool exists = t >= 0 && t < p.at.T;
+  float lse = exists ? __ldg(p.lse + at) : inf();
+  if (lse == -inf()) lse = inf();
+  const bool far = __syncthreads_or(fabsf(lse) > FAR && lse != inf());
+  float* line = p.rows + (i64)blockIdx.x * LINE + threadIdx.x;
+  line[0] = lse == inf() ? -inf() : far ? 0.f : -lse / p.scale;
+  line[STEP] = exists ? -__ldg(p.delta + at) : 0.f;
+  line[2 * STEP] = lse;
+  if (threadIdx.x < 4) line[3 * STEP] = far;
+  if (threadIdx.x == 0) {
+    p.turns[blockIdx.x] = 0;
+    if (blockIdx.x == 0) *p.ticket = 0;
+  }
+}
+
+// of n ascending numbers, how many lie below the bound
+__device__ __forceinline__ int count_below(const int* a, int n, int bound) {
+  int from = 0;
+  while (from < n) {
+    const int middle = (from + n) / 2;
+    if (__ldg(a + middle) < bound) from = middle + 1; else n = middle;
+  }
+  return from;
+}
+
+// The walk of one key block of one list: full and partial entries as one, rows descending, each with the number of earlier key blocks in its row's list.
+extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ Params p) {
+  const int list = blockIdx.x / p.lists.nk, j = blockIdx.x % p.lists.nk;
+  const int* o = p.by_key_offsets + 2 * (i64)blockIdx.x;
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2);
+  for (int e = from + threadIdx.x; e < end; e += 128) {
+    const int i = __ldg(p.by_key_rows + e);
+    const int after = e < middle ? middle - 1 - e + (end - middle) - count_below(p.by_key_rows + middle, end - middle, i)
+                                 : end - 1 - e + (middle - from) - count_below(p.by_key_rows + from, middle - from, i);
+    const int* y = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
+    const int a = __ldg(y), b = __ldg(y + 1), c = __ldg(y + 2);
+    p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), count_below(p.lists.cols + a, b - a, j) + count_below(p.lists.cols + b, c - b, j), 0);
+  }
+}
+
+// dQ of a step of 64 rows, rounded; tiles whose list is empty were never added to
+extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  constexpr int PITCH = WIDTH / 2 + 4;
+  u32* out = (u32*)raw;  // [STEP][PITCH] pairs
+  const int half = blockIdx.x & 1, tile = blockIdx.x / 2 % p.tiles, head = blockIdx.x / 2 / p.tiles, b = head / p.Hq, start = first_position(p.at, b), first = floor_div(start, ROWS) + tile;
+  const int w = threadIdx.x / 128, tid = threadIdx.x % 128, row = tid / 32 * 16 + tid % 32 / 4, i = first - p.lists.first, limit = key_limit(p.at, b);
+  bool some = false;
+  if (i >= 0 && i < p.lists.nq) {
+    const int* o = p.lists.offsets + 2 * ((i64)__ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h) * p.lists.nq + i);
+    const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2);
+    some = (from < middle && __ldg(p.lists.cols + from) * KEYS < limit) || (middle < end && __ldg(p.lists.cols + middle) * KEYS < limit);
+  }
+  const float4* sums = (const float4*)p.sums + ((i64)blockIdx.x * 2 + w) * (SUMS / 32) + tid;
+#pragma unroll
+  for (int j = 0; j < COLUMNS / 8; j++) {
+    const float4 x = some ? sums[j * 128] : make_float4(0.f, 0.f, 0.f, 0.f);
+    const int c = w * (COLUMNS / 2) + 4 * j + tid % 4;
+    out[row * PITCH + c] = pack<KIND>(x.x * p.scale, x.y * p.scale);
+    out[(row + 8) * PITCH + c] = pack<KIND>(x.z * p.scale, x.w * p.scale);
+  }
+  __syncthreads();
+  const int n = p.D / 8, t0 = first * ROWS - start + half * STEP;
+  for (int k = threadIdx.x; k < STEP * n; k += 256) {
+    const int r = k / n, t = t0 + r;
+    if (t >= 0 && t < p.at.T) ((uint4*)p.dq)[((i64)head * p.at.T + t) * n + k % n] = *(const uint4*)(out + r * PITCH + k % n * 4);
+  }
+}
