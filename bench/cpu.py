@@ -135,7 +135,7 @@ def write(path, found):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape: N 4096 (sweep: 1024), D 64")
-    parser.add_argument("--parts", default="targets,sweep,growth", help="comma separated, of targets, sweep, growth (default: all)")
+    parser.add_argument("--parts", default="targets,sweep,growth", help="comma separated, of targets, sweep, growth and long (the sweep at N 16384: half an hour; default: all but long)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of each case (default: 4)")
     parser.add_argument("--few", type=int, default=3, help="rounds of each case at least (default: 3)")
@@ -144,7 +144,8 @@ def main(arguments=None):
     parser.add_argument("--json", type=Path, help="write all rows here too")
     args = parser.parse_args(arguments)
     parts = {"targets": ("targets", cpu_cases.targets((64,) if args.quick else (64, 128))),
-             "sweep": ("sweep", cpu_cases.sweep((1024,), (64,)) if args.quick else cpu_cases.sweep())}
+             "sweep": ("sweep", cpu_cases.sweep((1024,), (64,)) if args.quick else cpu_cases.sweep((1024, 4096))),
+             "long": ("long", cpu_cases.sweep((16384,), (64,) if args.quick else (64, 128)))}
     part, of = map(int, args.share.split("/"))
     numba.set_num_threads(args.threads or numba.get_num_threads())
     torch.set_num_threads(numba.get_num_threads())

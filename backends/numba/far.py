@@ -145,6 +145,14 @@ def keep(memory: np.ndarray):
         _kept[:] = [memory]
 
 
+def fill_record(job: np.ndarray, values: dict):
+    """Set these fields, all others to 0, in one assignment: one by one they take a microsecond each, of a small call half its time."""
+    unknown = values.keys() - set(job.dtype.names)
+    if unknown:
+        raise KeyError(f"no fields of the record: {sorted(unknown)}")
+    job[0] = tuple([values.get(name, 0) for name in job.dtype.names])
+
+
 def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:
     """Memory for each thread: field x of the job becomes the offset of its `sizes[x]` bytes in what thread n has at job.memory + n * job.memory_step."""
     total = 0

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from sparsetile.backends.numba.far import record_at
+from sparsetile.backends.numba.far import fill_record, record_at
 from sparsetile.backends.numba.gather_tiles import WIDE, scale_row
-from sparsetile.backends.numba.job import CODES, first_position, key_limit
+from sparsetile.backends.numba.job import code_of, first_position, key_limit
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.selector import put_i64
@@ -45,7 +45,7 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
                   granularity=granularity, causal=int(causal), units=units, heads=Hq // units, split=Hq // units, sign=sign)
     for name, x in tensors.items():
         steps = x.strides[:3]
-        values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
+        values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
     shared = values["v"] == values["k"] and v.dtype == k.dtype and v.strides == k.strides and Dv <= D
     Dvp, Dp = up(Dv, WIDE), up(D, LANES)
     values |= dict(Dp=Dp, Dvp=Dvp, row=up(D, WIDE), here_k=k.dtype == np.float32 and D == Dp and not (shared and Dv != Dvp),
@@ -69,8 +69,7 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
     # c, the argument below which 2 ** (c x) is 0, the softcap outside and inside of tanh, the scale of dS
     arrays["constants"] = np.array([min(c, largest), max(-100 / c, -largest), outer, inner, slope], np.float32)
     values["constants"] = address(arrays["constants"])
-    for name, x in values.items():
-        job[name] = x
+    fill_record(job, values)
     return job, [arrays, tensors]
 
 

@@ -3,11 +3,12 @@
 A record spares compilations: element types, strides, orders, lengths and widths are values in it, so that one compiled kernel serves all.
 """
 import math
+from functools import lru_cache
 
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, record_at
+from sparsetile.backends.numba.far import far, fill_record, record_at
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import address, get_i32, put_i64
 
@@ -31,6 +32,8 @@ Scores times sign times unit are natural logarithms (a softcap takes the scale i
 job_at = record_at(JOB)
 START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2
 
+code_of = lru_cache(maxsize=None)(lambda dtype: CODES[dtype.name])  # a dtype takes microseconds to say its name
+
 
 def _int32(x):
     return None if x is None else np.ascontiguousarray(x).view(np.int32) if x.dtype == np.uint32 else np.ascontiguousarray(x, np.int32)
@@ -45,7 +48,7 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
                   first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0, stack=1)
     for name, x in tensors.items():
         steps = x.strides[:3]
-        values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
+        values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
     arrays = {name: _int32(getattr(lists, name)) for name in ("offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of")}
     arrays |= dict(kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
                    sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
@@ -69,8 +72,7 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
     rows, columns = arrays["list_of"].shape
     values |= dict(list_b=columns if rows > 1 else 0, list_h=1 if columns > 1 else 0)
     values["tiles"] = lists.nq if lists.q_order is not None else _tiles(T, S, lists.block_q, kv_length, q_start)
-    for name, x in values.items():
-        job[name] = x
+    fill_record(job, values)
     return job, [arrays, tensors]
 
 

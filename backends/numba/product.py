@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
+from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at, scratch
 from sparsetile.backends.numba.gather_tiles import scale_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row, store_row, store_rows
@@ -162,8 +162,7 @@ def run_product(rows, weights, outputs, *, scale=None, tail=None):
                        **dict(zip(("tail_b", "tail_h", "tail_t"), tail.strides)))
     columns = -(-max(w.shape[2] for w in weights) // COLUMNS) * COLUMNS
     values["panels_step"] = 4 * (columns * K + COLUMNS * LANES)
-    for name, x in values.items():
-        job[name] = x
+    fill_record(job, values)
     # Whole vectors are scaled and transposed: a little more than a row or a panel.
     _memory = scratch(job, threads, rows=4 * (ROWS * K + LANES), tiles=4 * ROWS * columns, panels=2 * values["panels_step"],
                       flat=4 * max(COLUMNS * (K + LANES), 0 if tail is None else tail.shape[3]))
