@@ -178,9 +178,6 @@ class Pattern:
             return xp.stack([rules[i] for i in self.head_map()], 0)
         return self._see(p, s, S) & (s >= 0)
 
-    def _see(self, p, s, S):
-        raise NotImplementedError
-
     def mask(self, T: int, S: int, q_start: int | None = None):
         """Dense booleans [T, S], or [heads, T, S] with heads. Query t stands at q_start + t; q_start defaults to S - T (bottom-right)."""
         T, S, q_start = _sizes(self, T, S, q_start)

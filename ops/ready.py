@@ -4,28 +4,18 @@ What the checks, the choice of backend and the lists depend on is the key (shape
 call that finds its key has nothing left to ask; only pointers are read anew. Calls that need a gradient, selections, layouts, configs and positions
 on the device take the long way.
 """
-import os
 import sys
 
 from sparsetile.backends import arrays
 from sparsetile.ops import dispatch
 from sparsetile.ops.pattern import Pattern
+from sparsetile.profiles.environment import reader
 
 MOST = 1024  # shapes come and go
-_NAMES = ("SPARSETILE_BACKEND_SPARSE_ATTENTION", "SPARSETILE_BACKEND", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR")
-_ENVIRONMENT = getattr(os.environ, "_data", None)  # reading through os.environ encodes names each time, 3 us for four
-_RAW = [os.environ.encodekey(name) for name in _NAMES] if _ENVIRONMENT is not None else None
+_environment = reader("SPARSETILE_BACKEND_SPARSE_ATTENTION", "SPARSETILE_BACKEND", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR")
 _NUMBERS, _INTEGERS = (float, type(None)), (int, type(None))
 _calls = {}
 dispatch.PLAN_CACHES.append(_calls)
-
-
-def environment() -> tuple:
-    """The variables that a call of sparse_attention obeys, as they stand; a key, not for reading."""
-    if _RAW is None:
-        return dispatch.environment("sparse_attention")
-    get = _ENVIRONMENT.get
-    return tuple([get(name) for name in _RAW])
 
 
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, *flags):
@@ -45,7 +35,7 @@ def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, va
         if type(x) is not torch.Tensor or grad and x.requires_grad or x.layout is not torch.strided:
             return None
         found.append((x.shape, x.stride(), x.dtype, x.device))
-    return *found, pattern, scale, softcap, q_start, value_width, backend, flags, environment()
+    return *found, pattern, scale, softcap, q_start, value_width, backend, flags, _environment()
 
 
 def find(key):
