@@ -1,7 +1,8 @@
 """Tasks shared by any number of processes and hosts, in the storage that holds their trials: who works on what, and what a dead one left.
 
-A claim is a trial of one study; of the claims of a task that live, the first is the owner's. A claim lives while its lease does, which its owner renews, and no
-longer than the process itself where that can be seen. So nothing is done twice, and what a dead worker held returns to the list.
+A claim is a trial of one study; of the claims of a task that live, the first is the owner's, unless the task was done since its claimant looked. A claim lives while
+its lease does, which its owner renews, and no longer than the process itself where that can be seen. So nothing is done twice, and what a dead worker held returns to
+the list.
 """
 import os
 import socket
@@ -49,13 +50,17 @@ class WorkList:
     def _live(self, claims) -> list:
         return [t for t in claims if t.state == self.optuna.trial.TrialState.RUNNING and alive(t.user_attrs["owner"], t.user_attrs["until"])]
 
+    def _finished(self, claims) -> set:
+        return {t.number for t in claims if t.state == self.optuna.trial.TrialState.COMPLETE}
+
     def done(self, task: str) -> bool:
-        return any(t.state == self.optuna.trial.TrialState.COMPLETE for t in self._claims(task))
+        return bool(self._finished(self._claims(task)))
 
     def claim(self, task: str, again: bool = False) -> "Claim | None":
         """The task, or None if it is done (unless again) or another's."""
         claims, state = self._claims(task), self.optuna.trial.TrialState
-        if self._live(claims) or not again and any(t.state == state.COMPLETE for t in claims):
+        before = self._finished(claims)
+        if self._live(claims) or before and not again:
             return None
         for dead in claims:
             if dead.state == state.RUNNING:
@@ -63,8 +68,9 @@ class WorkList:
         storage = self.study._storage
         template = self.optuna.trial.create_trial(state=state.RUNNING, user_attrs={"task": task, "owner": _me(), "until": time.time() + LEASE}, value=None)
         mine = storage.create_new_trial(self.study._study_id, template)
-        first = min(self._live(self._claims(task)), key=lambda t: t.number)
-        if first._trial_id != mine:
+        claims = self._claims(task)
+        first = min(self._live(claims), key=lambda t: t.number)
+        if first._trial_id != mine or self._finished(claims) - before:  # another came first, or came and went between the look and the claim
             storage.set_trial_state_values(mine, state.FAIL)
             return None
         return Claim(self, mine)

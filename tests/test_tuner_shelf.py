@@ -138,5 +138,24 @@ def test_no_task_is_done_twice_and_a_dead_one_returns(tmp_path):
     assert work.claim("x") is not None
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+def test_a_task_that_another_does_between_look_and_claim_is_not_done_twice(again, tmp_path, monkeypatch):
+    path = str(tmp_path / "journal")
+    slow, quick = fleet.WorkList(path), fleet.WorkList(path)
+    look = slow._claims
+
+    def overtaken(task):
+        found = look(task)
+        monkeypatch.setattr(slow, "_claims", look)
+        with quick.claim(task, again) as claim:
+            claim.finish()
+        return found
+    with quick.claim("a") as claim:
+        claim.finish() if again else None
+    monkeypatch.setattr(slow, "_claims", overtaken)
+    assert slow.claim("a", again) is None and slow.done("a")
+    assert bool(slow.claim("a", again)) is again
+
+
 def test_a_lease_of_another_host_holds_until_its_time():
     assert fleet.alive("elsewhere:1:1", 9e12) and not fleet.alive("elsewhere:1:1", 0.0) and not fleet.alive(f"{fleet._HERE}:999999999:1", 9e12)
