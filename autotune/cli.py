@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tune-seconds", type=_duration, default=10, help="seconds of tuning for each pattern timed again (default: 10; 0 skips it)")
 
     p = command("tune", _tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
-                "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --seconds 30            the first GPU\n"
+                "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --effort quick          the first GPU\n"
                 "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on; processes side by side share the work\n"
                 "  sparsetile tune --storage postgresql+psycopg://user@host/db --device all      on every host: they share the list, each GPU model's its own\n"
                 "  sparsetile tune --shapes shapes.jsonl              after SPARSETILE_RECORD_SHAPES=shapes.jsonl python app.py\n"
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
     p.add_argument("--seconds", type=_duration, help="budget for each workload and backend (default: 30)")
     p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
+    p.add_argument("--effort", choices=("quick", "standard", "thorough"), help="instead of --seconds and --trials: 20, 120 or 600 s for each workload and backend, less where nothing better is found for long")
     p.add_argument("--storage", help="Optuna journal file, or a storage URL, that remembers every trial")
     p.add_argument("--profiles", help="directory to write into (default: the user cache, where calls look by themselves)")
     p.add_argument("--sampler", choices=("pool", "tpe", "random", "nsga2"), default="pool", help="how configs are chosen: pool is ours, the others are Optuna's (default: pool)")
@@ -196,7 +197,7 @@ def _tune(args):
     workloads = _recorded(args.shapes, device) if args.shapes else _selected(args.workloads, device)
     with progress.show(len(workloads), args.json) as say:
         failed = batch.run(workloads, say, device=device, storage=args.storage, profiles=args.profiles, backend=args.backend, again=args.again, trials=args.trials,
-                           seconds=args.seconds, sampler=args.sampler, seed=args.seed)
+                           seconds=args.seconds, effort=args.effort, sampler=args.sampler, seed=args.seed)
     return 1 if failed else 0
 
 
@@ -207,7 +208,7 @@ def _every_gpu(args):
     if not torch.cuda.device_count():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
     names = [w.name for w in _selected(args.workloads, 0)]
-    options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "storage", "profiles", "sampler", "seed", "shapes")]
+    options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
     return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage)
 

@@ -101,7 +101,7 @@ def _worth(entry) -> tuple:
 
 def verify(paths, device, say=print) -> int:
     """Time each entry's config again beside its kernel's default, interleaved, on this machine. Returns how many are slower than the default beyond the noise, or fail."""
-    from sparsetile.autotune import isolate, timing, tune
+    from sparsetile.autotune import hunt, isolate, timing, tune
     from sparsetile.autotune.tasks import workloads
     from sparsetile.ops import dispatch
     named, arch, bad = {w.name: w for w in workloads()}, tune.machine(device)["arch"], 0
@@ -116,7 +116,7 @@ def verify(paths, device, say=print) -> int:
                 worker.open(w, 0)
                 problem = worker("facts", seconds=isolate.STARTING)["problem"]
                 default = dispatch.kernel(e["backend"], data["op"]).default_config(problem)
-                (mine, base), _ = worker("finals", [(e["backend"], dict(e["config"])), (e["backend"], default)], 2.0, seconds=tune.COMPILING * 2)
+                (mine, base), _ = worker("finals", [(e["backend"], dict(e["config"])), (e["backend"], default)], hunt.FINALS, (0, 1), seconds=hunt.COMPILING * 2)
             except (isolate.Lost, isolate.Failed) as error:
                 mine, base = None, str(error)
             if not mine or not base:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparsetile as st
-from sparsetile.autotune import fleet, report, shelf, store, tasks, tune
+from sparsetile.autotune import fleet, hunt, report, shelf, store, tasks, tune
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, misses, schema
 
@@ -21,6 +21,7 @@ DEVICE = {"name": "Some GPU", "arch": "sm_80"}
 def own(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
+    monkeypatch.setattr(hunt, "FINALS", 0.2)
     lookup.forget(), dispatch.clear_plans(), misses.counts.clear(), misses._written.clear()
     yield
     tune.close(), lookup.forget(), dispatch.clear_plans()
