@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--into", required=True, help="the directory that receives them")
     p = profiles("verify", "Time each entry's config again beside the default on this machine. Exit code 1 if one is slower beyond the noise, or fails.", _verify)
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--write", action="store_true", help="instead: time what another GPU of this model made (in one directory, default the user cache) and write the figures into the entries; one that is slower than "
+                   "the default here gives way to it. `tune --device all` does so at its end")
     profiles("export", "The entries of profiles as CSV.", _export)
     p = profiles("report", "One HTML page for each profile: tuned against default, rates, the course of the search and what each knob does.", _report)
     p.add_argument("--out", default="report", help="directory for the pages (default: report)")
@@ -207,10 +209,12 @@ def _every_gpu(args):
     from sparsetile.autotune import batch
     if not torch.cuda.device_count():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
+    if args.shapes and not args.storage:
+        raise ValueError("--shapes: expected --storage beside --device all, got none; the GPUs share the list by it, e.g. --storage tune.journal")
     names = [w.name for w in _selected(args.workloads, 0)]
     options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
-    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage)
+    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage, args.profiles)
 
 
 def _recorded(path, device):
@@ -247,9 +251,14 @@ def _merge(args):
 
 
 def _verify(args):
-    from sparsetile.autotune import shelf
+    from sparsetile.autotune import retime
+    from sparsetile.profiles import lookup
     say = (lambda line: print(json.dumps({"line": line}), flush=True)) if args.json else (lambda line: print(line, flush=True))
-    return 1 if shelf.verify(args.paths, _device(args.device), say) else 0
+    if args.write:
+        if len(args.paths) > 1 or args.device == "cpu":
+            raise ValueError(f"--write: expected one directory and the index of a GPU, got {' '.join(args.paths) or 'none'} and {args.device}; a CPU has no second one to ask")
+        return 1 if retime.confirm(args.paths[0] if args.paths else lookup.user_cache(), _device(args.device), say) else 0
+    return 1 if retime.verify(args.paths, _device(args.device), say) else 0
 
 
 def _export(args):
