@@ -175,7 +175,7 @@ def _proxied(optuna, url):
     if not place.hostname or not place.port:
         raise ValueError(f"storage: expected grpc://host:port, got {url!r}; start one with `sparsetile proxy`")
     if find_spec("grpc") is None:
-        raise ImportError("grpcio and protobuf are not installed: pip install grpcio protobuf")
+        raise ImportError("grpc is not installed: pip install grpcio protobuf")
     return optuna.storages.GrpcStorageProxy(host=place.hostname, port=place.port)
 
 
