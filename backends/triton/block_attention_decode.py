@@ -184,7 +184,7 @@ def resources(problem: Problem, config) -> Resources | str:
 def default_config(problem: Problem) -> dict:
     wide = max(problem["D"], problem["Dv"])
     shape = dict(block_k=64, num_warps=4, num_stages=3) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8, num_stages=3)
-    return dict(path="decode", block_q=16, chunk=0, value_block=0, **shape)
+    return dict(path="decode", block_q=16, chunk=0, value_block=0, maps=False, **shape)
 
 
 def takes(q, lists, config) -> bool:
