@@ -84,6 +84,18 @@ def test_budget(op, name, case, arch):
             assert asked.shared + used["shared"] <= nvrtc.shared_limit(arch)
 
 
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("block_q", [128, 192])
+def test_narrow_heads_in_classes_spill_nothing(block_q, kind):
+    """Strided patterns take 128 rows by default; a layout or a profile may ask for 192."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.block_attention")
+    problem = Problem.of("block_attention", *attention(64, 64, kind)[:2], "sm_90a", ("static", "causal+strided+window", "order"))
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"]) == ("hopper", 128)
+    (found,) = [nvrtc.report(a["source"], a["defines"], "sm_90a") for a in kernel.artifacts(problem, {**default, "block_q": block_q}) if a["defines"].get("PARTED")]
+    assert found["forward"]["spills"] == 0, found
+
+
 @pytest.mark.parametrize("op", ATTENTION)
 def test_every_config_is_refused_or_complete(op):
     """What resources() lets through has every constant that the source needs: one odd config of each kernel compiles."""

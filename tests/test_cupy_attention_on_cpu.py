@@ -206,28 +206,30 @@ def test_block_attention_on_hopper(case, block_q, kind, static, rng):
         assert_close(name, got.owner, true, one, reduction=case.S)
 
 
-PART_CASES = [  # rule, T, S, Hq, Hk, keys that exist
-    (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
-    (Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
-    (Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
-    (Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
-    (Causal() & Strided(2), 400, 400, 1, 1, None),
+PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
+    (128, Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
+    (128, Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
+    (128, Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
+    (128, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
+    (128, Causal() & Strided(2), 400, 400, 1, 1, None),
+    (192, Causal() & (Window(10) | Strided(8)), 1536, 1536, 1, 1, 1530),
+    (192, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
 ]
 
 
-@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(rule, T, S, Hq, Hk, length, rng):
+@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
     place, names = HopperPlace(), ("offsets", "q_order", "k_order")
     place.refused = "block_attention"
     q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
-    made = lower(rule, S - T, S, S, 128, 128)
+    made = lower(rule, S - T, S, S, block_q, 128)
     parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
                                  extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
     sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    config = dict(path="hopper", block_q=block_q, block_k=128, tile_k=32, row_tiles=1)
     got = block_attention.run_parts(*map(place.put, (q, k, v)), parts, config=config, sink_logits=place.put(sink), **at)
     count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
     truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
