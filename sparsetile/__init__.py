@@ -22,6 +22,7 @@ _HOME = {
     "Blocks": "ops.patterns", "Documents": "ops.patterns", "PerHead": "ops.patterns",
     "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
+    "linear_attention": "relatives.linear", "performer_attention": "relatives.performer", "linformer_attention": "relatives.linformer",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
