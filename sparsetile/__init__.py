@@ -22,6 +22,8 @@ _HOME = {
     "Blocks": "ops.patterns", "Documents": "ops.patterns", "PerHead": "ops.patterns",
     "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
+    "linear_attention": "relatives.linear", "performer_attention": "relatives.performer", "linformer_attention": "relatives.linformer",
+    "gated_delta_net": "relatives.delta", "kimi_delta_attention": "relatives.delta",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
