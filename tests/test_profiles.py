@@ -157,7 +157,8 @@ def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
 
 def test_two_hundred_entries_load_quickly(tmp_path):
     said = dict(status="tuned", workload="cpu/window-256/4096", band=0.0121, code="0123abcd", date="2026-11-27", default_us=31.5, ties=2, spread={"p20": 3.5, "p80": 3.9, "n": 40},
-                search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, runner_up={"backend": "triton", "time_us": 4.5})
+                search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, launch="graph", clock_mhz=1755, clocks=[1740, 1770],
+                inputs="standard normal, seed 0", err={"max": 0.00391, "allowed": 0.0105}, unit="3f0a91c2", versions="sparsetile 0.1.0, python 3.12.3, torch 2.11.0, triton 3.6.0", runner_up={"backend": "triton", "time_us": 4.5})
     data = profile(entries=[entry(n % 30, backend=b, **said) for n in range(100) for b in ("numba", "triton")])
     path = tmp_path / "some-gpu" / "topk.yaml"
     store.write(path, store.dump(data))
