@@ -128,9 +128,29 @@ def _beside(like):
 
 
 def astype(x, dtype: str):
-    """x as dtype: "int32", "int64", "uint8" or "bool"."""
+    """x as dtype: "int32", "int64", "uint8", "bool", "float32" or "float64"."""
     lib = module(x)
     return x.to(getattr(lib, dtype)) if kind(x) == "torch" else x.astype(dtype)
+
+
+def as_type_of(x, like):
+    """x in the element type of `like`, of the same framework."""
+    return x.to(like.dtype) if kind(x) == "torch" else x.astype(like.dtype)
+
+
+def wide(x):
+    """x as float64 if it is float64, else as float32."""
+    return astype(x, "float64" if "float64" in str(x.dtype) else "float32")
+
+
+def zeros_of(like, shape):
+    """Zeros in the element type of `like`, beside it."""
+    return module(like).zeros(shape, dtype=like.dtype, **_beside(like))
+
+
+def constant_of(x):
+    """x as a constant of differentiation: a choice made from it carries no gradient."""
+    return x.detach() if kind(x) == "torch" else x
 
 
 def running(x, axis: int):
