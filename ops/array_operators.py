@@ -188,6 +188,28 @@ def scatter(size: int, index, values, fill: int = 0):
     return out[:size]
 
 
+def add_rows(rows: int, index, values):
+    """Sums [B,H,rows,D] of values [B,C,H,n,D] by their rows index [B,C,H,n], which differ within one [b,c,h] (-1 is the last row, where more may meet); the order of additions is fixed."""
+    B, C, H, _, D = values.shape
+    b, h = arange(index, B)[:, None, None], arange(index, H)[:, None]
+    out = module(values).zeros((B, H, rows, D), dtype=values.dtype, **_beside(values))
+    if kind(values) == "torch":  # in sorted order, on CUDA too
+        b, h = b[:, None].expand(index.shape), h.expand(index.shape)
+        return out.index_put((b.long(), h.long(), index.long()), values, accumulate=True)
+    for c in range(C):
+        if kind(values) == "jax":
+            out = out.at[b, h, index[:, c]].add(values[:, c])
+        else:
+            out[b, h, index[:, c]] += values[:, c]
+    return out
+
+
+def take_rows(x, heads, index):
+    """x [B,H,N,D] at rows index [B,C,Hq,n] of the heads [Hq]: [B,C,Hq,n,D]. An index below 0 takes some row."""
+    b = arange(index, int(index.shape[0]))[:, None, None, None]
+    return x[b.long(), heads[:, None].long(), index.long()] if kind(x) == "torch" else x[b, heads[:, None], index]
+
+
 def to_numpy(x) -> np.ndarray:
     """A host copy, from any framework."""
     name = kind(x)

@@ -22,9 +22,8 @@ def exact_topk_selection(q, k, *, top_k=2048, causal=True, scale=None, kv_length
     call = check(q, k, kv_length, q_start, backend)
     _, _, _, T, S, D, _ = call.sizes
     scale = D ** -0.5 if scale is None else checks.number("scale", scale)
-    p, length = places(call)
-    lib = xp.module(call.q)
-    ends = lib.minimum(p + 1, length) if causal else lib.broadcast_to(length, (length.shape[0], T))
+    start, length = places(call)
+    ends = xp.module(call.q).minimum(start + xp.arange(call.q, T) + 1, length) if causal else length
     return Selection(best_keys(call.q, call.k, min(top_k, max(S, 1)), ends, weight=scale, backend=backend))
 
 

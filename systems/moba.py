@@ -21,9 +21,9 @@ def moba_selection(q, k, *, block_size=512, top_k=3, kv_length=None, q_start=Non
     call = check(q, k, kv_length, q_start, backend)
     B, Hq, _, T, S, _, _ = call.sizes
     lib = xp.module(call.q)
-    p, length = places(call)
+    start, length = places(call)
     block_size = min(block_size, max(S, 1))
-    own = p // block_size                                                            # [B or 1, T]
+    own = (start + xp.arange(call.q, T)) // block_size                               # [B or 1, T]
     indices = lib.broadcast_to(own[:, None, :, None], (B, Hq, T, 1))
     past = min(top_k - 1, -(-S // block_size) - 1)
     if past > 0:

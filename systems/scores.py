@@ -10,11 +10,11 @@ def check(q, k, kv_length=None, q_start=None, backend=None) -> attention.Call:
 
 
 def places(call: attention.Call):
-    """Positions of the queries [B or 1, T] and numbers of keys that exist [B or 1, 1], int32 beside q."""
+    """Position of query 0 and number of keys that exist, int32 [B or 1, 1] beside q."""
     _, _, _, T, S, _, _ = call.sizes
     length = xp.full(call.q, (1,), S) if call.kv_length is None else xp.module(call.q).clip(call.kv_length, 0, S)
     start = length - T if call.q_start is None else xp.full(call.q, (1,), call.q_start) if isinstance(call.q_start, int) else call.q_start
-    return xp.arange(call.q, T) + start[:, None], length[:, None]
+    return start[:, None], length[:, None]
 
 
 def window_means(k, length, size: int, stride: int):
@@ -32,16 +32,16 @@ def window_means(k, length, size: int, stride: int):
     return xp.as_type_of(total / count[:, None, :, None], k)
 
 
-def best_keys(q, k, top_k: int, key_end, *, weight: float = 1.0, backend=None):
-    """Indices int32 [B,Hq,T,top_k] of the best keys below key_end by weight * q . k, ascending, then -1. Memory O(T * top_k): no score is stored.
+def best_keys(q, k, top_k: int, key_end, *, key_start=None, weight: float = 1.0, backend=None):
+    """Indices int32 [B,Hq,T,top_k] of the best keys in [key_start, key_end) by weight * q . k, ascending, then -1. Memory O(T * top_k): no score is stored.
 
-    q [B,Hq,T,D], k [B,Hk,N,D] (of float64 ones the float32 values are scored), key_end int32 [B or 1, T]. Every query head chooses for itself.
+    q [B,Hq,T,D], k [B,Hk,N,D] (of float64 ones the float32 values are scored), key_end, key_start int32 [B or 1, T or 1]. Every query head chooses for itself.
     """
     (B, Hq, T, D), (Hk, N) = q.shape, k.shape[1:3]
     if "float64" in str(q.dtype):
         q, k = xp.astype(q, "float32"), xp.astype(k, "float32")
     rows = Hq // Hk * T                                                              # the queries of a group stand one after another
-    ends = xp.module(q).broadcast_to(key_end[:, None, None], (B, Hk, Hq // Hk, T)).reshape(B * Hk, rows)
+    bound = lambda x: None if x is None else xp.module(q).broadcast_to(x[:, None, None], (B, Hk, Hq // Hk, T)).reshape(B * Hk, rows)  # noqa: E731
     chosen = indexer_topk(q.reshape(B * Hk, 1, rows, D), k.reshape(B * Hk, N, D), xp.full(q, (B * Hk, 1, rows), weight, "float32"), top_k,
-                          causal=False, key_end=ends, activation=None, backend=backend)
+                          causal=False, key_start=bound(key_start), key_end=bound(key_end), activation=None, backend=backend)
     return chosen.indices.reshape(B, Hq, T, top_k)

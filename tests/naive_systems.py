@@ -45,3 +45,33 @@ def exact_topk(q, k, *, top_k, causal=True, scale=None, q_start=None, kv_length=
         products = {s: (1 if scale is None else scale) * (q[b, h, t].astype(np.float64) @ k[b, h // group, s].astype(np.float64)) for s in keys}
         seen[b, h, t, best(products, top_k)] = 1
     return seen
+
+
+def routing(q, k, v, centroids, cluster_size, *, dtype, causal=True, normalize="layer", q_start=None, kv_length=None):
+    """arXiv 2003.05997, algorithm 1 -> out, and q, k, v as leaves for autograd; members are chosen in float64, attention is computed in torch's dtype."""
+    import torch
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    leaves = [torch.tensor(x.astype(np.float64), dtype=dtype, requires_grad=True) for x in (q, k, v)]
+
+    def near(mu, x, rows):
+        x = x.astype(np.float64)
+        if normalize == "layer":
+            x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+        elif normalize == "unit":
+            x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return sorted(best({r: mu.astype(np.float64) @ x[r] for r in rows}, cluster_size))
+    rows = {}
+    for b, h, c in np.ndindex(B, Hq, centroids.shape[1]):
+        mu = centroids[h * len(centroids) // Hq, c]
+        members = near(mu, q[b, h], [t for t in range(T) if not causal or 0 <= starts[b] + t < lengths[b]])
+        keys = near(mu, k[b, h // group], range(lengths[b]))
+        for t in members:
+            seen = [s for s in keys if not causal or s <= starts[b] + t]
+            part = torch.zeros(v.shape[3], dtype=dtype)
+            if seen:
+                p = torch.softmax(leaves[1][b, h // group, seen] @ leaves[0][b, h, t] * D ** -0.5, 0)
+                part = p @ leaves[2][b, h // group, seen]
+            rows.setdefault((b, h, t), []).append(part)
+    nothing = torch.zeros(v.shape[3], dtype=dtype)
+    out = torch.stack([sum(rows[at]) / len(rows[at]) if at in rows else nothing for at in np.ndindex(B, Hq, T)]).reshape(B, Hq, T, -1)
+    return out, leaves

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from drivers import EVERY, LARGE, arrays
 from judge import normal
-from numeric import assert_same_bits
+from numeric import assert_close, plain
 
 import sparsetile as st
 
@@ -83,19 +83,86 @@ def test_all_is_dense_and_few_are_not(on, backend, system, rng):
     assert np.abs(few - dense).max() > 0.01
 
 
-@pytest.mark.parametrize("system", SMALL)
+# ---------------------------------------------------------------------------------------------------------------- Routing Transformer
+ROUTES = {"ragged": ("ragged", 2, {}), "T = S": ("square", 2, {}), "one head of centroids": ("batch of lengths", 1, {}), "unit": ("one query", 4, dict(normalize="unit")),
+          "both ways": ("batch of lengths", 2, dict(causal=False)), "as given": ("starts", 1, dict(normalize=None)), "before the start": ("before the start", 1, {}),
+          "beyond the length": ("beyond the length", 4, dict(causal=False)), "fewer than a cluster": ("short", 2, {}), "fewer, both ways": ("short", 2, dict(causal=False))}
+CASES |= {"square": (2, 2, 2, 15, 15, 6, 4, {}), "short": (2, 2, 1, 12, 12, 6, 4, dict(kv_length=[3, 12], q_start=0))}
+
+
+def routed(call, q, k, v, centroids, size, rng, **options):
+    """Out and gradients of a routing call on a backend, against the naive one in float64 and, as the measure, float32."""
+    import torch
+    out, leaves = call(q, k, v)
+    dout = normal(rng, out.shape, np.float32)
+    got = torch.autograd.grad(out, leaves, torch.from_numpy(dout).to(out.device), materialize_grads=True)
+    answers = []
+    for dtype in (torch.float64, torch.float32):
+        naive_out, naive_leaves = naive.routing(q, k, v, centroids, size, dtype=dtype, **options)
+        grads = torch.autograd.grad(naive_out, naive_leaves, torch.from_numpy(dout).to(dtype), materialize_grads=True)
+        answers.append(arrays(naive_out, *grads))
+    for name, mine, truth, measure in zip(("out", "dq", "dk", "dv"), arrays(out, *got), *answers):
+        assert_close(name, mine, truth, measure, reduction=k.shape[2] + q.shape[3] + v.shape[3])
+
+
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("route", ROUTES)
+def test_routing(on, backend, route, rng):
+    pytest.importorskip("torch")
+    case, H, how = ROUTES[route]
+    q, k, v, options = made(rng, case)
+    centroids, size, lengths = normal(rng, (H, 3, q.shape[3]), np.float32), 4, options.get("kv_length")
+
+    def call(q, k, v):
+        leaves = [on.tensor(x, True) for x in (q, spoiled(k, lengths), spoiled(v, lengths))]
+        given = {name: on.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        return st.routing(*leaves, centroids=on.tensor(centroids), cluster_size=size, backend=backend, **how, **given), leaves
+    routed(call, q, k, v, centroids, size, rng, **how, **options)
+
+
+@pytest.mark.parametrize("backend", LARGE)
+def test_routing_of_shared_queries_and_keys(on, backend, rng):
+    torch = pytest.importorskip("torch")
+    q, v, centroids = normal(rng, (2, 2, 15, 6), np.float32), normal(rng, (2, 2, 15, 4), np.float32), normal(rng, (2, 3, 6), np.float32)
+    shared, values, apart = on.tensor(q, True), on.tensor(v, True), [on.tensor(x, True) for x in (q, q, v)]
+    one = st.routing(shared, shared, values, centroids=on.tensor(centroids), cluster_size=6, backend=backend)
+    two = st.routing(*apart, centroids=on.tensor(centroids), cluster_size=6, backend=backend)
+    naive_out, _ = naive.routing(q, q, v, centroids, 6, dtype=torch.float64)
+    measure, _ = naive.routing(q, q, v, centroids, 6, dtype=torch.float32)
+    assert_close("shared", arrays(one)[0], *arrays(naive_out, measure), reduction=21), assert_close("apart", arrays(two)[0], *arrays(naive_out, measure), reduction=21)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_one_cluster_is_dense_and_more_are_not(on, backend, rng):
+    q, k, v = (normal(rng, (1, 2, 9, 8), np.float32) for _ in range(3))
+    out = arrays(on.routing(q, k, v, centroids=normal(rng, (1, 1, 8), np.float32)))[0]
+    causal = oracle.visible(1, 9, 9, rule=lambda p, s: s <= p)
+    truth, measure = oracle.attention(q, k, v, causal, scale=8 ** -0.5)[0], plain.attention(q, k, v, causal, scale=8 ** -0.5)[0]
+    assert_close("out", out, truth, measure, reduction=17)
+    assert np.abs(arrays(on.routing(q, k, v, centroids=normal(rng, (1, 3, 8), np.float32)))[0] - truth).max() > 0.01
+
+
+JAX = {**SMALL, "routing": dict(centroids=np.eye(3, 13, dtype=np.float32)[None], cluster_size=4)}
+
+
+@pytest.mark.parametrize("system", JAX)
 def test_jax(system, rng):
     jax = pytest.importorskip("jax", reason="JAX is not installed: pip install 'sparsetile[jax]'")
     q, k, v, _ = made(rng, "ragged")
-    call = lambda q, k, v: getattr(st, system)(q, k, v, **SMALL[system])  # noqa: E731
-    want, given = call(q, k, v), [jax.numpy.asarray(x) for x in (q, k, v)]
+    own = {name: x for name, x in JAX[system].items() if not isinstance(x, np.ndarray)}
+    tables = {name: x for name, x in JAX[system].items() if isinstance(x, np.ndarray)}
+    call = lambda q, k, v, tables: getattr(st, system)(q, k, v, **own, **tables)  # noqa: E731
+    want, given = call(q, k, v, tables), jax.tree.map(jax.numpy.asarray, (q, k, v, tables))
     for got in (call(*given), jax.jit(call)(*given)):
         assert isinstance(got, jax.Array)
-        assert_same_bits("JAX", want, np.asarray(got))
+        assert_close("JAX", np.asarray(got), want.astype(np.float64), want, reduction=21)
 
 
 BAD = [("moba", dict(block_size=0), ValueError, "block_size: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
-       ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False")]
+       ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False"),
+       ("routing", dict(centroids=np.ones((3, 2, 13), np.float32)), ValueError, "centroids: expected .* with H in"), ("routing", dict(centroids=np.ones((1, 2, 12), np.float32)), ValueError, "centroids: expected width D"),
+       ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), return_lse=True), ValueError, "return_lse: expected False"),
+       ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), normalize="batch"), ValueError, "normalize: expected one of")]
 
 
 @pytest.mark.parametrize("system, options, error, says", BAD, ids=range(len(BAD)))
