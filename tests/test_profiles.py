@@ -79,10 +79,10 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
     path, marker = tmp_path / "topk.yaml", tmp_path / "marker"
     path.write_bytes(HOSTILE[name].replace("{marker}", str(marker)).encode())
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(schema.ProfileError, match="topk.yaml"):
         schema.load(path)
-    assert time.monotonic() - start < 1 and not marker.exists()
+    assert time.process_time() - start < 1 and not marker.exists()
 
 
 @pytest.mark.parametrize("text, why", [("- x\n" * (schema.MAX_BYTES // 4 + 1), "at most"), ("- x\n" * 1_000_000, "at most"), ("entries: [" + "1," * 900_000 + "]", "more than"),
@@ -91,10 +91,10 @@ def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
 def test_a_huge_file_is_refused_quickly(text, why, tmp_path):
     path = tmp_path / "topk.yaml"
     path.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(schema.ProfileError, match=f"topk.yaml.*{why}"):
         schema.load(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 HOSTILE_ENTRIES = {
@@ -178,4 +178,7 @@ def test_shipped_profiles_are_valid_and_none_is_slower_than_its_default(path):
     jsonschema.Draft202012Validator(schema.json_schema()).validate(json.loads(json.dumps(data)))
     assert path.stem == data["op"] and path.parent.name == lookup.slug(data["device"]["name"])
     for e in data["entries"]:
-        assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]
+        if e["status"] == "manual" and "time_us" not in e:
+            assert e["note"], "who writes an entry by hand says why"
+        else:
+            assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]

@@ -185,7 +185,7 @@ def candidates(problem: Problem) -> list[dict]:
     """Configs for few queries, the best first."""
     wide = max(problem["D"], problem["Dv"])
     shape = dict(block_k=64, num_warps=4) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8)
-    return [dict(path="decode", block_q=16, chunk=0, value_block=0, num_stages=stages, **shape) for stages in (3, 2, 1)]
+    return [dict(path="decode", block_q=16, chunk=0, value_block=0, maps=False, num_stages=stages, **shape) for stages in (3, 2, 1)]
 
 
 def takes(q, lists, config) -> bool:
