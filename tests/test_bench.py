@@ -160,3 +160,14 @@ def test_a_report_counts_and_names_what_failed(tmp_path):
     assert text.splitlines()[:2] == ["chip, torch 2", "1 passed, 1 failed, 1 skipped in 1 part, 4 s of processes' time"]
     assert "failed test_a::y: AssertionError: off by one" in text and "1 cupy: D # is too wide" in text
     assert report.main([str(part)]) == 1
+
+
+def test_stability_tells_ties_from_another_pick_and_a_timing_that_fails():
+    from sparsetile.bench import stability
+    entries = [{"config": {"n": n}, "band": 0.01, "ties": 2} for n in (1, 1, 2)]
+    picks = [{"n": 1}, {"n": 2}]
+    found = stability.summary(entries, picks, [100.0, 100.9], 0.01)
+    assert found["same"] and found["timing_ok"] and [p["runs"] for p in found["picks"]] == [2, 1] and "the same up to ties" in stability.text(found)
+    assert not stability.summary(entries, picks, [100.0, 103.0], 0.01)["same"]
+    wide = stability.summary([{**entries[0], "band": 0.05}], picks[:1], [100.0], 0.01)
+    assert not wide["timing_ok"] and "FAILS" in stability.text(wide)
