@@ -17,12 +17,13 @@ def write_tile(jobs, memory, b, h, inside):
     """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
     job = job_at(jobs)
     Dv, width, flat = job.Dv, job.width, memory + job.flat
+    unit = job.unit / np.float64(get_f32(job.constants, 0))  # of maxima in use; ln 2 but for the rounding of c
     for p in range(job.panels):
         rows, state, o = memory + job.rows + 8 * PANEL * p, memory + job.state + 4 * STEP * p, memory + job.ot + STEP * width * p
         full = get_i64(memory + job.rows, job.panels * (PANEL + 1) + p)
         for n in range(PANEL):
             total = np.float64(get_f32(state, 2 * PANEL + n))
-            top = np.float64(get_f32(state, PANEL + n)) * job.unit if total != 0 else -math.inf
+            top = np.float64(get_f32(state, PANEL + n)) * unit if total != 0 else -math.inf
             t = get_i64(rows, n)
             put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
             put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
