@@ -172,9 +172,9 @@ def _load_rows(jobs, memory, b, h):
             put_f32(lse, PANEL + n, low)
             put_f32(lse, 2 * PANEL + n, delta)
         load_panel(job.q + b * job.q_b + h * job.q_h, 0, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign,
-                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
+                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p, 1)
         load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
-                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
+                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p, 1)
     number_rows(memory + job.rows, job.panels, job.T, 1, 0)
 
 

@@ -85,7 +85,7 @@ def _share(jobs, memory, b, j, tile, share, part):
     if i < 0 or tile_rows(jobs, b, tile, rows, job.panels * PANEL) == 0:
         return
     number_rows(rows, job.panels, job.T, group, 1)
-    load_panel(job.q + b * job.q_b + j * group * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.flat, 4 * job.Dp, memory + job.qt)
+    load_panel(job.q + b * job.q_b + j * group * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.flat, 4 * job.Dp, memory + job.qt, 1)
     begin, partial, end = list_block(job, b, j * group, i)
     limit, first = key_limit(job, b), begin + share * job.few_entries
     for entry in range(first, min(end, first + job.few_entries)):

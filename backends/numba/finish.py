@@ -25,9 +25,9 @@ def write_tile(jobs, memory, b, h, inside):
             total = np.float64(get_f32(state, 2 * PANEL + n))
             top = np.float64(get_f32(state, PANEL + n)) * unit if total != 0 else -math.inf
             t = get_i64(rows, n)
-            put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
+            put_f32(state, n, np.float32(row_factor(job, h + t // job.T if job.sink != 0 else h, top, total) if t >= 0 else 0.0))
             put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
-        tiles.scale_panel(o, width, state)
+        tiles.scale_panel(o, width, state, state + 3 * STEP)
         store_panel(o, width, flat, rows, job.out + b * job.out_b + h * job.out_h, job.out_h, job.out_t, job.T, job.out_code, Dv)
         for n in range(PANEL):
             t = get_i64(rows, n)
@@ -35,6 +35,6 @@ def write_tile(jobs, memory, b, h, inside):
                 at = (b * job.Hq + h) * job.T + t
                 put_f32(job.lse, at, get_f32(state, PANEL + n))
                 seen = full != 0 or get_i32(memory + job.saw, p * PANEL + n) != 0
-                if inside != 0 and (tiles.finite(flat + 4 * n * width, width) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
+                if inside != 0 and (get_f32(state, 3 * PANEL + n) != 0 or seen and get_f32(state, 2 * PANEL + n) == 0):
                     put_byte(job.lost, at, 1)
                     put_i64(job.odd, 0, 1)

@@ -199,36 +199,31 @@ def _interleave(e, source, step, pairs, width, target, padded):
 interleave = op("iiiiii", _interleave)
 
 
-def _scale_panel(e, po, Dv, pf):
+def _scale_panel(e, po, Dv, pf, odd):
     factor = _panel(e, pf)
 
-    def body(d, _):
-        row = e.add(po, e.mul(d, STEP))
+    def body(d, found):
+        row, new = e.add(po, e.mul(d, STEP)), []
         for n in range(VECTORS):
-            e.store(e.b.fmul(e.load(row, n * WIDTH), factor[n]), row, n * WIDTH)
-        return []
-    e.loop(Dv, [], body)
+            x = e.b.fmul(e.load(row, n * WIDTH), factor[n])
+            e.store(x, row, n * WIDTH)
+            new.append(e.fma(x, e.f(0), found[n]))
+        return new
+    for n, x in enumerate(e.loop(Dv, [e.f(0)] * VECTORS, body)):
+        e.store(x, odd, n * WIDTH)
 
 
-scale_panel = op("iii", _scale_panel)
-"""(O^T, Dv, one factor per lane)"""
-
-
-def _finite(e, row, count):
-    """0 if all `count` float32 (padded to whole vectors by finite values) are finite, else NaN."""
-    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(row, e.mul(k, 4))), e.f(0), acc[0])], LANES)[0]
-    return e.sum(total)
-
-
-finite = op("ii", _finite, "f")
+scale_panel = op("iiii", _scale_panel)
+"""(O^T, Dv, one factor per lane, where 0 is put for each lane that is finite, else NaN)"""
 
 
 def _fill(e, target, count, x):
-    e.loop(count, [], lambda k, _: (e.store(x, e.add(target, e.mul(k, 4))), [])[1])
+    x = e.splat(x)
+    e.loop(count, [], lambda k, _: (e.store(x, e.add(target, e.mul(k, 4))), [])[1], LANES)
 
 
 fill = op("iif", _fill)
-"""(target, count, value)"""
+"""(target, count, value); whole vectors."""
 
 
 def _word_reduce(name):
@@ -260,8 +255,9 @@ every_word = op("ii", _every_word)
 
 
 def _times(e, address, count, x):
-    e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(address, e.mul(k, 4)), 0, F), x), e.add(address, e.mul(k, 4))), [])[1])
+    x = e.splat(x)
+    e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(address, e.mul(k, 4))), x), e.add(address, e.mul(k, 4))), [])[1], LANES)
 
 
 times = op("iif", _times)
-"""(address, count, factor): float32 in place."""
+"""(address, count, factor): float32 in place; whole vectors."""
