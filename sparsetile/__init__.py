@@ -23,7 +23,7 @@ _HOME = {
     "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
     "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
-    "routing": "systems.routing",
+    "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
