@@ -25,7 +25,7 @@ _HOME = {
     "linear_attention": "relatives.linear", "performer_attention": "relatives.performer", "linformer_attention": "relatives.linformer",
     "gated_delta_net": "relatives.delta", "kimi_delta_attention": "relatives.delta",
     "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
-    "routing": "systems.routing",
+    "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
