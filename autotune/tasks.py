@@ -318,7 +318,7 @@ def of_problem(problem, pattern=None) -> Workload | None:
             return None
         options["pattern"] = kinds[kind] if pattern is None else pattern
         plain |= {options["pattern"].kind}
-    if set(problem.features) - plain or problem.op in ("attention_delta", "layout"):
+    if set(problem.features) - plain or problem.op in ("attention_delta", "layout", "append"):
         return None
     if "dense" in problem.features:
         options["pattern"] = P.Full()

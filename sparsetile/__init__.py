@@ -22,6 +22,8 @@ _HOME = {
     "Blocks": "ops.patterns", "Documents": "ops.patterns", "PerHead": "ops.patterns",
     "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
+    "PagedKV": "ops.caches.kv", "PagedLatent": "ops.caches.latent", "IndexerKeys": "ops.caches.indexer", "RollingKV": "ops.caches.rolling",
+    "CacheFull": "ops.caches.pages", "bytes_per_token": "ops.caches.accounting", "compare_memory": "ops.caches.accounting",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
