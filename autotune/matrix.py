@@ -53,6 +53,12 @@ def cases(kernel: str):
     elif kernel == "grouped_matmul":
         for kind in (*FLOATS, "float64"):
             yield kind, "", dict(B=1, H=16, T=4096, N=128, M=512, P=64), dict(x=kind, w=kind), ["tail"]
+    elif kernel == "append":
+        for kind in (*FLOATS, "float64"):
+            yield kind, "", dict(B=1, T=4096, D=128), dict(rows=kind, pool=kind), ["copy"]
+        for kind in FLOATS:
+            for form, width in (("latent_fp8", 512), ("indexer_fp8", 128)):
+                yield kind, form, dict(B=1, T=4096, D=width), dict(rows=kind, pool="uint8"), [form]
     else:
         assert kernel == "layout", f"{kernel}: say here what it is asked about"
         yield "boolean", "", dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), []
