@@ -154,9 +154,10 @@ def main(order: dict) -> int:
     without = {tuple(pair) for pair in order["without"]}
     for row in ROWS:
         if row.name in order["rows"]:
+            start = time.monotonic()
             measured(row, watch, order["seconds"], order["compiled"], without)
             torch.cuda.empty_cache()
-            say(row=row.name, who="row", done=True)
+            say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
     return 0
 
 

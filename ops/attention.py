@@ -330,8 +330,8 @@ def _backward(call, choice, place, out, lse, dout, dlse):
     for run in runs[1:]:
         grads = tuple(place.add(a, b) for a, b in zip(grads, run(wide)))
     dq, dk, dv = grads
-    if call.v is None:
-        dk, dv = place.add(dk, dv), None
+    if call.v is None:  # a kernel may have added them itself
+        dk, dv = dk if dv is None else place.add(dk, dv), None
     if not exact:
         dq, dk, dv = (None if g is None else place.cast(g, kind) for g in (dq, dk, dv))
     return dq, dk, dv, dsink

@@ -24,6 +24,8 @@ _HOME = {
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
     "linear_attention": "relatives.linear", "performer_attention": "relatives.performer", "linformer_attention": "relatives.linformer",
     "gated_delta_net": "relatives.delta", "kimi_delta_attention": "relatives.delta",
+    "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
+    "routing": "systems.routing",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }
@@ -32,7 +34,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 def __getattr__(name):
     if name in _HOME:
-        if _HOME[name].startswith("ops."):
+        if _HOME[name].startswith(("ops.", "systems.")):
             _install_tuner()
         value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value

@@ -131,6 +131,25 @@ def test_rows_are_listed_without_a_gpu(capsys):
     assert gpu_table.main(["--only", "no such row"]) == 2
 
 
+def test_shares_are_all_rows_once_and_are_read_together(tmp_path, capsys):
+    names = [row.name for row in gpu_rows.ROWS]
+    shares = [gpu_table.share(names, f"{n}/4") for n in (1, 2, 3, 4)]
+    assert sorted(sum(shares, [])) == sorted(names) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    for n, part in enumerate(shares):
+        events = [{"ceilings": {"bf16_tflops": 790.0}}, *({"row": name, "who": "cupy", "time_us": 1000.0 + n, "tflops": 100.0 + n, "gbs": 9} for name in part), *({"row": name, "who": "row", "done": True} for name in part)]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(map(json.dumps, events)))
+    late = {"row": names[0], "who": "row", "failed": "not measured: out of time"}
+    (tmp_path / "before.jsonl").write_text(json.dumps(late))
+    paths = [str(tmp_path / "before.jsonl"), *(str(tmp_path / f"{n}.jsonl") for n in range(4))]
+    found = gpu_table.read(paths)
+    assert found.done == set(names) and found.rows[names[6]]["cupy"]["tflops"] == 102.0 and "row" not in found.rows[names[0]]
+    assert gpu_table.main(["--read", *paths]) == 0
+    text = capsys.readouterr().out
+    assert "not measured" not in text and all(name in text for name in names)
+    with pytest.raises(SystemExit):
+        gpu_table.main(["--share", "5/4", "--list"])
+
+
 def test_a_report_counts_and_names_what_failed(tmp_path):
     from sparsetile.ci import report
     part = tmp_path / "1-of-1.xml"

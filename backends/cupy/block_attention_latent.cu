@@ -51,7 +51,7 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
     for (int half = 0; half < 2; half++) {
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) load_tile(base + slot * TILE, &p.q, FULL(slot), part * BH + half * N, job.t, job.b);
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
 #pragma unroll 1
     for (int i = 0; i < take * (BK / N); i++) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
         __syncwarp();
         if (threadIdx.x == 0) bar_arrive(FULL(slot));
       }
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
   }
 }

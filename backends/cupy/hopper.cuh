@@ -72,7 +72,12 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x,
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
 #endif
 }
+// Bulk copies without a map: 16-byte aligned, and additions by the copy engine. Stores and additions end with the groups of tma_store_commit.
 #ifdef SPARSETILE_EMULATE
+inline void bulk_load(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
+inline void bulk_store(void* to, u32 from, int bytes) { emulate_bulk_store((char*)to, from, bytes, false); }
+inline void bulk_add(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
+inline void bulk_add(int* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
 inline void tma_store_commit() {}
 inline void tma_store_wait_read() {}
 inline void tma_store_wait() {}
@@ -82,6 +87,18 @@ inline void named_arrive(int id, int n) { emulate_named_arrive(id, n); }
 inline void ldmatrix_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, false); }
 inline void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix(at, a, b, c, d); }
 #else
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* to, u32 from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_add(float* to, u32 from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_add(int* to, u32 from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // the tiles may be written again
 __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
@@ -218,6 +235,16 @@ __device__ __forceinline__ u32 thread_again() {  // threadIdx.x, computed where 
   return x;
 #endif
 }
+
+__device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {  // 16 bytes, zeros where nothing is to be read
+#ifdef SPARSETILE_EMULATE
+  emulate_cp_async(emulate_shared() + to, from, 16, exists);
+#else
+  asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
+#endif
+}
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // known to be: addresses stay in uniform registers
+template <int Slots> __device__ __forceinline__ void advance(u32& slot, u32& phase) { if (++slot == Slots) { slot = 0; phase ^= 1; } }  // around a ring
 
 // Any tile: K-major rows of as many bytes as the swizzle is wide (`stride`: 8 rows), or rows of k with 64 columns each (`leading`: the next 64 columns; `stride`: 8 rows)
 enum : u64 { SWIZZLE_128 = 1, SWIZZLE_64 = 2, SWIZZLE_32 = 3 };

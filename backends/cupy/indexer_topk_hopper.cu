@@ -130,7 +130,6 @@ __device__ __forceinline__ int stride_of(int tiles) {
   for (int a = imax((int)(tiles * 0.6180339f), 1);; a++) { int x = a, y = tiles; while (y) { const int z = x % y; x = y; y = z; } if (x == 1) return a; }
 }
 
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ int afresh(int x) { asm volatile("" : "+r"(x)); return x; }  // what depends on it is computed where it stands: kept over the loop it would spill
 
 struct Rows { int b, t, n; i64 first; };        // queries t .. t + n - 1 (four at most are in work) of one batch entry

@@ -47,7 +47,6 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
   __syncthreads();
 }
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Order of work: windows of `width` column tiles (a tile: the 128 columns of one head of w_uk, then of w_uv), within a window row block by row block; each cluster
 // takes an equal, contiguous piece: tiles t0 .. t1 - 1 of one block.

@@ -21,8 +21,6 @@ constexpr float WIDE = 1024.f;                        // from here on a fused pr
 
 struct Found { u32 word; int left, item, slot; };  // which of a tile's 32 keys are seen; how many tiles of the item follow, -1: no tile at all; the item; its slot of scratch, or -1: it is whole
 
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-__device__ __forceinline__ void advance(u32& slot, u32& phase) { if (++slot == SLOTS) { slot = 0; phase ^= 1; } }
 struct Item {
   int head, rows, t, b;  // head: the first of `rows`
   __device__ __forceinline__ Item(const Params& p, int x) {
@@ -105,7 +103,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       const int tid = thread_again() % 128, lane = tid & 31, r = (tid / 32 & 1) * 16 + (lane & 15), r2 = tid / 2;
       const u32 low = slot;
       bar_wait(FULL(slot), phase, patience);
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
       bar_wait(FULL(slot), phase, patience);
       const u32 tile = (tid < 64 ? low : slot) * TILE;
 #pragma unroll
@@ -117,7 +115,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       named_sync(1, 128);
       bar_arrive(READY(low)); bar_arrive(READY(slot));
       if (tid == 0) { bar_arrive(START(low)); bar_arrive(START(slot)); }
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
     Rows rows = {{-inf(), -inf()}, {LOWEST, LOWEST}, {0.f, 0.f}, false};
     bool first = true;
@@ -167,7 +165,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         if (tid == 0) bar_arrive(START(slot));
       }
       first = false;
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     } while (left > 0);
   }
 }
@@ -227,7 +225,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
     for (int t = 0; t < 2; t++) {  // the query's tiles pass by
       bar_wait(READY(slot), phase, patience);
       if (lane == 0) bar_arrive(FREE(slot));
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
     bool first = true;
     do {
@@ -252,7 +250,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       }
       if (lane == 0) bar_arrive(FREE(slot));
       first = false;
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     } while (left > 0);
   }
 }

@@ -1,0 +1,77 @@
+"""The systems' papers in loops, float64, for tests: which keys each query of each head sees. Shares nothing with systems/.
+
+Every function returns count [B,Hq,T,S]: how often a query's softmax counts a key. starts, lengths: per sample, position of query 0 and number of keys that exist.
+"""
+import numpy as np
+
+
+def sizes(q, k, q_start=None, kv_length=None):
+    """B, Hq, group, T, S, D, starts, lengths"""
+    (B, Hq, T, D), (Hk, S) = q.shape, k.shape[1:3]
+    lengths = np.clip(np.full(B, S) if kv_length is None else np.asarray(kv_length), 0, S).astype(int)
+    starts = lengths - T if q_start is None else np.broadcast_to(q_start, (B,)).astype(int)
+    return B, Hq, Hq // Hk, T, S, D, starts, lengths
+
+
+def best(scores, count):
+    """Keys of a {key: score} by larger score, then smaller key."""
+    return sorted(scores, key=lambda s: (-scores[s], s))[:count]
+
+
+def moba(q, k, *, block_size, top_k, q_start=None, kv_length=None):
+    """arXiv 2502.13189, equations 2-6; the mean is rounded to the type of k, as the published code does."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h, t in np.ndindex(B, Hq, T):
+        p = starts[b] + t
+        if p < 0:
+            continue
+        own, gates = p // block_size, {}
+        for n in range(own):
+            keys = k[b, h // group, n * block_size:min((n + 1) * block_size, lengths[b])]
+            if len(keys):
+                gates[n] = q[b, h, t].astype(np.float64) @ keys.astype(np.float64).mean(0).astype(k.dtype).astype(np.float64)
+        for n in best(gates, top_k - 1) + [own]:
+            for s in range(n * block_size, min((n + 1) * block_size, p + 1, lengths[b])):
+                seen[b, h, t, s] = 1
+    return seen
+
+
+def exact_topk(q, k, *, top_k, causal=True, scale=None, q_start=None, kv_length=None):
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h, t in np.ndindex(B, Hq, T):
+        keys = range(min(lengths[b], starts[b] + t + 1) if causal else lengths[b])
+        products = {s: (1 if scale is None else scale) * (q[b, h, t].astype(np.float64) @ k[b, h // group, s].astype(np.float64)) for s in keys}
+        seen[b, h, t, best(products, top_k)] = 1
+    return seen
+
+
+def routing(q, k, v, centroids, cluster_size, *, dtype, causal=True, normalize="layer", q_start=None, kv_length=None):
+    """arXiv 2003.05997, algorithm 1 -> out, and q, k, v as leaves for autograd; members are chosen in float64, attention is computed in torch's dtype."""
+    import torch
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    leaves = [torch.tensor(x.astype(np.float64), dtype=dtype, requires_grad=True) for x in (q, k, v)]
+
+    def near(mu, x, rows):
+        x = x.astype(np.float64)
+        if normalize == "layer":
+            x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+        elif normalize == "unit":
+            x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return sorted(best({r: mu.astype(np.float64) @ x[r] for r in rows}, cluster_size))
+    rows = {}
+    for b, h, c in np.ndindex(B, Hq, centroids.shape[1]):
+        mu = centroids[h * len(centroids) // Hq, c]
+        members = near(mu, q[b, h], [t for t in range(T) if not causal or 0 <= starts[b] + t < lengths[b]])
+        keys = near(mu, k[b, h // group], range(lengths[b]))
+        for t in members:
+            seen = [s for s in keys if not causal or s <= starts[b] + t]
+            part = torch.zeros(v.shape[3], dtype=dtype)
+            if seen:
+                p = torch.softmax(leaves[1][b, h // group, seen] @ leaves[0][b, h, t] * D ** -0.5, 0)
+                part = p @ leaves[2][b, h // group, seen]
+            rows.setdefault((b, h, t), []).append(part)
+    nothing = torch.zeros(v.shape[3], dtype=dtype)
+    out = torch.stack([sum(rows[at]) / len(rows[at]) if at in rows else nothing for at in np.ndindex(B, Hq, T)]).reshape(B, Hq, T, -1)
+    return out, leaves
