@@ -1,4 +1,7 @@
-"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
+"""The command line. Every command has --help that teaches and --json for machines.
+
+sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend
+"""
 import argparse
 import importlib
 import json
@@ -144,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--keys", type=_count, help="keys, where they differ from the queries")
     p.add_argument("--plot", help="write a PNG here")
     p.add_argument("--block", type=_count, default=128, help="block size for the layout's figures (default: 128)")
+    importlib.import_module(f"{_PACKAGE}.catalogue.command").add(command, _count, _duration, _device)
     return parser
 
 

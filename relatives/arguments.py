@@ -1,5 +1,4 @@
 """What every relative checks alike, and how query heads stand beside their key heads."""
-from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -17,17 +16,6 @@ def attention(q, k, v, **others):
         raise ValueError(f"k: expected a number of heads that divides q's {Hq}, got {Hk}; repeat or drop heads")
     checks.together({"q": q, "k": k, "v": v, **others})
     return B, Hq, Hk, T, S, D, Dv
-
-
-def wide(x):
-    """In the type sums are made in: float64 stays, the rest becomes float32."""
-    lib = xp.module(x)
-    return x if x.dtype == lib.float64 else x.to(lib.float32) if xp.kind(x) == "torch" else x.astype(lib.float32)
-
-
-def narrow(x, like):
-    """In the element type of `like`."""
-    return x.to(like.dtype) if xp.kind(x) == "torch" else x.astype(like.dtype)
 
 
 def grouped(q, Hk: int):

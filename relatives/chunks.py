@@ -3,7 +3,6 @@
 Sums over keys are kept as one state [M, Dv + 1], whose last column sums the weights. The causal form goes chunk by chunk: products inside the chunk, the state before
 it (arXiv 2006.16236, section 3.3). log_k counts from the largest that a query sees: nothing overflows, and no later key touches an earlier query.
 """
-from sparsetile.backends import arrays
 from sparsetile.ops import array_operators as xp
 
 
@@ -16,7 +15,7 @@ def attend(fq, fk, v, log_k, *, causal: bool, chunk: int):
     keys = fk[:, :, None], lib.concatenate((v, lib.ones_like(v[..., :1])), -1)[:, :, None], log_k[:, :, None]
     part = lambda a, b: (keys[0][..., a:b, :], keys[1][..., a:b, :], keys[2][..., a:b])  # noqa: E731
     blind = T if not S else max(0, T - S) if causal else 0                               # queries that see no key
-    rows = [xp.full(fq, (*fq.shape[:-2], blind, v.shape[-1] + 1), 0, arrays.dtype_name(fq))]
+    rows = [xp.zeros_of(fq, (*fq.shape[:-2], blind, v.shape[-1] + 1))]
     first = S - T if causal else S                                                       # keys before query 0
     state = _after(None, *part(0, first)) if first > 0 else None
     for a in range(blind, T, chunk):

@@ -17,9 +17,9 @@ def linear_attention(q, k, v, *, causal: bool = False, feature_map=None, chunk: 
     B, Hq, Hk, T, _, _, Dv = arguments.attention(q, k, v)
     causal, chunk = checks.flag("causal", causal), checks.integer("chunk", chunk, 1)
     phi = elu_plus_one if feature_map is None else feature_map
-    fk = phi(arguments.wide(k))
-    out = chunks.attend(arguments.grouped(phi(arguments.wide(q)), Hk), fk, arguments.wide(v), xp.module(k).zeros_like(fk[..., 0]), causal=causal, chunk=chunk)
-    return arguments.narrow(out.reshape(B, Hq, T, Dv), q)
+    fk = phi(xp.wide(k))
+    out = chunks.attend(arguments.grouped(phi(xp.wide(q)), Hk), fk, xp.wide(v), xp.module(k).zeros_like(fk[..., 0]), causal=causal, chunk=chunk)
+    return xp.as_type_of(out.reshape(B, Hq, T, Dv), q)
 
 
 def elu_plus_one(x):

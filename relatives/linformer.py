@@ -21,9 +21,9 @@ def linformer_attention(q, k, v, project_k, project_v=None, *, scale=None):
         checks.same(name, "shape [Hk,R,S] =" if x.ndim == 3 else "shape [R,S] =", [*[Hk] * (x.ndim == 3), project_k.shape[-2], S], list(x.shape), "it mixes the S keys into R, for every key head")
     lib = xp.module(q)
     if not project_k.shape[-2]:
-        return xp.full(q, (B, Hq, T, Dv), 0, str(q.dtype).removeprefix("torch."))
-    keys, values = (arguments.wide(e) @ arguments.wide(x) for e, x in ((project_k, k), (project_v, v)))  # [B,Hk,R,D]  [B,Hk,R,Dv]
-    logits = arguments.grouped(arguments.wide(q) * scale, Hk) @ keys[:, :, None].swapaxes(-1, -2)        # [B,Hk,G,T,R]
+        return xp.zeros_of(q, (B, Hq, T, Dv))
+    keys, values = (xp.wide(e) @ xp.wide(x) for e, x in ((project_k, k), (project_v, v)))  # [B,Hk,R,D]  [B,Hk,R,Dv]
+    logits = arguments.grouped(xp.wide(q) * scale, Hk) @ keys[:, :, None].swapaxes(-1, -2)        # [B,Hk,G,T,R]
     weights = lib.exp(logits - xp.highest(logits, -1)[..., None])
     out = weights @ values[:, :, None] / weights.sum(-1)[..., None]
-    return arguments.narrow(out.reshape(B, Hq, T, Dv), q)
+    return xp.as_type_of(out.reshape(B, Hq, T, Dv), q)

@@ -28,11 +28,11 @@ def performer_attention(q, k, v, *, features: int = 256, seed: int = 0, projecti
     root = (D ** -0.5 if scale is None else checks.number("scale", scale, 0)) ** 0.5
     w = _projection(q, D, features, seed, projection)
     lib = xp.module(q)
-    log_q, log_k = log_features(arguments.wide(q) * root, w), log_features(arguments.wide(k) * root, w)
+    log_q, log_k = log_features(xp.wide(q) * root, w), log_features(xp.wide(k) * root, w)
     fq = lib.exp(log_q - xp.highest(log_q, -1)[..., None])  # a factor of a query's own cancels in the quotient
     top = xp.highest(log_k, -1)
-    out = chunks.attend(arguments.grouped(fq, Hk), lib.exp(log_k - top[..., None]), arguments.wide(v), top, causal=causal, chunk=chunk)
-    return arguments.narrow(out.reshape(B, Hq, T, Dv), q)
+    out = chunks.attend(arguments.grouped(fq, Hk), lib.exp(log_k - top[..., None]), xp.wide(v), top, causal=causal, chunk=chunk)
+    return xp.as_type_of(out.reshape(B, Hq, T, Dv), q)
 
 
 def log_features(x, w):
@@ -54,9 +54,9 @@ def orthogonal_features(features: int, D: int, seed: int) -> np.ndarray:
 def _projection(q, D, features, seed, projection):
     if projection is None:
         features, seed = checks.integer("features", features, 1), checks.integer("seed", seed, 0)
-        return arguments.wide(xp.constant(orthogonal_features(features, D, seed).astype(np.float64 if arrays.dtype_name(q) == "float64" else np.float32), q))
+        return xp.wide(xp.constant(orthogonal_features(features, D, seed).astype(np.float64 if arrays.dtype_name(q) == "float64" else np.float32), q))
     checks.array("projection", projection, 2, "[M,D]", arguments.FLOATS)
     checks.same("projection", "width D of q", D, projection.shape[1], "one column for each of q's")
     if not len(projection):
         raise ValueError("projection: expected at least one feature [M,D], got none; draw some, or leave it out")
-    return arguments.wide(projection)
+    return xp.wide(projection)
