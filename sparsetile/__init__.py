@@ -24,6 +24,7 @@ _HOME = {
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
     "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
     "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
+    "infllm_v2": "systems.infllm", "infllm_v2_selection": "systems.infllm",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }

@@ -112,3 +112,24 @@ def shared_attention(q, v, count, *, dtype):
     k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / q.shape[-1] ** 0.5
     logits = q @ k.mT + torch.from_numpy(count).to(dtype).log()
     return torch.softmax(logits, -1) @ v, (q, v)
+
+
+def infllm_v2(q, k, *, block, stride, select_block, top_k, force_first=1, force_last, scale=None, q_start=None, kv_length=None):
+    """arXiv 2509.24663, section 3: softmax over complete windows, summed over the group, a block's score the largest of the windows that overlap it."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, g, t in np.ndindex(B, Hq // group, T):
+        end = min(starts[b] + t + 1, lengths[b])
+        windows = [range(i, i + block) for i in range(0, end - block + 1, stride)]
+        weights = np.zeros(len(windows))
+        for h in range(g * group, (g + 1) * group) if windows else ():
+            means = np.stack([k[b, g, list(w)].astype(np.float64).mean(0).astype(k.dtype).astype(np.float64) for w in windows])
+            e = np.exp(means @ q[b, h, t].astype(np.float64) * (D ** -0.5 if scale is None else scale))
+            weights += e / e.sum()
+        blocks = [range(start, min(start + select_block, end)) for start in range(0, max(end, 0), select_block)]
+        scores = {j: max([w for w, window in zip(weights, windows) if window[0] < (j + 1) * select_block and window[-1] >= j * select_block], default=0) for j in range(len(blocks))}
+        forced = {*range(min(force_first, len(blocks))), *range(max(0, len(blocks) - force_last), len(blocks))}
+        free = {j: s for j, s in scores.items() if j not in forced}
+        for j in [*forced, *best(free, top_k - len(forced))]:
+            seen[b, g * group:(g + 1) * group, t, list(blocks[j])] = 1
+    return seen

@@ -16,8 +16,8 @@ import sparsetile as st
 
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 # name -> small knobs, knobs that choose everything (for T = S = 20)
-SMALL = {"moba": dict(block=8, top_k=2), "exact_topk": dict(top_k=5)}
-ALL = {"moba": dict(block=8, top_k=3), "exact_topk": dict(top_k=20)}
+SMALL = {"moba": dict(block=8, top_k=2), "exact_topk": dict(top_k=5), "infllm_v2": dict(block=4, stride=2, select_block=4, top_k=3, force_last=1)}
+ALL = {"moba": dict(block=8, top_k=3), "exact_topk": dict(top_k=20), "infllm_v2": dict(block=4, stride=2, select_block=4, top_k=5, force_last=1)}
 # name -> B, Hq, Hk, T, S, D, Dv, options of the call
 CASES = {"ragged": (1, 2, 1, 7, 21, 13, 9, {}), "batch of lengths": (2, 2, 2, 5, 20, 8, 8, dict(kv_length=[20, 11])), "before the start": (1, 1, 1, 6, 17, 5, 3, dict(q_start=-3)),
          "past the keys": (1, 3, 1, 4, 18, 7, 7, dict(q_start=15)), "starts": (2, 1, 1, 3, 19, 8, 4, dict(kv_length=[0, 19], q_start=[4, 9])), "one query": (1, 4, 2, 1, 30, 16, 8, {}), "beyond the length": (1, 4, 1, 6, 24, 8, 8, dict(kv_length=[11], q_start=20))}
@@ -81,6 +81,15 @@ def test_all_is_dense_and_few_are_not(on, backend, system, rng):
     dense, _ = judge.attention(on, q, k, v, None, causal, op=system, **ALL[system])
     few = arrays(getattr(on, system)(q, k, v, **SMALL[system]))[0]
     assert np.abs(few - dense).max() > 0.01
+
+
+@pytest.mark.parametrize("backend", LARGE)
+def test_scores_of_a_few_queries_at_a_time(on, backend, rng, monkeypatch):
+    from sparsetile.systems import infllm
+    monkeypatch.setattr(infllm, "SCORES", 2 ** 7)
+    q, k, v, options = made(rng, "batch of lengths")
+    knobs = dict(block=4, stride=2, select_block=4, top_k=2, force_first=0, force_last=0)
+    judge.attention(on, q, k, v, None, naive.infllm_v2(q, k, **knobs, q_start=-1), op="infllm_v2", q_start=-1, **knobs)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Routing Transformer
@@ -233,6 +242,7 @@ def test_jax(system, rng):
 
 BAD = [("moba", dict(block=0), ValueError, "block: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
        ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False"),
+       ("infllm_v2", dict(block=24), ValueError, "block: expected a multiple of stride = 16"), ("infllm_v2", dict(top_k=20), ValueError, "force_first: expected .* <= top_k = 20"),
        ("reformer", {}, ValueError, "k: expected None"),
        ("routing", dict(centroids=np.ones((3, 2, 13), np.float32)), ValueError, "centroids: expected .* with H in"), ("routing", dict(centroids=np.ones((1, 2, 12), np.float32)), ValueError, "centroids: expected width D"),
        ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), return_lse=True), ValueError, "return_lse: expected False"),
