@@ -25,6 +25,7 @@ _HOME = {
     "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
     "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
     "infllm_v2": "systems.infllm", "infllm_v2_selection": "systems.infllm",
+    "vertical_slash": "systems.minference", "vertical_slash_selection": "systems.minference", "pooled_blocks": "systems.minference", "pooled_blocks_layout": "systems.minference",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",
     "Unsupported": "backends.contract", "tune": "autotune.tune",
 }

@@ -133,3 +133,41 @@ def infllm_v2(q, k, *, block, stride, select_block, top_k, force_first=1, force_
         for j in [*forced, *best(free, top_k - len(forced))]:
             seen[b, g * group:(g + 1) * group, t, list(blocks[j])] = 1
     return seen
+
+
+def vertical_slash(q, k, *, vertical, slash, last_q, force_vertical, force_slash, scale=None, q_start=None, kv_length=None):
+    """arXiv 2407.02490, algorithm 1, with the first keys and the nearest distances always taken, as the published code does."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h in np.ndindex(B, Hq):
+        columns = {s: np.inf if s < force_vertical else 0.0 for s in range(lengths[b])}
+        distances = {starts[b] + t - s: 0.0 for t in range(max(0, T - last_q), T) for s in range(S) if s <= starts[b] + t}
+        for t in range(max(0, T - last_q), T):
+            keys = range(min(starts[b] + t + 1, lengths[b]))
+            if len(keys):
+                logits = k[b, h // group, list(keys)].astype(np.float64) @ q[b, h, t].astype(np.float64) * (D ** -0.5 if scale is None else scale)
+                for s, weight in zip(keys, np.exp(logits) / np.exp(logits).sum()):
+                    columns[s] += weight
+                    distances[starts[b] + t - s] += weight
+        ordered = {-d: np.inf if d < force_slash else w for d, w in distances.items()}  # of equal sums the larger distance
+        verticals, slashes = best(columns, vertical), [-d for d in best(ordered, slash)]
+        for t in range(T):
+            p = starts[b] + t
+            for s in range(min(p + 1, lengths[b])):
+                seen[b, h, t, s] = s in verticals or p - s in slashes
+    return seen
+
+
+def pooled_blocks(q, k, *, block, top_k, q_start=None, kv_length=None):
+    """arXiv 2407.02490, algorithm 2: block means of queries and keys, rounded to their types, the best blocks of each row of blocks."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    mean = lambda x: x.astype(np.float64).mean(0).astype(x.dtype).astype(np.float64)  # noqa: E731
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h, i in np.ndindex(B, Hq, -(-T // block)):
+        row = mean(q[b, h, i * block:(i + 1) * block])
+        own = starts[b] // block + i
+        scores = {j: row @ mean(k[b, h // group, j * block:min((j + 1) * block, lengths[b])]) for j in range(own + 1) if j * block < lengths[b]}
+        for j in best(scores, top_k):
+            for t in range(i * block, min((i + 1) * block, T)):
+                seen[b, h, t, j * block:min((j + 1) * block, lengths[b], starts[b] + t + 1)] = 1
+    return seen
