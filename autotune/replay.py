@@ -129,6 +129,7 @@ def text(rows: list[dict]) -> str:
 def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, progress=None) -> dict:
     """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said."""
     from sparsetile.autotune import isolate, provenance, space, tune
+    from sparsetile.autotune.hunt import Hunt
     from sparsetile.ops import dispatch
     worker = tune._bench(tune.BENCH, device, True)
     worker.open(workload, 0)
@@ -136,8 +137,9 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
     module, start = dispatch.kernel(backend, workload.kernel), time.monotonic()
     pool, _ = space.legal(module, facts["problem"])
     compilers = None if device is None else tune._compilers(device).on(facts["device"])
-    hunt = tune._Hunt(backend, workload, facts["problem"], worker, compilers, progress or (lambda event: None))
-    hunt.search(len(pool), seconds, None, "random", 0)
+    hunt = Hunt(backend, workload, facts["problem"], worker, compilers, progress or (lambda event: None))
+    hunt.prepare(len(pool), None, "random", 0)
+    hunt.search(seconds)
     right = [(n, t) for n, t in enumerate(hunt.tried) if t.time_us]
     samples = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
     rows = [dict(config=t.config, failure=t.failure, seconds=t.seconds, samples=None) for t in hunt.tried]

@@ -18,6 +18,7 @@ ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", 
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 192,
+    "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
 
 
@@ -81,6 +82,18 @@ def test_budget(op, name, case, arch):
             assert used["registers"] <= 255
             assert used["spills"] <= SPILLS.get(artifact["source"], 0), f"{artifact['source']}.{entry}: {used} under {artifact['defines']}"
             assert asked.shared + used["shared"] <= nvrtc.shared_limit(arch)
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("block_q", [128, 192])
+def test_narrow_heads_in_classes_spill_nothing(block_q, kind):
+    """Strided patterns take 128 rows by default; a layout or a profile may ask for 192."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.block_attention")
+    problem = Problem.of("block_attention", *attention(64, 64, kind)[:2], "sm_90a", ("static", "causal+strided+window", "order"))
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"]) == ("hopper", 128)
+    (found,) = [nvrtc.report(a["source"], a["defines"], "sm_90a") for a in kernel.artifacts(problem, {**default, "block_q": block_q}) if a["defines"].get("PARTED")]
+    assert found["forward"]["spills"] == 0, found
 
 
 @pytest.mark.parametrize("op", ATTENTION)
