@@ -213,3 +213,23 @@ def test_bad_arguments_are_named(change, error, words):
     arguments = dict(q=q, k=k, v=v, gates=torch.zeros(1, 2, 5, 3), backend="numba") | SMALL | change
     with pytest.raises(error, match=words):
         st.native_sparse_attention(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------- frameworks
+def test_torch_compile_takes_the_whole_call(rng):
+    torch.compiler.reset()
+    q, k, v, gates = made(rng, 1, 4, 2, 6, 70, 8, 8, dtype=torch.float32)
+    call = lambda *x: st.native_sparse_attention(*x, backend="numba", **SMALL)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, two in zip(*([f(q, k[0], v[0], gates)] + list(torch.autograd.grad(f(q, k[0], v[0], gates).sum(), (q, k[0], v[0], gates))) for f in (call, compiled))):
+        assert_same_bits("compiled", one, two)
+
+
+def test_jax_eager_and_traced(rng):
+    jax = pytest.importorskip("jax")
+    q, k, v, gates = (x.detach().numpy() for x in (lambda m: (m[0], m[1][0], m[2][0], m[3]))(made(rng, 1, 4, 2, 6, 70, 8, 8, dtype=torch.float32)))
+    call = lambda *x: st.native_sparse_attention(*x, backend="numba", **SMALL)  # noqa: E731
+    ours, theirs = call(q, k, v, gates), [jax.numpy.asarray(x) for x in (q, k, v, gates)]
+    for got in (call(*theirs), jax.jit(call)(*theirs)):
+        assert isinstance(got, jax.Array)
+        assert_close("out", np.asarray(got), ours.astype(np.float64), ours, reduction=70)
