@@ -1,4 +1,4 @@
-"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | bench | warmup | doctor | explain | pattern | catalogue | recommend. Every command has --help that teaches and --json for machines."""
+"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan. Every command has --help that teaches and --json for machines."""
 import argparse
 import importlib
 import json
