@@ -1,4 +1,7 @@
-"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan. Every command has --help that teaches and --json for machines."""
+"""The command line. Every command has --help that teaches and --json for machines.
+
+sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan
+"""
 import argparse
 import importlib
 import json
@@ -104,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=_count, default=20, help="samples of each config, interleaved (default: 20)")
     p.add_argument("--seconds", type=_duration, help="end the trials after so long; the table says how many of the legal configs it holds")
     p.add_argument("--out", help="the table's file (with --record)")
+
+    for name, run, port, help in (("dashboard", _serve, 8080, "Show the searches of a storage in a browser (Optuna's dashboard)."),
+                                  ("proxy", _serve, 13000, "Serve a database to very many workers, which tune with --storage grpc://host:port (Optuna's gRPC proxy; the port asks for no password).")):
+        p = command(name, run, help)
+        p.add_argument("storage", help="what `sparsetile tune --storage` was given")
+        p.add_argument("--host", default="localhost", help="where to listen (default: localhost)")
+        p.add_argument("--port", type=_count, default=port, help=f"(default: {port})")
 
     p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default (where that is another) and PyTorch (where it has the op).",
                 "examples:\n  sparsetile bench                                   every CPU workload\n  sparsetile bench cpu/window-256/4096\n"
@@ -291,6 +301,11 @@ def _replay(args):
         rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
         print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows), flush=True)
     return 0
+
+
+def _serve(args):
+    from sparsetile.autotune import serve
+    getattr(serve, args.command)(args.storage, args.host, args.port)
 
 
 def _bench(args):

@@ -29,6 +29,12 @@ class Verifier:
                 length = (got[0] >= 0).sum(-1).astype(np.int32)
                 numeric.assert_topk(kernel, got[0][:, 0], length[:, 0], x[0], self.workload["K"])
                 return None
+            if kernel == "importance_topk":
+                length = (got[0] >= 0).sum(-1).astype(np.int32)
+                forced, seen = plain.forced_blocks(self.workload, np.arange(self.workload["T"]))
+                numeric.assert_chosen(kernel, got[0], length, self.truth[0], self.plain[0], self.workload["K"], visible=seen, forced=forced,
+                                      reduction=self.workload["D"] * self.workload["Hq"] // self.workload["Hk"])
+                return None
             if kernel == "indexer_topk":
                 length = (got[0] >= 0).sum(-1).astype(np.int32)
                 numeric.assert_chosen(kernel, got[0][:, 0], length[:, 0], self.truth[0], self.plain[0], self.workload["K"], visible=np.isfinite(self.truth[0]),
@@ -75,6 +81,8 @@ def _answers(task: Task, dtype) -> list:
     w, x = task.workload, task.inputs
     if w.kernel == "topk":
         return []
+    if w.kernel == "importance_topk":
+        return [plain.importances(w, *(_wide(a, dtype) for a in x), np.arange(w["T"]))]
     if w.kernel in ("indexer_scores", "indexer_topk"):
         q, k, weights, k_scale = (_wide(a, dtype) for a in x)
         T, S = w["T"], w["S"]

@@ -188,6 +188,21 @@ def scatter(size: int, index, values, fill: int = 0):
     return out[:size]
 
 
+def argsort(x):
+    """Indices that sort the last axis, equal values in their order, int32."""
+    name = kind(x)
+    if name == "torch":
+        import torch
+        return torch.argsort(x, dim=-1, stable=True).to(torch.int32)
+    return (np.argsort(x, -1, kind="stable") if name == "numpy" else x.argsort(-1)).astype("int32")  # CuPy's and JAX's are stable
+
+
+def along(x, index):
+    """x[..., index] along the last axis; all other axes are equal, the index is in range."""
+    lib = module(x)
+    return lib.take_along_dim(x, index.long(), -1) if kind(x) == "torch" else lib.take_along_axis(x, index, -1)
+
+
 def add_rows(rows: int, index, values):
     """Sums [B,H,rows,D] of values [B,C,H,n,D] by their rows index [B,C,H,n], which differ within one [b,c,h] (-1 is the last row, where more may meet); the order of additions is fixed."""
     B, C, H, _, D = values.shape

@@ -220,7 +220,7 @@ def lists_for(call: Call, config: dict, place) -> tuple[Lists, ...]:
             step = 1 if rule.needs_exact_S else max(256, 1 << max(0, S.bit_length() - 4))
             capacity = -(-S // step) * step
     else:  # positions are known on the device only
-        first, last, capacity = -T, S if call.q_start is None else S + T, S
+        first, last, capacity = -T, rule.extent(S) + (0 if call.q_start is None else T), S
     key = (rule, first, last, capacity, block_q, block_k, Hq, native, place.device, place.caller)
     parts = _lists.get(key)
     if parts is None:

@@ -124,32 +124,6 @@ template <int N> static inline void emulate_wgmma_e4m3(float (&d)[N / 2], uint64
   });
 }
 
-// A in registers, 16 values of k; B [16, N] of 16-bit values: rows of k, 64 columns each (columns), or rows of N, k along them
-template <int N> static inline void emulate_wgmma_registers(float (&d)[N / 2], const uint32_t* a, uint64_t b, int acc, bool bf16, bool columns) {
-  using namespace emulate;
-  static uint32_t given[MOST][4];
-  memcpy(given[now], a, 16);
-  product[now] = {d, 0, b, acc};
-  const int first = now / 128 * 128;
-  arrive(warpgroup[now / 128], 128, [=] {
-    static float A[64][16], B[16][N];
-    const uint32_t at = tile_of_descriptor(product[first].b), tile = at & ~1023u;
-    for (int t = 0; t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
-      A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
-    for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) {
-      const uint32_t where = columns ? at + n / 64 * 8192 + emulate_swizzle(k, n % 64 * 2) : tile + emulate_swizzle(n, (at & 127) + 2 * k);
-      uint16_t x; memcpy(&x, emulate_shared() + where, 2);
-      B[k][n] = wide(x, bf16);
-    }
-    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
-      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
-      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
-      for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
-      product[first + t].d[i] = s;
-    }
-  });
-}
-
 // Element (row, k) of an operand of 16-bit values as its descriptor says; rows are M or N. columns: the tile's rows are k, as many columns each as the swizzle is wide.
 static inline float emulate_element(uint64_t descriptor, int row, int k, bool columns, bool bf16) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4, swizzle = descriptor >> 62;

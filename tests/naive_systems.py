@@ -18,7 +18,7 @@ def best(scores, count):
     return sorted(scores, key=lambda s: (-scores[s], s))[:count]
 
 
-def moba(q, k, *, block_size, top_k, q_start=None, kv_length=None):
+def moba(q, k, *, block, top_k, q_start=None, kv_length=None):
     """arXiv 2502.13189, equations 2-6; the mean is rounded to the type of k, as the published code does."""
     B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
     seen = np.zeros((B, Hq, T, S), int)
@@ -26,13 +26,13 @@ def moba(q, k, *, block_size, top_k, q_start=None, kv_length=None):
         p = starts[b] + t
         if p < 0:
             continue
-        own, gates = p // block_size, {}
+        own, gates = p // block, {}
         for n in range(own):
-            keys = k[b, h // group, n * block_size:min((n + 1) * block_size, lengths[b])]
+            keys = k[b, h // group, n * block:min((n + 1) * block, lengths[b])]
             if len(keys):
                 gates[n] = q[b, h, t].astype(np.float64) @ keys.astype(np.float64).mean(0).astype(k.dtype).astype(np.float64)
         for n in best(gates, top_k - 1) + [own]:
-            for s in range(n * block_size, min((n + 1) * block_size, p + 1, lengths[b])):
+            for s in range(n * block, min((n + 1) * block, p + 1, lengths[b])):
                 seen[b, h, t, s] = 1
     return seen
 
@@ -75,3 +75,40 @@ def routing(q, k, v, centroids, cluster_size, *, dtype, causal=True, normalize="
     nothing = torch.zeros(v.shape[3], dtype=dtype)
     out = torch.stack([sum(rows[at]) / len(rows[at]) if at in rows else nothing for at in np.ndindex(B, Hq, T)]).reshape(B, Hq, T, -1)
     return out, leaves
+
+
+def reformer(buckets, *, chunk, chunks_before=1, chunks_after=0, same_bucket=False, causal=True, kv_length=None):
+    """arXiv 2001.04451, section 2, for buckets [B,H,rounds,T]. same_bucket False: the chunks of trax, one sequence of all rounds that wraps around."""
+    B, H, R, T = buckets.shape
+    lengths = np.full(B, T) if kv_length is None else kv_length
+    seen = np.zeros((B, H, T, T), int)
+    for b, h in np.ndindex(B, H):
+        spans = [sorted(((r, t >= lengths[b], buckets[b, h, r, t], t) for t in range(T)), key=lambda x: x) for r in range(R)]
+        if not same_bucket:
+            spans = [sum(spans, [])]
+        for span in spans:
+            n = -(-len(span) // chunk)
+            for i, (_, _, bucket, t) in enumerate(span):
+                for o in range(-chunks_before, chunks_after + 1):
+                    c = i // chunk + o
+                    if same_bucket and not 0 <= c < n:
+                        continue
+                    for _, _, other, s in span[c % n * chunk:(c % n + 1) * chunk]:
+                        if s != t and s < lengths[b] and (s <= t or not causal):
+                            if not same_bucket:
+                                seen[b, h, t, s] += 1
+                            elif other == bucket:
+                                seen[b, h, t, s] = 1
+        for t in range(lengths[b]):
+            if not seen[b, h, t].any():
+                seen[b, h, t, t] = 1
+    return seen
+
+
+def shared_attention(q, v, count, *, dtype):
+    """out of softmax(q k^T) v with k = q / |q|, keys counted by count; q, v leaves of autograd."""
+    import torch
+    q, v = (torch.tensor(x.astype(np.float64), dtype=dtype, requires_grad=True) for x in (q, v))
+    k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / q.shape[-1] ** 0.5
+    logits = q @ k.mT + torch.from_numpy(count).to(dtype).log()
+    return torch.softmax(logits, -1) @ v, (q, v)

@@ -22,7 +22,7 @@ def test_every_row_has_a_workload_and_a_name_of_its_own():
     assert [row.name for row in gpu_rows.selected(["bigbird"])] == ["fwd BigBird 128", "bwd BigBird 128"]
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta") and any(dispatch.has_kernel(gpu, k) for gpu in ("triton", "cupy"))])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta", "append") and any(dispatch.has_kernel(gpu, k) for gpu in ("triton", "cupy"))])
 def test_the_judge_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(spot, "ROWS", 12)
@@ -160,3 +160,14 @@ def test_a_report_counts_and_names_what_failed(tmp_path):
     assert text.splitlines()[:2] == ["chip, torch 2", "1 passed, 1 failed, 1 skipped in 1 part, 4 s of processes' time"]
     assert "failed test_a::y: AssertionError: off by one" in text and "1 cupy: D # is too wide" in text
     assert report.main([str(part)]) == 1
+
+
+def test_stability_tells_ties_from_another_pick_and_a_timing_that_fails():
+    from sparsetile.bench import stability
+    entries = [{"config": {"n": n}, "band": 0.01, "ties": 2} for n in (1, 1, 2)]
+    picks = [{"n": 1}, {"n": 2}]
+    found = stability.summary(entries, picks, [100.0, 100.9], 0.01)
+    assert found["same"] and found["timing_ok"] and [p["runs"] for p in found["picks"]] == [2, 1] and "the same up to ties" in stability.text(found)
+    assert not stability.summary(entries, picks, [100.0, 103.0], 0.01)["same"]
+    wide = stability.summary([{**entries[0], "band": 0.05}], picks[:1], [100.0], 0.01)
+    assert not wide["timing_ok"] and "FAILS" in stability.text(wide)

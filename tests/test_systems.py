@@ -16,8 +16,8 @@ import sparsetile as st
 
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 # name -> small knobs, knobs that choose everything (for T = S = 20)
-SMALL = {"moba": dict(block_size=8, top_k=2), "exact_topk": dict(top_k=5)}
-ALL = {"moba": dict(block_size=8, top_k=3), "exact_topk": dict(top_k=20)}
+SMALL = {"moba": dict(block=8, top_k=2), "exact_topk": dict(top_k=5)}
+ALL = {"moba": dict(block=8, top_k=3), "exact_topk": dict(top_k=20)}
 # name -> B, Hq, Hk, T, S, D, Dv, options of the call
 CASES = {"ragged": (1, 2, 1, 7, 21, 13, 9, {}), "batch of lengths": (2, 2, 2, 5, 20, 8, 8, dict(kv_length=[20, 11])), "before the start": (1, 1, 1, 6, 17, 5, 3, dict(q_start=-3)),
          "past the keys": (1, 3, 1, 4, 18, 7, 7, dict(q_start=15)), "starts": (2, 1, 1, 3, 19, 8, 4, dict(kv_length=[0, 19], q_start=[4, 9])), "one query": (1, 4, 2, 1, 30, 16, 8, {}), "beyond the length": (1, 4, 1, 6, 24, 8, 8, dict(kv_length=[11], q_start=20))}
@@ -84,25 +84,21 @@ def test_all_is_dense_and_few_are_not(on, backend, system, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------- Routing Transformer
+def judged(out, leaves, answer, rng, reduction):
+    """Out and the gradients of its leaves, against answer(dtype) -> out, leaves in float64 and, as the measure, float32."""
+    import torch
+    dout = normal(rng, out.shape, np.float32)
+    results = []
+    for one, ends, kind in ((out, leaves, torch.float32), *((*answer(kind), kind) for kind in (torch.float64, torch.float32))):
+        results.append(arrays(one, *torch.autograd.grad(one, ends, torch.from_numpy(dout).to(one.device, kind), materialize_grads=True)))
+    for n, (mine, truth, measure) in enumerate(zip(*results)):
+        assert_close(["out", "dq", "dk", "dv"][n] if len(leaves) == 3 else ["out", "dq", "dv"][n], mine, truth, measure, reduction=reduction)
+
+
 ROUTES = {"ragged": ("ragged", 2, {}), "T = S": ("square", 2, {}), "one head of centroids": ("batch of lengths", 1, {}), "unit": ("one query", 4, dict(normalize="unit")),
           "both ways": ("batch of lengths", 2, dict(causal=False)), "as given": ("starts", 1, dict(normalize=None)), "before the start": ("before the start", 1, {}),
           "beyond the length": ("beyond the length", 4, dict(causal=False)), "fewer than a cluster": ("short", 2, {}), "fewer, both ways": ("short", 2, dict(causal=False))}
 CASES |= {"square": (2, 2, 2, 15, 15, 6, 4, {}), "short": (2, 2, 1, 12, 12, 6, 4, dict(kv_length=[3, 12], q_start=0))}
-
-
-def routed(call, q, k, v, centroids, size, rng, **options):
-    """Out and gradients of a routing call on a backend, against the naive one in float64 and, as the measure, float32."""
-    import torch
-    out, leaves = call(q, k, v)
-    dout = normal(rng, out.shape, np.float32)
-    got = torch.autograd.grad(out, leaves, torch.from_numpy(dout).to(out.device), materialize_grads=True)
-    answers = []
-    for dtype in (torch.float64, torch.float32):
-        naive_out, naive_leaves = naive.routing(q, k, v, centroids, size, dtype=dtype, **options)
-        grads = torch.autograd.grad(naive_out, naive_leaves, torch.from_numpy(dout).to(dtype), materialize_grads=True)
-        answers.append(arrays(naive_out, *grads))
-    for name, mine, truth, measure in zip(("out", "dq", "dk", "dv"), arrays(out, *got), *answers):
-        assert_close(name, mine, truth, measure, reduction=k.shape[2] + q.shape[3] + v.shape[3])
 
 
 @pytest.mark.parametrize("backend", LARGE)
@@ -113,11 +109,10 @@ def test_routing(on, backend, route, rng):
     q, k, v, options = made(rng, case)
     centroids, size, lengths = normal(rng, (H, 3, q.shape[3]), np.float32), 4, options.get("kv_length")
 
-    def call(q, k, v):
-        leaves = [on.tensor(x, True) for x in (q, spoiled(k, lengths), spoiled(v, lengths))]
-        given = {name: on.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        return st.routing(*leaves, centroids=on.tensor(centroids), cluster_size=size, backend=backend, **how, **given), leaves
-    routed(call, q, k, v, centroids, size, rng, **how, **options)
+    leaves = [on.tensor(x, True) for x in (q, spoiled(k, lengths), spoiled(v, lengths))]
+    given = {name: on.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    out = st.routing(*leaves, centroids=on.tensor(centroids), cluster_size=size, backend=backend, **how, **given)
+    judged(out, leaves, lambda kind: naive.routing(q, k, v, centroids, size, dtype=kind, **how, **options), rng, k.shape[2] + q.shape[3] + v.shape[3])
 
 
 @pytest.mark.parametrize("backend", LARGE)
@@ -142,24 +137,103 @@ def test_one_cluster_is_dense_and_more_are_not(on, backend, rng):
     assert np.abs(arrays(on.routing(q, k, v, centroids=normal(rng, (1, 3, 8), np.float32)))[0] - truth).max() > 0.01
 
 
-JAX = {**SMALL, "routing": dict(centroids=np.eye(3, 13, dtype=np.float32)[None], cluster_size=4)}
+# ---------------------------------------------------------------------------------------------------------------------------- Reformer
+HASHED = {"trax": {}, "trax, both ways": dict(causal=False, chunks_after=1), "trax, ragged": dict(chunk=5), "trax, lengths": dict(kv_length=[12, 7]), "strict": dict(same_bucket=True),
+          "strict, ragged": dict(same_bucket=True, chunk=5, chunks_before=2), "strict, both ways": dict(same_bucket=True, causal=False, chunk=3, chunks_after=1),
+          "strict, lengths": dict(same_bucket=True, kv_length=[5, 12]), "trax, both ways, lengths": dict(causal=False, kv_length=[1, 9]),
+          "strict, both ways, one bucket": dict(same_bucket=True, causal=False)}
+
+
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("case", HASHED)
+def test_reformer(on, backend, case, rng):
+    pytest.importorskip("torch")
+    q, v, buckets = normal(rng, (2, 2, 12, 7), np.float32), normal(rng, (2, 2, 12, 5), np.float32), rng.integers(0, 1 if "one bucket" in case else 3, (2, 2, 3, 12)).astype(np.int32)
+    options = dict(chunk=4) | HASHED[case]
+    lengths = options.get("kv_length")
+    count = naive.reformer(buckets, **options)
+    if lengths:
+        options["kv_length"] = on.tensor(np.asarray(lengths, np.int32))
+        count[:, :, :, 0] += count.sum(3) == 0  # rows past the end, which are not compared
+    leaves = [on.tensor(q, True), on.tensor(v, True)]
+    out = st.reformer(leaves[0], None, leaves[1], buckets=on.tensor(buckets), backend=backend, **options)
+    there = np.ones((2, 1, 12, 1), bool) if lengths is None else (np.arange(12) < np.array(lengths)[:, None])[:, None, :, None]
+    cut = lambda x: x * on.tensor(there.astype(np.float32)).to(x.dtype)  # noqa: E731
+
+    def answer(kind):
+        out, leaves = naive.shared_attention(q, v, count, dtype=kind)
+        return cut(out), leaves
+    judged(cut(out), leaves, answer, rng, 24)
+
+
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("decoder", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("T, chunk", [(24, 4), (24, 8), (6, 8)])
+def test_reformer_equals_hugging_face(on, backend, decoder, T, chunk, rng):
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.reformer.modeling_reformer", reason="transformers is not installed: pip install 'sparsetile[demo]'")
+    from transformers import ReformerConfig
+    B, H, R, D = 2, 2, 3, 6
+    config = ReformerConfig(attention_head_size=D, num_attention_heads=H, hidden_size=H * D, lsh_attn_chunk_length=chunk, lsh_num_chunks_before=1,
+                            lsh_num_chunks_after=0 if decoder else 1, num_hashes=R, num_buckets=4, is_decoder=decoder, lsh_attention_probs_dropout_prob=0.0)
+    x, weight, buckets = normal(rng, (B, T, H * D), np.float32), normal(rng, (H * D, H * D), np.float32), rng.integers(0, 4, (B, H, R, T)).astype(np.int32)
+    heads = lambda x: x.unflatten(2, (H, D)).transpose(1, 2)  # noqa: E731
+
+    def answer(kind):
+        module, hidden = modeling.LSHSelfAttention(config, layer_idx=0).eval().to(kind), torch.tensor(x, dtype=kind, requires_grad=True)
+        with torch.no_grad():
+            module.query_key.weight.copy_(torch.eye(H * D)), module.value.weight.copy_(torch.from_numpy(weight))
+        offset = torch.from_numpy(buckets + 4 * np.arange(R)[:, None]).long().reshape(B, H, R * T)
+        got = module(hidden, num_hashes=R, buckets=offset)
+        return heads(got.hidden_states), (hidden,)
+    hidden = on.tensor(x, True)
+    q, v = heads(hidden), heads(hidden @ on.tensor(weight).mT)
+    out = st.reformer(q, None, v, buckets=on.tensor(buckets), chunk=chunk, chunks_after=0 if decoder else 1, causal=decoder, backend=backend)
+    judged(out, (hidden,), answer, rng, 3 * chunk * R + D)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_buckets(on, backend, rng):
+    q, rotations = normal(rng, (1, 2, 5, 8), np.float32), normal(rng, (2, 8, 2, 3), np.float32)
+    turned = np.einsum("bhtd,hdrn->bhrtn", q.astype(np.float64), rotations)
+    assert np.array_equal(arrays(on.lsh_buckets(q, rotations=rotations))[0], np.concatenate([turned, -turned], -1).argmax(-1))
+    first, again, other = (arrays(on.lsh_buckets(q, n_buckets=64, seed=seed))[0] for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and (first != other).any() and first.shape == (1, 2, 1, 5)
+
+
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("same_bucket", [False, True])
+def test_one_bucket_is_dense_and_more_are_not(on, backend, same_bucket, rng):
+    q, v = normal(rng, (1, 2, 20, 8), np.float32), normal(rng, (1, 2, 20, 8), np.float32)
+    k = q / np.sqrt((q * q).mean(-1, keepdims=True) + np.float32(1e-6)) / np.float32(8 ** 0.5)
+    seen = oracle.visible(1, 20, 20, rule=lambda p, s: (s < p) | ((s == 0) & (p == 0)))
+    buckets = np.zeros((1, 2, 1, 20), np.int32)
+    call = lambda **options: arrays(*on.reformer(q, None, v, same_bucket=same_bucket, return_lse=True, **options))  # noqa: E731
+    out, lse = call(buckets=buckets, chunk=20)
+    judge.answer(out, lse, q, k, v, seen, scale=1.0)
+    assert np.abs(call(n_buckets=4, chunk=5, rounds=2)[0] - out).max() > 0.01
+
+
+JAX = {**SMALL, "reformer": dict(n_buckets=4, chunk=3, rounds=2, same_bucket=True), "routing": dict(centroids=np.eye(3, 13, dtype=np.float32)[None], cluster_size=4)}
 
 
 @pytest.mark.parametrize("system", JAX)
 def test_jax(system, rng):
     jax = pytest.importorskip("jax", reason="JAX is not installed: pip install 'sparsetile[jax]'")
-    q, k, v, _ = made(rng, "ragged")
+    q, k, v, _ = made(rng, "square" if system == "reformer" else "ragged")
     own = {name: x for name, x in JAX[system].items() if not isinstance(x, np.ndarray)}
     tables = {name: x for name, x in JAX[system].items() if isinstance(x, np.ndarray)}
-    call = lambda q, k, v, tables: getattr(st, system)(q, k, v, **own, **tables)  # noqa: E731
-    want, given = call(q, k, v, tables), jax.tree.map(jax.numpy.asarray, (q, k, v, tables))
-    for got in (call(*given), jax.jit(call)(*given)):
+    call = lambda q, k, v, tables: getattr(st, system)(q, None if system == "reformer" else k, v, **own, **tables)  # noqa: E731
+    measure, truth, given = call(q, k, v, tables), call(*(x.astype(np.float64) for x in (q, k, v)), tables), jax.tree.map(jax.numpy.asarray, (q, k, v, tables))
+    for run in (jax.jit(call), call) if system == "moba" else (jax.jit(call),):  # eager JAX compiles every operator by itself
+        got = run(*given)
         assert isinstance(got, jax.Array)
-        assert_close("JAX", np.asarray(got), want.astype(np.float64), want, reduction=21)
+        assert_close("JAX", np.asarray(got), truth, measure, reduction=21)
 
 
-BAD = [("moba", dict(block_size=0), ValueError, "block_size: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
+BAD = [("moba", dict(block=0), ValueError, "block: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
        ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False"),
+       ("reformer", {}, ValueError, "k: expected None"),
        ("routing", dict(centroids=np.ones((3, 2, 13), np.float32)), ValueError, "centroids: expected .* with H in"), ("routing", dict(centroids=np.ones((1, 2, 12), np.float32)), ValueError, "centroids: expected width D"),
        ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), return_lse=True), ValueError, "return_lse: expected False"),
        ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), normalize="batch"), ValueError, "normalize: expected one of")]

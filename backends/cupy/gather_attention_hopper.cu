@@ -91,11 +91,7 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(const __grid_constant__ Params p) {
-#ifdef SPARSETILE_EMULATE
-  DYNAMIC_SHARED(raw);
-#else
-  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
-#endif
+  SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   Share share = {0, 0, 0};
 #if SPLIT

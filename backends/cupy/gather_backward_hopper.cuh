@@ -1,7 +1,7 @@
 // How the two Hopper kernels of the backward over selected keys meet. For each query, tile of 64 entries, half of it and block of 64 heads the first leaves two
 // images [64 heads][32 entries], swizzled by 64 bytes: probabilities, then dS; the blocks of BLOCKS a group, so that a tile of all of them is one piece.
 #pragma once
-#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "selections.cuh"
 
 #ifndef KIND

@@ -26,22 +26,6 @@ constexpr int GRADIENT = 3 * CHUNK, RING = 6 * CHUNK, STAGING = RING + GROUPS * 
 #define FULL(g) (bars + 8 * (g))
 #define FREE(g) (bars + 8 * (GROUPS + (g)))
 
-// d (+)= A^T x B: A 16 x 64, B 16 x 192, both with rows of k
-template <int Kind> __device__ __forceinline__ void multiply_heads(float (&d)[96], u64 a, u64 b, int acc) {
-#ifdef SPARSETILE_EMULATE
-  emulate_wgmma<192>(d, nullptr, a, b, acc, Kind == BFLOAT16, true, true);
-#else
-#define SPARSETILE_MMA(type) asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-    "}, %96, %97, p, 1, 1, 1, 1;}" : SPARSETILE_OUT64(d), SPARSETILE_OUT8(d, 64), SPARSETILE_OUT8(d, 72), SPARSETILE_OUT8(d, 80), SPARSETILE_OUT8(d, 88) : "l"(a), "l"(b), "r"(acc))
-  if constexpr (Kind == BFLOAT16) SPARSETILE_MMA("bf16");
-  else SPARSETILE_MMA("f16");
-#undef SPARSETILE_MMA
-#endif
-}
-
 struct Item {
   int part, group, heads, t, b;  // heads: of the group
   i64 place;                     // of its images
@@ -128,8 +112,8 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* raw, u3
 #pragma unroll
       for (int k = 0; k < 4 * BLOCKS; k++) {
         const u64 image = a + (k >> 2) * (PAIR >> 4) + (k & 3) * 64;
-        multiply_heads<KIND>(dk, image + (IMAGE >> 4), q + k * 128, k != 0);
-        multiply_heads<KIND>(dv, image, o + k * 128, k != 0);
+        wgmma<KIND, N_MAJOR, M_MAJOR>(dk, image + (IMAGE >> 4), q + k * 128, k != 0);
+        wgmma<KIND, N_MAJOR, M_MAJOR>(dv, image, o + k * 128, k != 0);
       }
       wgmma_commit(); wgmma_wait<0>(); hold(dk); hold(dv);
       if (tid == 0) bar_arrive(FREE(group));
@@ -146,11 +130,7 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* raw, u3
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) keys(const __grid_constant__ Params p) {
-#ifdef SPARSETILE_EMULATE
-  DYNAMIC_SHARED(raw);
-#else
-  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
-#endif
+  SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {

@@ -133,10 +133,10 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       shared_to_copy_engine();
       hold(s); hold(d); wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 36; k++) wgmma_n32<KIND>(s, query + (k & 3) * 2 + (k >> 2) * (PIECE >> 4), keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4), k != 0);
+      for (int k = 0; k < 36; k++) wgmma<KIND, K_MAJOR>(s, query + (k & 3) * 2 + (k >> 2) * (PIECE >> 4), keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4), k != 0);
       wgmma_commit();
 #pragma unroll
-      for (int k = 0; k < 32; k++) wgmma_n32<KIND>(d, gradient + (k & 3) * 2 + (k >> 2) * (PIECE >> 4), keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4), k != 0);
+      for (int k = 0; k < 32; k++) wgmma<KIND, K_MAJOR>(d, gradient + (k & 3) * 2 + (k >> 2) * (PIECE >> 4), keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4), k != 0);
       wgmma_commit(); wgmma_wait<1>(); hold(s);
       if (first) {
         bar_wait(WEIGHED, turn, patience);
@@ -173,20 +173,6 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       advance<SLOTS>(slot, phase);
     } while (left);
   }
-}
-
-// d (+)= A x B with A 64 x 16, K-major, B 16 x 64, rows of k, both in shared memory
-template <int Kind> __device__ __forceinline__ void wgmma_n64_columns(float (&d)[32], u64 a, u64 b, int acc) {
-#ifdef SPARSETILE_EMULATE
-  emulate_wgmma<64>(d, nullptr, a, b, acc, Kind == BFLOAT16, true);
-#else
-#define SPARSETILE_MMA(type) asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-    "}, %32, %33, p, 1, 1, 0, 1;}" : SPARSETILE_OUT8(d, 0), SPARSETILE_OUT8(d, 8), SPARSETILE_OUT8(d, 16), SPARSETILE_OUT8(d, 24) : "l"(a), "l"(b), "r"(acc))
-  if constexpr (Kind == BFLOAT16) SPARSETILE_MMA("bf16");
-  else SPARSETILE_MMA("f16");
-#undef SPARSETILE_MMA
-#endif
 }
 
 // The largest magnitude of each row of `Chunks` pieces: what a contribution may be at most for each unit of dS or of a probability.
@@ -261,9 +247,9 @@ template <int Half> __device__ __forceinline__ void sums(const Params& p, unsign
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        wgmma_n128_columns<KIND>(o[0], a + 2 * k, b + k * 128, 1);
-        wgmma_n128_columns<KIND>(o[1], a + 2 * k, b + k * 128 + 2 * (CHUNK >> 4), 1);
-        if constexpr (!Half) wgmma_n64_columns<KIND>(o4, a + 2 * k, b + k * 128 + 4 * (CHUNK >> 4), 1);
+        wgmma<KIND, N_MAJOR>(o[0], a + 2 * k, b + k * 128, 1);
+        wgmma<KIND, N_MAJOR>(o[1], a + 2 * k, b + k * 128 + 2 * (CHUNK >> 4), 1);
+        if constexpr (!Half) wgmma<KIND, N_MAJOR>(o4, a + 2 * k, b + k * 128 + 4 * (CHUNK >> 4), 1);
       }
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if constexpr (!Half) hold(o4);
@@ -284,11 +270,7 @@ template <int Half> __device__ __forceinline__ void sums(const Params& p, unsign
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) queries(const __grid_constant__ Params p) {
-#ifdef SPARSETILE_EMULATE
-  DYNAMIC_SHARED(raw);
-#else
-  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
-#endif
+  SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {

@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           const u64 dk = dk0 + stage * (KEY_BYTES >> 4);
           hold(d); wgmma_fence();
 #pragma unroll
-          for (int c = 0; c < 4; c++) wgmma_e4m3_n128(d, dk + 2 * c, dq + 2 * c, c != 0);
+          for (int c = 0; c < 4; c++) wgmma_e4m3(d, dk + 2 * c, dq + 2 * c, c != 0);
           wgmma_commit();
         };
         issue(a, dq0, 0); issue(b, dq1, 0);

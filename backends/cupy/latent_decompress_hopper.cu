@@ -2,7 +2,7 @@
 // A block of threads keeps 128 latent rows in registers (two groups of 64 rows x 512: 128 registers a thread) and streams weight tiles of 512 x 128 through a ring
 // of 16 KB stages; the two blocks of a cluster hold neighbouring rows and load half of each stage for both. The groups take turns of a tile's 8 stages.
 // Each warp stores its own 16 rows; the rotary part goes out of one resident tile. Rows that do not exist are zeros on the way in and dropped on the way out.
-#include "hopper.cuh"
+#include "wgmma.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -160,7 +160,7 @@ latent_decompress_hopper(const __grid_constant__ Params p) {
           bar_wait(FULL(s), ph, patience);
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 4; k++) wgmma_n128<KIND, !W_ROWS>(d, a + c * 16 + k * 4, ds + k * (W_ROWS ? 2 : 128), c != 0 || k != 0);
+          for (int k = 0; k < 4; k++) wgmma<KIND, W_ROWS ? K_MAJOR : N_MAJOR>(d, a + c * 16 + k * 4, ds + k * (W_ROWS ? 2 : 128), c != 0 || k != 0);
           wgmma_commit();
           if (c) {
             wgmma_wait<1>();

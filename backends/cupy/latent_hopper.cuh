@@ -6,7 +6,7 @@
 // Keys that nobody sees are zeros in the tile and -inf in the scores. The order of waits is the speed: values of tile i are multiplied while the probabilities of tile
 // i + 1 are made. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
 #pragma once
-#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "split.cuh"
 
 constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, SLOTS = 6, HELD = 31;  // HELD: k-steps of the query in registers
@@ -130,11 +130,11 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
 #pragma unroll
       for (int k = 0; k < 32; k++) {
         const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
-        if (k < HELD) wgmma_n32<KIND>(s, q[k], b, k != 0);
-        else wgmma_n32<KIND>(s, step31, b, 1);
+        if (k < HELD) wgmma<KIND, K_MAJOR>(s, q[k], b, k != 0);
+        else wgmma<KIND, K_MAJOR>(s, step31, b, 1);
       }
 #pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n32<KIND>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
+      for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
       wgmma_commit(); wgmma_wait<0>(); hold(s);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
       if (tid == 0 && !first) bar_arrive(START(before));
@@ -240,7 +240,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       const u64 a = descriptor_of(base + slot * TILE + 8 * CHUNK, 16, 512, SWIZZLE_64), b = descriptor_of(base + slot * TILE + half * 4 * CHUNK, CHUNK, 1024, SWIZZLE_128);
       hold(o[0]); hold(o[1]); wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n128_columns<KIND>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
+      for (int k = 0; k < 4; k++) wgmma<KIND, N_MAJOR>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if (left <= 0) {
         const Found last = ((const Found*)(raw + FOUND))[slot];
