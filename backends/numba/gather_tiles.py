@@ -252,6 +252,15 @@ def _fetch(e, base, step, keys, count, size):
 fetch_rows = op("iiiii", _fetch)
 
 
+def _finite(e, row, count):
+    """0 if all `count` float32 (padded to whole vectors by finite values) are finite, else NaN."""
+    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(row, e.mul(k, 4))), e.f(0), acc[0])], LANES)[0]
+    return e.sum(total)
+
+
+finite = op("ii", _finite, "f")
+
+
 def _scale(e, row, count, factor):
     factor = e.splat(factor)
     e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(row, e.mul(k, 4))), factor), e.add(row, e.mul(k, 4))), [])[1], e.lanes)
