@@ -27,6 +27,8 @@ HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
 
 
 def supports(problem):
+    if "paged" in problem.features:
+        return "the CuPy indexer reads keys in one piece, not through a page table; pass cache.gather()"
     if problem["D"] > 576:
         return f"CuPy indexer takes D up to 576, not {problem['D']}"
     kinds = {problem.dtype("q"), problem.dtype("k", problem.dtype("q"))}

@@ -148,6 +148,8 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
 
 
 def refusal(problem) -> str | None:
+    if "paged" in problem.features:
+        return "the triton indexer reads keys in one piece, not through a page table; pass cache.gather()"
     for name in ("q", "k"):
         if problem.dtype(name) not in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
             return f"indexer {name} of {problem.dtype(name)} is not supported on a GPU; float32, float16, bfloat16 and float8_e4m3fn are"
