@@ -34,7 +34,7 @@ def seen(x, call) -> np.ndarray:
 def moba(x, v):
     """Four blocks of a quarter of top_k; of small shapes, three of two keys."""
     block = max(2, x.shape.top_k // 4)
-    return st.moba(x.q, x.k, v, block_size=block, top_k=x.shape.top_k // block)
+    return st.moba(x.q, x.k, v, block=block, top_k=x.shape.top_k // block)
 
 
 def routing(x, v):
@@ -95,7 +95,7 @@ SYSTEMS = (
     chosen("exact-topk", "Top-k of the exact scores", "2106.06899, section 3", "st.exact_topk(q, k, v, top_k=2048)", lambda x, v: st.exact_topk(x.q, x.k, v, top_k=x.shape.top_k),
            complexity="T S of scores, T k", sees="the k keys with its largest products: the bound of every selector", trained="nothing: it is what selectors aim at",
            counted=lambda s, N: N * (N + 1) * s.Hq * s.D + 4 * _pairs(s, N) * s.Hq * s.D),
-    chosen("moba", "MoBA", "2502.13189, section 2.2", "st.moba(q, k, v, block_size=512, top_k=4)", moba, complexity="T S / b, T k", sees="its own block of b keys, and the earlier blocks whose mean it likes best",
+    chosen("moba", "MoBA", "2502.13189, section 2.2", "st.moba(q, k, v, block=512, top_k=4)", moba, complexity="T S / b, T k", sees="its own block of b keys, and the earlier blocks whose mean it likes best",
            counted=lambda s, N: N * N * s.Hq * s.D // (s.top_k // 4) + 4 * _pairs(s, N) * s.Hq * s.D),
     chosen("routing", "Routing Transformer", "2003.05997, section 4.1", "st.routing(q, k, v, centroids=centroids, cluster_size=2048)", routing, complexity="T C, T w",
            sees="the earlier of the w keys in its cluster", reach="1 within a cluster, not known before",
