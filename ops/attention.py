@@ -127,7 +127,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     checks.lengths("kv_length", kv_length, (B,), "[B]")
     if q_start is None:
         q_start = None if kv_length is not None else S - T
-    elif arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif not isinstance(q_start, int) and arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
