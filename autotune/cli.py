@@ -1,6 +1,6 @@
 """The command line. Every command has --help that teaches and --json for machines.
 
-sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend
+sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan
 """
 import argparse
 import importlib

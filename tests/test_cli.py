@@ -10,7 +10,7 @@ from sparsetile.autotune import cli
 from sparsetile.backends import arrays
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend")
+COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend", "plan")
 
 
 @pytest.fixture(autouse=True)
