@@ -126,11 +126,14 @@ def _add_keys(e, pp, p_step, bounds, px, x_step, width, po, sixes, fours):
 
             def group(rows, first, _):
                 low, count = between(rows, first)
+                out = [e.add(e.add(po, f), e.mul(e.add(first, r), step)) for r in range(rows)]
+                for r in range(rows):  # sums of keys are far from the nearest cache, and the products take longer than they need to come
+                    for n in range(0, cols * WIDTH, 64):
+                        e.ask(e.add(out[r], n))
                 acc = e.gemm(rows, cols, e.add(e.add(pp, e.mul(first, p_step)), e.mul(low, 4)), p_step, 4, e.add(e.add(px, f), e.mul(low, x_step)), x_step, count)
                 for r in range(rows):
-                    out = e.add(e.add(po, f), e.mul(e.add(first, r), step))
                     for n in range(cols):
-                        e.store(e.b.fadd(acc[r * cols + n], e.load(out, n * WIDTH)), out, n * WIDTH)
+                        e.store(b.fadd(acc[r * cols + n], e.load(out[r], n * WIDTH)), out[r], n * WIDTH)
                 return []
             _groups(e, sixes, fours, [], group)
             return []
