@@ -71,6 +71,7 @@ class Guarded(Driver):
                 return x
             monkeypatch.setattr(kind, "empty", empty)
             monkeypatch.setattr(kind, "full", full)
+            monkeypatch.setattr(kind, "zeros", lambda place, shape, dtype: full(place, shape, dtype, 0))
         for kind in (memory.NumpyPlace, memory.TorchPlace, memory.ViewPlace):
             wrap(kind, kind.empty)
 

@@ -83,12 +83,12 @@ def _products(jobs, memory, masked, low, high, where):
         fill_zero(memory + job.ds + r * step, job.panels * PANEL)
 
 
-@far("iiiii")
-def _sums(jobs, memory, at, count, where):
+@far("iiiiii")
+def _sums(jobs, memory, at, count, bounds, where):
     """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched."""
     job = job_at(jobs)
     sums_k, sums_v, touched, limit = get_i64(where, 4), get_i64(where, 5), get_i64(where, 6), get_i64(where, 7)
-    step, queries, padded = STEP * job.panels, job.panels * PANEL, (count + 3) & ~3
+    step, padded = STEP * job.panels, (count + 3) & ~3
     sixes, fours = split(padded)
     to_k, to_v = sums_k + 4 * job.Dp * at, sums_v + 4 * job.width * at
     if job.k_order == 0:
@@ -97,8 +97,8 @@ def _sums(jobs, memory, at, count, where):
     else:
         to_k, to_v = memory + job.more, memory + job.more + 4 * job.Dp * (CHUNK + 4)
         fill_zero(to_k, (job.Dp + job.width) * (CHUNK + 4))
-    gt.add_keys(memory + job.p, step, queries, memory + job.g_rows, 4 * job.width + APART, job.width, to_v, sixes, fours)
-    gt.add_keys(memory + job.ds, step, queries, memory + job.q_rows, 4 * job.Dp + APART, job.Dp, to_k, sixes, fours)
+    gt.add_keys(memory + job.p, step, bounds, memory + job.g_rows, 4 * job.width + APART, job.width, to_v, sixes, fours)
+    gt.add_keys(memory + job.ds, step, bounds, memory + job.q_rows, 4 * job.Dp + APART, job.Dp, to_k, sixes, fours)
     if job.k_order != 0:
         for c in range(count):
             s = key_of(job, at + c, limit, 0)
@@ -146,7 +146,11 @@ def _block(jobs, memory, kind, slot, limit, where):
         put_i64(where, 2, pv)
         put_i64(where, 3, v_step)
         _products(jobs, memory, masked, low, high, where)
-        _sums(jobs, memory, at + low, high - low, where)
+        bounds = memory + job.bounds
+        if masked != 0:
+            bounds += 8 * (CHUNK + 4)
+            gt.reach(memory + job.words, STEP * WORDS, panels, low, (high - low + 3) & ~3, bounds)
+        _sums(jobs, memory, at + low, high - low, bounds, where)
 
 
 @far("iiii")
@@ -193,6 +197,8 @@ def work(jobs, thread):
     job = job_at(jobs)
     memory, group = job.memory + job.memory_step * thread, job.Hq // job.Hk
     where = memory + job.spans + 16 * WORDS * (job.panels + 1)
+    for c in range(CHUNK + 4):  # of chunks that all queries see
+        put_i64(memory + job.bounds, c, job.panels * PANEL << 32)
     while True:
         task = next_task(job.counter)
         if task >= job.heads * job.shares:
@@ -304,7 +310,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         job[name] = x
     rows, chunk = panels * PANEL, CHUNK + 4
     shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
-                   ds=4 * rows * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
+                   ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
     _memory = scratch(job, threads, **shared)
     for head in range(0, B * Hk, heads):
         job["head"], job["heads"] = head, min(heads, B * Hk - head)

@@ -4,8 +4,10 @@ As in tiles.py lanes are queries: P and dS are [keys, queries] (row step given: 
 [keys, width] have features as lanes, of Q and dO as rows. c, slope and softcap come from `constants` (job.py).
 A row's lse, in powers of two, is the sum of two float32 (`high`, `low`): scores of 1e4 would lose three digits of P to one.
 """
-from sparsetile.backends.numba.simd import F, LANES, VECTORS, op
-from sparsetile.backends.numba.tiles import STEP, WIDTH, _groups, _panel, _seen
+from llvmlite import ir
+
+from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
+from sparsetile.backends.numba.tiles import PANEL, STEP, WIDTH, _groups, _panel, _seen
 
 
 def _probability(masked, capped):
@@ -80,20 +82,58 @@ add_queries = op("iiiiiiii", _add_queries)
 """(K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
 
 
-def _add_keys(e, pp, p_step, queries, px, x_step, width, po, sixes, fours):
-    """C [keys, width] += P X, X [queries, width] with a row step of its own: as many vectors of features at a time as registers hold, then one by one."""
-    step = e.mul(width, 4)
+def _reach(e, words, words_step, panels, first_key, count, bounds):
+    """Of `count` keys: the first query of the tile that sees it and the one behind the last (0, 0: none), as int32 pairs; those that see it lie between."""
+    b = e.b
+
+    def key(j, _):
+        def panel(p, held):
+            bits = e.i(0)
+            for n, seen in enumerate(_seen(e, e.add(words, e.mul(p, words_step)), e.add(first_key, j))):
+                bits = b.or_(bits, b.shl(b.zext(b.bitcast(seen, ir.IntType(LANES)), I64), e.i(n * LANES)))
+            there, base = b.icmp_signed("!=", bits, e.i(0)), e.mul(p, PANEL)
+            first = b.select(b.icmp_signed("!=", held[1], e.i(0)), held[0], b.add(base, b.cttz(bits, ir.Constant(I1, 0))))
+            return [b.select(there, first, held[0]), b.select(there, b.add(base, b.sub(e.i(64), b.ctlz(bits, ir.Constant(I1, 0)))), held[1])]
+        for n, x in enumerate(e.loop(panels, [e.i(0), e.i(0)], panel)):
+            e.store(b.trunc(x, I32), e.add(bounds, e.mul(j, 8)), 4 * n)
+        return []
+    e.loop(count, [], key)
+
+
+reach = op("iiiiii", _reach)
+"""(words, their step from panel to panel, panels, first key, keys, bounds)"""
+
+
+def _add_keys(e, pp, p_step, bounds, px, x_step, width, po, sixes, fours):
+    """C [keys, width] += P X, X [queries, width] with a row step of its own, over the queries within a register tile's bounds: as many vectors of features
+    at a time as registers hold, then one by one."""
+    b, step = e.b, e.mul(width, 4)
+
+    def between(rows, first):
+        """Queries that some of these keys is seen by, in whole steps of the product's loop."""
+        low, high = e.i(1 << 30), e.i(0)
+        for r in range(rows):
+            at = e.add(bounds, e.mul(e.add(first, r), 8))
+            begin, end = (b.sext(e.load(at, offset, I32), I64) for offset in (0, 4))
+            low = b.select(b.and_(b.icmp_signed("<", begin, low), b.icmp_signed(">", end, e.i(0))), begin, low)
+            high = b.select(b.icmp_signed(">", end, high), end, high)
+        low = b.and_(low, e.i(-4))
+        return low, b.and_(b.add(b.sub(high, low), e.i(3)), e.i(-4))
 
     def features(cols):
         def columns(f, _):
             f = e.mul(f, 4)
 
             def group(rows, first, _):
-                acc = e.gemm(rows, cols, e.add(pp, e.mul(first, p_step)), p_step, 4, e.add(px, f), x_step, queries)
+                low, count = between(rows, first)
+                out = [e.add(e.add(po, f), e.mul(e.add(first, r), step)) for r in range(rows)]
+                for r in range(rows):  # sums of keys are far from the nearest cache, and the products take longer than they need to come
+                    for n in range(0, cols * WIDTH, 64):
+                        e.ask(e.add(out[r], n))
+                acc = e.gemm(rows, cols, e.add(e.add(pp, e.mul(first, p_step)), e.mul(low, 4)), p_step, 4, e.add(e.add(px, f), e.mul(low, x_step)), x_step, count)
                 for r in range(rows):
-                    out = e.add(e.add(po, f), e.mul(e.add(first, r), step))
                     for n in range(cols):
-                        e.store(e.b.fadd(acc[r * cols + n], e.load(out, n * WIDTH)), out, n * WIDTH)
+                        e.store(b.fadd(acc[r * cols + n], e.load(out[r], n * WIDTH)), out[r], n * WIDTH)
                 return []
             _groups(e, sixes, fours, [], group)
             return []
@@ -105,7 +145,7 @@ def _add_keys(e, pp, p_step, queries, px, x_step, width, po, sixes, fours):
 
 
 add_keys = op("iiiiiiiii", _add_keys)
-"""(P, P's row step, queries, X, X's row step, width, C, sixes, fours)"""
+"""(P, P's row step, bounds of its keys as `reach` makes them, X, X's row step, width, C, sixes, fours)"""
 
 
 def _add_row(e, source, target, count):

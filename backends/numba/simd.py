@@ -128,6 +128,10 @@ class Vectors:
     def store(self, x, address, offset=0, align=1):
         self.b.store(x, self.at(address, offset, x.type), align=align)
 
+    def ask(self, address):
+        """For the cache line at an address, which will be read and written."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, 0, I8), *(ir.Constant(I32, x) for x in (1, 3, 1)))
+
     def splat(self, x):
         """A scalar in all lanes."""
         kind = self.of(x.type)
