@@ -39,6 +39,10 @@ def cases(kernel: str):
             for D, S in ((128, 32768), (576, 32768), (128, LONGEST)):
                 special = f"{S} keys" if S == LONGEST else f"D {D}" if D > 128 else ""
                 yield kind, special, dict(B=1, H=64, T=64, S=S, D=D, K=2048), dict(q=kind, k=kind), ["causal"]
+    elif kernel == "importance_topk":
+        for kind in (*FLOATS, "float64"):
+            for D in (128, 576):
+                yield kind, f"D {D}" if D > 128 else "", dict(B=1, Hq=64, Hk=4, T=4096, S=4096, C=255, D=D, K=16), dict(q=kind, k=kind), ["force_first", "force_last"]
     elif kernel == "topk":
         for S in (32768, LONGEST):
             yield "float32", f"{S} scores a row" if S == LONGEST else "", dict(B=1, T=1, S=S, K=2048), dict(scores="float32"), []

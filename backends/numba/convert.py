@@ -159,7 +159,9 @@ def _rows(code, read):
 
 
 def _fill(e, target, count):
-    e.loop(count, [], lambda k, _: (e.store(e.scalar(0), e.add(target, e.mul(k, 4))), [])[1])
+    main = e.b.and_(count, e.i(-LANES))
+    for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(count, main))):
+        e.loop(n, [], lambda k, _: (v.store(v.f(0), e.add(target, e.mul(e.add(k, first), 4))), [])[1], v.lanes)
 
 
 fill_zero = op("ii", _fill)
