@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton.launch import BYTES, POINTER, power
+from sparsetile.backends.triton.launch import FLOATS, POINTER, power
 
 TUNABLES = ()
 BITS = {2: "int16", 4: "int32"}
@@ -103,7 +103,9 @@ def quantise_rows(rows, rows_b, rows_n, rotary, rotary_b, rotary_n, bytes_, halv
 
 def supports(problem):
     kind = problem.dtype("rows")
-    return None if kind in BYTES and kind != "float8_e4m3fn" else f"the triton kernel appends float32, float16 or bfloat16, not {kind}; cast the rows, or keep the cache on the CPU, where numba takes float64"
+    if kind in FLOATS:
+        return None
+    return f"the triton kernel appends float32, float16 or bfloat16, not {kind}; cast the rows, or keep the cache on the CPU, where numba takes float64"
 
 
 def resources(problem, config):
