@@ -28,17 +28,28 @@ def indexed(x):
 def seen(x, call) -> np.ndarray:
     """[T,S] booleans of the first head: with one-hot values, call(v) shows which keys went into each output."""
     v = np.broadcast_to(np.eye(x.tokens, dtype=np.float32), (1, x.shape.Hk, x.tokens, x.tokens))
-    return call(v)[0, 0] > 0
+    return np.asarray(call(v))[0, 0] > 0
 
 
 def moba(x, v):
     """Four blocks of a quarter of top_k; of small shapes, three of two keys."""
     block = max(2, x.shape.top_k // 4)
-    return st.moba(x.q, x.k, v, block_size=block, top_k=x.shape.top_k // block)
+    return st.moba(x.q, x.k, v, block=block, top_k=x.shape.top_k // block)
 
 
 def routing(x, v):
     return st.routing(x.q, x.k, v, centroids=x.centroids, cluster_size=x.shape.top_k)
+
+
+def reformer(x, v):
+    """One round of chunks of 64; of small shapes, of 4."""
+    return st.reformer(x.q, None, v, chunk=64 if x.shape.top_k >= 64 else 4)
+
+
+def native(x, v, gates):
+    """The paper's sizes; of small shapes, three blocks of four and a window of three."""
+    sizes = {} if x.shape.top_k >= 64 else dict(block=4, stride=2, select_block=4, top_k=3, force_last=1, window=3)
+    return st.native_sparse_attention(x.q, x.k, v, gates, **sizes)
 
 
 def fixed(name, title, paper, call, real, small, **more):
@@ -53,8 +64,8 @@ def relative(name, title, paper, call, run, **more):
 
 def chosen(name, title, paper, call, attention, **more):
     """Keys chosen by content from the attention's own queries and keys: attention(x, v)."""
-    return System(name, "chosen by content", title, paper, call, run=lambda x, rule: attention(x, x.v), chosen=lambda x: seen(x, lambda v: attention(x, v)), **{
-        "finds": "chosen", "reach": "1 where the choice falls on it, not known before", "kernels": ("indexer_topk", "gather_attention"), "backward": GATHER_BACKWARD, "trained": WITH_MODEL} | more)
+    return System(name, "chosen by content", title, paper, call, **{
+        "run": lambda x, rule: attention(x, x.v), "chosen": lambda x: seen(x, lambda v: attention(x, v)), "finds": "chosen", "reach": "1 where the choice falls on it, not known before", "kernels": ("indexer_topk", "gather_attention"), "backward": GATHER_BACKWARD, "trained": WITH_MODEL} | more)
 
 
 def recurrent(name, title, paper, call, run):
@@ -95,11 +106,19 @@ SYSTEMS = (
     chosen("exact-topk", "Top-k of the exact scores", "2106.06899, section 3", "st.exact_topk(q, k, v, top_k=2048)", lambda x, v: st.exact_topk(x.q, x.k, v, top_k=x.shape.top_k),
            complexity="T S of scores, T k", sees="the k keys with its largest products: the bound of every selector", trained="nothing: it is what selectors aim at",
            counted=lambda s, N: N * (N + 1) * s.Hq * s.D + 4 * _pairs(s, N) * s.Hq * s.D),
-    chosen("moba", "MoBA", "2502.13189, section 2.2", "st.moba(q, k, v, block_size=512, top_k=4)", moba, complexity="T S / b, T k", sees="its own block of b keys, and the earlier blocks whose mean it likes best",
+    chosen("moba", "MoBA", "2502.13189, section 2.2", "st.moba(q, k, v, block=512, top_k=4)", moba, complexity="T S / b, T k", sees="its own block of b keys, and the earlier blocks whose mean it likes best",
            counted=lambda s, N: N * N * s.Hq * s.D // (s.top_k // 4) + 4 * _pairs(s, N) * s.Hq * s.D),
     chosen("routing", "Routing Transformer", "2003.05997, section 4.1", "st.routing(q, k, v, centroids=centroids, cluster_size=2048)", routing, complexity="T C, T w",
            sees="the earlier of the w keys in its cluster", reach="1 within a cluster, not known before",
            counted=lambda s, N: 2 * -(-N // s.top_k) * s.Hq * (2 * N * s.D + s.top_k * (s.top_k + 1) * s.D)),
+    chosen("reformer", "Reformer (LSH, queries are their own keys)", "2001.04451, section 2", "st.reformer(q, None, v, chunk=64)", lambda x, v: reformer(x, x.v_all),
+           chosen=lambda x: seen(x, lambda v: reformer(x, np.repeat(v, x.shape.Hq // x.shape.Hk, 1))), complexity="T log T of sorting, 2 T c", sees="the keys of its hash bucket, in its chunk of c and the one before",
+           token=lambda s: 2 * s.Hq * s.D * s.itemsize, counted=lambda s, N: 2 * N * (N // 64) * s.Hq * s.D + 4 * N * min(N, 128) * s.Hq * s.D),
+    chosen("nsa", "Native Sparse Attention", "2502.11089, section 3", "st.native_sparse_attention(q, k, v, gates)", None, run=lambda x, rule: native(x, x.v, x.gates),
+           chosen=lambda x: seen(x, lambda v: native(x, v, (None, x.gates[..., 1], x.gates[..., 2]))), complexity="T (S / 16 + n b + w)", reach="1, through compressed keys",
+           sees="every earlier key compressed; of these the n best blocks of b keys, and a window (the picture leaves the compressed keys out)", kernels=("block_attention", "importance_topk", "gather_attention"),
+           backward=("attention_delta", "block_attention_backward", "gather_attention_backward"), token=lambda s: 2 * s.Hk * s.D * s.itemsize * 17 // 16,
+           counted=lambda s, N: N * N // 32 * 6 * s.Hq * s.D + 4 * s.Hq * s.D * (_first(1024, N) + _first(512, N))),
     relative("linear", "Linear attention", "2006.16236, section 3", "st.linear_attention(q, k, v, causal=True)", lambda x, rule: st.linear_attention(x.q, x.k, x.v, causal=True), complexity="T D Dv",
              sees="all earlier keys, through one D x Dv state", state=lambda s: 4 * s.Hk * s.D * (s.D + 1), counted=lambda s, N: 2 * N * s.D * s.D * (s.Hq + s.Hk)),
     relative("performer", "Performer (FAVOR+)", "2009.14794, section 2", "st.performer_attention(q, k, v, features=256, causal=True)",
@@ -116,10 +135,14 @@ SYSTEMS = (
 )
 
 
-def _pairs(shape, N):
-    """Pairs of a causal choice of top_k keys."""
-    k = min(shape.top_k, N)
+def _first(most, N):
+    """Pairs of N causal queries that see at most so many keys."""
+    k = min(most, N)
     return k * (k + 1) // 2 + (N - k) * k
+
+
+def _pairs(shape, N):
+    return _first(shape.top_k, N)
 
 
 def find(name: str) -> System:

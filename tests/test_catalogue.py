@@ -1,4 +1,6 @@
 """The catalogue: its page is what the code says, its entries say what the calls do, its advice follows from what was measured or counted."""
+import ast
+import inspect
 import json
 import math
 import re
@@ -52,7 +54,10 @@ def test_names_and_words():
     for system in entries.SYSTEMS:
         assert system.family in FAMILIES and (system.family == "out of scope") == bool(system.refusal) and re.match(r"\d{4}\.\d{5}", system.paper)
         assert system.refusal or system.finds in FINDS and system.call and system.sees and system.reach and system.trained and system.run
-        assert all(name in st.__all__ for name in re.findall(r"st\.(\w+)", system.call))
+        for call in ast.walk(ast.parse(system.call)):  # every call shown names a public function, and arguments that it has
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                assert call.func.attr in st.__all__
+                inspect.signature(getattr(st, call.func.attr)).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
     with pytest.raises(ValueError, match="system: expected one of dense, .*got 'reformed'"):
         entries.find("reformed")
 
@@ -111,9 +116,9 @@ def test_pictures():
     seen = np.array([list(line) for line in page.picture(entries.find("dsa"))]) == "#"
     assert seen.shape == (page.SIDE, page.SIDE) and (seen.sum(1) == np.minimum(np.arange(page.SIDE) + 1, SMALL.top_k)).all() and not np.triu(seen, 1).any()
     x = Inputs(SMALL, page.SIDE)
-    for name in ("exact-topk", "moba", "routing"):
+    for name in ("exact-topk", "moba", "routing", "reformer", "nsa"):
         drawn = entries.find(name).chosen(x)
-        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= (SMALL.top_k if name != "routing" else page.SIDE) and drawn.any()
+        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= {"routing": page.SIDE, "reformer": 8, "nsa": 3 * 4 + 2}.get(name, SMALL.top_k) and drawn.any()
     assert (np.diagonal(entries.find("moba").chosen(x))).all()  # its own block
     assert page.picture(entries.find("mistral"))[10] == "." * 5 + "#" * 6 + "." * 21 and page.picture(entries.find("linear")) == []
 
