@@ -11,7 +11,7 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import cli
-from sparsetile.catalogue import entries, page, recommend, speed
+from sparsetile.catalogue import calls, entries, page, recommend, speed
 from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs
 from sparsetile.ops import dispatch
 
@@ -107,7 +107,7 @@ def test_operations_are_those_of_the_pairs():
         if system.counted is None:
             assert system.operations(GPU, N) == pairs(system.real.mask(N, N)), system.name
     x = Inputs(SMALL, N)
-    assert entries._pairs(SMALL, N) == int(entries.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
+    assert calls.first_pairs(SMALL.top_k, N) == int(calls.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
     triangle = N * (N + 1) // 2
     assert entries.find("mla").operations(GPU, N) == 2 * GPU.Hq * (triangle * (2 * GPU.D + GPU.P) + 2 * N * GPU.R * GPU.D)
 
