@@ -26,6 +26,8 @@ _HOME = {
     "gated_delta_net": "relatives.delta", "kimi_delta_attention": "relatives.delta",
     "moba": "systems.moba", "moba_selection": "systems.moba", "exact_topk": "systems.exact_topk", "exact_topk_selection": "systems.exact_topk",
     "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
+    "infllm_v2": "systems.infllm", "infllm_v2_selection": "systems.infllm",
+    "vertical_slash": "systems.minference", "vertical_slash_selection": "systems.minference", "pooled_blocks": "systems.minference", "pooled_blocks_layout": "systems.minference",
     "PagedKV": "ops.caches.kv", "PagedLatent": "ops.caches.latent", "IndexerKeys": "ops.caches.indexer", "RollingKV": "ops.caches.rolling",
     "CacheFull": "ops.caches.pages", "bytes_per_token": "ops.caches.accounting", "compare_memory": "ops.caches.accounting",
     "explain": "ops.dispatch", "Explanation": "ops.dispatch",

@@ -32,6 +32,16 @@ def window_means(k, length, size: int, stride: int):
     return xp.as_type_of(total / count[:, None, :, None], k)
 
 
+def masked_softmax(logits, seen):
+    """Softmax over the last axis of float32 logits where seen; 0 elsewhere, and in rows that see nothing."""
+    lib = xp.module(logits)
+    logits = lib.where(seen, logits, -float("inf"))
+    top = xp.highest(logits, -1)[..., None]
+    weights = lib.exp(logits - lib.where(top > -float("inf"), top, 0))
+    total = weights.sum(-1)[..., None]
+    return weights / lib.where(total > 0, total, 1)
+
+
 def best_keys(q, k, top_k: int, key_end, *, key_start=None, weight: float = 1.0, backend=None):
     """Indices int32 [B,Hq,T,top_k] of the best keys in [key_start, key_end) by weight * q . k, ascending, then -1. Memory O(T * top_k): no score is stored.
 

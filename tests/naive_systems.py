@@ -112,3 +112,62 @@ def shared_attention(q, v, count, *, dtype):
     k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / q.shape[-1] ** 0.5
     logits = q @ k.mT + torch.from_numpy(count).to(dtype).log()
     return torch.softmax(logits, -1) @ v, (q, v)
+
+
+def infllm_v2(q, k, *, block, stride, select_block, top_k, force_first=1, force_last, scale=None, q_start=None, kv_length=None):
+    """arXiv 2509.24663, section 3: softmax over complete windows, summed over the group, a block's score the largest of the windows that overlap it."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, g, t in np.ndindex(B, Hq // group, T):
+        end = min(starts[b] + t + 1, lengths[b])
+        windows = [range(i, i + block) for i in range(0, end - block + 1, stride)]
+        weights = np.zeros(len(windows))
+        for h in range(g * group, (g + 1) * group) if windows else ():
+            means = np.stack([k[b, g, list(w)].astype(np.float64).mean(0).astype(k.dtype).astype(np.float64) for w in windows])
+            e = np.exp(means @ q[b, h, t].astype(np.float64) * (D ** -0.5 if scale is None else scale))
+            weights += e / e.sum()
+        blocks = [range(start, min(start + select_block, end)) for start in range(0, max(end, 0), select_block)]
+        scores = {j: max([w for w, window in zip(weights, windows) if window[0] < (j + 1) * select_block and window[-1] >= j * select_block], default=0) for j in range(len(blocks))}
+        forced = {*range(min(force_first, len(blocks))), *range(max(0, len(blocks) - force_last), len(blocks))}
+        free = {j: s for j, s in scores.items() if j not in forced}
+        for j in [*forced, *best(free, top_k - len(forced))]:
+            seen[b, g * group:(g + 1) * group, t, list(blocks[j])] = 1
+    return seen
+
+
+def vertical_slash(q, k, *, vertical, slash, last_q, force_vertical, force_slash, scale=None, q_start=None, kv_length=None):
+    """arXiv 2407.02490, algorithm 1, with the first keys and the nearest distances always taken, as the published code does."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h in np.ndindex(B, Hq):
+        columns = {s: np.inf if s < force_vertical else 0.0 for s in range(lengths[b])}
+        distances = {starts[b] + t - s: 0.0 for t in range(max(0, T - last_q), T) for s in range(S) if s <= starts[b] + t}
+        for t in range(max(0, T - last_q), T):
+            keys = range(min(starts[b] + t + 1, lengths[b]))
+            if len(keys):
+                logits = k[b, h // group, list(keys)].astype(np.float64) @ q[b, h, t].astype(np.float64) * (D ** -0.5 if scale is None else scale)
+                for s, weight in zip(keys, np.exp(logits) / np.exp(logits).sum()):
+                    columns[s] += weight
+                    distances[starts[b] + t - s] += weight
+        ordered = {-d: np.inf if d < force_slash else w for d, w in distances.items()}  # of equal sums the larger distance
+        verticals, slashes = best(columns, vertical), [-d for d in best(ordered, slash)]
+        for t in range(T):
+            p = starts[b] + t
+            for s in range(min(p + 1, lengths[b])):
+                seen[b, h, t, s] = s in verticals or p - s in slashes
+    return seen
+
+
+def pooled_blocks(q, k, *, block, top_k, q_start=None, kv_length=None):
+    """arXiv 2407.02490, algorithm 2: block means of queries and keys, rounded to their types, the best blocks of each row of blocks."""
+    B, Hq, group, T, S, D, starts, lengths = sizes(q, k, q_start, kv_length)
+    mean = lambda x: x.astype(np.float64).mean(0).astype(x.dtype).astype(np.float64)  # noqa: E731
+    seen = np.zeros((B, Hq, T, S), int)
+    for b, h, i in np.ndindex(B, Hq, -(-T // block)):
+        row = mean(q[b, h, i * block:(i + 1) * block])
+        own = starts[b] // block + i
+        scores = {j: row @ mean(k[b, h // group, j * block:min((j + 1) * block, lengths[b])]) for j in range(own + 1) if j * block < lengths[b]}
+        for j in best(scores, top_k):
+            for t in range(i * block, min((i + 1) * block, T)):
+                seen[b, h, t, j * block:min((j + 1) * block, lengths[b], starts[b] + t + 1)] = 1
+    return seen
