@@ -17,7 +17,7 @@ HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
-    "block_attention_backward_hopper": 264,
+    "block_attention_backward_hopper": 288,
 }
 
 

@@ -297,30 +297,32 @@ __device__ __forceinline__ void add_sums(const Params& p, const Shared& m, int s
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-// keys `key` and key + 8 of a lane, queries 8 j + 2 (lane % 4) and the next of the step that begins at row `first` of the tile as s[4 j ..]; `left` keys of the block exist
-__device__ __forceinline__ void mask(float (&s)[32], const ListArrays& lists, int kind, int left, int first) {
-  const int tid = thread_again(), key = (tid / 32 - 4) * 16 + tid % 32 / 4;
-  const i64 row = (i64)(kind >> 1) * ROWS + first + 2 * (tid & 3);
-  if (kind >= 0 && kind & 1) {
-    const u32* words = lists.bitmaps + row * (KEYS / 32) + (key >> 5);
+// What rows 2 lane and the next of a step see of a block, as the tables have it: their intervals, or the words of the bitmap that hold this warp's 16 keys. The step begins at
+// row `first` of the tile. One load a lane, under way while the scores are multiplied; a load for each of a lane's scores after them cost two thirds of a step.
+__device__ __forceinline__ int4 load_mask(const ListArrays& lists, int kind, int first) {
+  const int tid = thread_again();
+  const i64 row = (i64)(kind >> 1) * ROWS + first + 2 * (tid & 31);
+  if (kind < 0) return make_int4(0, KEYS, 0, KEYS);
+  if (!(kind & 1)) return __ldg((const int4*)lists.intervals + row / 2);
+  const u32* words = lists.bitmaps + row * (KEYS / 32) + (tid / 32 - 4) / 2;
+  return make_int4(__ldg(words), 0, __ldg(words + KEYS / 32), 0);
+}
+
+// queries 8 j + 2 (lane % 4) and the next, keys lane / 4 and 8 more of the warp's as s[4 j ..]; `left` keys of the block exist
+__device__ __forceinline__ void mask(float (&s)[32], int4 rows, int kind, int left) {
+  const int tid = thread_again(), key = (tid / 32 - 4) * 16;
+  const bool bits = kind >= 0 && kind & 1;
+  const u32 exist = range_bits(0, left - key) & 0xffff;
+  const u32 low = bits ? (u32)rows.x >> (key & 31) : range_bits(rows.x - key, rows.y - key), high = bits ? (u32)rows.z >> (key & 31) : range_bits(rows.z - key, rows.w - key);
+  const u32 word = (low & exist) | (high & exist) << 16;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const u32 word = __ldg(words + (j / 2 * 8 + j % 2) * (KEYS / 32)) >> (key & 31);
-      if (!(word & 1)) s[j / 2 * 4 + j % 2] = -inf();
-      if (!(word & 256)) s[j / 2 * 4 + j % 2 + 2] = -inf();
-    }
-  } else if (kind >= 0) {
-    const int2* ranges = (const int2*)lists.intervals + row;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const int2 range = __ldg(ranges + j / 2 * 8 + j % 2);
-      if (key < range.x || key >= range.y) s[j / 2 * 4 + j % 2] = -inf();
-      if (key + 8 < range.x || key + 8 >= range.y) s[j / 2 * 4 + j % 2 + 2] = -inf();
-    }
+  for (int j = 0; j < 8; j++) {
+    const u32 seen = __shfl_sync(~0u, word, 4 * j + (tid & 3)) >> (tid % 32 / 4);
+    if (!(seen & 1)) s[4 * j] = -inf();
+    if (!(seen & 1 << 16)) s[4 * j + 1] = -inf();
+    if (!(seen & 1 << 8)) s[4 * j + 2] = -inf();
+    if (!(seen & 1 << 24)) s[4 * j + 3] = -inf();
   }
-#pragma unroll
-  for (int j = 0; j < 32; j++)
-    if (key + (j & 2) * 4 >= left) s[j] = -inf();
 }
 
 // accumulators of [key][query] products start from a value per query
@@ -398,8 +400,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
+    const int kind = field(KIND_OF), left = field(STATE) >> 8;
+    const int4 rows = load_mask(p.lists, kind, b * STEP);
     if (!first) multiply_dq(b ^ 1, before);
-    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
+    const int far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
     if (first) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(s);
     float c = p.exponent;
@@ -412,7 +416,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
         for (int e = 0; e < 4; e++) s[4 * j + e] = (__fmul_rn(s[4 * j + e], p.scale) - (e & 1 ? lse.y : lse.x)) * LOG2E;
       }
     }
-    if (kind >= 0 || left < KEYS) mask(s, p.lists, kind, left, b * STEP);
+    if (kind >= 0 || left < KEYS) mask(s, rows, kind, left);
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       s[2 * j] = ex2(s[2 * j] * c); s[2 * j + 1] = ex2(s[2 * j + 1] * c);
