@@ -151,7 +151,7 @@ def scene(c, kind, rng, place):
     def lists(config):
         made = block_lists.build(masks, first, config["block_q"], config["block_k"], q_order=q_order, k_order=k_order, list_of=list_of, bitmaps=c.rule == "random")
         arrays = {f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)}
-        return dataclasses.replace(made, **arrays, extras={"offsets": made.offsets})
+        return dataclasses.replace(made, **arrays, extras={name: getattr(made, name) for name in ("offsets", "by_key_offsets", "by_key_rows")})
 
     return q, k, v, count, at, lists
 
@@ -337,7 +337,7 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
     place.refused = "block_attention_backward"
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8)
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest")
     operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
     forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
@@ -365,7 +365,7 @@ def test_large_scores_on_hopper(path, steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0)
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending")
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)

@@ -54,17 +54,17 @@ CASES = {  # lists, nq, nk, global blocks, first, queries from position, queries
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("section", [0, 8])
-def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, rng):
+@pytest.mark.parametrize("section, walk", [(0, "descending"), (8, "descending"), (0, "freest"), (8, "freest")])
+def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng):
     L, nq, nk, globals_, first, start, T, S, sums, static = CASES[case]
     kinds, place = grids(rng, L, nq, nk, globals_), Lists()
     if sums == 2:
         kinds[:] = np.where(rng.random(kinds.shape) < 0.8, -1, -2)
     made = device_lists.lists(kinds, 128, 128, (1, L), intervals=np.zeros((1, 128, 2), np.int32), first=first)
     arrays = {f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)}
-    lists = dataclasses.replace(made, **arrays, extras={"by_key_offsets": made.by_key_offsets} if static else {})
+    lists = dataclasses.replace(made, **arrays, extras={name: getattr(made, name) for name in ("by_key_offsets", "by_key_rows")} if static else {})
     q, k, row = place.put(np.zeros((1, L, T, 8), np.float16)), place.put(np.zeros((1, L, S, 8), np.float16)), place.put(np.zeros((1, L, T), np.float32))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1, heads=8, sums=sums, section=section)
+    config = dict(path="hopper", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1, heads=8, sums=sums, section=section, walk=walk)
     block_attention_backward.run(q, k, k, lists, row, row, q, place=place, config=config, scale=1.0, q_start=start)
     walk = next(x.owner for x in place.made if x.owner.shape == (len(made.by_key_rows), 4))
     sequence = next(x.owner for x in place.made if x.owner.ndim == 3 and x.owner.shape[2] == 2)

@@ -11,7 +11,7 @@ import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy import hopper, walks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
@@ -24,9 +24,10 @@ TUNABLES = (
     Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
     Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones"),
     Tunable("section", (0, 8, 16, 32), "path hopper: query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others"),
+    Tunable("walk", ("descending", "freest"), "path hopper: rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)"),
 )
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "17Q" + LISTS + POSITIONS + "14i2f"
+HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -107,13 +108,13 @@ def seen_by_many(problem: Problem) -> bool:
 
 
 def default_config(problem: Problem) -> dict:
-    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1, section=0)
+    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1, section=0, walk="descending")
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     if problem["T"] > 64 and no_hopper(problem) is None:
-        many = seen_by_many(problem)
-        heads = 16 if not many and (problem["D"] <= 64 or any("documents" in word for word in problem.features)) else 8
-        return dict(path="hopper", heads=heads, sums=1, section=8 if many else 0, block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
+        many, apart = seen_by_many(problem), problem["D"] <= 64 or any("documents" in word for word in problem.features)
+        own = dict(heads=8, section=8) if many else dict(heads=2, walk="freest") if "random" in problem.features else dict(heads=16) if apart else {}
+        return {**portable, **own, "path": "hopper", "block_q": 128, "block_k": 128, "tile_k": 64, "tile_q": 32, "stages": 1}
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
@@ -161,6 +162,17 @@ def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int,
     return (section, each, splits) if splits else (1, 0, 0)
 
 
+def chosen_walk(lists, walk: str, under_way: int, place):
+    """Where each entry of the lists by key stands in its walk, or None: descending. Made once for a static layout that is not too large."""
+    offsets, rows = lists.extras.get("by_key_offsets"), lists.extras.get("by_key_rows")
+    if walk == "descending" or offsets is None or len(rows) > walks.MOST:
+        return None
+    key = ("cupy.walk", under_way)
+    if key not in lists.extras:
+        lists.extras[key] = place.upload(walks.freest_first(offsets, rows, lists.nk, under_way))
+    return lists.extras[key]
+
+
 def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
@@ -175,8 +187,9 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
     items, together = B * Hk * places, min(config["heads"], B * Hk)
+    chosen = chosen_walk(lists, config["walk"], max(place.sms // together, 1), place)
     values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
-              lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
+              lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, nvrtc.ptr(chosen), *lists_values(lists), *position_values(T, S, kv_length, q_start),
               B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, scale, scale * LOG2E)
     for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)),
                                        ("join", 2 * B * Hk * splits * (d["WIDTH"] + d["VALUES"]) // 64, 128, 0), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):

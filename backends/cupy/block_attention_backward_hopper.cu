@@ -46,6 +46,7 @@ struct Params {
   int2* sequence;                   // [L, places] key block and section (-1: all of it) in the order of tickets; key block -1: nothing
   int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, rank and sum of what sees it
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
+  const int* chosen;                // where in its key block's walk each entry stands (walks.py), or null: rows descending
   ListArrays lists;
   Positions at;
   int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list
@@ -624,8 +625,8 @@ extern "C" __global__ void __launch_bounds__(32) classify(const __grid_constant_
   }
 }
 
-// The walk of one key block of one list: full and partial entries as one, rows descending but those first that far more key blocks see than others, each with its rank among
-// the additions to the same sum of that row. Walks of split key blocks only descend: long as they are, they are cut.
+// The walk of one key block of one list: full and partial entries as one, as chosen, or rows descending but those first that far more key blocks see than others, each with its
+// rank among the additions to the same sum of that row. Walks of split key blocks only descend: long as they are, they are cut.
 extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ Params p) {
   const int list = blockIdx.x / p.lists.nk, j = blockIdx.x % p.lists.nk, nk = p.lists.nk, nq = p.lists.nq;
   const int *o = p.by_key_offsets + 2 * (i64)blockIdx.x, *cols = p.lists.cols, *before = p.before + (i64)list * (nk + 1), *rows = p.lists.offsets + 2 * (i64)list * nq;
@@ -639,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ 
     int after = e < middle ? middle - 1 - e + (end - middle) - count_below(p.by_key_rows + middle, end - middle, i)
                            : end - 1 - e + (middle - from) - count_below(p.by_key_rows + from, middle - from, i);
     const bool first = busy(i);
-    for (int x = from; apart && !split && x < end; x++) {
+    for (int x = from; apart && !split && !p.chosen && x < end; x++) {
       const int other = __ldg(p.by_key_rows + x);
       if (busy(other) != first) after += first ? -(other > i) : other < i;
     }
@@ -648,6 +649,7 @@ extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ 
       const int c = __ldg(cols + x), its = turn(c, i);
       rank += (its < mine || (its == mine && c < j)) && sum_of(p, list, c) == sum;
     }
+    if (p.chosen) after = __ldg(p.chosen + e);
     p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), rank, sum);
   }
 }
