@@ -5,6 +5,9 @@ tensors that are nowhere (torch's meta device) with every launch ending after it
 """
 import importlib
 import os
+import statistics
+import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from queue import SimpleQueue
@@ -22,7 +25,8 @@ class Ahead:
     """Compile processes for one device's workloads, which start at once; each takes one config at a time."""
 
     def __init__(self, width: int | None = None):
-        self.width = width or max(1, min(14, arrays._cpu_count() - 2))
+        self.width = width or max(1, min(14, int(os.environ.get("SPARSETILE_COMPILERS") or 0) or arrays._cpu_count() - 2))
+        self.spent = deque(maxlen=3 * self.width)
         self.pool, self.idle, self.device = ThreadPoolExecutor(self.width), SimpleQueue(), None
         self.workers = [isolate.Worker(f"{__name__}:Compiler", env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) for _ in range(self.width)]
         for worker in self.workers:
@@ -37,17 +41,30 @@ class Ahead:
                 worker.open(device)
         return self
 
+    @property
+    def typical(self) -> float:
+        """Seconds that a config has taken to compile of late."""
+        return statistics.median(self.spent) if self.spent else 0.0
+
+    def begin(self, workload, backend: str | None) -> None:
+        """Compile the default configs of a workload that comes next, for the device that is known already."""
+        if self.device is not None:
+            for name in [backend] if backend else ("triton", "cupy"):
+                if dispatch.has_kernel(name, workload.kernel):
+                    self.pool.submit(self._compile, workload, name, None)
+
     def submit(self, workload, backend: str, config: dict) -> Future:
         """Its result is (the sentence that says why the config does not compile, or None; what was left to the bench worker, or None)."""
         return self.pool.submit(self._compile, workload, backend, config)
 
     def _compile(self, workload, backend, config):
-        worker = self.idle.get()
+        worker, start = self.idle.get(), time.monotonic()
         try:
             return None, worker("compile", workload, backend, config, seconds=LIMIT)
         except (isolate.Failed, isolate.Lost) as error:
             return f"compile: {error}"[:300], None
         finally:
+            self.spent.append(time.monotonic() - start)
             self.idle.put(worker)
 
     def close(self):
@@ -70,9 +87,15 @@ class Compiler:
         arrays.device_info = lambda index: info
         self.info, self.problems, self.settled = info, {}, False
 
-    def compile(self, workload, backend: str, config: dict) -> None:
+    def compile(self, workload, backend: str, config: dict | None) -> str | None:
         """Everything that the config's trial needs: the workload itself, and the small twin that it is checked on. Raises what a compiler refuses; what cannot be
-        compiled without the device is left to the bench worker."""
+        compiled without the device is left to the bench worker. None for a config is the kernel's default, if it takes the workload."""
+        if config is None:
+            problem = self._problem(workload)
+            module = dispatch.kernel(backend, problem.op)
+            if module.supports(problem):
+                return None
+            config = module.default_config(problem)
         for one in (workload.small(), workload):
             try:
                 self._cupy(one, config) if backend == "cupy" else self._triton(one, config)

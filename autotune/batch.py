@@ -1,9 +1,11 @@
 """Many workloads: one after the other here, shared with others where there is a storage, and on every GPU of the host."""
+import os
 import subprocess
 import sys
 import time
 
 from sparsetile.autotune import fleet, isolate, tune
+from sparsetile.backends import arrays
 from sparsetile.backends.contract import Unsupported
 from sparsetile.profiles import lookup
 
@@ -66,7 +68,15 @@ def _written(w, device, profiles, where) -> bool:
         return False
 
 
-def every_gpu(count: int, arguments: list[str], names: list[str], storage) -> int:
-    """One process for each GPU of the host: without a storage each takes every count-th workload, with one they share the list. Exit code: the worst."""
-    commands = [[sys.executable, "-m", "sparsetile", "tune", *(names if storage else names[n::count]), "--device", str(n), *arguments] for n in range(count) if storage or names[n::count]]
-    return max((process.wait() for process in [subprocess.Popen(command) for command in commands]), default=0)
+def every_gpu(count: int, arguments: list[str], names: list[str], storage, profiles=None) -> int:
+    """One process for each GPU of the host: without a storage each takes every count-th workload, with one they share the list. At the end, when all are idle, each
+    GPU times what others of its model have found. Exit code: the worst."""
+    tuning = [["tune", *(names if storage else names[n::count]), "--device", str(n), *arguments] for n in range(count) if storage or names[n::count]]
+    confirming = [["verify", *([str(profiles)] if profiles else []), "--device", str(n), "--write"] for n in range(count)] if count > 1 else []
+    return max(_side_by_side(tuning, count), _side_by_side(confirming, count))
+
+
+def _side_by_side(commands: list, count: int) -> int:
+    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ}  # the processes that each has compile
+    running = [subprocess.Popen([sys.executable, "-m", "sparsetile", *command], env=env) for command in commands]
+    return max((process.wait() for process in running), default=0)

@@ -1,4 +1,7 @@
-"""The command line: sparsetile demo | tune | show | diff | merge | verify | export | report | replay | bench | warmup | doctor | explain | pattern. Every command has --help that teaches and --json for machines."""
+"""The command line. Every command has --help that teaches and --json for machines.
+
+sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan
+"""
 import argparse
 import importlib
 import json
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tune-seconds", type=_duration, default=10, help="seconds of tuning for each pattern timed again (default: 10; 0 skips it)")
 
     p = command("tune", _tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
-                "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --seconds 30            the first GPU\n"
+                "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --effort quick          the first GPU\n"
                 "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on; processes side by side share the work\n"
                 "  sparsetile tune --storage postgresql+psycopg://user@host/db --device all      on every host: they share the list, each GPU model's its own\n"
                 "  sparsetile tune --shapes shapes.jsonl              after SPARSETILE_RECORD_SHAPES=shapes.jsonl python app.py\n"
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
     p.add_argument("--seconds", type=_duration, help="budget for each workload and backend (default: 30)")
     p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
+    p.add_argument("--effort", choices=("quick", "standard", "thorough"), help="instead of --seconds and --trials: 20, 120 or 600 s for each workload and backend, less where nothing better is found for long")
     p.add_argument("--storage", help="Optuna journal file, or a storage URL, that remembers every trial")
     p.add_argument("--profiles", help="directory to write into (default: the user cache, where calls look by themselves)")
     p.add_argument("--sampler", choices=("pool", "tpe", "random", "nsga2"), default="pool", help="how configs are chosen: pool is ours, the others are Optuna's (default: pool)")
@@ -84,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--into", required=True, help="the directory that receives them")
     p = profiles("verify", "Time each entry's config again beside the default on this machine. Exit code 1 if one is slower beyond the noise, or fails.", _verify)
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    p.add_argument("--write", action="store_true", help="instead: time what another GPU of this model made (in one directory, default the user cache) and write the figures into the entries; one that is slower than "
+                   "the default here gives way to it. `tune --device all` does so at its end")
     profiles("export", "The entries of profiles as CSV.", _export)
     p = profiles("report", "One HTML page for each profile: tuned against default, rates, the course of the search and what each knob does.", _report)
     p.add_argument("--out", default="report", help="directory for the pages (default: report)")
@@ -93,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
                 "examples:\n  sparsetile replay bench/tables/*.t4.json.gz        every table, 30 seeds\n"
                 "  sparsetile replay --record cpu/window-256/4096 --backend numba --out window.t4.json.gz     time a space whole, every config")
     p.add_argument("tables", nargs="*", help="tables to replay")
-    p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe)")
+    p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe,subset)")
     p.add_argument("--repeats", type=_count, default=30, help="seeds (default: 30)")
     p.add_argument("--record", help="a workload to time whole")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="whose configs are timed (with --record)")
@@ -101,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=_count, default=20, help="samples of each config, interleaved (default: 20)")
     p.add_argument("--seconds", type=_duration, help="end the trials after so long; the table says how many of the legal configs it holds")
     p.add_argument("--out", help="the table's file (with --record)")
+
+    for name, run, port, help in (("dashboard", _serve, 8080, "Show the searches of a storage in a browser (Optuna's dashboard)."),
+                                  ("proxy", _serve, 13000, "Serve a database to very many workers, which tune with --storage grpc://host:port (Optuna's gRPC proxy; the port asks for no password).")):
+        p = command(name, run, help)
+        p.add_argument("storage", help="what `sparsetile tune --storage` was given")
+        p.add_argument("--host", default="localhost", help="where to listen (default: localhost)")
+        p.add_argument("--port", type=_count, default=port, help=f"(default: {port})")
 
     p = command("bench", _bench, "Time workloads with the config that a call would get, beside the kernel's default (where that is another) and PyTorch (where it has the op).",
                 "examples:\n  sparsetile bench                                   every CPU workload\n  sparsetile bench cpu/window-256/4096\n"
@@ -134,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--keys", type=_count, help="keys, where they differ from the queries")
     p.add_argument("--plot", help="write a PNG here")
     p.add_argument("--block", type=_count, default=128, help="block size for the layout's figures (default: 128)")
+    importlib.import_module(f"{_PACKAGE}.catalogue.command").add(command, _count, _duration, _device)
     return parser
 
 
@@ -196,7 +210,7 @@ def _tune(args):
     workloads = _recorded(args.shapes, device) if args.shapes else _selected(args.workloads, device)
     with progress.show(len(workloads), args.json) as say:
         failed = batch.run(workloads, say, device=device, storage=args.storage, profiles=args.profiles, backend=args.backend, again=args.again, trials=args.trials,
-                           seconds=args.seconds, sampler=args.sampler, seed=args.seed)
+                           seconds=args.seconds, effort=args.effort, sampler=args.sampler, seed=args.seed)
     return 1 if failed else 0
 
 
@@ -206,10 +220,12 @@ def _every_gpu(args):
     from sparsetile.autotune import batch
     if not torch.cuda.device_count():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
+    if args.shapes and not args.storage:
+        raise ValueError("--shapes: expected --storage beside --device all, got none; the GPUs share the list by it, e.g. --storage tune.journal")
     names = [w.name for w in _selected(args.workloads, 0)]
-    options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "storage", "profiles", "sampler", "seed", "shapes")]
+    options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
-    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage)
+    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage, args.profiles)
 
 
 def _recorded(path, device):
@@ -246,9 +262,14 @@ def _merge(args):
 
 
 def _verify(args):
-    from sparsetile.autotune import shelf
+    from sparsetile.autotune import retime
+    from sparsetile.profiles import lookup
     say = (lambda line: print(json.dumps({"line": line}), flush=True)) if args.json else (lambda line: print(line, flush=True))
-    return 1 if shelf.verify(args.paths, _device(args.device), say) else 0
+    if args.write:
+        if len(args.paths) > 1 or args.device == "cpu":
+            raise ValueError(f"--write: expected one directory and the index of a GPU, got {' '.join(args.paths) or 'none'} and {args.device}; a CPU has no second one to ask")
+        return 1 if retime.confirm(args.paths[0] if args.paths else lookup.user_cache(), _device(args.device), say) else 0
+    return 1 if retime.verify(args.paths, _device(args.device), say) else 0
 
 
 def _export(args):
@@ -278,8 +299,13 @@ def _replay(args):
         raise ValueError(f"replay: expected tables, and samplers of {', '.join(replay.SAMPLERS)}, got {args.tables or 'no table'} and {', '.join(samplers)}; see bench/tables")
     for path in args.tables:
         rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
-        print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows), flush=True)
+        print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows) + "\n" + replay.verdict(rows), flush=True)
     return 0
+
+
+def _serve(args):
+    from sparsetile.autotune import serve
+    getattr(serve, args.command)(args.storage, args.host, args.port)
 
 
 def _bench(args):

@@ -1,9 +1,10 @@
-"""Which of the finalists is written: ties go to the smaller config in a fixed order, and the default stays unless the gain is real."""
+"""Which of the finalists is written: ties go to what an earlier profile says, else to the smaller config in a fixed order, and the default stays unless the gain is real."""
 from dataclasses import dataclass, field
 
 from sparsetile.autotune import space, timing
 
-FINALISTS = 6
+FINALISTS = 8
+SECONDS = 2.0  # for five rounds of those beyond the first two, so that slow calls have fewer finalists
 GAIN = 0.02  # a winner must beat the default by this or by twice the noise, whichever is more
 
 
@@ -18,20 +19,26 @@ class Tried:
     samples: list = field(default_factory=list)
 
 
-def finalists(backend: str, tried: list, default: dict) -> list:
-    """The best few, and always the default."""
+def finalists(backend: str, tried: list, always: list) -> list:
+    """The best few, and `always` (the default, what a profile says now)."""
     right = sorted((t for t in tried if t.time_us), key=lambda t: t.time_us)
-    chosen = [Tried(backend, t.config) for t in right[:FINALISTS]]
-    return chosen if any(t.config == default for t in chosen) else chosen + [Tried(backend, default)]
+    chosen, spent = [], 0.0
+    for t in right[:FINALISTS]:
+        spent += 5e-6 * t.time_us
+        if len(chosen) < 2 or spent <= SECONDS:
+            chosen.append(Tried(backend, t.config))
+    for config in always:
+        chosen += [Tried(backend, config)] * all(t.config != config for t in chosen)
+    return chosen
 
 
-def decide(finalists: list, default: dict, module, problem) -> dict:
+def decide(finalists: list, default: dict, module, problem, incumbent: dict | None = None) -> dict:
     """The entry's figures of a backend's winner."""
     base = next((t for t in finalists if t.config == default), None)
     best = min(finalists, key=lambda t: t.time_us)
     band = max(0.01, timing.noise(best.samples, best.time_us) * 2)
     ties = [t for t in finalists if t.time_us <= best.time_us * (1 + band)]
-    winner = min(ties, key=lambda t: space.cost_order(t.config, module, problem))
+    winner = next((t for t in ties if t.config == incumbent), None) or min(ties, key=lambda t: space.cost_order(t.config, module, problem))
     if base is not None:
         need = max(GAIN, 2 * timing.noise(base.samples, base.time_us))
         if winner is not base and winner.time_us > base.time_us * (1 - need):

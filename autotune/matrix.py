@@ -39,6 +39,10 @@ def cases(kernel: str):
             for D, S in ((128, 32768), (576, 32768), (128, LONGEST)):
                 special = f"{S} keys" if S == LONGEST else f"D {D}" if D > 128 else ""
                 yield kind, special, dict(B=1, H=64, T=64, S=S, D=D, K=2048), dict(q=kind, k=kind), ["causal"]
+    elif kernel == "importance_topk":
+        for kind in (*FLOATS, "float64"):
+            for D in (128, 576):
+                yield kind, f"D {D}" if D > 128 else "", dict(B=1, Hq=64, Hk=4, T=4096, S=4096, C=255, D=D, K=16), dict(q=kind, k=kind), ["force_first", "force_last"]
     elif kernel == "topk":
         for S in (32768, LONGEST):
             yield "float32", f"{S} scores a row" if S == LONGEST else "", dict(B=1, T=1, S=S, K=2048), dict(scores="float32"), []
@@ -49,6 +53,12 @@ def cases(kernel: str):
     elif kernel == "grouped_matmul":
         for kind in (*FLOATS, "float64"):
             yield kind, "", dict(B=1, H=16, T=4096, N=128, M=512, P=64), dict(x=kind, w=kind), ["tail"]
+    elif kernel == "append":
+        for kind in (*FLOATS, "float64"):
+            yield kind, "", dict(B=1, T=4096, D=128), dict(rows=kind, pool=kind), ["copy"]
+        for kind in FLOATS:
+            for form, width in (("latent_fp8", 512), ("indexer_fp8", 128)):
+                yield kind, form, dict(B=1, T=4096, D=width), dict(rows=kind, pool="uint8"), [form]
     else:
         assert kernel == "layout", f"{kernel}: say here what it is asked about"
         yield "boolean", "", dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), []

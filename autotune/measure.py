@@ -58,6 +58,9 @@ def operations(task) -> float | None:
         return pairs * (2 * (3 * w["D"] + 2 * w["Dv"]) if w.kernel.endswith("backward") else 2 * (w["D"] + w["Dv"]))
     if w.kernel in ("indexer_scores", "indexer_topk"):
         return 2.0 * w["B"] * w["H"] * w["T"] * w["S"] * w["D"]
+    if w.kernel == "importance_topk":  # of the compressed keys that are seen
+        p = w["S"] - w["T"] + np.arange(w["T"])
+        return 2.0 * w["B"] * w["Hq"] * w["D"] * int(np.clip((p - 31) // 16 + 1, 0, None).sum())
     if w.kernel == "latent_decompress":
         return 2.0 * w["B"] * w["H"] * w["S"] * w["R"] * (w["Dn"] + w["Dv"])
     if w.kernel == "grouped_matmul":

@@ -4,7 +4,7 @@ import importlib
 import inspect
 
 _PACKAGE = __name__.partition(".autotune.")[0]
-WORDS = ("Full", "Causal", "Window", "Dilated", "Strided", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead", "sparse_transformer_strided",
+WORDS = ("Full", "Causal", "Window", "Dilated", "Strided", "Compressed", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead", "sparse_transformer_strided",
          "sparse_transformer_fixed", "longformer", "bigbird", "mistral", "streaming_llm", "dense")
 
 

@@ -142,6 +142,25 @@ def grouped_matmul(x, w, *, tail=None, out_dtype=None):
     return y if tail is None else np.concatenate([y, tail.astype(y.dtype)], axis=-1)
 
 
+def importances(workload, q, k, lse, rows):
+    """importance_topk of a workload (32 at stride 16, blocks of 64): q [B,Hq,n,D], lse [B,Hq,n] of the queries `rows`, k [B,Hk,C,D] -> [B,Hk,n,blocks]"""
+    B, Hk, S, C, kind = q.shape[0], k.shape[1], workload["S"], k.shape[2], working(q)
+    end = np.clip((S - workload["T"] + rows + 1 - 32) // 16 + 1, 0, C)
+    with np.errstate(all="ignore"):
+        x = kind(q.shape[-1] ** -0.5) * (q.reshape(B, Hk, -1, *q.shape[2:]).astype(kind) @ k[:, :, None].astype(kind).swapaxes(-1, -2))
+        share = np.where(np.arange(C) < end[:, None], np.exp(x - lse.reshape(B, Hk, -1, len(rows), 1).astype(kind)), 0).sum(2, dtype=kind)
+    pieces = np.zeros((*share.shape[:-1], -(-S // 64) * 4 + 1), kind)                # of 16 keys
+    pieces[..., :C] += share
+    pieces[..., 1:C + 1] += share
+    return pieces[..., :-1].reshape(*share.shape[:-1], -1, 4).sum(-1, dtype=kind)
+
+
+def forced_blocks(workload, rows):
+    """(forced, seen) [n, blocks] of the queries `rows`: the first block and the last two that a query sees."""
+    last, j = (workload["S"] - workload["T"] + rows)[:, None] // 64, np.arange(-(-workload["S"] // 64))
+    return (j == 0) | (j >= last - 1), j <= last
+
+
 def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
     """latent [B,S,R]  w_uk [H,R,Dn]  w_uv [H,R,Dv]  ->  k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's type"""
     with np.errstate(all="ignore"):

@@ -64,3 +64,17 @@ def versions() -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def beside(backend: str, found: dict) -> str:
+    """The versions that an entry of the backend depends on, in one word for the file's sake: every scalar of a profile is read by the first call."""
+    packages = {"numba": ("numba",), "triton": ("torch", "triton"), "cupy": ("torch", "cupy-cuda12x", "cupy-cuda13x")}[backend]
+    return ", ".join(f"{name} {found[name]}" for name in ("sparsetile", "python", *packages) if name in found)
+
+
+def unit(index) -> str | None:
+    """Which GPU of its model it is: the first digits of its identity; a CPU has none."""
+    if index is None:
+        return None
+    import torch
+    return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))[:8] or None

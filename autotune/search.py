@@ -9,6 +9,7 @@ import json
 import logging
 import random
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from sparsetile.autotune import parzen
 
@@ -153,18 +154,29 @@ def _pool_sampler(optuna):
 
 
 def storage_of(storage):
-    """An Optuna storage: None is memory, a path a journal file, the rest a URL (postgresql://..., sqlite:///...)."""
+    """An Optuna storage: None is memory, a path a journal file, the rest a URL (postgresql://..., sqlite:///..., grpc://host:port of `sparsetile proxy`)."""
     if storage is None or not isinstance(storage, (str, bytes)) and not hasattr(storage, "__fspath__"):
         return storage
     optuna = engine()
     if "://" in str(storage):
         if str(storage).startswith("sqlite"):
             return optuna.storages.get_storage(str(storage))
+        if str(storage).startswith("grpc://"):
+            return _proxied(optuna, str(storage))
         return optuna.storages.RDBStorage(str(storage), engine_kwargs={"pool_pre_ping": True})
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     lock = {"lock_obj": _FileLock(f"{storage}.lock")} if fcntl else {}
     return JournalStorage(JournalFileBackend(str(storage), **lock))
+
+
+def _proxied(optuna, url):
+    place = urlsplit(url)
+    if not place.hostname or not place.port:
+        raise ValueError(f"storage: expected grpc://host:port, got {url!r}; start one with `sparsetile proxy`")
+    if find_spec("grpc") is None:
+        raise ImportError("grpc is not installed: pip install grpcio protobuf")
+    return optuna.storages.GrpcStorageProxy(host=place.hostname, port=place.port)
 
 
 class _FileLock:

@@ -1,4 +1,4 @@
-"""Profiles as a reviewer and an operator handle them: show, diff, merge, verify, export."""
+"""Profiles as a reviewer and an operator handle them: show, diff, merge, export."""
 import csv
 import io
 from pathlib import Path
@@ -30,10 +30,10 @@ def rows(path: Path) -> list[dict]:
     data = schema.load(path)
     return [{"device": data["device"]["name"], "op": data["op"], "workload": e.get("workload", ""), "key": short(e["key"]), "backend": e["backend"], "time_us": e.get("time_us"),
              "default_us": e.get("default_us"), "config": dict(e["config"]), "status": e.get("status", "tuned"), "ties": e.get("ties"), "band": e.get("band"),
-             "stale": _stale(data["op"], e)} for e in data["entries"]]
+             "stale": stale(data["op"], e)} for e in data["entries"]]
 
 
-def _stale(op, entry) -> bool | None:
+def stale(op, entry) -> bool | None:
     """Whether the kernel's code has changed since; None where that cannot be said here."""
     from sparsetile.autotune import provenance
     folder = lookup.SHIPPED.parent / "backends" / entry["backend"]
@@ -97,37 +97,6 @@ def merge(target, sources: list) -> list[str]:
 
 def _worth(entry) -> tuple:
     return -RANK.get(entry.get("status", "tuned"), 0), entry.get("time_us", float("inf")), str(sorted(entry["config"].items()))
-
-
-def verify(paths, device, say=print) -> int:
-    """Time each entry's config again beside its kernel's default, interleaved, on this machine. Returns how many are slower than the default beyond the noise, or fail."""
-    from sparsetile.autotune import isolate, timing, tune
-    from sparsetile.autotune.tasks import workloads
-    from sparsetile.ops import dispatch
-    named, arch, bad = {w.name: w for w in workloads()}, tune.machine(device)["arch"], 0
-    worker = tune._bench(tune.BENCH, device, True)
-    for path in files(paths):
-        data = schema.load(path)
-        for n, e in enumerate(data["entries"]):
-            w = named.get(e.get("workload"))
-            if data["device"]["arch"] != arch or w is None:
-                continue
-            try:
-                worker.open(w, 0)
-                problem = worker("facts", seconds=isolate.STARTING)["problem"]
-                default = dispatch.kernel(e["backend"], data["op"]).default_config(problem)
-                (mine, base), _ = worker("finals", [(e["backend"], dict(e["config"])), (e["backend"], default)], 2.0, seconds=tune.COMPILING * 2)
-            except (isolate.Lost, isolate.Failed) as error:
-                mine, base = None, str(error)
-            if not mine or not base:
-                bad += 1
-                say(f"FAILS   {path.name}: entry {n}: {w.name} {e['backend']}: " + (f"{base}" if not mine and isinstance(base, str) else "its config or the default gives no right answer"))
-                continue
-            now, then = worker("centre", mine), worker("centre", base)
-            slower = now > then * (1 + max(0.01, 2 * timing.noise(mine, now) + 2 * timing.noise(base, then)))
-            bad += slower
-            say(f"{'SLOWER ' if slower else 'well   '} {path.name}: entry {n}: {w.name} {e['backend']}: {now:.1f} us, default {then:.1f} us ({then / now:.3f} x), written {e.get('time_us')} us")
-    return bad
 
 
 def to_csv(paths) -> str:

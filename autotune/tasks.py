@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from sparsetile.backends import arrays
-from sparsetile.ops import attention, dispatch, indexer, latent, merge, patterns, presets
+from sparsetile.ops import attention, dispatch, importance, indexer, latent, merge, patterns, presets
 from sparsetile.ops.selection import Selection
 
 
@@ -38,6 +38,8 @@ class Workload:
         least = {"B": 2, "T": 77, "S": 203, "N": 3, "K": 37, "H": 64 if "float8" in self.dtype else 4}  # kernels of their own for 64 heads of float8
         sizes = {axis: min(size, least.get(axis, size)) for axis, size in self.sizes}
         options = dict(self.options)
+        if self.kernel == "importance_topk":  # more blocks than are taken
+            sizes |= {"S": min(1203, self["S"]), "K": min(6, self["K"])}
         if "Hk" in sizes:
             lists, heads, keys = options.get("G", 1), sizes["Hq"], sizes["Hk"]
             sizes["Hk"] = min(keys, 2)
@@ -129,6 +131,14 @@ class Task:
         w = self.workload
         return *self._indexer_scores(), self.normal((w["B"], w["T"], w["S"]), "float32")
 
+    def _importance_topk(self):
+        """q, compressed keys (32 at stride 16), and an lse such as that many random scores have."""
+        w = self.workload
+        B, Hq, Hk, T, S, D = (w[a] for a in ("B", "Hq", "Hk", "T", "S", "D"))
+        C = (S - 32) // 16 + 1
+        lse = self.normal((B, Hq, T), "float32", 0.1)
+        return self.normal((B, Hq, T, D)), self.normal((B, Hk, C, D)), lse if self.hollow else lse + np.float32(np.log(C) + 0.5)
+
     def _topk(self):
         w = self.workload
         return (self.normal((w["B"], w["T"], w["S"]), "float32"),)
@@ -171,6 +181,8 @@ class Task:
         if kernel == "indexer_topk":
             got = indexer.indexer_topk(*x[:3], w["K"], k_scale=x[3], causal=w.option("causal", True), pool=w.option("pool", 1), **options)
             return got.indices
+        if kernel == "importance_topk":
+            return importance.importance_topk(*x, w["K"], keys=w["S"], **options).indices
         if kernel == "topk":
             return indexer.topk(*x, w["K"], **options).indices
         if kernel == "latent_decompress":
@@ -270,6 +282,8 @@ def workloads() -> list[Workload]:
     for T, S in ((2048, 32768), (4096, 131072), (1, 32768)):
         found.append(W(f"gpu/indexer-{T}x{S}", "indexer_scores", "float8_e4m3fn", dict(causal=False), B=1 if T > 1 else 128, H=64, T=T, S=S, D=128))
         found.append(W(f"gpu/indexer-topk-{T}x{S}", "indexer_topk", "float8_e4m3fn", dict(causal=False), B=1 if T > 1 else 128, H=64, T=T, S=S, D=128, K=2048))
+    for S in (8192, 32768, 65536):
+        found.append(W(f"gpu/importance-{S}", "importance_topk", "bfloat16", B=1, Hq=64, Hk=4, T=S, S=S, D=128, K=16))
     for T, S in ((4096, 131072), (4096, 32768), (128, 131072)):
         found.append(W(f"gpu/topk-{T}x{S}", "topk", "float32", B=1, T=T, S=S, K=2048))
     for S in (4096, 32768, 131072):
@@ -277,6 +291,8 @@ def workloads() -> list[Workload]:
         found.append(W(f"gpu/absorb-{S // 32}", "grouped_matmul", "bfloat16", B=1, H=128, T=S // 32, N=128, M=512, P=64))
         found.append(W(f"gpu/merge-{S // 4}", "merge_attention", "bfloat16", B=1, Hq=32, T=S // 4, Dv=128, N=2))
     found.append(W("cpu/decode/65536", "block_attention", "float32", dict(pattern=P.Causal()), B=1, Hq=32, Hk=8, T=1, S=65536, D=128, Dv=128))
+    for S in (1024, 4096, 16384):
+        found.append(W(f"cpu/importance-{S}", "importance_topk", "float32", B=1, Hq=16, Hk=2, T=256, S=S, D=64, K=8))
     cpu = dict(B=1, T=512, S=4096)
     for K in (32, 128, 512):
         found.append(W(f"cpu/topk-{K}", "topk", "float32", K=K, **cpu))
@@ -318,7 +334,11 @@ def of_problem(problem, pattern=None) -> Workload | None:
             return None
         options["pattern"] = kinds[kind] if pattern is None else pattern
         plain |= {options["pattern"].kind}
-    if set(problem.features) - plain or problem.op in ("attention_delta", "layout"):
+    if problem.op == "importance_topk":  # what is forced changes nothing of its cost
+        plain |= {"force_first", "force_last"}
+    if set(problem.features) - plain or problem.op in ("attention_delta", "layout", "append"):
+        return None
+    if problem.op == "importance_topk" and (problem.granularity != 64 or sizes.pop("C") != (sizes["S"] - 32) // 16 + 1):
         return None
     if "dense" in problem.features:
         options["pattern"] = P.Full()

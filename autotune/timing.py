@@ -5,6 +5,9 @@ A `Stopwatch` belongs to a device (None is the CPU). Times are in microseconds.
 import statistics
 import time
 
+from sparsetile.autotune import graphs
+
+ENOUGH = 0.01  # an error of the best one's centre at which the finals may end
 
 class Stopwatch:
     """Times calls on one device. `cold` empties the L2 cache between calls on a GPU, by writing at least `flush_mb`: the host launches meanwhile."""
@@ -31,6 +34,8 @@ class Stopwatch:
                 call()
                 found.append((time.perf_counter() - start) * 1e6)
             return found
+        if isinstance(call, graphs.Recorded):
+            return [call.sample(self.flush) for _ in range(count)]
         torch = self.torch
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         with torch.cuda.device(self.device):
@@ -66,6 +71,52 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
             samples[at] += watch.samples(calls[at], 1)
         turn += 1
     return samples
+
+
+def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
+    """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
+
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to four times as much. What is left of a round whose clock is not the others' is taken out.
+    """
+    samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
+    while True:
+        turn, spent = len(clocks), time.monotonic() - start
+        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= 4 * seconds or _error(watch, samples) <= ENOUGH):
+            break
+        for n in range(len(inside)):
+            at = inside[(n + turn) % len(inside)]
+            samples[at] += watch.samples(calls[at], 1)
+        clocks.append(clock())
+        if turn in LEAVING:
+            inside = _still(watch, samples, inside, kept, turn)
+    steady = _steady(clocks)
+    return [[one for one, right in zip(found, steady) if right] for found in samples], clocks
+
+
+LEAVING = {2: 0.25, 7: 0.02, 15: 0.02, 31: 0.02}  # after these rounds leaves who is so far behind, beside the noise
+
+
+def _error(watch, samples) -> float:
+    """Twice the error of the best one's centre: the band of its ties."""
+    best = min((found for found in samples if found), key=watch.centre)
+    return 2 * noise(best, watch.centre(best))
+
+
+def _still(watch, samples, inside, kept, turn) -> list:
+    centres = {n: watch.centre(samples[n]) for n in inside}
+    best = min(centres, key=centres.get)
+    doubt = {n: LEAVING[turn] + 3 * (noise(samples[n], centres[n]) + noise(samples[best], centres[best])) for n in inside}
+    return [n for n in inside if n in kept or centres[n] <= centres[best] * (1 + doubt[n])]
+
+
+def _steady(clocks: list, within: float = 0.02) -> list:
+    """Which rounds ran at the clock of most; all of them where the clock is not known, or is a different one each time (a chip at the limit of its power)."""
+    known = [clock for clock in clocks if clock]
+    if len(known) < len(clocks):
+        return [True] * len(clocks)
+    middle = statistics.median(known)
+    steady = [abs(clock - middle) <= within * middle for clock in clocks]
+    return steady if sum(steady) >= max(5, len(clocks) / 2) else [True] * len(clocks)
 
 
 def spread(samples: list[float]) -> dict:

@@ -1,9 +1,11 @@
 """What the bench worker does: it holds one workload on its device, and checks, screens and finally times configs. Nothing here knows of processes."""
+import contextlib
 import gc
 import resource
+import statistics
 import time
 
-from sparsetile.autotune import bands, provenance, timing
+from sparsetile.autotune import bands, graphs, pinning, provenance, timing
 from sparsetile.autotune.tasks import Task, Workload
 from sparsetile.autotune.verify import Verifier
 from sparsetile.backends.contract import BACKENDS
@@ -11,6 +13,7 @@ from sparsetile.ops import dispatch
 
 FLUSH_MB = 1024  # 0.35 ms of writing between calls: longer than the host needs to launch one
 LEAK_MB = 64  # that the calls of one trial may keep
+BUSY = 0.5  # seconds of work before the finals, so that clock and temperature have settled
 
 
 class Bench:
@@ -39,7 +42,7 @@ class Bench:
         """What the controller has to know of the device, which it never touches."""
         problem = self.task.problem
         refused = {name: dispatch.refusal(name, problem, self.device) for name in BACKENDS if name != "reference"}
-        return {"problem": problem, "refused": refused, "device": provenance.device(self.device), "versions": provenance.versions()}
+        return {"problem": problem, "refused": refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
 
     def attempt(self, backend: str, config: dict, best_us: float) -> dict:
         """One config: checked between guard bands, then screened. A failure is told with its cause."""
@@ -61,19 +64,55 @@ class Bench:
         self._look_after(told)
         return told | {"seconds": round(time.monotonic() - start, 3)}
 
-    def finals(self, chosen: list, seconds: float) -> list:
-        """Samples of each (backend, config), interleaved, warm, None for one that does not answer rightly in this process; and the clock at the end, in MHz."""
-        calls = {}
+    def finals(self, chosen: list, seconds: float, kept=(), recorded: bool = True) -> tuple[list, dict]:
+        """Samples of each (backend, config), interleaved, warm, None for one that does not answer rightly in this process; and what an entry says of the timing.
+
+        kept      places in `chosen` that are timed to the end, however slow
+        recorded  whether the calls are recorded in CUDA graphs, where they can be
+        """
+        calls, errors = {}, {}
         for n, (backend, config) in enumerate(chosen):
             try:
                 if self._wrong(backend, config) is None:
-                    calls[n] = self.task.bound(backend, config)
+                    calls[n], errors[n] = self.task.bound(backend, config), self.verifier.error
                     calls[n]()
             except Exception:  # noqa: BLE001 (a finalist that ran in another process and fails in this one is none)
                 calls.pop(n, None)
         self.watch.synchronize()
-        samples = dict(zip(calls, timing.finals(self.watch, list(calls.values()), seconds)))
-        return [samples.get(n) for n in range(len(chosen))], self._clock_mhz()
+        if not calls:
+            return [None] * len(chosen), {}
+        about = {"errors": [errors.get(n) for n in range(len(chosen))], **self._ready(chosen, calls, recorded)}
+        pin = contextlib.nullcontext(0) if self.device is not None else pinning.pinned(next(iter(calls.values())))
+        with pin as threads:
+            found, clocks = timing.ranked(self.watch, list(calls.values()), seconds, {place for place, n in enumerate(calls) if n in kept}, self._clock_mhz)
+        clocks = [clock for clock in clocks if clock]
+        if clocks:
+            about |= {"clock_mhz": round(statistics.median(clocks)), "clocks": [min(clocks), max(clocks)]}
+        if self.device is None:
+            about["launch"] = f"{threads} threads pinned" if threads else "threads free"
+        samples = dict(zip(calls, found))
+        return [samples.get(n) for n in range(len(chosen))], about
+
+    def _ready(self, chosen, calls: dict, recorded: bool) -> dict:
+        """A busy half second, and on a GPU the calls as graphs, in place; how they will be launched."""
+        if self.device is None:
+            return {}
+        until = time.monotonic() + BUSY
+        while time.monotonic() < until:
+            for call in calls.values():
+                call()
+            self.watch.synchronize()
+        why = "events: as asked" if not recorded else next(filter(None, (self._no_graph(*chosen[n]) for n in calls)), None)
+        graph, how = (None, why) if why else graphs.record(list(calls.values()), self.device)
+        if graph:
+            calls.update(zip(calls, graph))
+        return {"launch": how}
+
+    def _no_graph(self, backend, config) -> str | None:
+        """Why a graph would hold other work than the call does."""
+        says = getattr(dispatch.kernel(backend, self.workload.kernel), "captures", None)
+        why = says and says(config)
+        return why and f"events: {why}"
 
     def rounds(self, chosen: list, count: int) -> list:
         """`count` samples of each (backend, config), interleaved; they have been checked before."""

@@ -6,32 +6,30 @@ searches never touches a GPU. Failures are counted and kept with their cause.
 """
 import datetime
 import os
-import time
-from collections import Counter, deque
+from collections import Counter
 from pathlib import Path
 
-from sparsetile.autotune import ahead, isolate, provenance, search, space, store
-from sparsetile.autotune.decide import Tried, decide, finalists
+from sparsetile.autotune import ahead, isolate, provenance, store
+from sparsetile.autotune.hunt import Hunt
 from sparsetile.autotune.tasks import Workload, find
 from sparsetile.backends.contract import BACKENDS, KERNELS, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.profiles import lookup
 
 BENCH = "sparsetile.autotune.trial:Bench"
-LEAST, TIMES = 5.0, 50  # a trial may take so many seconds, or so many times what the best one's calls take
-COMPILING = 60.0        # and so long where the bench worker compiles
-GRACE = 10.0            # a trial that the end of the budget finds at work may go on so long
+EFFORTS = {"quick": 20.0, "standard": 120.0, "thorough": 600.0}  # seconds for each backend; with inputs, compiling and finals two backends take under 2 and 10 minutes of the first two
 _benches, _aheads = {}, {}  # processes live from one workload to the next
 
 
-def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None, profiles=None, device=None, sampler="pool", seed=0, progress=None, isolated=True,
-         bench=BENCH):
+def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, storage=None, profiles=None, device=None, sampler="pool", seed=0, progress=None,
+         isolated=True, bench=BENCH):
     """Tune a kernel on a workload and write the profile entry that the next call on this device finds.
 
     op        kernel ("block_attention", ...) or the public op that runs it; must fit the workload
     workload  a Workload or the name of one (sparsetile.autotune.tasks.workloads())
     backend   tune this backend only; None tunes every backend that supports the problem, and the fastest comes first in the profile
-    trials, seconds   budget for each backend; whichever ends first (default 30 seconds)
+    trials, seconds   budget for each backend; whichever ends first (default 30 seconds). Without trials a search also ends that has found nothing better for long
+    effort    instead of them: "quick" (20 s), "standard" (120 s) or "thorough" (600 s)
     storage   path of an Optuna journal file, or a storage URL: a killed run goes on where it stopped
     profiles  directory to write <device>/<kernel>.yaml into; the user cache by default
     device    CUDA device index, None for the CPU
@@ -46,12 +44,16 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     if op not in KERNELS + ("sparse_attention", "latent_attention", "merge_attention") or op in KERNELS and op != w.kernel:
         raise ValueError(f"op: expected {w.kernel!r}, the kernel of workload {w.name}, got {op!r}; name the kernel or leave the workload to it")
     checks.number("seconds", seconds, optional=True), checks.integer("trials", trials, 1, optional=True)
+    if effort is not None and (effort not in EFFORTS or seconds is not None or trials is not None):
+        raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, without seconds and trials, got {effort!r}; leave it out, or them")
     if seconds is None and trials is None:
-        seconds = 30.0
+        seconds = EFFORTS.get(effort, 30.0)
     say = progress or (lambda event: None)
     worker = _bench(bench, device, isolated)
     worker.open(w, seed)
     compilers = _compilers(device) if isolated and device is not None else None
+    if compilers:
+        compilers.begin(w, backend)  # while the bench worker makes its inputs
     facts = worker("facts", seconds=isolate.STARTING)
     problem, refused = facts["problem"], facts["refused"]
     asked = dispatch.requested_backend("sparse_attention" if "attention" in w.kernel else w.kernel, backend)
@@ -59,13 +61,16 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     if not [name for name in names if refused.get(name, name) is None]:
         raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
     entries, root = [], Path(profiles) if profiles else lookup.user_cache()
-    for name in names:
-        if refused.get(name, name) is None:
-            hunt = _Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say)
-            near = lookup.related(problem, facts["device"]["name"], name, user=str(root))
-            hunt.search(trials, seconds, storage, sampler, seed, near)
-            entries.append(hunt.entry(seconds))
-            note(root, _summary(w, name, entries[-1], hunt.failures()))
+    hunts = [Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say) for name in names if refused.get(name, name) is None]
+    for n, hunt in enumerate(hunts):
+        prepare = lambda one: one.prepare(trials, storage, sampler, seed, lookup.related(problem, facts["device"]["name"], one.backend, user=str(root)))
+        if n == 0 or not compilers:
+            prepare(hunt)
+        hunt.search(seconds)
+        if compilers and n + 1 < len(hunts):
+            prepare(hunts[n + 1])  # its first configs are compiled during these finals
+        entries.append(hunt.entry(_stands(problem, facts["device"]["name"], hunt.backend, root)))
+        note(root, _summary(w, hunt.backend, entries[-1], hunt.failures()))
     entries = [e for e in entries if e is not None]
     if not entries:
         raise Unsupported(f"tune: {w.name}: no config of {', '.join(names)} ran and was right; see the failures in the progress events")
@@ -73,12 +78,20 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, storage=None,
     if len(entries) > 1:
         entries[0]["runner_up"] = {"backend": entries[1]["backend"], "time_us": entries[1]["time_us"]}
     for entry in entries:
-        path = store.add(root, w.kernel, facts["device"], entry, facts["versions"], {"launch": "eager", "l2": "cold" if device is not None else "warm", "clocks": "floating"})
+        entry["versions"] = provenance.beside(entry["backend"], facts["versions"])
+        entry |= {"unit": facts["unit"]} if facts.get("unit") else {}
+        path = store.add(root, w.kernel, facts["device"], entry, facts["versions"], {"l2": "cold" if device is not None else "warm", "clocks": "floating"})
     dispatch.clear_plans()
     used = lookup.find(problem, facts["device"]["name"], user=None if root == lookup.user_cache() else str(root))
     note(root, f"{w.name} {w.kernel}: a call gets {used.backend} {used.config} from {used.source}")
     say({"event": "done", "workload": w.name, "entry": entries[0], "path": str(path)})
     return entries[0]
+
+
+def _stands(problem, device: str, backend: str, root) -> dict | None:
+    """The config that a profile of this very device gives this very bucket now."""
+    found = lookup.find(problem, device, backend, user=str(root))
+    return found.config if found and not found.inherited and found.entry["key"] == lookup.key_of(problem) else None
 
 
 def note(root: Path, line: str) -> None:
@@ -125,110 +138,3 @@ def close() -> None:
     for compilers in _aheads.values():
         compilers.close()
     _benches.clear(), _aheads.clear()
-
-
-class _Hunt:
-    """The search of one backend's configs on one workload."""
-
-    def __init__(self, backend, workload, problem, worker, compilers, say):
-        self.backend, self.workload, self.problem, self.worker, self.compilers, self.say = backend, workload, problem, worker, compilers, say
-        self.module = dispatch.kernel(backend, workload.kernel)
-        self.tried, self.start, self.warm = [], time.monotonic(), 0
-
-    def failures(self) -> Counter:
-        return Counter(t.failure.partition(":")[0] for t in self.tried if t.failure)
-
-    @property
-    def best(self) -> float | None:
-        return min((t.time_us for t in self.tried if t.time_us), default=None)
-
-    def search(self, trials, seconds, storage, sampler, seed, seeds=()) -> None:
-        w = self.workload
-        self.pool, total = space.legal(self.module, self.problem, seed)
-        study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed, seeds)
-        self.sampler, self.seed = study.name, seed
-        self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(study, "history", {}).values()]
-        self.say({"event": "start", "workload": w.name, "backend": self.backend, "feasible": len(self.pool), "total": total, "resumed": len(self.tried)})
-        self.end = None if seconds is None else self.start + seconds
-        line, more = deque(), lambda: trials is None or len(self.tried) + len(line) < trials
-        while True:
-            while len(line) < (self.compilers.width if self.compilers else 1) and (more() and not self._over() or not self.tried and not line):
-                config = study.ask()
-                if config is None:
-                    break
-                line.append((config, self.compilers and self.compilers.submit(w, self.backend, config)))
-            if not line or self._over() and self.tried:
-                break
-            config, compiled = line.popleft()
-            begun = time.monotonic()
-            one = self._try(config, compiled)
-            if one is None:
-                line.appendleft((config, compiled))
-                break
-            one.seconds = round(time.monotonic() - begun, 3)
-            study.tell(config, one.time_us, failure=one.failure)
-            self.tried.append(one)
-            self.say({"event": "trial", "workload": w.name, "backend": self.backend, "config": config, "time_us": one.time_us, "failure": one.failure, "done": len(self.tried),
-                      "best_us": self.best, "seconds": one.seconds})
-        for config, compiled in line:  # asked for, and never tried
-            study.drop(config)
-            compiled and compiled.cancel()
-        self.stop = "exhausted" if len(self.tried) >= len(self.pool) else "trials" if trials is not None and len(self.tried) >= trials else "seconds"
-
-    def _over(self) -> bool:
-        return self.end is not None and time.monotonic() >= self.end
-
-    def _left(self) -> float:
-        return float("inf") if self.end is None else max(0.0, self.end - time.monotonic()) + GRACE
-
-    def _try(self, config, compiled) -> Tried | None:
-        """One config, by the bench worker. None if the budget ended before it did: that is no failure of the config's."""
-        if compiled is not None:
-            try:
-                refused, left = compiled.result(None if self.end is None else self._left())
-            except TimeoutError:
-                return None
-            if refused:
-                return Tried(self.backend, config, None, refused)
-        failure = None
-        for turn in range(2):
-            slow = compiled is None or left or self.worker.starts != self.warm or self.worker.process is None  # a new process loads its compilers first
-            limit = max(LEAST, TIMES * (self.best or 0) / 1e6) + (COMPILING if slow else 0)
-            allowed = min(limit, self._left())
-            try:
-                told = self.worker("attempt", self.backend, config, self.best or float("inf"), seconds=allowed)
-                self.warm = self.worker.starts
-                return Tried(self.backend, config, told["time_us"], told["failure"])
-            except (isolate.Lost, isolate.Failed) as error:
-                failure = str(error)[:300]
-                if failure.startswith("hang"):
-                    if allowed < limit and self.tried:
-                        return None
-                    break
-        return Tried(self.backend, config, None, failure)  # twice on fresh processes: never again
-
-    def entry(self, seconds) -> dict | None:
-        """The finals, interleaved in one process, and what is written of them."""
-        default = self.pool[0]
-        chosen = finalists(self.backend, self.tried, default)
-        try:
-            samples = self.worker("finals", [(t.backend, t.config) for t in chosen], 2.0, seconds=COMPILING * 2)
-        except (isolate.Lost, isolate.Failed) as error:
-            self.say({"event": "trial", "workload": self.workload.name, "backend": self.backend, "config": {}, "time_us": None, "failure": f"finals: {error}", "done": len(self.tried),
-                      "best_us": self.best})
-            return None
-        samples, clock = samples
-        for one, found in zip(chosen, samples):
-            one.samples, one.time_us = found, found and self.worker("centre", found)
-        chosen = [one for one in chosen if one.samples]
-        if not chosen:
-            return None
-        entry = decide(chosen, default, self.module, self.problem)
-        entry |= {"key": lookup.key_of(self.problem), "backend": self.backend, "workload": self.workload.name, "code": provenance.code(self.module), "status": "tuned",
-                  "date": datetime.date.today().isoformat(),
-                  "search": {"sampler": self.sampler, "evaluated": len(self.tried), "feasible": len(self.pool), "failed": sum(self.failures().values()), "seed": self.seed,
-                             "stop": self.stop, "seconds": round(time.monotonic() - self.start, 1)}}
-        if clock:
-            entry["clock_mhz"] = clock
-        self.say({"event": "final", "workload": self.workload.name, "backend": self.backend, "entry": entry})
-        return entry

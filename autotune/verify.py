@@ -7,7 +7,10 @@ from sparsetile.backends import arrays
 
 
 class Verifier:
-    """The truth for one workload's small twin, made once; `wrong(backend, config)` judges a config by it."""
+    """The truth for one workload's small twin, made once; `wrong(backend, config)` judges a config by it. `error`: how far off the last right one was, against what the policy
+    allows, of the output that used most of it; None for chosen indices, which are right or not."""
+
+    error = None
 
     def __init__(self, workload, device: int | None, seed: int = 1):
         self.workload = workload.small()
@@ -19,11 +22,18 @@ class Verifier:
     def wrong(self, backend: str, config: dict) -> str | None:
         """None if the config answers within the numeric policy, else what was wrong."""
         got = [numeric.to_numpy(x) for x in outputs(self.task.bound(backend, config)())]
-        kernel, x = self.workload.kernel, self.host.inputs
+        kernel, x, self.error = self.workload.kernel, self.host.inputs, None
+        reports = []
         try:
             if kernel == "topk":
                 length = (got[0] >= 0).sum(-1).astype(np.int32)
                 numeric.assert_topk(kernel, got[0][:, 0], length[:, 0], x[0], self.workload["K"])
+                return None
+            if kernel == "importance_topk":
+                length = (got[0] >= 0).sum(-1).astype(np.int32)
+                forced, seen = plain.forced_blocks(self.workload, np.arange(self.workload["T"]))
+                numeric.assert_chosen(kernel, got[0], length, self.truth[0], self.plain[0], self.workload["K"], visible=seen, forced=forced,
+                                      reduction=self.workload["D"] * self.workload["Hq"] // self.workload["Hk"])
                 return None
             if kernel == "indexer_topk":
                 length = (got[0] >= 0).sum(-1).astype(np.int32)
@@ -31,9 +41,11 @@ class Verifier:
                                       reduction=self.workload["D"] * self.workload["H"], accumulator="float8" if "float8" in self.workload.dtype else "float32")
                 return None
             for n, (g, t, p) in enumerate(zip(got, self.truth, self.plain)):
-                numeric.assert_close(f"{kernel}[{n}]", g, t, p, reduction=_reduction(self.workload), accumulator="float8" if "float8" in self.workload.dtype else "float32")
+                reports.append(numeric.assert_close(f"{kernel}[{n}]", g, t, p, reduction=_reduction(self.workload), accumulator="float8" if "float8" in self.workload.dtype else "float32"))
         except AssertionError as error:
             return str(error)
+        worst = max(reports, key=lambda r: r["max"] / max(r["max_allowed"], 1e-300))
+        self.error = {"max": float(f"{worst['max']:.3g}"), "allowed": float(f"{worst['max_allowed']:.3g}")}
         return None
 
 
@@ -69,6 +81,8 @@ def _answers(task: Task, dtype) -> list:
     w, x = task.workload, task.inputs
     if w.kernel == "topk":
         return []
+    if w.kernel == "importance_topk":
+        return [plain.importances(w, *(_wide(a, dtype) for a in x), np.arange(w["T"]))]
     if w.kernel in ("indexer_scores", "indexer_topk"):
         q, k, weights, k_scale = (_wide(a, dtype) for a in x)
         T, S = w["T"], w["S"]

@@ -5,6 +5,7 @@ caller's arrays into a backend's native kind ("numpy", "torch" or "view"), alloc
 NumPy goes by its array interface (bfloat16 and float8 as ml_dtypes), PyTorch by pointer, the rest by DLPack.
 """
 import contextlib
+import math
 import sys
 from functools import lru_cache
 
@@ -231,6 +232,16 @@ class Place:
         return contextlib.nullcontext()
 
 
+def _in_lines(shape, dtype, make):
+    """make(shape, dtype), but a large array begins on a cache line: NumPy begins 16 bytes behind one, and every vector that is stored would straddle two."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < 1 << 16:
+        return make(shape, dtype)
+    memory = make(size + 64, np.uint8)
+    first = -memory.__array_interface__["data"][0] % 64
+    return memory[first:first + size].view(dtype).reshape(shape)
+
+
 class NumpyPlace(Place):
     """CPU kernels on NumPy arrays; the caller may hold NumPy, torch or JAX arrays."""
 
@@ -245,7 +256,10 @@ class NumpyPlace(Place):
         return unit_stride_within(as_numpy(x))
 
     def empty(self, shape, dtype):
-        return np.empty(shape, numpy_dtype(dtype))
+        return _in_lines(shape, numpy_dtype(dtype), np.empty)
+
+    def zeros(self, shape, dtype):
+        return _in_lines(shape, numpy_dtype(dtype), np.zeros)  # new pages are zero already
 
     def full(self, shape, dtype, value):
         return np.full(shape, value, numpy_dtype(dtype))

@@ -8,6 +8,7 @@ A kernel is a module `backends/<backend>/<op>.py` with these names (see CONTRIBU
     default_config(problem)         dict, knob -> value
     run(..., config, place)         the work; `place` (backends/arrays.py) is where it runs and what allocates
     artifacts(problem, config)      what has to be compiled for a GPU (triton and cupy only), so that it can be done ahead of time
+    captures(config)                where a CUDA graph holds other work than the call it records: None, or the sentence why
 
 Axis names, used alike in docstrings, errors, tuning keys and YAML:
     B batch, Hq query heads, Hk key heads, T queries, S keys, D query/key width, Dv value width,
@@ -19,7 +20,8 @@ from typing import Any, Mapping
 
 KERNELS = (
     "block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward",
-    "attention_delta", "merge_attention", "indexer_scores", "indexer_scores_backward", "indexer_topk", "topk", "latent_decompress", "grouped_matmul", "layout",
+    "attention_delta", "merge_attention", "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul", "layout",
+    "append",
 )
 BACKENDS = ("triton", "cupy", "numba", "reference")  # in order of preference
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "gfx942")

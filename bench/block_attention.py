@@ -62,7 +62,8 @@ def wrong_paths(paths, pattern, B, Hq, Hk, T, S, D, Dv, options) -> dict:
     integers = {name: torch.tensor(options[key], dtype=torch.int32, device="cuda") for name, key in (("kv_length", "lengths"), ("q_start", "q_start")) if key in options}
     found = {}
     for path in paths:
-        got = sparse_attention(q, k, v, pattern, sink_logits=sink, softcap=options.get("softcap"), return_lse=True, backend=path[0], config=PATHS[path](max(D, Dv)), **integers)
+        got = sparse_attention(q, k, v, pattern, sink_logits=sink, softcap=options.get("softcap"), return_lse=True, backend=path[0],
+                               config=PATHS[path](max(D, Dv)), **integers)
         try:
             for name, x, truth, formula in zip(("out", "lse"), got, truths, formulas):
                 numeric.assert_close(name, x, truth, formula, reduction=S + D)

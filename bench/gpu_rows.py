@@ -66,6 +66,8 @@ ROWS = (
     Row("top-k 4096 x 32k", "gpu/topk-4096x32768", "ms", (("TileLang", 0.56), ("torch", 1.66)), 0.30),
     Row("top-k 128 x 128k", "gpu/topk-128x131072", "ms", (("FlashInfer", 0.073),), 0.045),
     Row("scores + top-k", "gpu/indexer-topk-4096x131072", "ms", (("DeepGEMM + FlashInfer", 10.4),), 9.2),
+    Row("NSA importance 64k", "gpu/importance-65536", "ms", (("FLA", 27.9),)),
+    Row("NSA importance 8k", "gpu/importance-8192", "ms"),
     Row("decompress 4k", "gpu/latent-4096", "ms", (("cuBLAS", 0.217), ("compiled", 0.368)), 0.217),
     Row("decompress 32k", "gpu/latent-32768", "ms", (("cuBLAS", 1.685), ("compiled", 2.887)), 1.685 / 1.12),
     Row("decompress 128k", "gpu/latent-131072", "ms", (("cuBLAS", 7.65), ("compiled", 11.75)), 7.65 / 1.12),

@@ -2,11 +2,13 @@
 
 Every kernel is checked against the float64 formula on a few rows before it is timed; a row's candidates are timed in turn (CUDA events, cold L2, median); operations
 count only pairs inside the pattern. What fails is a row that says so. Rows are measured in a process of their own: a kernel that hangs or breaks the device
-costs that one figure, and the table goes on without it. `--list` shows the rows, and needs no GPU.
+costs that one figure, and the table goes on without it. `--list` shows the rows, and needs no GPU. Several GPUs make one table together: `--share 1/4 --out a.jsonl`
+and so on, one command on each, then `--read *.jsonl`.
 """
 import argparse
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -29,11 +31,12 @@ class Measured:
     def __init__(self, out):
         self.out, self.machine, self.ceilings, self.rows, self.trying, self.done = out, {}, {}, {}, None, set()
 
-    def take(self, event: dict):
+    def take(self, event: dict, quiet: bool = False):
         if event.pop("trying", None):
             self.trying = event["row"], event["who"]
             return
-        print(json.dumps(event), flush=True)
+        if not quiet:
+            print(json.dumps(event), flush=True)
         if self.out:
             print(json.dumps(event), file=self.out, flush=True)
         if "row" not in event:
@@ -41,6 +44,7 @@ class Measured:
             self.ceilings = self.ceilings or event.get("ceilings", {})
         elif event.get("done"):
             self.done.add(event["row"])
+            self.rows.get(event["row"], {}).pop("row", None)  # an earlier command that did not come to it
         else:
             self.rows.setdefault(event["row"], {})[event["who"]] = event
 
@@ -129,6 +133,27 @@ def table(found: Measured, names: list[str]) -> str:
     return "\n".join(missing + head + lines)
 
 
+def share(names: list[str], part: str) -> list[str]:
+    """Every N-th row from the I-th on, of I/N: costly rows stand together, so each share gets some."""
+    one, of = map(int, part.split("/"))
+    return names[one - 1::of]
+
+
+def _part(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text) or int(text.split("/")[0]) > int(text.split("/")[1]):
+        raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N, got {text!r}; give e.g. 1/4")
+    return text
+
+
+def read(paths: list[str]) -> Measured:
+    """What earlier commands wrote; of a row measured twice the later figures stand."""
+    found = Measured(None)
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            found.take(json.loads(line), quiet=True)
+    return found
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser("gpu_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name or workload contains one of these words")
@@ -139,11 +164,16 @@ def main(argv=None) -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="stop and print what there is (default: 8.5)")
     parser.add_argument("--out", help="file of JSON lines that the results are appended to")
     parser.add_argument("--commit", help="what is measured (default: git describe)")
+    parser.add_argument("--share", type=_part, default="1/1", help="I/N: every N-th row from the I-th on, for N GPUs")
+    parser.add_argument("--read", nargs="+", default=[], help="measure nothing: print the table of what these files hold")
     args = parser.parse_args(argv)
-    names = [row.name for row in selected(args.only)]
+    names = share([row.name for row in selected(args.only)], args.share)
     if args.list or not names:
-        print("\n".join(f"{row.name:24} {row.workload}" for row in selected(args.only)) or f"--only: no row's name or workload contains {args.only}")
+        print("\n".join(f"{row.name:24} {row.workload}" for row in selected(args.only) if row.name in names) or f"--only: no row's name or workload contains {args.only}")
         return 0 if names else 2
+    if args.read:
+        print(table(read(args.read), names))
+        return 0
     until = time.monotonic() + 60 * args.minutes
     out = None
     if args.out:

@@ -142,6 +142,8 @@ def moved(task) -> float:
         return total + w["B"] * w["H"] * w["T"] * (w["M"] + w["P"]) * size
     if w.kernel == "merge_attention":
         return total + w["B"] * w["Hq"] * w["T"] * (w["Dv"] * size + 4)
+    if w.kernel == "importance_topk":
+        return total + 4 * w["B"] * w["Hk"] * w["T"] * (w["K"] + 1)
     return total + 4 * w["B"] * w["T"] * (w["S"] if w.kernel == "indexer_scores" else w["K"] + 1)
 
 
@@ -154,9 +156,10 @@ def main(order: dict) -> int:
     without = {tuple(pair) for pair in order["without"]}
     for row in ROWS:
         if row.name in order["rows"]:
+            start = time.monotonic()
             measured(row, watch, order["seconds"], order["compiled"], without)
             torch.cuda.empty_cache()
-            say(row=row.name, who="row", done=True)
+            say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
     return 0
 
 

@@ -28,7 +28,7 @@ class Judge:
                 assert not x.is_floating_point() or bool(x.isfinite().all()), f"{self.kernel}: the answer is not finite everywhere"
             for n, take, truth, formula, reduction in self.parts:
                 name, x = f"{self.kernel}[{n}]", take(got[n])
-                if self.kernel in ("topk", "indexer_topk"):
+                if self.kernel in ("topk", "indexer_topk", "importance_topk"):
                     self._chosen(name, x, truth, formula, reduction)
                 else:
                     numeric.assert_close(name, x, truth, formula, reduction=reduction, accumulator=self._accumulator)
@@ -42,7 +42,10 @@ class Judge:
 
     def _chosen(self, name, indices, truth, formula, reduction):
         lengths = (indices >= 0).sum(-1).astype(np.int32)
-        if self.kernel == "topk":
+        if self.kernel == "importance_topk":
+            forced, seen = plain.forced_blocks(self.w, self.rows)
+            numeric.assert_chosen(name, indices, lengths, truth, formula, self.w["K"], visible=seen, forced=forced, reduction=reduction)
+        elif self.kernel == "topk":
             numeric.assert_topk(name, indices, lengths, formula, self.w["K"])
         else:
             numeric.assert_chosen(name, indices, lengths, truth, formula, self.w["K"], visible=np.isfinite(truth), reduction=reduction, accumulator=self._accumulator)
@@ -132,6 +135,12 @@ class Judge:
         assert not self.w.option("causal", True)
         truth, formula, rows = self._scores(2, np.arange(self.w["S"]))
         return [(0, lambda x: host(x[-1:, 0][:, rows]), truth, formula, self.w["D"] * self.w["H"])]
+
+    def _importance_topk(self):
+        q, k, lse = self.task.inputs
+        self.rows = rows = self._some(self.w["T"], 6)
+        held = [host(x) for x in (q[-1:][:, :, rows], k[-1:], lse[-1:][:, :, rows])]
+        return [(0, lambda x: host(x[-1:][:, :, rows]), plain.importances(self.w, *wide(*held), rows), plain.importances(self.w, *held, rows), self.w["D"] * self.w["Hq"] // self.w["Hk"])]
 
     def _topk(self):
         rows = self._some(self.w["T"], 6)

@@ -128,9 +128,29 @@ def _beside(like):
 
 
 def astype(x, dtype: str):
-    """x as dtype: "int32", "int64", "uint8" or "bool"."""
+    """x as dtype: "int32", "int64", "uint8", "bool", "float32" or "float64"."""
     lib = module(x)
     return x.to(getattr(lib, dtype)) if kind(x) == "torch" else x.astype(dtype)
+
+
+def as_type_of(x, like):
+    """x in the element type of `like`, of the same framework."""
+    return x.to(like.dtype) if kind(x) == "torch" else x.astype(like.dtype)
+
+
+def wide(x):
+    """x as float64 if it is float64, else as float32."""
+    return astype(x, "float64" if "float64" in str(x.dtype) else "float32")
+
+
+def zeros_of(like, shape):
+    """Zeros in the element type of `like`, beside it."""
+    return module(like).zeros(shape, dtype=like.dtype, **_beside(like))
+
+
+def constant_of(x):
+    """x as a constant of differentiation: a choice made from it carries no gradient."""
+    return x.detach() if kind(x) == "torch" else x
 
 
 def running(x, axis: int):
@@ -166,6 +186,43 @@ def scatter(size: int, index, values, fill: int = 0):
     else:
         out[index] = values
     return out[:size]
+
+
+def argsort(x):
+    """Indices that sort the last axis, equal values in their order, int32."""
+    name = kind(x)
+    if name == "torch":
+        import torch
+        return torch.argsort(x, dim=-1, stable=True).to(torch.int32)
+    return (np.argsort(x, -1, kind="stable") if name == "numpy" else x.argsort(-1)).astype("int32")  # CuPy's and JAX's are stable
+
+
+def along(x, index):
+    """x[..., index] along the last axis; all other axes are equal, the index is in range."""
+    lib = module(x)
+    return lib.take_along_dim(x, index.long(), -1) if kind(x) == "torch" else lib.take_along_axis(x, index, -1)
+
+
+def add_rows(rows: int, index, values):
+    """Sums [B,H,rows,D] of values [B,C,H,n,D] by their rows index [B,C,H,n], which differ within one [b,c,h] (-1 is the last row, where more may meet); the order of additions is fixed."""
+    B, C, H, _, D = values.shape
+    b, h = arange(index, B)[:, None, None], arange(index, H)[:, None]
+    out = module(values).zeros((B, H, rows, D), dtype=values.dtype, **_beside(values))
+    if kind(values) == "torch":  # in sorted order, on CUDA too
+        b, h = b[:, None].expand(index.shape), h.expand(index.shape)
+        return out.index_put((b.long(), h.long(), index.long()), values, accumulate=True)
+    for c in range(C):
+        if kind(values) == "jax":
+            out = out.at[b, h, index[:, c]].add(values[:, c])
+        else:
+            out[b, h, index[:, c]] += values[:, c]
+    return out
+
+
+def take_rows(x, heads, index):
+    """x [B,H,N,D] at rows index [B,C,Hq,n] of the heads [Hq]: [B,C,Hq,n,D]. An index below 0 takes some row."""
+    b = arange(index, int(index.shape[0]))[:, None, None, None]
+    return x[b.long(), heads[:, None].long(), index.long()] if kind(x) == "torch" else x[b, heads[:, None], index]
 
 
 def to_numpy(x) -> np.ndarray:

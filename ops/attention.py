@@ -127,7 +127,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     checks.lengths("kv_length", kv_length, (B,), "[B]")
     if q_start is None:
         q_start = None if kv_length is not None else S - T
-    elif arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
@@ -220,7 +220,7 @@ def lists_for(call: Call, config: dict, place) -> tuple[Lists, ...]:
             step = 1 if rule.needs_exact_S else max(256, 1 << max(0, S.bit_length() - 4))
             capacity = -(-S // step) * step
     else:  # positions are known on the device only
-        first, last, capacity = -T, S if call.q_start is None else S + T, S
+        first, last, capacity = -T, rule.extent(S) + (0 if call.q_start is None else T), S
     key = (rule, first, last, capacity, block_q, block_k, Hq, native, place.device, place.caller)
     parts = _lists.get(key)
     if parts is None:
@@ -330,8 +330,8 @@ def _backward(call, choice, place, out, lse, dout, dlse):
     for run in runs[1:]:
         grads = tuple(place.add(a, b) for a, b in zip(grads, run(wide)))
     dq, dk, dv = grads
-    if call.v is None:
-        dk, dv = place.add(dk, dv), None
+    if call.v is None:  # a kernel may have added them itself
+        dk, dv = dk if dv is None else place.add(dk, dv), None
     if not exact:
         dq, dk, dv = (None if g is None else place.cast(g, kind) for g in (dq, dk, dv))
     return dq, dk, dv, dsink

@@ -108,6 +108,19 @@ def hops(pattern, T: int) -> int | None:
     return layers + 1
 
 
+def hops_in_order(layers, causal: bool, T: int) -> int | None:
+    """How many of these layers, [T,T] booleans in their order, until every position has heard of every other (causal: of every earlier one); None if they do not suffice."""
+    goal = _words(np.tri(T, dtype=bool) if causal else np.ones((T, T), bool))
+    reach = _words(np.eye(T, dtype=bool))
+    if np.array_equal(reach, goal):
+        return 0
+    for n, edges in enumerate(layers, 1):
+        reach = _compose(_words(edges), reach)
+        if np.array_equal(reach, goal):
+            return n
+    return None
+
+
 def _words(mask):
     padded = np.zeros((mask.shape[0], -(-mask.shape[1] // 64) * 64), bool)
     padded[:, :mask.shape[1]] = mask

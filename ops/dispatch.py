@@ -142,6 +142,9 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
             raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}; choose one of these")
     full = {**module.default_config(problem), **config}
     asked = module.resources(problem, full)
+    if not isinstance(asked, Resources) and "path" in known and "path" not in config:  # the default's variant has no room for this; the portable one always has
+        full = {**{name: knob.values[0] for name, knob in known.items()}, **config}
+        asked = module.resources(problem, full)
     if not isinstance(asked, Resources):
         raise Unsupported(f"{origin}: {asked}")
     return full

@@ -196,7 +196,7 @@ def check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activ
     checks.choice("activation", activation, ("relu", None))
     if q_start is None:
         q_start = S - T
-    elif arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)

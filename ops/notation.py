@@ -64,6 +64,7 @@ _WRITERS = {
     pt.Window: lambda p: _window((p.left, p.right, p.block)),
     pt.Dilated: lambda p: f"Dilated({p.left}, {p.right}, {p.step})",
     pt.Strided: lambda p: f"Strided({p.stride})",
+    pt.Compressed: lambda p: f"Compressed({p.block}, {p.stride})",
     pt.Fixed: lambda p: f"Fixed({p.stride}, {p.summary})",
     pt.Global: lambda p: f"Global({_tokens(p)}" + (")" if p.symmetric else ", symmetric=False)"),
     pt.Sink: lambda p: f"Sink({p.n})",
@@ -79,7 +80,7 @@ _WRITERS = {
 
 # ------------------------------------------------------------------------------------------------ reading
 _NAMES = {name: getattr(pt, name) for name in (
-    "Full", "Causal", "Window", "Dilated", "Strided", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead")}
+    "Full", "Causal", "Window", "Dilated", "Strided", "Compressed", "Fixed", "Global", "Sink", "RandomBlocks", "Documents", "PerHead")}
 _NAMES["Blocks"] = lambda mask, *args, **kwargs: pt.Blocks(unpack(mask) if isinstance(mask, str) else np.asarray(mask), *args, **kwargs)
 _OPERATORS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 
@@ -141,6 +142,7 @@ _FIELDS = {  # YAML name -> class name, fields with their defaults (... is requi
     "window": ("Window", {"left": None, "right": 0, "block": 1}),
     "dilated": ("Dilated", {"left": ..., "right": ..., "step": ...}),
     "strided": ("Strided", {"stride": ...}),
+    "compressed": ("Compressed", {"block": ..., "stride": ...}),
     "fixed": ("Fixed", {"stride": ..., "summary": ...}),
     "global": ("Global", {"tokens": ..., "symmetric": True}),
     "sink": ("Sink", {"n": ...}),

@@ -165,6 +165,10 @@ class Pattern:
         """Whether it depends on the number of keys itself: RandomBlocks that are not causal. Others may be lowered once for a larger S."""
         return any(part.needs_exact_S for part in self._children())
 
+    def extent(self, S: int) -> int:
+        """How many positions S keys stand for: queries at or past it are past all keys."""
+        return max((part.extent(S) for part in self._children()), default=S)
+
     # ---- what is seen
     def visible(self, p, s, S: int | None = None):
         """Booleans: does the query at `p` see the key at `s`; p and s are integers or integer arrays (NumPy, PyTorch, CuPy, JAX) that broadcast.

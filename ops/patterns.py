@@ -97,6 +97,30 @@ class Strided(Pattern):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Compressed(Pattern):
+    """s * stride + block - 1 <= p: key s stands for `block` positions from s * stride on and is seen once the last of them is not past the query.
+
+    Queries count positions, keys count compressed blocks: the compressed branch of Native Sparse Attention (arXiv:2502.11089, equation 7).
+    """
+    block: int
+    stride: int
+
+    def __post_init__(self):
+        for name in ("block", "stride"):
+            object.__setattr__(self, name, integer("Compressed", name, getattr(self, name), 1, most=2 ** 30))
+
+    def extent(self, S):
+        return S * self.stride + self.block - 1
+
+    def last(self, p):
+        """The last key that a query at p sees; negative where it sees none."""
+        return (p - (self.block - 1)) // self.stride
+
+    def _see(self, p, s, S):
+        return s <= self.last(p)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Fixed(Pattern):
     """s // stride == p // stride, or s % stride >= stride - summary: Sparse Transformer's fixed attention (stride l, summary c), without its causality."""
     stride: int

@@ -1,7 +1,12 @@
-"""Layer plans: which pattern or selector each layer of a model uses, as plain data."""
+"""Layer plans: which pattern, selector or other call each layer of a model uses, as plain data."""
 from dataclasses import dataclass, fields
+from importlib import import_module
+
+import numpy as np
 
 from sparsetile.ops.patterns import Pattern, integer, shown
+
+_PACKAGE = __name__.rpartition(".ops.")[0]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,12 @@ class Selector:
         if not isinstance(self.causal, bool):
             raise TypeError(f"Selector: causal must be True or False, got {shown(self.causal)}; pass a bool")
 
+    def sure(self, T: int) -> np.ndarray:
+        """[T,T] booleans: the keys that it takes whatever the scores are: forced blocks, and all where there are no more than top_k."""
+        p, blocks = np.arange(T)[:, None], np.arange(T) // self.pool
+        visible = p // self.pool + 1 if self.causal else -(-T // self.pool)  # blocks that a query sees
+        return ((visible <= self.top_k) | (blocks < self.force_first) | (blocks >= visible - self.force_last)) & ((np.arange(T) <= p) | (not self.causal))
+
     def arguments(self) -> dict:
         """Keyword arguments for the op named by `kind`."""
         return {"top_k": self.top_k} | ({} if self.kind == "topk" else {name: getattr(self, name) for name in ("pool", "force_first", "force_last", "causal")})
@@ -45,9 +56,55 @@ class Selector:
             raise ValueError(f"{where}: {error}") from None
 
 
+@dataclass(frozen=True, init=False)
+class Call:
+    """A layer that calls a public function of sparsetile as function(q, k, v, **arguments), e.g. Call("performer_attention", features=128, causal=True).
+
+    function   its name; arguments: numbers, words, True, False or None. It is looked up when the plan runs
+    """
+    function: str
+    arguments: tuple
+
+    def __init__(self, function: str, **arguments):
+        if not isinstance(function, str) or not function.isidentifier():
+            raise ValueError(f'Call: function must be the name of a public function, got {shown(function)}; e.g. "performer_attention"')
+        for name, value in arguments.items():
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                raise TypeError(f"Call: {name} must be a number, a word, True, False or None, got {shown(value)}; arrays are no part of a plan")
+        object.__setattr__(self, "function", function), object.__setattr__(self, "arguments", tuple(sorted(arguments.items())))
+
+    @property
+    def causal(self) -> bool:
+        return bool(dict(self.arguments).get("causal", False))
+
+    def run(self, q, k, v):
+        """What the function answers."""
+        face = import_module(_PACKAGE)
+        if self.function not in face.__all__:
+            raise ValueError(f"Call: function must be a public function of sparsetile, got {self.function!r}; see sparsetile.__all__")
+        return getattr(face, self.function)(q, k, v, **dict(self.arguments))
+
+    def __repr__(self):
+        return f"{self.function}({', '.join(f'{name}={value!r}' for name, value in self.arguments)})"
+
+    def to_data(self):
+        """Plain data: the function and its arguments."""
+        return {"function": self.function, **dict(self.arguments)}
+
+    @classmethod
+    def from_data(cls, data, where="call") -> "Call":
+        """The call of plain data, checked."""
+        if not isinstance(data, dict) or "function" not in data or any(not isinstance(name, str) for name in data):
+            raise ValueError(f"{where}: expected function and its arguments, got {shown(data)}; see Call.to_data")
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
 @dataclass(frozen=True)
 class LayerPlan:
-    """One pattern or selector per layer. `plan[layer]` is it; equal plans are equal and hash alike; YAML round trip.
+    """One pattern, selector or call per layer. `plan[layer]` is it; equal plans are equal and hash alike; YAML round trip.
 
         LayerPlan.of([(range(0, 11), longformer(512)), (range(11, 21), Selector(top_k=2048)), (range(21, 31), longformer(512)), (31, dense())])
     """
@@ -55,13 +112,13 @@ class LayerPlan:
 
     @classmethod
     def of(cls, entries) -> "LayerPlan":
-        """From (layers, rule) pairs: layers an integer or a collection of them, together 0 .. n - 1, each once; rule a Pattern or a Selector."""
+        """From (layers, rule) pairs: layers an integer or a collection of them, together 0 .. n - 1, each once; rule a Pattern, a Selector or a Call."""
         found = {}
         if not isinstance(entries, (list, tuple)) or any(not isinstance(entry, (list, tuple)) or len(entry) != 2 for entry in entries):
             raise TypeError(f"LayerPlan: expected a list of pairs (layers, rule), got {shown(entries)}; e.g. [(range(12), Causal())]")
         for layers, rule in entries:
-            if not isinstance(rule, (Pattern, Selector)):
-                raise TypeError(f"LayerPlan: layers {layers} must have a Pattern or a Selector, got {type(rule).__name__}; e.g. Causal() or Selector(top_k=2048)")
+            if not isinstance(rule, (Pattern, Selector, Call)):
+                raise TypeError(f"LayerPlan: layers {layers} must have a Pattern, a Selector or a Call, got {type(rule).__name__}; e.g. Causal() or Selector(top_k=2048)")
             for layer in layers if hasattr(layers, "__iter__") else (layers,):
                 layer = integer("LayerPlan", "layer", layer)
                 if layer in found:
@@ -81,7 +138,8 @@ class LayerPlan:
     def __getitem__(self, layer: int):
         return self.rules[layer]
 
-    def _runs(self):
+    def runs(self):
+        """(first, last, rule) of layers in a row that are alike."""
         start = 0
         for layer in range(1, len(self.rules) + 1):
             if layer == len(self.rules) or self.rules[layer] != self.rules[start]:
@@ -89,22 +147,35 @@ class LayerPlan:
                 start = layer
 
     def __str__(self):
-        return "\n".join(f"layers {a}-{b}: {rule!r}" if b > a else f"layer {a}: {rule!r}" for a, b, rule in self._runs())
+        return "\n".join(f"layers {a}-{b}: {rule!r}" if b > a else f"layer {a}: {rule!r}" for a, b, rule in self.runs())
+
+    def hops(self, T: int, chosen: str = "none") -> int | None:
+        """Layers of this plan, from the first, until every position has heard of every other, or, where no layer sees later keys, of every earlier one; None if it never has.
+
+        chosen   "none": what content decides shows only what it is sure to (Selector.sure), and a Call nothing: the plan reaches this far for every text.
+                 "any": a choice may fall on any key, a Call's summary holds them all: no text reaches farther
+        As in Pattern.hops a layer keeps what a position has; here the layers come in their order, each once.
+        """
+        from sparsetile.ops.counting import hops_in_order
+        if chosen not in ("none", "any"):
+            raise ValueError(f'chosen: expected "none" or "any", got {shown(chosen)}; choose one of these')
+        T = integer("hops", "T", T, 1)
+        return hops_in_order((_edges(rule, T, chosen) for rule in self.rules), all(_is_causal(rule, T) for rule in self.rules), T)
 
     def pairs(self, T: int, S: int) -> int:
-        """(query, key) pairs of all layers, one head each; a selector counts top_k * pool keys a query (no more than there are, nor than causality shows)."""
+        """(query, key) pairs of all layers, one head each; a selector counts top_k * pool keys a query (no more than there are, nor than causality shows), a call none: it has no pairs."""
         total = 0
-        for a, b, rule in self._runs():
+        for a, b, rule in self.runs():
             if isinstance(rule, Pattern):
                 total += (b - a + 1) * rule.pairs(T, S) // len(rule.head_map())
-            else:
+            elif isinstance(rule, Selector):
                 most = rule.top_k * rule.pool
                 total += (b - a + 1) * sum(min(most, max(0, S - T + t + 1) if rule.causal else S) for t in range(T))
         return total
 
     def to_data(self):
-        """A list of {layers: [first, last], pattern: ...} or {layers: ..., selector: ...}."""
-        return [{"layers": [a, b], "pattern" if isinstance(rule, Pattern) else "selector": rule.to_data()} for a, b, rule in self._runs()]
+        """A list of {layers: [first, last], pattern: ...}, {layers: ..., selector: ...} or {layers: ..., call: ...}."""
+        return [{"layers": [a, b], _word(rule): rule.to_data()} for a, b, rule in self.runs()]
 
     @classmethod
     def from_data(cls, data) -> "LayerPlan":
@@ -115,13 +186,14 @@ class LayerPlan:
         entries = []
         for n, entry in enumerate(data):
             where = f"plan[{n}]"
-            if not isinstance(entry, dict) or set(entry) not in ({"layers", "pattern"}, {"layers", "selector"}):
-                raise ValueError(f"{where}: expected layers and either pattern or selector, got {shown(entry)}; see LayerPlan.to_data")
+            if not isinstance(entry, dict) or set(entry) not in ({"layers", "pattern"}, {"layers", "selector"}, {"layers", "call"}):
+                raise ValueError(f"{where}: expected layers and one of pattern, selector and call, got {shown(entry)}; see LayerPlan.to_data")
             layers = entry["layers"]
             layers = [layers, layers] if type(layers) is int else layers
             if not isinstance(layers, list) or len(layers) != 2 or any(type(x) is not int for x in layers) or not 0 <= layers[0] <= layers[1] < 2 ** 20:
                 raise ValueError(f"{where}.layers: expected a layer or [first, last], got {shown(entry['layers'])}; count from 0")
-            rule = from_data(entry["pattern"], f"{where}.pattern") if "pattern" in entry else Selector.from_data(entry["selector"], f"{where}.selector")
+            word = next(word for word in entry if word != "layers")
+            rule = {"pattern": from_data, "selector": Selector.from_data, "call": Call.from_data}[word](entry[word], f"{where}.{word}")
             entries.append((range(layers[0], layers[1] + 1), rule))
         return cls.of(entries)
 
@@ -135,3 +207,22 @@ class LayerPlan:
         """The plan of a YAML text: safe loader, no aliases, size limit, schema checked."""
         from sparsetile.ops.notation import load_yaml
         return cls.from_data(load_yaml(text, "plan"))
+
+
+def _word(rule) -> str:
+    return "pattern" if isinstance(rule, Pattern) else "selector" if isinstance(rule, Selector) else "call"
+
+
+def _is_causal(rule, T: int) -> bool:
+    return not any(np.triu(part.mask(T, T), 1).any() for part in rule.rules()) if isinstance(rule, Pattern) else rule.causal
+
+
+def _edges(rule, T: int, chosen: str) -> np.ndarray:
+    """[T,T] booleans: from which keys a layer of this rule brings something to a position, itself always."""
+    if isinstance(rule, Pattern):
+        seen = np.logical_or.reduce([part.mask(T, T) for part in rule.rules()])
+    elif chosen == "any":
+        seen = np.tri(T, dtype=bool) if rule.causal else np.ones((T, T), bool)
+    else:
+        seen = rule.sure(T) if isinstance(rule, Selector) else np.zeros((T, T), bool)
+    return seen | np.eye(T, dtype=bool)

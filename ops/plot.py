@@ -6,7 +6,7 @@ from sparsetile.ops import regions
 
 _SHADES = " ░▒▓█"
 _COLOURS = {"window": "#7fb3d5", "global": "#f1948a", "random": "#f5b041", "strided": "#82c99d", "blocks": "#a9a4d9", "documents": "#b7b76b", "sink": "#d98cb3", "other": "#9aa5ab"}
-_NAMES = {pt.Window: "window", pt.Dilated: "strided", pt.Strided: "strided", pt.Fixed: "strided", regions.Columns: "strided", pt.Global: "global",
+_NAMES = {pt.Window: "window", pt.Dilated: "strided", pt.Strided: "strided", pt.Compressed: "strided", pt.Fixed: "strided", regions.Columns: "strided", pt.Global: "global",
           pt.Sink: "sink", pt.RandomBlocks: "random", pt.Blocks: "blocks", pt.Documents: "documents"}
 
 

@@ -217,6 +217,7 @@ _STATE = {
     pt.Window: _window,
     pt.Dilated: lambda d, t: _multiples(t, d.step, d.left, d.right),
     pt.Strided: lambda d, t: _multiples(t, d.stride, None, None),
+    pt.Compressed: lambda c, t: _tri(t.s_hi <= c.last(t.p_lo), t.s_lo <= c.last(t.p_hi)),
     Columns: _columns,
     pt.Global: lambda g, t: _tri(*_members(g.bounds, t.s_lo, t.s_hi)),
     Rows: lambda r, t: _tri(*_members(r.keys.bounds, t.p_lo, t.p_hi)),
@@ -285,6 +286,7 @@ def _explicit_signature(rule, t):
 _SIGNATURE = {
     pt.Window: _window_signature, pt.Dilated: _dilated_signature,
     pt.Strided: lambda d, t: ((t.p0 - t.s0) % d.stride,),
+    pt.Compressed: lambda c, t: (t.p0 - t.s0 * c.stride,),
     Columns: lambda c, t: (t.s0 % c.stride,),
     pt.Global: lambda g, t: (t.s0,), Rows: lambda r, t: (t.p0,), pt.Sink: lambda k, t: (t.s0,),
     pt.Documents: _documents_signature, pt.Blocks: _explicit_signature, pt.RandomBlocks: _explicit_signature,

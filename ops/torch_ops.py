@@ -13,6 +13,7 @@ import torch
 
 from sparsetile.backends.contract import Lists
 from sparsetile.ops import attention as attention_op
+from sparsetile.ops import importance as importance_op
 from sparsetile.ops import indexer as indexer_op
 from sparsetile.ops import latent as latent_op
 from sparsetile.ops import merge as merge_op
@@ -305,6 +306,33 @@ _topk = _define("topk(Tensor scores, SymInt top_k, Tensor? key_start, Tensor? ke
 
 def topk(scores, top_k, key_start, key_end, backend):
     return _topk(scores.detach(), top_k, key_start, key_end, backend or "")
+
+
+def _importance_run(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, start, force_first, force_last, return_scores, backend, config):
+    start = q_start if q_start is not None else None if start == _FROM_LENGTH else start
+    indices, lengths, scores = importance_op.select(importance_op.Call(
+        q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, start, force_first, force_last, return_scores, backend or None,
+        json.loads(config) if config else None, "torch", _device(q)))
+    return indices, lengths, q.new_empty(0, dtype=torch.float32) if scores is None else scores
+
+
+def _importance_fake(q, k, lse, top_k, *rest):
+    rows = q.shape[0], k.shape[1], q.shape[2]
+    return (q.new_empty((*rows, top_k), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32),
+            q.new_empty((*rows, top_k) if rest[-3] else 0, dtype=torch.float32))
+
+
+_importance = _define("importance_topk(Tensor q, Tensor k, Tensor lse, SymInt top_k, int block, int stride, int select_block, SymInt keys, float scale, Tensor? kv_length, "
+                      "Tensor? q_start, SymInt start, int force_first, int force_last, bool return_scores, str backend, str config) -> (Tensor, Tensor, Tensor)",
+                      _importance_run, _importance_fake)
+
+
+def importance_topk(call):
+    device_start = None if call.q_start is None or isinstance(call.q_start, (int, torch.SymInt)) else call.q_start
+    start = _FROM_LENGTH if call.q_start is None else 0 if device_start is not None else call.q_start
+    indices, lengths, scores = _importance(call.q.detach(), call.k.detach(), call.lse.detach(), call.top_k, call.block, call.stride, call.select_block, call.keys, call.scale, call.kv_length,
+                                           device_start, start, call.force_first, call.force_last, call.return_scores, call.backend or "", _options(call.config))
+    return indices, lengths, scores if call.return_scores else None
 
 
 _decompress = _define("latent_decompress(Tensor latent, Tensor w_uk, Tensor w_uv, Tensor? k_rope, Tensor? latent_scale, str backend) -> (Tensor, Tensor)",

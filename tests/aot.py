@@ -28,7 +28,8 @@ def compile_for(artifact: dict, arch: str):
     names, kinds, fixed = fn.arg_names, artifact["signature"], artifact["constexprs"]
     constants = {(i,): fixed.get(name) for i, name in enumerate(names) if name not in kinds}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in artifact.get("div16", ())}
-    source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn=fn, signature={name: kinds.get(name, "constexpr") for name in names}, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if fn.is_gluon() else ASTSource
+    source = kind(fn=fn, signature={name: kinds.get(name, "constexpr") for name in names}, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=dict(artifact.get("options", {})))
 
 
@@ -45,6 +46,17 @@ def cubin_resources(cubin: bytes) -> dict:
     return dict(registers=int(found[0]["REG"]), spills=int(found[0]["STACK"]) + int(found[0]["LOCAL"]))
 
 
+def said_by_ptxas(ptx: str) -> list:
+    """Numbers of ptxas's messages on warpgroup products: C75xx it serialised them, C76xx it ignored a register budget."""
+    import triton.backends.nvidia as nvidia
+    tool = Path(nvidia.__file__).parent / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        text = subprocess.run([tool, "-arch=sm_90a", "-v", file.name, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+    return sorted(set(re.findall(r"\bC7[56]\d\d\b", text)))
+
+
 def amd_resources(text: str) -> dict:
     """The same from AMD's assembly; spilled registers are counted in bytes a thread."""
     number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text)}
@@ -54,18 +66,20 @@ def amd_resources(text: str) -> dict:
 def digest(artifact: dict, arch: str) -> str:
     import triton
     fn = artifact["fn"]
-    parts = [fn.cache_key, arch, triton.__version__] + [sorted(map(repr, artifact.get(name, {}).items())) for name in ("signature", "constexprs", "options")]
+    parts = [fn.cache_key, arch, triton.__version__, "said"] + [sorted(map(repr, artifact.get(name, {}).items())) for name in ("signature", "constexprs", "options")]
     return hashlib.sha256(repr(parts + [sorted(artifact.get("div16", ()))]).encode()).hexdigest()[:32]
 
 
 def resources(artifact: dict, arch: str) -> dict:
-    """{"registers", "spills" (bytes a thread), "shared" (bytes), "threads"} of one artifact on one target; compiled once per digest."""
+    """{"registers", "spills" (bytes a thread), "shared" (bytes), "threads"} of one artifact on one target, on Hopper what ptxas "said"; compiled once per digest."""
     file = cache_folder() / f"{digest(artifact, arch)}.json"
     if file.is_file():
         return json.loads(file.read_text())
     kernel = compile_for(artifact, arch)
     if "cubin" in kernel.asm:
         found = cubin_resources(kernel.asm["cubin"])
+        if arch == "sm_90a":
+            found["said"] = said_by_ptxas(kernel.asm["ptx"])
     else:
         found = amd_resources(kernel.asm["amdgcn"])
     found |= dict(shared=kernel.metadata.shared, threads=kernel.metadata.num_warps * TARGETS[arch][2])

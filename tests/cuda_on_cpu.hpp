@@ -121,6 +121,7 @@ static inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y
 static inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 static inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 template <class T> static T __ldg(const T* p) { return *p; }
+static inline int __float2int_rn(float x) { return isnan(x) ? 0 : x >= 2147483648.f ? 2147483647 : x < -2147483648.f ? -2147483647 - 1 : (int)lrintf(x); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdividef(float a, float b) { return a / b; }
 template <class T> static T atomicOr(T* p, T v) { T old = *p; *p |= v; return old; }

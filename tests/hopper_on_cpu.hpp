@@ -124,44 +124,18 @@ template <int N> static inline void emulate_wgmma_e4m3(float (&d)[N / 2], uint64
   });
 }
 
-// A in registers, 16 values of k; B [16, N] of 16-bit values: rows of k, 64 columns each (columns), or rows of N, k along them
-template <int N> static inline void emulate_wgmma_registers(float (&d)[N / 2], const uint32_t* a, uint64_t b, int acc, bool bf16, bool columns) {
-  using namespace emulate;
-  static uint32_t given[MOST][4];
-  memcpy(given[now], a, 16);
-  product[now] = {d, 0, b, acc};
-  const int first = now / 128 * 128;
-  arrive(warpgroup[now / 128], 128, [=] {
-    static float A[64][16], B[16][N];
-    const uint32_t at = tile_of_descriptor(product[first].b), tile = at & ~1023u;
-    for (int t = 0; t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
-      A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
-    for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) {
-      const uint32_t where = columns ? at + n / 64 * 8192 + emulate_swizzle(k, n % 64 * 2) : tile + emulate_swizzle(n, (at & 127) + 2 * k);
-      uint16_t x; memcpy(&x, emulate_shared() + where, 2);
-      B[k][n] = wide(x, bf16);
-    }
-    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
-      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
-      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
-      for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
-      product[first + t].d[i] = s;
-    }
-  });
-}
-
-// Element (row, k) of an operand of 16-bit values as its descriptor says; rows are M or N. columns: the tile's rows are k, 64 columns each.
+// Element (row, k) of an operand of 16-bit values as its descriptor says; rows are M or N. columns: the tile's rows are k, as many columns each as the swizzle is wide.
 static inline float emulate_element(uint64_t descriptor, int row, int k, bool columns, bool bf16) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4, swizzle = descriptor >> 62;
   const uint32_t width = 256 >> swizzle;  // 128, 64 or 32 bytes a row
-  uint32_t at = columns ? start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2 : start + row / 8 * stride + row % 8 * width + k * 2;
+  uint32_t at = columns ? start + row / (width / 2) * leading + k / 8 * stride + k % 8 * width + row % (width / 2) * 2 : start + row / 8 * stride + row % 8 * width + k * 2;
   at ^= (at >> 7 & (width / 16 - 1)) << 4;  // the pattern follows the address
   uint16_t x; memcpy(&x, emulate_shared() + at, 2);
   return emulate::wide(x, bf16);
 }
 
-// N columns, 16 values of k: A in registers (a) or in shared memory (da), B in shared memory
-template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t da, uint64_t db, int acc, bool bf16, bool columns) {
+// N columns, 16 values of k: A in registers (a) or in shared memory (da; a_columns: its rows are k), B in shared memory
+template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint32_t* a, uint64_t da, uint64_t db, int acc, bool bf16, bool columns, bool a_columns = false) {
   using namespace emulate;
   static uint32_t given[MOST][4];
   if (a) memcpy(given[now], a, 16);
@@ -172,7 +146,7 @@ template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint3
     static float A[64][16], B[16][N];
     for (int t = 0; held && t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
       A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
-    for (int m = 0; !held && m < 64; m++) for (int k = 0; k < 16; k++) A[m][k] = emulate_element(product[first].a, m, k, false, bf16);
+    for (int m = 0; !held && m < 64; m++) for (int k = 0; k < 16; k++) A[m][k] = emulate_element(product[first].a, m, k, a_columns, bf16);
     for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) B[k][n] = emulate_element(product[first].b, n, k, columns, bf16);
     for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
       const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
@@ -189,10 +163,10 @@ static inline void emulate_bulk_load(uint32_t to, const void* from, int bytes, u
   memcpy(emulate_shared() + to, from, bytes);
   emulate_barrier_bytes(bar, -bytes);
 }
-static inline void emulate_bulk_store(float* to, uint32_t from, int bytes, bool add) {
+template <class T> static inline void emulate_bulk_store(T* to, uint32_t from, int bytes, bool add) {
   if (from % 16 || bytes % 16 || (uintptr_t)to % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }
-  const float* x = (const float*)(emulate_shared() + from);
-  for (int i = 0; i < bytes / 4; i++) to[i] = add ? to[i] + x[i] : x[i];
+  const T* x = (const T*)(emulate_shared() + from);
+  for (int i = 0; i < bytes / (int)sizeof(T); i++) to[i] = add ? to[i] + x[i] : x[i];
 }
 static inline void emulate_wait_equal(const int* counter, int value) { while (*(const volatile int*)counter != value) emulate::yield(); }
 static inline void emulate_stmatrix_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -12,22 +12,26 @@ def normal(rng, shape, dtype, scale=1.0):
     return (rng.standard_normal(shape) * scale).astype(dtype)
 
 
-def attention(on, q, k, v, rule, count, *, scale=None, softcap=None, sink_logits=None, value_width=None, name="", **options):
-    """sparse_attention's out and lse. v=None: the first value_width columns of k."""
-    width = None if v is not None else value_width
-    out, lse = arrays(*on.sparse_attention(q, k, v, rule, scale=scale, softcap=softcap, sink_logits=sink_logits, value_width=width, return_lse=True, **options))
-    values = k[..., :value_width] if v is None else v
+def attention(on, q, k, v, rule, count, *, scale=None, softcap=None, sink_logits=None, value_width=None, name="", op="sparse_attention", **options):
+    """sparse_attention's out and lse, or those of a system that takes its arguments (op, with rule None). v=None: the first value_width columns of k."""
+    width, rule = None if v is not None else value_width, () if rule is None else (rule,)
+    out, lse = arrays(*getattr(on, op)(q, k, v, *rule, scale=scale, softcap=softcap, sink_logits=sink_logits, value_width=width, return_lse=True, **options))
+    answer(out, lse, q, k, k[..., :value_width] if v is None else v, count, scale=scale, softcap=softcap, sink_logits=sink_logits, name=name)
+    return out, lse
+
+
+def answer(out, lse, q, k, v, count, *, scale=None, softcap=None, sink_logits=None, name=""):
+    """An attention's out and lse by the policy."""
     how = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, sink_logits=sink_logits)
-    (truth, truth_lse), (measure, measure_lse) = oracle.attention(q, k, values, count, **how), plain.attention(q, k, values, count, **how)
+    (truth, truth_lse), (measure, measure_lse) = oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)
     S, D = k.shape[2:]
     assert_close(name + "out", out, truth, measure, reduction=S + D)
     rows = lambda x: x.reshape(len(x), -1)  # one number a query: its row is the sample, for an lse may be nothing but cancellation
     assert lse.shape == truth_lse.shape, f"{name}lse: shape {lse.shape}"
     assert_close(name + "lse", rows(lse), rows(truth_lse), rows(measure_lse), reduction=S + D)
-    return out, lse
 
 
-def gradients(on, q, k, v, rule, count, rng, *, scale=None, softcap=None, sink_logits=None, with_lse=False, poison=None, deterministic=True, **options):
+def gradients(on, q, k, v, rule, count, rng, *, scale=None, softcap=None, sink_logits=None, with_lse=False, poison=None, deterministic=True, op="sparse_attention", **options):
     """Gradients of sum(out * dout) [+ sum(lse * dlse)] by torch autograd. poison: a function that spoils k and v where no query sees them."""
     import sparsetile
     put_k, put_v = (k, v) if poison is None else (poison(k), poison(v))
@@ -35,8 +39,8 @@ def gradients(on, q, k, v, rule, count, rng, *, scale=None, softcap=None, sink_l
     sink = None if sink_logits is None else on.tensor(sink_logits, True)
     options = {name: on.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     try:
-        out, lse = sparsetile.sparse_attention(*tensors, rule, scale=scale, softcap=softcap, sink_logits=sink, return_lse=True, deterministic=deterministic,
-                                               backend=on.backend, **options)
+        out, lse = getattr(sparsetile, op)(*tensors, *([] if rule is None else [rule]), scale=scale, softcap=softcap, sink_logits=sink, return_lse=True,
+                                           deterministic=deterministic, backend=on.backend, **options)
         dout = normal(rng, tuple(out.shape), q.dtype)
         dlse = normal(rng, tuple(lse.shape), np.float64 if q.dtype == np.float64 else np.float32) if with_lse else None
         import torch

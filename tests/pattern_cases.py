@@ -15,6 +15,8 @@ def sees(rule, p: int, s: int, S: int) -> bool:
         return (rule.left is None or p - rule.left <= s) and (rule.right is None or s <= p + rule.right) and (p - s) % rule.step == 0
     if name == "Strided":
         return (p - s) % rule.stride == 0
+    if name == "Compressed":
+        return s * rule.stride + rule.block - 1 <= p
     if name == "Fixed":
         return s // rule.stride == p // rule.stride or s % rule.stride >= rule.stride - rule.summary
     if name == "Global":
@@ -99,6 +101,7 @@ atoms = st.one_of(
     st.just(pt.Full()), st.just(pt.Causal()),
     st.builds(pt.Window, _side, _side), st.builds(pt.Window, _side, _side, st.integers(1, 70)),
     st.builds(pt.Dilated, _side, _side, st.integers(1, 9)), st.builds(pt.Strided, st.integers(1, 70)),
+    st.builds(pt.Compressed, st.integers(1, 40), st.integers(1, 20)),
     st.tuples(st.integers(1, 40), st.integers(0, 40)).map(lambda x: pt.Fixed(x[0], min(x))),
     st.builds(pt.Global, st.lists(st.integers(0, 260), max_size=12), st.booleans()), st.builds(lambda a, n: pt.Global(range(a, a + n)), st.integers(0, 90), st.integers(0, 90)),
     st.builds(pt.Sink, st.integers(0, 150)), st.builds(pt.Documents, st.lists(st.integers(0, 90), max_size=7)), _blocks(None),

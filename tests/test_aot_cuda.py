@@ -17,7 +17,8 @@ HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
-    "block_attention_backward_hopper": 288,
+    "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
+    "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
 
 
@@ -48,6 +49,8 @@ def cases():
         yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
         weights = HALF if kind.startswith("float8") else kind
         yield "latent_decompress", kind, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=kind, w_uk=weights, w_uv=weights), ("scale",))
+    for kind, Hq, D in ((HALF, 64, 128), ("float16", 28, 72), (SINGLE, 64, 128)):
+        yield "importance_topk", f"{kind}-h{Hq}:4-d{D}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=8192, C=511, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
@@ -65,8 +68,8 @@ def compiler():
 @pytest.mark.parametrize("op, name, case", [pytest.param(*c, id=f"{c[0]}-{c[1]}") for c in cases()])
 def test_budget(op, name, case, arch):
     kernel = importlib.import_module(f"sparsetile.backends.cupy.{op}")
-    dims, dtypes, features = case
-    problem = Problem.of(op, dims, dtypes, arch, features)
+    dims, dtypes, features, *granularity = case
+    problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     assert kernel.supports(problem) is None
     config = kernel.default_config(problem)
     asked = kernel.resources(problem, config)
@@ -81,6 +84,18 @@ def test_budget(op, name, case, arch):
             assert used["registers"] <= 255
             assert used["spills"] <= SPILLS.get(artifact["source"], 0), f"{artifact['source']}.{entry}: {used} under {artifact['defines']}"
             assert asked.shared + used["shared"] <= nvrtc.shared_limit(arch)
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("block_q", [128, 192])
+def test_narrow_heads_in_classes_spill_nothing(block_q, kind):
+    """Strided patterns take 128 rows by default; a layout or a profile may ask for 192."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.block_attention")
+    problem = Problem.of("block_attention", *attention(64, 64, kind)[:2], "sm_90a", ("static", "causal+strided+window", "order"))
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"]) == ("hopper", 128)
+    (found,) = [nvrtc.report(a["source"], a["defines"], "sm_90a") for a in kernel.artifacts(problem, {**default, "block_q": block_q}) if a["defines"].get("PARTED")]
+    assert found["forward"]["spills"] == 0, found
 
 
 @pytest.mark.parametrize("op", ATTENTION)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("sparsetile", "ops", "backends", "autotune", "profiles", "ci", "bench")
+ROOMS = ("sparsetile", "ops", "systems", "relatives", "backends", "autotune", "catalogue", "profiles", "ci", "bench")
 HEAVY = ("torch", "triton", "cupy", "numba", "optuna", "jax", "matplotlib", "rich", "scipy")
 # room -> rooms whose modules it may import
-MAY = {"profiles": {"profiles", "backends.contract"}, "ops": {"ops", "profiles", "backends"}, "autotune": {"autotune", "ops", "profiles", "backends"},
+MAY = {"profiles": {"profiles", "backends.contract"}, "ops": {"ops", "profiles", "backends"}, "systems": {"systems", "ops", "backends.contract"},
+       "relatives": {"relatives", "ops.array_operators", "ops.checks", "backends.arrays", "backends.contract"},
+       "autotune": {"autotune", "ops", "profiles", "backends", "systems", "relatives"},
+       "catalogue": {"catalogue", "systems", "relatives", "autotune", "ops", "profiles", "backends"},
        "sparsetile": {"sparsetile", "autotune.cli"}, "ci": set(ROOMS), "bench": set(ROOMS)}
 
 
@@ -50,6 +53,8 @@ def test_the_layer_test_notices():
     assert not allowed(ROOT / "backends/numba/topk.py", "sparsetile.ops.indexer.topk")
     assert not allowed(ROOT / "backends/numba/topk.py", "sparsetile.backends.reference.topk.run")
     assert not allowed(ROOT / "ops/indexer.py", "sparsetile.autotune.tune.tune")
+    assert not allowed(ROOT / "relatives/linear.py", "sparsetile.ops.attention.sparse_attention")
+    assert not allowed(ROOT / "ops/attention.py", "sparsetile.systems.moba") and not allowed(ROOT / "systems/moba.py", "sparsetile.backends.numba.topk.run")
     assert not allowed(ROOT / "profiles/lookup.py", "sparsetile.ops.dispatch")
 
 

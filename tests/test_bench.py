@@ -22,7 +22,7 @@ def test_every_row_has_a_workload_and_a_name_of_its_own():
     assert [row.name for row in gpu_rows.selected(["bigbird"])] == ["fwd BigBird 128", "bwd BigBird 128"]
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta") and any(dispatch.has_kernel(gpu, k) for gpu in ("triton", "cupy"))])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta", "append") and any(dispatch.has_kernel(gpu, k) for gpu in ("triton", "cupy"))])
 def test_the_judge_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(spot, "ROWS", 12)
@@ -131,6 +131,25 @@ def test_rows_are_listed_without_a_gpu(capsys):
     assert gpu_table.main(["--only", "no such row"]) == 2
 
 
+def test_shares_are_all_rows_once_and_are_read_together(tmp_path, capsys):
+    names = [row.name for row in gpu_rows.ROWS]
+    shares = [gpu_table.share(names, f"{n}/4") for n in (1, 2, 3, 4)]
+    assert sorted(sum(shares, [])) == sorted(names) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    for n, part in enumerate(shares):
+        events = [{"ceilings": {"bf16_tflops": 790.0}}, *({"row": name, "who": "cupy", "time_us": 1000.0 + n, "tflops": 100.0 + n, "gbs": 9} for name in part), *({"row": name, "who": "row", "done": True} for name in part)]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(map(json.dumps, events)))
+    late = {"row": names[0], "who": "row", "failed": "not measured: out of time"}
+    (tmp_path / "before.jsonl").write_text(json.dumps(late))
+    paths = [str(tmp_path / "before.jsonl"), *(str(tmp_path / f"{n}.jsonl") for n in range(4))]
+    found = gpu_table.read(paths)
+    assert found.done == set(names) and found.rows[names[6]]["cupy"]["tflops"] == 102.0 and "row" not in found.rows[names[0]]
+    assert gpu_table.main(["--read", *paths]) == 0
+    text = capsys.readouterr().out
+    assert "not measured" not in text and all(name in text for name in names)
+    with pytest.raises(SystemExit):
+        gpu_table.main(["--share", "5/4", "--list"])
+
+
 def test_a_report_counts_and_names_what_failed(tmp_path):
     from sparsetile.ci import report
     part = tmp_path / "1-of-1.xml"
@@ -141,3 +160,41 @@ def test_a_report_counts_and_names_what_failed(tmp_path):
     assert text.splitlines()[:2] == ["chip, torch 2", "1 passed, 1 failed, 1 skipped in 1 part, 4 s of processes' time"]
     assert "failed test_a::y: AssertionError: off by one" in text and "1 cupy: D # is too wide" in text
     assert report.main([str(part)]) == 1
+
+
+def test_stability_tells_ties_from_another_pick_and_a_timing_that_fails():
+    from sparsetile.bench import stability
+    entries = [{"config": {"n": n}, "band": 0.01, "ties": 2} for n in (1, 1, 2)]
+    picks = [{"n": 1}, {"n": 2}]
+    found = stability.summary(entries, picks, [100.0, 100.9], 0.01)
+    assert found["same"] and found["timing_ok"] and [p["runs"] for p in found["picks"]] == [2, 1] and "the same up to ties" in stability.text(found)
+    assert not stability.summary(entries, picks, [100.0, 103.0], 0.01)["same"]
+    wide = stability.summary([{**entries[0], "band": 0.05}], picks[:1], [100.0], 0.01)
+    assert not wide["timing_ok"] and "FAILS" in stability.text(wide)
+
+
+def test_native_sparse_attention_is_checked_and_timed(capsys):
+    pytest.importorskip("torch")
+    from sparsetile.bench import nsa
+    assert nsa.main(["--quick", "--length", "400"]) == 0
+    text = capsys.readouterr().out
+    assert "6 queries of each branch within the policy" in text and all(f"\n{name} " in text for name in ("selected", "NSA, all", "dense, torch", "selected, backward"))
+
+
+def test_the_check_of_native_sparse_attention_notices(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import nsa
+    q, k, v, _ = nsa.inputs(torch, "cpu", 2100, 4, 2, 16)
+    nsa.check(q, k, v, None)
+    whole = nsa.importance_topk
+    monkeypatch.setattr(nsa, "importance_topk", lambda q, k, lse, top_k, **o: whole(-q, k, lse, top_k, **o))
+    with pytest.raises(AssertionError, match="blocks"):
+        nsa.check(q, k, v, None)
+
+
+def test_operations_of_native_sparse_attention_are_the_pairs():
+    from sparsetile.bench import nsa
+    from sparsetile.ops.patterns import Causal, Compressed, Window
+    N = 3000
+    for name, rule, S, each in (("compressed", Compressed(32, 16), (N - 32) // 16 + 1, 4), ("choice", Compressed(32, 16), (N - 32) // 16 + 1, 2), ("sliding", Window(511), N, 4), ("dense, torch", Causal(), N, 4)):
+        assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32

@@ -14,7 +14,7 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, merge_attention
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, merge_attention
 from sparsetile.backends.cupy.hopper_axes import axes_of
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
@@ -207,28 +207,30 @@ def test_block_attention_on_hopper(case, block_q, kind, static, rng):
         assert_close(name, got.owner, true, one, reduction=case.S)
 
 
-PART_CASES = [  # rule, T, S, Hq, Hk, keys that exist
-    (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
-    (Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
-    (Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
-    (Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
-    (Causal() & Strided(2), 400, 400, 1, 1, None),
+PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
+    (128, Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1, None),
+    (128, Causal() & (Window(10) | Strided(8)), 1600, 1600, 1, 1, 1593),
+    (128, Causal() & Fixed(32, 8), 640, 640, 2, 2, None),
+    (128, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
+    (128, Causal() & Strided(2), 400, 400, 1, 1, None),
+    (192, Causal() & (Window(10) | Strided(8)), 1536, 1536, 1, 1, 1530),
+    (192, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
 ]
 
 
-@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(rule, T, S, Hq, Hk, length, rng):
+@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
     place, names = HopperPlace(), ("offsets", "q_order", "k_order")
     place.refused = "block_attention"
     q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
-    made = lower(rule, S - T, S, S, 128, 128)
+    made = lower(rule, S - T, S, S, block_q, 128)
     parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
                                  extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
     sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
-    config = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    config = dict(path="hopper", block_q=block_q, block_k=128, tile_k=32, row_tiles=1)
     got = block_attention.run_parts(*map(place.put, (q, k, v)), parts, config=config, sink_logits=place.put(sink), **at)
     count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
     truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
@@ -448,7 +450,7 @@ def test_gather_attention(case, kind, rng, place):
     at = dict(place=place, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap,
               kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
     forward = dict(zip(("path", "heads", "tile_k", "key_warps", "stages"), ("portable", *c.forward)))
-    backward = dict(zip(("heads", "tile_k", "key_warps", "tile_q", "chunk"), c.backward))
+    backward = dict(zip(("path", "heads", "tile_k", "key_warps", "tile_q", "chunk"), ("portable", *c.backward)))
     if kind == "float32":
         forward = dict(path="portable", heads=32, tile_k=32, key_warps=1, stages=1)
         backward.update(heads=32, tile_k=32, key_warps=1, tile_q=32)
@@ -499,15 +501,8 @@ LATENTS = [
 ]
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
-@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
-@pytest.mark.parametrize("case", LATENTS, ids=str)
-def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
-    """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
-    c, place = case, HopperPlace()
-    place.sms = c.sms
-    if eager:
-        monkeypatch.setenv("SPARSETILE_EMULATE_EAGER", "1")
+def latents(c, kind, rng):
+    """q, k, indices, lengths, count: holes of every garbage and duplicates anywhere, rows without keys, NaN behind holes."""
     q = rng.standard_normal((c.B, c.T, c.Hq, 576) if c.token_major else (c.B, c.Hq, c.T, 576)).astype(TYPES[kind])
     q = q.transpose(0, 2, 1, 3) if c.token_major else q
     k = rng.standard_normal((c.B, 1, c.S, 584)).astype(TYPES[kind])[..., c.offset:c.offset + 576]
@@ -528,31 +523,92 @@ def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
     lengths = rng.integers(-2, c.K + 5, (c.B, 1, c.T)).astype(np.int32) if c.lengths else None
     count = oracle.selection_count(indices, c.S, c.Hq, lengths=lengths, causal=c.causal, kv_length=c.kv, q_start=c.start if c.kv or c.start else c.S - c.T)
     hide(k, k, count, c.Hq)
+    return q, k, indices, lengths, count
+
+
+def latent_options(c, place, lengths):
+    return dict(place=place, lengths=place.put(lengths), causal=c.causal, scale=c.scale, softcap=c.softcap,
+                kv_length=None if c.kv is None else place.put(np.array(c.kv, np.int32)), q_start=None if c.start is None else place.put(np.array(c.start, np.int32)))
+
+
+def latent_problem(c, kind, op):
+    return Problem.of(op, dict(B=c.B, Hq=c.Hq, Hk=1, T=c.T, S=c.S, D=576, Dv=512, K=c.K), dict(q=kind, k=kind, v=kind), "sm_90a", ("shared_kv",))
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
+@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
+@pytest.mark.parametrize("case", LATENTS, ids=str)
+def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
+    """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
+    c, place = case, HopperPlace()
+    place.sms = c.sms
+    if eager:
+        monkeypatch.setenv("SPARSETILE_EMULATE_EAGER", "1")
+    q, k, indices, lengths, count = latents(c, kind, rng)
     v, put = k[..., :512], place.put
-    problem = Problem.of("gather_attention", dict(B=c.B, Hq=c.Hq, Hk=1, T=c.T, S=c.S, D=576, Dv=512, K=c.K), dict(q=kind, k=kind, v=kind), "sm_90a", ("shared_kv",))
+    problem = latent_problem(c, kind, "gather_attention")
     config = {**gather_attention.default_config(problem), "path": "hopper", "split": 1}
     assert not isinstance(gather_attention.resources(problem, config), str)
     operands = *map(put, (q, k, v)), put(indices)
     assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable
     sink = np.array(c.sink, np.float32) if c.sink else None
-    out, lse = gather_attention.run(*operands, place=place, config=config, lengths=put(lengths), causal=c.causal, scale=c.scale, softcap=c.softcap, sink_logits=put(sink),
-                                    kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    out, lse = gather_attention.run(*operands, config=config, sink_logits=put(sink), **latent_options(c, place, lengths))
     given = dict(scale=c.scale, softcap=c.softcap, sink_logits=sink)
     truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
     assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
 
 
-def test_gather_attention_refuses_what_hopper_lacks():
+# the backward knows neither sinks nor split lists; one call is enough to see that the other path takes what this one does not
+GRADIENTS = [pytest.param(c, kind, eager, id=f"{c}-{kind}-{'eager' if eager else 'late'}") for c in LATENTS if not c.sink and (c.B, c.T) != (2, 1)
+             for kind in ("bfloat16", "float16")[:2 - c.portable] for eager in (False, True)[:2 - c.portable]]
+
+
+@pytest.mark.parametrize("case, kind, eager", GRADIENTS)
+def test_gather_attention_backward_on_hopper(case, kind, eager, rng, monkeypatch):
+    """Gradients of the latent as one sum, chunk by chunk of queries; the same bits whoever adds first."""
+    c, place = case, HopperPlace()
+    place.sms = c.sms
+    if eager:
+        monkeypatch.setenv("SPARSETILE_EMULATE_EAGER", "1")
+    q, k, indices, lengths, count = latents(c, kind, rng)
+    v, put = k[..., :512], place.put
+    config = {**gather_attention_backward.default_config(latent_problem(c, kind, "gather_attention_backward")), "path": "hopper"}
+    operands, options = (*map(put, (q, k, v)), put(indices)), latent_options(c, place, lengths)
+    given, hold = dict(scale=c.scale, softcap=c.softcap), np.broadcast_to(count, (c.B, c.Hq, c.T, c.S)).astype(np.int64)
+    out, lse = plain.attention(q, k, v, hold, **given)[:2]
+    dout = rng.standard_normal(out.shape).astype(q.dtype)
+    dlse = np.where(np.isneginf(lse), 0, rng.standard_normal(lse.shape)).astype(np.float32)
+    total, delta, _ = attention_delta.run(put(out), put(dout), put(lse), place=place, dlse=put(dlse))
+    assert gather_backward_hopper.takes(*operands[:3], put(dout), operands[3], 1, c.scale, c.softcap) != c.portable
+    if c.T > 2:
+        monkeypatch.setattr(gather_backward_hopper, "SCRATCH", 2 * c.B * -(-c.Hq // 128) * -(-c.K // 64) * 2 ** 15)  # two queries (four where all heads fit one block) at a time
+    runs = []
+    for sms in (c.sms, 5):
+        place.sms = sms
+        runs.append(gather_attention_backward.run(*operands, total, delta, put(dout), config=config, **options))
+    dq, dk, dv = (x if x is None else x.owner for x in runs[0])
+    both = lambda dk, dv: np.concatenate(((dk[..., :512].astype(np.promote_types(dk.dtype, np.float32)) + dv).astype(dk.dtype), dk[..., 512:]), -1)  # noqa: E731
+    assert all(np.array_equal(a.owner, b.owner) for a, b in zip(*runs) if a is not None)
+    if c.portable:
+        dk, dv = both(dk, dv), None
+    assert dv is None
+    (dq_true, dk_true, dv_true), (dq_plain, dk_plain, dv_plain) = (f(q, k, v, hold, dout, dlse=dlse, **given)[:3] for f in (oracle.attention_gradients, plain.attention_gradients))
+    assert_close("dq", dq, dq_true, dq_plain, reduction=c.S + 576 + 512)
+    assert_close("dk + dv", dk, both(dk_true, dv_true), both(dk_plain, dv_plain), reduction=c.T * c.Hq + 576 + 512)
+
+
+@pytest.mark.parametrize("kernel", [gather_attention, gather_attention_backward], ids=["forward", "backward"])
+def test_gather_attention_refuses_what_hopper_lacks(kernel):
     """A config that names the path runs it or says why not."""
     sizes, kinds = dict(B=1, Hq=64, Hk=1, T=4, S=90, D=576, Dv=512, K=40), dict(q="bfloat16", k="bfloat16", v="bfloat16")
     given = ("sm_90a", ("shared_kv",))
-    assert gather_attention.default_config(Problem.of("gather_attention", sizes, kinds, *given))["path"] == "hopper"
+    assert kernel.default_config(Problem.of("gather_attention", sizes, kinds, *given))["path"] == "hopper"
     for change, dtypes, arch, features, granularity in (({}, kinds, "sm_80", ("shared_kv",), 1), ({}, dict.fromkeys("qkv", "float32"), *given, 1), ({}, kinds, "sm_90a", (), 1),
                                                         (dict(D=512), kinds, *given, 1), (dict(Hk=2), kinds, *given, 1), ({}, kinds, *given, 64), ({}, kinds, "sm_90a", ("shared_kv", "softcap"), 1)):
         problem = Problem.of("gather_attention", {**sizes, **change}, dtypes, arch, features, granularity=granularity)
-        config = gather_attention.default_config(problem)
-        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "hopper"})
+        config = kernel.default_config(problem)
+        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "hopper"})
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge

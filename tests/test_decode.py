@@ -84,3 +84,15 @@ def test_refusals_are_sentences(backend, word, dims, kind, config):
         pytest.skip(f"{backend} has no such knob")
     refusal = kernel.resources(problem, config)
     assert isinstance(refusal, str) and word in refusal, refusal
+
+
+@pytest.mark.parametrize("dims, arch, features, path, tile_k", [
+    (dict(Hq=128), "sm_90a", ["shared_kv"], "latent", 64), (dict(Hq=16), "sm_90a", ["shared_kv"], "latent", 64), (dict(Hq=16, T=2), "sm_90a", ["shared_kv"], "decode", 64),
+    (dict(Hq=8), "sm_90a", ["shared_kv"], "decode", 64), (dict(Hq=16), "sm_90a", ["shared_kv", "softcap"], "decode", 64), (dict(Hq=16), "sm_90a", [], "decode", 32),
+    (dict(Hq=16), "sm_80", ["shared_kv"], "decode", 32), (dict(Hq=32, Hk=8, D=128, Dv=128), "sm_90a", [], "decode", 64), (dict(Hq=16, T=33), "sm_90a", ["shared_kv"], "portable", 32),
+], ids=lambda x: "-".join(f"{a}{n}" for a, n in x.items()) if isinstance(x, dict) else "-".join(x) or "plain" if isinstance(x, list) else str(x))
+def test_the_default_is_what_was_fastest(dims, arch, features, path, tile_k):
+    """CuPy: one query of 16 and more heads of the latent by warpgroup products, the rest by 64 keys a step where two such steps fit."""
+    sizes = dict(B=1, Hk=1, T=1, S=32768, D=576, Dv=512) | dims
+    config = dispatch.kernel("cupy", "block_attention").default_config(Problem.of("block_attention", sizes, dict.fromkeys("qkv", "bfloat16"), arch, features))
+    assert (config["path"], config["tile_k"]) == (path, tile_k), config

@@ -7,6 +7,7 @@ import pytest
 import sparsetile as st
 from sparsetile.autotune import store
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup
 
@@ -174,3 +175,17 @@ def test_explain_computes_nothing_and_names_unknown_ops(qkv):
 def test_choice_is_cached_and_cheap(qkv):
     st.sparse_attention(*qkv)
     assert len(dispatch.PLAN_CACHES[0]) >= 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+@pytest.mark.parametrize("tiles", [(128, 128), (64, 64), (128, 64)], ids=str)
+def test_tiles_of_a_layout_find_a_variant_with_room_for_them(backend, tiles):
+    """On Hopper the default is a variant of blocks of 128; another layout's tiles leave the portable one."""
+    pytest.importorskip("triton")
+    problem = Problem.of("block_attention", dict(B=1, Hq=8, Hk=2, T=4096, S=4096, D=128, Dv=128), dict(q="bfloat16", k="bfloat16", v="bfloat16"), "sm_90a")
+    kernel = dispatch.kernel(backend, "block_attention")
+    assert kernel.default_config(problem)["path"] != "portable"
+    full = dispatch.check_config(kernel, problem, dict(zip(("block_q", "block_k"), tiles)), "layout")
+    assert (full["block_q"], full["block_k"]) == tiles and (full["path"] == "portable") == (tiles != (128, 128))
+    with pytest.raises(Unsupported, match="path"):
+        dispatch.check_config(kernel, problem, {"path": kernel.default_config(problem)["path"], "block_q": 64, "block_k": 64}, "config")

@@ -93,3 +93,30 @@ def test_lists(on, backend, style, block, dtype, rng):
     truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
     for name, got, truth, measure in zip(("dq", "dk", "dv"), grads, truths, measures):
         assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)
+
+
+VARIANTS = {"triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2),
+            "triton-maps": dict(path="portable", block_q=16, block_k=32, maps=True, num_warps=4),
+            "cupy-hopper": dict(path="hopper", block_q=128, block_k=128)}
+
+
+@pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in VARIANTS])
+@pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each"])
+def test_variants_of_the_forward(on, backend, variant, style, rng):
+    """Paths that the lists above do not reach by default: ragged tiles, keys that nobody sees are NaN, a device length of 0."""
+    options, config = STYLES[style], VARIANTS[variant]
+    B, Hq, Hk, T, S, D, Dv = 3, 4, 2, 53 if config["block_q"] < 64 else 203, 150, 72, 40
+    L, p0 = (3, 0) if options.get("each") else (1, options["p0"])
+    list_of = rng.integers(0, L, (B, Hq)) if options.get("each") else np.zeros((1, 1), int)
+    mask = masks(style, L, T, S, rng)
+    lists = build(mask, p0, config["block_q"], config["block_k"], list_of=list_of, bitmaps=options.get("bitmaps", False), full=options.get("full", True))
+    q, k, v = (normal(rng, (B, heads, n, width), numpy_dtype("bfloat16")) for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv)))
+    lengths = np.array([S, 101, 0], np.int32)
+    k[1, :, 101:] = v[1, :, 101:] = np.nan
+    count = np.broadcast_to(mask[list_of], (B, Hq, T, S)) & (np.arange(S) < lengths[:, None, None, None])
+    got = Kernels(on).run("block_attention", q, k, v, lists, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config,
+                          scale=D ** -0.5, kv_length=lengths, q_start=p0, features=["interval", "bitmap", "kv_length", "lse"])
+    k[1, :, 101:] = v[1, :, 101:] = 0
+    how = dict(scale=D ** -0.5)
+    for name, x, truth, measure in zip(("out", "lse"), got, oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)):
+        assert_close(name, x, truth, measure, reduction=S + D)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cases import brute, drawn, rules
 
-from sparsetile.ops.patterns import (Blocks, Causal, Dilated, Documents, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window)
+from sparsetile.ops.patterns import (Blocks, Causal, Compressed, Dilated, Documents, Fixed, Full, Global, Pattern, PerHead, RandomBlocks, Sink, Strided, Window)
 
 quick = settings(max_examples=60, deadline=None)
 small = st.tuples(st.integers(0, 20), st.integers(0, 24), st.sampled_from([None, None, 0, -9, 30]))
 EACH = [Full(), Causal(), Window(0), Window(3), Window(2, 2), Window(None, 3), Window(2, None), Window(1, 0, block=4), Window(None, 0, block=5), Dilated(6, 4, 2), Dilated(None, None, 3), Strided(5),
-        Fixed(4, 1), Fixed(4, 0), Fixed(4, 4), Global([]), Global([2, 5, 5]), Global(range(30)), Global([1, 9], symmetric=False), Global(range(0, 24, 2)), Sink(0), Sink(3), Sink(99),
+        Compressed(32, 16), Compressed(3, 5), Fixed(4, 1), Fixed(4, 0), Fixed(4, 4), Global([]), Global([2, 5, 5]), Global(range(30)), Global([1, 9], symmetric=False), Global(range(0, 24, 2)), Sink(0), Sink(3), Sink(99),
         Documents([3, 0, 9, 4]), Documents([]), Blocks(np.eye(4, dtype=bool), 5, 6), RandomBlocks(2, 4, 1), RandomBlocks(2, 4, 1, causal=True), RandomBlocks(3, 5, 7, exclude=[Window(1, 1, block=5)]),
         Causal() & (Window(3) | Strided(4)), ~Window(2) & Causal(), PerHead([Causal(), Window(1), Causal(), Full()]), Blocks(np.arange(8).reshape(2, 2, 2) % 3 == 0, 6, 7) & Causal()]
 
@@ -34,7 +34,7 @@ def test_mask_of_expressions(rule, size):
 
 @pytest.mark.parametrize("rule, rows", [
     (Window(1), ["x...", "xx..", ".xx.", "..xx"]), (Window(0), ["x...", ".x..", "..x.", "...x"]), (Window(9), ["x...", "xx..", "xxx.", "xxxx"]),
-    (Window(1, 1), ["xx..", "xxx.", ".xxx", "..xx"]), (Strided(2), ["x.x.", ".x.x", "x.x.", ".x.x"]), (Causal() & Fixed(2, 1), ["x...", "xx..", ".xx.", ".xxx"]),
+    (Window(1, 1), ["xx..", "xxx.", ".xxx", "..xx"]), (Strided(2), ["x.x.", ".x.x", "x.x.", ".x.x"]), (Causal() & Fixed(2, 1), ["x...", "xx..", ".xx.", ".xxx"]), (Compressed(2, 1), ["....", "x...", "xx..", "xxx."]),
     (Global([1]), [".x..", "xxxx", ".x..", ".x.."]), (Global([1], symmetric=False), [".x.."] * 4), (Documents([1, 3]), ["x...", ".xxx", ".xxx", ".xxx"]),
     (Dilated(2, 2, 2), ["x.x.", ".x.x", "x.x.", ".x.x"]), (Sink(1) | Window(0), ["x...", "xx..", "x.x.", "x..x"]), (~Causal(), [".xxx", "..xx", "...x", "...."]),
 ])

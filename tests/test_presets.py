@@ -4,7 +4,7 @@ import pytest
 
 from sparsetile.ops import convert, presets
 from sparsetile.ops.patterns import Blocks, Causal, Full, Global, PerHead, RandomBlocks, Window
-from sparsetile.ops.plan import LayerPlan, Selector
+from sparsetile.ops.plan import Call, LayerPlan, Selector
 
 
 def mask_of(sees, T, S=None):
@@ -113,7 +113,54 @@ def test_layer_plan():
         LayerPlan.of([(0, PerHead([Full(), Causal()]) & Blocks(np.eye(2, dtype=bool), 4, 4)), (1, presets.bigbird(8, layer=1))]).to_yaml())
 
 
+def test_a_plan_with_a_call():
+    mixed = LayerPlan.of([(0, Window(3)), (1, Call("performer_attention", features=64, causal=True)), (2, Causal())])
+    assert LayerPlan.from_yaml(mixed.to_yaml()) == mixed and mixed.pairs(20, 20) == Window(3).pairs(20, 20) + Causal().pairs(20, 20) and "performer_attention(causal=True, features=64)" in str(mixed)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 9, 4))
+    import sparsetile as st
+    assert np.array_equal(mixed[1].run(q, k, v), st.performer_attention(q, k, v, features=64, causal=True))
+    with pytest.raises(ValueError, match="Call: function must be a public function of sparsetile, got 'import_module'"):
+        Call("import_module").run(q, k, v)
+
+
+def reach_by_walking(masks, T):
+    """Layers until everyone has heard of everyone, or of every earlier one: sets, one layer after the other."""
+    heard, causal = [{p} for p in range(T)], not any(np.triu(mask, 1).any() for mask in masks)
+    for n, mask in enumerate(masks, 1):
+        heard = [heard[p].union(*(heard[s] for s in range(T) if mask[p, s])) for p in range(T)]
+        if all(len(heard[p]) == (p + 1 if causal else T) for p in range(T)):
+            return n
+    return None
+
+
+@pytest.mark.parametrize("rules", [
+    [Window(3)] * 6 + [Causal()], [Window(7)] * 2, [Window(7)] * 4, [Causal()], [presets.longformer(4, globals=[0])] * 3, [Window(2, 2)] * 3 + [Full()], [Window(20), Window(1)] * 2, [Window(1, 0), Window(0, 1)] * 12,
+    [presets.sparse_transformer_strided(5)] * 3, [PerHead([Window(2), presets.sparse_transformer_fixed(5, 1)])] * 3], ids=str)
+def test_reach_of_a_plan(rules):
+    T = 21
+    masks = [np.logical_or.reduce([part.mask(T, T) for part in rule.rules()]) for rule in rules]
+    assert LayerPlan.of(list(enumerate(rules))).hops(T) == reach_by_walking(masks, T)
+    if len(set(rules)) == 1 and rules[0].hops(T) and rules[0].hops(T) <= len(rules):
+        assert LayerPlan.of(list(enumerate(rules))).hops(T) == rules[0].hops(T)
+
+
+def test_reach_of_what_content_decides():
+    """Surely: forced blocks, and all where there are no more than top_k. At best: everything."""
+    T = 24
+    few, forced = Selector(top_k=3, pool=4), Selector(top_k=3, pool=4, force_first=1, force_last=1)
+    first = [[s for s in range(T) if row[s]] for row in forced.sure(T)]
+    assert first[11] == [*range(12)] and first[12] == [0, 1, 2, 3, 12] and first[23] == [0, 1, 2, 3, 20, 21, 22, 23] and few.sure(T)[23].sum() == 0
+    assert Selector(top_k=2, pool=4, causal=False, force_last=1).sure(T)[0].nonzero()[0].tolist() == [20, 21, 22, 23] and Selector(top_k=6, pool=4, causal=False).sure(T).all()
+    plan = LayerPlan.of([(0, Window(3)), (1, forced), (2, Causal())])
+    assert (plan.hops(T), plan.hops(T, chosen="any"), plan.hops(1)) == (3, 2, 0)
+    state = LayerPlan.of([(0, Call("linear_attention", causal=True)), (1, Window(3))])
+    assert (state.hops(T), state.hops(T, chosen="any")) == (None, 1)
+    assert LayerPlan.of([(0, Call("linear_attention")), (1, Window(3))]).hops(T, chosen="any") == 1  # both ways: everyone hears of everyone
+
+
 @pytest.mark.parametrize("call, word", [
+    (lambda: Call("a b"), "function must be the name"), (lambda: Call("f", x=[1]), "x must be a number"), (lambda: LayerPlan.from_yaml("- {layers: 0, call: {features: 3}}"), r"plan\[0\].call"),
+    (lambda: plan.hops(8, chosen="some"), 'chosen: expected "none" or "any"'),
     (lambda: LayerPlan.of([(range(3), Full()), (2, Causal())]), "layer 2 is given twice"), (lambda: LayerPlan.of([(range(2), Full()), (4, Causal())]), "layer 2 is missing"), (lambda: LayerPlan.of([(0, "x")]), "Selector"),
     (lambda: LayerPlan.of([(-1, Full())]), "layer"), (lambda: Selector(top_k=0), "top_k"), (lambda: Selector("lsh"), "kind"), (lambda: Selector(causal=1), "causal"), (lambda: LayerPlan.from_yaml("a: 1"), "list"),
     (lambda: LayerPlan.from_yaml("- {layers: 0}"), r"plan\[0\]"), (lambda: LayerPlan.from_yaml("- {layers: [0, -1], pattern: full}"), r"plan\[0\].layers"),

@@ -79,10 +79,10 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
     path, marker = tmp_path / "topk.yaml", tmp_path / "marker"
     path.write_bytes(HOSTILE[name].replace("{marker}", str(marker)).encode())
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(schema.ProfileError, match="topk.yaml"):
         schema.load(path)
-    assert time.monotonic() - start < 1 and not marker.exists()
+    assert time.process_time() - start < 1 and not marker.exists()
 
 
 @pytest.mark.parametrize("text, why", [("- x\n" * (schema.MAX_BYTES // 4 + 1), "at most"), ("- x\n" * 1_000_000, "at most"), ("entries: [" + "1," * 900_000 + "]", "more than"),
@@ -91,10 +91,10 @@ def test_hostile_files_execute_nothing_and_are_refused_quickly(name, tmp_path):
 def test_a_huge_file_is_refused_quickly(text, why, tmp_path):
     path = tmp_path / "topk.yaml"
     path.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(schema.ProfileError, match=f"topk.yaml.*{why}"):
         schema.load(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 HOSTILE_ENTRIES = {
@@ -157,7 +157,8 @@ def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
 
 def test_two_hundred_entries_load_quickly(tmp_path):
     said = dict(status="tuned", workload="cpu/window-256/4096", band=0.0121, code="0123abcd", date="2026-11-27", default_us=31.5, ties=2, spread={"p20": 3.5, "p80": 3.9, "n": 40},
-                search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, runner_up={"backend": "triton", "time_us": 4.5})
+                search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, launch="graph", clock_mhz=1755, clocks=[1740, 1770],
+                inputs="standard normal, seed 0", err={"max": 0.00391, "allowed": 0.0105}, unit="3f0a91c2", versions="sparsetile 0.1.0, python 3.12.3, torch 2.11.0, triton 3.6.0", runner_up={"backend": "triton", "time_us": 4.5})
     data = profile(entries=[entry(n % 30, backend=b, **said) for n in range(100) for b in ("numba", "triton")])
     path = tmp_path / "some-gpu" / "topk.yaml"
     store.write(path, store.dump(data))
@@ -177,4 +178,7 @@ def test_shipped_profiles_are_valid_and_none_is_slower_than_its_default(path):
     jsonschema.Draft202012Validator(schema.json_schema()).validate(json.loads(json.dumps(data)))
     assert path.stem == data["op"] and path.parent.name == lookup.slug(data["device"]["name"])
     for e in data["entries"]:
-        assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]
+        if e["status"] == "manual" and "time_us" not in e:
+            assert e["note"], "who writes an entry by hand says why"
+        else:
+            assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]

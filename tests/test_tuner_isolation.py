@@ -6,7 +6,7 @@ import time
 import faulty
 import pytest
 
-from sparsetile.autotune import ahead, decide, isolate, provenance, tasks, tune
+from sparsetile.autotune import ahead, decide, hunt, isolate, provenance, tasks, tune
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
@@ -18,7 +18,7 @@ def own(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("FAULTY_MARK", str(tmp_path / "mark"))
     monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
-    monkeypatch.setattr(tune, "LEAST", 1.0), monkeypatch.setattr(tune, "COMPILING", 3.0)
+    monkeypatch.setattr(hunt, "FINALS", 0.2), monkeypatch.setattr(hunt, "LEAST", 1.0), monkeypatch.setattr(hunt, "COMPILING", 3.0)
     lookup.forget(), dispatch.clear_plans()
     yield
     tune.close(), lookup.forget(), dispatch.clear_plans()
@@ -61,7 +61,7 @@ def test_a_config_that_dies_once_is_tried_again_on_a_fresh_process(monkeypatch):
 
 
 def test_a_bucket_ends_in_time_whatever_hangs(monkeypatch):
-    monkeypatch.setattr(tune, "GRACE", 0.5), monkeypatch.setattr(tune, "COMPILING", 30.0)
+    monkeypatch.setattr(hunt, "GRACE", 0.5), monkeypatch.setattr(hunt, "COMPILING", 30.0)
     start = time.monotonic()
     entry, trials = tuned(monkeypatch, ("none", "hang"), seconds=3.0, seed=1)
     assert time.monotonic() - start < 3 + 0.5 + 8  # two starts of a process, and the finals
@@ -85,8 +85,10 @@ def test_the_worker_is_replaced_and_dies_with_its_parent(tmp_path):
 
 def test_the_finals_keep_the_default_among_the_best():
     tried = [decide.Tried("numba", {"n": n}, 10.0 + n) for n in range(9)] + [decide.Tried("numba", {"n": 10}, None, "hang")]
-    assert [t.config["n"] for t in decide.finalists("numba", tried, {"n": 8})] == [0, 1, 2, 3, 4, 5, 8]
-    assert [t.config["n"] for t in decide.finalists("numba", tried, {"n": 0})] == [0, 1, 2, 3, 4, 5]
+    assert [t.config["n"] for t in decide.finalists("numba", tried, [{"n": 8}, {"n": 10}])] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert [t.config["n"] for t in decide.finalists("numba", tried, [{"n": 0}])] == [0, 1, 2, 3, 4, 5, 6, 7]
+    slow = [decide.Tried("numba", {"n": n}, 3e5 + n) for n in range(9)]  # of slow calls fewer
+    assert [t.config["n"] for t in decide.finalists("numba", slow, [{"n": 8}])] == [0, 1, 8]
 
 
 def test_compiling_ahead_tells_a_refusal_from_what_it_cannot_do(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparsetile as st
-from sparsetile.autotune import fleet, report, shelf, store, tasks, tune
+from sparsetile.autotune import fleet, hunt, report, retime, shelf, store, tasks, tune
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, misses, schema
 
@@ -21,6 +21,7 @@ DEVICE = {"name": "Some GPU", "arch": "sm_80"}
 def own(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
+    monkeypatch.setattr(hunt, "FINALS", 0.2)
     lookup.forget(), dispatch.clear_plans(), misses.counts.clear(), misses._written.clear()
     yield
     tune.close(), lookup.forget(), dispatch.clear_plans()
@@ -75,11 +76,11 @@ def test_a_report_of_a_search_and_verify_of_its_entry(tmp_path):
     page = report.write(path, tmp_path / "report", str(tmp_path / "journal")).read_text()
     assert "4 trials, best" in page and "block_q" in page
     said = []
-    assert shelf.verify([path], None, said.append) in (0, 1) and len(said) == 1 and "cpu/window-256/4096" in said[0]
+    assert retime.verify([path], None, said.append) in (0, 1) and len(said) == 1 and "cpu/window-256/4096" in said[0]
     data = schema.load(path)
     data["entries"][0]["config"] = {"block_q": 5}
     store.write(path, store.dump(data))
-    assert shelf.verify([path], None, said.append) == 1 and said[1].startswith("FAILS")
+    assert retime.verify([path], None, said.append) == 1 and said[1].startswith("FAILS")
 
 
 # ------------------------------------------------------------------------------------------------------------------- misses

@@ -109,11 +109,16 @@ def _threads(config: dict, float32: bool) -> int:
     return 4 * config["block_q"] if float32 else config["block_q"] // config["row_tiles"] * 2
 
 
+def in_classes(problem: Problem) -> bool:
+    """Whether rows or keys stand in residue classes, which seldom fill 192 rows: of stride 128 at 16k such tiles would be half as much work again."""
+    return any(word in ("strided", "fixed", "dilated", "order") for feature in problem.features for word in feature.split("+"))
+
+
 def default_config(problem: Problem) -> dict:
     D, T = problem["D"], problem["T"]
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
-        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and "order" not in problem.features else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k
+        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k
         return first_fitting(problem, resources, [dict(path="hopper", block_q=bq, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
     if rows == 32 and problem.dtype("q") in HALVES:
         few = first_fitting(problem, resources, split.candidates(problem))

@@ -104,7 +104,18 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 def seen_by_many(problem: Problem) -> bool:
     """Some rows, or some key blocks, meet nearly all others: as items like others, they would be waited for."""
-    return any("global" in word or "sink+" in word for word in problem.features)
+    return any({"global", "sinks"} & set(word.split("+")) for word in problem.features)
+
+
+def ordered_knobs(problem: Problem) -> dict:
+    """How items and additions are ordered on the path "hopper"; what it does not name is as on the portable one. A head whose rows are met at random wants its rows in the L2 cache."""
+    if seen_by_many(problem):
+        return dict(heads=8, section=8)
+    if "random" in problem.features:
+        return dict(heads=2 if problem["T"] >= 32768 else 4 if problem["T"] >= 16384 else 8, walk="freest")
+    if problem["D"] <= 64 or any("documents" in word for word in problem.features):
+        return dict(heads=16)
+    return dict(sums=2) if "causal" in problem.features and problem["T"] >= 16384 else {}
 
 
 def default_config(problem: Problem) -> dict:
@@ -112,9 +123,7 @@ def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     if problem["T"] > 64 and no_hopper(problem) is None:
-        many, apart = seen_by_many(problem), problem["D"] <= 64 or any("documents" in word for word in problem.features)
-        own = dict(heads=8, section=8) if many else dict(heads=2, walk="freest") if "random" in problem.features else dict(heads=16) if apart else {}
-        return {**portable, **own, "path": "hopper", "block_q": 128, "block_k": 128, "tile_k": 64, "tile_q": 32, "stages": 1}
+        return {**portable, **ordered_knobs(problem), "path": "hopper", "block_q": 128, "block_k": 128, "tile_k": 64, "tile_q": 32, "stages": 1}
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)

@@ -385,7 +385,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 a = descriptor(m.ds + b * 2 * PART);
 #pragma unroll
-    for (int c = 0; c < 8; c++) multiply_columns<KIND>(dq, a + c / 4 * (PART >> 4) + c % 4 * 2, b_k + c * 128, c != 0);
+    for (int c = 0; c < 8; c++) wgmma<KIND, N_MAJOR>(dq, a + c / 4 * (PART >> 4) + c % 4 * 2, b_k + c * 128, c != 0);
     wgmma_commit();
   };
   const auto write_dq = [&](u32 b) {
@@ -399,7 +399,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
     const int kind = field(KIND_OF), left = field(STATE) >> 8;
     const int4 rows = load_mask(p.lists, kind, b * STEP);
@@ -438,10 +438,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART), do_rows = descriptor_columns<PART>(m.dout + b * V_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < VALUES / 16; c++) multiply_keys<KIND>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
 #pragma unroll
-    for (int c = 0; c < 4; c++) multiply_values<KIND>(dv, pr + 4 * c, do_rows + c * 128, !first || c != 0);
+    for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, !first || c != 0);
     wgmma_commit();
     wgmma_wait<1>();
     hold(dp);
@@ -453,7 +453,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     hold(dk);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < 4; c++) multiply_values<KIND>(dk, ds + 4 * c, q_rows + c * 128, !first || c != 0);
+    for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dk, ds + 4 * c, q_rows + c * 128, !first || c != 0);
     wgmma_commit();
     shared_to_copy_engine();  // dS, and dQ of the step before
     __syncwarp();

@@ -103,18 +103,6 @@ __device__ __forceinline__ int existing_keys(const Params& p, int block, int lim
 }
 
 // ---------------------------------------------------------------------------------------------------------------- taking items
-// how many of n ascending blocks start before the limit
-__device__ __forceinline__ int existing(const int* cols, int n, int limit) {
-  const int blocks = limit / KEYS + (limit % KEYS != 0);
-  if (n == 0 || __ldg(cols + n - 1) < blocks) return n;
-  int lo = 0, hi = n - 1;
-  while (lo < hi) {
-    const int middle = (lo + hi) / 2;
-    if (__ldg(cols + middle) < blocks) lo = middle + 1; else hi = middle;
-  }
-  return lo;
-}
-
 __device__ __forceinline__ Item open_item(const Params& p, int number) {
   const int before = p.ahead * p.heads, each = p.tiles - p.ahead, m = number - before;
   const int from = m < 0 ? 0 : m / (p.section * each) * p.section, heads = m < 0 ? p.heads : imin(p.section, p.heads - from), y = m < 0 ? number : m - from * each;
@@ -141,8 +129,8 @@ __device__ __forceinline__ Item open_item(const Params& p, int number) {
     x.plain = p.whole ? x.full : 0;
     return x;
   }
-  x.full = existing(p.lists.cols + x.first, middle - x.first, x.limit);
-  x.n = x.full + existing(p.lists.cols + middle, end - middle, x.limit);
+  x.full = blocks_before<KEYS>(p.lists.cols + x.first, middle - x.first, x.limit);
+  x.n = x.full + blocks_before<KEYS>(p.lists.cols + middle, end - middle, x.limit);
   x.gap = middle - x.first - x.full;
   x.plain = x.full - (x.full && x.limit - __ldg(p.lists.cols + x.first + x.full - 1) * KEYS < KEYS);
   return x;
@@ -413,13 +401,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto multiply_scores = [&] {
     const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) multiply_keys<KIND>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
     wgmma_commit();
   };
   const auto multiply_output = [&](bool more) {
     const u64 dv = dv0 + (u64)at_v;
 #pragma unroll
-    for (int c = 0; c < 8; c++) multiply_values<KIND>(o, pr + 4 * c, dv + c * 128, more || c != 0);
+    for (int c = 0; c < 8; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
     wgmma_commit();
   };
   const auto round = [&] {

@@ -51,7 +51,7 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
     for (int half = 0; half < 2; half++) {
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) load_tile(base + slot * TILE, &p.q, FULL(slot), part * BH + half * N, job.t, job.b);
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
 #pragma unroll 1
     for (int i = 0; i < take * (BK / N); i++) {
@@ -78,17 +78,13 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
         __syncwarp();
         if (threadIdx.x == 0) bar_arrive(FULL(slot));
       }
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) attend_latent(const __grid_constant__ Params p) {
-#ifdef SPARSETILE_EMULATE
-  DYNAMIC_SHARED(raw);
-#else
-  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
-#endif
+  SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const Share share = share_of_rows<512>(p.split, p.parts, (int*)raw, [&](int job) { return Job(p, job).run.n; });
   if (share.units <= 0) return;

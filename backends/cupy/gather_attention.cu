@@ -3,19 +3,7 @@
 // Defines: KIND, OUT_KIND, BH, TK, KW, DP, DVP (value columns of a CTA), STAGES (2: the next keys arrive meanwhile), SHARED_KV (values are the first
 // columns of the keys: nothing is read twice), COPY, SOFTCAP.
 #include "tiles.cuh"
-#include "selections.cuh"
-
-struct Params {
-  const void *q, *k, *v;
-  void* out;
-  float* lse;
-  const float* sink;
-  Selected list;
-  Positions at;
-  i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
-  int Hq, group, D, Dv, slices, unused;
-  float scale, softcap;
-};
+#include "gather_forward.cuh"
 
 constexpr int RW = BH / 16, WARPS = RW * KW, THREADS = 32 * WARPS, TW = TK / 32, PART = TK / KW, NT = PART / 8, VT = DVP / 8, RING = STAGES + 1;
 constexpr int QS = DP + PAD, VS = SHARED_KV ? QS : DVP + PAD;

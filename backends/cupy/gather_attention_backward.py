@@ -4,13 +4,17 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 duplicates (counted) as in gather_attention. dQ goes query by query. For dK and dV the entries are sorted into bins of (key tile, chunk of queries) by
 counting, on the device and without a host round trip; a CTA then takes one key tile and its queries in ascending order, so that every sum has one order:
 twice the same call gives the same bits. Scratch: 4 bytes an entry (more where an entry straddles key tiles) and 8 a bin. Keys that nobody chose get 0.
+The path "hopper" (gather_backward_hopper.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values: its dk is the sum of both gradients of the latent, its dv None,
+its dq in the type of q whatever out_dtype. Calls that its copies cannot serve (`hopper.takes`) run on the portable path, whose description the rest is.
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
+from sparsetile.backends.cupy import gather_backward_hopper as hopper
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, column_slices, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes,
                                                same_memory, selected_values, sliced)
 
 TUNABLES = (
+    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. The rest is for portable"),
     Tunable("heads", (16, 32, 64), "rows of a tile of dQ: heads that share list and keys"),
     Tunable("tile_k", (32, 64), "keys a step of dQ, and keys of a CTA of dK and dV"),
     Tunable("key_warps", (1, 2, 4), "warps of dQ that share 16 heads and divide a step's keys"),
@@ -43,6 +47,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
 
 
 def resources(problem: Problem, config: dict):
+    if config["path"] == "hopper":
+        return hopper.no_hopper(problem) or Resources(hopper.QUERY_THREADS, max(hopper.QUERY_SHARED, hopper.key_shared(hopper.blocks_of(problem["Hq"]))), 128)
     tk, kw, tq, float32 = config["tile_k"], config["key_warps"], config["tile_q"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, tq) != (32, 32, 1, 32):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and tile_q 32"
@@ -63,13 +69,14 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
-        return dict(heads=32, tile_k=32, key_warps=1, tile_q=32, chunk=256)
+        return dict(path="portable", heads=32, tile_k=32, key_warps=1, tile_q=32, chunk=256)
     group = problem["Hq"] // problem["Hk"]
     rows = 16 if group <= 16 else 32 if group <= 32 else 64
     tries = [(rows, 64, {16: 4, 32: 2, 64: 1}[rows], 32), (rows, 64, 4 if rows == 16 else 2, 16), (rows, 32, 2, 16), (min(rows, 32), 32, 2, 16), (16, 32, 2, 16)]
     if problem["D"] + problem["Dv"] > 256:  # 32 rows a step spill there; so do 64 keys of wide heads
         tries = [(h, 32 if problem["D"] > 256 else tk, 2 if problem["D"] > 256 else kw, 16) for h, tk, kw, _ in tries]
-    return first_fitting(problem, resources, [dict(heads=h, tile_k=tk, key_warps=kw, tile_q=tq, chunk=256) for h, tk, kw, tq in tries])
+    tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, tile_q=tq, chunk=256) for h, tk, kw, tq in tries])
+    return tiles if hopper.no_hopper(problem) else {**tiles, "path": "hopper"}
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:
@@ -81,6 +88,8 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
+    if config["path"] == "hopper":
+        return hopper.artifacts(problem)
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
     return [dict(source=_source(kind), defines=d, names=["rows", "columns"]), dict(source="gather_bins", defines=_bin_defines(config), names=["count", "scan", "scatter"])]
 
@@ -114,6 +123,8 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     if dout.dtype != kind:
         dout = place.cast(dout, kind)
     empty = B * Hq * T * S * K == 0
+    if config["path"] == "hopper" and not empty and hopper.takes(q, k, v, dout, indices, granularity, scale, softcap):
+        return hopper.run(q, k, indices, lse, delta, dout, place=place, lengths=lengths, causal=causal, scale=scale, kv_length=kv_length, q_start=q_start, out_dtype=out_kind)
     make = place.zeros if empty else place.empty
     dq, dk, dv = make((B, Hq, T, D), out_kind), make((B, Hk, S, D), out_kind), make((B, Hk, S, Dv), out_kind)
     if empty:

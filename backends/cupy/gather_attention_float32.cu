@@ -1,19 +1,8 @@
 // Attention over selected keys in float32 by fused multiply-adds (simt.cuh): a CTA works on one query and up to BH heads that share its list and its keys.
 // Defines: OUT_KIND, BH (32), DP, DVP, SOFTCAP.
-#include "selections.cuh"
+#include "gather_forward.cuh"
 #include "simt.cuh"
 
-struct Params {
-  const void *q, *k, *v;
-  void* out;
-  float* lse;
-  const float* sink;
-  Selected list;
-  Positions at;
-  i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
-  int Hq, group, D, Dv, slices, unused;
-  float scale, softcap;
-};
 constexpr int THREADS = 4 * BH, QS = DP + 1;
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Params p) {

@@ -27,13 +27,6 @@ struct Params {
 
 #include "latent_hopper.cuh"
 
-__device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {  // 16 bytes, zeros where nothing is to be read
-#ifdef SPARSETILE_EMULATE
-  emulate_cp_async(emulate_shared() + to, from, 16, exists);
-#else
-  asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
-#endif
-}
 // 32 rows into a tile of 9 chunks of 64 columns: eight threads to a row, each thread rows r and r + 16 (`to` is its place in the first)
 __device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b, int a_exists, int b_exists) {
 #pragma unroll
@@ -54,7 +47,7 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
     fetch_rows(here + ring.slot * TILE, rows > 0 ? from : (const char*)p.q, rows > 16 ? from + 16 * p.qh : (const char*)p.q, rows > 0, rows > 16);
     copies_arrive(FULL(ring.slot));
     if (tid == 0) bar_arrive(FULL(ring.slot));
-    advance(ring.slot, ring.phase);
+    advance<SLOTS>(ring.slot, ring.phase);
   }
   const Entries list(p.list, p.at, x.b, 0, x.t);
   const int *next = list.entries + at * N + tid % 32, limit = list.limit;
@@ -78,7 +71,7 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
       ((Found*)(raw + FOUND))[ring.slot] = {word, left || more ? left : -1, number, scratch};
       bar_arrive(FULL(ring.slot));
     }
-    advance(ring.slot, ring.phase);
+    advance<SLOTS>(ring.slot, ring.phase);
   }
   return most;
 }
@@ -98,11 +91,7 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(const __grid_constant__ Params p) {
-#ifdef SPARSETILE_EMULATE
-  DYNAMIC_SHARED(raw);
-#else
-  extern __shared__ __align__(1024) unsigned char raw[];  // nothing is left to align it by hand
-#endif
+  SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   Share share = {0, 0, 0};
 #if SPLIT

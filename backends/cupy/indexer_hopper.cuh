@@ -2,7 +2,7 @@
 // from it; the same bits. A product holds 64 keys (a consumer group's rows) x the heads of two queries (128 columns); four queries are in work at a time.
 // relu(x) w is fma(x + |x|, w / 2, sum): one addition with a free modifier instead of the half-rate maximum (products of e4m3 are far from overflowing).
 #pragma once
-#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "window.cuh"
 
 #ifndef RELU

@@ -92,10 +92,10 @@ load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
         const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
         hold(a); hold(b); wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma_e4m3_n128(a, dk + 2 * k, dq0 + 2 * k, k != 0);
+        for (int k = 0; k < 4; k++) wgmma_e4m3(a, dk + 2 * k, dq0 + 2 * k, k != 0);
         wgmma_commit();
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma_e4m3_n128(b, dk + 2 * k, dq1 + 2 * k, k != 0);
+        for (int k = 0; k < 4; k++) wgmma_e4m3(b, dk + 2 * k, dq1 + 2 * k, k != 0);
         wgmma_commit();
         wgmma_wait<1>(); hold(a);
         sum_heads(a, w, 0, r);

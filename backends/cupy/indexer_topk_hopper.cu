@@ -130,7 +130,6 @@ __device__ __forceinline__ int stride_of(int tiles) {
   for (int a = imax((int)(tiles * 0.6180339f), 1);; a++) { int x = a, y = tiles; while (y) { const int z = x % y; x = y; y = z; } if (x == 1) return a; }
 }
 
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ int afresh(int x) { asm volatile("" : "+r"(x)); return x; }  // what depends on it is computed where it stands: kept over the loop it would spill
 
 struct Rows { int b, t, n; i64 first; };        // queries t .. t + n - 1 (four at most are in work) of one batch entry
@@ -272,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_topk_hopper(const _
           const u64 dk = dk0 + stage * (KEY_BYTES >> 4);
           hold(d); wgmma_fence();
 #pragma unroll
-          for (int c = 0; c < 4; c++) wgmma_e4m3_n128(d, dk + 2 * c, dq + 2 * c, c != 0);
+          for (int c = 0; c < 4; c++) wgmma_e4m3(d, dk + 2 * c, dq + 2 * c, c != 0);
           wgmma_commit();
         };
         issue(a, dq0, 0); issue(b, dq1, 0);

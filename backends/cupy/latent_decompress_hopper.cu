@@ -2,7 +2,7 @@
 // A block of threads keeps 128 latent rows in registers (two groups of 64 rows x 512: 128 registers a thread) and streams weight tiles of 512 x 128 through a ring
 // of 16 KB stages; the two blocks of a cluster hold neighbouring rows and load half of each stage for both. The groups take turns of a tile's 8 stages.
 // Each warp stores its own 16 rows; the rotary part goes out of one resident tile. Rows that do not exist are zeros on the way in and dropped on the way out.
-#include "hopper.cuh"
+#include "wgmma.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -47,7 +47,6 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
   __syncthreads();
 }
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Order of work: windows of `width` column tiles (a tile: the 128 columns of one head of w_uk, then of w_uv), within a window row block by row block; each cluster
 // takes an equal, contiguous piece: tiles t0 .. t1 - 1 of one block.
@@ -161,7 +160,7 @@ latent_decompress_hopper(const __grid_constant__ Params p) {
           bar_wait(FULL(s), ph, patience);
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 4; k++) wgmma_n128<KIND, !W_ROWS>(d, a + c * 16 + k * 4, ds + k * (W_ROWS ? 2 : 128), c != 0 || k != 0);
+          for (int k = 0; k < 4; k++) wgmma<KIND, W_ROWS ? K_MAJOR : N_MAJOR>(d, a + c * 16 + k * 4, ds + k * (W_ROWS ? 2 : 128), c != 0 || k != 0);
           wgmma_commit();
           if (c) {
             wgmma_wait<1>();

@@ -6,7 +6,7 @@
 // Keys that nobody sees are zeros in the tile and -inf in the scores. The order of waits is the speed: values of tile i are multiplied while the probabilities of tile
 // i + 1 are made. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
 #pragma once
-#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "split.cuh"
 
 constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, SLOTS = 6, HELD = 31;  // HELD: k-steps of the query in registers
@@ -21,8 +21,6 @@ constexpr float WIDE = 1024.f;                        // from here on a fused pr
 
 struct Found { u32 word; int left, item, slot; };  // which of a tile's 32 keys are seen; how many tiles of the item follow, -1: no tile at all; the item; its slot of scratch, or -1: it is whole
 
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-__device__ __forceinline__ void advance(u32& slot, u32& phase) { if (++slot == SLOTS) { slot = 0; phase ^= 1; } }
 struct Item {
   int head, rows, t, b;  // head: the first of `rows`
   __device__ __forceinline__ Item(const Params& p, int x) {
@@ -105,7 +103,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       const int tid = thread_again() % 128, lane = tid & 31, r = (tid / 32 & 1) * 16 + (lane & 15), r2 = tid / 2;
       const u32 low = slot;
       bar_wait(FULL(slot), phase, patience);
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
       bar_wait(FULL(slot), phase, patience);
       const u32 tile = (tid < 64 ? low : slot) * TILE;
 #pragma unroll
@@ -117,7 +115,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       named_sync(1, 128);
       bar_arrive(READY(low)); bar_arrive(READY(slot));
       if (tid == 0) { bar_arrive(START(low)); bar_arrive(START(slot)); }
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
     Rows rows = {{-inf(), -inf()}, {LOWEST, LOWEST}, {0.f, 0.f}, false};
     bool first = true;
@@ -132,11 +130,11 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
 #pragma unroll
       for (int k = 0; k < 32; k++) {
         const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
-        if (k < HELD) wgmma_n32<KIND>(s, q[k], b, k != 0);
-        else wgmma_n32<KIND>(s, step31, b, 1);
+        if (k < HELD) wgmma<KIND, K_MAJOR>(s, q[k], b, k != 0);
+        else wgmma<KIND, K_MAJOR>(s, step31, b, 1);
       }
 #pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n32<KIND>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
+      for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
       wgmma_commit(); wgmma_wait<0>(); hold(s);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
       if (tid == 0 && !first) bar_arrive(START(before));
@@ -167,7 +165,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         if (tid == 0) bar_arrive(START(slot));
       }
       first = false;
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     } while (left > 0);
   }
 }
@@ -227,7 +225,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
     for (int t = 0; t < 2; t++) {  // the query's tiles pass by
       bar_wait(READY(slot), phase, patience);
       if (lane == 0) bar_arrive(FREE(slot));
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     }
     bool first = true;
     do {
@@ -242,7 +240,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       const u64 a = descriptor_of(base + slot * TILE + 8 * CHUNK, 16, 512, SWIZZLE_64), b = descriptor_of(base + slot * TILE + half * 4 * CHUNK, CHUNK, 1024, SWIZZLE_128);
       hold(o[0]); hold(o[1]); wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_n128_columns<KIND>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
+      for (int k = 0; k < 4; k++) wgmma<KIND, N_MAJOR>(o[k & 1], a + (k >> 1) * 2, b + (k >> 1) * 128 + (k & 1) * 2 * (CHUNK >> 4), !first || k > 1);
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if (left <= 0) {
         const Found last = ((const Found*)(raw + FOUND))[slot];
@@ -252,7 +250,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       }
       if (lane == 0) bar_arrive(FREE(slot));
       first = false;
-      advance(slot, phase);
+      advance<SLOTS>(slot, phase);
     } while (left > 0);
   }
 }

@@ -22,6 +22,18 @@ __device__ __forceinline__ int first_position(const Positions& p, int b) {
   return p.q_start_from == 0 ? p.q_start_value : p.q_start_from == 1 ? __ldg(p.q_start + b) : key_limit(p, b) - p.T;
 }
 
+// how many of n ascending key blocks start before the limit
+template <int Bk> __device__ __forceinline__ int blocks_before(const int* cols, int n, int limit) {
+  const int blocks = limit / Bk + (limit % Bk != 0);
+  if (n == 0 || __ldg(cols + n - 1) < blocks) return n;
+  int lo = 0, hi = n - 1;
+  while (lo < hi) {
+    const int middle = (lo + hi) / 2;
+    if (__ldg(cols + middle) < blocks) lo = middle + 1; else hi = middle;
+  }
+  return lo;
+}
+
 // bits lo .. hi-1 of a word, whatever lo and hi
 __device__ __forceinline__ u32 range_bits(int lo, int hi) {
   lo = imax(lo, 0);

@@ -3,9 +3,6 @@
 #include "hopper.cuh"
 
 #ifdef SPARSETILE_EMULATE
-inline void bulk_load(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
-inline void bulk_store(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, false); }
-inline void bulk_add(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
 inline void wait_turn(const int* counter, int turn, u32&) { emulate_wait_equal(counter, turn); }
 inline void end_turn(int* counter, int turn) { *counter = turn + 1; }
 inline void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix_transposed(at, a, b, c, d); }
@@ -13,15 +10,6 @@ inline int shared_int(u32 at) { return *(int*)(emulate_shared() + at); }
 inline float2 shared_pair(u32 at) { return *(float2*)(emulate_shared() + at); }
 inline void shared_store(u32 at, float a, float b, float c, float d) { *(float4*)(emulate_shared() + at) = make_float4(a, b, c, d); }
 #else
-__device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
-}
-__device__ __forceinline__ void bulk_store(float* to, u32 from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_add(float* to, u32 from, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
-}
 // What the turns before wrote is complete from here on, for the copy engine too. Gives up as bar_wait does.
 __device__ __forceinline__ void wait_turn(const int* counter, int turn, u32& patience) {
   const u32 since = (u32)clock();

@@ -18,18 +18,6 @@ struct Run {
   __device__ __forceinline__ int entry(int x) const { return first + x + (x >= full ? gap : 0); }
 };
 
-// how many of n ascending key blocks start before the limit
-template <int Bk> __device__ __forceinline__ int blocks_before(const int* cols, int n, int limit) {
-  const int blocks = limit / Bk + (limit % Bk != 0);
-  if (n == 0 || __ldg(cols + n - 1) < blocks) return n;
-  int lo = 0, hi = n - 1;
-  while (lo < hi) {
-    const int middle = (lo + hi) / 2;
-    if (__ldg(cols + middle) < blocks) lo = middle + 1; else hi = middle;
-  }
-  return lo;
-}
-
 template <int Bk> __device__ __forceinline__ Run open_run(const ListArrays& a, int list, i64 i, int limit) {
   if (i < 0 || i >= a.nq) return {0, 0, 0, 0, 0, limit};
   const int* o = a.offsets + 2 * ((i64)list * a.nq + i);

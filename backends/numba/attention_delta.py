@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
+from sparsetile.backends.numba.convert import F32_CODE
 from sparsetile.backends.numba.job import CODES
 from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.simd import LANES, address, next_task, op, put_f32
@@ -49,15 +50,19 @@ def work(jobs, thread):
     job = job_at(jobs)
     left, right = job.memory + job.memory_step * thread + job.left, job.memory + job.memory_step * thread + job.right
     padded = (job.Dv + LANES - 1) // LANES * LANES
+    in_place = job.out_code == F32_CODE and job.dout_code == F32_CODE and padded == job.Dv
     while True:
         first = next_task(job.counter) * BATCH
         if first >= job.rows:
             break
         for row in range(first, min(first + BATCH, job.rows)):
             b, h, t = row // (job.H * job.T), row // job.T % job.H, row % job.T
-            load_row(job.out_code, job.out + b * job.out_b + h * job.out_h + t * job.out_t, job.Dv, left, padded)
-            load_row(job.dout_code, job.dout + b * job.dout_b + h * job.dout_h + t * job.dout_t, job.Dv, right, padded)
-            put_f32(job.sums, row, dot(left, right, padded))
+            out, dout = job.out + b * job.out_b + h * job.out_h + t * job.out_t, job.dout + b * job.dout_b + h * job.dout_h + t * job.dout_t
+            if not in_place:
+                load_row(job.out_code, out, job.Dv, left, padded)
+                load_row(job.dout_code, dout, job.Dv, right, padded)
+                out, dout = left, right
+            put_f32(job.sums, row, dot(out, dout, padded))
 
 
 def _row_sums(out, dout):
@@ -78,7 +83,10 @@ def _row_sums(out, dout):
 
 
 def run(out, dout, lse, *, place, config, sink_logits=None, dlse=None):
-    kind, keys, delta = lse.dtype, lse.astype(np.float64), _row_sums(out, dout)
+    sums = _row_sums(out, dout)
+    if sink_logits is None and dlse is None:
+        return lse, np.where(lse == -np.inf, 0, sums).astype(lse.dtype, copy=False), None
+    kind, keys, delta = lse.dtype, lse.astype(np.float64), sums
     empty = keys == -np.inf
     delta = np.where(empty, 0, delta.astype(np.float64))
     total, dsink = keys, None

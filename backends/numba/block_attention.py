@@ -146,7 +146,7 @@ def _tile(jobs, memory, b, h, heads, tile):
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
         for p in range(panels):
             load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, 0 if job.pairs else job.q_code, job.D >> job.pairs, job.Dq, rows + 8 * PANEL * p, job.sign,
-                       memory + job.flat, 4 * job.Dq, memory + job.qt + STEP * job.Dq * p)
+                       memory + job.flat, 4 * job.Dq, memory + job.qt + STEP * job.Dq * p, 0)
         begin, partial, end = list_block(job, b, h, i)
         for entry in range(begin, end):
             _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, bases)

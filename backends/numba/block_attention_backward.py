@@ -151,8 +151,9 @@ def _block(jobs, memory, kind, slot, limit, where):
 
 @far("iiii")
 def _load_rows(jobs, memory, b, h):
-    """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in units of the scores) and delta. Rows without gradient become 0."""
+    """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in powers of two) and delta. Rows without gradient become 0."""
     job = job_at(jobs)
+    unit = job.unit / np.float64(get_f32(job.constants, 0))  # ln 2 but for the rounding of c
     for p in range(job.panels):
         rows, lse = memory + job.rows + 8 * PANEL * p, memory + job.rows_lse + 3 * STEP * p
         for n in range(PANEL):
@@ -162,7 +163,7 @@ def _load_rows(jobs, memory, b, h):
                 at = (b * job.Hq + h) * job.T + t
                 x = np.float64(get_f32(job.lse, at))
                 if math.isfinite(x):
-                    x = min(max(x / job.unit, -3e38), 3e38)
+                    x = min(max(x / unit, -3e38), 3e38)
                     high = np.float32(x)
                     low, delta = np.float32(x - high), get_f32(job.delta, at)
                 else:
@@ -171,9 +172,9 @@ def _load_rows(jobs, memory, b, h):
             put_f32(lse, PANEL + n, low)
             put_f32(lse, 2 * PANEL + n, delta)
         load_panel(job.q + b * job.q_b + h * job.q_h, 0, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign,
-                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p)
+                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p, 1)
         load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
-                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p)
+                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p, 1)
     number_rows(memory + job.rows, job.panels, job.T, 1, 0)
 
 

@@ -63,8 +63,21 @@ def float8_to_float(e, bits):
     return b.select(b.icmp_unsigned("==", magnitude, constant(0x7f)), e.f(float("nan")), x)
 
 
+def float_to_float8(e, x):
+    """float32 lanes of at most 448 in size, or NaN -> e4m3fn, int8 lanes."""
+    b, bits = e.b, e.as_int(x)
+    magnitude = b.and_(bits, e.n(0x7fffffff))
+    odd = b.and_(b.lshr(magnitude, e.n(20)), e.n(1))
+    normal = b.lshr(b.add(b.sub(magnitude, e.n(120 << 23)), b.add(odd, e.n(0x7ffff))), e.n(20))
+    # below 2**-6: adding 2**14 puts the rounded multiple of 2**-9 into the low bits
+    tiny = b.sub(e.as_int(b.fadd(e.as_float(magnitude), e.f(2.0 ** 14))), e.n(141 << 23))
+    y = b.select(b.icmp_signed("<", magnitude, e.n(121 << 23)), tiny, normal)
+    y = b.select(b.icmp_signed(">", magnitude, e.n(0x43e00000)), e.n(0x7f), y)
+    return b.trunc(b.or_(y, b.and_(b.lshr(bits, e.n(24)), e.n(0x80))), e.of(I8))
+
+
 READ = {F32_CODE: (F, lambda e, x: x), F16_CODE: (I16, half_to_float), BF16_CODE: (I16, bfloat_to_float), FP8_CODE: (I8, float8_to_float)}
-WRITE = {F32_CODE: (F, lambda e, x: x), F16_CODE: (I16, float_to_half), BF16_CODE: (I16, float_to_bfloat)}
+WRITE = {F32_CODE: (F, lambda e, x: x), F16_CODE: (I16, float_to_half), BF16_CODE: (I16, float_to_bfloat), FP8_CODE: (I8, float_to_float8)}
 
 
 def load_as_float(e, code, address, offset=0):
@@ -127,7 +140,7 @@ def _row(code, read):
 
 
 _read_f32, _read_f16, _read_bf16, _read_fp8 = (op("iii", _row(code, True)) for code in range(4))
-_write_f32, _write_f16, _write_bf16 = (op("iii", _row(code, False)) for code in range(3))
+_write_f32, _write_f16, _write_bf16, _write_fp8 = (op("iii", _row(code, False)) for code in range(4))
 
 
 def _rows(code, read):
@@ -146,7 +159,9 @@ def _rows(code, read):
 
 
 def _fill(e, target, count):
-    e.loop(count, [], lambda k, _: (e.store(e.scalar(0), e.add(target, e.mul(k, 4))), [])[1])
+    main = e.b.and_(count, e.i(-LANES))
+    for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(count, main))):
+        e.loop(n, [], lambda k, _: (v.store(v.f(0), e.add(target, e.mul(e.add(k, first), 4))), [])[1], v.lanes)
 
 
 fill_zero = op("ii", _fill)
@@ -196,10 +211,27 @@ def write_rows(code, source, step, rows, count, target, target_step):
 
 @kernel
 def write_row(code, source, count, target):
-    """count float32 at `source` -> type `code` at `target`, rounded to nearest even."""
+    """count float32 at `source` -> type `code` at `target`, rounded to nearest even; float8 takes at most 448 in size, or NaN."""
     if code == 0:
         _write_f32(source, count, target)
     elif code == 1:
         _write_f16(source, count, target)
-    else:
+    elif code == 2:
         _write_bf16(source, count, target)
+    else:
+        _write_fp8(source, count, target)
+
+
+def _copy(e, source, count, target):
+    """`count` bytes: whole vectors, then one by one."""
+    main = e.b.and_(count, e.i(-LANES))
+    for v, first, n in ((e, 0, main), (Vectors(e.b, 1), main, e.b.sub(count, main))):
+        def body(k, _):
+            k = e.add(k, first)
+            v.store(v.load(e.add(source, k), 0, v.of(I8)), e.add(target, k))
+            return []
+        e.loop(n, [], body, v.lanes)
+
+
+copy_row = op("iii", _copy)
+"""(source, count, target): bytes as they are."""

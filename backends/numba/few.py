@@ -85,7 +85,7 @@ def _share(jobs, memory, b, j, tile, share, part):
     if i < 0 or tile_rows(jobs, b, tile, rows, job.panels * PANEL) == 0:
         return
     number_rows(rows, job.panels, job.T, group, 1)
-    load_panel(job.q + b * job.q_b + j * group * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.flat, 4 * job.Dp, memory + job.qt)
+    load_panel(job.q + b * job.q_b + j * group * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.flat, 4 * job.Dp, memory + job.qt, 1)
     begin, partial, end = list_block(job, b, j * group, i)
     limit, first = key_limit(job, b), begin + share * job.few_entries
     for entry in range(first, min(end, first + job.few_entries)):
@@ -98,22 +98,24 @@ def _join(jobs, memory, parts):
     """The shares of a unit -> O^T and state as `write_tile` wants them."""
     job = job_at(jobs)
     width, state, ot = job.width, memory + job.state, memory + job.ot
+    unit = job.unit / np.float64(get_f32(job.constants, 0))
     for r in range(ROWS * job.quads):
         top, total, at = LOWEST, np.float32(0), 4 * MOST + 8 * LANES * (r // ROWS)
         for n in range(job.few_shares):
             top = max(top, get_f32(parts + n * job.few_step + at, r % ROWS))
             put_i32(memory + job.saw, r, get_i32(memory + job.saw, r) | get_i32(parts + n * job.few_step, r))
+        m = top * get_f32(job.constants, 0)
         for n in range(job.few_shares):
             part, own = parts + n * job.few_step, np.float32(0)
             for k in range(r % ROWS, LANES, ROWS):
                 own += get_f32(part + at + 4 * LANES, k)
             if own != 0:
-                factor = np.float32(math.exp((np.float64(get_f32(part + at, r % ROWS)) - top) * job.unit))
+                factor = np.float32(math.exp(np.float64(get_f32(part + at, r % ROWS)) * job.unit - m * unit))
                 row = part + 4 * MOST + 8 * LANES * job.quads + 4 * width * r
                 total += factor * own
                 for d in range(width):
                     put_f32(ot, d * PANEL + r, get_f32(ot, d * PANEL + r) + factor * get_f32(row, d))
-        put_f32(state, PANEL + r, top)
+        put_f32(state, PANEL + r, m)
         put_f32(state, 2 * PANEL + r, total)
 
 

@@ -100,7 +100,7 @@ def add_values(code, pv, v_step, ps, keys, po, o_step, wide, single):
 
 def _cap(e, ps, keys, pc):
     """S = softcap * tanh(S * scale / softcap)."""
-    outer, inner = e.splat(e.load(pc, 12, F)), e.splat(e.load(pc, 16, F))
+    outer, inner = e.splat(e.load(pc, 4, F)), e.splat(e.load(pc, 8, F))
 
     def body(j, _):
         at = e.add(ps, e.mul(j, 4 * ROWS))
@@ -114,7 +114,7 @@ softcap = op("iii", _cap)
 
 def _weights(e, ps, keys, pm, pl, po, o_step, width, pc):
     """S -> probabilities against the maxima at pm (each row's in every fourth lane); sums at pl and O follow a maximum that rises."""
-    b, c, low = e.b, e.splat(e.load(pc, 0, F)), e.splat(e.load(pc, 4, F))
+    b, c = e.b, e.splat(e.load(pc, 0, F))
     old = e.load(pm)
     top = e.loop(keys, [e.f(-math.inf)], lambda j, t: [e.max(e.load(e.add(ps, e.mul(j, 4 * ROWS))), t[0])], KEYS)[0]
     step = ROWS
@@ -123,7 +123,7 @@ def _weights(e, ps, keys, pm, pl, po, o_step, width, pc):
         step *= 2
     new = e.max(top, old)
     with b.if_then(e.any(b.fcmp_ordered(">", new, old))):
-        factor = e.exp2(b.fsub(old, new), c, low)
+        factor = e.exp2(b.fmul(b.fsub(old, new), c))
         e.store(new, pm)
         e.store(b.fmul(factor, e.load(pl)), pl)
         for r in range(ROWS):
@@ -132,7 +132,7 @@ def _weights(e, ps, keys, pm, pl, po, o_step, width, pc):
 
     def body(j, total):
         at = e.add(ps, e.mul(j, 4 * ROWS))
-        x = e.exp2(b.fsub(e.load(at), new), c, low)
+        x = e.exp2(b.fmul(b.fsub(e.load(at), new), c))
         e.store(x, at)
         return [b.fadd(total[0], x)]
     e.store(b.fadd(e.load(pl), e.loop(keys, [e.f(0)], body, KEYS)[0]), pl)

@@ -66,8 +66,8 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
         outer, inner, unit = softcap, abs(scale) / softcap, 1.0
     values |= dict(unit=unit)
     c, largest = unit * math.log2(math.e), float(np.finfo(np.float32).max)
-    # c, the argument below which 2 ** (c x) is 0, the softcap outside and inside of tanh, the scale of dS
-    arrays["constants"] = np.array([min(c, largest), max(-100 / c, -largest), outer, inner, slope], np.float32)
+    # c, the softcap outside and inside of tanh, the scale of dS
+    arrays["constants"] = np.array([min(c, largest), outer, inner, slope], np.float32)
     values["constants"] = address(arrays["constants"])
     fill_record(job, values)
     return job, [arrays, tensors]

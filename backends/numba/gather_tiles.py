@@ -159,7 +159,7 @@ def _cap(e, ps, count, constants, slope):
     """S = cap * tanh(S * inner); its derivative 1 - tanh**2 goes to `slope` where that is not 0. An infinite S becomes NaN: it may be a sum that
     went out of range on its way, even with the wrong sign."""
     b = e.b
-    outer, inner = (e.splat(e.load(constants, offset, F)) for offset in (8, 12))
+    outer, inner = (e.splat(e.load(constants, offset, F)) for offset in (4, 8))
 
     def body(k, _):
         at = e.mul(k, 4)
@@ -179,7 +179,7 @@ def _soften(e, ps, count, state, constants):
     """One head's S -> P = 2 ** (c (S - m)) in place, m the maximum so far; zeros up to a whole vector. state: m, sum, and NaN once a score was not finite
     (a sum may have gone out of range on its way, even with the wrong sign). Returns what O made before must be multiplied by."""
     b = e.b
-    c, low = (e.splat(e.load(constants, offset, F)) for offset in (0, 4))
+    c = e.splat(e.load(constants, 0, F))
     old, lanes = e.load(state, 0, F), ir.Constant(e.VI, list(range(e.lanes)))
 
     def look(k, held):
@@ -191,13 +191,13 @@ def _soften(e, ps, count, state, constants):
         return [e.max(x, held[0]), e.fma(b.select(there, s, e.f(0)), e.f(0), held[1])]
     top, odd = e.loop(count, [e.splat(old), e.f(0)], look, e.lanes)
     new = e.call(f"llvm.vector.reduce.fmax.v{e.lanes}f32", F, top)
-    gap = e.exp2(e.splat(b.fsub(old, new)), c, low)
+    gap = e.exp2(b.fmul(e.splat(b.fsub(old, new)), c))
     factor = b.select(b.fcmp_ordered("==", old, new), e.scalar(1), b.extract_element(gap, ir.Constant(I32, 0)))
     base = e.splat(b.select(b.fcmp_ordered("==", new, e.scalar(-math.inf)), e.scalar(0), new))  # -inf - -inf would be NaN
 
     def body(k, total):
         at = e.add(ps, e.mul(k, 4))
-        x = e.exp2(b.fsub(e.load(at), base), c, low)
+        x = e.exp2(b.fmul(b.fsub(e.load(at), base), c))
         e.store(x, at)
         return [b.fadd(total[0], x)]
     total = e.sum(e.loop(count, [e.f(0)], body, e.lanes)[0])
@@ -214,14 +214,14 @@ def _differ(e, ps, pd, count, lse, delta, constants, slope):
     """One head's S and dP -> P = 2 ** (c (S - lse)) and dS = P (dP - delta) times the scale and the derivative at `slope` (0: none), in place.
     Returns 0, or NaN where a score or a gradient is not finite."""
     b = e.b
-    c, low, unit = (e.splat(e.load(constants, offset, F)) for offset in (0, 4, 16))
+    c, unit = (e.splat(e.load(constants, offset, F)) for offset in (0, 12))
     lse, delta, lanes = e.splat(lse), e.splat(delta), ir.Constant(e.VI, list(range(e.lanes)))
 
     def body(k, odd):
         at = e.mul(k, 4)
         there = b.icmp_signed("<", lanes, e.splat(b.trunc(b.sub(count, k), I32)))
         s = b.select(there, e.load(e.add(ps, at)), lse)
-        p = e.exp2(b.fsub(s, lse), c, low)
+        p = e.exp2(b.fmul(b.fsub(s, lse), c))
         d = b.select(there, b.fmul(b.fmul(p, b.fsub(e.load(e.add(pd, at)), delta)), unit), e.f(0))
         e.store(p, e.add(ps, at))
         e.store(d, e.add(pd, at))
@@ -250,6 +250,15 @@ def _fetch(e, base, step, keys, count, size):
 
 
 fetch_rows = op("iiiii", _fetch)
+
+
+def _finite(e, row, count):
+    """0 if all `count` float32 (padded to whole vectors by finite values) are finite, else NaN."""
+    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(row, e.mul(k, 4))), e.f(0), acc[0])], LANES)[0]
+    return e.sum(total)
+
+
+finite = op("ii", _finite, "f")
 
 
 def _scale(e, row, count, factor):

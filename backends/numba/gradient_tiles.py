@@ -2,7 +2,7 @@
 
 As in tiles.py lanes are queries: P and dS are [keys, queries] (row step given: all panels of a tile side by side), dQ^T [D, PANEL]. Only dK and dV
 [keys, width] have features as lanes, of Q and dO as rows. c, slope and softcap come from `constants` (job.py).
-A row's lse, in units of the scores, is the sum of two float32 (`high`, `low`): scores of 1e4 would lose three digits of P to one.
+A row's lse, in powers of two, is the sum of two float32 (`high`, `low`): scores of 1e4 would lose three digits of P to one.
 """
 from sparsetile.backends.numba.simd import F, LANES, VECTORS, op
 from sparsetile.backends.numba.tiles import STEP, WIDTH, _groups, _panel, _seen
@@ -10,10 +10,10 @@ from sparsetile.backends.numba.tiles import STEP, WIDTH, _groups, _panel, _seen
 
 def _probability(masked, capped):
     def probability(e, pk, k_step, pq, D, pp, p_step, pl, pc, sixes, fours, *more):
-        """P = 2 ** (c (K Q^T - lse)), 0 where unseen. With a softcap its slope goes to pd, where dS will be."""
+        """P = 2 ** (c K Q^T - lse), 0 where unseen. With a softcap its slope goes to pd, where dS will be."""
         b = e.b
-        c, low_end, outer, inner, top = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 12, 16, 24))
-        high, low = _panel(e, pl), _panel(e, e.add(pl, STEP))
+        c, outer, inner = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 8))
+        high, low = [b.fneg(x) for x in _panel(e, pl)], _panel(e, e.add(pl, STEP))
 
         def group(rows, first, _):
             acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D)
@@ -26,9 +26,9 @@ def _probability(masked, capped):
                         t = e.tanh(b.fmul(x, inner))
                         e.store(b.fsub(e.f(1), b.fmul(t, t)), e.add(more[2], at), n * WIDTH)
                         x = b.fmul(t, outer)
-                    x = b.fsub(b.fsub(x, high[n]), low[n])
+                    x = b.fsub(e.fma(x, c, high[n]), low[n])
                     # P <= 1; a rounded lse of scores of 1e9 says otherwise
-                    x = e.exp2(b.select(b.fcmp_ordered(">", x, top), top, x), c, low_end)
+                    x = e.exp2(b.select(b.fcmp_ordered(">", x, e.f(1)), e.f(1), x))
                     e.store(b.select(seen[n], x, e.f(0)) if masked else x, e.add(pp, at), n * WIDTH)
             return []
         _groups(e, sixes, fours, [], group)
@@ -46,7 +46,7 @@ probability_capped = op("iiiiiiiiiiiii", _probability(True, True))
 def _score_gradient(capped):
     def score_gradient(e, pv, v_step, pg, Dv, pp, pd, p_step, px, pc, sixes, fours):
         """dS = slope P (V dO^T - delta)"""
-        b, slope, delta = e.b, e.splat(e.load(pc, 20, F)), _panel(e, px)
+        b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px)
 
         def group(rows, first, _):
             acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv)

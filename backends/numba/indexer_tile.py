@@ -41,7 +41,8 @@ INDEXER = np.dtype([(name, "i8") for name in (
     "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts",
     "B", "H", "T", "S", "D", "padded", "heads", "queries", "memory", "memory_step", "qf", "wf", "rows", "panel", "scale", "scores", "bounds",
     "given", "shares", "share", "state", "candidates", "room", "top_k", "keep", "pool", "force_first", "force_last", "forced", "parts",
-    "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf")] + [("low", "f8")])
+    "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf", "row", "blocks", "reach", "step")]
+                   + [("low", "f8"), ("factor", "f8")])
 """x: address of an array; x_b, x_h, x_t, x_s: bytes from batch to batch, head to head, row to row; x_code: its element type. Absent: 0.
 memory: float32 scratch of a thread, memory_step bytes; qf, wf, rows, panel, scale, scores: offsets in it. low: 0 for relu, else -inf."""
 job_at = record_at(INDEXER)
@@ -130,20 +131,20 @@ def seen_by(job, b, t):
     return start, max(start, end)
 
 
-def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start, activation):
-    """(record [1], arrays to keep alive while it is used)."""
+def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start, activation, row=CHUNK):
+    """(record [1], arrays to keep alive while it is used). row: scores of a query that are held at a time."""
     (B, H, T, D), S, threads = q.shape, k.shape[1], numba.get_num_threads()
     queries, padded, heads = tile_of(H, T), -(-D // LANES) * LANES, -(-H // HEADS) * HEADS
     each = not isinstance(q_start, (int, np.integer))
     job = np.zeros(1, INDEXER)
     memory = scratch(job, threads, qf=4 * queries * heads * padded, wf=4 * queries * heads, rows=4 * KEYS * padded, panel=4 * KEYS * padded, scale=4 * KEYS,
-                     scores=4 * queries * CHUNK)
+                     scores=4 * queries * row)
     alive = dict(counter=np.zeros(1, np.int64), bounds=np.empty((threads, 2, queries), np.int64),
                  q=q, k=k, weights=weights, k_scale=k_scale, key_start=key_start, key_end=key_end, q_starts=q_start if each else None)
     values = {name: address(x) for name, x in alive.items()}
     values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
     values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D, threads=threads,
-                   padded=padded, heads=heads, queries=queries, low=0.0 if activation == "relu" else -np.inf)
+                   padded=padded, heads=heads, queries=queries, row=row, low=0.0 if activation == "relu" else -np.inf)
     for name, x in values.items():
         job[name] = x
     return job, [alive, memory]

@@ -230,6 +230,14 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     return indices, lengths, chosen
 
 
+def choose_given(scores, key_end, indices, lengths, chosen, *, force_first, force_last):
+    """The choice alone, of scores made elsewhere: scores [B,T,S] float32, the row's first key_end [B,T] of them compete. Fills the answer, [B,T,top_k] and [B,T]."""
+    B, T, S = scores.shape
+    nothing = np.broadcast_to(np.float32(0), (B, 1, T, 1)), np.broadcast_to(np.float32(0), (B, S, 1))
+    _launch(*nothing, None, None, None, key_end, 0, scores, indices, lengths, chosen, min(indices.shape[2], S), causal=False, activation=None, pool=1,
+            force_first=force_first, force_last=force_last)
+
+
 def _launch(q, k, weights, k_scale, key_start, key_end, q_start, given, indices, lengths, chosen, keep, *, causal, activation, pool, force_first, force_last):
     """Fill the answer. given [B,T,S] float32: scores made before (float64 arguments), or None."""
     (B, H, T, D), S, top_k, threads = q.shape, k.shape[1], indices.shape[2], numba.get_num_threads()

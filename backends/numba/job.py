@@ -13,7 +13,6 @@ from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import address, get_i32, put_i64
 
 F64_CODE = 4
-TAU = 8.0  # a maximum in use may lag behind by so many powers of two
 LARGEST = float(np.finfo(np.float32).max)
 CODES = {**CODE, "float64": F64_CODE}
 
@@ -64,8 +63,7 @@ def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_l
     if softcap is not None:
         unit, outer, inner = 1.0, softcap, abs(scale) / softcap
     c = unit * math.log2(math.e)
-    constants = [min(c, LARGEST), max(-100 / c, -LARGEST), min(TAU / c, LARGEST), outer, inner, slope, min(1 / c, LARGEST)]
-    arrays["constants"] = np.array(constants, np.float32)
+    arrays["constants"] = np.array([min(c, LARGEST), outer, inner, slope], np.float32)
     values |= dict(unit=unit, sign=sign)
     values |= {name: address(x) for name, x in arrays.items()}
     values["odd"] = values["counter"] + 8

@@ -3,7 +3,7 @@
 A tile is one block of queries, cut into `panels` of PANEL rows; a chunk is CHUNK keys of a block. Words are int32 [panels, WORDS, PANEL]; `spans` holds
 for each panel, then for all together, WORDS unions and WORDS intersections of its lanes' words, int64 each.
 """
-from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.convert import F32_CODE, fill_zero
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_of, row_word
@@ -24,16 +24,19 @@ def up(x: int, step: int) -> int:
 def run_of(rows, r, T):
     """How many rows of a panel from row r on follow each other in one head, or are all -1."""
     t, n = get_i64(rows, r), 1
-    while r + n < PANEL and get_i64(rows, r + n) == (t + n if t >= 0 else -1) and (t < 0 or (t + n) % T != 0):
+    most = PANEL - r if t < 0 else min(PANEL - r, T - t % T)
+    while n < most and get_i64(rows, r + n) == (t + n if t >= 0 else -1):
         n += 1
     return n
 
 
-@far("iiiiiiiidiii")
-def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, flat_step, panel):
-    """PANEL rows of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL].
+@far("iiiiiiiidiiii")
+def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, flat_step, panel, both):
+    """PANEL rows of a tensor, times sign -> float32 flat [PANEL, padded], and transposed: panel [padded, PANEL]. both = 0: flat is scratch.
     rows: their numbers t, or T more for each head after the first; -1: zeros."""
-    r = 0
+    r, t = 0, get_i64(rows, 0)
+    if both == 0 and code == F32_CODE and width == padded and sign == 1 and t >= 0 and run_of(rows, 0, T) == PANEL:  # read in place
+        r, flat, flat_step = PANEL, base + t // T * head_step + t % T * step, step
     while r < PANEL:
         t, count = get_i64(rows, r), run_of(rows, r, T)
         if t >= 0:
@@ -51,11 +54,15 @@ def load_panel(base, head_step, step, T, code, width, padded, rows, sign, flat, 
 
 @far("iiiiiiiiii")
 def store_panel(panel, padded, flat, rows, base, head_step, step, T, code, width):
-    """panel [padded, PANEL] -> flat [PANEL, padded], and the rows of a tensor that `rows` names as in load_panel."""
+    """panel [padded, PANEL] -> the rows of a tensor that `rows` names as in load_panel. flat: scratch, [PANEL, padded]."""
+    t, to, to_step = get_i64(rows, 0), flat, 4 * padded
+    direct = code == F32_CODE and width == padded and t >= 0 and run_of(rows, 0, T) == PANEL
+    if direct:
+        to, to_step = base + t // T * head_step + t % T * step, step
     for r in range(0, PANEL, LANES):
         for d in range(0, padded, LANES):
-            transpose_tile(panel + STEP * d + 4 * r, STEP, flat + 4 * (r * padded + d), 4 * padded)
-    r = 0
+            transpose_tile(panel + STEP * d + 4 * r, STEP, to + to_step * r + 4 * d, to_step)
+    r = PANEL if direct else 0
     while r < PANEL:
         t, count = get_i64(rows, r), run_of(rows, r, T)
         if t >= 0:

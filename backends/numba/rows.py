@@ -1,5 +1,5 @@
 """Rows of any element type to float32 and back, compiled once for all kernels that call them by name (far.py)."""
-from sparsetile.backends.numba.convert import read_row, read_rows, write_row, write_rows
+from sparsetile.backends.numba.convert import copy_row, read_row, read_rows, write_row, write_rows
 from sparsetile.backends.numba.far import far
 
 
@@ -25,3 +25,9 @@ def store_row(code, source, count, target):
 def store_rows(code, source, step, rows, count, target, target_step):
     """store_row of `rows` rows, `step` bytes apart, to `target_step` bytes apart."""
     write_rows(code, source, step, rows, count, target, target_step)
+
+
+@far("iii")
+def copy_bytes(source, count, target):
+    """count bytes as they are."""
+    copy_row(source, count, target)

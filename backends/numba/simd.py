@@ -53,15 +53,17 @@ VECTORS = 2 if LANES == 8 or X86 and LANES == 4 else 4
 """Vectors side by side in a register tile: 6 x 2 accumulators fit 16 registers, 6 x 4 fit 32."""
 HALF = ARM or "f16c" in FEATURES or "avx512f" in FEATURES
 """float16 conversions are instructions; otherwise they are done with integers."""
+SCALES = LANES == 16 and {"avx512f", "avx512dq"} <= FEATURES
+"""The part of a float32 behind its whole number, and a product with a power of two, are instructions."""
 PAIRS = LANES == 16 and "avx512bf16" in FEATURES
 """Pair products: one instruction adds two products of bfloat16 to each float32 lane."""
 FAST_PAIRS = PAIRS and (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
 """AMD's (Zen 4 on) take as long as one multiply-add; Intel's take four times as long (measured on Emerald Rapids: 73 of float32's 159 GFLOP/s), so float32 is faster there."""
 
 
-def _minimax(degree: int, target, weight) -> list[float]:
-    """Polynomial on [-1/2, 1/2] with near-minimax error `weight * (p - target)`, by reweighted least squares on Chebyshev nodes."""
-    x = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
+def _minimax(degree: int, target, weight, middle=0.0) -> list[float]:
+    """Polynomial on an interval of length 1 with near-minimax error `weight * (p - target)`, by reweighted least squares on Chebyshev nodes."""
+    x = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2 + middle
     share = np.ones_like(x)
     basis = np.vander(x, degree + 1, increasing=True) * weight(x)[:, None]
     for _ in range(30):
@@ -76,7 +78,8 @@ def _expm1_ratio(x):  # (2**x - 1) / x
     return np.expm1(x * math.log(2)) / x
 
 
-EXP2 = [1.0] + _minimax(4, _expm1_ratio, lambda x: np.abs(x) * 2.0 ** -x)  # exactly 1 at 0: the largest score's own weight
+# of 2**x on [-1/2, 1/2], with SCALES on [0, 1]; exactly 1 at 0: the largest score's own weight
+EXP2 = [1.0] + _minimax(4, _expm1_ratio, lambda x: np.abs(x) * 2.0 ** -x, 0.5 if SCALES else 0.0)
 EXPM1 = _minimax(5, _expm1_ratio, lambda x: 1 / _expm1_ratio(x))
 MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds to the nearest integer, kept in the low bits
 
@@ -189,20 +192,19 @@ class Vectors:
             y = self.fma(y, x, self.f(c))
         return y
 
-    def exp2(self, x, c=None, low=None):
-        """2**(c*x) for c*x <= 127, exactly 0 below 2**-100 (no slow denormals), NaN where x is NaN; relative error 2e-7.
-
-        c    vector, > 0 (1 where not given). Taken in with the rounding, so c*x is never rounded and huge scores lose nothing.
-        low  vector, -100 / c
-        """
+    def exp2(self, x):
+        """2**x for x <= 127, exactly 0 below 2**-100 (no slow denormals), NaN where x is NaN; relative error 2.5e-7."""
         b = self.b
-        low = low or self.f(-100)
+        if SCALES and self.lanes == 16:
+            there = b.bitcast(b.fcmp_unordered(">=", x, self.f(-100)), I16)
+            part = self.call("llvm.x86.avx512.mask.reduce.ps.512", self.V, x, ir.Constant(I32, 1), self.f(0), ir.Constant(I16, -1), ir.Constant(I32, 4))  # x - floor(x)
+            return self.call("llvm.x86.avx512.mask.scalef.ps.512", self.V, self.horner(EXP2, part), x, self.f(0), there, ir.Constant(I32, 4))
+        low = self.f(-100)
         below = b.fcmp_ordered("<", x, low)
         x = b.select(below, low, x)
-        magic = self.f(MAGIC + 127)  # with float32's bias: the low bits shifted up are 2**round(c*x)
-        z = self.fma(x, c, magic) if c else b.fadd(x, magic)
-        whole = b.fsub(z, magic)
-        part = self.fma(x, c, b.fneg(whole)) if c else b.fsub(x, whole)
+        magic = self.f(MAGIC + 127)  # with float32's bias: the low bits shifted up are 2**round(x)
+        z = b.fadd(x, magic)
+        part = b.fsub(x, b.fsub(z, magic))
         power = self.as_float(b.shl(self.as_int(z), self.n(23)))
         return b.select(below, self.f(0), b.fmul(self.horner(EXP2, part), power))  # a product, so that NaN stays NaN
 

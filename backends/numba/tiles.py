@@ -5,8 +5,8 @@ broadcasts, in their own layout and with their own strides, and only Q is transp
 then lane by lane. Products run over register tiles of 6 rows, and of 4 where 6 does not divide: `split` says how many of each.
 
 Masks are words: bit c of a lane's int32 word c // 32 tells whether its query sees key c of the chunk.
-Scores are unscaled; `constants` holds c = scale * log2(e), -100 / c and TAU / c: probabilities are 2 ** (c * (score - m)), m a maximum that
-lags behind by at most TAU / c (job.py), so that O is rescaled seldom. Keeping scale out of the scores costs nothing and loses nothing for huge ones.
+Scores are unscaled; `constants` holds c = scale * log2(e): probabilities are 2 ** (c * score - m), in one multiply-add, m a maximum that lags
+behind by at most TAU, so that O is rescaled seldom. m is c times a score, rounded: all that is made with it, the lse too, is made with the rounded one.
 """
 import math
 
@@ -19,6 +19,7 @@ from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, V
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
 WIDTH = LANES * 4
+TAU = 8.0  # a maximum in use may lag behind by so many powers of two
 
 
 @kernel
@@ -87,7 +88,7 @@ score_pairs, score_pairs_masked = op("iiiiiiii", _score(False, PAIRS)), op("iiii
 
 def _cap(e, ps, pm, words, first_key, count, pc):
     """S = softcap * tanh(S * scale / softcap) where seen, else -inf; the maximum is taken into pm."""
-    outer, inner = e.splat(e.load(pc, 12, F)), e.splat(e.load(pc, 16, F))
+    outer, inner = e.splat(e.load(pc, 4, F)), e.splat(e.load(pc, 8, F))
 
     def body(j, top):
         row, new = e.add(ps, e.mul(j, STEP)), []
@@ -105,17 +106,16 @@ softcap = op("iiiiii", _cap)
 
 
 def _rescale(e, top, pm, pl, po, Dv, pc):
-    """Where some lane's new maximum is past the one in use by more than TAU / c: take the new ones, and scale sums and O^T."""
-    b = e.b
-    c, low, tau = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 8))
-    moved = ir.Constant(e.of(I1), [0] * LANES)
-    for new, old in zip(_panel(e, top), _panel(e, pm)):
-        moved = b.or_(moved, b.fcmp_ordered(">", new, b.fadd(old, tau)))
+    """Where some lane's new maximum is past the one in use by more than TAU: take the new ones, and scale sums and O^T."""
+    b, c = e.b, e.splat(e.load(pc, 0, F))
+    moved, tops = ir.Constant(e.of(I1), [0] * LANES), [b.fmul(x, c) for x in _panel(e, top)]
+    for new, old in zip(tops, _panel(e, pm)):
+        moved = b.or_(moved, b.fcmp_ordered(">", new, b.fadd(old, e.f(TAU))))
     with b.if_then(e.any(moved), likely=False):
         factor = []
-        for n, (new, old) in enumerate(zip(_panel(e, top), _panel(e, pm))):
+        for n, (new, old) in enumerate(zip(tops, _panel(e, pm))):
             gap = b.select(b.fcmp_ordered("==", new, old), e.f(0), b.fsub(old, new))  # both may be -inf
-            factor.append(e.exp2(gap, c, low))
+            factor.append(e.exp2(gap))
             e.store(new, pm, n * WIDTH)
             e.store(b.fmul(e.load(pl, n * WIDTH), factor[n]), pl, n * WIDTH)
 
@@ -128,7 +128,7 @@ def _rescale(e, top, pm, pl, po, Dv, pc):
 
 
 rescale = op("iiiiii", _rescale)
-"""(new maxima, maxima in use, sums, O^T, Dv, constants)"""
+"""(new maxima of scores, maxima in use, sums, O^T, Dv, constants)"""
 
 
 def _exponent(pairs):
@@ -138,15 +138,14 @@ def _exponent(pairs):
 
 
 def _exponents(e, ps, count, pm, pl, pc, pairs):
-    """P = 2 ** (c (S - m)) in place for a multiple of 4 keys; sums are added up at pl. pairs: as bfloat16, rows 2 j and 2 j + 1 together in row j."""
-    b = e.b
-    c, low = (e.splat(e.load(pc, offset, F)) for offset in (0, 4))
-    m = [b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x) for x in _panel(e, pm)]  # -inf - -inf would be NaN
+    """P = 2 ** (c S - m) in place for a multiple of 4 keys; sums are added up at pl. pairs: as bfloat16, rows 2 j and 2 j + 1 together in row j."""
+    b, c = e.b, e.splat(e.load(pc, 0, F))
+    m = [b.fneg(b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x)) for x in _panel(e, pm)]  # -inf - -inf would be NaN
     rows = 2
 
     def body(j, sums):
         row = e.add(ps, e.mul(j, STEP))
-        new = [e.exp2(b.fsub(e.load(row, i * WIDTH), m[i % VECTORS]), c, low) for i in range(rows * VECTORS)]
+        new = [e.exp2(e.fma(e.load(row, i * WIDTH), c, m[i % VECTORS])) for i in range(rows * VECTORS)]
         if pairs:
             words = [b.zext(float_to_bfloat(e, x), e.VI) for x in new]
             for n in range(VECTORS):
@@ -200,36 +199,31 @@ def _interleave(e, source, step, pairs, width, target, padded):
 interleave = op("iiiiii", _interleave)
 
 
-def _scale_panel(e, po, Dv, pf):
+def _scale_panel(e, po, Dv, pf, odd):
     factor = _panel(e, pf)
 
-    def body(d, _):
-        row = e.add(po, e.mul(d, STEP))
+    def body(d, found):
+        row, new = e.add(po, e.mul(d, STEP)), []
         for n in range(VECTORS):
-            e.store(e.b.fmul(e.load(row, n * WIDTH), factor[n]), row, n * WIDTH)
-        return []
-    e.loop(Dv, [], body)
+            x = e.b.fmul(e.load(row, n * WIDTH), factor[n])
+            e.store(x, row, n * WIDTH)
+            new.append(e.fma(x, e.f(0), found[n]))
+        return new
+    for n, x in enumerate(e.loop(Dv, [e.f(0)] * VECTORS, body)):
+        e.store(x, odd, n * WIDTH)
 
 
-scale_panel = op("iii", _scale_panel)
-"""(O^T, Dv, one factor per lane)"""
-
-
-def _finite(e, row, count):
-    """0 if all `count` float32 (padded to whole vectors by finite values) are finite, else NaN."""
-    total = e.loop(count, [e.f(0)], lambda k, acc: [e.fma(e.load(e.add(row, e.mul(k, 4))), e.f(0), acc[0])], LANES)[0]
-    return e.sum(total)
-
-
-finite = op("ii", _finite, "f")
+scale_panel = op("iiii", _scale_panel)
+"""(O^T, Dv, one factor per lane, where 0 is put for each lane that is finite, else NaN)"""
 
 
 def _fill(e, target, count, x):
-    e.loop(count, [], lambda k, _: (e.store(x, e.add(target, e.mul(k, 4))), [])[1])
+    x = e.splat(x)
+    e.loop(count, [], lambda k, _: (e.store(x, e.add(target, e.mul(k, 4))), [])[1], LANES)
 
 
 fill = op("iif", _fill)
-"""(target, count, value)"""
+"""(target, count, value); whole vectors."""
 
 
 def _word_reduce(name):
@@ -261,8 +255,9 @@ every_word = op("ii", _every_word)
 
 
 def _times(e, address, count, x):
-    e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(address, e.mul(k, 4)), 0, F), x), e.add(address, e.mul(k, 4))), [])[1])
+    x = e.splat(x)
+    e.loop(count, [], lambda k, _: (e.store(e.b.fmul(e.load(e.add(address, e.mul(k, 4))), x), e.add(address, e.mul(k, 4))), [])[1], LANES)
 
 
 times = op("iif", _times)
-"""(address, count, factor): float32 in place."""
+"""(address, count, factor): float32 in place; whole vectors."""

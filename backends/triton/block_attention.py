@@ -16,11 +16,13 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.maps import Map, can_map
 from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon", "decode"), "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D up to 192, Dv up to 128 (block_attention_gluon.py); "
+    Tunable("path", ("portable", "gluon", "decode"),
+            "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D up to 192, Dv up to 128 (block_attention_gluon.py); "
             "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
@@ -28,7 +30,11 @@ TUNABLES = (
     Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight"),
     Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept"),
     Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
+    Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses"),
 )
+
+
+MAPPED = ("sm_90a", "sm_100", "cpu")  # where tensor maps are known; the interpreter reads them too
 
 
 @triton.jit
@@ -58,13 +64,31 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
     return product(p.to(v.dtype.element_ty), v0, acc * a[:, None]), m, l
 
 
+@triton.jit
+def _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, any_row, mask, scale, inner, outer,
+                  D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr):
+    """`_step` through the copy engine, which reads columns past the width and keys past the last as 0."""
+    s = product(q0, tl.trans(k0_map.load([b, h, row, 0]).reshape(BK, D0)), tl.zeros([BQ, BK], tl.float32))
+    if D1:
+        s = product(q1, tl.trans(k1_map.load([b, h, row, D0]).reshape(BK, D1)), s)
+    if CAP:
+        s = capped(s, inner, outer)
+    if MASK:
+        s = tl.where(mask, s, float("-inf"))
+    p, a, m, l = soften(s, m, l, scale, MASK)
+    v0 = v_map.load([b, h, row, 0]).reshape(BK, V0)
+    if MASK:
+        v0 = tl.where(any_row[:, None], v0, tl.zeros([BK, V0], v0.dtype))
+    return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
+
+
 @triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start"])
-def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks,
+def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks,
             sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
             INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr):
     x = tl.program_id(0)
     piece = x % SLICES
     x = x // SLICES
@@ -115,7 +139,7 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
                               sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
     else:
         if EDGE or INTERVALS or BITMAPS:
-            for f in tl.range(e - edge, c, num_stages=1):
+            for f in tl.range(e - edge, c, num_stages=None if MAPS else 1):  # by maps unpipelined, ptxas would wait after every product of the kernel (C7515)
                 entry = tl.where(f < e, n, f)
                 s_key = tl.load(cols + entry) * BK
                 exists = s_key + w < limit
@@ -124,14 +148,23 @@ def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of
                     mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
                 any_row = tl.max(mask.to(tl.int32), 0) > 0
                 far = s_key.to(tl.int64)
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+                if MAPS:
+                    acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, s_key, any_row, mask,
+                                              scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, True)
+                else:
+                    acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
+                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
         following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
         for f in tl.range(a, n):
+            row = following * BK
             far = following.to(tl.int64) * BK
             following = tl.load(cols + f + 1)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
-                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
+            if MAPS:
+                acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, row, ok, ok,
+                                          scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, False)
+            else:
+                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
     # ---- the answer
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = (b * Hq + h) * T + base
@@ -155,7 +188,8 @@ def no_gluon(problem: Problem) -> str | None:
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
         return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
     if problem.dtype("q") not in ("float16", "bfloat16") or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
-        return f"path gluon takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; take portable"
+        return (f"path gluon takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; "
+                "take portable")
     return None
 
 
@@ -188,6 +222,7 @@ def portable_config(problem: Problem) -> dict:
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
+    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
@@ -222,6 +257,9 @@ def resources(problem: Problem, config) -> Resources | str:
         return f"the sums of a tile ({BQ} rows x {w['V0']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
     if problem.arch == "sm_90a" and size == 2 and warps == 8 and BQ == 64 and sums <= 4 * 32 * 232:  # seen wrong with Triton 3.6, D 160, Dv 128
         return "eight warps would split the columns of 64 rows between two warpgroups; use four, or block_q 128"
+    if config["maps"] and (problem.arch not in MAPPED or config["chunk"] or w["SLICES"] > 1 or max(w["D0"], w["V0"]) > 256 or size > 2):
+        return (f"maps are for chips with a copy engine ({', '.join(MAPPED)}), 16-bit types up to 256 columns, without chunk and value_block; "
+                f"{problem.arch} and this config take maps=False")
     kept = 0 if config["chunk"] else BQ * (w["D0"] + w["D1"])
     key_tiles = w["D0"] + w["D1"] + w["V0"]
     shared = size * (kept + max(1, stages) * BK * key_tiles) if problem.arch != "gfx942" else size * max(kept, stages * BK * key_tiles)
@@ -241,26 +279,27 @@ def _gluon_resources(problem: Problem, config) -> Resources | str:
     return block_attention_gluon.resources(problem["D"], problem["Dv"])
 
 
-def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False) -> dict:
+def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False,
+              mapped=False) -> dict:
     """The compile-time constants of `forward`: what run launches and what artifacts compiles ahead."""
     w = widths(D, DV, config)
     same = shared_kv and not config["chunk"] and w["SLICES"] == 1 and DV == w["V0"] == w["D0"]
     return dict(D=D, DV=DV, **w, BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], SHARED=same, NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far)
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped)
 
 
 @lru_cache(4096)
 def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     (B, Hq, T, D), (_, Hk, S, DV) = shapes
     block_q, block_k, first, nq, nk, has_intervals, has_bitmaps, ordered_q, ordered_k = lists_key
-    kv_length, from_length, shared_kv, q_start = flags
+    kv_length, from_length, shared_kv, q_start, mapped = flags
     config = dict(config)
     sqt, sks, svs = strides
     reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
     far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
-                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far)
+                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
@@ -291,16 +330,18 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     host = q_start if isinstance(q_start, int) else None
     from_length = q_start is None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
+    mapped = config["maps"] and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), q.dtype,
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
-        (kv_length is not None, from_length, shared_kv, host), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
-    list_of = lists.list_of
+        (kv_length is not None, from_length, shared_kv, host, mapped), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+    list_of, (BK, D0, D1) = lists.list_of, (constant[name] for name in ("BK", "D0", "D1"))
+    maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
     launch(forward, grid, place,
            (q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
             lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
-            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer), constant, (q.dtype, kind))
+            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer), constant, (q.dtype, kind), maps)
     return out, lse
 
 
@@ -315,12 +356,15 @@ def artifacts(problem: Problem, config) -> list[dict]:
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),
-                     edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"))
+                     edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"),
+                     mapped=config["maps"] and not has("order"))
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps", "schedule"]
     names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
+    widths_of = {"k0_map": made["D0"], "k1_map": made["D1"], "v_map": made["V0"]} if made["MAPS"] else {}
+    maps = {name: f"tensordesc<{pointer[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
     signature = {name: pointer for name in ("q", "k", "v", "out")} | {"lse": "*fp32"} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
-    signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    signature |= maps | {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     return [dict(fn=forward, signature=signature, constexprs=made, options=options(config), div16=div16)]

@@ -13,7 +13,7 @@ from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton.block_attention import _step
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, scales, shared_limit, tiles
 from sparsetile.backends.triton.relaunch import Constants, launch
-from sparsetile.backends.triton.tiles import entries_of, finish, load, negated, place_of
+from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, load, negated, place_of
 
 QUERIES, SPLITS = 32, 64
 
@@ -22,13 +22,7 @@ QUERIES, SPLITS = 32, 64
 def seen_by(row, kind, intervals, bitmaps, M: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
     """[M, BK]: which key of the block the rows row[M] of its picture see. kind -1: all."""
     c = tl.arange(0, BK)
-    lo = tl.zeros([M], tl.int32)
-    hi = tl.full([M], BK, tl.int32)
-    if INTERVALS:
-        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * row
-        rule = (kind >= 0) & ((kind & 1) == 0) & (row >= 0)
-        lo = tl.load(at, mask=rule, other=0)
-        hi = tl.load(at + 1, mask=rule, other=BK)
+    lo, hi = interval_of(kind, row, intervals, M, BQ, BK, INTERVALS)
     ok = (c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None])
     if BITMAPS:
         if kind >= 0:
@@ -185,7 +179,7 @@ def candidates(problem: Problem) -> list[dict]:
     """Configs for few queries, the best first."""
     wide = max(problem["D"], problem["Dv"])
     shape = dict(block_k=64, num_warps=4) if wide <= 128 else dict(block_k=32, num_warps=4 if wide <= 256 else 8)
-    return [dict(path="decode", block_q=16, chunk=0, value_block=0, num_stages=stages, **shape) for stages in (3, 2, 1)]
+    return [dict(path="decode", block_q=16, chunk=0, value_block=0, maps=False, num_stages=stages, **shape) for stages in (3, 2, 1)]
 
 
 def takes(q, lists, config) -> bool:

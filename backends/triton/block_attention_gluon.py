@@ -4,8 +4,6 @@ A persistent block of threads has five roles. `take` draws items (a tile of a he
 `clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of `multiply` hold 64 rows each: while
 the output product of one key block runs, the exponentials of the next are made. Full blocks run no mask code. Rows that do not exist are zeros on the way in and
 dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
-
-Every barrier is an allocation of its own: with an array of them the compiler puts a bar.sync before each use.
 """
 from functools import lru_cache
 
@@ -15,93 +13,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.tiles import capped, entries_of, finish, soften
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
+from sparsetile.backends.triton.maps import can_map, steps
+from sparsetile.backends.triton.tiles import capped, finish, soften
 
-ROWS = gl.constexpr(128)
-KEYS = gl.constexpr(128)
 STAGES = gl.constexpr(2)
 READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
-
-
-# ---------------------------------------------------------------------------------------------------------------- items
-@gluon.jit
-def _open(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many need no mask, how many
-    stand before the gap, how many in all, the gap, keys that exist."""
-    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
-    q_start, q_starts, kv_length = at
-    before = ahead * heads
-    each = gl.where(number < before, ahead, tiles - ahead)
-    m = gl.where(number < before, number, number - before)
-    head = m // each
-    rank = m - head * each + gl.where(number < before, 0, ahead)
-    b = head // Hq
-    h = head - b * Hq
-    which = gl.load(list_of + b * slb + h * slh)
-    limit = S
-    if kv_length is not None:
-        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
-    start = q_start
-    if q_starts is not None:
-        start = gl.load(q_starts + b)
-    elif FROM_LENGTH:
-        start += limit - T
-    if schedule is not None:  # the call covers exactly the layout's tiles
-        tile = gl.load(schedule + which * nq + rank)
-        t = (first + tile) * ROWS - start
-    else:  # later tiles first: under causal patterns they are the longer ones
-        turned = tiles - 1 - rank
-        rest = start & (ROWS - 1)
-        tile = (start - rest) // ROWS + turned - first
-        t = turned * ROWS - rest
-    tile = gl.where(t < T, tile, -1)
-    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, KEYS, EDGE)
-    return head, t, a, n - a, n - a + edge, n - a + edge + c - e, e - n - edge, limit
-
-
-@gluon.jit
-def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, slots, slot_full, slot_free):
-    place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
-    number = gl.program_id(0)
-    j = 0
-    more = number < items
-    while more:
-        fields = _open(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH)
-        x = place * 0
-        for f in gl.static_range(8):
-            x = gl.where(place == f, fields[f], x)
-        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
-        slots.index(j % 2).store(x)
-        mbarrier.arrive(slot_full.index(j % 2))
-        j += 1
-        number = items
-        if ticket is not None:
-            number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
-        more = number < items
-    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
-    slots.index(j % 2).store(place * 0 - 1)
-    mbarrier.arrive(slot_full.index(j % 2))
-
-
-@gluon.jit
-def _next(j, slots, slot_full, slot_free, WARPS: gl.constexpr):
-    """Item j as `_open` made it; its head is -1 after the last."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # every thread holds all eight
-    mbarrier.wait(slot_full.index(j % 2), (j // 2) & 1)
-    x = slots.index(j % 2).load(layout)
-    mbarrier.arrive(slot_free.index(j % 2))
-    place = gl.arange(0, 8, layout)
-    head = gl.sum(gl.where(place == 0, x, 0), 0)
-    t = gl.sum(gl.where(place == 1, x, 0), 0)
-    first = gl.sum(gl.where(place == 2, x, 0), 0)
-    plain = gl.sum(gl.where(place == 3, x, 0), 0)
-    kept = gl.sum(gl.where(place == 4, x, 0), 0)
-    n = gl.sum(gl.where(place == 5, x, 0), 0)
-    gap = gl.sum(gl.where(place == 6, x, 0), 0)
-    limit = gl.sum(gl.where(place == 7, x, 0), 0)
-    return head, t, first, plain, kept, n, gap, limit
 
 
 # ---------------------------------------------------------------------------------------------------------------- loading, clearing
@@ -113,7 +32,7 @@ def _bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
 
 
 @gluon.jit
-def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, slots, slot_full, slot_free, tiles, q_bars, k_bars, v_bars):
+def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
     """Queries of an item, then its keys and values; those of a masked block go by way of `clear`."""
     q0, q1, k0, k1, v = maps
     sq0, sq1, sk0, sk1, sv = tiles
@@ -123,7 +42,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
     n = 0
     j = 0
     turn = 0
-    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 1)
+    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
     while head >= 0:
         b = head // Hq
         h = head - b * Hq
@@ -153,7 +72,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
                     tma.async_copy_global_to_shared(v, [b, hk, row, 0], v_landed.index(s), sv.index(s))
                 n += 1
         turn += 1
-        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 1)
+        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
 
 
 @gluon.jit
@@ -179,14 +98,15 @@ def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMA
 
 
 @gluon.jit
-def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, slots, slot_full, slot_free, sv, v_full, v_landed):
+def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
+    """A warp that reads which keys of a masked block some row of the tile sees, and zeroes the values of the others."""
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
     r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
     n = 0
     turns = 0
     turn = 0
-    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 1)
+    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
     while head >= 0:
         if MASKED:
             exists = (r + t >= 0) & (r + t < T)
@@ -208,7 +128,7 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
                 mbarrier.arrive(v_full.index(s))
             n += count
         turn += 1
-        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 1)
+        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- multiplying
@@ -230,8 +150,10 @@ def _masked(s, kind, r, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.const
 
 
 @gluon.jit
-def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr,
-             CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, slots, slot_full, slot_free, tiles, q_bars, k_bars, v_bars):
+def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer,
+             D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+             MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
+    """A group of warps with rows 64 W .. of each item."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -247,7 +169,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
     n = 0
     j = 0
     turn = 0
-    head, t, first, plain, kept, count, gap, limit = _next(0, slots, slot_full, slot_free, 4)
+    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 4)
     while head >= 0:
         m = gl.full([64], float("-inf"), gl.float32, R)
         l = gl.zeros([64], gl.float32, R)
@@ -314,7 +236,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
             rows = t + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
             c = gl.arange(0, V0, gl.SliceLayout(0, O))
             inside = gl.expand_dims((rows >= 0) & (rows < T), 1) & gl.expand_dims(c < DV, 0)
-            gl.store(out + line * DV + gl.expand_dims(rows * DV, 1) + gl.expand_dims(c, 0), y, mask=inside)
+            gl.store(out + line * DV + gl.expand_dims(rows.to(gl.int64) * DV, 1) + gl.expand_dims(c, 0), y, mask=inside)
         else:
             to = sq0.index(2 * u + W)._reinterpret(kind_of, [64, V0], sq0.layout)
             to.store(y)
@@ -326,15 +248,16 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 mbarrier.arrive(q_free.index(0))
             j += 1
         turn += 1
-        head, t, first, plain, kept, count, gap, limit = _next(turn, slots, slot_full, slot_free, 4)
+        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 4)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
-def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
+def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
             slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale, inner, outer,
-            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
-            EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
+            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
@@ -345,9 +268,7 @@ def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, interval
         sq1 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D1], tile)
         sk1 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D1], tile)
     sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, V0], tile)
-    slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    slot_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    queue = make_queue(READERS)
     q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
@@ -355,9 +276,6 @@ def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, interval
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     v_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for s in gl.static_range(2):
-        mbarrier.init(slot_full.index(s), count=1)
-        mbarrier.init(slot_free.index(s), count=READERS)
     for s in gl.static_range(QUERIES):
         mbarrier.init(q_full.index(s), count=1)
         mbarrier.init(q_free.index(s), count=2)
@@ -377,12 +295,12 @@ def forward(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, interval
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
         (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
-                    slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
+                    queue, memory, q_bars, k_bars, v_bars)),
         (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
-                    slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
-        (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, slots, slot_full, slot_free, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, slots, slot_full, slot_free)),
-        (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, slots, slot_full, slot_free, sv, v_full, v_landed)),
+                    queue, memory, q_bars, k_bars, v_bars)),
+        (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
+        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, queue)),
+        (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [224, 56, 56, 56])
 
 
@@ -399,21 +317,15 @@ def resources(D: int, DV: int) -> Resources:
 
 
 def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
-    """Whether this call is one for `forward`: no orders, a positive scale, out of q's type, arrays as the copy engine addresses them."""
-    return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(_can_map, (q, k, v)))
-
-
-def _can_map(x) -> bool:
-    """Base and strides at multiples of 16 bytes; an axis of one element may have any stride."""
-    return x.data_ptr() % 16 == 0 and all(n == 1 or s > 0 and s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()))
+    """Whether this call is one for `forward_gluon`: no orders, a positive scale, out of q's type, arrays as the copy engine addresses them."""
+    return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
 class _Map(TensorDescriptor):
-    """An array as the copy engine sees it, in blocks of [rows, columns] of its last two axes."""
+    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
 
     def __init__(self, x, rows: int, columns: int):
-        steps = [s if n > 1 else -(-x.shape[-1] // 16) * 16 for n, s in zip(x.shape[:-1], x.stride())]  # a stride that counts for nothing has to be legal too
-        self.base, self.shape, self.strides, self.padding = x, list(x.shape), [*steps, 1], "zero"
+        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
         self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
 
 
@@ -436,7 +348,8 @@ def _ahead(lists) -> int:
 
 @lru_cache(1024)
 def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False) -> relaunch.Constants:
-    return relaunch.Constants(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
+    made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length)
+    return relaunch.Constants(made, num_warps=4, enable_fp_fusion=False)
 
 
 def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softcap, kv_length, q_start):
@@ -450,12 +363,13 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
-    maps = _Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None, _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0)
-    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, None if q_start is None or host is not None else q_start,
-                sink_logits, place.zeros((1,), "int32") if items > sms else None)
+    maps = (_Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None,
+            _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0))
+    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
+                None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
                _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer)
-    relaunch.launch(forward, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
+    relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
 def artifacts(problem) -> list[dict]:
@@ -474,4 +388,4 @@ def artifacts(problem) -> list[dict]:
     arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start")
     signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    return [dict(fn=forward, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]
+    return [dict(fn=forward_gluon, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]

@@ -149,17 +149,24 @@ def entries_of(tile, which, offsets, cols, limit, nq, BK: tl.constexpr, EDGE: tl
 
 
 @triton.jit
+def interval_of(kind, row, intervals, M: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr):
+    """First key of the block that each row[M] of a partial block's picture sees, and the one past its last. All of them by other kinds."""
+    lo = tl.zeros([M], tl.int32)
+    hi = tl.full([M], BK, tl.int32)
+    if INTERVALS:
+        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * row
+        rule = (kind >= 0) & ((kind & 1) == 0) & (row >= 0)
+        lo = tl.load(at, mask=rule, other=0)
+        hi = tl.load(at + 1, mask=rule, other=BK)
+    return lo, hi
+
+
+@triton.jit
 def seen(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
     """[BQ, BK]: which key of the block each row sees, by the table of partial blocks. kind -1: all."""
     r = tl.arange(0, BQ)
     c = tl.arange(0, BK)
-    lo = tl.zeros([BQ], tl.int32)
-    hi = tl.full([BQ], BK, tl.int32)
-    if INTERVALS:
-        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * r
-        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
-        lo = tl.load(at, mask=rule, other=0)
-        hi = tl.load(at + 1, mask=rule, other=BK)
+    lo, hi = interval_of(kind, r, intervals, BQ, BQ, BK, INTERVALS)
     ok = (c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None])
     if BITMAPS:
         if kind >= 0:
@@ -176,13 +183,7 @@ def seen_by_key(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, IN
     """`seen`, transposed: [BK, BQ]."""
     r = tl.arange(0, BQ)
     c = tl.arange(0, BK)
-    lo = tl.zeros([BQ], tl.int32)
-    hi = tl.full([BQ], BK, tl.int32)
-    if INTERVALS:
-        at = intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * r
-        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
-        lo = tl.load(at, mask=rule, other=0)
-        hi = tl.load(at + 1, mask=rule, other=BK)
+    lo, hi = interval_of(kind, r, intervals, BQ, BQ, BK, INTERVALS)
     ok = (c[:, None] >= lo[None, :]) & (c[:, None] < hi[None, :])
     if BITMAPS:
         if kind >= 0:

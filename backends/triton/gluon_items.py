@@ -1,0 +1,106 @@
+"""Items of persistent Gluon kernels: tiles of 128 queries of one head over block lists, longest first, drawn by an atomic ticket and handed on through shared memory.
+
+Every barrier is an allocation of its own: with an array of them the compiler puts a bar.sync before each use.
+"""
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from sparsetile.backends.triton.tiles import entries_of
+
+ROWS = gl.constexpr(128)
+KEYS = gl.constexpr(128)
+
+
+@gluon.jit
+def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
+    how many stand before the gap, how many there are, the gap, keys that exist."""
+    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+    q_start, q_starts, kv_length = at
+    before = ahead * heads
+    each = gl.where(number < before, ahead, tiles - ahead)
+    m = gl.where(number < before, number, number - before)
+    head = m // each
+    rank = m - head * each + gl.where(number < before, 0, ahead)
+    b = head // Hq
+    h = head - b * Hq
+    which = gl.load(list_of + b * slb + h * slh)
+    limit = S
+    if kv_length is not None:
+        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
+    start = q_start
+    if q_starts is not None:
+        start = gl.load(q_starts + b)
+    elif FROM_LENGTH:
+        start += limit - T
+    if schedule is not None:  # the call covers exactly the layout's tiles
+        tile = gl.load(schedule + which * nq + rank)
+        t = (first + tile) * ROWS - start
+    else:  # later tiles first: under causal patterns they are the longer ones
+        turned = tiles - 1 - rank
+        rest = start & (ROWS - 1)
+        tile = (start - rest) // ROWS + turned - first
+        t = turned * ROWS - rest
+    tile = gl.where(t < T, tile, -1)
+    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, KEYS, EDGE)
+    return head, t, a, n - a, n - a + edge, n - a + edge + c - e, e - n - edge, limit
+
+
+@gluon.jit
+def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
+    """A warp that opens items, two ahead of their readers."""
+    slots, slot_full, slot_free = queue
+    place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
+    number = gl.program_id(0)
+    j = 0
+    more = number < items
+    while more:
+        fields = open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH)
+        x = place * 0
+        for f in gl.static_range(8):
+            x = gl.where(place == f, fields[f], x)
+        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
+        slots.index(j % 2).store(x)
+        mbarrier.arrive(slot_full.index(j % 2))
+        j += 1
+        number = items
+        if ticket is not None:
+            number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
+        more = number < items
+    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
+    slots.index(j % 2).store(place * 0 - 1)
+    mbarrier.arrive(slot_full.index(j % 2))
+
+
+@gluon.jit
+def next_item(j, queue, WARPS: gl.constexpr):
+    """Item j as `open_item` made it; its head is -1 after the last."""
+    slots, slot_full, slot_free = queue
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # every thread holds all eight
+    mbarrier.wait(slot_full.index(j % 2), (j // 2) & 1)
+    x = slots.index(j % 2).load(layout)
+    mbarrier.arrive(slot_free.index(j % 2))
+    place = gl.arange(0, 8, layout)
+    head = gl.sum(gl.where(place == 0, x, 0), 0)
+    t = gl.sum(gl.where(place == 1, x, 0), 0)
+    first = gl.sum(gl.where(place == 2, x, 0), 0)
+    plain = gl.sum(gl.where(place == 3, x, 0), 0)
+    kept = gl.sum(gl.where(place == 4, x, 0), 0)
+    n = gl.sum(gl.where(place == 5, x, 0), 0)
+    gap = gl.sum(gl.where(place == 6, x, 0), 0)
+    limit = gl.sum(gl.where(place == 7, x, 0), 0)
+    return head, t, first, plain, kept, n, gap, limit
+
+
+@gluon.jit
+def make_queue(READERS: gl.constexpr):
+    """Two slots of an item, with a barrier that says that one is full and a barrier that says that all readers have it."""
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    slot_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    for s in gl.static_range(2):
+        mbarrier.init(slot_full.index(s), count=1)
+        mbarrier.init(slot_free.index(s), count=READERS)
+    return slots, slot_full, slot_free

@@ -1,0 +1,84 @@
+"""Does tuning make the same pick again? python -m sparsetile.bench.stability cpu/window-256/4096 --backend numba --runs 10
+
+Fresh runs, one after the other, each in a process of its own with a seed of its own and no profile to lean on. Then one more process times every distinct pick
+beside the others, interleaved: picks within the tie band of the fastest are the same pick. A band over 2 % is a failure of the timing, not a tie.
+Exit code 1 if a pick lies outside the band, or a band is over 2 %.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsetile.autotune import hunt, isolate, tasks, timing, tune  # noqa: E402
+from sparsetile.profiles import schema  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDEST = 0.02
+
+
+def one(workload: str, backend: str, device: str, seconds: float, seed: int) -> dict:
+    """The entry that a fresh run writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sparsetile", "tune", workload, "--backend", backend, "--device", device, "--seconds", str(seconds), "--seed", str(seed), "--profiles", folder, "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"run {seed} failed: {done.stdout[-500:]}{done.stderr[-500:]}")
+        (path,) = Path(folder).rglob("*.yaml")
+        return schema.load(path)["entries"][0]
+
+
+def judged(workload, backend: str, device, picks: list) -> tuple[list, float]:
+    """(microseconds of each pick, the band of ties), all timed in one process in turn."""
+    worker = tune._bench(tune.BENCH, device, True)
+    worker.open(workload, 1000)
+    samples, _ = worker("finals", [(backend, config) for config in picks], 4 * hunt.FINALS, tuple(range(len(picks))), seconds=isolate.STARTING)
+    lost = [config for config, found in zip(picks, samples) if not found]
+    if lost:
+        raise RuntimeError(f"{lost[0]} gives no right answer when it is timed again")
+    times = [worker("centre", found) for found in samples]
+    best = min(range(len(picks)), key=times.__getitem__)
+    return times, max(0.01, 2 * timing.noise(samples[best], times[best]))
+
+
+def summary(entries: list, picks: list, times: list, band: float) -> dict:
+    """What came of it; picks within the band of the fastest are one."""
+    counts = [sum(dict(e["config"]) == config for e in entries) for config in picks]
+    apart = [time_us / min(times) - 1 for time_us in times]
+    bands = [e["band"] for e in entries]
+    return {"runs": len(entries), "picks": [{"config": config, "runs": n, "time_us": round(t, 2), "behind": round(a, 4)} for config, n, t, a in zip(picks, counts, times, apart)], "band": round(band, 4),
+            "ties": [e["ties"] for e in entries], "bands": bands, "same": max(apart) <= band, "timing_ok": max(bands) <= WIDEST and band <= WIDEST}
+
+
+def text(found: dict) -> str:
+    lines = [f"{p['runs']:3} of {found['runs']} runs: {p['time_us']:10.2f} us, {p['behind']:+.2%}  {p['config']}" for p in sorted(found["picks"], key=lambda p: -p["runs"])]
+    lines.append(f"tied configs of each run: {found['ties']}, bands: {', '.join(f'{b:.1%}' for b in found['bands'])}")
+    lines.append(f"the picks beside each other: {'the same up to ties' if found['same'] else 'NOT the same'}, band {found['band']:.1%}" + ("" if found["timing_ok"] else "; a band over 2 %: the timing FAILS"))
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload")
+    parser.add_argument("--backend", required=True, choices=("triton", "cupy", "numba"))
+    parser.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+    parser.add_argument("--seconds", type=float, default=60, help="budget of a run (default: 60)")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    workload, entries = tasks.find(args.workload), []
+    for seed in range(args.runs):
+        entries.append(one(args.workload, args.backend, args.device, args.seconds, seed))
+        print(f"run {seed}: {entries[-1]['time_us']} us, {entries[-1]['search']['evaluated']} tried, {entries[-1]['ties']} tied within {entries[-1]['band']:.1%}: {entries[-1]['config']}", file=sys.stderr, flush=True)
+    picks = list({json.dumps(e["config"], sort_keys=True): dict(e["config"]) for e in entries}.values())
+    found = summary(entries, picks, *judged(workload, args.backend, None if args.device == "cpu" else int(args.device), picks))
+    print(json.dumps(found) if args.json else text(found))
+    return 0 if found["same"] and found["timing_ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

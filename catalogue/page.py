@@ -1,0 +1,158 @@
+"""The catalogue as a page: docs/catalogue.md, written by `sparsetile catalogue --markdown`; a test compares it with the code."""
+from functools import lru_cache
+
+import numpy as np
+
+from sparsetile.autotune import matrix
+from sparsetile.backends.contract import BACKENDS
+from sparsetile.catalogue import speed
+from sparsetile.catalogue.entries import SYSTEMS
+from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs, System
+
+SIDE = 32       # tokens of a picture
+LENGTH = 65536  # where operations and cache are counted
+
+
+@lru_cache(None)
+def asked(kernel: str, backend: str):
+    return matrix.ask(kernel, backend)
+
+
+def runs(kernels, backend: str) -> str:
+    """Element types in which a backend has all these kernels on all its architectures; else why not, in its own words."""
+    if not kernels:
+        return "the caller's framework computes"
+    missing = [name for name in kernels if asked(name, backend) is None]
+    if missing:
+        return f"{backend} has no {missing[0]} kernel"
+    kinds = [kind for kind in asked(kernels[0], backend)[0] if all(kind in asked(name, backend)[0] for name in kernels)]
+    return " ".join(matrix.SHORT[kind] for kind in kinds) or next(sentence for name in kernels for sentence, _, _ in asked(name, backend)[1])
+
+
+def picture(system: System) -> list[str]:
+    """SIDE lines of text, queries downwards, keys to the right; none for what has no pairs of its own."""
+    if system.small is None and system.chosen is None:
+        return []
+    seen = system.small.mask(SIDE, SIDE) if system.small is not None else system.chosen(Inputs(SMALL, SIDE))
+    return ["".join("#" if here else "." for here in line) for line in np.asarray(seen)]
+
+
+def shown(count: float, unit: str = "") -> str:
+    """Three digits and a thousandfold letter."""
+    for letter in ("", "k", "M", "G", "T", "P"):
+        if abs(count) < 999.5 or letter == "P":
+            return f"{count:.3g} {letter}{unit}".rstrip()
+        count /= 1000
+
+
+def cache_words(system: System, shape=GPU) -> str:
+    """Bytes a token and layer, how many tokens are kept, and what does not grow."""
+    per, fixed = system.token(shape), system.state(shape)
+    kept = system.kept(1 << 40)
+    words = [f"{per:,} B" + (f", the last {kept:,} tokens only" if kept < 1 << 40 else "")] if per else ["0 B"]
+    return " and ".join(words + [f"{fixed:,} B in all"] * bool(fixed))
+
+
+def record(system: System) -> dict:
+    """One entry as plain data, with what was measured."""
+    if system.refusal:
+        return {"name": system.name, "family": system.family, "title": system.title, "paper": system.paper, "refusal": system.refusal}
+    found = {name: getattr(system, name) for name in ("name", "family", "title", "paper", "call", "complexity", "sees", "reach", "finds", "trained", "causal", "kernels", "backward")}
+    found |= {"reach_of_picture": system.small.hops(SIDE) if system.small is not None else None, "cache_bytes": system.cache(GPU, LENGTH), "operations": system.operations(GPU, LENGTH), "counted_at": LENGTH,
+              "backends": {name: runs(system.kernels, name) for name in BACKENDS}, "backends_backward": {name: runs(system.backward, name) for name in BACKENDS}, "picture": picture(system)}
+    return found | {"measured": {data["device"]["name"]: [row for row in data["rows"] if row["system"] == system.name] for data in speed.shipped()}}
+
+
+def table(head, rows) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in cells)]
+
+
+def _systems():
+    ours = [system for system in SYSTEMS if not system.refusal]
+    rows = [(f"[{s.name}](#{s.name})", s.family, s.paper, s.complexity, s.sees, s.reach, FINDS[s.finds], "causal" if s.causal else "both ways") for s in ours]
+    return table(("system", "family", "arXiv", "complexity", "one query sees", "layers to reach everything", "finds", "direction"), rows)
+
+
+def _costs():
+    base = next(s for s in SYSTEMS if s.name == "gqa").operations(GPU, LENGTH)
+    rows = [(s.name, cache_words(s), shown(s.cache(GPU, LENGTH), "B"), shown(s.operations(GPU, LENGTH), "FLOP"), f"{s.operations(GPU, LENGTH) / base:.3g}") for s in SYSTEMS if not s.refusal]
+    return table(("system", "cache a token and layer", f"cache a layer at {LENGTH:,}", f"operations of a forward at {LENGTH:,}", "of dense"), rows)
+
+
+def _runners():
+    """Refusals are told once, below the table, in the order they come."""
+    told, rows = {}, []
+    for system in (s for s in SYSTEMS if not s.refusal):
+        if not system.kernels:
+            rows.append((system.name, "none: NumPy, PyTorch, CuPy or JAX computes" if system.works is System.works else "none: flash-linear-attention computes", *["-"] * len(BACKENDS), "by autograd", *["-"] * len(BACKENDS)))
+            continue
+        cells = []
+        for kernels in (system.kernels, system.backward):
+            cells.append(", ".join(kernels))
+            for name in BACKENDS:
+                answer = runs(kernels, name)
+                cells.append(f"[{told.setdefault(answer, len(told) + 1)}]" if " " in answer and answer.split()[0] not in matrix.SHORT.values() else answer)
+        rows.append((system.name, *cells))
+    head = ("system", "forward", *BACKENDS, "backward", *(f"{name} " for name in BACKENDS))
+    return table(head, rows) + [""] + [f"{number}. {sentence}" for sentence, number in told.items()]
+
+
+def measured(data: dict) -> list[str]:
+    """Times dense of one file, lengths side by side."""
+    shape, lines = data["shape"], []
+    lengths = sorted({row["tokens"] for row in data["rows"]})
+    names = list(dict.fromkeys(row["system"] for row in data["rows"]))
+    for what in speed.PASSES:
+        found = {(row["system"], row["tokens"]): row for row in data["rows"] if row["pass"] == what}
+        cell = lambda name, N: "-" if (name, N) not in found else found[name, N].get("refused") or f"{found[name, N]['times_dense']:.2f} x ({found[name, N]['time_us'] / 1e3:.2f} ms)"  # noqa: E731
+        lines += ["", f"{what}, {data['device']['name']}, {shape['dtype']}, B {shape['B']}, Hq {shape['Hq']}, Hk {shape['Hk']}, D {shape['D']}, R {shape['R']}, k {shape['top_k']}, M {shape['M']}:", "",
+                  *table(("system", *(f"{N:,}" for N in lengths)), [(name, *(cell(name, N) for N in lengths)) for name in names])]
+    return lines
+
+
+def markdown() -> str:
+    """The whole page."""
+    shape = f"Hq {GPU.Hq}, Hk {GPU.Hk}, D {GPU.D}, R {GPU.R} + {GPU.P}, bfloat16"
+    lines = ["# Catalogue", "", "Written by `sparsetile catalogue --markdown > docs/catalogue.md` from `catalogue/entries.py`, the kernels' own refusals and the files in `catalogue/measured/`.",
+             "T queries, S keys, D and Dv widths, W and w windows, l stride, c summaries, g globals, r random blocks of b, k chosen keys, R latent rank or mixtures, M features.",
+             "`sparsetile recommend --length N --memory GiB` chooses among these, with its reasons.", "", "## What each sees", "", *_systems(), "", "## What each keeps and counts", "",
+             f"A layer with {shape}; the heads of multi-head attention are {GPU.Hq} on both sides. Operations are those inside the pattern, two for a multiplication and addition.", "", *_costs(), "",
+             "## Who runs it", "", "Element types on every architecture that a backend is compiled for; numbers are the refusals below.", "", *_runners(), "", "## How fast", "",
+             "Times dense: the time of dense attention over the same grouped heads in the same interleaved run (both ways for what is both ways), over the system's. Written by `sparsetile catalogue --measure`."]
+    for data in speed.shipped():
+        lines += measured(data)
+    lines += ["", "## Pictures", "", f"{SIDE} tokens, small sizes, queries downwards and keys to the right; the layers to reach everything are computed for the picture."]
+    for system in (s for s in SYSTEMS if not s.refusal):
+        lines += ["", f"### {system.name}", "", f"{system.title}, arXiv {system.paper}. `{system.call}`. Trained: {system.trained}."]
+        drawn = picture(system)
+        if not drawn:
+            lines += ["", "No picture: it has no pairs of queries and keys; all keys go into a summary."]
+            continue
+        reach = f"`{system.small!r}`: {system.small.hops(SIDE)} layers." if system.small is not None else f"Chosen for random inputs, {SMALL.top_k} keys a query."
+        lines += ["", reach, "", "```", *drawn, "```"]
+    lines += ["", "## Out of scope", "", *(f"* {s.title} (arXiv {s.paper}): {s.refusal}." for s in SYSTEMS if s.refusal)]
+    return "\n".join(lines) + "\n"
+
+
+def text() -> str:
+    """A short table for a terminal."""
+    lines = [f"{'system':30}{'complexity':44}{'finds':12}{'cache B/token/layer at ' + f'{LENGTH:,}':>36}"]
+    for family in FAMILIES[:-1]:
+        lines += ["", family] + [f"  {s.name:28}{s.complexity:44}{s.finds:12}{s.cache(GPU, LENGTH) / LENGTH:36,.1f}" for s in SYSTEMS if s.family == family]
+    lines += ["", "out of scope"] + [f"  {s.name:28}{s.refusal}" for s in SYSTEMS if s.refusal]
+    return "\n".join([*lines, "", "sparsetile catalogue NAME shows one with its picture; --markdown the whole page."])
+
+
+def one(system: System) -> str:
+    """One entry for a terminal."""
+    r = record(system)
+    if system.refusal:
+        return f"{system.title} (arXiv {system.paper})\n  out of scope: {system.refusal}"
+    lines = [f"{system.title} (arXiv {system.paper})", f"  {system.call}"]
+    lines += [f"  {name:12}{r[name]}" for name in ("family", "complexity", "sees", "reach", "finds", "trained")] + [f"  {'cache':12}{cache_words(system)}, a layer"]
+    for what, kernels in (("backends", system.kernels), ("backends_backward", system.backward)):
+        lines += [f"  {'forward' if what == 'backends' else 'backward':12}{', '.join(kernels) or 'no kernel: the framework of the caller'}"] + [f"    {name:12}{answer}" for name, answer in r[what].items() if kernels]
+    for device, rows in r["measured"].items():
+        lines += [f"  {device}, {row['tokens']:,} tokens, {row['pass']}: " + (row.get("refused") or f"{row['time_us'] / 1e3:.2f} ms, {row['times_dense']:.2f} x as fast as dense") for row in rows]
+    return "\n".join(lines + ["", *r["picture"]])

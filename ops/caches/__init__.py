@@ -1,0 +1,1 @@
+"""Caches: small classes with plain tensors inside, which stand wherever keys, values, latents or indexer keys are expected."""

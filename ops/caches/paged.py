@@ -1,0 +1,139 @@
+"""What all paged caches share: a page table and lengths on the device, the book of pages on the host, and rows found through the table."""
+from dataclasses import replace
+
+import numpy as np
+
+from sparsetile.ops import array_operators as xp
+from sparsetile.ops import checks
+from sparsetile.ops.caches import memory
+from sparsetile.ops.caches.append import append
+from sparsetile.ops.caches.pages import Sequences
+from sparsetile.ops.selection import Selection
+
+
+class Cache:
+    """Stands where an op expects keys. Subclasses say what they hold."""
+
+
+class PagedCache(Cache):
+    """Pools of pages, and which page holds which tokens of which sequence.
+
+    page_table [B,pages] int32   token s of sequence b stands in page page_table[b, s // page_size], offset s % page_size. What stands past a sequence's tokens
+                                 is never read; below them an entry outside 0 .. N - 1 is a hole: its keys do not exist.
+    lengths    [B] int32         tokens of each sequence; clamped to 0 .. pages * page_size where it is read
+    book                         the host's side (pages.Sequences); None if the tensors came from elsewhere, whose owner then hands out pages
+
+    Host before device: `reserve` takes pages and uploads the table, `write` is device work alone and may stand in a CUDA graph, `advance` tells the book that
+    tokens were written. `append` is the three in a row; around a graph's replay: reserve, replay, advance. Addresses of all tensors stay.
+    """
+
+    def __init__(self, pools, page_size: int, page_table, lengths, book=None):
+        checks.lengths("lengths", memory.writable("lengths", lengths), (int(lengths.shape[0]),) if getattr(lengths, "ndim", 0) == 1 else (0,), "[B]")
+        checks.array("page_table", page_table, 2, "[B,pages]", ("int32",))
+        checks.same("page_table", "one row for each of `lengths`, B =", lengths.shape[0], page_table.shape[0], "give each sequence its pages")
+        checks.together({f"pools[{n}]": pool for n, pool in enumerate(pools)} | dict(page_table=page_table, lengths=lengths))
+        self.pools, self.page_size, self.page_table, self.lengths, self.book = tuple(pools), page_size, page_table, lengths, book
+
+    @staticmethod
+    def book_of(like, sequences, pages, page_size, max_pages):
+        """(page_table, lengths, book) of an empty cache."""
+        checks.integer("page_size", page_size, 1, 2 ** 20)
+        most = checks.integer("max_pages", max_pages, 1, 2 ** 31 - 1, optional=True) or checks.integer("pages", pages, 1)
+        book = Sequences(sequences, pages, page_size, most)
+        return memory.zeros(like, (sequences, most), "int32", -1), memory.zeros(like, (sequences,), "int32"), book
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the page table can name for one sequence: S of a call."""
+        return int(self.page_table.shape[1]) * self.page_size
+
+    # ---- host
+    def _own(self) -> Sequences:
+        if self.book is None:
+            raise ValueError("book: expected a cache made by empty(), got one over tensors of another owner; let that owner hand out pages and write page_table and lengths")
+        return self.book
+
+    def reserve(self, tokens) -> None:
+        """Room for so many more tokens (one number, or a list of one each). A page that a fork shares is copied before its first write. CacheFull loses nothing."""
+        book = self._own()
+        before = [list(held) for held in book.pages]
+        moved = book.reserve(tokens)
+        if moved:
+            old, new = (xp.constant(np.array(side, np.int64), self.lengths) for side in zip(*moved))
+            for pool in self.pools:
+                pool[new] = pool[old]
+        if before != book.pages:
+            self._publish()
+
+    def advance(self, tokens) -> None:
+        """Tell the book that so many tokens were written by `write`."""
+        self._own().advance(tokens)
+
+    def fork(self, source: int, target: int) -> None:
+        """`target`, an empty sequence, gets the tokens of `source` without a copy; pages are copied when one of them writes."""
+        self._own().fork(source, target)
+        self._publish(True)
+
+    def evict(self, sequence: int, keep: int = 0) -> None:
+        """Drop the tokens of a sequence at and past `keep` and give its pages back."""
+        self._own().evict(sequence, keep)
+        self._publish(True)
+
+    def _publish(self, lengths=False):
+        table = np.full(tuple(self.page_table.shape), -1, np.int32)
+        for row, held in zip(table, self.book.pages):
+            row[:len(held)] = held
+        memory.put(self.page_table, table)
+        if lengths:
+            memory.put(self.lengths, np.array(self.book.lengths, np.int32))
+
+    # ---- device
+    def _write(self, given, counts, backend):
+        """given: (form, rows [B,n,...], options) of `append`, checked."""
+        form, rows, options = given
+        append(form, rows, **dict(dict(pools=self.pools), **options), table=self.page_table, lengths=self.lengths, page_size=self.page_size, counts=counts, backend=backend)
+        self.lengths += rows[0].shape[1] if counts is None else counts
+
+    def _append(self, given, counts, backend):
+        """reserve, write, advance; counts: how many rows of each sequence are real, on the host."""
+        n = given[1][0].shape[1]
+        if counts is not None and any(count > n for count in self._own().counts(counts)):
+            raise ValueError(f"counts: expected at most {n}, the rows given for each sequence, got {counts}; give more rows")
+        self.reserve(n if counts is None else counts)
+        self._write(given, None if counts is None else xp.constant(np.array(counts, np.int32), self.lengths), backend)
+        self.advance(n if counts is None else counts)
+
+    def held(self) -> int:
+        """Tokens of the longest sequence: by the book, else by the lengths (a copy to the host)."""
+        most = max(self.book.lengths) if self.book is not None else int(xp.to_numpy(self.lengths).max(initial=0))
+        return min(max(most, 0), self.capacity)
+
+    def rows(self, keys):
+        """Rows (page * page_size + offset, int64) of keys [B,...] of sequences 0 .. B-1; -1 for what does not exist, whatever the key, the table or the length holds."""
+        lib = xp.module(self.lengths)
+        each = (-1, *[1] * (keys.ndim - 1))
+        N = int(self.pools[0].shape[0])
+        there = (keys >= 0) & (keys < self.capacity) & (keys < self.lengths.reshape(each))
+        keys = lib.where(there, keys, 0)
+        b = xp.astype(xp.arange(self.lengths, int(self.lengths.shape[0])), "int64").reshape(each)
+        page = xp.astype(self.page_table[b, xp.astype(keys // self.page_size, "int64")], "int64")
+        return lib.where(there & (page >= 0) & (page < N), page * self.page_size + keys % self.page_size, -1)
+
+    def _gather(self, pool):
+        """Rows [B,S,...] of a pool [N,page,...] in the order of the tokens, S of the longest sequence; 0 where a key does not exist."""
+        rows = self.rows(xp.arange(self.lengths, self.held())[None])                  # [B, S]
+        there = xp.module(rows).where(rows >= 0, rows, 0)
+        out = pool[there // self.page_size, there % self.page_size]
+        out[rows < 0] = 0
+        return out
+
+    def select(self, selection: Selection, q_start, T: int) -> Selection:
+        """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries."""
+        flat = selection.to_tokens()
+        keys = flat._read()                                                          # [B, G, T, K]
+        if selection.causal:
+            length = xp.module(keys).clip(self.lengths, 0, self.capacity)
+            start = length - T if q_start is None else q_start
+            last = xp.arange(keys, T) + (start.reshape(-1, 1, 1) if getattr(start, "ndim", 0) else start)  # [B, 1, T] or [T]
+            keys = xp.module(keys).where(keys <= last[..., None], keys, -1)
+        return replace(flat, indices=xp.astype(self.rows(keys), "int32"), lengths=None, causal=False)

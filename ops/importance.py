@@ -1,0 +1,163 @@
+"""importance_topk: the blocks of keys that matter most to a query, by what a coarser attention gave to compressed keys; exact, without all blocks' scores."""
+from dataclasses import dataclass
+from typing import Any
+
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import Problem
+from sparsetile.ops import array_operators as xp
+from sparsetile.ops import checks, dispatch
+from sparsetile.ops.selection import Selection
+
+OP, FLOATS, MOST = "importance_topk", ("float32", "float16", "bfloat16", "float64"), 2 ** 24
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call. `keys` is S; q_start None means kv_length - T."""
+    q: Any
+    k: Any
+    lse: Any
+    top_k: int
+    block: int
+    stride: int
+    select_block: int
+    keys: int
+    scale: float
+    kv_length: Any
+    q_start: Any
+    force_first: int
+    force_last: int
+    return_scores: bool
+    backend: str | None
+    config: Any
+    caller: str
+    device: int | None
+
+    @property
+    def sizes(self):
+        """B, Hq, Hk, T, C, D; C compressed keys"""
+        (B, Hq, T, D), (_, Hk, C, _) = self.q.shape, self.k.shape
+        return B, Hq, Hk, T, C, D
+
+
+def importance_topk(q, k, lse, top_k, *, block=32, stride=16, select_block=64, keys=None, scale=None, kv_length=None, q_start=None, force_first=1, force_last=2,
+                    return_scores=False, backend=None, config=None):
+    """The top_k most important blocks of `select_block` keys of every query and key head, from the attention over compressed keys.
+
+    q [B,Hq,T,D], k [B,Hk,C,D] (float32, float16, bfloat16, float64 on CPU): compressed key i stands for the keys i * stride ... i * stride + block - 1 and is seen by
+    the queries at p >= i * stride + block - 1, if all its keys exist. lse [B,Hq,T] float32 (float64 beside float64): natural logarithm of the sum over the
+    compressed keys that the query sees, with `scale`, as sparse_attention(q, k, v, Compressed(block, stride), return_lse=True) returns it.
+    importance[j] = sum over the group's heads h, m < select_block / stride, n < block / stride of exp(scale * q_h . k_i - lse_h),  i = j * select_block / stride + m - n,
+    over the compressed keys i that are seen: a compressed key's share counts once for each of its strides that lies in block j.
+    block, select_block   multiples of stride
+    keys          S, the number of keys that k was compressed from; (C - 1) * stride + block by default
+    kv_length, q_start    as in sparse_attention, over the S keys: query t stands at q_start + t, by default kv_length - T, and S - T without lengths
+    force_first, force_last   so many blocks at the start and at the end of what a query sees are always taken; they count in top_k
+    return_scores also return the importance of the chosen blocks [B,Hk,T,top_k] float32, -inf where the index is -1; not differentiable
+    Returns a causal Selection [B,Hk,T,top_k] of granularity select_block: blocks that begin at or before p and below the length compete, largest importance first,
+    equal ones by the smaller index, NaN never unless forced; indices ascending, then -1; `lengths` says how many are real. A row with no more than top_k such blocks gets all of
+    them. Scores of T x blocks are never held: memory is O(T * top_k) and a bounded scratch. Nothing of it is differentiated.
+    Source: Native Sparse Attention (arXiv 2502.11089), equations 8 to 11; its formula counts blocks and compressed keys from 1.
+    """
+    call = check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config)
+    if call.caller == "torch" and not dispatch.is_explaining():
+        from sparsetile.ops import torch_ops
+        if torch_ops.wanted(q, k, lse):
+            return selection(call, *torch_ops.importance_topk(call))
+    if call.caller == "jax":
+        from sparsetile.ops import jax_ops
+        if jax_ops.traced(q, k, lse, kv_length, q_start):
+            return selection(call, *_traced(call, jax_ops))
+    return selection(call, *select(call))
+
+
+def check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config) -> Call:
+    checks.options(backend, config)
+    checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
+    checks.array("k", k, 4, "[B,Hk,C,D]", FLOATS)
+    B, Hq, T, D = q.shape
+    _, Hk, C, _ = k.shape
+    checks.same("k", "element type of q", arrays.dtype_name(q), arrays.dtype_name(k), "convert both to one type")
+    checks.same("k", "batch size and width [B, D] of q", [B, D], [k.shape[0], k.shape[3]], "q and k are multiplied over D")
+    if Hk == 0 or Hq % Hk:
+        raise ValueError(f"k: expected a number of key heads Hk that divides Hq = {Hq}, got Hk = {Hk}; repeat or drop heads")
+    checks.width("q", D)
+    checks.array("lse", lse, 3, "[B,Hq,T]", ("float64",) if arrays.dtype_name(q) == "float64" else ("float32",))
+    checks.same("lse", "shape [B,Hq,T]", [B, Hq, T], list(lse.shape), "one for each query, as the attention over k returns it")
+    top_k, stride = checks.integer("top_k", top_k, 1, MOST), checks.integer("stride", stride, 1, 2 ** 30)
+    for name, size in (("block", block), ("select_block", select_block)):
+        if checks.integer(name, size, 1, 2 ** 30) % stride:
+            raise ValueError(f"{name}: expected a multiple of stride = {stride}, got {size}; shares are counted in whole strides")
+    force_first, force_last = checks.integer("force_first", force_first, 0, MOST), checks.integer("force_last", force_last, 0, MOST)
+    if force_first + force_last > top_k:
+        raise ValueError(f"force_first: expected force_first + force_last <= top_k = {top_k}, got {force_first} + {force_last}; forced blocks count in top_k")
+    checks.flag("return_scores", return_scores)
+    least, most = ((C - 1) * stride + block, C * stride + block - 1) if C else (0, block - 1)
+    keys = least if keys is None else checks.integer("keys", keys, 0, 2 ** 31 - 1)
+    if not least <= keys <= most:
+        raise ValueError(f"keys: expected {least} to {most}, of which {C} blocks of {block} at stride {stride} are made, got {keys}; pass the number of keys before compression")
+    checks.lengths("kv_length", kv_length, (B,), "[B]")
+    if q_start is None:
+        q_start = None if kv_length is not None else keys - T
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
+        checks.lengths("q_start", q_start, (B,), "[B]")
+    else:
+        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    scale = D ** -0.5 if scale is None else checks.number("scale", scale)
+    named = dict(q=q, k=k, lse=lse, kv_length=kv_length, q_start=None if isinstance(q_start, int) else q_start)
+    return Call(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config, *checks.together(named))
+
+
+def ends(call: Call):
+    """(key_end, block_end) int32 [B,Hk,T]: compressed keys and blocks before them are seen by the query. Made where the arrays are."""
+    B, _, Hk, T, C, _ = call.sizes
+    lib, S = xp.module(call.q), call.keys
+    length = None if call.kv_length is None else lib.clip(call.kv_length, 0, S).reshape(B, 1, 1)
+    start = call.q_start
+    if isinstance(start, int):
+        start = min(max(start, -T), S)  # farther out nothing changes, and sums stay in 32 bits
+    else:
+        start = length - T if start is None else lib.clip(start, -T, S).reshape(B, 1, 1)
+    end = lib.clip(xp.arange(call.q, 1, T + 1)[None, None] + start, 0, S)                                  # one past the last key that may be seen
+    if length is not None:
+        end = lib.minimum(end, length)
+    both = lib.clip((end - call.block) // call.stride + 1, 0, C), (end + (call.select_block - 1)) // call.select_block
+    return tuple(xp.astype(lib.broadcast_to(x, (B, Hk, T)), "int32") for x in both)
+
+
+def select(call: Call):
+    """Of a checked call: indices [B,Hk,T,K], lengths [B,Hk,T], scores [B,Hk,T,K] or None."""
+    B, Hq, Hk, T, C, D = call.sizes
+    kind, K = arrays.dtype_name(call.q), call.top_k
+    words = [w for w in ("force_first", "force_last", "return_scores") if getattr(call, w)]
+    problem = Problem.of(OP, dict(B=B, Hq=Hq, Hk=Hk, T=T, S=call.keys, C=C, D=D, K=K), dict(q=kind, k=kind), arrays.device_info(call.device).arch, words, 1.0, call.select_block)
+    choice = dispatch.choose(OP, problem, call.device, call.backend, call.config)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    with place.guard():
+        if B * Hq * T == 0 or call.keys == 0:
+            scores = place.full((B, Hk, T, K), "float32", float("-inf")) if call.return_scores else None
+            got = place.full((B, Hk, T, K), "int32", -1), place.zeros((B, Hk, T), "int32"), scores
+        else:
+            key_end, block_end = (place.packed(place.native(x)) for x in ends(call))
+            got = choice.kernel.run(place.native(call.q), place.native(call.k), place.packed(place.native(call.lse)), K, place=place, config=choice.config, key_end=key_end,
+                                    block_end=block_end, blocks=-(-call.keys // call.select_block), reach=call.block // call.stride, step=call.select_block // call.stride,
+                                    scale=call.scale, force_first=call.force_first, force_last=call.force_last, return_scores=call.return_scores)
+        return tuple(None if x is None else place.give(x) for x in got)
+
+
+def selection(call: Call, indices, lengths, scores):
+    found = Selection(indices, call.select_block, lengths, True)
+    return (found, scores) if call.return_scores else found
+
+
+def _traced(call: Call, jax_ops):
+    from dataclasses import replace
+    B, _, Hk, T, _, _ = call.sizes
+    shapes = [((B, Hk, T, call.top_k), "int32"), ((B, Hk, T), "int32")] + [((B, Hk, T, call.top_k), "float32")] * call.return_scores
+    whole = call.q_start is None or isinstance(call.q_start, int)
+
+    def host(q, k, lse, length, start):
+        got = select(replace(call, q=q, k=k, lse=lse, kv_length=length, q_start=call.q_start if whole else start, caller=arrays.framework(q)))
+        return got[:2 + call.return_scores]
+    got = jax_ops.callback(host, shapes, call.q, call.k, call.lse, call.kv_length, None if whole else call.q_start)
+    return *got, *[None] * (not call.return_scores)

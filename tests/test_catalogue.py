@@ -1,0 +1,218 @@
+"""The catalogue: its page is what the code says, its entries say what the calls do, its advice follows from what was measured or counted."""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparsetile as st
+from sparsetile.autotune import cli
+from sparsetile.catalogue import entries, page, recommend, speed
+from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs
+from sparsetile.ops import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEMS = [system for system in entries.SYSTEMS if not system.refusal]
+named = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
+
+
+def needs_every_kernel():
+    pytest.importorskip("triton", reason="asking Triton's kernels needs triton: pip install 'sparsetile[triton]'")
+    if dispatch.package("triton").interpreted():
+        pytest.skip("under TRITON_INTERPRET=1 kernels answer for the interpreter")
+
+
+# --------------------------------------------------------------------------------------------------------------------- page
+def test_the_page_is_the_codes_own():
+    needs_every_kernel()
+    assert (ROOT / "docs/catalogue.md").read_text() == page.markdown(), "the page is old: sparsetile catalogue --markdown > docs/catalogue.md"
+
+
+def test_the_page_notices(monkeypatch):
+    """A kernel that is gone, or refuses, changes the answer, and the backward's apart from the forward's."""
+    needs_every_kernel()
+    system = entries.find("dsa")
+    assert page.runs(system.kernels, "numba") == "f32 f16 bf16"
+    monkeypatch.setattr(page, "asked", lambda name, backend: None if name == "indexer_topk" else page.matrix.ask(name, backend))
+    assert page.runs(system.kernels, "numba") == "numba has no indexer_topk kernel" and page.runs(system.backward, "numba") == "f32 f16 bf16 f64"
+    monkeypatch.setattr(page, "asked", lambda name, backend: ([], [("not today; come tomorrow", "f32", "cpu")]))
+    assert page.runs(system.kernels, "numba") == "not today; come tomorrow"
+
+
+# ------------------------------------------------------------------------------------------------------------------ entries
+def test_names_and_words():
+    assert len({system.name for system in entries.SYSTEMS}) == len(entries.SYSTEMS)
+    for system in entries.SYSTEMS:
+        assert system.family in FAMILIES and (system.family == "out of scope") == bool(system.refusal) and re.match(r"\d{4}\.\d{5}", system.paper)
+        assert system.refusal or system.finds in FINDS and system.call and system.sees and system.reach and system.trained and system.run
+        assert all(name in st.__all__ for name in re.findall(r"st\.(\w+)", system.call))
+    with pytest.raises(ValueError, match="system: expected one of dense, .*got 'reformed'"):
+        entries.find("reformed")
+
+
+@named
+def test_kernels_are_those_that_a_call_takes(system, monkeypatch):
+    torch = pytest.importorskip("torch")
+    if system.works(None):
+        with pytest.raises(st.Unsupported, match="flash-linear-attention"):
+            system.run(Inputs(SMALL, 8), None)
+        return
+    monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
+    taken, choose = [], dispatch._choose
+    monkeypatch.setattr(dispatch, "_choose", lambda op, problem, *more: taken.append(problem.op) or choose(op, problem, *more))
+    dispatch.clear_plans()
+    x = Inputs(SMALL, 1024 if "merge_attention" in system.kernels else 64, gradient=True)
+    out = system.run(x, system.real)
+    forward, taken[:] = {*taken}, []
+    dispatch.clear_plans()
+    out.sum().backward()
+    assert (forward, {*taken}) == ({*system.kernels}, {*system.backward})
+    assert tuple(out.shape) == (1, SMALL.Hq, x.tokens, SMALL.D) and all(torch.isfinite(leaf.grad).all() for name, leaf in x.made.items() if leaf.grad is not None)
+
+
+@named
+def test_reach_is_that_of_the_picture(system):
+    if system.small is None:
+        return
+    layers, window = system.small.hops(page.SIDE), int(system.small.mask(1, page.SIDE).sum())
+    said = system.reach.partition(",")[0]
+    assert layers == (int(said) if said.isdigit() else math.ceil((page.SIDE - 1) / ((window if system.name == "mistral" else 5) - 1)))
+
+
+@named
+def test_cache_keeps_what_a_query_sees(system):
+    """A causal pattern needs as many keys as its last query sees, or all where others will be seen later; a picture has no query that sees more than is kept."""
+    if system.real is None or system.name.startswith("sparse-transformer"):
+        return
+    N = 6000
+    assert system.kept(N) == (int(system.real.mask(1, N).sum()) if system.causal else N)
+
+
+def test_operations_are_those_of_the_pairs():
+    N = 300
+    pairs = lambda seen: 4 * int(seen.sum()) * GPU.Hq * GPU.D  # noqa: E731
+    for system in SYSTEMS:
+        if system.counted is None:
+            assert system.operations(GPU, N) == pairs(system.real.mask(N, N)), system.name
+    x = Inputs(SMALL, N)
+    assert entries._pairs(SMALL, N) == int(entries.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
+    triangle = N * (N + 1) // 2
+    assert entries.find("mla").operations(GPU, N) == 2 * GPU.Hq * (triangle * (2 * GPU.D + GPU.P) + 2 * N * GPU.R * GPU.D)
+
+
+def test_pictures():
+    seen = np.array([list(line) for line in page.picture(entries.find("dsa"))]) == "#"
+    assert seen.shape == (page.SIDE, page.SIDE) and (seen.sum(1) == np.minimum(np.arange(page.SIDE) + 1, SMALL.top_k)).all() and not np.triu(seen, 1).any()
+    x = Inputs(SMALL, page.SIDE)
+    for name in ("exact-topk", "moba", "routing"):
+        drawn = entries.find(name).chosen(x)
+        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= (SMALL.top_k if name != "routing" else page.SIDE) and drawn.any()
+    assert (np.diagonal(entries.find("moba").chosen(x))).all()  # its own block
+    assert page.picture(entries.find("mistral"))[10] == "." * 5 + "#" * 6 + "." * 21 and page.picture(entries.find("linear")) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- measurements
+def test_measure_write_load(tmp_path):
+    data = speed.measure(None, [16, 48], 0.0, [entries.find(name) for name in ("gqa", "mistral", "longformer", "gated-deltanet")])
+    assert speed.load(speed.write(data, tmp_path)) == data and data["device"]["arch"] == "cpu"
+    rows = {(row["system"], row["tokens"], row["pass"]): row for row in data["rows"]}
+    assert len(rows) == 5 * 2 * 2 and "refused" in rows["gated-deltanet", 16, "forward"]
+    for name, base in (("mistral", "gqa"), ("longformer", "dense, both ways")):
+        row = rows[name, 48, "training"]
+        assert row["n"] >= 5 and math.isclose(row["times_dense"], rows[base, 48, "training"]["time_us"] / row["time_us"], rel_tol=0.01)  # both are stored rounded
+    assert [speed.row(data, "mistral", n)["tokens"] for n in (8, 16, 47, 48, 10 ** 6)] == [16, 16, 16, 48, 48] and speed.row(data, "dsa", 48) is None and speed.row(None, "mistral", 48) is None
+
+
+@pytest.mark.parametrize("text", ["", "rows: 3", "schema: 1\ndevice: {name: x}\nrows: [{system: a}]", "schema: 2\ndevice: {name: x}\nrows: []", "{", "!!python/object/apply:os.getcwd []"])
+def test_a_bad_file_is_one_error(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.yaml: expected measurements of schema 1"):
+        speed.load(tmp_path / "x.yaml")
+
+
+def test_shipped_files_are_sound():
+    for data in speed.shipped():
+        assert {row["system"] for row in data["rows"]} <= {system.name for system in SYSTEMS} | {*speed.BASE.values()}
+
+
+# ------------------------------------------------------------------------------------------------------------------- advice
+def invented(**times):
+    """Measurements as a file would hold them: times dense at 1024 and 65536 tokens."""
+    rows = [{"system": name, "tokens": tokens, "pass": "forward", "time_us": 1.0, "times_dense": found} for name, both in times.items() for tokens, found in zip((1024, 65536), both)]
+    return {"device": {"name": "a device"}, "shape": {"Hq": 32, "Hk": 8, "D": 128, "dtype": "bfloat16"}, "rows": rows}
+
+
+MEASURED = invented(dense=(0.9, 0.9), gqa=(1, 1), mla=(0.8, 0.7), dsa=(0.3, 4), mistral=(1.2, 12), linear=(0.2, 30))
+
+
+@pytest.mark.parametrize("asked, taken", [
+    (dict(length=2048), "gqa"),                                       # nothing gains enough at short lengths: dense
+    (dict(length=131072), "dsa"),                                     # any key may matter: selection
+    (dict(length=131072, find="all"), "gqa"), (dict(length=131072, find="all", memory_gib=8), "mla"),  # the cache is the limit: latent
+    (dict(length=131072, find="nearby"), "mistral"),                  # near text is enough: a window
+    (dict(length=131072, find="gist"), "linear"), (dict(length=131072, gain=5.0), "gqa"), (dict(length=131072, memory_gib=1), None),
+    (dict(length=131072, find="nearby", memory_gib=1), "mistral"), (dict(length=131072, training=True), None),  # no training was measured
+])
+def test_advice_follows_the_measurements(asked, taken):
+    needs_every_kernel()
+    answer = recommend.recommend(recommend.Need(**asked), None, MEASURED)
+    assert answer["system"] == taken and "measured on a device" in answer["basis"]
+    assert {*answer["reasons"]} == {system.name for system in entries.SYSTEMS} and all(answer["reasons"].values())
+
+
+def test_reasons_say_what_kept_a_system_out():
+    needs_every_kernel()
+    reasons = recommend.recommend(recommend.Need(131072, memory_gib=8), None, MEASURED)["reasons"]
+    assert "64 GiB, more than the 8 GiB there are" in reasons["dense"] and "asked for: whichever keys" in reasons["mistral"] and reasons["jamba"].startswith("out of scope")
+    assert "both ways" in recommend.recommend(recommend.Need(4096, find="gist"), None, MEASURED)["reasons"]["linformer"]
+    assert reasons["dsa"].startswith("4.00 x as fast as dense at 65,536 tokens (forward, measured)")
+    assert "not measured on a device" in recommend.recommend(recommend.Need(4096, find="gist"), None, MEASURED)["reasons"]["performer"]
+
+
+def test_without_measurements_nothing_is_invented():
+    needs_every_kernel()
+    answer = recommend.recommend(recommend.Need(65536, find="nearby"), None)
+    assert answer["basis"].startswith("counted operations and bytes only: nothing was measured") and not any("measured" in sentence for sentence in answer["reasons"].values())
+    share = st.mistral(4096).pairs(65536, 65536) / st.Causal().pairs(65536, 65536)
+    assert answer["reasons"]["mistral"].startswith(f"{share:.3g} of dense attention's operations, counted; its caches keep 0.5 GiB")
+    both = recommend.recommend(recommend.Need(65536, find="landmarks", both_ways=True), None)
+    assert both["system"] == "longformer" and both["reasons"]["dsa"] == "it is causal"
+
+
+@pytest.mark.parametrize("wrong, argument", [(dict(length=0), "length"), (dict(length=1, find="it"), "find"), (dict(length=1, memory_gib=-1), "memory_gib"), (dict(length=1, heads=6, key_heads=4), "key_heads")])
+def test_bad_needs_are_named(wrong, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected"):
+        recommend.Need(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
+def test_commands(capsys, tmp_path):
+    needs_every_kernel()
+    assert cli.main(["catalogue"]) == 0
+    out = capsys.readouterr().out
+    assert all(system.name in out for system in SYSTEMS)
+    assert cli.main(["catalogue", "mistral", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == ["block_attention"] and found["backends"]["numba"] == "f32 f16 bf16 f64" and len(found["picture"]) == page.SIDE
+    assert cli.main(["catalogue", "jamba"]) == 0 and "out of scope" in capsys.readouterr().out
+    assert cli.main(["catalogue", "nothing"]) == 1 and "expected one of dense" in capsys.readouterr().err
+    assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--seconds", "0", "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["path"])
+    assert path.parent == tmp_path / "catalogue" and speed.load(path) == speed.of(None)
+    assert cli.main(["recommend", "--length", "512", "--find", "nearby", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["system"] in ("gqa", "mistral") and "measured on" in answer["basis"]
+    assert cli.main(["recommend", "--length", "131072", "--memory", "0.001"]) == 1 and "nothing fits" in capsys.readouterr().out
+
+
+def test_pictures_are_drawn(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'sparsetile[plot]'")
+    assert cli.main(["catalogue", "longformer", "mistral", "--pictures", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["longformer.png", "mistral.png"] and len(capsys.readouterr().out.splitlines()) == 2

@@ -1,0 +1,51 @@
+"""The servers beside a run: what is missing is said with its install command, and the gRPC proxy shares a work list as its database does."""
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsetile.autotune import cli, fleet, search, serve
+from sparsetile.ci import postgres
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("command, storage, package", [("dashboard", "x.journal", "optuna-dashboard"), ("proxy", "sqlite:///x.db", "grpcio protobuf")])
+def test_what_is_missing_is_said(command, storage, package, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert cli.main([command, storage]) == 1 and f"not installed: pip install {package}\n" in capsys.readouterr().err
+
+
+def test_a_journal_needs_no_proxy_and_an_address_has_a_port(monkeypatch):
+    with pytest.raises(ValueError, match="expected the URL of a database for the proxy, got 'x.journal'"):
+        serve.proxy("x.journal")
+    with pytest.raises(ValueError, match="expected grpc://host:port, got 'grpc://somewhere'"):
+        search.storage_of("grpc://somewhere")
+
+
+def test_the_proxy_shares_a_work_list():
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    if postgres.missing():
+        pytest.skip(postgres.missing())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with postgres.server() as url:
+        proxy = subprocess.Popen([sys.executable, "-m", "sparsetile", "proxy", url, "--port", str(port)], cwd=ROOT)
+        try:
+            for _ in range(100):
+                time.sleep(0.1)
+                with socket.socket() as probe:
+                    if probe.connect_ex(("localhost", port)) == 0:
+                        break
+            one, two, direct = fleet.WorkList(f"grpc://localhost:{port}"), fleet.WorkList(f"grpc://localhost:{port}"), fleet.WorkList(url)
+            with one.claim("a") as claim:
+                assert two.claim("a") is None and direct.claim("a") is None
+                claim.finish()
+            assert two.done("a") and direct.done("a") and two.claim("a") is None and two.claim("b")
+        finally:
+            proxy.kill()
+            proxy.wait()
