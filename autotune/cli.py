@@ -1,6 +1,6 @@
 """The command line. Every command has --help that teaches and --json for machines.
 
-sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend
+sparsetile demo | tune | show | diff | merge | verify | export | report | replay | dashboard | proxy | bench | warmup | doctor | explain | pattern | catalogue | recommend | plan
 """
 import argparse
 import importlib
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
                 "examples:\n  sparsetile replay bench/tables/*.t4.json.gz        every table, 30 seeds\n"
                 "  sparsetile replay --record cpu/window-256/4096 --backend numba --out window.t4.json.gz     time a space whole, every config")
     p.add_argument("tables", nargs="*", help="tables to replay")
-    p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe)")
+    p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe,subset)")
     p.add_argument("--repeats", type=_count, default=30, help="seeds (default: 30)")
     p.add_argument("--record", help="a workload to time whole")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="whose configs are timed (with --record)")
@@ -299,7 +299,7 @@ def _replay(args):
         raise ValueError(f"replay: expected tables, and samplers of {', '.join(replay.SAMPLERS)}, got {args.tables or 'no table'} and {', '.join(samplers)}; see bench/tables")
     for path in args.tables:
         rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
-        print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows), flush=True)
+        print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows) + "\n" + replay.verdict(rows), flush=True)
     return 0
 
 

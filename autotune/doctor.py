@@ -1,10 +1,13 @@
 """`sparsetile doctor`: what this machine has, what runs, why the rest does not, and which profiles are found."""
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 
+from sparsetile.autotune import shelf
 from sparsetile.backends import arrays
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -22,7 +25,7 @@ def report() -> dict:
     devices = [None] + list(range(_gpus()))
     return {
         "python": platform.python_version(), "platform": platform.platform(), "versions": versions,
-        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb} for d in devices for i in (arrays.device_info(d),)],
+        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in devices for i in (arrays.device_info(d),)],
         "backends": dispatch.backends(),
         "environment": {name: os.environ.get(name) for name in dispatch.VARIABLES},
         "profiles": [_profile(path) for root in _roots() for path in sorted(root.glob("*/*.yaml"))],
@@ -40,6 +43,28 @@ def _gpus() -> int:
     return 0
 
 
+def _state(index) -> dict:
+    """What the driver's tool says of a GPU now: clock, temperature, what slows it, ECC, and how many processes compute on it. Empty where the tool is not there."""
+    if index is None or shutil.which("nvidia-smi") is None:
+        return {}
+    fields = "clocks.sm,clocks.max.sm,temperature.gpu,clocks_event_reasons.active,ecc.mode.current"
+    ask = lambda *query: subprocess.run(["nvidia-smi", f"--id={_physical(index)}", *query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20)
+    try:
+        found, others = ask(f"--query-gpu={fields}"), ask("--query-compute-apps=pid")
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [word.strip() for word in found.stdout.split(",")]
+    if found.returncode or len(values) != 5:
+        return {}
+    return dict(zip(("clock_mhz", "most_mhz", "celsius", "slowed_by", "ecc"), values)) | {"processes": len(others.stdout.split())}
+
+
+def _physical(index: int) -> str:
+    """The driver's name of what this process calls GPU `index`."""
+    visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return visible[index] if index < len(visible) else str(index)
+
+
 def _roots():
     from pathlib import Path
     user = os.environ.get("SPARSETILE_PROFILE_DIR")
@@ -52,15 +77,29 @@ def _profile(path) -> dict:
     except schema.ProfileError as error:
         return {"path": str(path), "error": str(error)}
     fits = [d for d in [None] + list(range(_gpus())) if arrays.device_info(d).arch == data["device"]["arch"]]
-    return {"path": str(path), "op": data["op"], "device": data["device"]["name"], "entries": len(data["entries"]), "used_here": bool(fits)}
+    stale = sum(bool(shelf.stale(data["op"], e)) for e in data["entries"])
+    return {"path": str(path), "op": data["op"], "device": data["device"]["name"], "entries": len(data["entries"]), "stale": stale, "used_here": bool(fits)}
 
 
 def text(r: dict) -> str:
     lines = [f"Python {r['python']} on {r['platform']} ({sys.executable})", "", "packages"]
     lines += [f"  {name:14} {version or 'not installed'}" for name, version in r["versions"].items()]
-    lines += ["", "devices"] + [f"  {'cpu' if d['index'] is None else d['index']}  {d['name']} ({d['arch']}, {d['units']} {'cores' if d['index'] is None else 'SMs'})" for d in r["devices"]]
+    lines += ["", "devices"] + [f"  {'cpu' if d['index'] is None else d['index']}  {d['name']} ({d['arch']}, {d['units']} {'cores' if d['index'] is None else 'SMs'})" + _now(d) for d in r["devices"]]
     lines += ["", "backends"] + [f"  {name:10} {'runs' if why is None else 'does not run: ' + why}" for name, why in r["backends"].items()]
     lines += ["", "environment"] + [f"  {name} = {value if value else '(unset)'}" for name, value in r["environment"].items()]
-    lines += ["", "profiles"] + ([f"  {p['path']}: " + (p["error"] if "error" in p else f"{p['op']}, {p['entries']} entries, {p['device']}{'' if p['used_here'] else ' (not used here)'}")
-                                  for p in r["profiles"]] or ["  none; run `sparsetile tune`"])
+    lines += ["", "profiles"] + ([_line(p) for p in r["profiles"]] or ["  none; run `sparsetile tune`"])
     return "\n".join(lines)
+
+
+def _now(d: dict) -> str:
+    if "clock_mhz" not in d:
+        return ""
+    slowed = f", slowed by {d['slowed_by']}" if d["slowed_by"].startswith("0x") and int(d["slowed_by"], 16) > 1 else ""  # 1: it is idle
+    return f", {d['clock_mhz']} of {d['most_mhz']} MHz, {d['celsius']} C{slowed}, ECC {d['ecc'].lower()}, {d['processes']} processes compute on it"
+
+
+def _line(p: dict) -> str:
+    if "error" in p:
+        return f"  {p['path']}: {p['error']}"
+    changed = f", {p['stale']} of kernels that have changed since (sparsetile verify)" if p["stale"] else ""
+    return f"  {p['path']}: {p['op']}, {p['entries']} entries{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"

@@ -14,6 +14,7 @@ COMPILING = 60.0        # and so long where the bench worker compiles
 GRACE = 10.0            # a trial that the end of the budget finds at work may go on so long
 FINALS = 2.0            # seconds of the finals, and up to four times as many where the times scatter
 PATIENCE, GAIN = (60, 0.25), 0.005  # so many trials, or such a share of those made, without such a gain: the search is over
+SMALL = 256             # but not in a space of so few legal configs, which is searched whole if the budget lasts
 
 
 class Hunt:
@@ -88,7 +89,7 @@ class Hunt:
         return self.line.popleft()
 
     def _stagnant(self) -> bool:
-        return self.trials is None and len(self.tried) - self.gained >= max(PATIENCE[0], PATIENCE[1] * len(self.tried))
+        return self.trials is None and len(self.pool) > SMALL and len(self.tried) - self.gained >= max(PATIENCE[0], PATIENCE[1] * len(self.tried))
 
     def _over(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end

@@ -6,7 +6,7 @@ only what itself found, because a winner from elsewhere can hold a search where 
 """
 import numpy as np
 
-STARTUP = 8          # an arm's first configs are drawn at random
+STARTUP = 8, 16      # the first configs of a search are drawn at random, more in spaces of over 800: there one search in ten was held by the first eight that it had seen
 PARZEN, NEIGHBOUR = 0.65, 0.25
 INCUMBENTS, TOP = 5, 24
 GOOD, MOST_GOOD = 0.15, 20  # the share of an arm's results that counts as good
@@ -14,8 +14,10 @@ SPREAD = 0.3         # how much of a kernel's weight goes to other values of a k
 
 
 class Arm:
+    """What one arm knows. total [N]: the sum of the kernels around everything it was told, at every config; good: those around its best ones."""
+
     def __init__(self):
-        self.index, self.value = [], []
+        self.index, self.value, self.total, self.good = [], [], 0.0, {}
 
 
 class Pool:
@@ -27,7 +29,7 @@ class Pool:
         self.seeds = [n for n in dict.fromkeys((0, *seeds))]
         self.arms = [Arm(), Arm()] if len(self.seeds) > 1 else [Arm()]
         self.tables = [_kernel(int(column.max()) + 1, bool(o)) for column, o in zip(self.points.T, ordered)]
-        self.of, self.turn = {}, 0
+        self.of, self.turn, self.startup = {}, 0, min(max(STARTUP[0], len(self.points) // 100), STARTUP[1])
 
     def ask(self) -> int | None:
         """The place of a config that was never given before; None when there is none left."""
@@ -47,6 +49,7 @@ class Pool:
         for arm in ({self.of.get(n, 0)} | ({len(self.arms) - 1} if n == 0 else set())):  # every arm knows the default
             self.arms[arm].index.append(n)
             self.arms[arm].value.append(value)
+            self.arms[arm].total = self.arms[arm].total + self._around(n)
 
     def give_back(self, n: int) -> None:
         self.free[n] = True
@@ -58,7 +61,7 @@ class Pool:
     def _pick(self, arm: Arm) -> int:
         left = np.flatnonzero(self.free)
         draw = self.rng.random()
-        if len(arm.index) < STARTUP or draw >= PARZEN + NEIGHBOUR:
+        if len(arm.index) < (self.startup if len(self.arms) == 1 else STARTUP[0]) or draw >= PARZEN + NEIGHBOUR:
             return self.rng.choice(left)
         index, value = np.array(arm.index), np.array(arm.value)
         order = np.argsort(value, kind="stable")
@@ -68,28 +71,26 @@ class Pool:
         if draw >= PARZEN:
             near = self._neighbours(index[order[:INCUMBENTS]], left)
             if len(near):
-                return near[np.argmax(self._score(near, index, order))]
-        if len(left) > 20_000:
-            left = self.rng.choice(left, 20_000, replace=False)
-        score = self._score(left, index, order)
+                return near[np.argmax(self._score(arm, order)[near])]
+        score = self._score(arm, order)[left]
         best = np.argsort(-score, kind="stable")[:TOP]
         weight = np.exp((score[best] - score[best[0]]).clip(-30)) + 1e-9
         return left[self.rng.choice(best, p=weight / weight.sum())]
 
-    def _score(self, candidates, index, order):
-        """log of (density of the good configs / density of the others)."""
-        good = min(MOST_GOOD, max(2, int(np.ceil(GOOD * len(index)))))
-        best = index[order[:good]]
-        rest = np.setdiff1d(index, best)
-        return np.log(self._density(candidates, best)) - np.log(self._density(candidates, rest))
+    def _score(self, arm, order):
+        """[N]: log of (density of the good configs / density of the others)."""
+        best = [arm.index[n] for n in order[:min(MOST_GOOD, max(2, int(np.ceil(GOOD * len(arm.index)))))]]
+        arm.good = {n: arm.good[n] if n in arm.good else self._around(n) for n in best}
+        good = sum(arm.good.values())
+        rest = (arm.total - good).clip(0) / max(1, len(arm.index) - len(best)) if len(arm.index) > len(best) else 1.0
+        return np.log(good / len(best) + 1e-12) - np.log(rest + 1e-12)
 
-    def _density(self, candidates, centres):
-        if not len(centres):
-            return np.ones(len(candidates))
-        product = np.ones((len(candidates), len(centres)))
+    def _around(self, n: int):
+        """[N]: the kernel around config n, at every config."""
+        product = np.ones(len(self.points))
         for j, table in enumerate(self.tables):
-            product *= table[self.points[candidates, j][:, None], self.points[centres, j][None]]
-        return product.mean(1) + 1e-12
+            product *= table[self.points[:, j], self.points[n, j]]
+        return product
 
     def _neighbours(self, incumbents, left):
         """Configs not tried that differ from one of these in one knob, by one step where it is ordered."""

@@ -13,8 +13,10 @@ from pathlib import Path
 from sparsetile.autotune import search
 from sparsetile.backends.contract import Tunable
 
-SAMPLERS = ("pool", "random", "tpe-plain", "tpe")
-BUDGETS = (10, 25, 50, 100, 150)
+SAMPLERS = ("pool", "random", "tpe-plain", "tpe", "subset")
+BUDGETS = (5, 10, 25, 50, 100, 150)
+SECONDS = (10, 30, 60, 120)
+MEDIAN, P90, AT = 0.01, 0.05, 150  # what ours is to reach after so many trials
 TIE = 0.01  # configs within so much of the best are the best
 
 
@@ -82,6 +84,22 @@ class _Plain:
         self.study.tell(self.trial, search.BAD if time_us is None else time_us)
 
 
+class _Subset:
+    """The space from its beginning, in the order of the knobs' values: what a search stopped halfway has seen."""
+
+    def __init__(self, table, seed):
+        places = [{v: n for n, v in enumerate(t.values)} for t in table.tunables]
+        self.todo = sorted(table.results, key=lambda key: [place[v] for place, v in zip(places, key)])
+        turn = seed * len(self.todo) // 30 % len(self.todo)  # where it begins is chance
+        self.todo, self.names = self.todo[turn:] + self.todo[:turn], [t.name for t in table.tunables]
+
+    def ask(self):
+        return dict(zip(self.names, self.todo.pop(0))) if self.todo else None
+
+    def tell(self, config, time_us):
+        pass
+
+
 class _Module:
     def __init__(self, tunables):
         self.TUNABLES = tunables
@@ -89,7 +107,8 @@ class _Module:
 
 def run(table: Table, sampler: str, trials: int, seed: int, seeds=()) -> list[tuple[float, float]]:
     """After each trial: (best so far / the table's best - 1, seconds spent). One that is not legal or not right costs a trial and finds nothing."""
-    how = _Plain(table, seed) if sampler == "tpe-plain" else search.Study(_Module(table.tunables), table.pool, f"replay-{seed}", None, sampler, seed, seeds)
+    own = {"tpe-plain": _Plain, "subset": _Subset}
+    how = own[sampler](table, seed) if sampler in own else search.Study(_Module(table.tunables), table.pool, f"replay-{seed}", None, sampler, seed, seeds)
     found, spent, course = float("inf"), 0.0, []
     for _ in range(trials):
         config = how.ask()
@@ -112,16 +131,39 @@ def regrets(table: Table, samplers=SAMPLERS, budgets=BUDGETS, repeats: int = 30)
             if budget > size and budget != min((b for b in budgets if b >= size), default=budget):
                 continue
             at = [course[min(budget, len(course)) - 1] for course in courses]
-            regret = sorted(0.0 if r <= max(TIE, table.noise) else r for r, _ in at)
-            rows.append({"table": table.name, "size": size, "sampler": sampler, "trials": budget, "median": statistics.median(regret),
-                         "p90": regret[min(len(regret) - 1, int(0.9 * len(regret)))], "seconds": round(statistics.median(s for _, s in at), 1)})
+            rows.append({"table": table.name, "size": size, "sampler": sampler, "trials": budget, **_spread([r for r, _ in at], table), "seconds": round(statistics.median(s for _, s in at), 1)})
+        for seconds in SECONDS:
+            reached = [[r for r, spent in course if spent <= seconds] or [float("inf")] for course in courses]
+            rows.append({"table": table.name, "size": size, "sampler": sampler, "trials": None, **_spread([r[-1] for r in reached], table), "seconds": float(seconds)})
     return rows
+
+
+def _spread(found: list, table) -> dict:
+    regret = sorted(0.0 if r <= max(TIE, table.noise) else r for r in found)
+    return {"median": statistics.median(regret), "p90": regret[min(len(regret) - 1, int(0.9 * len(regret)))]}
+
+
+def verdict(rows: list[dict]) -> str:
+    """One table's rows against what is asked: ours after AT trials (or all), and ours against random and plain TPE at equal numbers of trials."""
+    by = {(r["sampler"], r["trials"]): r for r in rows if r["trials"]}
+    budgets = sorted(n for sampler, n in by if sampler == "pool")
+    if not budgets:
+        return ""
+    last = by["pool", max(n for n in budgets if n <= max(AT, budgets[0]))]
+    said = [f"after {min(last['trials'], last['size'])} trials median {last['median']:.2%}, 90th percentile {last['p90']:.2%}: " + ("reached" if last["median"] <= MEDIAN and last["p90"] <= P90 else
+            f"missed by {max(last['median'] - MEDIAN, last['p90'] - P90):.2%}")]
+    for other in ("random", "tpe-plain"):
+        behind = [n for n in budgets if (other, n) in by and by["pool", n]["median"] > by[other, n]["median"]]
+        ahead = [n for n in budgets if (other, n) in by and by["pool", n]["median"] < by[other, n]["median"]]
+        if any(name == other for name, _ in by):
+            said.append(f"against {other}: better after {', '.join(map(str, ahead)) or 'none'}, worse after {', '.join(map(str, behind)) or 'none'}")
+    return f"{last['table']}: " + "; ".join(said)
 
 
 def text(rows: list[dict]) -> str:
     lines = [f"{'table':44} {'configs':>7} {'sampler':10} {'trials':>6} {'median':>8} {'p90':>8} {'seconds':>8}"]
     for r in rows:
-        lines.append(f"{r['table']:44} {r['size']:7} {r['sampler']:10} {r['trials']:6} {r['median']:8.2%} {r['p90']:8.2%} {r['seconds']:8.1f}")
+        lines.append(f"{r['table']:44} {r['size']:7} {r['sampler']:10} {r['trials'] or '-':>6} {r['median']:8.2%} {r['p90']:8.2%} {r['seconds']:8.1f}")
     return "\n".join(lines)
 
 

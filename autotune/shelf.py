@@ -30,10 +30,10 @@ def rows(path: Path) -> list[dict]:
     data = schema.load(path)
     return [{"device": data["device"]["name"], "op": data["op"], "workload": e.get("workload", ""), "key": short(e["key"]), "backend": e["backend"], "time_us": e.get("time_us"),
              "default_us": e.get("default_us"), "config": dict(e["config"]), "status": e.get("status", "tuned"), "ties": e.get("ties"), "band": e.get("band"),
-             "stale": _stale(data["op"], e)} for e in data["entries"]]
+             "stale": stale(data["op"], e)} for e in data["entries"]]
 
 
-def _stale(op, entry) -> bool | None:
+def stale(op, entry) -> bool | None:
     """Whether the kernel's code has changed since; None where that cannot be said here."""
     from sparsetile.autotune import provenance
     folder = lookup.SHIPPED.parent / "backends" / entry["backend"]

@@ -1,4 +1,4 @@
-"""`sparsetile catalogue` and `sparsetile recommend`: their arguments, and what they print. Everything else is imported when a command runs."""
+"""`sparsetile catalogue`, `recommend` and `plan`: their arguments, and what they print. Everything else is imported when a command runs."""
 import json
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,13 @@ def add(command, count, seconds, device):
         p.add_argument(f"--{name}", type=count, default=default, help=f"{what} (default: {default})")
     p.add_argument("--gain", type=float, default=1.5, help="how many times faster it must be to give up exactness (default: 1.5)")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
+
+    p = command("plan", _plan, "What a plan of layers (any system per layer) reaches and costs, before it runs; --run lets a real model read a real text under it.",
+                "examples:\n  sparsetile plan                                    the surveys' hybrid of 32 layers\n  sparsetile plan plan.yaml --tokens 131072          a plan of your own: LayerPlan.to_yaml writes one\n"
+                "  sparsetile plan --run                              hybrids of 6 layers on all-MiniLM-L6-v2 (needs the extra demo)")
+    p.add_argument("plan", nargs="?", help="a YAML file (none: an example)")
+    p.add_argument("--tokens", type=count, default=65536, help="length of a sequence (default: 65536)")
+    p.add_argument("--run", dest="execute", action="store_true", help="run the plan, or some hybrids, on a small model")
 
 
 def _part(name):
@@ -78,3 +85,12 @@ def _recommend(args, device):
     answer = part.recommend(need, device(args.device))
     print(json.dumps(answer) if args.json else part.text(answer))
     return 0 if answer["system"] else 1
+
+
+def _plan(args):
+    if args.execute:
+        return import_module(f"{_HERE.rpartition('.')[0]}.ci.hybrid").main(args.plan, args.json)
+    part = _part("plans")
+    report = part.report(part.read(args.plan) if args.plan else part.example(), args.tokens)
+    print(json.dumps(report) if args.json else part.text(report))
+    return 0

@@ -25,12 +25,20 @@ def indexed(x):
     return st.indexer_topk(x.index_q, x.index_k, x.index_w, x.shape.top_k)
 
 
-def mask(selection, S: int) -> np.ndarray:
-    """[T,S] booleans of the first head's entries."""
-    rows = selection.to_tokens().indices[0, 0]
-    seen = np.zeros((len(rows), S + 1), bool)
-    np.put_along_axis(seen, np.where((rows >= 0) & (rows < S), rows, S), True, 1)
-    return np.tril(seen[:, :S]) if selection.causal else seen[:, :S]
+def seen(x, call) -> np.ndarray:
+    """[T,S] booleans of the first head: with one-hot values, call(v) shows which keys went into each output."""
+    v = np.broadcast_to(np.eye(x.tokens, dtype=np.float32), (1, x.shape.Hk, x.tokens, x.tokens))
+    return call(v)[0, 0] > 0
+
+
+def moba(x, v):
+    """Four blocks of a quarter of top_k; of small shapes, three of two keys."""
+    block = max(2, x.shape.top_k // 4)
+    return st.moba(x.q, x.k, v, block=block, top_k=x.shape.top_k // block)
+
+
+def routing(x, v):
+    return st.routing(x.q, x.k, v, centroids=x.centroids, cluster_size=x.shape.top_k)
 
 
 def fixed(name, title, paper, call, real, small, **more):
@@ -41,6 +49,12 @@ def fixed(name, title, paper, call, real, small, **more):
 def relative(name, title, paper, call, run, **more):
     """A linear relative: computed by the caller's framework, differentiated by its autograd."""
     return System(name, "linear relative", title, paper, call, run=run, **{"finds": "gist", "reach": "1, through the summary", "token": lambda shape: 0, "trained": WITH_MODEL} | more)
+
+
+def chosen(name, title, paper, call, attention, **more):
+    """Keys chosen by content from the attention's own queries and keys: attention(x, v)."""
+    return System(name, "chosen by content", title, paper, call, run=lambda x, rule: attention(x, x.v), chosen=lambda x: seen(x, lambda v: attention(x, v)), **{
+        "finds": "chosen", "reach": "1 where the choice falls on it, not known before", "kernels": ("indexer_topk", "gather_attention"), "backward": GATHER_BACKWARD, "trained": WITH_MODEL} | more)
 
 
 def recurrent(name, title, paper, call, run):
@@ -75,9 +89,17 @@ SYSTEMS = (
     System("dsa", "chosen by content", "DeepSeek sparse attention: lightning indexer and selection over the latent", "2512.02556, section 2.1",
            "st.latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, st.indexer_topk(index_q, index_k, index_w, 2048))", complexity="T k, and T S / 2 of the indexer's products",
            sees="the k keys that the indexer scores highest", reach="1 where the indexer chooses it, not known before", finds="chosen", trained="the indexer is trained on the model's dense attention, then both",
-           run=lambda x, rule: latent(x, indexed(x), "absorbed"), chosen=lambda x: mask(indexed(x), x.tokens),
+           run=lambda x, rule: latent(x, indexed(x), "absorbed"), chosen=lambda x: seen(x, lambda v: st.sparse_attention(x.q, x.k, v, indexed(x))),
            kernels=("indexer_topk", "grouped_matmul", "gather_attention"), backward=(*GATHER_BACKWARD, "grouped_matmul"), token=lambda s: (s.R + s.P) * s.itemsize + s.Di + 4,
            counted=lambda s, N: N * (N + 1) * s.Hi * s.Di + 2 * _pairs(s, N) * s.Hq * (2 * s.R + s.P) + 4 * N * s.Hq * s.R * s.D),
+    chosen("exact-topk", "Top-k of the exact scores", "2106.06899, section 3", "st.exact_topk(q, k, v, top_k=2048)", lambda x, v: st.exact_topk(x.q, x.k, v, top_k=x.shape.top_k),
+           complexity="T S of scores, T k", sees="the k keys with its largest products: the bound of every selector", trained="nothing: it is what selectors aim at",
+           counted=lambda s, N: N * (N + 1) * s.Hq * s.D + 4 * _pairs(s, N) * s.Hq * s.D),
+    chosen("moba", "MoBA", "2502.13189, section 2.2", "st.moba(q, k, v, block=512, top_k=4)", moba, complexity="T S / b, T k", sees="its own block of b keys, and the earlier blocks whose mean it likes best",
+           counted=lambda s, N: N * N * s.Hq * s.D // (s.top_k // 4) + 4 * _pairs(s, N) * s.Hq * s.D),
+    chosen("routing", "Routing Transformer", "2003.05997, section 4.1", "st.routing(q, k, v, centroids=centroids, cluster_size=2048)", routing, complexity="T C, T w",
+           sees="the earlier of the w keys in its cluster", reach="1 within a cluster, not known before",
+           counted=lambda s, N: 2 * -(-N // s.top_k) * s.Hq * (2 * N * s.D + s.top_k * (s.top_k + 1) * s.D)),
     relative("linear", "Linear attention", "2006.16236, section 3", "st.linear_attention(q, k, v, causal=True)", lambda x, rule: st.linear_attention(x.q, x.k, x.v, causal=True), complexity="T D Dv",
              sees="all earlier keys, through one D x Dv state", state=lambda s: 4 * s.Hk * s.D * (s.D + 1), counted=lambda s, N: 2 * N * s.D * s.D * (s.Hq + s.Hk)),
     relative("performer", "Performer (FAVOR+)", "2009.14794, section 2", "st.performer_attention(q, k, v, features=256, causal=True)",

@@ -80,8 +80,8 @@ def main(out="demo", tokens=16384, tune_seconds=10.0, as_json=False) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------- model
-def read(windows: int):
-    """Queries, keys, values and inputs of every layer, from the model reading the text: [L,W,12,512,32] three times and [L,W,512,384], float32."""
+def load(windows: int):
+    """The model, and the text's first tokens in windows of its length [W,512]."""
     import torch
     from transformers import AutoModel, AutoTokenizer, logging
     logging.set_verbosity_error()
@@ -94,6 +94,13 @@ def read(windows: int):
     if len(inner) < windows * per:
         raise ValueError(f"tokens: expected at most {len(inner) // per * WINDOW}, the length of the text, got {windows * WINDOW}; ask for fewer")
     ids = torch.tensor([[tokenizer.cls_token_id, *inner[i * per:(i + 1) * per], tokenizer.sep_token_id] for i in range(windows)])
+    return model, ids
+
+
+def read(windows: int):
+    """Queries, keys, values and inputs of every layer, from the model reading the text: [L,W,12,512,32] three times and [L,W,512,384], float32."""
+    import torch
+    model, ids = load(windows)
     kept = {}
 
     def keep(name, what):

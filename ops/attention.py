@@ -6,6 +6,7 @@ from typing import Any
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
 from sparsetile.ops import checks, dispatch, ready
+from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Full, Pattern, PerHead
@@ -33,12 +34,13 @@ class Call:
     config: Any
     caller: str
     device: int | None
+    table: Any = None  # [B,pages] int32: k and v are pages [N,Hk,page,width] of a cache
 
     @property
     def sizes(self):
         """B, Hq, Hk, T, S, D, Dv"""
         (B, Hq, T, D), (_, Hk, S, _) = self.q.shape, self.k.shape
-        return B, Hq, Hk, T, S, D, self.value_width
+        return B, Hq, Hk, T, S if self.table is None else S * self.table.shape[1], D, self.value_width
 
     @property
     def arrays(self):
@@ -50,7 +52,8 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     """softmax(scale * q k^T) v over the keys each query sees.
 
     q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] (Hq % Hk == 0; float32, float16, bfloat16, float64 on CPU; any D, Dv in 1..576), of NumPy, PyTorch,
-    CuPy or JAX, all on one device. v=None with value_width=Dv takes the first Dv columns of k (the shared latent of MLA).
+    CuPy or JAX, all on one device. k may be a cache (PagedKV, PagedLatent, RollingKV) with v=None: lengths and values are its own, and nothing is differentiable
+    but q over a selection. v=None with value_width=Dv takes the first Dv columns of k (the shared latent of MLA).
     pattern       a Pattern, a Layout or a Selection; None is Full(). Query t stands at position p = q_start + t.
     scale         of the products; D**-0.5 by default
     sink_logits   [Hq] float32, added to the denominator only, not scaled; -inf switches a head's sink off, +inf gives out 0
@@ -79,6 +82,8 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(*call.arrays):
+            if call.table is not None:
+                raise Unsupported("k: a cache read through its pages is neither differentiated nor traced by torch.compile yet; call under torch.no_grad(), or pass cache.gather()")
             out, lse = torch_ops.attention(call)
             return (out, lse) if return_lse else out
     elif call.caller == "jax":
@@ -93,16 +98,20 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     """Everything that can be said of the arguments before a backend is chosen."""
     checks.options(backend, config)
     checks.array("q", q, 4, "[B,Hq,T,D]")
+    table = None
+    if isinstance(k, Cache):
+        k, v, pattern, kv_length, q_start, value_width, table = _cached(q, k, v, pattern, kv_length, q_start, value_width)
     checks.array("k", k, 4, "[B,Hk,S,D]")
     checks.array("v", v, 4, "[B,Hk,S,Dv]", optional=True)
     B, Hq, T, D = q.shape
     _, Hk, S, _ = k.shape
+    S = S if table is None else S * table.shape[1]
     kind = arrays.dtype_name(q)
     if "float8" in kind:
         raise Unsupported("q: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
     checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
     checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
-    checks.same("k", "batch size of q", B, k.shape[0], "expand it with a zero stride or repeat it")
+    checks.same("k", "batch size of q", B, (k if table is None else table).shape[0], "expand it with a zero stride or repeat it")
     checks.same("k", "width D of q", D, k.shape[3], "q and k are multiplied over D")
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"k: expected a number of key heads Hk that divides Hq = {Hq}, got Hk = {Hk}; repeat or drop heads")
@@ -127,11 +136,11 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     checks.lengths("kv_length", kv_length, (B,), "[B]")
     if q_start is None:
         q_start = None if kv_length is not None else S - T
-    elif not isinstance(q_start, int) and arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
-    named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
+    named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "page_table": table, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
     if isinstance(rule, Selection):
         rule.check(B, Hq, Hk, T)
         rule = rule.within(S)
@@ -143,7 +152,21 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     caller, device = checks.together(named)
     if isinstance(rule, Selection) and rule.restriction is not None:
         rule = rule.resolve(S, q_start, kv_length)
-    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device)
+    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table)
+
+
+def _cached(q, cache, v, pattern, kv_length, q_start, value_width):
+    """A cache in the place of k: (k, v, pattern, kv_length, q_start, value_width, table)."""
+    if v is not None:
+        raise ValueError("v: expected None, got an array; a cache holds its own values")
+    if q_start is not None and getattr(q_start, "ndim", 0) == 0:
+        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    rule = Full() if pattern is None else pattern
+    if not isinstance(rule, (Pattern, Layout, Selection)):
+        raise TypeError(f"pattern: expected a Pattern, a Layout, a Selection or None, got {type(rule).__name__}; see sparsetile.Causal(), Window(left), Selection(indices)")
+    checks.together({"q": q, "k.lengths": cache.lengths})
+    k, v, rule, kv_length, q_start, table = cache.keys(q.shape[2], rule, kv_length, q_start)
+    return k, v, rule, kv_length, q_start, cache.rank if v is None and value_width is None else value_width, table
 
 
 # ------------------------------------------------------------------------------------------------------------------- problem
@@ -151,7 +174,7 @@ def features_of(call: Call, gradient: bool, lse: bool) -> list[str]:
     rule = call.rule
     words = [("sink", call.sink_logits is not None), ("softcap", call.softcap is not None), ("kv_length", call.kv_length is not None), ("lse", lse),
              ("gradient", gradient), ("shared_kv", call.v is None), ("q_start", call.q_start is not None and not isinstance(call.q_start, int)),
-             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead)), ("layout", isinstance(rule, Layout))]
+             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead)), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None)]
     return [word for word, on in words if on]
 
 
@@ -184,7 +207,7 @@ def choose(call: Call, name: str, gradient=False, lse=False) -> dispatch.Choice:
     start = call.q_start if isinstance(call.q_start, int) else None if call.q_start is None else "device"
     config = None if call.config is None else tuple(sorted(call.config.items()))
     key = (name, call.sizes, arrays.dtype_name(call.q), call.device, rule_key, start, call.kv_length is None, call.sink_logits is None, call.softcap is None,
-           gradient, lse, call.v is None, call.backend, config, dispatch.environment(OP))
+           gradient, lse, call.v is None, call.table is None, call.backend, config, dispatch.environment(OP))
     if not dispatch.is_explaining() and key in _choices:
         _choices.move_to_end(key)
         return _choices[key]
@@ -275,6 +298,8 @@ def _forward(call, choice, place, return_lse, key):
         return place.zeros((B, Hq, T, Dv), kind), place.full((B, Hq, T), wide, float("-inf"))
     q, k, v, sink, length, start = _natives(call, place)
     common = dict(place=place, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start)
+    if call.table is not None:
+        common["table"] = place.packed(place.native(call.table))
     if isinstance(call.rule, Selection):
         s = call.rule
         indices, lengths = _entries(s, place)

@@ -99,7 +99,7 @@ def check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length,
     checks.lengths("kv_length", kv_length, (B,), "[B]")
     if q_start is None:
         q_start = None if kv_length is not None else keys - T
-    elif not isinstance(q_start, int) and arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)

@@ -3,8 +3,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsetile.backends import arrays
-from sparsetile.backends.contract import Problem
+from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import checks, dispatch
+from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.selection import Selection
 
 FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn")
@@ -29,17 +30,18 @@ class Call:
     config: Any
     caller: str
     device: int | None
+    table: Any = None  # [B,pages] int32: k [N,page,D] and k_scale [N,page] are pages of a cache
 
     @property
     def sizes(self):
         """B, H, T, S, D"""
-        return *self.q.shape[:3], self.k.shape[1], self.q.shape[3]
+        return *self.q.shape[:3], self.k.shape[1] * (1 if self.table is None else self.table.shape[1]), self.q.shape[3]
 
 
 def indexer_scores(q, k, weights, *, k_scale=None, causal=True, q_start=None, key_start=None, key_end=None, activation="relu", backend=None, config=None):
     """score[b,t,s] = k_scale[b,s] * sum_h weights[b,h,t] * relu(q[b,h,t] . k[b,s])
 
-    q [B,H,T,D], k [B,S,D] (float32, float16, bfloat16, float8_e4m3fn), weights [B,H,T] (floats; fp8: q's scale is folded into them), k_scale [B,S] float32.
+    q [B,H,T,D], k [B,S,D] or an IndexerKeys (float32, float16, bfloat16, float8_e4m3fn), weights [B,H,T] (floats; fp8: q's scale is folded into them), k_scale [B,S] float32.
     causal       keys past the query's position p = q_start + t score -inf; q_start is S - T by default, an int or [B] int32
     key_start, key_end   [B,T] or [T] int32: keys outside [key_start, key_end) score -inf
     activation   "relu", or None for plain products
@@ -49,7 +51,8 @@ def indexer_scores(q, k, weights, *, k_scale=None, causal=True, q_start=None, ke
     B, H, T, S, D = call.sizes
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
-        if torch_ops.wanted(q, k, weights):
+        if torch_ops.wanted(q, call.k, weights):
+            _whole(call)
             return torch_ops.indexer_scores(call)
     if call.caller == "jax":
         from sparsetile.ops import jax_ops
@@ -106,7 +109,8 @@ def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=Non
     options = dict(pool=pool, force_first=force_first, force_last=force_last, return_scores=return_scores)
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
-        if torch_ops.wanted(q, k, weights):
+        if torch_ops.wanted(q, call.k, weights):
+            _whole(call)
             indices, lengths, best = torch_ops.indexer_topk(call, top_k, options)
             return _selection(indices, lengths, best, pool, causal)
     if call.caller == "jax":
@@ -183,26 +187,39 @@ def best(scores, top_k, key_start, key_end, backend, config, caller, device):
 def check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config) -> Call:
     checks.options(backend, config)
     checks.array("q", q, 4, "[B,H,T,D]", FLOATS)
+    table = None
+    if isinstance(k, Cache):
+        k, k_scale, q_start, key_end, table = _cached(q, k, k_scale, q_start, key_end)
     checks.array("k", k, 3, "[B,S,D]", FLOATS)
     checks.array("weights", weights, 3, "[B,H,T]", WEIGHTS)
     B, H, T, D = q.shape
     checks.same("k", "element type of q", arrays.dtype_name(q), arrays.dtype_name(k), "convert both to one type")
-    checks.same("k", "batch size and width [B, D] of q", [B, D], [k.shape[0], k.shape[2]], "q and k are multiplied over D")
+    checks.same("k", "batch size and width [B, D] of q", [B, D], [(k if table is None else table).shape[0], k.shape[2]], "q and k are multiplied over D")
     checks.same("weights", "shape [B,H,T]", [B, H, T], list(weights.shape), "one weight for each query head")
     checks.width("q", D)
     S = k.shape[1]
-    checks.row("k_scale", k_scale, (B, S), "[B,S]")
+    checks.row("k_scale", k_scale, (k.shape[0], S), "[B,S]")
     checks.flag("causal", causal)
     checks.choice("activation", activation, ("relu", None))
     if q_start is None:
         q_start = S - T
-    elif not isinstance(q_start, int) and arrays.framework(q_start) is not None and getattr(q_start, "ndim", 0) > 0:
+    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
         checks.lengths("q_start", q_start, (B,), "[B]")
     else:
         q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
     key_start, key_end = _row("key_start", key_start, B, T), _row("key_end", key_end, B, T)
-    named = dict(q=q, k=k, weights=weights, k_scale=k_scale, q_start=None if isinstance(q_start, int) else q_start, key_start=key_start, key_end=key_end)
-    return Call(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config, *checks.together(named))
+    named = dict(q=q, k=k, weights=weights, k_scale=k_scale, q_start=None if isinstance(q_start, int) else q_start, key_start=key_start, key_end=key_end, page_table=table)
+    return Call(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config, *checks.together(named), table)
+
+
+def _cached(q, cache, k_scale, q_start, key_end):
+    """A cache in the place of k: (k, k_scale, q_start, key_end, table)."""
+    if k_scale is not None:
+        raise ValueError("k_scale: expected None, got an array; a cache holds its own scales")
+    B, T = checks.array("q", q, 4, "[B,H,T,D]").shape[::2]
+    checks.together({"q": q, "k.lengths": cache.lengths})
+    k, scales, table, q_start, key_end = cache.scored(T, q_start, _row("key_end", key_end, B, T))
+    return k, scales, q_start, key_end, table
 
 
 def _row(name, x, B, T):
@@ -213,6 +230,11 @@ def _row(name, x, B, T):
     return checks.lengths(name, x, (T,) if x.ndim == 1 else (B, T), "[T]" if x.ndim == 1 else "[B,T]")
 
 
+def _whole(call: Call):
+    if call.table is not None:
+        raise Unsupported("k: a cache read through its pages is neither differentiated nor traced by torch.compile yet; call under torch.no_grad(), or pass cache.gather()")
+
+
 def _full(place, x, B, T):
     """A key bound as a contiguous [B,T] array."""
     return None if x is None else place.rows(place.native(x), (B, T))
@@ -221,7 +243,7 @@ def _full(place, x, B, T):
 def _choose(call: Call, more: dict, words: list, granularity: int, kernel: str | None = None):
     B, H, T, S, D = call.sizes
     features = [*words, *(w for w, on in (("causal", call.causal), ("scale", call.k_scale is not None), ("window", call.key_start is not None or call.key_end is not None),
-                                          ("q_start", not isinstance(call.q_start, int))) if on)]
+                                          ("q_start", not isinstance(call.q_start, int)), ("paged", call.table is not None)) if on)]
     kind = arrays.dtype_name(call.q)
     problem = Problem.of(kernel or call.op, dict(B=B, H=H, T=T, S=S, D=D) | more, dict(q=kind, k=kind), arrays.device_info(call.device).arch, features, 1.0, granularity)
     choice = dispatch.choose(call.op, problem, call.device, call.backend, call.config)
@@ -235,7 +257,9 @@ def _natives(call: Call, place):
 def _window(call: Call, place) -> dict:
     B, _, T, _, _ = call.sizes
     start = call.q_start if isinstance(call.q_start, int) else place.native(call.q_start)
-    return dict(k_scale=None if call.k_scale is None else place.packed(place.native(call.k_scale)), causal=call.causal, q_start=start, activation=call.activation,
+    scale = None if call.k_scale is None else place.native(call.k_scale)
+    more = dict(k_scale=scale, table=place.packed(place.native(call.table))) if call.table is not None else dict(k_scale=None if scale is None else place.packed(scale))
+    return dict(**more, causal=call.causal, q_start=start, activation=call.activation,
                 key_start=_full(place, call.key_start, B, T), key_end=_full(place, call.key_end, B, T))
 
 

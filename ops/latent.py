@@ -2,6 +2,7 @@
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import attention, checks, dispatch
+from sparsetile.ops.caches.paged import Cache
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -55,13 +56,19 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
            "decompressed": keys and values of all heads are rebuilt first; "auto": the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
+    latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
     if backend is None and dispatch.environment("latent_attention")[0]:  # this op's own variable rules the kernels of other ops that it calls
         backend = dispatch.requested_backend("latent_attention", None)
+    cache = latent if isinstance(latent, Cache) else None
+    if cache is not None:
+        latent, k_rope = _cached(cache, k_rope, latent_scale, mode)
+        mode = "absorbed"
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
+    B = B if cache is None else cache.lengths.shape[0]
     checks.array("q_nope", q_nope, 4, "[B,H,T,Dn]", FLOATS)
     T = q_nope.shape[2]
     checks.same("q_nope", "shape [B,H,T,Dn]", [B, H, T, Dn], list(q_nope.shape), "heads and widths are those of w_uk")
@@ -99,8 +106,9 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         return attention.sparse_attention(q, k, v, pattern, return_lse=return_lse, config=config, **options)
     if R + P > 576:
         raise Unsupported(f"mode: 'absorbed' works in width R + P, which must be at most 576 and is {R + P}; mode='decompressed' would run it")
-    keys = latent if k_rope is None else _joined(latent, k_rope, caller, device)  # [B,S,R+P]
-    keys = _unsqueeze(keys)                                                        # [B,1,S,R+P]
+    keys = cache
+    if cache is None:
+        keys = _unsqueeze(latent if k_rope is None else _joined(latent, k_rope, caller, device))  # [B,1,S,R+P]
     if dispatch.is_explaining():  # the attention kernel is the one to explain; queries of the right shape are all it needs
         return attention.sparse_attention(_shaped(q_nope, (B, H, T, R + P), caller, device), keys, None, pattern, value_width=R, config=config, **options)
     q = absorb(q_nope, w_uk, q_rope, backend)                                      # [B,H,T,R+P]
@@ -108,6 +116,20 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     out, lse = got if return_lse else (got, None)                                  # [B,H,T,R]
     out = absorb(out, _transposed(w_uv), None, backend)                            # [B,H,T,Dv]
     return (out, lse) if return_lse else out
+
+
+def _cached(cache, k_rope, latent_scale, mode):
+    """Pages of a cache's latents [N,page,R] and rotary parts [N,page,P], which stand for both in the checks of types and widths."""
+    if not hasattr(cache, "rank"):
+        raise Unsupported(f"latent: {type(cache).__name__} holds no latents; pass a PagedLatent")
+    for name, x in (("k_rope", k_rope), ("latent_scale", latent_scale)):
+        if x is not None:
+            raise ValueError(f"{name}: expected None, got an array; a cache holds its own")
+    if mode == "decompressed" or cache.quantised:
+        how = "cache.gather(quantised=True) makes arrays that mode='decompressed' takes" if cache.quantised else "pass the arrays of cache.gather()"
+        raise Unsupported(f"latent: a cache is read where it lies in mode='absorbed' and in 16 or 32 bits only; {how}")
+    pool, R = cache.pools[0], cache.rank
+    return pool[..., :R], pool[..., R:] if cache.rotary else None
 
 
 def absorb(x, w, tail, backend):

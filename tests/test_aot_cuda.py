@@ -49,6 +49,8 @@ def cases():
         yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
         weights = HALF if kind.startswith("float8") else kind
         yield "latent_decompress", kind, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=kind, w_uk=weights, w_uv=weights), ("scale",))
+    for kind, Hq, D in ((HALF, 64, 128), ("float16", 28, 72), (SINGLE, 64, 128)):
+        yield "importance_topk", f"{kind}-h{Hq}:4-d{D}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=8192, C=511, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
@@ -66,8 +68,8 @@ def compiler():
 @pytest.mark.parametrize("op, name, case", [pytest.param(*c, id=f"{c[0]}-{c[1]}") for c in cases()])
 def test_budget(op, name, case, arch):
     kernel = importlib.import_module(f"sparsetile.backends.cupy.{op}")
-    dims, dtypes, features = case
-    problem = Problem.of(op, dims, dtypes, arch, features)
+    dims, dtypes, features, *granularity = case
+    problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     assert kernel.supports(problem) is None
     config = kernel.default_config(problem)
     asked = kernel.resources(problem, config)

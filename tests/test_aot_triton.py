@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(interpreted(), reason="TRITON_
 HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
-    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 256, ("topk", "keep_rows"): 8,
+    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 256, ("topk", "keep_rows"): 8, ("importance_topk", "score_by_queries"): 72,
 }
 
 
@@ -44,6 +44,9 @@ def cases():
     yield "merge_attention", HALF, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=HALF), ())
     yield "indexer_scores", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=EIGHT, k=EIGHT), ("causal",))
     yield "indexer_topk", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=EIGHT, k=EIGHT), ("causal",))
+    yield "importance_topk", HALF, (dict(B=1, Hq=64, Hk=4, T=8192, S=8192, C=511, D=128, K=16), dict(q=HALF, k=HALF), ("force_first", "force_last"), 64)
+    yield "importance_topk", "decode-float16", (dict(B=8, Hq=64, Hk=4, T=1, S=8192, C=511, D=128, K=16), dict(q="float16", k="float16"), ("force_first", "force_last"), 64)
+    yield "importance_topk", SINGLE, (dict(B=1, Hq=14, Hk=2, T=100, S=8192, C=511, D=72, K=16), dict(q=SINGLE, k=SINGLE), ("return_scores",), 64)
     yield "topk", SINGLE, (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "latent_decompress", HALF, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=HALF, w_uk=HALF, w_uv=HALF), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
@@ -61,8 +64,8 @@ def everywhere():
 @pytest.mark.parametrize("op, case, arch", list(everywhere()))
 def test_budget(op, case, arch):
     kernel = importlib.import_module(f"sparsetile.backends.triton.{op}")
-    dims, dtypes, features = case
-    problem = Problem.of(op, dims, dtypes, arch, features)
+    dims, dtypes, features, *granularity = case
+    problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     refusal = kernel.supports(problem)
     if refusal:
         pytest.skip(refusal)

@@ -171,3 +171,30 @@ def test_stability_tells_ties_from_another_pick_and_a_timing_that_fails():
     assert not stability.summary(entries, picks, [100.0, 103.0], 0.01)["same"]
     wide = stability.summary([{**entries[0], "band": 0.05}], picks[:1], [100.0], 0.01)
     assert not wide["timing_ok"] and "FAILS" in stability.text(wide)
+
+
+def test_native_sparse_attention_is_checked_and_timed(capsys):
+    pytest.importorskip("torch")
+    from sparsetile.bench import nsa
+    assert nsa.main(["--quick", "--length", "400"]) == 0
+    text = capsys.readouterr().out
+    assert "6 queries of each branch within the policy" in text and all(f"\n{name} " in text for name in ("selected", "NSA, all", "dense, torch", "selected, backward"))
+
+
+def test_the_check_of_native_sparse_attention_notices(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import nsa
+    q, k, v, _ = nsa.inputs(torch, "cpu", 2100, 4, 2, 16)
+    nsa.check(q, k, v, None)
+    whole = nsa.importance_topk
+    monkeypatch.setattr(nsa, "importance_topk", lambda q, k, lse, top_k, **o: whole(-q, k, lse, top_k, **o))
+    with pytest.raises(AssertionError, match="blocks"):
+        nsa.check(q, k, v, None)
+
+
+def test_operations_of_native_sparse_attention_are_the_pairs():
+    from sparsetile.bench import nsa
+    from sparsetile.ops.patterns import Causal, Compressed, Window
+    N = 3000
+    for name, rule, S, each in (("compressed", Compressed(32, 16), (N - 32) // 16 + 1, 4), ("choice", Compressed(32, 16), (N - 32) // 16 + 1, 2), ("sliding", Window(511), N, 4), ("dense, torch", Causal(), N, 4)):
+        assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32

@@ -102,7 +102,7 @@ def test_operations_are_those_of_the_pairs():
         if system.counted is None:
             assert system.operations(GPU, N) == pairs(system.real.mask(N, N)), system.name
     x = Inputs(SMALL, N)
-    assert entries._pairs(SMALL, N) == int(entries.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum())
+    assert entries._pairs(SMALL, N) == int(entries.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
     triangle = N * (N + 1) // 2
     assert entries.find("mla").operations(GPU, N) == 2 * GPU.Hq * (triangle * (2 * GPU.D + GPU.P) + 2 * N * GPU.R * GPU.D)
 
@@ -110,6 +110,11 @@ def test_operations_are_those_of_the_pairs():
 def test_pictures():
     seen = np.array([list(line) for line in page.picture(entries.find("dsa"))]) == "#"
     assert seen.shape == (page.SIDE, page.SIDE) and (seen.sum(1) == np.minimum(np.arange(page.SIDE) + 1, SMALL.top_k)).all() and not np.triu(seen, 1).any()
+    x = Inputs(SMALL, page.SIDE)
+    for name in ("exact-topk", "moba", "routing"):
+        drawn = entries.find(name).chosen(x)
+        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= (SMALL.top_k if name != "routing" else page.SIDE) and drawn.any()
+    assert (np.diagonal(entries.find("moba").chosen(x))).all()  # its own block
     assert page.picture(entries.find("mistral"))[10] == "." * 5 + "#" * 6 + "." * 21 and page.picture(entries.find("linear")) == []
 
 

@@ -10,7 +10,7 @@ from sparsetile.autotune import cli
 from sparsetile.backends import arrays
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend")
+COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend", "plan")
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,18 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_doctor_says_what_the_driver_does(monkeypatch, tmp_path):
+    from sparsetile.autotune import doctor
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncase \"$1 $2\" in\n'--id=3 --query-gpu='*) echo '1410, 1980, 71, 0x0000000000000004, Enabled';;\n'--id=3 --query-compute-apps='*) printf '12\\n13\\n';;\n*) exit 9;;\nesac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    state = doctor._state(1)
+    assert doctor._now(state) == ", 1410 of 1980 MHz, 71 C, slowed by 0x0000000000000004, ECC enabled, 2 processes compute on it"
+    assert doctor._now({**state, "slowed_by": "0x0000000000000001"}).count("slowed") == 0 and doctor._state(None) == {} == doctor._state(0)
 
 
 def test_doctor(capsys):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
-from numeric import assert_close, assert_same_bits, assert_topk, plain
+from importances import importances, shares
+from numeric import assert_chosen, assert_close, assert_same_bits, assert_topk, plain
 
 import oracle
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import indexer_scores, indexer_topk, topk
+from sparsetile.backends.cupy import importance_topk, indexer_scores, indexer_topk, topk
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels for the CPU, and is not there")
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
@@ -148,6 +149,36 @@ def expected_choice(scores, seen, top_k, pool=1, force_first=0, force_last=0, re
             best = sorted([*forced, *sorted(rest, key=lambda s: (-scores[b, t, s], s))[:top_k - len(forced)]])
         indices[b, t, :len(best)], counts[b, t] = best, len(best)
     return indices, counts
+
+
+@pytest.mark.parametrize("pieces", (False, True), ids=("one-piece", "pieces"))
+@pytest.mark.parametrize("kind, B, Hq, Hk, T, C, D, K", [("bfloat16", 2, 16, 1, 5, 70, 64, 4), ("float16", 1, 14, 2, 3, 41, 72, 6), ("float32", 1, 12, 1, 4, 33, 40, 3), ("bfloat16", 1, 3, 1, 9, 50, 32, 5),
+                                                         ("float16", 2, 2, 2, 6, 90, 24, 7), ("float32", 1, 4, 2, 7, 20, 16, 40), ("bfloat16", 1, 2, 1, 3, 0, 16, 3)])
+def test_importance_topk(kind, B, Hq, Hk, T, C, D, K, pieces, rng, place, monkeypatch):
+    """Groups of every kind of column, rows that see nothing, NaN in keys that nobody sees, blocks of three strides and keys of two."""
+    if pieces:
+        monkeypatch.setattr(importance_topk, "rows_held", lambda C, blocks, config: 3)
+    q, k = rng.standard_normal((B, Hq, T, D)).astype(TYPES[kind]), rng.standard_normal((B, Hk, C, D)).astype(TYPES[kind])
+    lse, keys, scale = (rng.standard_normal((B, Hq, T)) + 3).astype(np.float32), 4 * (C + 1), D ** -0.5
+    k[:, :, C - 3:] = np.nan
+    key_end = np.broadcast_to(rng.integers(0, max(C - 2, 1), (B, 1, T)), (B, Hk, T)).astype(np.int32)
+    block_end = np.broadcast_to(rng.integers(0, keys // 12 + 2, (B, 1, T)), (B, Hk, T)).astype(np.int32)
+    blocks = -(-keys // 12)
+    p = Problem.of("importance_topk", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=keys, C=C, D=D, K=K), dict(q=kind, k=kind), "sm_80", (), 1.0, 12)
+    assert importance_topk.supports(p) is None
+    truth, measure = (importances(shares(q, k[:, :, :max(C - 3, 0)], lse, scale, x), key_end, 8, 4, 12, keys) for x in (np.float64, np.float32))
+    j = np.arange(blocks)
+    for first, last, return_scores in ((1, 2, False), (0, 0, True)):
+        indices, lengths, chosen = importance_topk.run(*map(place.put, (q, k, lse)), K, place=place, config=importance_topk.default_config(p), key_end=place.put(key_end.copy()),
+                                                       block_end=place.put(block_end.copy()), blocks=blocks, reach=2, step=3, scale=scale, force_first=first, force_last=last,
+                                                       return_scores=return_scores)
+        seen = j < np.minimum(block_end, blocks)[..., None]
+        forced = (j < first) | (j >= np.minimum(block_end, blocks)[..., None] - last)
+        found = place.get(indices)
+        assert_chosen("blocks", found, place.get(lengths), truth, measure, K, visible=seen, forced=forced, take_all=not return_scores, reduction=Hq // Hk * D)
+        if return_scores:
+            picked = lambda x: np.where(found >= 0, np.take_along_axis(x, np.maximum(found, 0).astype(np.int64), -1), x.dtype.type(-np.inf))  # noqa: E731
+            assert_close("importance", place.get(chosen), picked(truth), picked(measure), reduction=Hq // Hk * D)
 
 
 @pytest.mark.parametrize("B, T, S, token_major", [(1, 4, 256, False), (2, 7, 1000, False), (3, 9, 700, True), (1, 1, 129, True)])

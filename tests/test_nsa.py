@@ -1,10 +1,11 @@
 """Native Sparse Attention against the paper's equations written out (naive_nsa.py): what is chosen, what comes out, all gradients, caches, conventions."""
 import naive_nsa
 import numpy as np
+import oracle
 import pytest
 import torch
-from drivers import EVERY, arrays
-from numeric import assert_close, assert_same_bits
+from drivers import EVERY, arrays, numpy_dtype
+from numeric import assert_close, assert_same_bits, plain
 
 import sparsetile as st
 
@@ -70,6 +71,25 @@ def close(got, truth):
     got, truth = got.detach(), truth.detach()
     assert got.shape == truth.shape and got.dtype == truth.dtype and torch.isfinite(got).all()
     assert (got - truth).abs().max() <= 2 ** -52 * 2 ** 10 * max(1.0, float(truth.abs().max())) if got.numel() else True
+
+
+@every
+@pytest.mark.parametrize("dtype, heads", [("bfloat16", (4, 2)), ("float16", (7, 1)), ("float32", (2, 2))])
+def test_every_backend_within_the_policy(on, backend, dtype, heads, rng):
+    """Each branch rounded, weighed and added in float32, rounded once; keys whose means are exact, so that only attention rounds."""
+    (Hq, Hk), T, S, D, kind = heads, 3, 50, 16, numpy_dtype(dtype)
+    q, k, v = (rng.integers(-4, 5, (2, h, n, D)).astype(np.float32) / 4 for h, n in ((Hq, T), (Hk, S), (Hk, S)))
+    ck, cv = (np.stack([x[:, :, i:i + 8].mean(2) for i in range(0, S - 7, 4)], 2).astype(kind) for x in (k, v))
+    (q, k, v), gates = (x.astype(kind) for x in (q, k, v)), rng.random((2, Hq, T, 3)).astype(np.float32)
+    out, chosen = on.native_sparse_attention(q, k, v, gates, return_selection=True, **SMALL)
+    (out,), (indices, lengths) = arrays(out), arrays(chosen.indices, chosen.lengths)
+    p = S - T + np.arange(T)[:, None]
+    counts = (np.broadcast_to(np.arange(ck.shape[2]) * 4 + 7 <= p, (2, Hq, T, ck.shape[2])), oracle.selection_count(indices, S, Hq, lengths=lengths, granularity=16, causal=True),
+              np.broadcast_to((np.arange(S) <= p) & (np.arange(S) > p - 12), (2, Hq, T, S)))
+    parts = [(keys, values, count) for (keys, values), count in zip(((ck, cv), (k, v), (k, v)), counts)]
+    truth = sum(gates[..., n, None] * oracle.attention(q, *part, scale=D ** -0.5)[0] for n, part in enumerate(parts))
+    measure = sum(gates[..., n, None] * plain.attention(q, *part, scale=D ** -0.5)[0].astype(np.float32) for n, part in enumerate(parts)).astype(kind)
+    assert_close("out", out, truth, measure, reduction=S + D)
 
 
 # ---------------------------------------------------------------------------------------------------------------- conventions
@@ -193,3 +213,23 @@ def test_bad_arguments_are_named(change, error, words):
     arguments = dict(q=q, k=k, v=v, gates=torch.zeros(1, 2, 5, 3), backend="numba") | SMALL | change
     with pytest.raises(error, match=words):
         st.native_sparse_attention(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------- frameworks
+def test_torch_compile_takes_the_whole_call(rng):
+    torch.compiler.reset()
+    q, k, v, gates = made(rng, 1, 4, 2, 6, 70, 8, 8, dtype=torch.float32)
+    call = lambda *x: st.native_sparse_attention(*x, backend="numba", **SMALL)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, two in zip(*([f(q, k[0], v[0], gates)] + list(torch.autograd.grad(f(q, k[0], v[0], gates).sum(), (q, k[0], v[0], gates))) for f in (call, compiled))):
+        assert_same_bits("compiled", one, two)
+
+
+def test_jax_eager_and_traced(rng):
+    jax = pytest.importorskip("jax")
+    q, k, v, gates = (x.detach().numpy() for x in (lambda m: (m[0], m[1][0], m[2][0], m[3]))(made(rng, 1, 4, 2, 6, 70, 8, 8, dtype=torch.float32)))
+    call = lambda *x: st.native_sparse_attention(*x, backend="numba", **SMALL)  # noqa: E731
+    ours, theirs = call(q, k, v, gates), [jax.numpy.asarray(x) for x in (q, k, v, gates)]
+    for got in (call(*theirs), jax.jit(call)(*theirs)):
+        assert isinstance(got, jax.Array)
+        assert_close("out", np.asarray(got), ours.astype(np.float64), ours, reduction=70)

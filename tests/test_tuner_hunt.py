@@ -16,7 +16,7 @@ TOPK = tasks.Workload.of("test/topk", "topk", B=1, T=8, S=64, K=5)
 
 
 class Kernel(recorded.Kernel):
-    TUNABLES = (Tunable("threads", tuple(range(64, 64 + 200))),)
+    TUNABLES = (Tunable("threads", tuple(range(64, 64 + 400))),)
 
     def default_config(self, problem):
         return {"threads": 64}
@@ -104,7 +104,13 @@ def test_a_search_that_finds_nothing_better_ends_and_one_that_does_goes_on(searc
     better = itertools.count(1000, -10)
     assert search(Worker(lambda threads: float(next(better))), trials=150).stop == "trials"
     more = search(Worker(lambda threads: float(next(better))), seconds=60)
-    assert more.stop == "exhausted" and len(more.tried) == 200
+    assert more.stop == "exhausted" and len(more.tried) == 400
+
+
+def test_a_small_space_is_searched_whole(search, monkeypatch):
+    monkeypatch.setattr(Kernel, "TUNABLES", (Tunable("threads", tuple(range(64, 64 + 250))),))
+    one = search(Worker(), seconds=60)
+    assert one.stop == "exhausted" and len(one.tried) == 250
 
 
 def test_a_bucket_of_thirty_seconds_times_many_configs_though_each_takes_five_to_compile(search, monkeypatch):

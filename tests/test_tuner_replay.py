@@ -44,7 +44,7 @@ def test_a_table_is_what_was_timed(table):
     assert table.pool[0] == table.default and len(table.pool) == len(made) and all(seconds == pytest.approx(0.5, rel=1e-3) for _, seconds in table.results.values())
 
 
-@pytest.mark.parametrize("sampler", ["pool", "random", "tpe", "tpe-plain"])
+@pytest.mark.parametrize("sampler", ["pool", "random", "tpe", "tpe-plain", "subset"])
 def test_a_course_descends_and_ends_at_the_best_when_everything_was_tried(table, sampler):
     course = replay.run(table, sampler, len(table.results) if sampler != "tpe-plain" else 20, 0)
     regret = [r for r, _ in course]
@@ -52,8 +52,17 @@ def test_a_course_descends_and_ends_at_the_best_when_everything_was_tried(table,
 
 
 def test_ours_beats_random_and_plain_tpe(table):
-    found = {r["sampler"]: r for r in replay.regrets(table, ("pool", "random", "tpe-plain"), (40,), repeats=10)}
+    rows = replay.regrets(table, ("pool", "random", "tpe-plain"), (40,), repeats=10)
+    found = {r["sampler"]: r for r in rows if r["trials"]}
+    assert "better after 40, worse after none" in replay.verdict(rows) and {r["seconds"] for r in rows if not r["trials"]} == set(replay.SECONDS)
     assert found["pool"]["median"] <= min(found["random"]["median"], found["tpe-plain"]["median"]) and found["pool"]["p90"] <= found["random"]["p90"]
+
+
+def test_a_verdict_says_what_is_missed():
+    row = lambda sampler, trials, median, p90: {"table": "x", "size": 999, "sampler": sampler, "trials": trials, "median": median, "p90": p90, "seconds": 1.0}
+    said = replay.verdict([row("pool", 50, 0.0, 0.5), row("pool", 150, 0.004, 0.07), row("random", 50, 0.0, 0.2), row("random", 150, 0.001, 0.2), row("pool", None, 0, 0)])
+    assert "after 150 trials median 0.40%, 90th percentile 7.00%: missed by 2.00%" in said and "against random: better after none, worse after 150" in said
+    assert "reached" in replay.verdict([row("pool", 150, 0.01, 0.05)])
 
 
 def test_the_same_seed_is_the_same_course_and_no_config_comes_twice():

@@ -32,6 +32,8 @@ HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as 
 
 
 def supports(problem: Problem) -> str | None:
+    if "paged" in problem.features:
+        return "CuPy block attention reads keys in one piece, not through a page table; pass cache.gather(), or a Selection, whose entries find their rows"
     kinds = {problem.dtype(name) for name in "qkv"}
     if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
         return f"CuPy block attention takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"

@@ -1,6 +1,7 @@
 // Scores of a lightning indexer: score[t, s] = k_scale[s] * sum_h weights[h, t] * act(q[h, t] . k[s]).
 // Keys stand on the rows of the products, (query, head) pairs on the columns, so that the sum over heads stays in a thread's registers and ends in three
 // exchanges over four lanes. A block of threads keeps QUERIES queries (all heads) in shared memory and walks over its key tiles.
+// With SHARE score[t, s] = sum_h exp(scale * q[h, t] . k[s] - weights[h, t]), what a key got of the attention that has these lse: importance_topk.
 // indexer_topk runs this same kernel into its scratch: one score function, the same bits. The order of summation is fixed by the problem alone: widths in
 // steps of 16 (float32: one by one), heads in steps of 8 within a lane, then lanes two apart, then neighbours. No tile size enters it.
 #include "mma.cuh"
@@ -33,6 +34,9 @@
 #ifndef RELU
 #define RELU 1
 #endif
+#ifndef SHARE
+#define SHARE 0
+#endif
 
 constexpr int THREADS = 32 * WARPS, MI = ROW_TILES, BK = 16 * MI * WARPS, DP = (WIDTH + 15) / 16 * 16;
 constexpr int HP = HEADS > 8 ? (HEADS + 7) / 8 * 8 : HEADS > 4 ? 8 : HEADS > 2 ? 4 : HEADS;  // columns of a query
@@ -54,6 +58,7 @@ struct Params {
   int q_start, causal;
   int enough;                                   // queries that see no more keys than this need no scores (-1: all need them)
   int fill;                                     // write -inf where a whole tile is outside every window
+  float factor;                                 // SHARE: the scale, for base 2
 };
 
 // Two e4m3 as two float16: the exponent shifts by 8; denormals come right because float16 has them too.
@@ -97,6 +102,16 @@ __device__ __forceinline__ float act(float x) {
   return x < 0.f ? 0.f : x;  // NaN stays NaN
 #else
   return x;
+#endif
+}
+
+// A product's part of a sum over heads.
+__device__ __forceinline__ float weighed(float sum, float product, float weight, float factor) {
+#if SHARE
+  const float x = fmaf(product, factor, -weight);
+  return sum + (TENSOR ? ex2(x) : exp2f(x));
+#else
+  return fmaf(act(product), weight, sum);
 #endif
 }
 
@@ -160,6 +175,7 @@ struct Output {  // where one tile's scores go
 // One step of NI n-tiles: weights, sum over heads, and the scores of queries whose last head this was. n8: number of the first n-tile; r: sums under way.
 template <class Out> __device__ __forceinline__ void sum_heads(const float (&acc)[MI][NI][4], const float* weights, int n8, float (&r)[MI][2], const Out& out) {
   const int lane = threadIdx.x & 31, g = lane / 4, l = lane % 4, row0 = (threadIdx.x / 32) * 16 * MI;
+  const float factor = SHARE ? out.p.factor : 0.f;
 #pragma unroll
   for (int j = 0; j < NI; j++) {
     const int at = n8 + j;
@@ -171,9 +187,9 @@ template <class Out> __device__ __forceinline__ void sum_heads(const float (&acc
       for (int mi = 0; mi < MI; mi++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          float x = act(acc[mi][j][2 * e]), y = act(acc[mi][j][2 * e + 1]);
-          if (HEADS % 8) { if (h >= HEADS) x = 0.f; if (h + 1 >= HEADS) y = 0.f; }  // a padded head must not turn an infinite key into NaN
-          r[mi][e] = fmaf(y, w.y, fmaf(x, w.x, r[mi][e]));
+          // a padded head must not turn an infinite key into NaN
+          if (HEADS % 8 == 0 || h < HEADS) r[mi][e] = weighed(r[mi][e], acc[mi][j][2 * e], w.x, factor);
+          if (HEADS % 8 == 0 || h + 1 < HEADS) r[mi][e] = weighed(r[mi][e], acc[mi][j][2 * e + 1], w.y, factor);
         }
       if (part == EACH - 1) {  // lane l ends with rows 8 l + g (one row tile: 8 (l & 1) + g)
         float x[2];
@@ -193,11 +209,11 @@ template <class Out> __device__ __forceinline__ void sum_heads(const float (&acc
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int row = row0 + 16 * mi + 8 * e + g;
-          const float x = act(acc[mi][j][2 * e]) * w.x, y = act(acc[mi][j][2 * e + 1]);
-          if constexpr (HP == 1) { out(8 * at + 2 * l, row, x); out(8 * at + 2 * l + 1, row, y * w.y); }
-          else if constexpr (HP == 2) out(4 * at + l, row, fmaf(y, w.y, x));
+          const float x = weighed(0.f, acc[mi][j][2 * e], w.x, factor), y = acc[mi][j][2 * e + 1];
+          if constexpr (HP == 1) { out(8 * at + 2 * l, row, x); out(8 * at + 2 * l + 1, row, weighed(0.f, y, w.y, factor)); }
+          else if constexpr (HP == 2) out(4 * at + l, row, weighed(x, y, w.y, factor));
           else {
-            float sum = 2 * (l & 1) + 1 < HEADS ? fmaf(y, w.y, x) : x;
+            float sum = 2 * (l & 1) + 1 < HEADS ? weighed(x, y, w.y, factor) : x;
             sum += __shfl_xor_sync(~0u, sum, 1);
             if (!(l & 1)) out(2 * at + l / 2, row, sum);
           }
@@ -222,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) indexer_scores(const __gri
   }
   for (int c = threadIdx.x; c < ALL; c += THREADS) {
     const int query = c / HP, h = c % HP;
-    weights[c] = query < QUERIES && query < nt && h < HEADS ? p.weights[b * p.w_b + h * p.w_h + (t + query) * p.w_t] : 0.f;
+    weights[c] = query < QUERIES && query < nt && h < HEADS ? p.weights[b * p.w_b + h * p.w_h + (t + query) * p.w_t] * (SHARE ? LOG2E : 1.f) : 0.f;
   }
   __syncthreads();
   int first = p.S, last = 0;

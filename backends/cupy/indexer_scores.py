@@ -18,7 +18,7 @@ TUNABLES = (
     Tunable("row_tiles", (1, 2), "16-key tiles of a warp: 2 halves what is read from shared memory, and doubles the registers"),
     Tunable("queries", (1, 2, 4, 8), "queries of a block, with all their heads"),
 )
-FIELDS = "8Q" + "11q" + "7i4i"
+FIELDS = "8Q" + "11q" + "7i4i" + "f"
 
 
 HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i48x"  # the struct is as long as its alignment, 64, asks
@@ -27,6 +27,8 @@ HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
 
 
 def supports(problem):
+    if "paged" in problem.features:
+        return "the CuPy indexer reads keys in one piece, not through a page table; pass cache.gather()"
     if problem["D"] > 576:
         return f"CuPy indexer takes D up to 576, not {problem['D']}"
     kinds = {problem.dtype("q"), problem.dtype("k", problem.dtype("q"))}
@@ -89,7 +91,7 @@ def default_config(problem):
 
 def defines(kind, H, D, activation, copy, config, arch) -> dict:
     return dict(KIND=KINDS[kind], HEADS=H, WIDTH=D, COPY=copy, WARPS=config["warps"], ROW_TILES=config["row_tiles"], QUERIES=config["queries"],
-                COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"))
+                COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"), SHARE=int(activation == "share"))
 
 
 def hopper_problem(kind: str, H: int, D: int, arch: str) -> bool:
@@ -100,17 +102,17 @@ def takes_hopper(q, k, place) -> bool:
     return hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k)
 
 
-def artifacts(problem, config):
+def artifacts(problem, config, activation="relu"):
     kind, D = problem.dtype("q"), problem["D"]
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
     copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
-    portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, "relu", copy, config, problem.arch), names=["indexer_scores"])]
+    portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, activation, copy, config, problem.arch), names=["indexer_scores"])]
     own = [dict(source="indexer_scores_hopper", defines=dict(RELU=1, STAGES=HOPPER_STAGES), names=["indexer_scores_hopper"])]
     return portable + own if hopper_problem(kind, problem["H"], D, problem.arch) else portable
 
 
-def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True):
-    """Scores of rows = (b0, batches, t0, queries) into float32 memory at `out`, rows `out_row` elements apart. bounds: (key_start, key_end, q_starts, q_start, causal)."""
+def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True, factor=0.0):
+    """Scores (activation "share": sums over heads of exp(q.k * scale - weight), factor = scale * log2(e)) of rows = (b0, batches, t0, queries) into float32 memory at `out`, rows `out_row` elements apart. bounds: (key_start, key_end, q_starts, q_start, causal)."""
     (B, H, T, D), S = q.shape, k.shape[1]
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
@@ -123,7 +125,7 @@ def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, o
     scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
     function(groups * ceil_div(tiles, per), 32 * config["warps"], shared_bytes(H, D, q.dtype, config, d["COLUMNS"]), place.stream,
              q.ptr, k.ptr, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts), out,
-             *q.strides[:3], *k.strides[:2], *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, q_start, int(causal), enough, int(fill))
+             *q.strides[:3], *k.strides[:2], *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, q_start, int(causal), enough, int(fill), factor)
 
 
 @lru_cache(1024)

@@ -4,6 +4,8 @@
 
 Query t stands at q_start + t (None: the last T keys'). Keys at or past min(S, kv_length) do not exist. Rows without keys: out 0, lse -inf.
 softcap comes before masking; the sink stands in the denominator only. Values of keys that no query of a tile sees are not read.
+With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart: key s is row s % page of page table[b, s // page];
+where that is not one of 0 .. N - 1 the key does not exist. Keys that lie in rows that follow each other are read in place.
 
 A task is one block of queries of one batch and head (where queries are few, of the heads that share a key head); threads take tasks from a counter, and none shares a sum with another, so results do
 not depend on their number. Keys and values are read in place where they are float32 rows; other types, permuted keys, holes between seen
@@ -21,7 +23,7 @@ from sparsetile.backends.numba.convert import denormal_rows, fill_zero
 from sparsetile.backends.numba.exact import exact
 from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.finish import write_tile
-from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, tile_block, tile_rows
+from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, run_of_keys, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, span_of, up, whole
 from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
@@ -68,33 +70,34 @@ def scores_of(job, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain):
 
 @far("iiiiii")
 def _block(jobs, memory, kind, slot, limit, bases):
-    """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values."""
+    """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values, and its page table."""
     job = job_at(jobs)
     D, Dvp, panels, pc, ps, rows, spans = job.D >> job.pairs, job.Dvp, job.panels, job.constants, memory + job.s, memory + job.rows, memory + job.spans
-    base_k, base_v, total = get_i64(bases, 0), get_i64(bases, 1), spans + 16 * WORDS * panels
+    base_k, base_v, table, total = get_i64(bases, 0), get_i64(bases, 1), get_i64(bases, 2), spans + 16 * WORDS * panels
     sixes_v, fours_v = split(Dvp)
     for first in range(0, job.block_k, CHUNK):
         at, count = slot + first, min(CHUNK, job.block_k - first)
         if job.k_order == 0 and at >= limit:
             break
-        masked = kind >= 0 or job.k_order != 0 or at + count > limit
+        row = run_of_keys(job, table, at, min(count, limit - at)) if job.k_order == 0 else at
+        masked = kind >= 0 or job.k_order != 0 or at + count > limit or row < 0
         if masked:
-            chunk_words(jobs, kind, at, first, count, limit, rows, panels, memory + job.words, spans)
+            chunk_words(jobs, kind, at, first, count, limit, rows, panels, memory + job.words, spans, table if row < 0 else 0)
         else:
             whole(spans, panels, count)
         low, high, dense = span_of(total)
         if high == 0:
             continue
-        pk, k_step, pv, v_step = base_k + at * job.k_t, job.k_t, base_v + at * job.v_t, job.v_t
-        if not (job.direct_k != 0 and (not masked or at + high + 3 <= job.S)):  # register tiles of four rows may read three rows more
+        pk, k_step, pv, v_step = base_k + row * job.k_t, job.k_t, base_v + row * job.v_t, job.v_t
+        if not (job.direct_k != 0 and row >= 0 and (not masked or row + high + 3 <= job.pool)):  # register tiles of four rows may read three rows more
             pk, k_step = memory + job.keys, 4 * job.Dq
-            load_keys(jobs, base_k, job.k_t, 0 if job.pairs else job.k_code, D, job.Dq, at, high, limit, total, pk)
+            load_keys(jobs, base_k, job.k_t, 0 if job.pairs else job.k_code, D, job.Dq, at, high, limit, total, pk, row, table)
         if job.pairs != 0:
             pv, v_step = memory + job.values, 4 * job.width
             load_pairs(jobs, base_v, at, limit, total, pv, pv + 2 * (CHUNK + 4) * job.width)
-        elif not (job.direct_v != 0 and dense):
+        elif not (job.direct_v != 0 and dense and row >= 0):
             pv, v_step = memory + job.values, 4 * Dvp
-            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, Dvp, at, high, limit, total, pv)
+            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, Dvp, at, high, limit, total, pv, row, table)
         for p in range(panels):
             if get_i64(rows, job.panels * PANEL + p) == 0:
                 continue
@@ -144,6 +147,7 @@ def _tile(jobs, memory, b, h, heads, tile):
         j, limit = h // (job.Hq // job.Hk), key_limit(job, b)
         put_i64(bases, 0, job.k + b * job.k_b + j * job.k_h)
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
+        put_i64(bases, 2, table_of(job, b))
         for p in range(panels):
             load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, 0 if job.pairs else job.q_code, job.D >> job.pairs, job.Dq, rows + 8 * PANEL * p, job.sign,
                        memory + job.flat, 4 * job.Dq, memory + job.qt + STEP * job.Dq * p, 0)
@@ -178,10 +182,11 @@ def sizes(job, D, Dv, block_q, k, v, k_order):
     job["direct_k"] = k.dtype == np.float32 and k_order is None
     job["direct_v"] = v.dtype == np.float32 and k_order is None and Dv % 4 == 0
     return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
-                spans=16 * WORDS * (panels + 1) + 16, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
+                spans=16 * WORDS * (panels + 1) + 24, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
 
 
-def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
+        table=None):
     B, Hq, T, D = q.shape
     Dv, wide = v.shape[3], q.dtype == np.float64
     kind = out_dtype or (q.dtype.name if q.dtype.name != "float8_e4m3fn" else "bfloat16")
@@ -189,7 +194,7 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     out, lse = make((B, Hq, T, Dv), kind), place.full((B, Hq, T), "float64" if wide else "float32", -math.inf)
     if lse.size == 0:
         return out, lse if return_lse else None
-    job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits)
+    job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits, table=table)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     panels, width = int(job["panels"][0]), int(job["width"][0])
     group, rows = Hq // k.shape[1], min(T, lists.block_q)
@@ -198,9 +203,9 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     units, parts, tasks = B * k.shape[1] * int(job["tiles"][0]), None, B * Hq * int(job["tiles"][0])
     if job["stack"] == group and group * rows <= few.MOST:
         parts, tasks = few.prepare(job, lists, group * rows, units)
-    if config["pairs"] and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
+    if config["pairs"] and table is None and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
         job["pairs"], job["Dq"], job["direct_k"] = 1, up(D // 2, LANES), 1
-    threads = min(numba.get_num_threads(), tasks) if lse.size * k.shape[2] * (D + Dv) > SMALL else 1
+    threads = min(numba.get_num_threads(), tasks) if lse.size * int(job["S"][0]) * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
     job["lost"] = address(lost)

@@ -101,7 +101,7 @@ def _sums(jobs, memory, at, count, where):
     gt.add_keys(memory + job.ds, step, queries, memory + job.q_rows, 4 * job.Dp + APART, job.Dp, to_k, sixes, fours)
     if job.k_order != 0:
         for c in range(count):
-            s = key_of(job, at + c, limit)
+            s = key_of(job, at + c, limit, 0)
             if s >= 0:
                 _clear(job, sums_k, sums_v, touched, s // GRAIN)
                 add_row(to_k + 4 * job.Dp * c, sums_k + 4 * job.Dp * s, job.Dp)
@@ -127,7 +127,7 @@ def _block(jobs, memory, kind, slot, limit, where):
             break
         masked = 1 if kind >= 0 or job.k_order != 0 or at + count > limit else 0
         if masked != 0:
-            chunk_words(jobs, kind, at, first, count, limit, rows, panels, memory + job.words, spans)
+            chunk_words(jobs, kind, at, first, count, limit, rows, panels, memory + job.words, spans, 0)
         else:
             whole(spans, panels, count)
         low, high, dense = span_of(total)
@@ -137,10 +137,10 @@ def _block(jobs, memory, kind, slot, limit, where):
         pk, k_step, pv, v_step = base_k + at * job.k_t, job.k_t, base_v + at * job.v_t, job.v_t
         if not (job.direct_k != 0 and inside):
             pk, k_step = memory + job.keys, 4 * job.Dp
-            load_keys(jobs, base_k, job.k_t, job.k_code, job.D, job.Dp, at, high, limit, total, pk)
+            load_keys(jobs, base_k, job.k_t, job.k_code, job.D, job.Dp, at, high, limit, total, pk, at, 0)
         if not (job.direct_v != 0 and inside):
             pv, v_step = memory + job.values, 4 * job.width
-            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, job.width, at, high, limit, total, pv)
+            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, job.width, at, high, limit, total, pv, at, 0)
         put_i64(where, 0, pk)
         put_i64(where, 1, k_step)
         put_i64(where, 2, pv)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.job import F64_CODE, job_at, key_limit, key_of, list_block, row_word, tile_block, tile_rows
+from sparsetile.backends.numba.job import F64_CODE, job_at, key_limit, key_of, list_block, row_word, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.rows import load_row, store_row
 from sparsetile.backends.numba.simd import F, F64, get_byte, get_f32, get_i32, get_i64, next_task, op
 
@@ -68,6 +68,7 @@ def exact_row(job, b, h, i, r, t):
     top, total = -math.inf, 0.0
     j = h // (job.Hq // job.Hk)
     pk, pv, limit = job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, key_limit(job, b)
+    table = table_of(job, b)
     begin, partial, end = list_block(job, b, h, i) if i >= 0 else (0, 0, 0)
     for entry in range(begin, end):
         column = get_i32(job.cols, entry)
@@ -77,7 +78,7 @@ def exact_row(job, b, h, i, r, t):
             for bit in range(32):
                 if (word >> bit) & 1 == 0:
                     continue
-                s = key_of(job, column * job.block_k + 32 * w + bit, limit)
+                s = key_of(job, column * job.block_k + 32 * w + bit, limit, table)
                 if s < 0:
                     continue
                 read_wide(job.k_code, pk + s * job.k_t, D, y, narrow)

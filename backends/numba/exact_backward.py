@@ -26,7 +26,7 @@ def _row(job, b, h, i, r, t):
         kind = get_i32(job.kinds, entry) if entry >= partial else -1
         for c in range(job.block_k):
             word = 0xFFFFFFFF if kind < 0 else row_word(job, kind, r, c >> 5)
-            s = key_of(job, get_i32(job.cols, entry) * job.block_k + c, limit) if (word >> (c & 31)) & 1 else -1
+            s = key_of(job, get_i32(job.cols, entry) * job.block_k + c, limit, 0) if (word >> (c & 31)) & 1 else -1
             if s < 0:
                 continue
             read_wide(job.k_code, pk + s * job.k_t, D, y, narrow)

@@ -12,7 +12,7 @@ from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.few_tiles import KEYS, ROWS
 from sparsetile.backends.numba.finish import write_tile
-from sparsetile.backends.numba.job import LARGEST, job_at, key_limit, list_block, tile_block, tile_rows
+from sparsetile.backends.numba.job import LARGEST, job_at, key_limit, list_block, run_of_keys, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
 from sparsetile.backends.numba.simd import LANES, VECTORS, address, get_f32, get_i32, next_task, put_f32, put_i32
 from sparsetile.backends.numba.tiles import PANEL, STEP
@@ -32,8 +32,8 @@ def _mask(ps, words, first, keys):
                 put_f32(ps, c * ROWS + r, NOTHING)
 
 
-@far("iiiiiiii")
-def _block(jobs, memory, kind, slot, limit, base_k, base_v, part):
+@far("iiiiiiiii")
+def _block(jobs, memory, kind, slot, limit, base_k, base_v, table, part):
     """All rows against one block of keys, chunk by chunk."""
     job = job_at(jobs)
     D, width, pc, ps, rows, spans, words = job.Dp, job.width, job.constants, memory + job.s, memory + job.rows, memory + job.spans, memory + job.words
@@ -43,9 +43,10 @@ def _block(jobs, memory, kind, slot, limit, base_k, base_v, part):
         at, count = slot + first, min(CHUNK, job.block_k - first)
         if job.k_order == 0 and at >= limit:
             break
-        masked = kind >= 0 or job.k_order != 0 or at + count > limit
+        row = run_of_keys(job, table, at, min(count, limit - at)) if job.k_order == 0 else at
+        masked = kind >= 0 or job.k_order != 0 or at + count > limit or row < 0
         if masked:
-            chunk_words(jobs, kind, at, first, count, limit, rows, job.panels, words, spans)
+            chunk_words(jobs, kind, at, first, count, limit, rows, job.panels, words, spans, table if row < 0 else 0)
         else:
             whole(spans, job.panels, count)
         low, high, dense = span_of(total)
@@ -54,14 +55,14 @@ def _block(jobs, memory, kind, slot, limit, base_k, base_v, part):
         for r in range(MOST):
             put_i32(part, r, get_i32(part, r) | (get_i32(words, r) | get_i32(words + STEP, r) if masked else 1))
         keys = (high + KEYS - 1) & -KEYS
-        dense = dense and low == 0 and keys == high
-        pk, k_step, k_code, pv, v_step, v_code = base_k + at * job.k_t, job.k_t, job.k_code, base_v + at * job.v_t, job.v_t, job.v_code
+        dense = dense and low == 0 and keys == high and row >= 0
+        pk, k_step, k_code, pv, v_step, v_code = base_k + row * job.k_t, job.k_t, job.k_code, base_v + row * job.v_t, job.v_t, job.v_code
         if not (dense and job.k_order == 0 and k_code < 3 and D == job.D):
             pk, k_step, k_code = memory + job.keys, 4 * D, 0
-            load_keys(jobs, base_k, job.k_t, job.k_code, job.D, D, at, keys, limit, total, pk)
+            load_keys(jobs, base_k, job.k_t, job.k_code, job.D, D, at, keys, limit, total, pk, row, table)
         if not (dense and job.k_order == 0 and v_code < 3 and width == job.Dv):
             pv, v_step, v_code = memory + job.values, 4 * width, 0
-            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, width, at, keys, limit, total, pv)
+            load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, width, at, keys, limit, total, pv, row, table)
         for g in range(job.quads):
             few_tiles.dots(k_code, pk, k_step, memory + job.flat + 4 * D * ROWS * g, 4 * D, D, ps, keys)
             if job.capped != 0:
@@ -90,7 +91,7 @@ def _share(jobs, memory, b, j, tile, share, part):
     limit, first = key_limit(job, b), begin + share * job.few_entries
     for entry in range(first, min(end, first + job.few_entries)):
         _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit,
-               job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, part)
+               job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, table_of(job, b), part)
 
 
 @far("iii")

@@ -21,7 +21,7 @@ from sparsetile.backends.numba.exact import row_factor
 from sparsetile.backends.numba.far import far, on_threads, scratch
 from sparsetile.backends.numba.gather_exact import exact
 from sparsetile.backends.numba.gather_job import job_at, load_heads, make_gather, named_keys, place_rows, unit_of
-from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, fetch_rows, mix_rows, scale_row, score_rows, soften, finite
+from sparsetile.backends.numba.gather_tiles import KEYS, STEP, cap_row, fetch_rows, finite, mix_rows, scale_row, score_rows, soften
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import store_row
 from sparsetile.backends.numba.selector import put_byte, put_i64

@@ -4,6 +4,7 @@
 
 score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); -inf outside [key_start, key_end) and, if causal, past q_start + t.
 A tile of queries passes over transposed panels of keys (indexer_tile.py); float16, bfloat16 and float8 become float32 exactly as they are read.
+With table [B,pages] int32, k [N,page,D] and k_scale [N,page] are pages; keys in a page that is not one of 0 .. N - 1 score -inf.
 """
 import numpy as np
 
@@ -62,14 +63,14 @@ def work(jobs, thread):
                 _write_scores(memory + job.scores + 4 * CHUNK * n, first, last, get_i64(starts, n), get_i64(ends, n), job.out + 4 * (b * T + t0 + n) * S)
 
 
-def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu"):
-    (B, H, T, D), S = q.shape, k.shape[1]
+def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu", table=None):
+    (B, H, T, D), S = q.shape, k.shape[1] * (1 if table is None else table.shape[1])
     out = place.empty((B, T, S), "float32")
     if out.size == 0:
         return out
     if q.dtype == np.float64 or k.dtype == np.float64:
         return _run_wide(q, k, weights, k_scale, key_start, key_end, causal, q_start, activation, out)
-    job, _alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation)
+    job, _alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation, table=table)
     job["out"] = address(out)
     on_threads(work, job)
     return out

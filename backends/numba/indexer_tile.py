@@ -10,7 +10,7 @@ from sparsetile.backends.numba.convert import CODE
 from sparsetile.backends.numba.far import far, record_at, scratch
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row
-from sparsetile.backends.numba.selector import window
+from sparsetile.backends.numba.selector import FLOOR, window
 from sparsetile.backends.numba.simd import F, LANES, address, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
 
 HEADS, VECTORS = 4, 3          # 12 accumulators, 3 keys' vectors, 1 broadcast: AVX2's 16 registers
@@ -38,7 +38,7 @@ score_keys = op("iiiiiiiif", _score)
 
 
 INDEXER = np.dtype([(name, "i8") for name in (
-    "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts",
+    "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts", "table", "table_b", "page", "pages", "scale_b",
     "B", "H", "T", "S", "D", "padded", "heads", "queries", "memory", "memory_step", "qf", "wf", "rows", "panel", "scale", "scores", "bounds",
     "given", "shares", "share", "state", "candidates", "room", "top_k", "keep", "pool", "force_first", "force_last", "forced", "parts",
     "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf", "row", "blocks", "reach", "step")]
@@ -60,12 +60,25 @@ def load_queries(jobs, b, t0, count, memory):
             put_f32(memory + job.wf, n * job.heads + h, get_f32(job.weights, (b * job.H + h) * job.T + t0 + n) if there else np.float32(0))
 
 
-@far("iiiii")
+@kernel
+def page_of(job, b, s):
+    """The page that holds key s, -1 in a hole of the page table."""
+    page = get_i32(job.table, b * job.table_b + s // job.page)
+    return page if page < job.pages else -1
+
+
+@far("iiiii", "i")
 def load_key(jobs, b, s, n, memory):
-    """Key s (-1: zeros) as the n-th of the panel: rows [KEYS, padded], scale [KEYS]."""
+    """Key s (-1: zeros) as the n-th of the panel: rows [KEYS, padded], scale [KEYS]. 1 if the page table has a hole there, else 0."""
     job = job_at(jobs)
-    load_row(job.k_code, job.k + b * job.k_b + max(s, 0) * job.k_s, job.D if s >= 0 else 0, memory + job.rows + 4 * job.padded * n, job.padded)
-    put_f32(memory + job.scale, n, get_f32(job.k_scale, b * job.S + s) if job.k_scale != 0 and s >= 0 else np.float32(1))
+    page, hole = b, 0
+    if job.table != 0 and s >= 0:
+        page, s = page_of(job, b, s), s % job.page
+        if page < 0:
+            s, hole = -1, 1
+    load_row(job.k_code, job.k + page * job.k_b + max(s, 0) * job.k_s, job.D if s >= 0 else 0, memory + job.rows + 4 * job.padded * n, job.padded)
+    put_f32(memory + job.scale, n, get_f32(job.k_scale + page * job.scale_b, s) if job.k_scale != 0 and s >= 0 else np.float32(1))
+    return hole
 
 
 @far("ii")
@@ -110,13 +123,17 @@ def score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, fresh):
             seen |= get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s
         if not seen:
             continue
+        holes = 0
         for n in range(KEYS):
-            load_key(jobs, b, s + n if s + n < last else -1, n, memory)
+            holes += load_key(jobs, b, s + n if s + n < last else -1, n, memory)
         turn_panel(jobs, memory)
         for n in range(count):
             if get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s:
                 score_keys(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D,
                            memory + job.panel, memory + job.scale, memory + job.scores + 4 * (CHUNK * n + s - first), np.float32(job.low))
+                for x in range(KEYS if holes > 0 else 0):
+                    if s + x < last and page_of(job, b, s + x) < 0:
+                        put_f32(memory + job.scores, CHUNK * n + s - first + x, FLOOR)
 
 
 @kernel
@@ -131,20 +148,22 @@ def seen_by(job, b, t):
     return start, max(start, end)
 
 
-def make_indexer(q, k, weights, *, k_scale, key_start, key_end, causal, q_start, activation, row=CHUNK):
-    """(record [1], arrays to keep alive while it is used). row: scores of a query that are held at a time."""
-    (B, H, T, D), S, threads = q.shape, k.shape[1], numba.get_num_threads()
+def make_indexer(q, k, weights, *, table=None, k_scale, key_start, key_end, causal, q_start, activation, row=CHUNK):
+    """(record [1], arrays to keep alive while it is used). table [B,pages]: k [N,page,D] and k_scale [N,page] are pages. row: scores of a query that are held at a time."""
+    (B, H, T, D), page, threads = q.shape, k.shape[1], numba.get_num_threads()
+    S = page if table is None else page * table.shape[1]
     queries, padded, heads = tile_of(H, T), -(-D // LANES) * LANES, -(-H // HEADS) * HEADS
     each = not isinstance(q_start, (int, np.integer))
     job = np.zeros(1, INDEXER)
     memory = scratch(job, threads, qf=4 * queries * heads * padded, wf=4 * queries * heads, rows=4 * KEYS * padded, panel=4 * KEYS * padded, scale=4 * KEYS,
                      scores=4 * queries * row)
-    alive = dict(counter=np.zeros(1, np.int64), bounds=np.empty((threads, 2, queries), np.int64),
+    alive = dict(table=table, counter=np.zeros(1, np.int64), bounds=np.empty((threads, 2, queries), np.int64),
                  q=q, k=k, weights=weights, k_scale=k_scale, key_start=key_start, key_end=key_end, q_starts=q_start if each else None)
     values = {name: address(x) for name, x in alive.items()}
     values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
     values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D, threads=threads,
                    padded=padded, heads=heads, queries=queries, row=row, low=0.0 if activation == "relu" else -np.inf)
+    values |= dict(page=page, pages=len(k), table_b=0 if table is None else table.shape[1], scale_b=0 if k_scale is None else k_scale.strides[0])
     for name, x in values.items():
         job[name] = x
     return job, [alive, memory]

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.far import far, on_threads
-from sparsetile.backends.numba.indexer_tile import CHUNK, job_at, make_indexer, score_chunk, seen_by, tile_of, wide_scores
+from sparsetile.backends.numba.indexer_tile import CHUNK, job_at, make_indexer, page_of, score_chunk, seen_by, tile_of, wide_scores
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.selector import FLOOR, FORCED, cut, offer, push, push_forced, put_i32, put_i64, room_for, score_of, top_of
 from sparsetile.backends.numba.simd import address, get_f32, get_i32, get_i64, next_task, put_f32
@@ -101,6 +101,15 @@ def write(jobs, row, candidates, room, held):
 
 
 @kernel
+def _exists(job, b, start, end):
+    """Whether any of the keys start .. end lies in a page."""
+    for s in range(start, end):
+        if page_of(job, b, s) >= 0:
+            return True
+    return False
+
+
+@kernel
 def _begin(job, b, t, s0, s1, state):
     """A row's state for the share s0 .. s1 of the keys; rows with no more than top_k entries are answered here."""
     start, end = seen_by(job, b, t)
@@ -108,11 +117,14 @@ def _begin(job, b, t, s0, s1, state):
     if job.chosen == 0 and last - first < job.top_k:  # all of them, whatever their scores
         if s0 == 0:
             row = b * job.T + t
+            held = 0
             for entry in range(first, last + 1):
-                put_i32(job.indices, row * job.top_k + entry - first, entry)
-            for n in range(last + 1 - first, job.top_k):
+                if job.table == 0 or _exists(job, b, max(start, entry * job.pool), min(end, (entry + 1) * job.pool)):
+                    put_i32(job.indices, row * job.top_k + held, entry)
+                    held += 1
+            for n in range(held, job.top_k):
                 put_i32(job.indices, row * job.top_k + n, -1)
-            put_i32(job.lengths, row, last + 1 - first)
+            put_i32(job.lengths, row, held)
         last, end = NOT_CHOSEN, start
     start, end = max(start, s0), min(end, s1)
     put_i64(state, HELD, 0)
@@ -201,8 +213,8 @@ def merge(jobs, thread):
 
 
 def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu",
-        pool=1, force_first=0, force_last=0, return_scores=False):
-    (B, H, T, D), S = q.shape, k.shape[1]
+        pool=1, force_first=0, force_last=0, return_scores=False, table=None):
+    (B, H, T, D), S = q.shape, k.shape[1] * (1 if table is None else table.shape[1])
     entries = -(-S // pool)
     indices, lengths = place.empty((B, T, top_k), "int32"), place.empty((B, T), "int32")
     chosen = place.empty((B, T, top_k), "float32") if return_scores else None
@@ -217,7 +229,7 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     forced = np.empty((B * T, force_first + force_last), np.float32) if return_scores and force_first + force_last else None
     arguments = dict(causal=causal, activation=activation, pool=pool, force_first=force_first, force_last=force_last)
     if q.dtype != np.float64 and k.dtype != np.float64:
-        _launch(q, k, weights, k_scale, key_start, key_end, q_start, None, indices, lengths, chosen, keep, **arguments)
+        _launch(q, k, weights, k_scale, key_start, key_end, q_start, None, indices, lengths, chosen, keep, table=table, **arguments)
         return indices, lengths, chosen
     queries = tile_of(H, T)
     for b in range(B):
@@ -238,10 +250,10 @@ def choose_given(scores, key_end, indices, lengths, chosen, *, force_first, forc
             force_first=force_first, force_last=force_last)
 
 
-def _launch(q, k, weights, k_scale, key_start, key_end, q_start, given, indices, lengths, chosen, keep, *, causal, activation, pool, force_first, force_last):
+def _launch(q, k, weights, k_scale, key_start, key_end, q_start, given, indices, lengths, chosen, keep, *, causal, activation, pool, force_first, force_last, table=None):
     """Fill the answer. given [B,T,S] float32: scores made before (float64 arguments), or None."""
-    (B, H, T, D), S, top_k, threads = q.shape, k.shape[1], indices.shape[2], numba.get_num_threads()
-    job, alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation)
+    (B, H, T, D), S, top_k, threads = q.shape, k.shape[1] * (1 if table is None else table.shape[1]), indices.shape[2], numba.get_num_threads()
+    job, alive = make_indexer(q, k, weights, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation, table=table)
     queries = int(job["queries"][0])
     force_first, force_last = min(force_first, keep), min(force_last, keep)
     tasks, room = B * -(-T // queries), room_for(keep, -(-S // pool))

@@ -22,11 +22,11 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
+        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
-tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
+table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
 Scores times sign times unit are natural logarithms (a softcap takes the scale in)."""
 job_at = record_at(JOB)
 START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2
@@ -38,18 +38,21 @@ def _int32(x):
     return None if x is None else np.ascontiguousarray(x).view(np.int32) if x.dtype == np.uint32 else np.ascontiguousarray(x, np.int32)
 
 
-def make_job(lists, *, scale, softcap=None, kv_length=None, q_start=None, sink_logits=None, lse=None, delta=None, **tensors):
-    """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has."""
+def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=None, sink_logits=None, lse=None, delta=None, **tensors):
+    """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has. table [B,pages]: k, v are [N,Hk,page,width]."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
+    page, pool, S = S, len(v) * S, S if table is None else S * table.shape[1]
     job = np.zeros(1, JOB)
     values = dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv, capped=softcap is not None, block_q=lists.block_q, block_k=lists.block_k,
-                  first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0, stack=1)
+                  first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0, stack=1, page=page, pool=S if table is None else pool)
     for name, x in tensors.items():
         steps = x.strides[:3]
         values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
+    if table is not None:
+        values |= dict(k_b=0, v_b=0, table_b=table.shape[1])
     arrays = {name: _int32(getattr(lists, name)) for name in ("offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of")}
-    arrays |= dict(kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
+    arrays |= dict(table=_int32(table), kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
                    sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
     if q_start is None:
         values["q_start_mode"] = START_FROM_LENGTH
@@ -150,9 +153,36 @@ def row_word(job, kind, r, w):
 
 
 @kernel
-def key_of(job, slot, limit):
-    """The key at a slot of the key order, -1 where there is none."""
+def table_of(job, b):
+    """The page table of a batch, 0 where keys lie in order."""
+    return job.table + 4 * b * job.table_b if job.table != 0 else 0
+
+
+@kernel
+def row_of(job, s, table):
+    """Row of key s in memory, -1 in a hole of the page table."""
+    if table == 0:
+        return s
+    page = get_i32(table, s // job.page)
+    row = page * job.page + s % job.page
+    return row if page >= 0 and row < job.pool else -1
+
+
+@kernel
+def run_of_keys(job, table, s, count):
+    """Row of key s if `count` keys from it on lie in rows that follow each other, else -1."""
+    first = row_of(job, s, table)
+    if table != 0:
+        for x in range((s // job.page + 1) * job.page, s + count, job.page):
+            if row_of(job, x, table) != first + x - s:
+                return -1
+    return first
+
+
+@kernel
+def key_of(job, slot, limit, table):
+    """Row in memory of the key at a slot of the key order, -1 where there is none."""
     s = slot
     if job.k_order != 0:
         s = get_i32(job.k_order, slot)
-    return s if 0 <= s < limit else -1
+    return row_of(job, s, table) if 0 <= s < limit else -1

@@ -100,18 +100,18 @@ def number_rows(rows, panels, T, heads, packed):
     return real * heads
 
 
-@far("iiiiiiiiiii")
-def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, scratch):
-    """Keys slot .. slot + count - 1 -> float32 rows of scratch [.., padded]; zeros for those that do not exist or are not in `union`."""
+@far("iiiiiiiiiiiii")
+def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, scratch, row, table):
+    """Keys slot .. slot + count - 1 -> float32 rows of scratch [.., padded]; zeros for those that do not exist or are not in `union`. row: where the first stands if all follow it, else -1."""
     job = job_at(jobs)
     low, high, dense = span_of(union)
-    if dense and job.k_order == 0:
+    if dense and job.k_order == 0 and row >= 0:
         fill_zero(scratch, low * padded)
-        load_rows(code, base + (slot + low) * step, step, high - low, width, padded, scratch + 4 * low * padded, 4 * padded)
+        load_rows(code, base + (row + low) * step, step, high - low, width, padded, scratch + 4 * low * padded, 4 * padded)
         fill_zero(scratch + 4 * high * padded, (count - high) * padded)
         return
     for c in range(count):
-        s = key_of(job, slot + c, limit) if (get_i64(union, c >> 5) >> (c & 31)) & 1 else -1
+        s = key_of(job, slot + c, limit, table) if (get_i64(union, c >> 5) >> (c & 31)) & 1 else -1
         if s < 0:
             fill_zero(scratch + 4 * c * padded, padded)
         else:
@@ -125,14 +125,14 @@ def load_pairs(jobs, base, slot, limit, union, scratch, room):
     low, high, dense = span_of(union)
     source, step, count = base + slot * job.v_t, job.v_t, (high + 1) & ~1
     if not dense or low > 0 or count > high:
-        load_keys(jobs, base, step, 0, job.Dv >> 1, job.width >> 1, slot, count, limit, union, room)
+        load_keys(jobs, base, step, 0, job.Dv >> 1, job.width >> 1, slot, count, limit, union, room, slot, 0)
         source, step = room, 2 * job.width
     interleave(source, step, count >> 1, job.Dv, scratch, job.width)
 
 
-@far("iiiiiiiiii")
-def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, spans):
-    """Masks of a chunk, keys slot .. slot + count - 1, which are first .. of their block. rows: as `number_rows` leaves them."""
+@far("iiiiiiiiiii")
+def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, spans, table):
+    """Masks of a chunk, keys slot .. slot + count - 1, which are first .. of their block. rows: as `number_rows` leaves them. table: pages that may have holes, or 0."""
     job = job_at(jobs)
     block_rows = rows + 8 * panels * (PANEL + 2)
     total = spans + 16 * WORDS * panels
@@ -140,10 +140,10 @@ def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, span
         there = 0
         if 32 * w < count:
             there = (1 << min(max(limit - slot - 32 * w, 0), 32)) - 1
-            if job.k_order != 0:
+            if job.k_order != 0 or (table != 0 and there != 0):
                 there = 0
                 for c in range(32):
-                    if key_of(job, slot + 32 * w + c, limit) >= 0:
+                    if 32 * w + c < count and key_of(job, slot + 32 * w + c, limit, table) >= 0:
                         there |= 1 << c
         union = 0
         for p in range(panels):

@@ -5,12 +5,13 @@
 The lists are unfolded into a dense boolean mask, and the textbook formula applied to it: slow, and right by inspection.
 Query t stands at q_start + t; keys at or past min(S, kv_length) do not exist. A row without keys: out 0, lse -inf.
 The sink stands in the denominator only, not in the lse. NaN in a key that a query does not see does not reach it.
+With table [B,pages] int32 keys and values are pages [N,Hk,page,D] and [N,Hk,page,Dv]; keys in a page that is not one of 0 .. N - 1 do not exist.
 """
 import numpy as np
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.reference import attend
-from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, lse_dtype
+from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, lse_dtype, through_pages
 
 TUNABLES = (Tunable("block_q", (64, 16, 32, 128), "queries per block of the layout"),
             Tunable("block_k", (64, 32, 128), "keys per block of the layout"))
@@ -75,12 +76,17 @@ def masks(lists, B, Hq, T, S, kv_length, q_start):
             yield b, h, known[l, start, limit]
 
 
-def run(q, k, v, lists, *, place=None, config=None, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+def run(q, k, v, lists, *, place=None, config=None, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
+        table=None):
+    there = None
+    if table is not None:
+        (k, there), (v, _) = through_pages(k, table), through_pages(v, table)
     (B, Hq, T, _), (_, Hk, S, Dv) = q.shape, v.shape
     out = np.zeros((B, Hq, T, Dv), dtype_of(out_dtype, q.dtype))
     lse = np.full((B, Hq, T), -np.inf, lse_dtype(q))
     with np.errstate(all="ignore"):
         for b, h, mask in masks(lists, B, Hq, T, S, kv_length, q_start):
+            mask = mask if there is None else mask & there[b]
             keys = np.flatnonzero(mask.any(axis=0))
             j = h // (Hq // Hk)
             sink = -np.inf if sink_logits is None else float(sink_logits[h])

@@ -10,7 +10,7 @@ scores are those of the entries, -inf where the index is -1.
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.reference.indexer_scores import batch_scores, visible_keys
+from sparsetile.backends.reference.indexer_scores import batch_scores, keys_of, visible_keys
 from sparsetile.backends.reference.topk import best, pad
 
 TUNABLES = ()
@@ -52,13 +52,14 @@ def choose(scores, visible, top_k, force_first, force_last, take_all):
 
 
 def run(q, k, weights, top_k, *, place=None, config=None, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu",
-        pool=1, force_first=0, force_last=0, return_scores=False):
+        pool=1, force_first=0, force_last=0, return_scores=False, table=None):
+    k, k_scale, there = keys_of(k, k_scale, table)
     B, T, S = q.shape[0], q.shape[2], k.shape[1]
     indices, lengths = np.full((B, T, top_k), -1, np.int32), np.zeros((B, T), np.int32)
     chosen_scores = np.full((B, T, top_k), -np.inf, np.float32)
     with np.errstate(all="ignore"):
         for b in range(B):
-            seen = visible_keys(b, T, S, key_start, key_end, causal, q_start)
+            seen = visible_keys(b, T, S, key_start, key_end, causal, q_start) & there[b]
             scores, visible = batch_scores(q[b], k[b], weights[b], None if k_scale is None else k_scale[b], activation, seen), seen
             if pool > 1:
                 scores, visible = pooled(scores, seen, pool)

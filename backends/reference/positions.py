@@ -14,6 +14,16 @@ def first_query(q_start, b, limit, T):
     return int(q_start) if np.ndim(q_start) == 0 else int(np.asarray(q_start)[b])
 
 
+def through_pages(pool, table):
+    """Pages [N,...,page,D] by a table [B,pages] -> rows [B,...,pages * page,D], and [B,pages * page] whether they exist: an entry outside 0 .. N - 1 is a hole, 0 here."""
+    table = np.asarray(table).astype(np.int64)
+    there = (table >= 0) & (table < len(pool))
+    pages = pool[np.where(there, table, 0)]                                           # [B, pages, ..., page, D]
+    pages[~there] = 0
+    rows = np.concatenate(list(np.moveaxis(pages, 1, 0)), axis=-2)
+    return rows, np.repeat(there, pool.shape[-2], axis=1)
+
+
 def lse_dtype(x):
     return np.float64 if x.dtype == np.float64 else np.float32
 

@@ -178,6 +178,8 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
+    if "paged" in problem.features:
+        return "the triton kernel reads keys in one piece, not through a page table; pass cache.gather(), or a Selection, whose entries find their rows"
     return refusal(problem)
 
 

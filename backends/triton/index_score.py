@@ -33,16 +33,18 @@ def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: 
 
 
 @triton.jit
-def weigh(product, weight, RELU: tl.constexpr):
-    if RELU:  # a NaN stays one. (x + |x|) * (w / 2) has fewer instructions and was slower: 849 TFLOP/s where this has 925
+def weigh(product, weight, factor, ACT: tl.constexpr):
+    if ACT == "share":  # what a key got of the attention whose lse the weight is, both for base 2
+        return tl.exp2(product * factor - weight)
+    if ACT == "relu":  # a NaN stays one. (x + |x|) * (w / 2) has fewer instructions and was slower: 849 TFLOP/s where this has 925
         product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return product * weight
 
 
 @triton.jit
-def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short,
+def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-                   DTYPE: tl.constexpr, RELU: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+                   DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
     HEAD_CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s_blocks = (S + BLOCK_S - 1) // BLOCK_S
@@ -82,7 +84,7 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
                 product = tl.dot(key, tl.trans(query), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
                 weight = tl.load(weights + head.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=head < H, other=0.0)
-                part = weigh(product, weight[None, :], RELU)
+                part = weigh(product, weight[None, :], factor, ACT)
                 if H % BLOCK_H:  # a head that is not there would make NaN of an infinite key
                     part = tl.where((head < H)[None, :], part, 0.0)
                 total += tl.sum(part, axis=1)
@@ -100,9 +102,9 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
 
 
 @triton.jit
-def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short,
+def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor,
                      H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-                     DTYPE: tl.constexpr, RELU: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+                     DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
     D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s_blocks = (S + BLOCK_S - 1) // BLOCK_S
     t_blocks = (T + BLOCK_T - 1) // BLOCK_T
@@ -134,7 +136,7 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
                 key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=(s < S)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
-                total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], RELU)
+                total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], factor, ACT)
                 queries += q_h
                 shares += w_h
         if k_scale is not None:
@@ -146,6 +148,8 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
 
 
 def refusal(problem) -> str | None:
+    if "paged" in problem.features:
+        return "the triton indexer reads keys in one piece, not through a page table; pass cache.gather()"
     for name in ("q", "k"):
         if problem.dtype(name) not in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
             return f"indexer {name} of {problem.dtype(name)} is not supported on a GPU; float32, float16, bfloat16 and float8_e4m3fn are"
@@ -169,6 +173,15 @@ def plan(H, D, q_dtype, k_dtype, arch):
     return score_by_heads, constants, 4
 
 
+def share_plan(H, D, T, q_dtype, k_dtype, arch):
+    """As `plan`, for the shares of importance_topk, which no other kernel has to repeat: many queries take a tile of them for one head after the other, with few heads or many."""
+    kernel, constants, warps = plan(H, D, q_dtype, k_dtype, arch)
+    if kernel is score_by_queries or T < 64 or constants["DTYPE"] == tl.float32:
+        return kernel, constants, warps
+    constants.pop("BLOCK_H")
+    return score_by_queries, {**constants, "BLOCK_S": 128}, 8
+
+
 def near_heads(weights):
     """weights [B,H,T] with the axis that a tile of one query reads contiguous: its heads, where the kernel holds all of them at a time."""
     return weights if weights.shape[1] < 16 or weights.stride(1) == 1 else weights.transpose(1, 2).contiguous().transpose(1, 2)
@@ -180,36 +193,37 @@ def queries_per_program(kernel, constants, queries) -> int:
 
 
 def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, starts=None, ends=None, q_starts=None, causal=True, position=0, activation="relu",
-          fill=True, short=0):
-    """Launch. starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no query sees unwritten; rows with at most
+          fill=True, short=0, factor=None):
+    """Launch. activation "relu", None, or "share": the sum over heads of 2 ** (factor * q.k - weight). starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no query sees unwritten; rows with at most
     `short` visible keys are not computed."""
     B, H, T, D = q.shape
     S = k.shape[1]
     if not B * T * S:
         return
     names = [str(x.dtype).removeprefix("torch.") for x in (q, k)]
-    kernel, constants, warps = plan(H, D, *names, place.arch)
+    kernel, constants, warps = plan(H, D, *names, place.arch) if activation != "share" else share_plan(H, D, T_all, *names, place.arch)
     block = queries_per_program(kernel, constants, queries)
     grid = (B * triton.cdiv(T, block) * triton.cdiv(S, constants["BLOCK_S"]),)
     q, k = passed(q, place.arch), passed(k, place.arch)
     kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
-                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, **constants, BLOCK_T=block, RELU=activation == "relu",
+                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor, **constants, BLOCK_T=block, ACT=activation,
                  CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
 
 
-def score_artifact(problem, *, queries, stages, fill) -> dict:
+def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict:
     """What `score` launches, to compile ahead."""
     H, D, arch, has = problem["H"], problem["D"], problem.arch, problem.features
-    kernel, constants, warps = plan(H, D, problem.dtype("q"), problem.dtype("k"), arch)
+    kinds = problem.dtype("q"), problem.dtype("k"), arch
+    kernel, constants, warps = plan(H, D, *kinds) if activation != "share" else share_plan(H, D, problem["T"], *kinds)
     arrays = {"q": pointer(problem.dtype("q"), arch), "k": pointer(problem.dtype("k"), arch), "weights": "*fp32", "k_scale": "*fp32", "starts": "*i32",
               "ends": "*i32", "q_starts": "*i32", "out": "*fp32"}
     windows = bool(has & {"window", "key_start", "key_end"})
-    absent = {name: None for name, there in (("k_scale", "scale" in has or "k_scale" in has), ("starts", windows), ("ends", windows), ("q_starts", "q_start" in has))
-              if not there}
+    absent = {name: None for name, there in (("k_scale", "scale" in has or "k_scale" in has), ("starts", windows), ("ends", windows or activation == "share"),
+                                           ("q_starts", "q_start" in has), ("factor", activation == "share")) if not there}
     near = "w_h" if kernel is score_by_heads else "w_t"
-    constants = {**absent, **constants, near: 1, "BLOCK_T": queries_per_program(kernel, constants, queries), "RELU": True, "CAUSAL": "causal" in has, "FILL": fill}
+    constants = {**absent, **constants, near: 1, "BLOCK_T": queries_per_program(kernel, constants, queries), "ACT": activation, "CAUSAL": "causal" in has, "FILL": fill}
     numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short")
-    signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near}}
+    signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near}, **({"factor": "fp32"} if activation == "share" else {})}
     aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + (("w_t",) if near == "w_h" and H % 16 == 0 else ()) + ("out_t", "out_b")
     return {"fn": kernel, "signature": signature, "constexprs": constants, "options": {"num_warps": warps, "num_stages": stages}, "div16": aligned}
 

@@ -211,11 +211,11 @@ def buffers(rows, place, config):
     return place.empty((every, 2), "int32"), place.empty((rows, splits, room), "int64"), place.empty((rows, splits), "int32")
 
 
-def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values) -> list[dict]:
-    """What `select_rows` launches, to compile ahead."""
+def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values, ends=False) -> list[dict]:
+    """What `select_rows` launches, to compile ahead. windows: starts and ends; ends: they alone."""
     arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32", "bounds": "*i32", "buffer": "*i64", "counts": "*i32"}
     numbers = {name: "i32" for name in ("first_row", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
-    absent = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", q_starts), ("values", values)) if not there}
+    absent = {name: None for name, there in (("starts", windows), ("ends", windows or ends), ("q_starts", q_starts), ("values", values)) if not there}
     found = []
     for fn, fixed in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values)):
         fixed = {**{name: value for name, value in absent.items() if name in fn.arg_names}, "pool": 1, **fixed}

@@ -1,5 +1,6 @@
 """Paged keys of a lightning indexer, 132 bytes a token."""
 from sparsetile.backends import arrays
+from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.paged import PagedCache
@@ -44,6 +45,14 @@ class IndexerKeys(PagedCache):
         checks.array("k", k, 3, "[B,n,D]", ("float32", "float16", "bfloat16"))
         checks.same("k", "shape", [int(self.lengths.shape[0]), k.shape[1], self.width], list(k.shape), "one key of each sequence for each new token")
         return "indexer_fp8", (k,), dict(power_of_two=self.power_of_two)
+
+    def scored(self, T, q_start, key_end):
+        keys, scales = self.planes()
+        lib = xp.module(self.lengths)
+        length = lib.clip(self.lengths, 0, self.capacity)
+        end = length[:, None] if key_end is None else lib.minimum(key_end, length[:, None])
+        end = xp.astype(end + xp.arange(length, T) * 0, "int32")                     # [B, T]
+        return memory.typed(keys, "float8_e4m3fn"), scales, self.page_table, length - T if q_start is None else q_start, end
 
     def gather(self):
         """(k [B,S,D] float8_e4m3fn, k_scale [B,S] float32) in one piece, as indexer_scores takes them; 0 past each sequence's tokens."""

@@ -1,5 +1,6 @@
 """Paged latents of MLA: as they are, or in DeepSeek-V3.2's 656 bytes a token."""
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
@@ -60,6 +61,12 @@ class PagedLatent(PagedCache):
             return "latent_fp8", rows, dict(power_of_two=self.power_of_two)
         parts_ = (pool[:, :, None, :R], pool[:, :, None, R:])[:len(rows)]             # [N, page, 1, R or P]
         return "copy", tuple(x[:, :, None] for x in rows), dict(pools=parts_)
+
+    def keys(self, T, rule, kv_length, q_start):
+        """One key head of R + P; the caller says that the value is its first R columns."""
+        if self.quantised:
+            raise Unsupported("k: no kernel reads the fp8 layout of a latent cache in place yet; cache.gather() makes arrays of 16 bits that every kernel takes")
+        return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start)
 
     def gather(self, dtype="bfloat16", *, quantised=False):
         """(latent [B,S,R], k_rope [B,S,P] or None) in one piece, S the longest sequence; 0 past each sequence's tokens. Of the fp8 layout in `dtype`;

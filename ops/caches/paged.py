@@ -1,8 +1,10 @@
 """What all paged caches share: a page table and lengths on the device, the book of pages on the host, and rows found through the table."""
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
@@ -11,8 +13,36 @@ from sparsetile.ops.caches.pages import Sequences
 from sparsetile.ops.selection import Selection
 
 
+class Keys(NamedTuple):
+    """What a cache hands to sparse_attention in the place of k: arrays, and what a query sees in them.
+
+    With table [B,pages] int32, k [N,Hk,page,D] and v [N,Hk,page,Dv] are pages; without, k [B,Hk,S,D] and v [B,Hk,S,Dv] as ever. v None: the first columns of k.
+    """
+    k: Any
+    v: Any
+    rule: Any
+    kv_length: Any
+    q_start: Any
+    table: Any = None
+
+
 class Cache:
     """Stands where an op expects keys. Subclasses say what they hold."""
+
+    def keys(self, T: int, rule, kv_length, q_start) -> Keys:
+        """Keys for T queries of each sequence that see what `rule` says."""
+        raise Unsupported(f"k: {type(self).__name__} holds no keys of attention; pass a PagedKV, a PagedLatent or a RollingKV")
+
+    def scored(self, T: int, q_start, key_end):
+        """Keys for the indexer: k [N,page,D], k_scale [N,page], table [B,pages], and q_start and key_end with the sequences' own lengths in them."""
+        raise Unsupported(f"k: {type(self).__name__} holds no keys of an indexer; pass an IndexerKeys")
+
+    def shorter(self, kv_length):
+        """lengths, or the smaller of both."""
+        if kv_length is None:
+            return self.lengths
+        checks.lengths("kv_length", kv_length, tuple(self.lengths.shape), "[B]")
+        return xp.module(kv_length).minimum(kv_length, self.lengths)
 
 
 class PagedCache(Cache):
@@ -108,12 +138,12 @@ class PagedCache(Cache):
         most = max(self.book.lengths) if self.book is not None else int(xp.to_numpy(self.lengths).max(initial=0))
         return min(max(most, 0), self.capacity)
 
-    def rows(self, keys):
+    def rows(self, keys, length=None):
         """Rows (page * page_size + offset, int64) of keys [B,...] of sequences 0 .. B-1; -1 for what does not exist, whatever the key, the table or the length holds."""
         lib = xp.module(self.lengths)
         each = (-1, *[1] * (keys.ndim - 1))
         N = int(self.pools[0].shape[0])
-        there = (keys >= 0) & (keys < self.capacity) & (keys < self.lengths.reshape(each))
+        there = (keys >= 0) & (keys < self.capacity) & (keys < (self.lengths if length is None else length).reshape(each))
         keys = lib.where(there, keys, 0)
         b = xp.astype(xp.arange(self.lengths, int(self.lengths.shape[0])), "int64").reshape(each)
         page = xp.astype(self.page_table[b, xp.astype(keys // self.page_size, "int64")], "int64")
@@ -127,13 +157,30 @@ class PagedCache(Cache):
         out[rows < 0] = 0
         return out
 
-    def select(self, selection: Selection, q_start, T: int) -> Selection:
+    def _keys(self, k, v, T, rule, kv_length, q_start) -> Keys:
+        """k [N,page,Hk,D], v likewise or None. A selection becomes rows of the pool, which is then a tensor of N * page keys: any kernel reads it."""
+        length = self.shorter(kv_length)
+        if isinstance(rule, Selection):
+            if rule.indices.shape[0] != self.lengths.shape[0] or rule.indices.shape[2] != T:
+                raise ValueError(f"pattern.indices: expected [B,G,T,K] with B = {self.lengths.shape[0]} and T = {T}, got {list(rule.indices.shape)}; select for the same queries that attend")
+            rule = self.select(rule.within(self.capacity).resolve(self.capacity, q_start, length), length, q_start, T)
+            return Keys(*(None if x is None else _one_tensor(x, int(self.lengths.shape[0])) for x in (k, v)), rule, None, 0)
+        return Keys(k.swapaxes(1, 2), None if v is None else v.swapaxes(1, 2), rule, length, q_start, self.page_table)
+
+    def select(self, selection: Selection, length, q_start, T: int) -> Selection:
         """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries."""
         flat = selection.to_tokens()
         keys = flat._read()                                                          # [B, G, T, K]
+        length = xp.module(keys).clip(length, 0, self.capacity)
         if selection.causal:
-            length = xp.module(keys).clip(self.lengths, 0, self.capacity)
             start = length - T if q_start is None else q_start
             last = xp.arange(keys, T) + (start.reshape(-1, 1, 1) if getattr(start, "ndim", 0) else start)  # [B, 1, T] or [T]
             keys = xp.module(keys).where(keys <= last[..., None], keys, -1)
-        return replace(flat, indices=xp.astype(self.rows(keys), "int32"), lengths=None, causal=False)
+        return replace(flat, indices=xp.astype(self.rows(keys, length), "int32"), lengths=None, causal=False)
+
+
+def _one_tensor(pool, B: int):
+    """Pages [N,page,Hk,D] as keys [B,Hk,N * page,D] of one memory: its batch has no step."""
+    x = pool.reshape(1, -1, *pool.shape[2:]).swapaxes(1, 2)
+    shape = B, *x.shape[1:]
+    return x.expand(shape) if xp.kind(x) == "torch" else xp.module(x).broadcast_to(x, shape)

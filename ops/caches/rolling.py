@@ -2,13 +2,16 @@
 import numpy as np
 
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.append import append
 from sparsetile.ops.caches.kv import FLOATS, rows_of
-from sparsetile.ops.caches.paged import Cache
-from sparsetile.ops.patterns import Causal, Pattern, Sink, Window
+from sparsetile.ops.caches.paged import Cache, Keys
+from sparsetile.ops.layout import Layout
+from sparsetile.ops.patterns import Causal, Full, Pattern, Sink, Window
+from sparsetile.ops.selection import Selection
 
 
 class RollingKV(Cache):
@@ -98,6 +101,21 @@ class RollingKV(Cache):
             gone = lib.where(length > self.slots, length - self.slots, 0)
             position = lib.where(position >= self.pinned, position - gone, position)
         return xp.astype(position, "int32")
+
+    def keys(self, T, rule, kv_length, q_start):
+        """One query at the end of each sequence that sees all that is held: the slots, in any order. Else each slot by the position it holds, as a selection."""
+        if isinstance(rule, (Layout, Selection)):
+            raise Unsupported(f"pattern: a RollingKV takes patterns, got a {type(rule).__name__}; its slots are not positions")
+        k, v = (pool.swapaxes(1, 2) for pool in self.pools)
+        if T == 1 and q_start is None and kv_length is None and rule in (Full(), Causal(), self.pattern()):
+            return Keys(k, v, Full(), xp.module(k).clip(self.lengths, 0, self.slots), None)
+        position = self.positions()[:, None, None]                                    # [B, 1, 1, slots]
+        shape = len(self.tokens), 1, T, self.slots
+        position = position.expand(shape) if xp.kind(position) == "torch" else xp.module(position).broadcast_to(position, shape)
+        length = self.shorter(kv_length)
+        seen = Selection(position, restriction=rule).resolve(2 ** 31 - 1, q_start, length).indices
+        seen = xp.module(seen).where((seen >= 0) & (seen < length.reshape(-1, 1, 1, 1)), xp.arange(seen, self.slots), -1)
+        return Keys(k, v, Selection(xp.astype(seen, "int32")), None, 0)
 
     def gather(self):
         """(k [B,Hk,S,D], v [B,Hk,S,Dv]) by age, S what the longest sequence holds; 0 past the keys that a sequence holds."""

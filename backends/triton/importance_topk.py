@@ -1,0 +1,99 @@
+"""The top_k most important blocks of keys, without ever holding all importances.
+
+    q [B,Hq,T,D]  k [B,Hk,C,D]  lse [B,Hq,T]  key_end, block_end [B,Hk,T] int32  ->  indices [B,Hk,T,top_k] int32 ascending, then -1; lengths [B,Hk,T]; scores or None
+
+importance[j] = sum over the group's heads h, m < step, n < reach of exp(scale * q_h . k_i - lse_h) with i = step * j + m - n, 0 <= i < key_end.
+As many rows (a query and a key head) as fit a bounded scratch at a time: what each compressed key got, summed over the group, by the kernel of `indexer_scores`; sums over
+blocks; the exact choice of `topk`. A row with no more than top_k blocks is answered with all of them, unless scores are asked for. Forced blocks count in top_k.
+"""
+import math
+
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton import index_score, indexer_scores, select_rows
+from sparsetile.backends.triton.indexer_topk import row_stride
+
+TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "shares held at a time"),)
+BLOCKS = 256
+
+
+@triton.jit
+def sum_blocks(shares, ends, out, T, T_all, blocks, reach, step, in_b, in_t, out_b, out_t, BLOCKS: tl.constexpr):
+    """Program (row, blocks): each compressed key before the row's end counts as often as its strides lie in the block; sums in the keys' order."""
+    r = tl.program_id(0)
+    b, t = r // T, r % T
+    end = tl.load(ends + b.to(tl.int64) * T_all + t)
+    row = shares + b.to(tl.int64) * in_b + t.to(tl.int64) * in_t
+    answer = out + b.to(tl.int64) * out_b + t.to(tl.int64) * out_t
+    for first in range(tl.program_id(1) * BLOCKS, blocks, tl.num_programs(1) * BLOCKS):
+        j = first + tl.arange(0, BLOCKS)
+        total = tl.zeros((BLOCKS,), tl.float32)
+        for n in range(step + reach - 1):
+            i = j * step + (n - reach + 1)
+            times = tl.minimum(tl.minimum(n + 1, step + reach - 1 - n), tl.minimum(step, reach))
+            total += times.to(tl.float32) * tl.load(row + i, mask=(i >= 0) & (i < end) & (j < blocks), other=0.0)
+        tl.store(answer + j, total, mask=j < blocks)
+
+
+def group_problem(problem) -> Problem:
+    """The scores inside: a group's heads are the indexer's, batches and key heads its batches."""
+    dims = dict(B=problem["B"] * problem["Hk"], H=problem["Hq"] // problem["Hk"], T=problem["T"], S=problem["C"], D=problem["D"])
+    return Problem.of("indexer_scores", dims, dict(problem.dtypes), problem.arch)
+
+
+def supports(problem):
+    kind = problem.dtype("q")
+    return None if kind in ("float32", "float16", "bfloat16") else f"importance_topk takes float32, float16 or bfloat16 on a GPU, not {kind}; cast q and k, or move them to the CPU"
+
+
+def resources(problem, config):
+    refused = select_rows.refusal(config)
+    return refused or indexer_scores.resources(group_problem(problem), config)
+
+
+def rows_at_once(C, blocks, scratch_mb) -> int:
+    return max(1, (scratch_mb << 20) // (4 * (row_stride(C) + row_stride(blocks))))
+
+
+def default_config(problem):
+    blocks = -(-problem["S"] // problem.granularity)
+    rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 64))
+    return {**indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 64}
+
+
+def artifacts(problem, config):
+    has = problem.features
+    scores = "return_scores" in has
+    found = [index_score.score_artifact(group_problem(problem), queries=config["queries"], stages=config["stages"], fill=False, activation="share")]
+    found += select_rows.row_artifacts(config, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
+    arrays, numbers = {"shares": "*fp32", "ends": "*i32", "out": "*fp32"}, ("T", "T_all", "blocks", "reach", "step", "in_b", "in_t", "out_b", "out_t")
+    return found + [{"fn": sum_blocks, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": {"BLOCKS": BLOCKS}, "options": {"num_warps": 4},
+                     "div16": tuple(arrays) + ("in_b", "in_t", "out_b", "out_t")}]
+
+
+def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, step, scale, force_first=0, force_last=0, return_scores=False):
+    (B, Hq, T, D), (Hk, C) = q.shape, k.shape[1:3]
+    indices, lengths = place.empty((B, Hk, T, top_k), "int32"), place.empty((B, Hk, T), "int32")
+    values = place.empty((B, Hk, T, top_k), "float32") if return_scores else None
+    rows, log2e = B * Hk, math.log2(math.e)
+    q, k, weights = q.reshape(rows, Hq // Hk, T, D), k.reshape(rows, C, D), index_score.near_heads(lse.reshape(rows, Hq // Hk, T) * log2e)
+    key_end, block_end = key_end.view(rows, T), block_end.view(rows, T)
+    answer = [None if x is None else x.view(rows, *x.shape[2:]) for x in (indices, lengths, values)]
+    at_once = min(rows * T, rows_at_once(C, blocks, config["scratch_mb"]))
+    batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
+    shares, sums = (place.empty((batches * queries * row_stride(n),), "float32") for n in (C, blocks))
+    kept = select_rows.buffers(batches * queries, place, config)
+    for b in range(0, rows, batches):
+        for t in range(0, T, queries):
+            part = slice(b, min(rows, b + batches)), slice(t, min(T, t + queries))
+            shape = part[0].stop - b, part[1].stop - t
+            given, found = (x[:shape[0] * shape[1] * row_stride(n)].view(*shape, row_stride(n)) for x, n in ((shares, C), (sums, blocks)))
+            index_score.score(q[part[0], :, part[1]], k[part[0]], weights[part[0], :, part[1]], given, place=place, queries=config["queries"], stages=config["stages"],
+                              T_all=T, ends=key_end[part], causal=False, activation="share", factor=scale * log2e, fill=False)
+            sum_blocks[(shape[0] * shape[1], min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
+                                                                                    *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
+            select_rows.select_rows(found, top_k, *(None if x is None else x[part] for x in answer), place=place, config=config, T_all=T, ends=block_end[part], width=blocks,
+                                    force_first=force_first, force_last=force_last, everything=not return_scores, scratch=kept)
+    return indices, lengths, values

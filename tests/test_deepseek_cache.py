@@ -1,0 +1,109 @@
+"""DeepSeek-V3's attention over a paged latent cache, against Hugging Face's eager code with random weights and against float64."""
+import cache_format
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from numeric import assert_close, plain, to_numpy
+
+import sparsetile as st
+
+H, R, DN, DV, P, HIDDEN, TOKENS, B = 4, 128, 16, 12, 8, 64, 33, 2
+CPU = pytest.mark.parametrize("backend", ["reference", "numba"])
+
+
+@pytest.fixture(scope="module")
+def deepseek():
+    """Captured from one full causal pass in float64 (truth) and float32 (the plain formula): queries, latents, rotary parts, weights, attention's output before o_proj."""
+    torch = pytest.importorskip("torch")
+    model = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    config = model.DeepseekV3Config(hidden_size=HIDDEN, num_attention_heads=H, num_key_value_heads=H, kv_lora_rank=R, q_lora_rank=48, qk_rope_head_dim=P, qk_nope_head_dim=DN,
+                                    v_head_dim=DV, attn_implementation="eager", num_hidden_layers=1, intermediate_size=8, vocab_size=8, rope_interleave=True)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    attention = model.DeepseekV3Attention(config, 0).eval().double()
+    hidden = torch.randn(B, TOKENS, HIDDEN, dtype=torch.float64)
+    angle = torch.arange(TOKENS)[:, None] / 10000.0 ** (torch.arange(0, P, 2) / P)
+    cos, sin = (f(torch.cat([angle, angle], -1)).double()[None].expand(B, -1, -1) for f in (torch.cos, torch.sin))
+    mask = torch.full((TOKENS, TOKENS), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    seen = {}
+    attention.q_b_proj.register_forward_hook(lambda m, i, out: seen.update(q=out))
+    attention.kv_a_layernorm.register_forward_hook(lambda m, i, out: seen.update(latent=out))
+    attention.kv_a_proj_with_mqa.register_forward_hook(lambda m, i, out: seen.update(rope=out[..., R:]))
+    attention.o_proj.register_forward_pre_hook(lambda m, i: seen.update(out=i[0]))
+    found = []
+    with torch.no_grad():
+        for kind in (torch.float32, torch.float64):
+            attention.to(kind)(hidden.to(kind), (cos.to(kind), sin.to(kind)), mask.to(kind))
+            found.append(seen["out"].view(B, TOKENS, H, DV).transpose(1, 2).double().numpy())
+        q, rope = seen["q"].view(B, TOKENS, H, DN + P).transpose(1, 2), seen["rope"][:, None]
+        q_rope, rope = model.apply_rotary_pos_emb_interleave(q[..., DN:], rope, cos, sin)
+        w = attention.kv_b_proj.weight.view(H, DN + DV, R).transpose(1, 2)
+    wide = [x.detach().double().numpy() for x in (q[..., :DN], q_rope, seen["latent"].reshape(B, TOKENS, R), rope[:, 0], w[..., :DN], w[..., DN:])]
+    return (*found, float(attention.scaling), *wide)
+
+
+def steps():
+    """A prefill of 17 tokens, a chunk of 9, then one by one."""
+    ends = [17, 26, *range(27, TOKENS + 1)]
+    return list(zip([0, *ends], ends))
+
+
+@CPU
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_prefill_and_steps_are_hugging_faces_full_pass(deepseek, backend, page_size):
+    measure, truth, scale, *wide = deepseek
+    q_nope, q_rope, latent, rope, w_uk, w_uv = (x.astype(np.float32) for x in wide)
+    cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=B, pages=30, page_size=page_size, rank=R, rotary=P)
+    for first, end in steps():
+        part = slice(first, end)
+        cache.append(latent[:, part], rope[:, part], backend=backend)
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend=backend)
+        assert_close(f"tokens {first} to {end}", got, truth[:, :, part], measure[:, :, part].astype(np.float32), reduction=R + P + end)
+
+
+@CPU
+def test_torch_tensors_too(deepseek, backend):
+    torch = pytest.importorskip("torch")
+    measure, truth, scale, *wide = deepseek
+    q_nope, q_rope, latent, rope, w_uk, w_uv = (torch.from_numpy(x.astype(np.float32)) for x in wide)
+    cache = st.PagedLatent.empty(torch.zeros(1), sequences=B, pages=30, page_size=8, rank=R, rotary=P)
+    cache.append(latent, rope, backend=backend)
+    with torch.no_grad():
+        got = st.latent_attention(q_nope, q_rope, cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend=backend)
+    assert_close("out", to_numpy(got), truth, measure.astype(np.float32), reduction=R + P + TOKENS)
+
+
+@CPU
+def test_the_float8_cache_is_a_full_pass_over_the_same_quantised_latents(deepseek, backend):
+    """Keys and values rebuilt from the quantised latents, which an independent quantiser made; step by step."""
+    _, _, scale, *wide = deepseek
+    q_nope, q_rope, latent, rope, w_uk, w_uv = (x.astype(np.float32) for x in wide)
+    row = np.array([[np.frombuffer(cache_format.latent_token(latent[b, s], rope[b, s], False), np.uint8) for s in range(TOKENS)] for b in range(B)])
+    stored = row[..., :R].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * row[..., R:R + 4].copy().view(np.float32)
+    keys = np.concatenate([np.einsum("bsr,hrd->bhsd", stored, w_uk.astype(np.float64)),
+                           np.broadcast_to(row[..., R + 4:].copy().view(ml_dtypes.bfloat16).astype(np.float64)[:, None], (B, H, TOKENS, P))], -1)
+    values, queries, seen = np.einsum("bsr,hrd->bhsd", stored, w_uv.astype(np.float64)), np.concatenate([q_nope, q_rope], -1), np.tril(np.ones((TOKENS, TOKENS), bool))
+    truth, _ = oracle.attention(queries, keys, values, seen, scale=scale)
+    measure, _ = plain.attention(queries, keys.astype(np.float32), values.astype(np.float32), seen, scale=scale)
+    cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=B, pages=30, page_size=4, rank=R, rotary=P, dtype="float8")
+    for first, end in steps():
+        part = slice(first, end)
+        cache.append(latent[:, part], rope[:, part], backend=backend)
+        c, r, s = cache.gather(quantised=True)
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], c, r.astype(np.float32), w_uk, w_uv, st.Causal(), latent_scale=s, scale=scale, mode="decompressed", backend=backend)
+        assert_close(f"tokens {first} to {end}", got, truth[:, :, part], measure[:, :, part], reduction=R + DN + P + end)
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda q, c, w: st.latent_attention(q, None, c, q[:, 0], w, w), ValueError, "k_rope: expected None"),
+    (lambda q, c, w: st.latent_attention(q, None, c, None, w, w, mode="decompressed"), st.Unsupported, r"pass the arrays of cache.gather\(\)"),
+    (lambda q, c, w: st.latent_attention(q[:, :, :, :3], None, c, None, w, w), ValueError, "q_nope: expected shape"),
+    (lambda q, c, w: st.latent_attention(q, None, st.IndexerKeys.empty(q, sequences=1, pages=1), None, w, w), st.Unsupported, "IndexerKeys holds no latents"),
+    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, np.zeros((1, 128, 4)), np.zeros((1, 128, 4))),
+     st.Unsupported, r"cache.gather\(quantised=True\)"),
+])
+def test_misuse_is_named(call, error, words):
+    q, w = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 4), np.float32)
+    with pytest.raises(error, match=words):
+        call(q, st.PagedLatent.empty(q, sequences=1, pages=1, rank=8, rotary=0), w)
