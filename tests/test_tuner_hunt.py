@@ -114,9 +114,9 @@ def test_a_small_space_is_searched_whole(search, monkeypatch):
 
 
 def test_a_bucket_of_thirty_seconds_times_many_configs_though_each_takes_five_to_compile(search, monkeypatch):
-    """In hundredths of seconds: 14 compilers, 0.05 s for each config, 0.002 s for a trial, 0.3 s in all."""
+    """In small: 14 compilers, 0.4 s for each config, 0.002 s for a trial, 2 s in all."""
     class Slow(Compilers):
-        width, typical = 14, 0.05
+        width, typical = 14, 0.4
 
         def __init__(self):
             super().__init__()
@@ -127,11 +127,11 @@ def test_a_bucket_of_thirty_seconds_times_many_configs_though_each_takes_five_to
 
             def work():
                 with self.free:
-                    time.sleep(0.05)
+                    time.sleep(0.4)
                     compiled(job)
             threading.Thread(target=work, daemon=True).start()
             return job
-    one = search(Worker(), Slow(), seconds=0.3)
+    one = search(Worker(), Slow(), seconds=2.0)
     assert len(one.tried) > 14, len(one.tried)  # one at a time would be five
 
 

@@ -18,7 +18,7 @@ def own(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("FAULTY_MARK", str(tmp_path / "mark"))
     monkeypatch.delenv("SPARSETILE_PROFILE_DIR", raising=False)
-    monkeypatch.setattr(hunt, "FINALS", 0.2), monkeypatch.setattr(hunt, "LEAST", 1.0), monkeypatch.setattr(hunt, "COMPILING", 3.0)
+    monkeypatch.setattr(hunt, "FINALS", 0.2), monkeypatch.setattr(hunt, "LEAST", 1.0), monkeypatch.setattr(hunt, "COMPILING", 8.0)
     lookup.forget(), dispatch.clear_plans()
     yield
     tune.close(), lookup.forget(), dispatch.clear_plans()
