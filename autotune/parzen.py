@@ -6,11 +6,11 @@ only what itself found, because a winner from elsewhere can hold a search where 
 """
 import numpy as np
 
-STARTUP = 8, 16      # the first configs of a search are drawn at random, more in spaces of over 800: there one search in ten was held by the first eight that it had seen
+STARTUP = 8          # an arm's first configs are drawn at random
 PARZEN, NEIGHBOUR = 0.65, 0.25
 INCUMBENTS, TOP = 5, 24
-GOOD, MOST_GOOD = 0.15, 20  # the share of an arm's results that counts as good
-SPREAD = 0.3         # how much of a kernel's weight goes to other values of a knob
+GOOD, MOST_GOOD = 0.1, 20  # the share of an arm's results that counts as good; with 0.15 one search in ten was held by what it had seen first
+SPREAD = 0.2         # how much of a kernel's weight goes to other values of a knob
 
 
 class Arm:
@@ -29,7 +29,7 @@ class Pool:
         self.seeds = [n for n in dict.fromkeys((0, *seeds))]
         self.arms = [Arm(), Arm()] if len(self.seeds) > 1 else [Arm()]
         self.tables = [_kernel(int(column.max()) + 1, bool(o)) for column, o in zip(self.points.T, ordered)]
-        self.of, self.turn, self.startup = {}, 0, min(max(STARTUP[0], len(self.points) // 100), STARTUP[1])
+        self.of, self.turn = {}, 0
 
     def ask(self) -> int | None:
         """The place of a config that was never given before; None when there is none left."""
@@ -61,7 +61,7 @@ class Pool:
     def _pick(self, arm: Arm) -> int:
         left = np.flatnonzero(self.free)
         draw = self.rng.random()
-        if len(arm.index) < (self.startup if len(self.arms) == 1 else STARTUP[0]) or draw >= PARZEN + NEIGHBOUR:
+        if len(arm.index) < STARTUP or draw >= PARZEN + NEIGHBOUR:
             return self.rng.choice(left)
         index, value = np.array(arm.index), np.array(arm.value)
         order = np.argsort(value, kind="stable")

@@ -76,12 +76,12 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to four times as much. What is left of a round whose clock is not the others' is taken out.
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long. What is left of a round whose clock is not the others' is taken out.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
     while True:
         turn, spent = len(clocks), time.monotonic() - start
-        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= 4 * seconds or _error(watch, samples) <= ENOUGH):
+        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= 2 * seconds or _error(watch, samples) <= ENOUGH):
             break
         for n in range(len(inside)):
             at = inside[(n + turn) % len(inside)]

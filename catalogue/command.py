@@ -21,7 +21,8 @@ def add(command, count, seconds, device):
     p.add_argument("--into", help="directory for the file (default: the user cache; catalogue/measured in a checkout ships it)")
     p.add_argument("--pictures", help="directory for a PNG of each pattern")
 
-    p = command("recommend", lambda args: _recommend(args, device), "Which system to take, by this device's own measurements (else by counted operations and bytes), with a reason for each.",
+    p = command("recommend", lambda args: _recommend(args, device),
+                "Which system to take, by this device's own measurements (else by counted operations and bytes), with a reason for each.",
                 "examples:\n  sparsetile recommend --length 131072 --memory 16\n  sparsetile recommend --length 8192 --find nearby --device 0 --training\n"
                 "Run `sparsetile catalogue --measure` first; without it nothing is known of this device, and the answer says so.")
     p.add_argument("--length", type=count, required=True, help="tokens of a sequence")
@@ -29,13 +30,15 @@ def add(command, count, seconds, device):
     p.add_argument("--find", default="chosen", help="the least that will do: all, chosen, landmarks, nearby or gist (default: chosen: any key may matter)")
     p.add_argument("--training", action="store_true", help="forward and backward")
     p.add_argument("--both-ways", action="store_true", help="every position sees later ones too")
-    for name, default, what in (("layers", 32, "layers"), ("batch", 1, "sequences at once"), ("heads", 32, "query heads"), ("key-heads", 8, "key heads"), ("width", 128, "width of a head")):
+    sizes = ("layers", 32, "layers"), ("batch", 1, "sequences at once"), ("heads", 32, "query heads"), ("key-heads", 8, "key heads"), ("width", 128, "width of a head")
+    for name, default, what in sizes:
         p.add_argument(f"--{name}", type=count, default=default, help=f"{what} (default: {default})")
     p.add_argument("--gain", type=float, default=1.5, help="how many times faster it must be to give up exactness (default: 1.5)")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
 
     p = command("plan", _plan, "What a plan of layers (any system per layer) reaches and costs, before it runs; --run lets a real model read a real text under it.",
-                "examples:\n  sparsetile plan                                    the surveys' hybrid of 32 layers\n  sparsetile plan plan.yaml --tokens 131072          a plan of your own: LayerPlan.to_yaml writes one\n"
+                "examples:\n  sparsetile plan                                    the surveys' hybrid of 32 layers\n"
+                "  sparsetile plan plan.yaml --tokens 131072          a plan of your own: LayerPlan.to_yaml writes one\n"
                 "  sparsetile plan --run                              hybrids of 6 layers on all-MiniLM-L6-v2 (needs the extra demo)")
     p.add_argument("plan", nargs="?", help="a YAML file (none: an example)")
     p.add_argument("--tokens", type=count, default=65536, help="length of a sequence (default: 65536)")
@@ -72,7 +75,8 @@ def _measure(args, device, systems):
     speed = _part("speed")
 
     def say(row):
-        print(json.dumps(row) if args.json else f"{row['system']:28}{row['tokens']:9,} {row['pass']:10}" + (row.get("refused") or f"{row['time_us'] / 1e3:10.2f} ms {row['times_dense']:8.2f} x dense"), flush=True)
+        found = row.get("refused") or f"{row['time_us'] / 1e3:10.2f} ms {row['times_dense']:8.2f} x dense"
+        print(json.dumps(row) if args.json else f"{row['system']:28}{row['tokens']:9,} {row['pass']:10}{found}", flush=True)
     data = speed.measure(device, args.tokens or ((1024, 4096, 16384) if device is None else (4096, 16384, 65536)), args.seconds, systems, say)
     path = speed.write(data, Path(args.into) if args.into else speed.user_folder())
     print(json.dumps({"path": str(path)}) if args.json else f"written to {path}")

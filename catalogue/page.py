@@ -9,6 +9,7 @@ from sparsetile.catalogue import speed
 from sparsetile.catalogue.entries import SYSTEMS
 from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs, System
 
+OURS = [system for system in SYSTEMS if not system.refusal]
 SIDE = 32       # tokens of a picture
 LENGTH = 65536  # where operations and cache are counted
 
@@ -27,6 +28,11 @@ def runs(kernels, backend: str) -> str:
         return f"{backend} has no {missing[0]} kernel"
     kinds = [kind for kind in asked(kernels[0], backend)[0] if all(kind in asked(name, backend)[0] for name in kernels)]
     return " ".join(matrix.SHORT[kind] for kind in kinds) or next(sentence for name in kernels for sentence, _, _ in asked(name, backend)[1])
+
+
+def is_types(answer: str) -> bool:
+    """Whether an answer of `runs` names element types: it is no refusal."""
+    return answer.split()[0] in matrix.SHORT.values()
 
 
 def picture(system: System) -> list[str]:
@@ -55,12 +61,16 @@ def cache_words(system: System, shape=GPU) -> str:
 
 def record(system: System) -> dict:
     """One entry as plain data, with what was measured."""
+    words = ("name", "family", "title", "paper", "refusal") if system.refusal else \
+        ("name", "family", "title", "paper", "call", "complexity", "sees", "reach", "finds", "trained", "causal", "kernels", "backward")
+    found = {name: getattr(system, name) for name in words}
     if system.refusal:
-        return {"name": system.name, "family": system.family, "title": system.title, "paper": system.paper, "refusal": system.refusal}
-    found = {name: getattr(system, name) for name in ("name", "family", "title", "paper", "call", "complexity", "sees", "reach", "finds", "trained", "causal", "kernels", "backward")}
-    found |= {"reach_of_picture": system.small.hops(SIDE) if system.small is not None else None, "cache_bytes": system.cache(GPU, LENGTH), "operations": system.operations(GPU, LENGTH), "counted_at": LENGTH,
-              "backends": {name: runs(system.kernels, name) for name in BACKENDS}, "backends_backward": {name: runs(system.backward, name) for name in BACKENDS}, "picture": picture(system)}
-    return found | {"measured": {data["device"]["name"]: [row for row in data["rows"] if row["system"] == system.name] for data in speed.shipped()}}
+        return found
+    return found | {
+        "reach_of_picture": None if system.small is None else system.small.hops(SIDE), "picture": picture(system),
+        "counted_at": LENGTH, "cache_bytes": system.cache(GPU, LENGTH), "operations": system.operations(GPU, LENGTH),
+        "backends": {name: runs(system.kernels, name) for name in BACKENDS}, "backends_backward": {name: runs(system.backward, name) for name in BACKENDS},
+        "measured": {data["device"]["name"]: [row for row in data["rows"] if row["system"] == system.name] for data in speed.shipped()}}
 
 
 def table(head, rows) -> list[str]:
@@ -69,30 +79,29 @@ def table(head, rows) -> list[str]:
 
 
 def _systems():
-    ours = [system for system in SYSTEMS if not system.refusal]
-    rows = [(f"[{s.name}](#{s.name})", s.family, s.paper, s.complexity, s.sees, s.reach, FINDS[s.finds], "causal" if s.causal else "both ways") for s in ours]
+    rows = [(f"[{s.name}](#{s.name})", s.family, s.paper, s.complexity, s.sees, s.reach, FINDS[s.finds], "causal" if s.causal else "both ways") for s in OURS]
     return table(("system", "family", "arXiv", "complexity", "one query sees", "layers to reach everything", "finds", "direction"), rows)
 
 
 def _costs():
-    base = next(s for s in SYSTEMS if s.name == "gqa").operations(GPU, LENGTH)
-    rows = [(s.name, cache_words(s), shown(s.cache(GPU, LENGTH), "B"), shown(s.operations(GPU, LENGTH), "FLOP"), f"{s.operations(GPU, LENGTH) / base:.3g}") for s in SYSTEMS if not s.refusal]
+    base, rows = next(s for s in OURS if s.name == "gqa").operations(GPU, LENGTH), []
+    for s in OURS:
+        count = s.operations(GPU, LENGTH)
+        rows.append((s.name, cache_words(s), shown(s.cache(GPU, LENGTH), "B"), shown(count, "FLOP"), f"{count / base:.3g}"))
     return table(("system", "cache a token and layer", f"cache a layer at {LENGTH:,}", f"operations of a forward at {LENGTH:,}", "of dense"), rows)
 
 
 def _runners():
     """Refusals are told once, below the table, in the order they come."""
-    told, rows = {}, []
-    for system in (s for s in SYSTEMS if not s.refusal):
-        if not system.kernels:
-            rows.append((system.name, "none: NumPy, PyTorch, CuPy or JAX computes" if system.works is System.works else "none: flash-linear-attention computes", *["-"] * len(BACKENDS), "by autograd", *["-"] * len(BACKENDS)))
-            continue
+    told, rows, none = {}, [], ["-"] * len(BACKENDS)
+    for system in OURS:
         cells = []
         for kernels in (system.kernels, system.backward):
-            cells.append(", ".join(kernels))
-            for name in BACKENDS:
-                answer = runs(kernels, name)
-                cells.append(f"[{told.setdefault(answer, len(told) + 1)}]" if " " in answer and answer.split()[0] not in matrix.SHORT.values() else answer)
+            answers = [runs(kernels, name) for name in BACKENDS] if kernels else none
+            cells += [", ".join(kernels), *(f"[{told.setdefault(answer, len(told) + 1)}]" if kernels and not is_types(answer) else answer for answer in answers)]
+        if not system.kernels:
+            cells[0] = "none: " + ("the caller's framework computes" if system.works(None) is None else "flash-linear-attention computes")
+            cells[1 + len(BACKENDS)] = "by autograd"
         rows.append((system.name, *cells))
     head = ("system", "forward", *BACKENDS, "backward", *(f"{name} " for name in BACKENDS))
     return table(head, rows) + [""] + [f"{number}. {sentence}" for sentence, number in told.items()]
@@ -103,36 +112,45 @@ def measured(data: dict) -> list[str]:
     shape, lines = data["shape"], []
     lengths = sorted({row["tokens"] for row in data["rows"]})
     names = list(dict.fromkeys(row["system"] for row in data["rows"]))
+    sizes = ", ".join(f"{name} {shape[name]}" for name in ("B", "Hq", "Hk", "D", "R", "top_k", "M"))
     for what in speed.PASSES:
-        found = {(row["system"], row["tokens"]): row for row in data["rows"] if row["pass"] == what}
-        cell = lambda name, N: "-" if (name, N) not in found else found[name, N].get("refused") or f"{found[name, N]['times_dense']:.2f} x ({found[name, N]['time_us'] / 1e3:.2f} ms)"  # noqa: E731
-        lines += ["", f"{what}, {data['device']['name']}, {shape['dtype']}, B {shape['B']}, Hq {shape['Hq']}, Hk {shape['Hk']}, D {shape['D']}, R {shape['R']}, k {shape['top_k']}, M {shape['M']}:", "",
-                  *table(("system", *(f"{N:,}" for N in lengths)), [(name, *(cell(name, N) for N in lengths)) for name in names])]
+        found = {(row["system"], row["tokens"]): _times(row) for row in data["rows"] if row["pass"] == what}
+        lines += ["", f"{what}, {data['device']['name']}, {shape['dtype']}, {sizes}:", ""]
+        lines += table(("system", *(f"{N:,}" for N in lengths)), [(name, *(found.get((name, N), "-") for N in lengths)) for name in names])
     return lines
+
+
+def _times(row: dict) -> str:
+    return row.get("refused") or f"{row['times_dense']:.2f} x ({row['time_us'] / 1e3:.2f} ms)"
+
+
+def _drawn(system: System) -> list[str]:
+    lines = ["", f"### {system.name}", "", f"{system.title}, arXiv {system.paper}. `{system.call}`. Trained: {system.trained}.", ""]
+    drawn = picture(system)
+    if not drawn:
+        return [*lines, "No picture: it has no pairs of queries and keys; all keys go into a summary."]
+    said = f"Random inputs, {SMALL.top_k} keys a query or as the system cuts them." if system.small is None else f"`{system.small!r}`: everything is reached after {system.small.hops(SIDE)} layers."
+    return [*lines, said, "", "```", *drawn, "```"]
 
 
 def markdown() -> str:
     """The whole page."""
-    shape = f"Hq {GPU.Hq}, Hk {GPU.Hk}, D {GPU.D}, R {GPU.R} + {GPU.P}, bfloat16"
-    lines = ["# Catalogue", "", "Written by `sparsetile catalogue --markdown > docs/catalogue.md` from `catalogue/entries.py`, the kernels' own refusals and the files in `catalogue/measured/`.",
-             "T queries, S keys, D and Dv widths, W and w windows, l stride, c summaries, g globals, r random blocks of b, k chosen keys, R latent rank or mixtures, M features.",
-             "`sparsetile recommend --length N --memory GiB` chooses among these, with its reasons.", "", "## What each sees", "", *_systems(), "", "## What each keeps and counts", "",
-             f"A layer with {shape}; the heads of multi-head attention are {GPU.Hq} on both sides. Operations are those inside the pattern, two for a multiplication and addition.", "", *_costs(), "",
-             "## Who runs it", "", "Element types on every architecture that a backend is compiled for; numbers are the refusals below.", "", *_runners(), "", "## How fast", "",
-             "Times dense: the time of dense attention over the same grouped heads in the same interleaved run (both ways for what is both ways), over the system's. Written by `sparsetile catalogue --measure`."]
-    for data in speed.shipped():
-        lines += measured(data)
-    lines += ["", "## Pictures", "", f"{SIDE} tokens, small sizes, queries downwards and keys to the right; the layers to reach everything are computed for the picture."]
-    for system in (s for s in SYSTEMS if not s.refusal):
-        lines += ["", f"### {system.name}", "", f"{system.title}, arXiv {system.paper}. `{system.call}`. Trained: {system.trained}."]
-        drawn = picture(system)
-        if not drawn:
-            lines += ["", "No picture: it has no pairs of queries and keys; all keys go into a summary."]
-            continue
-        reach = f"`{system.small!r}`: {system.small.hops(SIDE)} layers." if system.small is not None else f"Chosen for random inputs, {SMALL.top_k} keys a query."
-        lines += ["", reach, "", "```", *drawn, "```"]
-    lines += ["", "## Out of scope", "", *(f"* {s.title} (arXiv {s.paper}): {s.refusal}." for s in SYSTEMS if s.refusal)]
-    return "\n".join(lines) + "\n"
+    sizes = f"Hq {GPU.Hq}, Hk {GPU.Hk}, D {GPU.D}, R {GPU.R} + {GPU.P}, bfloat16"
+    files = [line for data in speed.shipped() for line in measured(data)] or ["", "No device was measured yet."]
+    return "\n".join([
+        "# Catalogue", "",
+        "Written by `sparsetile catalogue --markdown > docs/catalogue.md` from `catalogue/entries.py`, the kernels' own refusals and the files in `catalogue/measured/`.",
+        "T queries, S keys, D and Dv widths, W and w windows, l stride, c summaries or chunk, g globals, r random blocks of b, k chosen keys, n chosen blocks of b, C clusters,",
+        "R latent rank or mixtures, M features. `sparsetile recommend --length N --memory GiB` chooses among these, with its reasons.",
+        "", "## What each sees", "", *_systems(), "", "## What each keeps and counts", "",
+        f"A layer with {sizes}; multi-head attention has {GPU.Hq} key heads. Operations are those inside the pattern, two for a multiplication and addition.", "", *_costs(),
+        "", "## Who runs it", "", "Element types on every architecture that a backend is compiled for; numbers are the refusals below.", "", *_runners(),
+        "", "## How fast", "",
+        "Times dense: the time of dense attention over the same grouped heads in the same interleaved run (both ways for what is both ways), over the system's.",
+        "Written by `sparsetile catalogue --measure`.", *files,
+        "", "## Pictures", "", f"{SIDE} tokens, small sizes, queries downwards and keys to the right; the layers to reach everything are computed for the picture.",
+        *(line for system in OURS for line in _drawn(system)),
+        "", "## Out of scope", "", *(f"* {s.title} (arXiv {s.paper}): {s.refusal}." for s in SYSTEMS if s.refusal)]) + "\n"
 
 
 def text() -> str:
@@ -146,13 +164,13 @@ def text() -> str:
 
 def one(system: System) -> str:
     """One entry for a terminal."""
-    r = record(system)
     if system.refusal:
         return f"{system.title} (arXiv {system.paper})\n  out of scope: {system.refusal}"
+    r = record(system)
     lines = [f"{system.title} (arXiv {system.paper})", f"  {system.call}"]
     lines += [f"  {name:12}{r[name]}" for name in ("family", "complexity", "sees", "reach", "finds", "trained")] + [f"  {'cache':12}{cache_words(system)}, a layer"]
-    for what, kernels in (("backends", system.kernels), ("backends_backward", system.backward)):
-        lines += [f"  {'forward' if what == 'backends' else 'backward':12}{', '.join(kernels) or 'no kernel: the framework of the caller'}"] + [f"    {name:12}{answer}" for name, answer in r[what].items() if kernels]
-    for device, rows in r["measured"].items():
-        lines += [f"  {device}, {row['tokens']:,} tokens, {row['pass']}: " + (row.get("refused") or f"{row['time_us'] / 1e3:.2f} ms, {row['times_dense']:.2f} x as fast as dense") for row in rows]
-    return "\n".join(lines + ["", *r["picture"]])
+    for what, kernels, answers in (("forward", system.kernels, r["backends"]), ("backward", system.backward, r["backends_backward"])):
+        lines.append(f"  {what:12}{', '.join(kernels) or 'no kernel: the framework of the caller'}")
+        lines += [f"    {name:12}{answer}" for name, answer in answers.items() if kernels]
+    lines += [f"  {device}, {row['tokens']:,} tokens, {row['pass']}: {_times(row)}" for device, rows in r["measured"].items() for row in rows]
+    return "\n".join([*lines, "", *r["picture"]])

@@ -76,5 +76,6 @@ def text(r: dict) -> str:
         lines.append(f"{numbers:10}{page.shown(row['operations'], 'FLOP'):>20}{page.shown(row['reads'], 'B'):>26}  {row['rule']}")
     reach = r["reach"]
     far = lambda layers: "never in this plan" if layers is None else f"after {layers} layers"  # noqa: E731
-    return "\n".join([*lines, "", f"{r['tokens']:,} tokens: {page.shown(r['operations'], 'FLOP')}, {r['of_dense']:.3g} of dense; one more token reads {page.shown(r['reads'], 'B')}",
+    cost = f"{page.shown(r['operations'], 'FLOP')}, {r['of_dense']:.3g} of dense; one more token reads {page.shown(r['reads'], 'B')}"
+    return "\n".join([*lines, "", f"{r['tokens']:,} tokens: {cost}",
                       f"over {reach['positions']:,} positions everything is reached: surely {far(reach['surely'])}, at best {far(reach['at_best'])}"])

@@ -93,15 +93,11 @@ def _out(system, need, device) -> str | None:
         return system.works(device)
     for kernels in (system.kernels, *[system.backward] * need.training):
         answers = {name: page.runs(kernels, name) for name in (BACKENDS[:2] if device is not None else ("numba",))} if kernels else {}
-        if answers and not any(_types(answer) for answer in answers.values()):
+        if answers and not any(page.is_types(answer) for answer in answers.values()):
             return "; ".join(answers.values())
     if need.memory_gib is not None and _bytes(system, need) > need.memory_gib * 2 ** 30:
         return f"{_keeps(system, need)}, more than the {need.memory_gib:g} GiB there are"
     return None
-
-
-def _types(answer: str) -> bool:
-    return answer.split()[0] in page.matrix.SHORT.values()
 
 
 def _bytes(system, need) -> int:
@@ -131,7 +127,8 @@ def _basis(need, data, device) -> str:
     if data is None:
         return f"counted operations and bytes only: nothing was measured on {arrays.device_info(device).name}; run sparsetile catalogue --measure"
     shape = data["shape"]
-    return f"measured on {data['device']['name']} with Hq {shape['Hq']}, Hk {shape['Hk']}, D {shape['D']}, {shape['dtype']}, at the longest measured length up to {need.length:,}; bytes counted for your heads"
+    heads = f"Hq {shape['Hq']}, Hk {shape['Hk']}, D {shape['D']}, {shape['dtype']}"
+    return f"measured on {data['device']['name']} with {heads}, at the longest measured length up to {need.length:,}; bytes counted for your heads"
 
 
 def text(answer: dict) -> str:

@@ -47,7 +47,8 @@ def _rows(device, shape, N, what, seconds, systems):
     causal = {system.name: system.causal for system in systems}
     for name, samples in timed.items():
         time_us, base = watch.centre(samples), BASE[causal.get(name, name == BASE[True])]
-        yield {"system": name, "tokens": N, "pass": what, "time_us": round(time_us, 1), "times_dense": float(f"{watch.centre(timed[base]) / time_us:.4g}"), **timing.spread(samples)}
+        ratio = float(f"{watch.centre(timed[base]) / time_us:.4g}")
+        yield {"system": name, "tokens": N, "pass": what, "time_us": round(time_us, 1), "times_dense": ratio, **timing.spread(samples)}
     yield from refused
 
 
@@ -101,7 +102,8 @@ def load(path: Path) -> dict:
         data = yaml.safe_load(Path(path).read_text()) if Path(path).stat().st_size < 1 << 20 else None
         assert data["schema"] == SCHEMA and data["device"]["name"] and all({"system", "tokens", "pass"} <= set(row) for row in data["rows"])
     except (yaml.YAMLError, AssertionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected measurements of schema {SCHEMA}, got something else ({type(error).__name__}); write them again with sparsetile catalogue --measure") from None
+        what = f"{path}: expected measurements of schema {SCHEMA}, got something else ({type(error).__name__})"
+        raise ValueError(f"{what}; write them again with sparsetile catalogue --measure") from None
     return data
 
 

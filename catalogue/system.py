@@ -16,7 +16,11 @@ FINDS = {"all": "every key, exactly", "chosen": "whichever keys the content pick
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that systems are compared at, by the axis names of the contract; Hi, Di: heads and width of an indexer (half as many as queries, as DeepSeek-V3.2 has them); top_k: keys it chooses; M: features of a linear relative."""
+    """Sizes that systems are compared at, by the axis names of the contract.
+
+    Hi, Di   heads and width of an indexer: half as many heads as queries have, as in DeepSeek-V3.2
+    top_k    keys that a selector chooses; M: features of a linear relative, mixtures of Linformer
+    """
     Hq: int = 32
     Hk: int = 8
     D: int = 128
@@ -90,10 +94,13 @@ class Inputs:
     """The arrays that systems are called with, each made when first asked for: torch where a device or gradients are asked for, else NumPy. Seeded by their names.
 
     q [B,Hq,N,D]; k, v [B,Hk,N,D]; k_all, v_all [B,Hq,N,D]; q_nope, q_rope, latent, k_rope, w_uk, w_uv as latent_attention takes them; index_q, index_k, index_w as the indexer;
-    centroids [Hk,C,D], as many as give clusters of top_k; mix [M,N], Linformer's projection; decay, beta [B,Hq,N], decays [B,Hq,N,D] of the recurrent relatives.
+    centroids [Hk,C,D], as many as give clusters of top_k; gates [B,Hq,N,3]; mix [M,N], Linformer's projection; decay, beta [B,Hq,N] and decays [B,Hq,N,D] of the recurrent
+    relatives.
     """
-    AXES = {"q": "B Hq N D", "k": "B Hk N D", "v": "B Hk N D", "k_all": "B Hq N D", "v_all": "B Hq N D", "q_nope": "B Hq N D", "q_rope": "B Hq N P", "latent": "B N R", "k_rope": "B N P",
-            "w_uk": "Hq R D", "w_uv": "Hq R D", "index_q": "B Hi N Di", "index_k": "B N Di", "index_w": "B Hi N", "centroids": "Hk C D", "mix": "M N", "decay": "B Hq N", "beta": "B Hq N", "decays": "B Hq N D"}
+    AXES = {"q": "B Hq N D", "k": "B Hk N D", "v": "B Hk N D", "k_all": "B Hq N D", "v_all": "B Hq N D",
+            "q_nope": "B Hq N D", "q_rope": "B Hq N P", "latent": "B N R", "k_rope": "B N P", "w_uk": "Hq R D", "w_uv": "Hq R D",
+            "index_q": "B Hi N Di", "index_k": "B N Di", "index_w": "B Hi N", "centroids": "Hk C D", "gates": "B Hq N 3",
+            "mix": "M N", "decay": "B Hq N", "beta": "B Hq N", "decays": "B Hq N D"}
     FAN_IN = {"w_uk": "R", "w_uv": "R", "mix": "N"}
 
     def __init__(self, shape: Shape, tokens: int, device: int | None = None, gradient: bool = False):
@@ -108,9 +115,9 @@ class Inputs:
 
     def _make(self, name):
         sizes = {"N": self.tokens, "C": -(-self.tokens // self.shape.top_k)}
-        size = lambda axis: sizes.get(axis) or getattr(self.shape, axis)  # noqa: E731
+        size = lambda axis: int(axis) if axis.isdigit() else sizes.get(axis) or getattr(self.shape, axis)  # noqa: E731
         x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal([size(axis) for axis in self.AXES[name].split()], dtype=np.float32)
-        x = 1 / (1 + np.exp(-x)) if name == "beta" else -np.abs(x) if name.startswith("decay") else x * size(self.FAN_IN[name]) ** -0.5 if name in self.FAN_IN else x
+        x = 1 / (1 + np.exp(-x)) if name in ("beta", "gates") else -np.abs(x) if name.startswith("decay") else x * size(self.FAN_IN[name]) ** -0.5 if name in self.FAN_IN else x
         kind = "float32" if name == "index_w" else self.shape.dtype
         if self.device is None and not self.gradient:
             return x.astype(arrays.numpy_dtype(kind))

@@ -1,7 +1,7 @@
 """`sparsetile plan --run`: a real model reads a real text, every layer attending as a plan says.
 
-The model is the demo's, all-MiniLM-L6-v2 (6 layers, bidirectional), trained dense: what a plan does to its answer is a property of this model, not of the systems trained with theirs.
-Indexers are fitted to each layer's dense attention on other windows, as in the demo.
+The model is the demo's, all-MiniLM-L6-v2 (6 layers, bidirectional), trained dense: what a plan does to its answer is a property of this model, not of systems trained with
+theirs. Indexers are fitted to each layer's dense attention on other windows, as in the demo.
 """
 from contextlib import contextmanager
 
@@ -19,7 +19,8 @@ def plans(layers: int = 6) -> dict:
     return {"dense": LayerPlan.of([(range(layers), st.Full())]),
             "windows": LayerPlan.of([(range(layers), st.Window(32, 32))]),
             "windows, dense last": LayerPlan.of([(range(last), st.Window(32, 32)), (last, st.Full())]),
-            "Longformer, selection, Longformer, dense last": LayerPlan.of([(range(0, 2), near), (range(2, last - 1), Selector(top_k=64, causal=False)), (last - 1, near), (last, st.Full())]),
+            "Longformer, selection, Longformer, dense last": LayerPlan.of([(range(0, 2), near), (range(2, last - 1), Selector(top_k=64, causal=False)),
+                                                                           (last - 1, near), (last, st.Full())]),
             "exact top-64, dense last": LayerPlan.of([(range(last), Selector("topk", top_k=64, causal=False)), (last, st.Full())]),
             "Performer, dense last": LayerPlan.of([(range(last), Call("performer_attention", features=256)), (last, st.Full())]),
             "linear, dense last": LayerPlan.of([(range(last), Call("linear_attention")), (last, st.Full())])}
@@ -51,7 +52,8 @@ def planned(model, plan, indexers):
             self.own, self.rule, self.indexer = own, rule, indexer
 
         def forward(self, hidden, *args, **kwargs):
-            q, k, v = (project(hidden).unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2).contiguous() for project in (self.own.query, self.own.key, self.own.value))
+            heads = model.config.num_attention_heads, -1
+            q, k, v = (x(hidden).unflatten(-1, heads).transpose(1, 2).contiguous() for x in (self.own.query, self.own.key, self.own.value))
             return attend(self.rule, q, k, v, hidden, self.indexer).transpose(1, 2).flatten(2), None
     own = [layer.attention.self for layer in layers]
     try:
@@ -106,6 +108,7 @@ def main(path, as_json=False, say=print) -> int:
         cost = before[row["plan"]]
         reach = f"{cost['reach']['surely'] or '-'} / {cost['reach']['at_best'] or '-'}"
         say(f"{row['plan']:48}{cost['operations'] / dense:12.1%}{reach:>20}{row['error']:9.3f}{row['cosine']:9.3f}")
-    say(f"\noperations   of dense attention's, attention only, at {demo.WINDOW} tokens\nreach        layers until every position has heard of every other: whatever is chosen / at best\n"
+    say(f"\noperations   of dense attention's, attention only, at {demo.WINDOW} tokens\n"
+        "reach        layers until every position has heard of every other: whatever is chosen / at best\n"
         "error        |output - dense output| / |dense output| of the last layer, over held-out windows\ncosine       of the window's embedding with the dense one's")
     return 0

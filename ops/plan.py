@@ -163,7 +163,7 @@ class LayerPlan:
         return hops_in_order((_edges(rule, T, chosen) for rule in self.rules), all(_is_causal(rule, T) for rule in self.rules), T)
 
     def pairs(self, T: int, S: int) -> int:
-        """(query, key) pairs of all layers, one head each; a selector counts top_k * pool keys a query (no more than there are, nor than causality shows), a call none: it has no pairs."""
+        """(query, key) pairs of all layers, one head each; a selector counts top_k * pool keys a query (no more than there are, nor than causality shows), a call none."""
         total = 0
         for a, b, rule in self.runs():
             if isinstance(rule, Pattern):

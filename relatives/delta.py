@@ -14,7 +14,8 @@ def unavailable() -> str | None:
 
 
 def gated_delta_net(q, k, v, decay, beta, *, scale=None, normalize: bool = True):
-    """S_t = exp(decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  out_t = scale S_t^T q_t: one decay for each head and token. It replaces the softmax: no approximation of it.
+    """S_t = exp(decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  out_t = scale S_t^T q_t: one decay for each head and token. It is no approximation of the
+    softmax: it replaces it.
 
     q, k [B,H,T,D], v [B,H,T,Dv] float16 or bfloat16, PyTorch on a GPU; decay [B,H,T] <= 0 (float32 or as q), beta [B,H,T] in 0..1; causal by nature.
     scale      None is D^-0.5; normalize: queries and keys are brought to length 1 first, as the paper does
@@ -24,8 +25,9 @@ def gated_delta_net(q, k, v, decay, beta, *, scale=None, normalize: bool = True)
 
 
 def kimi_delta_attention(q, k, v, decay, beta, *, scale=None, normalize: bool = True):
-    """S_t = (I - beta_t k_t k_t^T) Diag(exp(decay_t)) S_{t-1} + beta_t k_t v_t^T,  out_t = scale S_t^T q_t: a decay for each channel, decay [B,H,T,D]. The rest as gated_delta_net,
-    D at most 256. Source: Kimi Linear, arXiv 2510.26692, equation 1."""
+    """S_t = (I - beta_t k_t k_t^T) Diag(exp(decay_t)) S_{t-1} + beta_t k_t v_t^T,  out_t = scale S_t^T q_t: a decay for each channel, decay [B,H,T,D].
+
+    The rest as gated_delta_net, D at most 256. Source: Kimi Linear, arXiv 2510.26692, equation 1."""
     return _run("kda", "chunk_kda", q, k, v, decay, beta, 4, scale, normalize)
 
 

@@ -5,7 +5,8 @@ from sparsetile.relatives import arguments, chunks
 
 
 def linear_attention(q, k, v, *, causal: bool = False, feature_map=None, chunk: int = 128):
-    """out[t] = sum_s w(t, s) v[s] / sum_s w(t, s) with w(t, s) = phi(q[t]) . phi(k[s]), over all keys or (causal) those up to t. It does not approximate the softmax: it replaces it.
+    """out[t] = sum_s w(t, s) v[s] / sum_s w(t, s) with w(t, s) = phi(q[t]) . phi(k[s]), over all keys or (causal) those up to t. It is no approximation of the softmax:
+    it replaces it.
 
     q            [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] of one type: float32, float16, bfloat16, float64; Hq a multiple of Hk
     causal       query t stands at S - T + t and sees the keys up to there

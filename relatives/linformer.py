@@ -18,7 +18,8 @@ def linformer_attention(q, k, v, project_k, project_v=None, *, scale=None):
     project_v = project_k if project_v is None else project_v
     for name, x in (("project_k", project_k), ("project_v", project_v)):
         checks.array(name, x, (2, 3), "[R,S] or [Hk,R,S]", arguments.FLOATS)
-        checks.same(name, "shape [Hk,R,S] =" if x.ndim == 3 else "shape [R,S] =", [*[Hk] * (x.ndim == 3), project_k.shape[-2], S], list(x.shape), "it mixes the S keys into R, for every key head")
+        shape = [*[Hk] * (x.ndim == 3), project_k.shape[-2], S]
+        checks.same(name, f"shape {'[Hk,R,S]' if x.ndim == 3 else '[R,S]'} =", shape, list(x.shape), "it mixes the S keys into R, for every key head")
     lib = xp.module(q)
     if not project_k.shape[-2]:
         return xp.zeros_of(q, (B, Hq, T, Dv))

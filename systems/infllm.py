@@ -2,9 +2,8 @@
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.attention import sparse_attention
-from sparsetile.ops.indexer import topk
 from sparsetile.ops.selection import Selection
-from sparsetile.systems.scores import check, masked_softmax, places, window_means
+from sparsetile.systems.scores import best_scores, check, masked_softmax, places, window_means
 
 SCORES = 2 ** 24  # compressed scores held at once
 
@@ -48,9 +47,7 @@ def infllm_v2_selection(q, k, *, block=32, stride=16, select_block=64, top_k=96,
         j, last = xp.arange(call.q, blocks), (end[..., None] + select_block - 1) // select_block # the first block behind what is seen
         forced = (j < force_first) | (j >= last - force_last)
         scores = lib.where(forced[:, None], float("inf"), _pooled(weights, blocks, select_block // stride, block // stride))
-        ends = lib.broadcast_to(last[:, None, :, 0], (B, Hk, rows.shape[2])).reshape(B * Hk, -1)
-        chosen = topk(scores.reshape(B * Hk, -1, blocks), min(top_k, blocks), key_end=ends, backend=backend)
-        found.append(chosen.indices.reshape(B, Hk, -1, min(top_k, blocks)))
+        found.append(best_scores(scores, min(top_k, blocks), last[..., 0], backend=backend))
     return Selection(lib.concatenate(found, 2), select_block, causal=True)
 
 

@@ -1,14 +1,11 @@
 """MInference: what a head sees in prefill is estimated online, without training: vertical and slash lines by its last queries, or blocks by means of queries and keys."""
-import numpy as np
-
 from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, device_lists
 from sparsetile.ops.attention import sparse_attention
-from sparsetile.ops.indexer import topk
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.selection import Selection
-from sparsetile.systems.scores import best_keys, check, masked_softmax, places, window_means
+from sparsetile.systems.scores import best_keys, best_scores, check, masked_softmax, places, window_means
 
 FAR = 2 ** 30  # further back than any key
 
@@ -40,7 +37,7 @@ def vertical_slash_selection(q, k, *, vertical=1000, slash=6096, last_q=64, forc
     # Row r of the last n shifted right by n - 1 - r: column x holds distance start + T - 1 - x.
     sheared = lib.concatenate([lib.flip(weights, (2,)), xp.full(weights, (B, Hq, n, n), 0, "float32")], 3).reshape(B, Hq, -1)[..., :n * (S + n - 1)].reshape(B, Hq, n, S + n - 1)
     nearest = lib.clip(start + T, 0, S + n - 1)                                                  # columns of distances >= 0
-    v = _lines(weights.sum(2), min(vertical, S), length, xp.arange(call.q, S) < force_vertical, backend)
+    v = _lines(weights.sum(2), min(vertical, S), length, (xp.arange(call.q, S) < force_vertical)[None], backend)
     x = _lines(sheared.sum(2), min(slash, S + n - 1), nearest, xp.arange(call.q, S + n - 1) > start + (T - 1 - force_slash), backend)
     p = (start + xp.arange(call.q, T))[:, None, :, None]
     s = lib.where(x >= 0, x - (start + T - 1)[:, :, None], -FAR)[:, :, None] + p                # [B,Hq,T,slash]
@@ -53,10 +50,9 @@ def vertical_slash_selection(q, k, *, vertical=1000, slash=6096, last_q=64, forc
 
 
 def _lines(sums, count, end, forced, backend):
-    """Indices [B,Hq,count] of the largest sums [B,Hq,N] below end [B or 1, 1]; forced [N] or [B or 1, N] come first."""
-    lib, (B, Hq, _) = xp.module(sums), sums.shape
-    forced = lib.broadcast_to(forced, (end.shape[0], sums.shape[2]))[:, None]
-    return topk(lib.where(forced, float("inf"), sums), count, key_end=lib.broadcast_to(end, (B, Hq)), backend=backend).indices[:, 0]
+    """Indices [B,Hq,count] of the largest sums [B,Hq,N] below end [B or 1, 1]; forced [1 or B, N] come first."""
+    lib = xp.module(sums)
+    return best_scores(lib.where(forced[:, None], float("inf"), sums)[:, :, None], count, end, backend=backend)[:, :, 0]
 
 
 def vertical_slash(q, k, v, *, vertical=1000, slash=6096, last_q=64, force_vertical=30, force_slash=100, scale=None, kv_length=None, q_start=None, backend=None, **options):
@@ -101,8 +97,9 @@ def pooled_blocks_layout(q, k, *, block=64, top_k=100, kv_length=None, q_start=N
         at = xp.arange(call.q, B * Hq * nq).reshape(B, Hq, nq, 1) * nk
         kind = lib.where(chosen == first + i[:, None], 0, -1)                                    # the own block is picture 0, the triangle; others are full
         kinds = xp.scatter(B * Hq * nq * nk, lib.where(chosen >= 0, at + chosen, -1), xp.astype(kind, "int32"), -2).reshape(B * Hq, nq, nk)
-    triangle = np.stack([np.zeros(block, np.int32), np.arange(1, block + 1, dtype=np.int32)], 1)[None]
-    return Layout((device_lists.lists(kinds, block, block, (B, Hq), intervals=xp.constant(triangle, call.q), first=first),), T, S, call.q_start)
+    row = xp.arange(call.q, block)
+    triangle = lib.stack([row * 0, row + 1], 1)[None]                                            # row r of a block sees its keys 0 .. r
+    return Layout((device_lists.lists(kinds, block, block, (B, Hq), intervals=triangle, first=first),), T, S, call.q_start)
 
 
 def pooled_blocks(q, k, v, *, block=64, top_k=100, kv_length=None, q_start=None, backend=None, **options):

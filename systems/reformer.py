@@ -15,6 +15,7 @@ def lsh_buckets(q, *, n_buckets=None, rounds=1, chunk=64, seed=0, rotations=None
 
     q [B,H,T,D]; n_buckets even, by default the power of two at or below 2 T / chunk, as the published code takes it.
     rotations   R [H or 1, D, rounds, n_buckets / 2] of q's framework; by default normal numbers drawn on the host by `seed`, the same for all heads and on every machine
+                (torch.compile cannot trace the drawing: give them there)
     Of equal products the smaller bucket wins; products are float32 or of q's type. Costs T * rounds * n_buckets / 2 products of width D, memory O(T * rounds).
     Not differentiable. Source: Reformer (arXiv 2001.04451), section 2, "LSH attention".
     """

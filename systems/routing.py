@@ -50,7 +50,7 @@ def routing(q, k, v, *, centroids, cluster_size=None, causal=True, normalize="la
     elif causal:
         rule = _earlier(queries + start[:, :, None, None], keys)
     else:
-        there = xp.astype(lib.broadcast_to(lib.minimum(length, length * 0 + wk), (B, C)).reshape(-1), "int32")
+        there = xp.astype(lib.broadcast_to(lib.clip(length, 0, wk), (B, C)).reshape(-1), "int32")
     out = sparse_attention(gather(q, heads, queries), gather(k, own, keys), None if v is None else gather(v, own, keys), rule, q_start=0, kv_length=there, backend=backend,
                            **options).reshape(B, C, Hq, wq, -1)
     wide = xp.wide(out)                                                                # below: row T takes what -1 names

@@ -1,7 +1,7 @@
 """What the selectors share: where queries and keys stand, means over windows of keys, and the best keys of every query by plain products."""
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops import attention
-from sparsetile.ops.indexer import indexer_topk
+from sparsetile.ops import attention, dispatch
+from sparsetile.ops.indexer import indexer_topk, topk
 
 
 def check(q, k, kv_length=None, q_start=None, backend=None) -> attention.Call:
@@ -48,6 +48,8 @@ def best_keys(q, k, top_k: int, key_end, *, key_start=None, weight: float = 1.0,
     q [B,Hq,T,D], k [B,Hk,N,D] (of float64 ones the float32 values are scored), key_end, key_start int32 [B or 1, T or 1]. Every query head chooses for itself.
     """
     (B, Hq, T, D), (Hk, N) = q.shape, k.shape[1:3]
+    if dispatch.is_explaining():  # the attention kernel is the one to explain; entries of the right shape are all it needs
+        return xp.full(q, (B, Hq, T, top_k), 0)
     if "float64" in str(q.dtype):
         q, k = xp.astype(q, "float32"), xp.astype(k, "float32")
     rows = Hq // Hk * T                                                              # the queries of a group stand one after another
@@ -55,3 +57,12 @@ def best_keys(q, k, top_k: int, key_end, *, key_start=None, weight: float = 1.0,
     chosen = indexer_topk(q.reshape(B * Hk, 1, rows, D), k.reshape(B * Hk, N, D), xp.full(q, (B * Hk, 1, rows), weight, "float32"), top_k,
                           causal=False, key_start=bound(key_start), key_end=bound(key_end), activation=None, backend=backend)
     return chosen.indices.reshape(B, Hq, T, top_k)
+
+
+def best_scores(scores, top_k: int, key_end, *, backend=None):
+    """Indices int32 [B,H,T,top_k] of the largest of scores [B,H,T,N] float32 below key_end [B or 1, T or 1], ascending, then -1."""
+    B, H, T, N = scores.shape
+    if dispatch.is_explaining():
+        return xp.full(scores, (B, H, T, top_k), 0)
+    ends = xp.module(scores).broadcast_to(key_end[:, None], (B, H, T)).reshape(B * H, T)
+    return topk(scores.reshape(B * H, T, N), top_k, key_end=ends, backend=backend).indices.reshape(B, H, T, top_k)

@@ -17,7 +17,7 @@ HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
-    "block_attention_backward_hopper": 192,
+    "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
 
@@ -53,6 +53,9 @@ def cases():
         yield "importance_topk", f"{kind}-h{Hq}:4-d{D}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=8192, C=511, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
+    yield "append", "copy", (dict(B=8, T=1, D=128), dict(rows=HALF, pool=HALF), ("copy", "ring"))
+    yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
+    yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=SINGLE, pool="uint8"), ("indexer_fp8",))
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 

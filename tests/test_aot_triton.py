@@ -50,6 +50,9 @@ def cases():
     yield "topk", SINGLE, (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "latent_decompress", HALF, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=HALF, w_uk=HALF, w_uv=HALF), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
+    yield "append", "copy", (dict(B=8, T=1, D=128), dict(rows=HALF, pool=HALF), ("copy", "ring"))
+    yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
+    yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=HALF, pool="uint8"), ("indexer_fp8",))
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 

@@ -3,14 +3,14 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from drivers import EVERY, arrays
+from drivers import EVERY, LARGE, arrays
 from numeric import assert_close, plain, to_numpy
 
 import sparsetile as st
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 GARBAGE = np.array([-1, -2 ** 31, 2 ** 31 - 1, 999], np.int32)
-every = pytest.mark.parametrize("backend", EVERY)
+every, large = pytest.mark.parametrize("backend", EVERY), pytest.mark.parametrize("backend", LARGE)
 
 
 def normal(rng, *shape, dtype=np.float32):
@@ -44,7 +44,7 @@ def spoil(on, cache):
 RULES = {"full": st.Full(), "causal": st.Causal(), "window": st.Window(11), "sinks": st.Window(7) | st.Sink(2) & st.Causal(), "strided": st.Causal() & st.Strided(3)}
 
 
-@every
+@large
 @pytest.mark.parametrize("page_size", [3, 16, 64])
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -69,11 +69,8 @@ def test_chunks_and_steps_equal_one_full_pass(on, backend, rng, name, page_size,
             judged(f"chunk {chunk} of sequence {b}", to_numpy(got)[b:b + 1], queries[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n], seen[n - T:n, :n])
 
 
-@every
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("T", [5, 33])
-def test_holes_do_not_exist(on, backend, rng, T, dtype):
-    """A page table with entries outside 0 .. N - 1 below the length."""
+def with_holes(on, backend, rng, T, dtype=np.float32):
+    """A page table with entries outside 0 .. N - 1 below the length: cache, which of 40 keys are there, q, k, v."""
     B, H, D, page = 1, 2, 8, 4
     k, v, q = (normal(rng, B, H, n, D, dtype=dtype) for n in (40, 40, T))
     cache = made(on, st.PagedKV, dtype, sequences=B, pages=10, page_size=page, heads=H, width=D)
@@ -82,9 +79,22 @@ def test_holes_do_not_exist(on, backend, rng, T, dtype):
     for hole, value in ((2, -1), (5, 2 ** 31 - 1), (9, -2 ** 31)):
         cache.page_table[0, hole] = int(value)
         there[hole * page:(hole + 1) * page] = False
+    return cache, there, q, k, v
+
+
+@large
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("T", [5, 33])
+def test_holes_do_not_exist(on, backend, rng, T, dtype):
+    cache, there, q, k, v = with_holes(on, backend, rng, T, dtype)
     for rule in (st.Full(), st.Window(20)):
         judged("holes", on.sparse_attention(q, cache, pattern=rule), q, np.where(there[:, None], k, 0), np.where(there[:, None], v, 0), rule.mask(T, 40) & there)
-    whole = np.tile(np.arange(40, dtype=np.int32), (B, 1, T, 1))
+
+
+@every
+def test_a_selection_sees_no_holes(on, backend, rng):
+    cache, there, q, k, v = with_holes(on, backend, rng, 3)
+    T, whole = 3, np.tile(np.arange(40, dtype=np.int32), (1, 1, 3, 1))
     judged("holes of a selection", on.sparse_attention(q, cache, pattern=on.selection(whole)), q, k, v, there[None].repeat(T, 0))
 
 
@@ -114,7 +124,7 @@ def test_selections_find_their_rows(on, backend, rng, granularity, causal):
 EVEN = st.Global(range(0, 64, 2), symmetric=False)
 
 
-@every
+@large
 def test_forked_sequences_attend_apart(on, backend, rng):
     k, v, q = normal(rng, 3, 1, 12, 8), normal(rng, 3, 1, 12, 8), normal(rng, 3, 2, 1, 8)
     cache = made(on, st.PagedKV, sequences=3, pages=8, page_size=4, heads=1, width=8)
@@ -128,7 +138,7 @@ def test_forked_sequences_attend_apart(on, backend, rng):
         judged(f"fork {b}", got[b:b + 1], q[b:b + 1], keys, values, np.ones((1, 11), bool))
 
 
-@every
+@large
 @pytest.mark.parametrize("pinned", [0, 3])
 def test_a_rolling_window_is_its_pattern_over_the_whole_sequence(on, backend, rng, pinned):
     """Step by step past several turns of the ring, then three queries at once with a window of their own; two sequences of unequal lengths."""
@@ -153,7 +163,8 @@ def test_a_rolling_window_is_its_pattern_over_the_whole_sequence(on, backend, rn
 
 
 @every
-def test_latents_are_one_head_of_keys_and_values(on, backend, rng):
+@pytest.mark.parametrize("selected", [pytest.param(False, id="pattern"), pytest.param(True, id="selection")])
+def test_latents_are_one_head_of_keys_and_values(on, backend, rng, selected):
     B, H, R, P, page = 2, 3, 32, 8, 5
     latent, rope, q = normal(rng, B, 21, R), normal(rng, B, 21, P), normal(rng, B, H, 2, R + P)
     cache = made(on, st.PagedLatent, sequences=B, pages=12, page_size=page, rank=R, rotary=P)
@@ -161,10 +172,9 @@ def test_latents_are_one_head_of_keys_and_values(on, backend, rng):
     spoil(on, cache)
     keys = np.concatenate([latent, rope], -1)[:, None]
     every = np.tile(np.arange(21, dtype=np.int32), (B, 1, 2, 1))
-    for pattern in (st.Causal(), on.selection(every, causal=True)):
-        got = to_numpy(on.sparse_attention(q, cache, pattern=pattern, scale=0.1))
-        for b, n in enumerate((21, 17)):
-            judged(f"latent {b}", got[b:b + 1], q[b:b + 1], keys[b:b + 1, :, :n], keys[b:b + 1, :, :n, :R], st.Causal().mask(2, n), scale=0.1)
+    got = to_numpy(on.sparse_attention(q, cache, pattern=on.selection(every, causal=True) if selected else st.Causal(), scale=0.1))
+    for b, n in enumerate((21, 17)):
+        judged(f"latent {b}", got[b:b + 1], q[b:b + 1], keys[b:b + 1, :, :n], keys[b:b + 1, :, :n, :R], st.Causal().mask(2, n), scale=0.1)
 
 
 def test_growing_lengths_build_nothing_anew(rng):

@@ -1,4 +1,6 @@
 """The catalogue: its page is what the code says, its entries say what the calls do, its advice follows from what was measured or counted."""
+import ast
+import inspect
 import json
 import math
 import re
@@ -9,7 +11,7 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import cli
-from sparsetile.catalogue import entries, page, recommend, speed
+from sparsetile.catalogue import calls, entries, page, recommend, speed
 from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs
 from sparsetile.ops import dispatch
 
@@ -52,7 +54,10 @@ def test_names_and_words():
     for system in entries.SYSTEMS:
         assert system.family in FAMILIES and (system.family == "out of scope") == bool(system.refusal) and re.match(r"\d{4}\.\d{5}", system.paper)
         assert system.refusal or system.finds in FINDS and system.call and system.sees and system.reach and system.trained and system.run
-        assert all(name in st.__all__ for name in re.findall(r"st\.(\w+)", system.call))
+        for call in ast.walk(ast.parse(system.call)):  # every call shown names a public function, and arguments that it has
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                assert call.func.attr in st.__all__
+                inspect.signature(getattr(st, call.func.attr)).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
     with pytest.raises(ValueError, match="system: expected one of dense, .*got 'reformed'"):
         entries.find("reformed")
 
@@ -102,7 +107,7 @@ def test_operations_are_those_of_the_pairs():
         if system.counted is None:
             assert system.operations(GPU, N) == pairs(system.real.mask(N, N)), system.name
     x = Inputs(SMALL, N)
-    assert entries._pairs(SMALL, N) == int(entries.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
+    assert calls.first_pairs(SMALL.top_k, N) == int(calls.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
     triangle = N * (N + 1) // 2
     assert entries.find("mla").operations(GPU, N) == 2 * GPU.Hq * (triangle * (2 * GPU.D + GPU.P) + 2 * N * GPU.R * GPU.D)
 
@@ -111,9 +116,9 @@ def test_pictures():
     seen = np.array([list(line) for line in page.picture(entries.find("dsa"))]) == "#"
     assert seen.shape == (page.SIDE, page.SIDE) and (seen.sum(1) == np.minimum(np.arange(page.SIDE) + 1, SMALL.top_k)).all() and not np.triu(seen, 1).any()
     x = Inputs(SMALL, page.SIDE)
-    for name in ("exact-topk", "moba", "routing"):
+    for name in ("exact-topk", "moba", "routing", "reformer", "nsa"):
         drawn = entries.find(name).chosen(x)
-        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= (SMALL.top_k if name != "routing" else page.SIDE) and drawn.any()
+        assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= {"routing": page.SIDE, "reformer": 8, "nsa": 3 * 4 + 2}.get(name, SMALL.top_k) and drawn.any()
     assert (np.diagonal(entries.find("moba").chosen(x))).all()  # its own block
     assert page.picture(entries.find("mistral"))[10] == "." * 5 + "#" * 6 + "." * 21 and page.picture(entries.find("linear")) == []
 

@@ -109,6 +109,7 @@ RULES = {
     "blocks": lambda p, s, rng: (rng.random((p[-1, 0] // 128 + 1, s.shape[1] // 128 + 1)) < 0.5).repeat(128, 0).repeat(128, 1)[p[:, 0], :s.shape[1]],
     "holes": lambda p, s, rng: (p // 128 % 2 == 1) & (p % 7 != 3) & (s < 100),
     "late": lambda p, s, rng: (s < 100) | (s >= 128) & (p >= 0),
+    "quarter": lambda p, s, rng: (s < 128) | (s // 128 == p // 512),
     "global": lambda p, s, rng: (p < 128) | (s < 128) & (s <= p),
 }
 BLOCK_CASES = [
@@ -150,7 +151,7 @@ def scene(c, kind, rng, place):
     def lists(config):
         made = block_lists.build(masks, first, config["block_q"], config["block_k"], q_order=q_order, k_order=k_order, list_of=list_of, bitmaps=c.rule == "random")
         arrays = {f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)}
-        return dataclasses.replace(made, **arrays, extras={"offsets": made.offsets})
+        return dataclasses.replace(made, **arrays, extras={name: getattr(made, name) for name in ("offsets", "by_key_offsets", "by_key_rows")})
 
     return q, k, v, count, at, lists
 
@@ -324,7 +325,8 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
 BACKWARD_CASES = [dataclasses.replace(c, B=16) if c.T * c.S < 100 else c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [  # fifteen rounded gradients of scores are chance
     Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=128, Dv=128, odd=False, sink=True),
     Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=128, Dv=64, lists=3, lengths=(130, 300), scale=0.1),
-    Case(B=1, Hq=1, Hk=1, rule="global", T=2300, S=2300, D=16, Dv=16),  # with two sums: a key block has one of its own
+    Case(B=1, Hq=1, Hk=1, rule="global", T=2300, S=2300, D=16, Dv=16),  # a key block in sections
+    Case(B=2, Hq=2, Hk=1, rule="quarter", T=400, S=3500, D=16, Dv=16, start=(0, 3072), lengths=(3500, 256)),  # sections without queries, and behind key blocks past the last key
     Case(B=1, Hq=1, Hk=1, rule="full", T=3200, S=400, D=16, Dv=16),     # with two sums: even and odd key blocks
 ]
 
@@ -337,7 +339,7 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
     place.refused = "block_attention_backward"
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1)
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest")
     operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
     forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
@@ -365,7 +367,7 @@ def test_large_scores_on_hopper(path, steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1)
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending")
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)

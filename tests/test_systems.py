@@ -288,6 +288,23 @@ def test_jax(system, rng):
         assert_close("JAX", np.asarray(got), truth, measure, reduction=21)
 
 
+@pytest.mark.parametrize("system", ["moba", "routing", "pooled_blocks"])
+def test_compiled_whole(system, rng):
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(normal(rng, (1, 2, 40, 8), np.float32)) for _ in range(3))
+    centroids = torch.from_numpy(normal(rng, (1, 3, 8), np.float32))
+    options = {"moba": dict(block=8, q_start=0), "routing": dict(centroids=centroids), "pooled_blocks": dict(block=32, top_k=1, q_start=0)}[system]
+    call = lambda q, k, v: getattr(st, system)(q, k, v, **options)  # noqa: E731
+    assert torch.equal(torch.compile(call, fullgraph=True, dynamic=False, backend="eager")(q, k, v), call(q, k, v))
+
+
+@pytest.mark.parametrize("system", SMALL)
+def test_explained_by_its_attention(system, rng):
+    q, k, v, _ = made(rng, "ragged")
+    said = st.explain(system, q, k, v, **SMALL[system])
+    assert said.backend == "numba" and said == st.explain(st.sparse_attention, q, k, v, getattr(st, f"{system}_selection")(q, k, **SMALL[system]))
+
+
 BAD = [("moba", dict(block=0), ValueError, "block: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
        ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False"),
        ("infllm_v2", dict(block=24), ValueError, "block: expected a multiple of stride = 16"), ("infllm_v2", dict(top_k=20), ValueError, "force_first: expected .* <= top_k = 20"),

@@ -100,6 +100,7 @@ def test_compiling_ahead_tells_a_refusal_from_what_it_cannot_do(monkeypatch):
     from sparsetile.backends.cupy import compile
     assert compiler.compile(workload, "cupy", {}) is None
     assert list((compile.cache_folder()).glob("merge_attention-*.bin")), "the worker finds it on disk"
+    assert compiler.compile(workload, "cupy", None) is None  # the default, asked for before anyone knows it
 
     def refuse(*args):
         raise compile.CompileError("no such instruction")

@@ -4,14 +4,14 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 infinite; dS = P * (dout . v - delta) * d(softcap). dQ goes by the lists of queries, dK and dV by the lists of keys, each sum by one CTA in one order:
 twice the same call gives the same bits. dK and dV are summed over the group's heads; keys that nobody sees get 0.
 
-The path "hopper" (block_attention_backward_hopper.cu) is for sm_90a and blocks of 128: one pass, dQ added in the order of key blocks. Calls that it does not know (softcap,
+The path "hopper" (block_attention_backward_hopper.cu) is for sm_90a and blocks of 128: one pass, dQ added in the order in which items are taken. Calls that it does not know (softcap,
 orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper
+from sparsetile.backends.cupy import hopper, walks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
@@ -22,10 +22,12 @@ TUNABLES = (
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
     Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
-    Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: key blocks that very many rows see wait for nobody, nor even ones for odd ones where rows are long"),
+    Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones"),
+    Tunable("section", (0, 8, 16, 32), "path hopper: query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others"),
+    Tunable("walk", ("descending", "freest"), "path hopper: rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)"),
 )
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "15Q" + LISTS + POSITIONS + "10i2f"
+HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -70,7 +72,7 @@ def hopper_defines(kind: str, D: int, Dv: int) -> dict:
 def hopper_bytes(D: int, Dv: int) -> int:
     """Keys and values; two stages of queries and dout, of dS, of dQ in float32, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + 2 * 64 * width * 4 + 2 * 784 + 128 + 168 + 32
+    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + 2 * 64 * width * 4 + 2 * 784 + 128 + 168 + 40
 
 
 def resources(problem: Problem, config: dict):
@@ -101,17 +103,27 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 
 def seen_by_many(problem: Problem) -> bool:
-    """Some rows, or some key blocks, meet nearly all others: additions queue there."""
-    return any("global" in word or "sink+" in word for word in problem.features)
+    """Some rows, or some key blocks, meet nearly all others: as items like others, they would be waited for."""
+    return any({"global", "sinks"} & set(word.split("+")) for word in problem.features)
+
+
+def ordered_knobs(problem: Problem) -> dict:
+    """How items and additions are ordered on the path "hopper"; what it does not name is as on the portable one. A head whose rows are met at random wants its rows in the L2 cache."""
+    if seen_by_many(problem):
+        return dict(heads=8, section=8)
+    if "random" in problem.features:
+        return dict(heads=2 if problem["T"] >= 32768 else 4 if problem["T"] >= 16384 else 8, walk="freest")
+    if problem["D"] <= 64 or any("documents" in word for word in problem.features):
+        return dict(heads=16)
+    return dict(sums=2) if "causal" in problem.features and problem["T"] >= 16384 else {}
 
 
 def default_config(problem: Problem) -> dict:
-    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1)
+    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1, section=0, walk="descending")
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     if problem["T"] > 64 and no_hopper(problem) is None:
-        heads = 32 if seen_by_many(problem) else 16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8
-        return dict(path="hopper", heads=heads, sums=1, block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
+        return {**portable, **ordered_knobs(problem), "path": "hopper", "block_q": 128, "block_k": 128, "tile_k": 64, "tile_q": 32, "stages": 1}
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
@@ -128,7 +140,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
-    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "classify", "order", "backward", "finish"])]
+    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "classify", "order", "backward", "join", "finish"])]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -141,6 +153,35 @@ def takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) -> bool
         and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
+def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int, int]:
+    """(query tiles of a section, sections of a split key block, key blocks of a list that may be split): 0 of them where none is, or where lists of one group of heads differ.
+    Their parts take at most as much scratch as dQ's sum; sections are longer where a static layout splits so many key blocks that they would not fit."""
+    if not section or not lists.nq or (group > 1 and lists.list_of.shape[1] > 1):
+        return 1, 0, 0
+    known = lists.extras.get("by_key_offsets")
+    if known is None:
+        splits = lists.nk
+    elif (splits := lists.extras.get("cupy.splits")) is None:  # as is_long of the kernel, of any number of keys
+        count = (known[2::2] - known[:-2:2]).astype("int64").reshape(-1, lists.nk)
+        splits = lists.extras["cupy.splits"] = int(((count > 16) & (count * lists.nk > 4 * count.sum(axis=1, keepdims=True))).sum(axis=1).max(initial=0))
+    while known is not None and splits * ceil_div(lists.nq, section) > key_tiles // 2 and section < lists.nq:
+        section *= 2
+    each = ceil_div(lists.nq, section)
+    splits = min(splits, key_tiles // 2 // each)
+    return (section, each, splits) if splits else (1, 0, 0)
+
+
+def chosen_walk(lists, walk: str, under_way: int, place):
+    """Where each entry of the lists by key stands in its walk, or None: descending. Made once for a static layout that is not too large."""
+    offsets, rows = lists.extras.get("by_key_offsets"), lists.extras.get("by_key_rows")
+    if walk == "descending" or offsets is None or len(rows) > walks.MOST:
+        return None
+    key = ("cupy.walk", under_way)
+    if key not in lists.extras:
+        lists.extras[key] = place.upload(walks.freest_first(offsets, rows, lists.nk, under_way))
+    return lists.extras[key]
+
+
 def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
@@ -148,14 +189,19 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     halves, key_tiles, n = 2 * B * Hq * tiles, ceil_div(S, 128), config["sums"]
     rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((n * halves, 64, d["WIDTH"]), "float32"), place.empty((n * halves + 1,), "int32")
     columns = lists.by_key_offsets.shape[0] // 2  # key blocks of all lists
-    walk, of_columns = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((2, columns), "int32")
+    section, each, splits = sections(lists, config["section"], key_tiles, Hq // Hk)
+    count, places = columns // max(lists.nk, 1), key_tiles + each * splits
+    walk, sequence, parts = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((count, places, 2), "int32"), place.empty((B * Hk * splits * each, 128 * (d["WIDTH"] + d["VALUES"])), "float32")
+    before, blocks = place.empty((count, lists.nk + 1), "int32"), place.empty((count, splits), "int32")
     read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
-    items, together = B * Hk * key_tiles, min(config["heads"], B * Hk)
-    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, turns.ptr, turns.ptr + 4 * n * halves, of_columns.ptr, of_columns.ptr + 4 * columns, walk.ptr,
-              lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
-              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, scale, scale * LOG2E)
-    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", columns // max(lists.nk, 1), 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
+    items, together = B * Hk * places, min(config["heads"], B * Hk)
+    chosen = chosen_walk(lists, config["walk"], max(place.sms // together, 1), place)
+    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
+              lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, nvrtc.ptr(chosen), *lists_values(lists), *position_values(T, S, kv_length, q_start),
+              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, scale, scale * LOG2E)
+    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)),
+                                       ("join", 2 * B * Hk * splits * (d["WIDTH"] + d["VALUES"]) // 64, 128, 0), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
     return dq, dk, dv
 

@@ -1,10 +1,15 @@
 // Backward of attention over block lists by Hopper's own instructions: float16 and bfloat16, blocks of 128 x 128, five products in one pass.
 //
 // An item is a key block of a key head: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step, head after head of
-// the group. dQ is summed in float32 in device memory, each tile's additions in the order of key blocks. Items are taken by a ticket in that same order, so whoever waits for
-// its turn waits for an item that some block of threads already holds: no deadlock, however few blocks of threads run at once. The rank of an addition is the number of
-// earlier key blocks in the query tile's own list: lists made on the device need nothing more. Rows are walked from the last to the first, the order in which neighbouring
-// items of windows and causal patterns come to a row without waiting.
+// the group. dQ is summed in float32 in device memory. Items are taken by a ticket in the order of `sequence`, and every sum is added to in that same order, whatever the order
+// in which an item walks its rows. So of the items not finished the one with the lowest ticket waits for nobody, and some block of threads holds it: no deadlock, however few
+// blocks of threads run at once. No other order has this property: with one block of threads, items are done one after the other. The rank of an addition is the number of
+// earlier items in the query tile's own list: lists made on the device need nothing more. Rows are walked from the last to the first, the order in which neighbouring items of
+// windows and causal patterns come to a row without waiting.
+//
+// Where few key blocks are seen by far more rows than others (global tokens, sinks), everybody would wait for them while they walk. They are split: each `section` of rows is an
+// item of its own, taken shortly before the items that stand beside its rows, and its dK and dV are parts in device memory that `join` adds. Rows that far more key blocks
+// see than others come first in every walk: items start in the order of their turns there, but do not end in it.
 //
 // A block of threads has six roles: a warp plans (tickets, walk, ranks, clearing of keys that nobody sees), a thread loads, two threads add dQ (one for each half of a query
 // tile), two groups of 64 keys multiply. `prepare` and `finish` run before and after: what each row starts from, and dQ rounded.
@@ -27,6 +32,7 @@ constexpr int KEYS = 128, ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 1
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64, COLUMNS = WIDTH / 2;       // of dQ, a group's
 constexpr int SUMS = STEP * WIDTH * 4, LINE = 3 * STEP + 4;                           // bytes of a step's dQ; floats of a step's rows
 constexpr int PLANS = 4, READERS = 5;                                                // of a plan: the loading thread, two adding threads, two groups
+constexpr int AHEAD = 16;                                                            // key blocks by which sections precede their rows: as many of a head as are under way
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
 struct Params {
@@ -34,17 +40,20 @@ struct Params {
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ as the accumulators lie
+  float* parts;                     // dK and dV of sections as the accumulators lie: [B * Hk, splits, sections, 2 groups, WIDTH + VALUES, 64]
   int *turns, *ticket;              // additions done to each half tile of each sum
-  int *sum_of, *sequence;           // [L, nk] which of two sums a key block adds to; in which order key blocks are taken
-  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, rank and sum of what sees it, rows descending
+  int *before, *split_blocks;       // [L, nk + 1] how many split key blocks stand before each; [L, splits] which they are
+  int2* sequence;                   // [L, places] key block and section (-1: all of it) in the order of tickets; key block -1: nothing
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, rank and sum of what sees it
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
+  const int* chosen;                // where in its key block's walk each entry stands (walks.py), or null: rows descending
   ListArrays lists;
   Positions at;
-  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums;  // key_heads = B * Hk; `together` of them are worked on at a time
+  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list
   float scale, exponent;                                               // exponent = scale * log2(e)
 };
 
-enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32 };  // SECOND: adds to the second sum
+enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
 // A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
@@ -74,22 +83,37 @@ struct Shared {
 };
 
 // ------------------------------------------------------------------------------------------------------------------- planning
-// what an item is: the key block is the next in the sequence of its list
+// of the lists' query tiles, those that hold queries of the call: first .. end - 1
+__device__ __forceinline__ int2 rows_of_call(const Params& p, int start) {
+  const i64 low = (i64)start - (i64)p.lists.first * ROWS, high = low + p.at.T, all = (i64)p.lists.nq * ROWS;
+  return low >= all || high <= 0 ? make_int2(0, 0) : make_int2((int)((low < 0 ? 0 : low) / ROWS), (int)(((high < all ? high : all) + ROWS - 1) / ROWS));
+}
+
+// What an item is. slot: the place of a section's part, or -1. Nobody waits for key blocks past the last key, which have no queries; with split ones they may precede sections,
+// and take their turns with every key masked.
 struct Item {
-  int key_head, b, hk, block, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
+  int key_head, b, hk, block, slot, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
   __device__ __forceinline__ Item(const Params& p, int number) {
-    const int team = number / (p.together * p.key_tiles), from = team * p.together, size = imin(p.together, p.key_heads - from), rest = number - from * p.key_tiles, Hk = p.Hq / p.group;
-    block = rest / size;
+    const int team = number / (p.together * p.places), from = team * p.together, size = imin(p.together, p.key_heads - from), rest = number - from * p.places, Hk = p.Hq / p.group;
+    int2 what = make_int2(rest / size, -1);
     key_head = from + rest % size;
     b = key_head / Hk;
     hk = key_head % Hk;
-    if (block < p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = p.sequence[(i64)list(p, 0) * p.lists.nk + block];  // else lists of one group differ: as they come
+    if (p.group == 1 || !p.lists.list_h) what = p.sequence[(i64)list(p, 0) * p.places + what.x];  // else lists of one group differ: as they come
+    block = what.x;
+    slot = -1;
     start = first_position(p.at, b);
     limit = key_limit(p.at, b);
-    const i64 low = (i64)start - (i64)p.lists.first * ROWS, high = low + p.at.T, all = (i64)p.lists.nq * ROWS;
-    first_row = (int)((low < 0 ? 0 : low < all ? low : all) / ROWS);
-    end_row = (int)(((high < 0 ? 0 : high < all ? high : all) + ROWS - 1) / ROWS);
-    if (block >= p.lists.nk || block * KEYS >= limit || low >= all || high <= 0) first_row = end_row = 0;
+    int2 rows = rows_of_call(p, start);
+    const int* before = p.before + (i64)list(p, 0) * (p.lists.nk + 1);
+    if (what.y >= 0) {
+      slot = (key_head * p.splits + before[block]) * p.sections + what.y;
+      rows = make_int2(imax(rows.x, what.y * p.section), imin(rows.y, what.y * p.section + p.section));
+    } else if (block < 0 || block >= p.lists.nk || (block * KEYS >= limit && before[p.lists.nk] == 0)) {
+      rows.y = 0;
+    }
+    first_row = rows.x;
+    end_row = imax(rows.x, rows.y);
   }
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
@@ -124,36 +148,41 @@ struct Planner {
   __device__ __forceinline__ void item(int number);
 };
 
-// entries of the walk for head r of an item's group; those before `from` belong to rows past the call's queries
+// entries of the walk for head r of an item's group, those whose rows the item has; all lanes of a warp together
 struct Entries {
-  int from, until;
-  __device__ __forceinline__ Entries(const Params& p, const Item& x, int r) {
+  int e, until;
+  u32 found;  // of the 32 entries before e, those still to come
+  __device__ __forceinline__ Entries(const Params& p, const Item& x, int r) : found(0) {
     const int* o = p.by_key_offsets + 2 * ((i64)x.list(p, r) * p.lists.nk + x.block);
-    from = __ldg(o);
-    until = x.first_row < x.end_row ? __ldg(o + 2) : from;
-    while (from + 32 <= until && p.walk[from + 31].x >= x.end_row) from += 32;
-    while (from < until && p.walk[from].x >= x.end_row) from++;
+    e = x.first_row < x.end_row ? __ldg(o) : 0;
+    until = x.first_row < x.end_row ? __ldg(o + 2) : 0;
+  }
+  __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w) {
+    while (!found) {
+      if (e >= until) return false;
+      const int row = e + lane < until ? p.walk[e + lane].x : -1;
+      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row);
+      e += 32;
+    }
+    w = p.walk[e - 33 + __ffs(found)];
+    found &= found - 1;
+    return true;
   }
 };
 
 __device__ __forceinline__ bool Planner::whole(const Item& x) {
-  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++) {
-    const Entries all(p, x, r);
-    for (int e = all.from; e < all.until; e += 32) {
-      const int2 w = e + lane < all.until ? *(const int2*)(p.walk + e + lane) : make_int2(-1, 0);  // row, kind
-      if (__any_sync(~0u, w.x >= x.first_row && w.y < 0)) return true;
-    }
-  }
+  int4 w;
+  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++)
+    for (Entries all(p, x, r); all.next(p, x, lane, w);)
+      if (w.y < 0) return true;
   return false;
 }
 
 __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   u32 word = whole ? ~0u : 0u;  // keys 32 (lane % 4) .. of the block, by every eighth row
+  int4 w;
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
-    const Entries all(p, x, r);
-    for (int e = all.from; e < all.until; e++) {
-      const int2 w = *(const int2*)(p.walk + e);
-      if (w.x < x.first_row) break;
+    for (Entries all(p, x, r); all.next(p, x, lane, w);) {
       const int t = (p.lists.first + w.x) * ROWS - x.start;
 #pragma unroll 1
       for (int y = imax(-t, 0) + lane / 4; y < imin(ROWS, p.at.T - t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
@@ -180,21 +209,24 @@ __device__ __forceinline__ void Planner::item(int number) {
   __syncwarp();
   if (lane == 0) x = Item(p, number);
   __syncwarp();
+  if (x.block < 0) return;
   const int left = imin(x.limit - x.block * KEYS, KEYS);
   const bool all = whole(x), clears = !all || (left < KEYS && x.limit < p.at.S);
-  for (int made = 0, r = -1, e = 0, until = 0;; made++) {
+  Entries some(p, x, 0);
+  for (int made = 0, r = 0;; made++) {
     int4 w;
-    bool found = false;
-    while (!found && r < p.group) {
-      if (e < until && (w = p.walk[e]).x >= x.first_row) { found = true; e++; }
-      else if (++r < p.group) { const Entries some(p, x, r); e = some.from; until = some.until; }
+    bool found = some.next(p, x, lane, w);
+    while (!found && ++r < p.group) {
+      some = Entries(p, x, r);
+      found = some.next(p, x, lane, w);
     }
-    if (!found && !made) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
+    if (!found && !made && x.slot < 0) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
     publish(found ? 0 : LAST);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
     const int head = x.b * p.Hq + x.hk * p.group + r, tile = p.lists.first + w.x;
-    write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.key_head, x.block, w.y, w.z, (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | left << 8});
+    write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
+           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
   }
 }
 
@@ -266,30 +298,32 @@ __device__ __forceinline__ void add_sums(const Params& p, const Shared& m, int s
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-// keys `key` and key + 8 of a lane, queries 8 j + 2 (lane % 4) and the next of the step that begins at row `first` of the tile as s[4 j ..]; `left` keys of the block exist
-__device__ __forceinline__ void mask(float (&s)[32], const ListArrays& lists, int kind, int left, int first) {
-  const int tid = thread_again(), key = (tid / 32 - 4) * 16 + tid % 32 / 4;
-  const i64 row = (i64)(kind >> 1) * ROWS + first + 2 * (tid & 3);
-  if (kind >= 0 && kind & 1) {
-    const u32* words = lists.bitmaps + row * (KEYS / 32) + (key >> 5);
+// What rows 2 lane and the next of a step see of a block, as the tables have it: their intervals, or the words of the bitmap that hold this warp's 16 keys. The step begins at
+// row `first` of the tile. One load a lane, under way while the scores are multiplied; a load for each of a lane's scores after them cost two thirds of a step.
+__device__ __forceinline__ int4 load_mask(const ListArrays& lists, int kind, int first) {
+  const int tid = thread_again();
+  const i64 row = (i64)(kind >> 1) * ROWS + first + 2 * (tid & 31);
+  if (kind < 0) return make_int4(0, KEYS, 0, KEYS);
+  if (!(kind & 1)) return __ldg((const int4*)lists.intervals + row / 2);
+  const u32* words = lists.bitmaps + row * (KEYS / 32) + (tid / 32 - 4) / 2;
+  return make_int4(__ldg(words), 0, __ldg(words + KEYS / 32), 0);
+}
+
+// queries 8 j + 2 (lane % 4) and the next, keys lane / 4 and 8 more of the warp's as s[4 j ..]; `left` keys of the block exist
+__device__ __forceinline__ void mask(float (&s)[32], int4 rows, int kind, int left) {
+  const int tid = thread_again(), key = (tid / 32 - 4) * 16;
+  const bool bits = kind >= 0 && kind & 1;
+  const u32 exist = range_bits(0, left - key) & 0xffff;
+  const u32 low = bits ? (u32)rows.x >> (key & 31) : range_bits(rows.x - key, rows.y - key), high = bits ? (u32)rows.z >> (key & 31) : range_bits(rows.z - key, rows.w - key);
+  const u32 word = (low & exist) | (high & exist) << 16;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const u32 word = __ldg(words + (j / 2 * 8 + j % 2) * (KEYS / 32)) >> (key & 31);
-      if (!(word & 1)) s[j / 2 * 4 + j % 2] = -inf();
-      if (!(word & 256)) s[j / 2 * 4 + j % 2 + 2] = -inf();
-    }
-  } else if (kind >= 0) {
-    const int2* ranges = (const int2*)lists.intervals + row;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const int2 range = __ldg(ranges + j / 2 * 8 + j % 2);
-      if (key < range.x || key >= range.y) s[j / 2 * 4 + j % 2] = -inf();
-      if (key + 8 < range.x || key + 8 >= range.y) s[j / 2 * 4 + j % 2 + 2] = -inf();
-    }
+  for (int j = 0; j < 8; j++) {
+    const u32 seen = __shfl_sync(~0u, word, 4 * j + (tid & 3)) >> (tid % 32 / 4);
+    if (!(seen & 1)) s[4 * j] = -inf();
+    if (!(seen & 1 << 16)) s[4 * j + 1] = -inf();
+    if (!(seen & 1 << 8)) s[4 * j + 2] = -inf();
+    if (!(seen & 1 << 24)) s[4 * j + 3] = -inf();
   }
-#pragma unroll
-  for (int j = 0; j < 32; j++)
-    if (key + (j & 2) * 4 >= left) s[j] = -inf();
 }
 
 // accumulators of [key][query] products start from a value per query
@@ -320,6 +354,15 @@ template <int N> __device__ __forceinline__ void write_keys(const float (&d)[N],
     stmatrix_at(to + (c >> 3) * SLAB + row * 128 + (((c & 7) ^ (row & 7)) << 4), pack<KIND>(y[0] * scale, y[1] * scale), pack<KIND>(y[2] * scale, y[3] * scale),
                 pack<KIND>(y[4] * scale, y[5] * scale), pack<KIND>(y[6] * scale, y[7] * scale));
   }
+}
+
+// this group's keys of a section: dK and dV as the accumulators lie
+__device__ __forceinline__ void write_part(const Params& p, int slot, int w, const float (&dk)[WIDTH / 2], const float (&dv)[VALUES / 2]) {
+  float4* part = (float4*)p.parts + ((i64)slot * 2 + w) * ((WIDTH + VALUES) * 16) + thread_again() % 128;
+#pragma unroll
+  for (int j = 0; j < WIDTH / 8; j++) part[j * 128] = make_float4(dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]);
+#pragma unroll
+  for (int j = 0; j < VALUES / 8; j++) part[(WIDTH / 8 + j) * 128] = make_float4(dv[4 * j], dv[4 * j + 1], dv[4 * j + 2], dv[4 * j + 3]);
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
@@ -358,8 +401,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
+    const int kind = field(KIND_OF), left = field(STATE) >> 8;
+    const int4 rows = load_mask(p.lists, kind, b * STEP);
     if (!first) multiply_dq(b ^ 1, before);
-    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
+    const int far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
     if (first) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(s);
     float c = p.exponent;
@@ -372,7 +417,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
         for (int e = 0; e < 4; e++) s[4 * j + e] = (__fmul_rn(s[4 * j + e], p.scale) - (e & 1 ? lse.y : lse.x)) * LOG2E;
       }
     }
-    if (kind >= 0 || left < KEYS) mask(s, p.lists, kind, left, b * STEP);
+    if (kind >= 0 || left < KEYS) mask(s, rows, kind, left);
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       s[2 * j] = ex2(s[2 * j] * c); s[2 * j + 1] = ex2(s[2 * j + 1] * c);
@@ -453,16 +498,23 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (thread_again() % 32 == 0) bar_arrive(m.full_sums(1));
     named_sync(1, 256);  // neither group reads the key tile any more
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    write_keys(dk, p.scale, m.k, row, lane);
-    write_keys(dv, 1.f, m.v, row, lane);
-    shared_to_copy_engine();
+    const bool section = field(STATE) & SECTION;
+    if (section) {
+      write_part(p, key_head, w, dk, dv);
+    } else {
+      write_keys(dk, p.scale, m.k, row, lane);
+      write_keys(dv, 1.f, m.v, row, lane);
+      shared_to_copy_engine();
+    }
     named_sync(4 + w, 128);
     release();
     if (tid == 0) {
-      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      tma_store_commit();
-      tma_store_wait_read();
+      if (!section) {
+        for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+        for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+        tma_store_commit();
+        tma_store_wait_read();
+      }
       bar_arrive(m.free_keys());
     }
   }
@@ -528,55 +580,113 @@ __device__ __forceinline__ int count_below(const int* a, int n, int bound) {
   return from;
 }
 
-// With two sums, key blocks that far more rows see than others (sinks, global tokens) are taken first and have a sum of their own, so that nobody waits for them; without such,
-// where rows are long, even and odd key blocks have a sum each. One warp a list.
+// of the entries by key or by row that a list has in all, and one of its n lines has `count`: are these far more than others have?
+__device__ __forceinline__ bool is_long(int count, int n, i64 all) { return count > 16 && (i64)count * n > 4 * all; }
+
+// which of two sums key block c adds to: where rows are long, even and odd ones have a sum each
+__device__ __forceinline__ int sum_of(const Params& p, int list, int c) {
+  const int* o = p.by_key_offsets + 2 * (i64)list * p.lists.nk;
+  return p.most_sums > 1 && __ldg(o + 2 * p.lists.nk) - __ldg(o) > 24 * (i64)p.lists.nk ? c & 1 : 0;
+}
+
+// the key block before which sections g of split key blocks are taken
+__device__ __forceinline__ int anchor(const Params& p, int g) { return clamp(p.lists.first + g * p.section - AHEAD, 0, imin(p.lists.nk, p.key_tiles)); }
+
+// Which key blocks are split, and the sequence of items: whole key blocks ascending, before each the sections anchored there. One warp a list.
 extern "C" __global__ void __launch_bounds__(32) classify(const __grid_constant__ Params p) {
   const int lane = threadIdx.x, nk = p.lists.nk, n = imin(nk, p.key_tiles);
-  const i64 at = (i64)blockIdx.x * nk;
-  const int* o = p.by_key_offsets + 2 * at;
+  const int* o = p.by_key_offsets + 2 * (i64)blockIdx.x * nk;
+  int *before = p.before + (i64)blockIdx.x * (nk + 1), *blocks = p.split_blocks + (i64)blockIdx.x * p.splits;
+  int2* sequence = p.sequence + (i64)blockIdx.x * p.places;
   const i64 all = __ldg(o + 2 * nk) - __ldg(o);
-  const auto is_long = [&](int j) { const int count = __ldg(o + 2 * j + 2) - __ldg(o + 2 * j); return count > 16 && (i64)count * nk > 4 * all; };
+  const auto splits = [&](int j) { return j < n && is_long(__ldg(o + 2 * j + 2) - __ldg(o + 2 * j), nk, all); };
   int found = 0;
-  for (int j = 0; j < n; j += 32) found += __popc(__ballot_sync(~0u, j + lane < n && is_long(j + lane)));
-  if (p.most_sums < 2) found = 0;
-  const bool apart = found > 0, split = p.most_sums > 1 && !apart && all > 24 * (i64)nk;
-  for (int j0 = 0, before = 0; j0 < nk; j0 += 32) {
+  for (int j = 0; j < n; j += 32) found += __popc(__ballot_sync(~0u, splits(j + lane)));
+  if (found > p.splits) found = 0;
+  for (int j0 = 0, earlier = 0; j0 <= nk; j0 += 32) {
     const int j = j0 + lane;
-    const bool mine = apart && j < n && is_long(j);
+    const bool mine = found && splits(j);
     const u32 them = __ballot_sync(~0u, mine);
-    const int earlier = before + __popc(them & ((1u << lane) - 1));
-    if (j < nk) {
-      p.sum_of[at + j] = apart ? mine : split ? j & 1 : 0;
-      if (j < n) p.sequence[at + (mine ? earlier : found + j - earlier)] = j;
-      else p.sequence[at + j] = j;
-    }
-    before += __popc(them);
+    const int at = earlier + __popc(them & ((1u << lane) - 1));
+    if (j <= nk) before[j] = at;
+    if (mine) blocks[at] = j;
+    earlier += __popc(them);
+  }
+  __syncwarp();
+  for (int x = lane; x < p.places; x += 32) sequence[x] = make_int2(-1, -1);
+  __syncwarp();
+  for (int j = lane; j < p.key_tiles; j += 32) {
+    const int sections = j < n ? clamp(floor_div(j + AHEAD - p.lists.first, p.section) + 1, 0, p.sections) : p.sections;  // anchored at j or before
+    if (j >= n || before[j] == before[j + 1]) sequence[j - (j < n ? before[j] : found) + found * sections] = make_int2(j, -1);
+  }
+  for (int x = lane; x < found * p.sections; x += 32) {
+    const int a = anchor(p, x / found);
+    sequence[x + a - before[a]] = make_int2(blocks[x % found], x / found);
   }
 }
 
-// how many of n key blocks before j add to the same sum
-__device__ __forceinline__ int count_earlier(const int* cols, int n, int j, const int* sum_of, int sum) {
-  int found = 0;
-  for (int e = 0; e < n; e++) {
-    const int c = __ldg(cols + e);
-    if (c >= j) break;
-    found += sum_of[c] == sum;
-  }
-  return found;
-}
-
-// The walk of one key block of one list: full and partial entries as one, rows descending, each with its rank among the additions to the same sum of that row.
+// The walk of one key block of one list: full and partial entries as one, as chosen, or rows descending but those first that far more key blocks see than others, each with its
+// rank among the additions to the same sum of that row. Walks of split key blocks only descend: long as they are, they are cut.
 extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ Params p) {
-  const int list = blockIdx.x / p.lists.nk, j = blockIdx.x % p.lists.nk;
-  const int *o = p.by_key_offsets + 2 * (i64)blockIdx.x, *sum_of = p.sum_of + (i64)list * p.lists.nk, *cols = p.lists.cols;
-  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), sum = sum_of[j];
+  const int list = blockIdx.x / p.lists.nk, j = blockIdx.x % p.lists.nk, nk = p.lists.nk, nq = p.lists.nq;
+  const int *o = p.by_key_offsets + 2 * (i64)blockIdx.x, *cols = p.lists.cols, *before = p.before + (i64)list * (nk + 1), *rows = p.lists.offsets + 2 * (i64)list * nq;
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), sum = sum_of(p, list, j);
+  const i64 all = __ldg(rows + 2 * nq) - __ldg(rows);
+  const bool apart = before[nk] > 0, split = before[j] < before[j + 1];
+  const auto turn = [&](int c, int i) { return before[c] < before[c + 1] ? 2 * anchor(p, i / p.section) : 2 * c + 1; };  // of key block c at row i; among split ones the earlier first
+  const auto busy = [&](int i) { return apart && !split && is_long(__ldg(rows + 2 * i + 2) - __ldg(rows + 2 * i), nq, all); };
   for (int e = from + threadIdx.x; e < end; e += 128) {
-    const int i = __ldg(p.by_key_rows + e);
-    const int after = e < middle ? middle - 1 - e + (end - middle) - count_below(p.by_key_rows + middle, end - middle, i)
-                                 : end - 1 - e + (middle - from) - count_below(p.by_key_rows + from, middle - from, i);
-    const int* y = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
-    const int a = __ldg(y), b = __ldg(y + 1), c = __ldg(y + 2);
-    p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), count_earlier(cols + a, b - a, j, sum_of, sum) + count_earlier(cols + b, c - b, j, sum_of, sum), sum);
+    const int i = __ldg(p.by_key_rows + e), mine = turn(j, i);
+    int after = e < middle ? middle - 1 - e + (end - middle) - count_below(p.by_key_rows + middle, end - middle, i)
+                           : end - 1 - e + (middle - from) - count_below(p.by_key_rows + from, middle - from, i);
+    const bool first = busy(i);
+    for (int x = from; apart && !split && !p.chosen && x < end; x++) {
+      const int other = __ldg(p.by_key_rows + x);
+      if (busy(other) != first) after += first ? -(other > i) : other < i;
+    }
+    int rank = 0;
+    for (int x = __ldg(rows + 2 * i), y = __ldg(rows + 2 * i + 2); x < y; x++) {
+      const int c = __ldg(cols + x), its = turn(c, i);
+      rank += (its < mine || (its == mine && c < j)) && sum_of(p, list, c) == sum;
+    }
+    if (p.chosen) after = __ldg(p.chosen + e);
+    p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), rank, sum);
+  }
+}
+
+// dK and dV of split key blocks: the parts of sections, summed in their order. A block of threads takes 64 keys, 64 columns of dK or dV.
+extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ Params p) {
+  constexpr int CHUNKS = Q_PARTS + V_PARTS;
+  const int chunk = blockIdx.x % CHUNKS, w = blockIdx.x / CHUNKS % 2, which = blockIdx.x / CHUNKS / 2, key_head = which / p.splits, tid = threadIdx.x, lane = tid & 31;
+  const int Hk = p.Hq / p.group, b = key_head / Hk, list = __ldg(p.lists.list_of + b * p.lists.list_b + key_head % Hk * p.group * p.lists.list_h);
+  if (which % p.splits >= p.before[(i64)list * (p.lists.nk + 1) + p.lists.nk]) return;
+  const int block = p.split_blocks[(i64)list * p.splits + which % p.splits];
+  const int* o = p.by_key_offsets + 2 * ((i64)list * p.lists.nk + block);
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2);
+  const int2 rows = rows_of_call(p, first_position(p.at, b));
+  const auto earlier = [&](int row) { return count_below(p.by_key_rows + from, middle - from, row) + count_below(p.by_key_rows + middle, end - middle, row); };
+  const float4* part = (const float4*)p.parts + ((i64)which * p.sections * 2 + w) * ((WIDTH + VALUES) * 16) + chunk * 1024 + tid;
+  float4 sum[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int g0 = 0; g0 < p.sections; g0 += 32) {
+    const int first = imax((g0 + lane) * p.section, rows.x), past = imin((g0 + lane + 1) * p.section, rows.y);
+    u32 some = __ballot_sync(~0u, g0 + lane < p.sections && first < past && earlier(first) < earlier(past));  // the others have no part
+    for (; some; some &= some - 1) {
+      const float4* x = part + (i64)(g0 + __ffs(some) - 1) * ((WIDTH + VALUES) * 32);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] = make_float4(sum[j].x + x[j * 128].x, sum[j].y + x[j * 128].y, sum[j].z + x[j * 128].z, sum[j].w + x[j * 128].w);
+    }
+  }
+  const bool keys = chunk < Q_PARTS;
+  const int width = keys ? p.D : p.Dv, s = block * KEYS + w * 64 + tid / 32 * 16 + lane / 4, c0 = (keys ? chunk : chunk - Q_PARTS) * 64 + lane % 4 * 2;
+  const float scale = keys ? p.scale : 1.f;
+  u32* out = (u32*)(keys ? p.dk_out : p.dv_out);
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const i64 at = (((i64)key_head * p.at.S + s) * width + c0 + 8 * j) / 2;
+    if (c0 + 8 * j < width && s < p.at.S) out[at] = pack<KIND>(sum[j].x * scale, sum[j].y * scale);
+    if (c0 + 8 * j < width && s + 8 < p.at.S) out[at + 4 * width] = pack<KIND>(sum[j].z * scale, sum[j].w * scale);
   }
 }
 
@@ -594,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
     const int end = __ldg(o + 2);
     for (int e = __ldg(o) + threadIdx.x; e < end; e += 256) {
       const int c = __ldg(p.lists.cols + e);
-      if (c * KEYS < limit) some |= 1 << p.sum_of[(i64)list * p.lists.nk + c];
+      if (c < p.key_tiles && (c * KEYS < limit || p.before[(i64)list * (p.lists.nk + 1) + p.lists.nk])) some |= 1 << sum_of(p, list, c);
     }
   }
   const bool first_sum = __syncthreads_or(some & 1), second_sum = __syncthreads_or(some & 2);

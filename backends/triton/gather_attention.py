@@ -46,15 +46,15 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
             scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
             SLICES: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
             NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
-    # programs: value slice, tile of the heads that share (ROWS of them), set of such heads, query, batch
+    # programs: value slice, tile of the heads that share (ROWS of them), query, set of such heads (what runs at a time reads one key head: the cache holds it), batch
     x = tl.program_id(0)
     piece = x % SLICES
     tile = x // SLICES % TILES
     x = x // SLICES // TILES
     sets = Hq // ROWS
-    which = x % sets
-    t = (x // sets % T).to(tl.int64)
-    b = (x // sets // T).to(tl.int64)
+    which = x // T % sets
+    t = (x % T).to(tl.int64)
+    b = (x // T // sets).to(tl.int64)
     first = which * ROWS
     member = tile * BH + tl.arange(0, BH)
     row_ok = member < ROWS

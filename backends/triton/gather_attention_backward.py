@@ -43,9 +43,9 @@ def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts
     tile = x % TILES
     x = x // TILES
     sets = Hq // ROWS
-    which = x % sets
-    t = (x // sets % T).to(tl.int64)
-    b = (x // sets // T).to(tl.int64)
+    which = x // T % sets
+    t = (x % T).to(tl.int64)
+    b = (x // T // sets).to(tl.int64)
     hk = (which * ROWS // (Hq // Hk)).to(tl.int64)
     g = (which * ROWS // (Hq // G)).to(tl.int64)
     h, row_ok, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)

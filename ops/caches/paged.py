@@ -100,7 +100,7 @@ class PagedCache(Cache):
         self._own().advance(tokens)
 
     def fork(self, source: int, target: int) -> None:
-        """`target`, an empty sequence, gets the tokens of `source` without a copy; pages are copied when one of them writes."""
+        """`target`, an empty sequence, gets the tokens of `source` without a copy; `reserve` copies the last page before one of them writes: call it again after a fork."""
         self._own().fork(source, target)
         self._publish(True)
 
