@@ -80,6 +80,7 @@ def test_rows_come_back_as_they_went_in(on, backend, rng, dtype):
 @pytest.mark.parametrize("backend", EVERY)
 def test_garbage_in_the_page_table_is_never_written_through(on, backend, rng):
     cache = made(on, st.PagedKV, sequences=4, pages=4, page_size=2, heads=1, width=8)
+    cache = st.PagedKV(*cache.pools, cache.page_table, cache.lengths)  # another owner hands out its pages
     guard = [pool.copy() if isinstance(pool, np.ndarray) else pool.clone() for pool in cache.pools]
     cache.page_table[:, :4] = on.put(np.tile(GARBAGE[:, None], 4))
     cache.lengths[:] = on.put(np.array([0, -7, 2 ** 31 - 2, 3], np.int32))
@@ -126,6 +127,109 @@ def test_a_fork_shares_pages_until_one_writes():
     assert cache.gather()[0][1, 0, :, 0].tolist() == [0, 1, 2, 20] and cache.book.allocator.free == 2
 
 
+def reserved_then_forked(kind, put=lambda x: x):
+    """Three tokens and one more reserved in the page of the last, which a fork then shares."""
+    cache = kind.empty(put(np.zeros(1, np.float32)), sequences=3, pages=6, page_size=2, **(dict(heads=1, width=1) if kind is st.PagedKV else dict(width=4)))
+    given = lambda *x: [put(np.array(x, np.float32).reshape(3, 1, -1, 1))] * 2 if kind is st.PagedKV else [put(np.repeat(np.array(x, np.float32).reshape(3, -1, 1), 4, 2))]  # noqa: E731
+    cache.append(*given(*range(1, 10)), [3, 0, 0])
+    cache.reserve([1, 0, 0])
+    cache.fork(0, 1)
+    return cache, given
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("kind", [st.PagedKV, st.IndexerKeys], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("writer", [0, 1])
+def test_no_write_lands_in_a_page_that_two_share(on, backend, kind, writer):
+    """Room that was reserved before a fork is none after it: the write stores nothing, advance says so, and reserve copies."""
+    cache, given = reserved_then_forked(kind, on.put)
+    pools, one = [to_numpy(pool).copy() for pool in cache.pools], [int(b == writer) for b in range(3)]
+    counts = on.put(np.array(one, np.int32))
+    cache.write(*given(50, 60, 0), counts, backend=backend)
+    assert all((to_numpy(pool) == before).all() for pool, before in zip(cache.pools, pools))
+    with pytest.raises(ValueError, match=f"tokens: expected at most 0 for sequence {writer}, which has so much room of its own, got 1; reserve first, after a fork again"):
+        cache.advance(one)
+    assert to_numpy(cache.lengths).tolist() == [3, 3, 0] == cache.book.lengths
+    cache.reserve(one)
+    cache.write(*given(50, 60, 0), counts, backend=backend)
+    cache.advance(one)
+    k = to_numpy(cache.gather()[0]).astype(np.float32)
+    scale = to_numpy(cache.gather()[1]) if kind is st.IndexerKeys else 1
+    k = k[:, 0, :, 0] if kind is st.PagedKV else k[..., 0] * scale
+    want = np.array([[1, 2, 3, 0], [1, 2, 3, 0]], np.float32)
+    want[writer, 3] = (50, 60)[writer]
+    np.testing.assert_array_almost_equal_nulp(k[:2], want, 2)
+
+
+def test_a_sequence_cut_into_a_shared_page_reserves_before_it_writes():
+    cache, given = reserved_then_forked(st.PagedKV)
+    cache.evict(1, 1)
+    cache.write(*given(0, 60, 0), np.array([0, 1, 0], np.int32))
+    with pytest.raises(ValueError, match="sequence 1"):
+        cache.advance([0, 1, 0])
+    cache.append(*given(0, 60, 0), [0, 1, 0])
+    assert cache.gather()[0][:2, 0, :, 0].tolist() == [[1, 2, 3], [1, 60, 0]]
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("kind", ["paged", "rolling"])
+def test_counts_of_the_device_are_clamped_to_the_rows(on, backend, kind):
+    cache = made(on, st.PagedKV, sequences=3, pages=6, page_size=2, heads=1, width=1) if kind == "paged" else made(on, st.RollingKV, sequences=3, window=4, heads=1, width=1)
+    if kind == "paged":
+        cache.reserve(2)
+    cache.write(*[on.put(np.ones((3, 1, 2, 1), np.float32))] * 2, on.put(np.array([-5, 1, 2 ** 31 - 1], np.int32)), backend=backend)
+    assert to_numpy(cache.lengths).tolist() == [0, 1, 2]
+    cache.advance([0, 1, 2])
+    assert to_numpy(cache.gather()[0])[:, 0, :, 0].tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+def test_one_count_is_for_all_sequences():
+    for cache in (paged(pages=6), st.RollingKV.empty(np.zeros(1, np.float32), sequences=3, window=4, heads=1, width=1)):
+        cache.append(*[np.arange(6, dtype=np.float32).reshape(3, 1, 2, 1)] * 2, 1)
+        assert cache.lengths.tolist() == [1, 1, 1] and cache.gather()[0][:, 0, :, 0].tolist() == [[0], [2], [4]]
+
+
+def test_a_rolling_window_over_given_tensors_knows_its_lengths():
+    made = st.RollingKV.empty(np.zeros(1, np.float32), sequences=2, window=4, heads=1, width=1)
+    made.append(*[np.arange(6, dtype=np.float32).reshape(2, 1, 3, 1)] * 2, [3, 2])
+    cache = st.RollingKV(*made.pools, made.lengths)
+    assert cache.gather()[0][:, 0, :, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
+    cache.write(*[np.full((2, 1, 1, 1), 9, np.float32)] * 2)
+    cache.evict(0)  # the other's tokens stay, told of or not
+    assert cache.lengths.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="tokens: expected one number, or a list of one for each of 2"):
+        cache.advance([1])
+
+
+def test_options_without_a_meaning_are_refused():
+    like, sizes = np.zeros(1, np.float32), dict(sequences=1, pages=1, page_size=2)
+    floats, bytes_ = st.PagedLatent.empty(like, **sizes), st.PagedLatent.empty(like, dtype="float8", **sizes)
+    for cache in (floats, bytes_):
+        cache.append(np.ones((1, 2, 512), np.float32), np.ones((1, 2, 64), np.float32))
+    assert [x.dtype for x in floats.gather()] == [np.float32] * 2 and [x.dtype for x in floats.gather("float16")] == [np.float16] * 2
+    assert [x.dtype for x in bytes_.gather()] == [BF16] * 2 and [x.dtype for x in bytes_.gather("float32")] == [np.float32] * 2
+    for call, words in ((lambda: floats.gather(quantised=True), "quantised: expected False for a cache of float32, got True"),
+                        (lambda: bytes_.gather("float16", quantised=True), "dtype: expected None with quantised=True, got 'float16'"),
+                        (lambda: floats.gather("float8"), "dtype: expected one of"),
+                        (lambda: st.PagedLatent.empty(like, power_of_two=True, **sizes), "power_of_two: expected False for a pool of float32"),
+                        (lambda: st.bytes_per_token("latent", rank=100, dtype="float8"), "rank: expected a multiple of 128")):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+class CuPyLike:
+    """An array whose framework is CuPy, as far as a refusal looks."""
+    __module__ = "cupy"
+    dtype, shape, ndim = np.dtype(np.uint8), (1, 264), 2
+
+
+def test_float8_is_refused_in_cupy_before_anything_is_stored():
+    for call in (lambda: st.IndexerKeys(CuPyLike(), None, None), lambda: st.IndexerKeys.empty(CuPyLike(), sequences=1, pages=1),
+                 lambda: st.PagedLatent(CuPyLike(), None, None, rank=512, rotary=64), lambda: st.PagedLatent.empty(CuPyLike(), sequences=1, pages=1, dtype="float8")):
+        with pytest.raises(st.Unsupported, match="CuPy has no arrays of float8_e4m3fn.*torch"):
+            call()
+
+
 def test_a_full_cache_loses_nothing():
     cache = paged()
     cache.append(*[np.ones((3, 1, 2, 1), np.float32)] * 2)
@@ -147,7 +251,10 @@ def test_a_full_cache_loses_nothing():
     (lambda c: c.evict(3), "sequence: expected an integer from 0 to 2, got 3"), (lambda c: c.reserve(-1), "tokens: expected an integer from 0"),
     (lambda c: c.reserve([1, 2]), "tokens: expected one number, or a list of one for each of 3"), (lambda c: c.advance(4), "tokens: expected at most 1 for sequence 0"),
     (lambda c: c.fork(1, 0), "target: expected an empty sequence, got 0, which holds 2 pages; evict it first"),
-    (lambda c: c.append(row(1, 2, 3), row(1, 2, 3), [1, 2, 0]), "counts: expected at most 1"),
+    (lambda c: c.append(row(1, 2, 3), row(1, 2, 3), [1, 2, 0]), "counts: expected an integer from 0 to 1, got 2"),
+    (lambda c: c.append(row(1, 2, 3), row(1, 2, 3), [1, 1]), "counts: expected one number, or a list of one for each of 3"),
+    (lambda c: c.write(row(1, 2, 3), row(1, 2, 3), np.array([1, 1, 1])), "counts: expected element type int32, got int64"),
+    (lambda c: c.write(row(1, 2, 3), row(1, 2, 3), np.zeros(2, np.int32)), r"counts: expected shape \[B\] \[3\], got \[2\]"),
     (lambda c: c.append(row(1, 2), row(1, 2)), r"k: expected shape \[3, 1, 1, 1\], got \[2, 1, 1, 1\]"),
     (lambda c: c.append(row(1, 2, 3).astype(np.float16), row(1, 2, 3)), "k: expected element type float32, got float16"),
     (lambda c: st.PagedKV(*c.pools, c.page_table, c.lengths).evict(0), "book: expected a cache made by empty"),

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from sparsetile.backends.arrays import ITEMSIZE
 from sparsetile.ops import checks
-from sparsetile.ops.caches.latent import latent_bytes
+from sparsetile.ops.caches.latent import GROUP, latent_bytes
 
 KINDS = ("kv", "latent", "indexer")
 
@@ -20,6 +20,8 @@ def bytes_per_token(kind: str, *, heads=1, width=128, value_width=None, rank=512
     if kind == "indexer":
         return layers * (width + 4)
     if kind == "latent" and dtype == "float8":
+        if rank % GROUP:
+            raise ValueError(f"rank: expected a multiple of {GROUP} for the fp8 layout, got {rank}; such latents are kept in bfloat16")
         return layers * latent_bytes(rank, rotary)
     size = ITEMSIZE[checks.choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64"))]
     return layers * size * (heads * (width + value_width) if kind == "kv" else rank + rotary)

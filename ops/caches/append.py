@@ -1,11 +1,12 @@
 """New rows of a cache, quantised and scattered in one pass: the choice of the kernel `append` (backends/reference/append.py says what it does)."""
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem
+from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, dispatch
 
 
 def append(form, rows, pools, table, lengths, *, page_size, counts=None, ring=None, power_of_two=False, backend=None, config=None) -> None:
-    """Write rows [B,n,...] at positions lengths[b] + i through the page table [B,pages] into the pools, in place.
+    """Write rows [B,n,...] at positions lengths[b] + i through the page table [B,pages] into the pools, in place; then lengths += n, or the counts, clamped to 0 .. n.
 
     form   "copy": row i of rows[x] [B,n,H,C] into pools[x] [N,page,H,C] of the same type, for any number of pairs;
            "latent_fp8": rows (latent [B,n,R], rotary part [B,n,P]) into pools ([N,page,R + R/32 + 2P] bytes,);
@@ -13,6 +14,7 @@ def append(form, rows, pools, table, lengths, *, page_size, counts=None, ring=No
     counts [B] int32: rows at or past it are not written; ring (pinned, window): position p stands in slot p, or pinned + (p - pinned) % window
     """
     B, n = rows[0].shape[:2]
+    checks.lengths("counts", counts, (B,), "[B]")
     named = {f"rows[{x}]": row for x, row in enumerate(rows)} | {f"pools[{x}]": pool for x, pool in enumerate(pools)}
     caller, device = checks.together(named | dict(page_table=table, lengths=lengths, counts=counts))
     kinds = dict(rows=arrays.dtype_name(rows[0]), pool=arrays.dtype_name(pools[0]))
@@ -24,3 +26,4 @@ def append(form, rows, pools, table, lengths, *, page_size, counts=None, ring=No
         if B * n:
             choice.kernel.run(tuple(map(place.native, rows)), tuple(map(place.native, pools)), place.native(table), place.native(lengths), place=place, config=choice.config,
                               form=form, page_size=page_size, counts=None if counts is None else place.native(counts), ring=ring, power_of_two=power_of_two)
+    lengths += n if counts is None else xp.module(counts).clip(counts, 0, n)

@@ -10,12 +10,12 @@ class IndexerKeys(PagedCache):
     """Indexer keys in pages: pool [N,page * (D + 4)] uint8, planar within a page: the D bytes of every key (float8_e4m3fn), then the float32 scale of every key.
 
     With D 128 a token takes 132 bytes. scale = max |x| of the key / 448, or with power_of_two=True the next power of two that is not smaller; it multiplies.
-    D is a multiple of 4. Little endian. Source: DeepSeek-V3.2 (arXiv 2512.02556); DeepGEMM's paged MQA logits.
+    D is a multiple of 4. Little endian. NumPy and PyTorch: CuPy has no float8. Source: DeepSeek-V3.2 (arXiv 2512.02556); DeepGEMM's paged MQA logits.
     """
 
     def __init__(self, pool, page_table, lengths, book=None, *, width=128, power_of_two=False):
         self.width = checks.integer("width", width, 4, 576)
-        memory.pool("pool", pool, 2, "[N,page*(D+4)]", ("uint8",))
+        memory.pool("pool", memory.float8("pool", pool), 2, "[N,page*(D+4)]", ("uint8",))
         if width % 4 or pool.shape[1] % (width + 4):
             raise ValueError(f"pool: expected pages of page_size * (D + 4) bytes, D a multiple of 4, got {pool.shape[1]} bytes and D {width}; a key has one float32 scale")
         self.power_of_two = checks.flag("power_of_two", power_of_two)
@@ -24,7 +24,7 @@ class IndexerKeys(PagedCache):
     @classmethod
     def empty(cls, like, *, sequences, pages, width=128, page_size=64, max_pages=None, power_of_two=False) -> "IndexerKeys":
         """Room for `pages` pages beside the array `like`."""
-        table, lengths, book = cls.book_of(memory.writable("like", like), sequences, pages, page_size, max_pages)
+        table, lengths, book = cls.book_of(memory.float8("like", like), sequences, pages, page_size, max_pages)
         pool = memory.zeros(like, (pages, page_size * (checks.integer("width", width, 4, 576) + 4)), "uint8")
         return cls(pool, table, lengths, book, width=width, power_of_two=power_of_two)
 

@@ -16,24 +16,26 @@ class PagedLatent(PagedCache):
     Bytes of a token of the fp8 layout, R 512 and P 64: 0 .. 511 the latent as float8_e4m3fn; 512 .. 527 four float32 scales, one for each 128 values, which
     multiply them; 528 .. 655 the rotary part as 64 bfloat16, not quantised. Little endian. Any R that 128 divides, any even P likewise: R + 4 R / 128 + 2 P bytes.
     scale = max |x| of the group / 448, or with power_of_two=True the next power of two that is not smaller; a group with NaN or inf is NaN.
-    Source: DeepSeek-V3.2 (arXiv 2512.02556); FlashMLA's README, "FP8 KV cache".
+    The fp8 layout is for NumPy and PyTorch: CuPy has no float8. Source: DeepSeek-V3.2 (arXiv 2512.02556); FlashMLA's README, "FP8 KV cache".
     """
 
     def __init__(self, pool, page_table, lengths, book=None, *, rank, rotary, power_of_two=False):
         R, P = checks.integer("rank", rank, 1, 576), checks.integer("rotary", rotary, 0, 576)
-        memory.pool("pool", pool, 3, "[N,page,R+P] or [N,page,bytes]", (*FLOATS, "uint8"))
-        self.quantised = arrays.dtype_name(pool) == "uint8"
+        self.quantised = arrays.dtype_name(checks.array("pool", pool)) == "uint8"
+        memory.pool("pool", memory.float8("pool", pool) if self.quantised else pool, 3, "[N,page,R+P] or [N,page,bytes]", (*FLOATS, "uint8"))
         if self.quantised and (R % GROUP or P % 2):
             raise ValueError(f"rank: expected multiples of {GROUP} and an even rotary width for the fp8 layout, got {R} and {P}; keep such latents in bfloat16")
         checks.same("pool", "last axis", latent_bytes(R, P) if self.quantised else R + P, pool.shape[2], "it holds one token")
         self.rank, self.rotary, self.power_of_two = R, P, checks.flag("power_of_two", power_of_two)
+        if power_of_two and not self.quantised:
+            raise ValueError(f"power_of_two: expected False for a pool of {arrays.dtype_name(pool)}, got True; only the fp8 layout has scales")
         super().__init__((pool,), int(pool.shape[1]), page_table, lengths, book)
 
     @classmethod
     def empty(cls, like, *, sequences, pages, rank=512, rotary=64, page_size=64, max_pages=None, dtype=None, power_of_two=False) -> "PagedLatent":
         """Room for `pages` pages beside the array `like`; dtype "float8" is the layout of DeepSeek-V3.2, else an element type, by default that of `like`."""
-        table, lengths, book = cls.book_of(memory.writable("like", like), sequences, pages, page_size, max_pages)
-        kind = checks.choice("dtype", dtype or arrays.dtype_name(like), (*FLOATS, "float8"))
+        kind = checks.choice("dtype", dtype or arrays.dtype_name(memory.writable("like", like)), (*FLOATS, "float8"))
+        table, lengths, book = cls.book_of(memory.float8("like", like) if kind == "float8" else like, sequences, pages, page_size, max_pages)
         R, P = checks.integer("rank", rank, 1, 576), checks.integer("rotary", rotary, 0, 576)
         pool = memory.zeros(like, (pages, page_size, latent_bytes(R, P)), "uint8") if kind == "float8" else memory.zeros(like, (pages, page_size, R + P), kind)
         return cls(pool, table, lengths, book, rank=R, rotary=P, power_of_two=power_of_two)
@@ -68,11 +70,18 @@ class PagedLatent(PagedCache):
             raise Unsupported("k: no kernel reads the fp8 layout of a latent cache in place yet; cache.gather() makes arrays of 16 bits that every kernel takes")
         return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start)
 
-    def gather(self, dtype="bfloat16", *, quantised=False):
-        """(latent [B,S,R], k_rope [B,S,P] or None) in one piece, S the longest sequence; 0 past each sequence's tokens. Of the fp8 layout in `dtype`;
-        with quantised=True (latent float8_e4m3fn, k_rope bfloat16, latent_scale [B,S,R/128]), as latent_decompress takes them."""
+    def gather(self, dtype=None, *, quantised=False):
+        """(latent [B,S,R], k_rope [B,S,P] or None) in one piece, S the longest sequence; 0 past each sequence's tokens. In `dtype`, by default the pool's own type, of the fp8
+        layout bfloat16; with quantised=True (latent float8_e4m3fn, k_rope bfloat16, latent_scale [B,S,R/128]), as latent_decompress takes them."""
+        own = arrays.dtype_name(self.pools[0])
+        if checks.flag("quantised", quantised) and not self.quantised:
+            raise ValueError(f"quantised: expected False for a cache of {own}, got True; only the fp8 layout has scales")
+        if quantised and dtype is not None:
+            raise ValueError(f"dtype: expected None with quantised=True, got {checks.shown(dtype)}; what is stored comes in its own types")
+        dtype = checks.choice("dtype", dtype or ("bfloat16" if self.quantised else own), FLOATS)
         rows, R, P = self._gather(self.pools[0]), self.rank, self.rotary
         if not self.quantised:
+            rows = rows if dtype == own else memory.cast(rows, dtype)
             return rows[..., :R], rows[..., R:] if P else None
         latent, scale, rope = parts(rows, R, P)
         if quantised:

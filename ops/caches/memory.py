@@ -15,6 +15,14 @@ def writable(name, x):
     return x
 
 
+def float8(name, x):
+    """The array, if its framework can read bytes as float8_e4m3fn."""
+    if arrays.framework(writable(name, x)) == "cupy":
+        raise Unsupported(f"{name}: CuPy has no arrays of float8_e4m3fn, so what such a cache stores could not be read; make it beside a PyTorch tensor: "
+                          "torch.from_dlpack and cupy.from_dlpack share the memory of rows and queries")
+    return x
+
+
 def zeros(like, shape, dtype: str, value=0):
     """An array of one value beside `like`, in its framework and on its device."""
     name = arrays.framework(writable("like", like))

@@ -9,7 +9,7 @@ from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.append import append
-from sparsetile.ops.caches.pages import Sequences
+from sparsetile.ops.caches.pages import Sequences, of_each
 from sparsetile.ops.selection import Selection
 
 
@@ -55,6 +55,8 @@ class PagedCache(Cache):
 
     Host before device: `reserve` takes pages and uploads the table, `write` is device work alone and may stand in a CUDA graph, `advance` tells the book that
     tokens were written. `append` is the three in a row; around a graph's replay: reserve, replay, advance. Addresses of all tensors stay.
+    A write never lands in a page that two sequences share, replayed or not: `write` goes through a second table, which names only what one sequence owns. Rows that
+    find no page are dropped, and `advance` raises and sets the lengths back.
     """
 
     def __init__(self, pools, page_size: int, page_table, lengths, book=None):
@@ -63,6 +65,7 @@ class PagedCache(Cache):
         checks.same("page_table", "one row for each of `lengths`, B =", lengths.shape[0], page_table.shape[0], "give each sequence its pages")
         checks.together({f"pools[{n}]": pool for n, pool in enumerate(pools)} | dict(page_table=page_table, lengths=lengths))
         self.pools, self.page_size, self.page_table, self.lengths, self.book = tuple(pools), page_size, page_table, lengths, book
+        self._owned = page_table if book is None else memory.zeros(page_table, tuple(page_table.shape), "int32", -1)
 
     @staticmethod
     def book_of(like, sequences, pages, page_size, max_pages):
@@ -96,24 +99,32 @@ class PagedCache(Cache):
             self._publish()
 
     def advance(self, tokens) -> None:
-        """Tell the book that so many tokens were written by `write`."""
-        self._own().advance(tokens)
+        """Tell the book that so many tokens were written by `write`. ValueError where they found no room of their own: none of them counts, and the lengths go back."""
+        book = self._own()
+        tokens = book.counts(tokens)
+        try:
+            book.advance(tokens)
+        except ValueError:
+            self._publish(True)
+            raise
 
     def fork(self, source: int, target: int) -> None:
-        """`target`, an empty sequence, gets the tokens of `source` without a copy; `reserve` copies the last page before one of them writes: call it again after a fork."""
+        """`target`, an empty sequence, gets the tokens of `source` without a copy; `reserve` copies the last page before one of them writes: call it again after a fork,
+        for until then neither can be written there. Tokens that the book was not told of by `advance` are forgotten."""
         self._own().fork(source, target)
         self._publish(True)
 
     def evict(self, sequence: int, keep: int = 0) -> None:
-        """Drop the tokens of a sequence at and past `keep` and give its pages back."""
+        """Drop the tokens of a sequence at and past `keep` and give its pages back. Tokens that the book was not told of by `advance` are forgotten."""
         self._own().evict(sequence, keep)
         self._publish(True)
 
     def _publish(self, lengths=False):
-        table = np.full(tuple(self.page_table.shape), -1, np.int32)
-        for row, held in zip(table, self.book.pages):
-            row[:len(held)] = held
-        memory.put(self.page_table, table)
+        for target, pages in ((self.page_table, self.book.pages), (self._owned, map(self.book.own, range(len(self.book.pages))))):
+            table = np.full(tuple(target.shape), -1, np.int32)
+            for row, held in zip(table, pages):
+                row[:len(held)] = held
+            memory.put(target, table)
         if lengths:
             memory.put(self.lengths, np.array(self.book.lengths, np.int32))
 
@@ -121,14 +132,12 @@ class PagedCache(Cache):
     def _write(self, given, counts, backend):
         """given: (form, rows [B,n,...], options) of `append`, checked."""
         form, rows, options = given
-        append(form, rows, **dict(dict(pools=self.pools), **options), table=self.page_table, lengths=self.lengths, page_size=self.page_size, counts=counts, backend=backend)
-        self.lengths += rows[0].shape[1] if counts is None else counts
+        append(form, rows, **dict(dict(pools=self.pools), **options), table=self._owned, lengths=self.lengths, page_size=self.page_size, counts=counts, backend=backend)
 
     def _append(self, given, counts, backend):
         """reserve, write, advance; counts: how many rows of each sequence are real, on the host."""
-        n = given[1][0].shape[1]
-        if counts is not None and any(count > n for count in self._own().counts(counts)):
-            raise ValueError(f"counts: expected at most {n}, the rows given for each sequence, got {counts}; give more rows")
+        n = int(given[1][0].shape[1])
+        counts = None if counts is None else of_each("counts", counts, len(self._own().pages), n)
         self.reserve(n if counts is None else counts)
         self._write(given, None if counts is None else xp.constant(np.array(counts, np.int32), self.lengths), backend)
         self.advance(n if counts is None else counts)

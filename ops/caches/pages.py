@@ -53,6 +53,15 @@ class PageAllocator:
         return pages
 
 
+def of_each(name: str, x, count: int, most: int = 2 ** 31 - 1) -> list[int]:
+    """One number 0 .. most for all of `count` sequences, or a list of one each -> the list."""
+    if hasattr(x, "__index__") and not getattr(x, "ndim", 0):
+        x = [x] * count
+    if not isinstance(x, (list, tuple)) or len(x) != count:
+        raise ValueError(f"{name}: expected one number, or a list of one for each of {count} sequences, got {checks.shown(x)}; 0 for a sequence that gets none")
+    return [checks.integer(name, n, 0, most) for n in x]
+
+
 class Sequences:
     """`count` sequences over the pages of one allocator, each a list of pages and a number of tokens; at most `most` pages each."""
 
@@ -67,11 +76,7 @@ class Sequences:
 
     def counts(self, tokens) -> list[int]:
         """Tokens of each sequence: one number for all, or one each."""
-        if hasattr(tokens, "__index__") and not getattr(tokens, "ndim", 0):
-            tokens = [tokens] * len(self.pages)
-        if not isinstance(tokens, (list, tuple)) or len(tokens) != len(self.pages):
-            raise ValueError(f"tokens: expected one number, or a list of one for each of {len(self.pages)} sequences, got {checks.shown(tokens)}; 0 for a sequence that gets none")
-        return [checks.integer("tokens", n, 0, 2 ** 31 - 1) for n in tokens]
+        return of_each("tokens", tokens, len(self.pages))
 
     def reserve(self, tokens) -> list[tuple[int, int]]:
         """Room for so many more tokens of each sequence, in pages of its own. Returns (from, to) of the shared pages whose content must be copied."""
@@ -108,16 +113,28 @@ class Sequences:
                 moving.append((b, x))
         return moving
 
+    def own(self, b: int) -> list[int]:
+        """The pages of a sequence, -1 for those it shares: where it may be written."""
+        return [page if self.allocator.owners[page] == 1 else -1 for page in self.pages[b]]
+
+    def room(self, b: int) -> int:
+        """How many more tokens a sequence can take in pages of its own."""
+        length, owned = self.lengths[b], self.own(b)
+        x = length // self.page_size
+        while x < len(owned) and owned[x] >= 0:
+            x += 1
+        return max(0, x * self.page_size - length)
+
     def advance(self, tokens) -> None:
-        """So many tokens were written to each sequence, into room that was reserved."""
+        """So many tokens were written to each sequence, into room that was reserved. ValueError where there is none, or a fork has shared it since."""
         tokens = self.counts(tokens)
         for b, n in enumerate(tokens):
-            if self.lengths[b] + n > len(self.pages[b]) * self.page_size:
-                raise ValueError(f"tokens: expected at most {len(self.pages[b]) * self.page_size - self.lengths[b]} for sequence {b}, which has so much room, got {n}; reserve it first")
+            if n and n > self.room(b):
+                raise ValueError(f"tokens: expected at most {self.room(b)} for sequence {b}, which has so much room of its own, got {n}; reserve first, after a fork again, and then write")
         self.lengths = [length + n for length, n in zip(self.lengths, tokens)]
 
     def fork(self, source: int, target: int) -> None:
-        """`target`, which is empty, gets the tokens of `source` by sharing its pages."""
+        """`target`, which is empty, gets the tokens of `source` by sharing its pages. What was reserved in a page that both now hold is no longer: neither owns it."""
         source, target = self.check("source", source), self.check("target", target)
         if self.pages[target]:
             raise ValueError(f"target: expected an empty sequence, got {target}, which holds {len(self.pages[target])} pages; evict it first")

@@ -9,6 +9,7 @@ from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.append import append
 from sparsetile.ops.caches.kv import FLOATS, rows_of
 from sparsetile.ops.caches.paged import Cache, Keys
+from sparsetile.ops.caches.pages import of_each
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Causal, Full, Pattern, Sink, Window
 from sparsetile.ops.selection import Selection
@@ -33,7 +34,7 @@ class RollingKV(Cache):
         self.pools, self.lengths = (k, v), lengths
         B = int(k.shape[0])
         self._table = xp.constant(np.arange(B, dtype=np.int32)[:, None], lengths)  # to the kernel each sequence is one page
-        self.tokens = [0] * B
+        self.tokens = [max(0, int(n)) for n in xp.to_numpy(lengths)]
 
     @classmethod
     def empty(cls, like, *, sequences, window, heads, width, value_width=None, pinned=0, dtype=None) -> "RollingKV":
@@ -57,20 +58,18 @@ class RollingKV(Cache):
         """k [B,Hk,n,D], v [B,Hk,n,Dv] over the oldest keys, then lengths += n (or counts [B] int32 on the device). Device work only."""
         append("copy", rows_of(self.pools, len(self.tokens), k, v), self.pools, self._table, self.lengths, page_size=self.slots, counts=counts, ring=(self.pinned, self.window),
                backend=backend)
-        self.lengths += k.shape[2] if counts is None else counts
 
     def append(self, k, v, counts=None, *, backend=None) -> None:
         """write, and remember on the host how many tokens came; counts: a list of how many of the n rows are real for each sequence."""
-        n, B = k.shape[2], len(self.tokens)
-        if counts is not None and len(counts) != B:
-            raise ValueError(f"counts: expected {B} numbers, one for each sequence, got {len(counts)}; 0 for a sequence that gets none")
-        counts = None if counts is None else [checks.integer("counts", count, 0, n) for count in counts]
+        rows_of(self.pools, len(self.tokens), k, v)
+        n = int(k.shape[2])
+        counts = None if counts is None else of_each("counts", counts, len(self.tokens), n)
         self.write(k, v, None if counts is None else xp.constant(np.array(counts, np.int32), self.lengths), backend=backend)
-        self.advance([n] * B if counts is None else counts)
+        self.advance(n if counts is None else counts)
 
     def advance(self, tokens) -> None:
-        """Tell the host's count that so many tokens of each sequence were written by `write` (a graph's replay)."""
-        self.tokens = [length + checks.integer("tokens", n, 0) for length, n in zip(self.tokens, tokens)]
+        """Tell the host's count that so many tokens (one number, or a list of one each) were written by `write` (a graph's replay)."""
+        self.tokens = [length + n for length, n in zip(self.tokens, of_each("tokens", tokens, len(self.tokens)))]
 
     def evict(self, sequence: int) -> None:
         """Forget a sequence. (Single keys leave by themselves, the oldest first.)"""
@@ -87,7 +86,7 @@ class RollingKV(Cache):
 
     def _set(self, b, tokens):
         self.tokens[b] = tokens
-        memory.put(self.lengths, np.array(self.tokens, np.int32))
+        memory.put(self.lengths[b:b + 1], np.array([tokens], np.int32))
 
     # ---- reading
     def positions(self, *, in_cache=False):
