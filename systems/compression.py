@@ -64,16 +64,25 @@ def _gelu(x):
     return (0.5 * wide * (1 + xp.module(x).tanh((2 / math.pi) ** 0.5 * (wide + 0.044715 * wide ** 3)))).astype(x.dtype)
 
 
+def pair(compression):
+    """"mean", a callable of blocks [B,H,C,block,D], or a pair of these -> what is used for keys and for values."""
+    both = tuple(compression) if isinstance(compression, (tuple, list)) and len(compression) == 2 else (compression, compression)
+    for how in both:
+        if not callable(how) and not (isinstance(how, str) and how == "mean"):
+            raise TypeError(f"compression: expected \"mean\", a callable of blocks [B,Hk,C,block,D] or a pair of these for keys and values, got {how!r}; see sparsetile.CompressionMLP")
+    return both
+
+
 def compress(name: str, x, how, block: int, stride: int):
-    """x [B,H,S,D] -> [B,H,C,D] by "mean" or a callable of [B,H,C,block,D]; what it answers is checked."""
-    if not callable(how) and how != "mean":
-        raise TypeError(f"compression: expected \"mean\", a callable of blocks [B,Hk,C,block,D] or a pair of these for keys and values, got {how!r}; see sparsetile.CompressionMLP")
-    if x.shape[2] < block:
-        return x[:, :, :0]
-    blocks = windows(x, block, stride)
-    got = mean(blocks) if how == "mean" else how(blocks)
-    wanted = [int(n) for n in (*x.shape[:2], blocks.shape[2], x.shape[3])]
-    if list(getattr(got, "shape", ())) != wanted or str(got.dtype) != str(x.dtype):
-        raise ValueError(f"compression: expected {wanted} {x.dtype} for the blocks of {name}, one row [D] for each block [block,D], got {list(getattr(got, 'shape', ()))} "
+    """x [B,H,S,D] -> [B,H,C,D] by what `pair` gives."""
+    return x[:, :, :0] if x.shape[2] < block else rows_of(name, windows(x, block, stride), how)
+
+
+def rows_of(name: str, blocks, how):
+    """[B,H,C,block,D] -> [B,H,C,D]; what a callable answers is checked."""
+    got = how(blocks) if callable(how) else mean(blocks)
+    wanted = [int(n) for n in (*blocks.shape[:3], blocks.shape[4])]
+    if list(getattr(got, "shape", ())) != wanted or str(got.dtype) != str(blocks.dtype):
+        raise ValueError(f"compression: expected {wanted} {blocks.dtype} for the blocks of {name}, one row [D] for each block [block,D], got {list(getattr(got, 'shape', ()))} "
                          f"{getattr(got, 'dtype', type(got).__name__)}; reduce over the block's axis")
     return got

@@ -30,6 +30,7 @@ def vertical_slash_selection(q, k, *, vertical=1000, slash=6096, last_q=64, forc
     if not B * Hq * T * S:
         return Selection(xp.full(call.q, (B, Hq, T, 1), -1), causal=True)
     lib, (start, length), n = xp.module(call.q), places(call), min(last_q, T)
+    force_slash = min(force_slash, slash)                                                        # of equal sums the farthest would win
     rows = xp.astype(call.q[:, :, T - n:], "float32").reshape(B, Hk, -1, D)
     keys = lib.where((xp.arange(call.q, S) < length)[:, None, :, None], xp.astype(call.k, "float32"), 0)
     seen = (xp.arange(call.q, S) <= (start + T - n + xp.arange(call.q, n))[..., None]) & (xp.arange(call.q, S) < length[..., None])

@@ -10,7 +10,7 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
     """The blocks of every query, as sparse_attention's pattern.
 
     q [B,Hq,T,D], k [B,Hk,S,D]; kv_length, q_start, backend as in sparse_attention.
-    block   keys of a block; block n holds positions n * block ...; the last one may be ragged
+    block        keys of a block; block n holds positions n * block ...; the last one may be ragged
     top_k        blocks a query sees, its own counted: top_k = 1 is the own block alone. Of equal gates the earlier block wins
     Gate: q . mean(keys of the block), the mean rounded to k's type; only blocks that end before the query's own compete. Each query head chooses for itself.
     Returns Selection [B,Hq,T,K], K = min(top_k, blocks), granularity block, causal: the own block is seen up to the query; a query before position 0 sees nothing.
@@ -22,8 +22,8 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
     B, Hq, _, T, S, _, _ = call.sizes
     lib = xp.module(call.q)
     start, length = places(call)
-    block = min(block, max(S, 1))
     own = (start + xp.arange(call.q, T)) // block                               # [B or 1, T]
+    block = min(block, max(S, 1))                                               # a longer one is the only one: its number stays
     indices = lib.broadcast_to(own[:, None, :, None], (B, Hq, T, 1))
     past = min(top_k - 1, -(-S // block) - 1)
     if past > 0:

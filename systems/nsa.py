@@ -4,7 +4,7 @@ from sparsetile.ops import checks
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.importance import importance_topk
 from sparsetile.ops.patterns import Compressed, Window
-from sparsetile.systems.compression import compress
+from sparsetile.systems.compression import compress, pair
 
 BRANCHES = ("compressed", "selected", "sliding")
 
@@ -66,7 +66,7 @@ def attend(q, ks, vs, ck, cv, gates, *, block=32, stride=16, select_block=64, to
 def compressed_keys(k, v, compression, block: int, stride: int):
     """k [B,Hk,S,D], v [B,Hk,S,Dv] -> compressed k [B,Hk,C,D], v [B,Hk,C,Dv]."""
     block, stride = checks.integer("block", block, 1, 2 ** 30), checks.integer("stride", stride, 1, 2 ** 30)
-    of_k, of_v = compression if isinstance(compression, (tuple, list)) and len(compression) == 2 else (compression, compression)
+    of_k, of_v = pair(compression)
     return compress("k", k, of_k, block, stride), compress("v", v, of_v, block, stride)
 
 

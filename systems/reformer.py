@@ -86,13 +86,13 @@ def _neighbours(buckets, chunk, offsets, same_bucket):
     n = -(-(T if same_bucket else R * T) // chunk)                                     # chunks of a span of ranks: a round, or all rounds
 
     def of_chunks(x):
-        x = x.reshape(B, H, -1 if same_bucket else 1, T if same_bucket else R * T)
+        x = x.reshape(B, H, R if same_bucket else 1, T if same_bucket else R * T)
         x = lib.concatenate([x, xp.full(x, (*x.shape[:3], n * chunk - x.shape[3]), -1)], 3).reshape(*x.shape[:3], n, chunk)
         at = xp.arange(x, n)[:, None]
         shifted = [lib.roll(x, -o, 3) for o in offsets]
         if same_bucket:  # no span reaches into another
             shifted = [lib.where((at + o >= 0) & (at + o < n), y, -1) for o, y in zip(offsets, shifted)]
-        return lib.concatenate(shifted, 4).reshape(B, H, -1, len(offsets) * chunk)
+        return lib.concatenate(shifted, 4).reshape(B, H, n * (R if same_bucket else 1), len(offsets) * chunk)
 
     at = (rank // chunk + r * n if same_bucket else (rank + r * T) // chunk).swapaxes(1, 2)
     pick = lambda x: xp.take_rows(of_chunks(x), xp.arange(x, H), at)  # noqa: E731

@@ -34,7 +34,7 @@ def routing(q, k, v, *, centroids, cluster_size=None, causal=True, normalize="la
         raise ValueError(f"centroids: expected [H,C,D] with H in {sorted({1, Hk, Hq})} and C >= 1, got {list(centroids.shape)}; give a set for all heads, or one for each")
     if options.pop("return_lse", False):
         raise ValueError("return_lse: expected False, got True; a mean over clusters has no log-sum-exp")
-    if not T or not S:
+    if not B or not T or not S:
         return sparse_attention(q, k, v, backend=backend, **options)
     lib, C, (start, length) = xp.module(q), centroids.shape[1], places(call)
     wq, wk = (min(-(-n // C) if cluster_size is None else cluster_size, n) for n in (T, S))

@@ -149,7 +149,7 @@ def vertical_slash(q, k, *, vertical, slash, last_q, force_vertical, force_slash
                 for s, weight in zip(keys, np.exp(logits) / np.exp(logits).sum()):
                     columns[s] += weight
                     distances[starts[b] + t - s] += weight
-        ordered = {-d: np.inf if d < force_slash else w for d, w in distances.items()}  # of equal sums the larger distance
+        ordered = {-d: np.inf if d < min(force_slash, slash) else w for d, w in distances.items()}  # of equal sums the larger distance
         verticals, slashes = best(columns, vertical), [-d for d in best(ordered, slash)]
         for t in range(T):
             p = starts[b] + t

@@ -200,6 +200,38 @@ def test_a_cache_answers_as_the_whole_does(on, backend, framework, rng):
         cache.append(put(k[:, :, :1]), put(v[:, :, :1]))
 
 
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_a_cache_drops_what_a_replay_brings_past_its_capacity(framework, rng):
+    """The host does not count a replay: on the device the last key stays what it is, and so do the lengths."""
+    put = torch.from_numpy if framework == "torch" else lambda x: x
+    k = rng.standard_normal((2, 1, 12, 4)).astype(np.float32)
+    cache = st.NativeSparseCache(put(k), put(k), 9, block=4, stride=2)
+    cache.append(put(k[:, :, :8]), put(k[:, :, :8]))
+    cache.filled = 0  # as after replays of a captured append
+    cache.append(put(k[:, :, 8:11]), put(k[:, :, 8:11]))
+    assert list(map(int, cache.lengths)) == [9, 9]
+    q, gates = put(rng.standard_normal((2, 2, 1, 4)).astype(np.float32)), put(np.ones((2, 2, 1, 3), np.float32))
+    knobs = dict(select_block=4, top_k=3, window=3, backend="numba")
+    whole = st.native_sparse_attention(q, put(k[:, :, :9].copy()), put(k[:, :, :9].copy()), gates, block=4, stride=2, **knobs)
+    assert_same_bits("out", cache.attend(q, gates, **knobs), whole)
+
+
+@pytest.mark.parametrize("wrong, error, words", [
+    (lambda c, x: c.append(x[:1], x[:1]), ValueError, r"k: expected shape \[B,Hk,T,D\] \[2, 2, 3, 4\], got \[1, 2, 3, 4\]"), (lambda c, x: c.append(x[:, :1], x), ValueError, "k: expected shape"),
+    (lambda c, x: c.append(x, x[..., :1]), ValueError, "v: expected shape"), (lambda c, x: c.append(x.double(), x), ValueError, "k: expected element type torch.float32"),
+    (lambda c, x: c.append(x, x[:, :, :1]), ValueError, "v: expected number of positions of k 3, got 1"), (lambda c, x: c.append([x] * 3, x), ValueError, "k: expected number of arrays 1, got 3"),
+    (lambda c, x: c.append(x, x, torch.zeros(2)), TypeError, "lengths: expected element type int32"),
+    (lambda c, x: st.NativeSparseCache(x, x, 8, compression="max"), TypeError, "compression: expected"),
+    (lambda c, x: st.NativeSparseCache(x, x, 8, block=2, stride=1, compression=lambda blocks: blocks).append(x, x), ValueError, "compression: expected .*one row"),
+])
+def test_what_a_cache_cannot_take_is_named(wrong, error, words):
+    x = torch.zeros(2, 2, 3, 4)
+    cache = st.NativeSparseCache(x, x, 8, block=2, stride=1)
+    with pytest.raises(error, match=words):
+        wrong(cache, x)
+    assert cache.filled == 0 and not cache.lengths.any()
+
+
 # ----------------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, error, words", [
     (dict(block=10), ValueError, "block: expected a multiple of stride"), (dict(select_block=6), ValueError, "select_block: expected a multiple of stride"),

@@ -229,6 +229,36 @@ def test_reformer_equals_hugging_face(on, backend, decoder, T, chunk, rng):
     judged(out, (hidden,), answer, rng, 3 * chunk * R + D)
 
 
+@pytest.mark.parametrize("knobs", [dict(vertical=1, slash=2, force_vertical=5, force_slash=9), dict(vertical=2, slash=3)], ids=["cut", "published"])
+def test_forced_lines_are_cut_to_the_first_and_the_nearest(knobs, rng):
+    q, k, v, options = made(rng, "ragged")
+    seen = naive.vertical_slash(q, k, last_q=4, **dict(force_vertical=30, force_slash=100) | knobs)
+    p, s = np.arange(14, 21)[:, None], np.arange(21)
+    assert np.array_equal(seen[0, 0], ((s < knobs["vertical"]) | (p - s < knobs["slash"])) & (s <= p))
+    out, lse = st.vertical_slash(q, k, v, last_q=4, return_lse=True, **knobs)
+    judge.answer(out, lse, q, k, v, seen)
+
+
+def test_a_block_longer_than_the_keys(rng):
+    """Queries past the keys, as q_start may put them, are in the one block there is; those of the next block see nothing."""
+    q, k, v = normal(rng, (1, 2, 3, 8), np.float32), normal(rng, (1, 1, 4, 8), np.float32), normal(rng, (1, 1, 4, 8), np.float32)
+    for block in (512, 7):
+        seen = np.broadcast_to((np.arange(5, 8)[:, None] // block == 0), (1, 2, 3, 4)).astype(int)
+        judge.answer(*st.moba(q, k, v, block=block, q_start=5, return_lse=True), q, k, v, seen)
+
+
+@pytest.mark.parametrize("B, T, S", [(0, 4, 4), (1, 0, 4), (1, 4, 0), (1, 0, 0)])
+@pytest.mark.parametrize("system", [*SMALL, "pooled_blocks", "routing", "reformer", "native_sparse_attention"])
+def test_nothing_in_is_nothing_out(system, B, T, S):
+    q, k, gates = (np.ones((B, H, n, width), np.float32) for H, n, width in ((2, T, 8), (1, S, 8), (2, T, 3)))
+    if system == "reformer":
+        out = st.reformer(q, None, q, n_buckets=2, chunk=2)
+    else:
+        more = dict(centroids=np.ones((1, 2, 8), np.float32)) if system == "routing" else dict(q_start=0) if system == "pooled_blocks" else {}
+        out = getattr(st, system)(q, k, k, *[gates] * (system == "native_sparse_attention"), **more)
+    assert out.shape == (B, 2, T, 8) and (system == "reformer" or S or not out.any())
+
+
 @pytest.mark.parametrize("backend", EVERY)
 def test_buckets(on, backend, rng):
     q, rotations = normal(rng, (1, 2, 5, 8), np.float32), normal(rng, (2, 8, 2, 3), np.float32)
