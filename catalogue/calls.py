@@ -2,6 +2,7 @@
 import numpy as np
 
 import sparsetile as st
+from sparsetile.catalogue.system import Inputs
 
 LARGE = 64  # shapes with so many chosen keys take the papers' sizes; smaller ones are for pictures and checks
 
@@ -28,6 +29,31 @@ def moba(x, v):
     """Four blocks of a quarter of top_k; of small shapes, three of two keys."""
     block = max(2, x.shape.top_k // 4)
     return st.moba(x.q, x.k, v, block=block, top_k=x.shape.top_k // block)
+
+
+def infllm(x, v):
+    """Blocks of 64, a third of them the nearest ones, as published; of small shapes, three of two keys."""
+    k = x.shape.top_k
+    sizes = dict(top_k=k // 64, force_last=k // 64 // 3) if k >= LARGE else dict(block=4, stride=2, select_block=2, top_k=k // 2, force_last=1)
+    return st.infllm_v2(x.q, x.k, v, **sizes)
+
+
+def vertical_slash(x, v):
+    """A quarter of top_k are vertical lines; of small shapes, fewer lines are forced."""
+    k = x.shape.top_k
+    return st.vertical_slash(x.q, x.k, v, vertical=k // 4, slash=k - k // 4, **({} if k >= LARGE else dict(force_vertical=1, force_slash=2)))
+
+
+def pooled_blocks(x, v):
+    return st.pooled_blocks(x.q, x.k, v, top_k=max(2, x.shape.top_k // 64))
+
+
+def blocks_of_picture(x):
+    """[T,S] booleans of the first head, each a block of 32 queries and 32 keys: blocks cannot be smaller."""
+    side = 32
+    large = Inputs(x.shape, side * x.tokens)
+    seen = st.pooled_blocks_layout(large.q, large.k, block=side, top_k=x.shape.top_k).mask()[0]
+    return seen.reshape(x.tokens, side, x.tokens, side).any((1, 3))
 
 
 def routing(x, v):

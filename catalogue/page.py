@@ -20,13 +20,14 @@ def asked(kernel: str, backend: str):
 
 
 def runs(kernels, backend: str) -> str:
-    """Element types in which a backend has all these kernels on all its architectures; else why not, in its own words."""
+    """Element types in which a backend has all these kernels on all its architectures; else why not, in its own words. topk chooses by float32 scores of arrays of any type."""
     if not kernels:
         return "the caller's framework computes"
     missing = [name for name in kernels if asked(name, backend) is None]
     if missing:
         return f"{backend} has no {missing[0]} kernel"
-    kinds = [kind for kind in asked(kernels[0], backend)[0] if all(kind in asked(name, backend)[0] for name in kernels)]
+    takes = lambda name, kind: ("float32" if name == "topk" else kind) in asked(name, backend)[0]  # noqa: E731
+    kinds = [kind for kind in matrix.SHORT if all(takes(name, kind) for name in kernels)]
     return " ".join(matrix.SHORT[kind] for kind in kinds) or next(sentence for name in kernels for sentence, _, _ in asked(name, backend)[1])
 
 

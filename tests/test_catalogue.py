@@ -41,7 +41,7 @@ def test_the_page_notices(monkeypatch):
     """A kernel that is gone, or refuses, changes the answer, and the backward's apart from the forward's."""
     needs_every_kernel()
     system = entries.find("dsa")
-    assert page.runs(system.kernels, "numba") == "f32 f16 bf16"
+    assert page.runs(system.kernels, "numba") == "f32 f16 bf16" and page.runs(("topk", "gather_attention"), "numba") == "f32 f16 bf16 f64"
     monkeypatch.setattr(page, "asked", lambda name, backend: None if name == "indexer_topk" else page.matrix.ask(name, backend))
     assert page.runs(system.kernels, "numba") == "numba has no indexer_topk kernel" and page.runs(system.backward, "numba") == "f32 f16 bf16 f64"
     monkeypatch.setattr(page, "asked", lambda name, backend: ([], [("not today; come tomorrow", "f32", "cpu")]))
@@ -116,7 +116,7 @@ def test_pictures():
     seen = np.array([list(line) for line in page.picture(entries.find("dsa"))]) == "#"
     assert seen.shape == (page.SIDE, page.SIDE) and (seen.sum(1) == np.minimum(np.arange(page.SIDE) + 1, SMALL.top_k)).all() and not np.triu(seen, 1).any()
     x = Inputs(SMALL, page.SIDE)
-    for name in ("exact-topk", "moba", "routing", "reformer", "nsa"):
+    for name in ("exact-topk", "moba", "infllm-v2", "vertical-slash", "pooled-blocks", "routing", "reformer", "nsa"):
         drawn = entries.find(name).chosen(x)
         assert not np.triu(drawn, 1).any() and drawn.sum(1).max() <= {"routing": page.SIDE, "reformer": 8, "nsa": 3 * 4 + 2}.get(name, SMALL.top_k) and drawn.any()
     assert (np.diagonal(entries.find("moba").chosen(x))).all()  # its own block
