@@ -5,7 +5,7 @@ device or length: what was not measured is not there.
 """
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
@@ -14,7 +14,8 @@ import sparsetile as st
 from sparsetile.autotune import provenance, timing
 from sparsetile.backends import arrays
 from sparsetile.catalogue.entries import SYSTEMS
-from sparsetile.catalogue.system import CPU, GPU, Inputs
+from sparsetile.catalogue.system import CPU, GPU, Inputs, Shape
+from sparsetile.ops.notation import load_yaml
 from sparsetile.profiles import lookup
 
 SCHEMA, SHIPPED = 1, Path(__file__).with_name("measured")
@@ -99,12 +100,29 @@ def write(data: dict, folder: Path) -> Path:
 def load(path: Path) -> dict:
     """A file's content; ValueError, naming it, if it is none of ours."""
     try:
-        data = yaml.safe_load(Path(path).read_text()) if Path(path).stat().st_size < 1 << 20 else None
-        assert data["schema"] == SCHEMA and data["device"]["name"] and all({"system", "tokens", "pass"} <= set(row) for row in data["rows"])
-    except (yaml.YAMLError, AssertionError, KeyError, TypeError) as error:
-        what = f"{path}: expected measurements of schema {SCHEMA}, got something else ({type(error).__name__})"
-        raise ValueError(f"{what}; write them again with sparsetile catalogue --measure") from None
+        data = load_yaml(Path(path).read_text(encoding="utf-8"), "file") if Path(path).stat().st_size < 1 << 20 else None
+        wrong = _wrong(data)
+    except ValueError as error:  # what is no text, or no plain YAML
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"{path}: expected measurements of schema {SCHEMA}, got {wrong}; write them again with sparsetile catalogue --measure")
     return data
+
+
+def _wrong(data) -> str | None:
+    """None if the data is a file's content, else what it is."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        return "something else"
+    if not isinstance(data.get("device"), dict) or not isinstance(data["device"].get("name"), str):
+        return "no name of a device"
+    sizes = data.get("shape")
+    if not isinstance(sizes, dict) or {field.name for field in fields(Shape)} - {*sizes}:
+        return "no shape with all its sizes"
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("tokens"), int) and {"system", "pass"} <= {*row} for row in rows):
+        return "rows without a system, tokens and a pass"
+    numbers = lambda row: all(isinstance(row.get(name), (int, float)) and row[name] > 0 for name in ("time_us", "times_dense"))  # noqa: E731
+    return None if all(isinstance(row.get("refused"), str) or numbers(row) for row in rows) else "rows without a time or a refusal"
 
 
 def shipped() -> list[dict]:

@@ -17,10 +17,18 @@ def linear_attention(q, k, v, *, causal: bool = False, feature_map=None, chunk: 
     """
     B, Hq, Hk, T, _, _, Dv = arguments.attention(q, k, v)
     causal, chunk = checks.flag("causal", causal), checks.integer("chunk", chunk, 1)
-    phi = elu_plus_one if feature_map is None else feature_map
-    fk = phi(xp.wide(k))
-    out = chunks.attend(arguments.grouped(phi(xp.wide(q)), Hk), fk, xp.wide(v), xp.module(k).zeros_like(fk[..., 0]), causal=causal, chunk=chunk)
+    if feature_map is not None and not callable(feature_map):
+        raise TypeError(f"feature_map: expected a function of arrays [...,D], got {type(feature_map).__name__}; None is elu(x) + 1")
+    fq, fk = (_mapped(elu_plus_one if feature_map is None else feature_map, xp.wide(x)) for x in (q, k))
+    out = chunks.attend(arguments.grouped(fq, Hk), fk, xp.wide(v), xp.module(k).zeros_like(fk[..., 0]), causal=causal, chunk=chunk)
     return xp.as_type_of(out.reshape(B, Hq, T, Dv), q)
+
+
+def _mapped(phi, x):
+    features = phi(x)
+    if list(getattr(features, "shape", ()))[:-1] != list(x.shape[:-1]):
+        raise ValueError(f"feature_map: expected [...,M] for {list(x.shape)}, got {list(getattr(features, 'shape', ()))}; map the last axis alone")
+    return features
 
 
 def elu_plus_one(x):

@@ -15,7 +15,7 @@ def performer_attention(q, k, v, *, features: int = 256, seed: int = 0, projecti
 
     q           [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] of one type: float32, float16, bfloat16, float64; Hq a multiple of Hk
     features    M, random features of all heads; seed: they are drawn from (one seed is the same on every framework)
-    projection  [M,D] in the caller's framework instead of drawn ones
+    projection  [M,D] in the caller's framework instead of drawn ones: then features and seed say nothing
     scale       of the logits, > 0; None is D^-0.5
     causal      query t stands at S - T + t and sees the keys up to there; chunk: queries of a step, which changes the order of summation only
     Returns [B,Hq,T,Dv] in the type of q; features and sums are float32 (float64 for float64). A query without keys, or whose estimated weights all underflow, gets 0.

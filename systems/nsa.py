@@ -1,7 +1,9 @@
 """Native Sparse Attention: a coarse look at compressed keys, a fine one at the blocks that mattered there, and a window; gates weigh the three."""
+from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.attention import sparse_attention
+from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.importance import importance_topk
 from sparsetile.ops.patterns import Compressed, Window
 from sparsetile.systems.compression import compress, pair
@@ -42,6 +44,7 @@ def attend(q, ks, vs, ck, cv, gates, *, block=32, stride=16, select_block=64, to
            return_selection=False, deterministic=True, backend=None):
     """native_sparse_attention where the compressed keys and values ck [B,Hk,C,D], cv [B,Hk,C,Dv] are made already; ks, vs: triples."""
     gates, window = _gates(gates, q), checks.integer("window", window, 0, 2 ** 31 - 1)
+    checks.flag("return_selection", return_selection)
     S, T, start, complete = int(ks[1].shape[2]), int(q.shape[2]), q_start, None
     if kv_length is not None:
         checks.lengths("kv_length", kv_length, (int(q.shape[0]),), "[B]")
@@ -91,6 +94,8 @@ def gated(outs, gates, q):
 
 def branches(name, x):
     """The arrays of the three branches."""
+    if isinstance(x, Cache):
+        raise Unsupported(f"{name}: expected arrays, got a {type(x).__name__}, which keeps no compressed keys; use NativeSparseCache, or pass the arrays of cache.gather()")
     if not isinstance(x, (tuple, list)):
         return checks.array(name, x, 4, "[B,Hk,S,D]"), x, x
     if len(x) != 3:
@@ -106,6 +111,7 @@ def _gates(gates, q):
     rows = list(checks.array("q", q, 4, "[B,Hq,T,D]").shape[:3])
     if not isinstance(gates, (tuple, list)):
         checks.array("gates", gates, 4, "[B,Hq,T,3]", ("float32", "float16", "bfloat16", "float64"))
+        checks.together(dict(q=q, gates=gates))
         checks.same("gates", "shape [B,Hq,T,3]", [*rows, 3], list(gates.shape), f"one value for each of the branches {', '.join(BRANCHES)}")
         return gates[..., 0], gates[..., 1], gates[..., 2]
     if len(gates) != 3:
@@ -113,5 +119,6 @@ def _gates(gates, q):
     for n, gate in zip(BRANCHES, gates):
         if gate is not None:
             checks.array(f"gates ({n})", gate, 3, "[B,Hq,T]", ("float32", "float16", "bfloat16", "float64"))
+            checks.together({"q": q, f"gates ({n})": gate})
             checks.same(f"gates ({n})", "shape [B,Hq,T] of q", rows, list(gate.shape), "one value for each query and head")
     return tuple(gates)

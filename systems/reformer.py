@@ -15,7 +15,7 @@ def lsh_buckets(q, *, n_buckets=None, rounds=1, chunk=64, seed=0, rotations=None
 
     q [B,H,T,D]; n_buckets even, by default the power of two at or below 2 T / chunk, as the published code takes it.
     rotations   R [H or 1, D, rounds, n_buckets / 2] of q's framework; by default normal numbers drawn on the host by `seed`, the same for all heads and on every machine
-                (torch.compile cannot trace the drawing: give them there)
+                (torch.compile cannot trace the drawing: give them there). Given ones say how many rounds and buckets there are
     Of equal products the smaller bucket wins; products are float32 or of q's type. Costs T * rounds * n_buckets / 2 products of width D, memory O(T * rounds).
     Not differentiable. Source: Reformer (arXiv 2001.04451), section 2, "LSH attention".
     """
@@ -27,6 +27,8 @@ def lsh_buckets(q, *, n_buckets=None, rounds=1, chunk=64, seed=0, rotations=None
             raise ValueError(f"n_buckets: expected an even number, a rotation gives two buckets, got {n_buckets}; use {n_buckets + 1}")
         drawn = np.random.default_rng(checks.integer("seed", seed, 0)).standard_normal((1, D, checks.integer("rounds", rounds, 1), n_buckets // 2))
         rotations = xp.constant(drawn.astype(np.float32), call.q)
+    elif n_buckets is not None:
+        raise ValueError(f"n_buckets: expected None beside rotations, got {n_buckets}; their last axis says how many there are")
     checks.array("rotations", rotations, 4, "[H or 1, D, rounds, n_buckets / 2]", ("float32", "float16", "bfloat16", "float64"))
     checks.together(dict(q=q, rotations=rotations))
     if rotations.shape[0] not in (1, H) or rotations.shape[1] != D or 0 in rotations.shape:
@@ -42,7 +44,7 @@ def reformer_selection(q, *, buckets=None, n_buckets=None, rounds=1, chunk=64, c
                        backend=None) -> Selection:
     """The keys of every query, which are the queries themselves: q [B,H,T,D] -> Selection [B,H,T,rounds * chunks * chunk] of single keys.
 
-    buckets       int32 [B,H,rounds,T], any numbers; by default lsh_buckets(q, n_buckets=, rounds=, chunk=, seed=)
+    buckets       int32 [B,H,rounds,T], any numbers; by default lsh_buckets(q, n_buckets=, rounds=, chunk=, seed=). Given ones say how many rounds there are
     chunk         in every round positions are sorted by bucket, then position, and cut into chunks of so many, the last one ragged; keys past kv_length are sorted last
     chunks_before, chunks_after   how many neighbours of its own chunk a query looks at
     same_bucket   False, the convention of trax and Hugging Face: all rounds are one sequence of chunks, which wraps around; keys of other buckets in these chunks are seen
@@ -61,6 +63,8 @@ def reformer_selection(q, *, buckets=None, n_buckets=None, rounds=1, chunk=64, c
     lib, length = xp.module(call.q), places(call)[1]
     if T <= chunk and not same_bucket:  # as Hugging Face does
         buckets, chunk, chunks_before, chunks_after = xp.full(call.q, (B, H, 1, T), 0), max(T, 1), 0, 0
+    elif buckets is not None and n_buckets is not None:
+        raise ValueError(f"n_buckets: expected None beside buckets, got {n_buckets}; it is for drawing them")
     elif buckets is None:
         buckets = lsh_buckets(call.q, n_buckets=n_buckets, rounds=rounds, chunk=chunk, seed=seed, backend=backend)
     checks.array("buckets", buckets, 4, "[B,H,rounds,T]", ("int32",))

@@ -1,11 +1,15 @@
 """What the selectors share: where queries and keys stand, means over windows of keys, and the best keys of every query by plain products."""
+from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import attention, dispatch
+from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.indexer import indexer_topk, topk
 
 
 def check(q, k, kv_length=None, q_start=None, backend=None) -> attention.Call:
     """The arguments of a selector, checked as those of sparse_attention are. The call's q and k carry no gradient."""
+    if isinstance(k, Cache):
+        raise Unsupported(f"k: a selector looks at keys in one piece, got a {type(k).__name__}; pass the arrays of cache.gather(), or a Selection with the cache to sparse_attention")
     return attention.check(xp.constant_of(q), xp.constant_of(k), None, None, None, None, None, kv_length, q_start, 1, True, backend, None)
 
 

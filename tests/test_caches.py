@@ -212,7 +212,9 @@ def test_options_without_a_meaning_are_refused():
                         (lambda: bytes_.gather("float16", quantised=True), "dtype: expected None with quantised=True, got 'float16'"),
                         (lambda: floats.gather("float8"), "dtype: expected one of"),
                         (lambda: st.PagedLatent.empty(like, power_of_two=True, **sizes), "power_of_two: expected False for a pool of float32"),
-                        (lambda: st.bytes_per_token("latent", rank=100, dtype="float8"), "rank: expected a multiple of 128")):
+                        (lambda: st.bytes_per_token("latent", rank=100, dtype="float8"), "rank: expected a multiple of 128"),
+                        (lambda: st.bytes_per_token("indexer", width=7), "width: expected a multiple of 4"), (lambda: st.bytes_per_token("indexer", dtype="int7"), "dtype: expected one of"),
+                        (lambda: st.bytes_per_token("kv", dtype="float8"), "dtype: expected one of")):
         with pytest.raises(ValueError, match=words):
             call()
 

@@ -1,5 +1,6 @@
 """The catalogue: its page is what the code says, its entries say what the calls do, its advice follows from what was measured or counted."""
 import ast
+import dataclasses
 import inspect
 import json
 import math
@@ -135,7 +136,16 @@ def test_measure_write_load(tmp_path):
     assert [speed.row(data, "mistral", n)["tokens"] for n in (8, 16, 47, 48, 10 ** 6)] == [16, 16, 16, 48, 48] and speed.row(data, "dsa", 48) is None and speed.row(None, "mistral", 48) is None
 
 
-@pytest.mark.parametrize("text", ["", "rows: 3", "schema: 1\ndevice: {name: x}\nrows: [{system: a}]", "schema: 2\ndevice: {name: x}\nrows: []", "{", "!!python/object/apply:os.getcwd []"])
+FILE = f"schema: 1\ndevice: {{name: x}}\nshape: {dataclasses.asdict(GPU)}\nrows: "
+
+
+def test_the_smallest_file_is_read(tmp_path):
+    (tmp_path / "x.yaml").write_text(FILE + "[{system: a, tokens: 1, pass: forward, refused: 'no'}]")
+    assert speed.load(tmp_path / "x.yaml")["rows"][0]["refused"] == "no"
+
+
+@pytest.mark.parametrize("text", ["", "rows: 3", "schema: 1\ndevice: {name: x}\nrows: [{system: a}]", "schema: 2\ndevice: {name: x}\nrows: []", "{", "!!python/object/apply:os.getcwd []",
+                                  "schema: 1\ndevice: {name: x}\nrows: []", "a: &a [1]\nb: *a", FILE + "[{system: a, tokens: 1, pass: forward}]", FILE + "[{system: a, tokens: 1, pass: forward, time_us: 1, times_dense: .nan}]"])
 def test_a_bad_file_is_one_error(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"x\.yaml: expected measurements of schema 1"):

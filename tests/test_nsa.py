@@ -237,6 +237,8 @@ def test_what_a_cache_cannot_take_is_named(wrong, error, words):
     (dict(block=10), ValueError, "block: expected a multiple of stride"), (dict(select_block=6), ValueError, "select_block: expected a multiple of stride"),
     (dict(top_k=2), ValueError, "force_first"), (dict(window=-1), ValueError, "window"), (dict(stride=0), ValueError, "stride"),
     (dict(gates=torch.zeros(1, 2, 5)), ValueError, "gates"), (dict(gates=torch.zeros(1, 2, 5, 2)), ValueError, "gates"), (dict(gates=[None] * 3), ValueError, "at least one branch"),
+    (dict(gates=np.zeros((1, 2, 5, 3), np.float32)), ValueError, "gates: expected a torch array on the CPU as q is"),
+    (dict(gates=[np.zeros((1, 2, 5), np.float32), None, None]), ValueError, r"gates \(compressed\): expected a torch array"),
     (dict(k=[torch.zeros(1, 1, 40, 8)] * 2), ValueError, "k: expected one array or three"), (dict(compression="max"), TypeError, "compression"),
     (dict(compression=lambda x: x), ValueError, "one row"), (dict(kv_length=torch.zeros(2, dtype=torch.int32)), ValueError, "kv_length"),
 ])

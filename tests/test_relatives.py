@@ -253,7 +253,8 @@ GOOD = np.ones((1, 2, 4, 8), np.float32)
     (lambda: st.linear_attention(GOOD, GOOD, GOOD, chunk=0), "chunk"), (lambda: st.performer_attention(GOOD, GOOD, GOOD, features=0), "features"),
     (lambda: st.performer_attention(GOOD, GOOD, GOOD, scale=-1), "scale"), (lambda: st.performer_attention(GOOD, GOOD, GOOD, projection=GOOD[0, 0, :, :4]), "projection"),
     (lambda: st.linformer_attention(GOOD, GOOD, GOOD, GOOD[0, 0]), "project_k"), (lambda: st.linformer_attention(GOOD, GOOD, GOOD, np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)), "project_v"),
-    (lambda: st.linear_attention([1.0], GOOD, GOOD), "q"),
+    (lambda: st.linear_attention([1.0], GOOD, GOOD), "q"), (lambda: st.linear_attention(GOOD, GOOD, GOOD, feature_map="elu"), "feature_map"),
+    (lambda: st.linear_attention(GOOD, GOOD, GOOD, feature_map=lambda x: x.sum(-1)), "feature_map"),
 ])
 def test_bad_input_is_named(call, argument):
     with pytest.raises((ValueError, TypeError), match=rf"^{argument}: .*expected .*got .*; "):

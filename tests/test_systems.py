@@ -335,11 +335,16 @@ def test_explained_by_its_attention(system, rng):
     assert said.backend == "numba" and said == st.explain(st.sparse_attention, q, k, v, getattr(st, f"{system}_selection")(q, k, **SMALL[system]))
 
 
+CACHE = st.PagedKV.empty(np.zeros(1, np.float32), sequences=1, pages=1, heads=1, width=13)
 BAD = [("moba", dict(block=0), ValueError, "block: expected an integer from 1"), ("moba", dict(top_k=1.5), TypeError, "top_k: expected an integer"),
        ("exact_topk", dict(top_k=0), ValueError, "top_k: expected an integer from 1"), ("exact_topk", dict(causal=1), TypeError, "causal: expected True or False"),
        ("infllm_v2", dict(block=24), ValueError, "block: expected a multiple of stride = 16"), ("infllm_v2", dict(top_k=20), ValueError, "force_first: expected .* <= top_k = 20"),
        ("pooled_blocks", dict(block=48), ValueError, "block: expected a multiple of 32"), ("pooled_blocks", dict(block=32, q_start=7), ValueError, "q_start: expected an integer that is a multiple"),
        ("vertical_slash", dict(slash=0), ValueError, "slash: expected an integer from 1"), ("reformer", {}, ValueError, "k: expected None"),
+       ("moba", dict(k=CACHE), st.Unsupported, "k: a selector looks at keys in one piece, got a PagedKV"), ("routing", dict(k=CACHE, centroids=np.ones((1, 2, 13), np.float32)), st.Unsupported, "cache.gather"),
+       ("reformer", dict(k=None, chunk=2, n_buckets=4, buckets=np.zeros((1, 2, 1, 7), np.int32)), ValueError, "n_buckets: expected None beside buckets"),
+       ("native_sparse_attention", dict(k=CACHE, gates=np.ones((1, 2, 7, 3), np.float32)), st.Unsupported, "k: expected arrays, got a PagedKV"),
+       ("native_sparse_attention", dict(gates=np.ones((1, 2, 7, 3), np.float32), return_selection=1), TypeError, "return_selection: expected True or False"),
        ("routing", dict(centroids=np.ones((3, 2, 13), np.float32)), ValueError, "centroids: expected .* with H in"), ("routing", dict(centroids=np.ones((1, 2, 12), np.float32)), ValueError, "centroids: expected width D"),
        ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), return_lse=True), ValueError, "return_lse: expected False"),
        ("routing", dict(centroids=np.ones((1, 2, 13), np.float32), normalize="batch"), ValueError, "normalize: expected one of")]
@@ -349,7 +354,12 @@ BAD = [("moba", dict(block=0), ValueError, "block: expected an integer from 1"),
 def test_bad_arguments(system, options, error, says, rng):
     q, k, v, _ = made(rng, "ragged")
     with pytest.raises(error, match=says):
-        getattr(st, system)(q, k, v, **options)
+        getattr(st, system)(**dict(q=q, k=k, v=v) | options)
+
+
+def test_what_rotations_say_is_not_asked_for_again(rng):
+    with pytest.raises(ValueError, match="n_buckets: expected None beside rotations, got 8"):
+        st.lsh_buckets(normal(rng, (1, 1, 4, 8), np.float32), rotations=normal(rng, (1, 8, 1, 2), np.float32), n_buckets=8)
 
 
 @pytest.mark.parametrize("system", SMALL)

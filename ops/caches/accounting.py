@@ -17,13 +17,16 @@ def bytes_per_token(kind: str, *, heads=1, width=128, value_width=None, rank=512
     checks.choice("kind", kind, KINDS)
     heads, width, rank, layers = (checks.integer(name, x, 1) for name, x in (("heads", heads), ("width", width), ("rank", rank), ("layers", layers)))
     rotary, value_width = checks.integer("rotary", rotary, 0), checks.integer("value_width", width if value_width is None else value_width, 1)
+    checks.choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", *["float8"] * (kind != "kv")))
     if kind == "indexer":
+        if width % 4:
+            raise ValueError(f"width: expected a multiple of 4 for indexer keys, got {width}; a key stands beside its float32 scale")
         return layers * (width + 4)
     if kind == "latent" and dtype == "float8":
         if rank % GROUP:
             raise ValueError(f"rank: expected a multiple of {GROUP} for the fp8 layout, got {rank}; such latents are kept in bfloat16")
         return layers * latent_bytes(rank, rotary)
-    size = ITEMSIZE[checks.choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64"))]
+    size = ITEMSIZE[dtype]
     return layers * size * (heads * (width + value_width) if kind == "kv" else rank + rotary)
 
 
