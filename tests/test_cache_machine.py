@@ -59,6 +59,20 @@ class Paged(RuleBasedStateMachine):
         except st.CacheFull:
             pass
 
+    @rule(count=some.integers(1, 4))
+    def write_without_reserving(self, count):
+        """Whatever was reserved before a fork: no other sequence sees it, and what found no room is said."""
+        rows = [self.new(count) for _ in self.model]
+        self.cache.write(*self.given(rows), backend="numba")
+        room = [self.cache.book.room(b) for b in range(SEQUENCES)]
+        if min(room) < count:
+            with pytest.raises(ValueError, match="which has so much room of its own"):
+                self.cache.advance(count)
+        else:
+            self.cache.advance(count)
+            for tokens, row in zip(self.model, rows):
+                tokens += row
+
     @rule(b=one, share=some.floats(0, 1))
     def evict(self, b, share):
         keep = int(len(self.model[b]) * share)

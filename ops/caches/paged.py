@@ -120,11 +120,11 @@ class PagedCache(Cache):
         self._publish(True)
 
     def _publish(self, lengths=False):
-        for target, pages in ((self.page_table, self.book.pages), (self._owned, map(self.book.own, range(len(self.book.pages))))):
-            table = np.full(tuple(target.shape), -1, np.int32)
-            for row, held in zip(table, pages):
-                row[:len(held)] = held
-            memory.put(target, table)
+        table, owned = (np.full(tuple(self.page_table.shape), -1, np.int32) for _ in range(2))
+        for b, held in enumerate(self.book.pages):
+            x, own = self.book.own(b)
+            table[b, :len(held)], owned[b, x:len(held)] = held, own
+        memory.put(self.page_table, table), memory.put(self._owned, owned)
         if lengths:
             memory.put(self.lengths, np.array(self.book.lengths, np.int32))
 

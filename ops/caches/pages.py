@@ -113,17 +113,15 @@ class Sequences:
                 moving.append((b, x))
         return moving
 
-    def own(self, b: int) -> list[int]:
-        """The pages of a sequence, -1 for those it shares: where it may be written."""
-        return [page if self.allocator.owners[page] == 1 else -1 for page in self.pages[b]]
+    def own(self, b: int) -> tuple[int, list[int]]:
+        """(x, pages): from its page x on, where the next token falls, the pages of a sequence, -1 for one it shares: where it may be written."""
+        x = self.lengths[b] // self.page_size
+        return x, [page if self.allocator.owners[page] == 1 else -1 for page in self.pages[b][x:]]
 
     def room(self, b: int) -> int:
         """How many more tokens a sequence can take in pages of its own."""
-        length, owned = self.lengths[b], self.own(b)
-        x = length // self.page_size
-        while x < len(owned) and owned[x] >= 0:
-            x += 1
-        return max(0, x * self.page_size - length)
+        x, owned = self.own(b)
+        return max(0, (x + (owned + [-1]).index(-1)) * self.page_size - self.lengths[b])
 
     def advance(self, tokens) -> None:
         """So many tokens were written to each sequence, into room that was reserved. ValueError where there is none, or a fork has shared it since."""
