@@ -86,3 +86,33 @@ def first_pairs(most: int, N: int) -> int:
 def score_operations(shape, pairs: int) -> int:
     """Of an attention over so many pairs a head, scores and values."""
     return 4 * pairs * shape.Hq * shape.D
+
+
+def exact_topk_operations(s, N: int, *, top_k, causal=True) -> int:
+    """All scores, and attention over the keys chosen."""
+    scored, chosen = (N * (N + 1) // 2, first_pairs(top_k, N)) if causal else (N * N, N * min(top_k, N))
+    return 2 * scored * s.Hq * s.D + score_operations(s, chosen)
+
+
+def moba_operations(s, N: int, *, block, top_k) -> int:
+    """Products with the means of earlier blocks, and attention over the blocks chosen."""
+    return N * N * s.Hq * s.D // block + score_operations(s, first_pairs(block * top_k, N))
+
+
+def infllm_operations(s, N: int, *, stride, select_block, top_k) -> int:
+    """Products with compressed keys, and attention over the blocks chosen."""
+    return N * N * s.Hq * s.D // stride + score_operations(s, first_pairs(select_block * top_k, N))
+
+
+def vertical_slash_operations(s, N: int, *, vertical, slash, last_q) -> int:
+    """Scores of the last queries, and attention over so many lines; a key on two lines is counted twice."""
+    return 2 * min(last_q, N) * N * s.Hq * s.D + score_operations(s, first_pairs(vertical + slash, N))
+
+
+def pooled_blocks_operations(s, N: int, *, block, top_k) -> int:
+    """Products of means of blocks, and attention over the blocks chosen."""
+    return N * N * s.Hq * s.D // block ** 2 + score_operations(s, first_pairs(block * top_k, N))
+
+
+COUNTS = {"exact_topk": exact_topk_operations, "moba": moba_operations, "infllm_v2": infllm_operations, "vertical_slash": vertical_slash_operations, "pooled_blocks": pooled_blocks_operations}
+"""By function: operations of a call's forward over N tokens, all heads, from the call's own arguments."""

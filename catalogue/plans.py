@@ -1,8 +1,10 @@
 """`sparsetile plan`: what a plan of layers reaches and costs, computed before anything runs."""
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
-from sparsetile.catalogue import page
+import sparsetile as st
+from sparsetile.catalogue import calls, page
 from sparsetile.catalogue.entries import SYSTEMS
 from sparsetile.catalogue.system import GPU, Shape
 from sparsetile.ops.pattern import Pattern
@@ -29,7 +31,8 @@ def operations(rule, N: int, shape: Shape) -> int:
     if isinstance(rule, Pattern):
         return rule.flops(N, N, shape.Hq, shape.D)
     if isinstance(rule, Call):
-        return _system(rule).operations(_sized(rule, shape), N)
+        count = calls.COUNTS.get(rule.function)
+        return _system(rule).operations(_sized(rule, shape), N) if count is None else count(shape, N, **_knobs(rule, count))
     scored = N * (N + 1) // 2 if rule.causal else N * N
     heads, width = (shape.Hi, shape.Di) if rule.kind == "indexer_topk" else (shape.Hq, shape.D)
     return 2 * scored * heads * width + 4 * LayerPlan((rule,)).pairs(N, N) * shape.Hq * shape.D
@@ -54,9 +57,14 @@ def _system(rule: Call):
     return found
 
 
+def _knobs(rule: Call, count) -> dict:
+    """What the call is counted by: its own arguments, else the function's defaults."""
+    known = {name: knob.default for name, knob in signature(getattr(st, rule.function)).parameters.items()} | dict(rule.arguments)
+    return {name: known[name] for name, knob in signature(count).parameters.items() if knob.kind is knob.KEYWORD_ONLY}
+
+
 def _sized(rule: Call, shape: Shape) -> Shape:
-    given = dict(rule.arguments)
-    return replace(shape, M=given.get("features", shape.M), top_k=given.get("top_k", shape.top_k))
+    return replace(shape, M=dict(rule.arguments).get("features", shape.M))
 
 
 def read(path: str) -> LayerPlan:

@@ -58,24 +58,25 @@ def recommend(need: Need, device: int | None = None, data: dict | None = None) -
         else:
             left[system.name] = factor
             reasons[system.name] = f"{how}; {_keeps(system, need)}"
-    taken, last = _taken(left, need)
+    taken, last = _taken(left, need, data is not None)
     found = next((system for system in SYSTEMS if system.name == taken), None)
     return {"system": taken, "call": found and found.call, "trained": found and found.trained, "because": last, "basis": _basis(need, data, device), "reasons": reasons}
 
 
-def _taken(left: dict, need: Need):
-    """Rules 2 and 3."""
+def _taken(left: dict, need: Need, measured: bool):
+    """Rules 2 and 3. What was only counted is not called fast."""
     if not left:
         return None, "nothing fits: give more memory or fewer layers at once, or ask to find less"
     fastest = max(left, key=left.get)
     exact = max((name for name in left if next(s for s in SYSTEMS if s.name == name).finds == "all"), key=left.get, default=None)
     guide = f"The field's guides say dense up to {GUIDE:,} tokens" + (", and so do the numbers" if need.length <= GUIDE and fastest == exact else "") + "."
     if exact is None or fastest == exact:
-        return fastest, f"it is the fastest that fits. {guide}"
-    ratio = left[fastest] / left[exact]
+        return fastest, f"it {'is the fastest' if measured else 'counts the fewest operations of those'} that {'fits' if measured else 'fit'}. {guide}"
+    ratio, words = left[fastest] / left[exact], ("is {:.2f} x as fast as", "fastest") if measured else ("counts {:.2f} x fewer operations than", "least")
+    compared = f"{words[0].format(ratio)} {exact}, the {words[1]} exact one that fits"
     if ratio < need.gain:
-        return exact, f"{fastest} is {ratio:.2f} x as fast, less than the {need.gain:g} x that giving up exactness should bring. {guide}"
-    return fastest, f"it is {ratio:.2f} x as fast as {exact}, the fastest exact one that fits. {guide}"
+        return exact, f"{fastest} {compared}: less than the {need.gain:g} x that giving up exactness should bring. {guide}"
+    return fastest, f"it {compared}. {guide}"
 
 
 def _out(system, need, device) -> str | None:

@@ -195,6 +195,7 @@ def test_without_measurements_nothing_is_invented():
     needs_every_kernel()
     answer = recommend.recommend(recommend.Need(65536, find="nearby"), None)
     assert answer["basis"].startswith("counted operations and bytes only: nothing was measured") and not any("measured" in sentence for sentence in answer["reasons"].values())
+    assert "as fast" not in answer["because"] and "counts" in answer["because"] and "counts the fewest operations" in recommend.recommend(recommend.Need(65536, find="all"), None)["because"]
     share = st.mistral(4096).pairs(65536, 65536) / st.Causal().pairs(65536, 65536)
     assert answer["reasons"]["mistral"].startswith(f"{share:.3g} of dense attention's operations, counted; its caches keep 0.5 GiB")
     both = recommend.recommend(recommend.Need(65536, find="landmarks", both_ways=True), None)

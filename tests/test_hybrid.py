@@ -1,6 +1,8 @@
 """Layer plans on a model: dense is the model itself, each layer attends by its own rule, and the cost is known before."""
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from numeric import EPS
 
@@ -87,6 +89,19 @@ def test_cost_and_reach_before_running(monkeypatch):
     assert report["reach"] == {"positions": N, "surely": 6, "at_best": 3}
     monkeypatch.setattr(plans, "FARTHEST", 64)
     assert plans.report(plan, N, SMALL)["reach"] == {"positions": 64, "surely": 6, "at_best": 3}
+
+
+@pytest.mark.parametrize("call, scored, most", [
+    (st.Call("moba", block=8, top_k=3), 192 * 24 // 2, 24), (st.Call("moba"), 192 * 192 // 512 / 2, 1536), (st.Call("infllm_v2", block=8, stride=4, select_block=4, top_k=5, force_last=1), 192 * 48 // 2, 20),
+    (st.Call("vertical_slash", vertical=3, slash=9, last_q=8), 8 * 192, 12), (st.Call("pooled_blocks", block=32, top_k=2), 6 * 6 // 2, 64), (st.Call("exact_topk", top_k=11), 192 * 193 // 2, 11),
+    (st.Call("exact_topk", top_k=11, causal=False), 192 * 192, 11)], ids=repr)
+def test_a_call_is_counted_by_its_own_arguments(call, scored, most, rng):
+    """What it scores, and attention over as many keys as it truly keeps: lines that cross and blocks seen in part count in full."""
+    N, shape = 192, replace(SMALL, Hk=1, Hq=1)
+    q, k = (rng.standard_normal((1, 1, N, shape.D)).astype(np.float32) for _ in range(2))
+    kept = int((call.run(q, k, np.eye(N, dtype=np.float32)[None, None]) > 0).sum())
+    pairs = N * most if dict(call.arguments).get("causal") is False else int(np.minimum(np.arange(1, N + 1), most).sum())
+    assert plans.operations(call, N, shape) == 2 * scored * shape.D + 4 * pairs * shape.D and kept <= pairs <= 1.5 * kept
 
 
 def test_a_call_without_an_entry_has_no_known_cost():
