@@ -40,6 +40,7 @@ SMALL = (  # pattern, B, Hq, Hk, T, S, D, Dv, options
     (Causal(), 1, 4, 2, 500, 900, 128, 128, dict(softcap=5.0)),
     (Window(300) & ~Window(64), 2, 4, 4, 900, 700, 128, 128, {}),
     (Causal(), 3, 24, 8, 512, 512, 128, 128, dict(lengths=(512, 0, 300))),
+    (Window(100) | Sink(4), 2, 2, 1, 2300, 4096, 128, 128, dict(lengths=(4096, 3000))),  # more than 16 query tiles see one key block: sections in the backward
 )
 
 

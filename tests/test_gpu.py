@@ -33,10 +33,10 @@ def cases(make):
     window, fine = st.Window(40) | st.Sink(3), st.Causal() & (st.Window(8) | st.Strided(8))
     attend = lambda backend, q, k, v, rule, **how: st.sparse_attention(q, k, v, rule, return_lse=True, backend=backend, **how)  # noqa: E731
 
-    def gradients(backend, rule, *x):
-        out, lse = attend(backend, *x[:3], rule)
+    def gradients(backend, rule, *x, **how):
+        out, lse = attend(backend, *x[:3], rule, **how)
         return (out, lse, *torch.autograd.grad([out, lse], x[:3], [x[3], x[4]]))
-    cotangents = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, dtype=torch.float32)]
+    cotangents, many = ([make.normal(2, 4, T, 64), make.normal(2, 4, T, dtype=torch.float32)] for T in (50, 2300))
     entries = make.integers(-2, 95, 2, 1, 50, 17)
     indexer = [make.normal(2, 8, 50, 64), make.normal(2, 400, 64), make.normal(2, 8, 50, dtype=torch.float32)]
     latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
@@ -55,6 +55,8 @@ def cases(make):
         "selection": ([*qkv(), entries], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i))),
         "window-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, window, *x)),
         "strided-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, fine, *x)),
+        # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward, in sections
+        "sections-gradients": ([*qkv(2300, 4096, gradient=True), *many, make.integers(0, 4097, 2)], lambda b, *x: gradients(b, window, *x[:5], kv_length=x[5])),
         "selection-gradients": ([*qkv(gradient=True), *cotangents, entries], lambda b, *x: gradients(b, st.Selection(x[5]), *x)),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
@@ -196,9 +198,10 @@ def test_compiled_whole(backend, name, rng):
     inputs = [make() for make in case[0]]
     wanted = run(case, backend, inputs)
     if "gradients" in name:
-        rule = {"window": st.Window(40) | st.Sink(3), "strided": st.Causal() & (st.Window(8) | st.Strided(8))}.get(name.partition("-")[0])
-        attend = torch.compile(lambda q, k, v, i: st.sparse_attention(q, k, v, rule or st.Selection(i), return_lse=True, backend=backend), fullgraph=True, backend="aot_eager")
-        results = attend(*inputs[:3], inputs[5] if rule is None else None)
+        window, fine = st.Window(40) | st.Sink(3), st.Causal() & (st.Window(8) | st.Strided(8))
+        rule = {"window": window, "sections": window, "strided": fine}.get(name.partition("-")[0])
+        attend = torch.compile(lambda q, k, v, i=None, n=None: st.sparse_attention(q, k, v, rule or st.Selection(i), kv_length=n, return_lse=True, backend=backend), fullgraph=True, backend="aot_eager")
+        results = attend(*inputs[:3], *([None] if rule else []), *inputs[5:])
         got = [*results, *torch.autograd.grad(results, inputs[:3], inputs[3:5])]
     else:
         got = torch.compile(lambda *x: case[1](backend, *x), fullgraph=True, backend="aot_eager")(*inputs)

@@ -110,7 +110,8 @@ def seen_by_many(problem: Problem) -> bool:
 def ordered_knobs(problem: Problem) -> dict:
     """How items and additions are ordered on the path "hopper"; what it does not name is as on the portable one. A head whose rows are met at random wants its rows in the L2 cache."""
     if seen_by_many(problem):
-        return dict(heads=8, section=8)
+        differ = "per_head" in problem.features and problem["Hq"] > problem["Hk"]  # within a group of heads: then there are no sections, and additions wait as they did before
+        return dict(heads=32) if differ else dict(heads=8, section=8)
     if "random" in problem.features:
         return dict(heads=2 if problem["T"] >= 32768 else 4 if problem["T"] >= 16384 else 8, walk="freest")
     if problem["D"] <= 64 or any("documents" in word for word in problem.features):

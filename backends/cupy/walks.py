@@ -9,26 +9,27 @@ import heapq
 
 import numpy as np
 
-MOST = 2 ** 16  # entries: a few microseconds each
+MOST = 2 ** 16  # entries: about ten microseconds each
 
 
 def freest_first(offsets: np.ndarray, rows: np.ndarray, nk: int, under_way: int) -> np.ndarray:
     """Walks by list scheduling: `under_way` items of a head at a time, a query tile each in one unit of time; an item takes the row that is free soonest, of several the one that
     somebody else wants soonest."""
-    place, nq = np.zeros(len(rows), np.int32), int(rows.max(initial=0)) + 1
+    place, following, nq = np.zeros(len(rows), np.int32), np.full(len(rows), nk), int(rows.max(initial=0)) + 1
     for first in range(0, (len(offsets) - 1) // 2, nk):
-        blocks = [range(offsets[2 * x], offsets[2 * x + 2]) for x in range(first, first + nk)]
-        following, last = {}, [nk] * nq  # the key block that comes to an entry's row next
-        for j in reversed(range(nk)):
-            for e in blocks[j]:
-                following[e], last[rows[e]] = last[rows[e]], j
-        free, ready = [0.0] * under_way, [0.0] * nq  # when a block of threads, a row is
-        for entries in blocks:
-            now, left = heapq.heappop(free) + 0.5, set(entries)
-            for n in range(len(entries)):
-                e = min(left, key=lambda e: (max(ready[rows[e]], now), following[e], e))
-                left.remove(e)
-                now = max(ready[rows[e]], now) + 1
-                place[e], ready[rows[e]] = n, now + 0.5  # half a tile until the next sees that it is its turn
+        blocks = [slice(offsets[2 * x], offsets[2 * x + 2]) for x in range(first, first + nk)]
+        last = np.full(nq, nk)
+        for j in reversed(range(nk)):  # the key block that comes to an entry's row next
+            following[blocks[j]], last[rows[blocks[j]]] = last[rows[blocks[j]]], j
+        free, ready = [0.0] * under_way, np.zeros(nq)  # when a block of threads, a row is
+        for block in blocks:
+            now, mine, wanted = heapq.heappop(free) + 0.5, rows[block], following[block]
+            soonest = ready[mine]
+            for n in range(len(mine)):
+                at = np.maximum(soonest, now)
+                those = np.flatnonzero(at == at.min())
+                e = those[wanted[those].argmin()]
+                now = at[e] + 1
+                place[block.start + e], ready[mine[e]], soonest[e] = n, now + 0.5, np.inf  # half a tile until the next sees that it is its turn
             heapq.heappush(free, now)
     return place
