@@ -10,15 +10,16 @@ HALF = ("float16", "bfloat16")
 
 def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
     """An array argument: its framework is known, its rank and element type fit."""
+    what = f"array {axes}".rstrip()
     if x is None:
         if optional:
             return None
-        raise TypeError(f"{name}: expected an array {axes}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
+        raise TypeError(f"{name}: expected an {what}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
     framework = arrays.framework(x)
     if framework is None:
-        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX array {axes}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
+        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
     if framework == "torch" and _is_sparse(x):
-        raise TypeError(f"{name}: expected a dense array {axes}, got a tensor of layout {x.layout}; call to_dense() first")
+        raise TypeError(f"{name}: expected a dense {what}, got a tensor of layout {x.layout}; call to_dense() first")
     if ndim is not None and x.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         raise ValueError(f"{name}: expected {ndim if isinstance(ndim, int) else ' or '.join(map(str, ndim))} axes {axes}, got shape {list(x.shape)}; add or remove axes with reshape")
     if dtypes is not None:

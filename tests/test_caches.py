@@ -263,8 +263,9 @@ def test_a_full_cache_loses_nothing():
     (lambda c: st.PagedKV(*c.pools, c.page_table[:2], c.lengths), "page_table: expected one row for each"),
     (lambda c: st.PagedKV(c.pools[0], c.pools[1][:3], c.page_table, c.lengths), "v: expected shape"),
     (lambda c: st.PagedKV(c.pools[0][::2], c.pools[1][::2], c.page_table, c.lengths), "k: expected a contiguous array"),
+    (lambda c: st.IndexerKeys(np.zeros(265, np.uint8)[1:].reshape(1, 264), c.page_table, c.lengths), "pool: expected memory that starts at a multiple of 4 bytes"),
     (lambda c: st.PagedLatent.empty(c.lengths, sequences=1, pages=1, rank=96, dtype="float8"), "multiples of 128"),
-    (lambda c: st.PagedKV.empty(3, sequences=1, pages=1, heads=1, width=1), "like: expected a NumPy"),
+    (lambda c: st.PagedKV.empty(3, sequences=1, pages=1, heads=1, width=1), "like: expected a NumPy, PyTorch, CuPy or JAX array, got int"),
 ])
 def test_misuse_is_named_and_changes_nothing(call, words):
     cache = paged()
