@@ -49,7 +49,7 @@ CASES = {  # lists, nq, nk, global blocks, first, queries from position, queries
     "before the first key": (1, 40, 20, 1, -20, -20 * 128, 40 * 128, 20 * 128, 1, True),
     "longer than the lists": (1, 40, 40, 1, 0, 0, 40 * 128, 45 * 128, 1, True),
     "from the device": (2, 50, 50, 2, 0, 0, 50 * 128, 50 * 128, 1, False),
-    "too many to split": (1, 90, 90, 20, 0, 0, 90 * 128, 90 * 128, 1, False),
+    "too many to split": (1, 50, 50, 12, 0, 0, 50 * 128, 50 * 128, 1, False),
 }
 
 
