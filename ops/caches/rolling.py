@@ -21,6 +21,7 @@ class RollingKV(Cache):
     Position p stands in slot p where p < pinned, else in slot pinned + (p - pinned) % window. `lengths` counts all tokens that ever came. With pinned=0 this is
     Mistral's rolling buffer (arXiv 2310.06825, section 2: position % window), with pinned attention sinks StreamingLLM's cache (arXiv 2309.17453, section 3.2),
     which also gives each key the position it has inside the cache: store keys before their rotation, and rotate what `gather` returns by `positions(in_cache=True)`.
+    A key that a later token took the slot of is seen by no query, also by those that came beside that token: T queries at once see a whole Window(W - 1) where window >= W - 1 + T.
     """
 
     def __init__(self, k, v, lengths, *, pinned=0):
