@@ -134,12 +134,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     softcap = checks.number("softcap", softcap, 0, optional=True)
     checks.row("sink_logits", sink_logits, (Hq,), "[Hq]")
     checks.lengths("kv_length", kv_length, (B,), "[B]")
-    if q_start is None:
-        q_start = None if kv_length is not None else S - T
-    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
-        checks.lengths("q_start", q_start, (B,), "[B]")
-    else:
-        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    q_start = checks.start(q_start, B, None if kv_length is not None else S - T)
     named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "page_table": table, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
     if isinstance(rule, Selection):
         rule.check(B, Hq, Hk, T)

@@ -125,6 +125,15 @@ def lengths(name, x, shape, what):
     return x
 
 
+def start(q_start, B, default):
+    """Position of query 0: a number, int32 [B] on the device of the call, or the default."""
+    if q_start is None:
+        return default
+    if getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
+        return lengths("q_start", q_start, (B,), "[B]")
+    return integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+
+
 def width(name, value):
     if not 1 <= value <= 576:
         raise ValueError(f"{name}: expected a width from 1 to 576, got {value}; split wider heads")

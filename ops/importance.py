@@ -97,12 +97,7 @@ def check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length,
     if not least <= keys <= most:
         raise ValueError(f"keys: expected {least} to {most}, of which {C} blocks of {block} at stride {stride} are made, got {keys}; pass the number of keys before compression")
     checks.lengths("kv_length", kv_length, (B,), "[B]")
-    if q_start is None:
-        q_start = None if kv_length is not None else keys - T
-    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
-        checks.lengths("q_start", q_start, (B,), "[B]")
-    else:
-        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    q_start = checks.start(q_start, B, None if kv_length is not None else keys - T)
     scale = D ** -0.5 if scale is None else checks.number("scale", scale)
     named = dict(q=q, k=k, lse=lse, kv_length=kv_length, q_start=None if isinstance(q_start, int) else q_start)
     return Call(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config, *checks.together(named))

@@ -201,12 +201,7 @@ def check(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activ
     checks.row("k_scale", k_scale, (k.shape[0], S), "[B,S]")
     checks.flag("causal", causal)
     checks.choice("activation", activation, ("relu", None))
-    if q_start is None:
-        q_start = S - T
-    elif getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
-        checks.lengths("q_start", q_start, (B,), "[B]")
-    else:
-        q_start = checks.integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
+    q_start = checks.start(q_start, B, S - T)
     key_start, key_end = _row("key_start", key_start, B, T), _row("key_end", key_end, B, T)
     named = dict(q=q, k=k, weights=weights, k_scale=k_scale, q_start=None if isinstance(q_start, int) else q_start, key_start=key_start, key_end=key_end, page_table=table)
     return Call(op, q, k, weights, k_scale, causal, q_start, key_start, key_end, activation, backend, config, *checks.together(named), table)
