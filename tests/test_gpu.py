@@ -55,8 +55,8 @@ def cases(make):
         "selection": ([*qkv(), entries], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i))),
         "window-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, window, *x)),
         "strided-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, fine, *x)),
-        # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward, in sections
-        "sections-gradients": ([*qkv(2300, 4096, gradient=True), *many, make.integers(0, 4097, 2)], lambda b, *x: gradients(b, window, *x[:5], kv_length=x[5])),
+        # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward
+        "sinks-gradients": ([*qkv(2300, 4096, gradient=True), *many, make.integers(0, 4097, 2)], lambda b, *x: gradients(b, window, *x[:5], kv_length=x[5])),
         "selection-gradients": ([*qkv(gradient=True), *cotangents, entries], lambda b, *x: gradients(b, st.Selection(x[5]), *x)),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
@@ -199,7 +199,7 @@ def test_compiled_whole(backend, name, rng):
     wanted = run(case, backend, inputs)
     if "gradients" in name:
         window, fine = st.Window(40) | st.Sink(3), st.Causal() & (st.Window(8) | st.Strided(8))
-        rule = {"window": window, "sections": window, "strided": fine}.get(name.partition("-")[0])
+        rule = {"window": window, "sinks": window, "strided": fine}.get(name.partition("-")[0])
         attend = torch.compile(lambda q, k, v, i=None, n=None: st.sparse_attention(q, k, v, rule or st.Selection(i), kv_length=n, return_lse=True, backend=backend), fullgraph=True, backend="aot_eager")
         results = attend(*inputs[:3], *([None] if rule else []), *inputs[5:])
         got = [*results, *torch.autograd.grad(results, inputs[:3], inputs[3:5])]

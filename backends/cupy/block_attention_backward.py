@@ -107,16 +107,11 @@ def seen_by_many(problem: Problem) -> bool:
     return any({"global", "sinks"} & set(word.split("+")) for word in problem.features)
 
 
-def ordered_knobs(problem: Problem) -> dict:
-    """How items and additions are ordered on the path "hopper"; what it does not name is as on the portable one. A head whose rows are met at random wants its rows in the L2 cache."""
+def heads_together(problem: Problem) -> int:
+    """Key heads worked on at a time, as measured on an H100 (sinks as globals, not measured). `section`, `walk` and `sums` stay as they were measured too: what a simulation says of their other values is for the tuner to try."""
     if seen_by_many(problem):
-        differ = "per_head" in problem.features and problem["Hq"] > problem["Hk"]  # within a group of heads: then there are no sections, and additions wait as they did before
-        return dict(heads=32) if differ else dict(heads=8, section=8)
-    if "random" in problem.features:
-        return dict(heads=2 if problem["T"] >= 32768 else 4 if problem["T"] >= 16384 else 8, walk="freest")
-    if problem["D"] <= 64 or any("documents" in word for word in problem.features):
-        return dict(heads=16)
-    return dict(sums=2) if "causal" in problem.features and problem["T"] >= 16384 else {}
+        return 32
+    return 16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8
 
 
 def default_config(problem: Problem) -> dict:
@@ -124,7 +119,7 @@ def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
     if problem["T"] > 64 and no_hopper(problem) is None:
-        return {**portable, **ordered_knobs(problem), "path": "hopper", "block_q": 128, "block_k": 128, "tile_k": 64, "tile_q": 32, "stages": 1}
+        return dict(path="hopper", heads=heads_together(problem), sums=1, section=0, walk="descending", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
