@@ -487,6 +487,7 @@ def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
     indices[:, :, 1::3, 0] = rng.integers(0, min(blocks, 2), indices[:, :, 1::3, 0].shape)
     indices[:, :, 1::3, -2:] = indices[:, :, 1::3, :1]
     indices[:, :, -1, 1] = blocks - 1
+    indices[:, :, -2, 1] = 2 ** 32 // 3 + 1  # three times that is 2 in 32 bits
     indices[0, 0, 0] = -1
     lengths = rng.integers(-2, c.K + 5, (c.B, c.G, c.T)).astype(np.int32) if c.lengths else None
     count = oracle.selection_count(indices, c.S, c.Hq, lengths=lengths, granularity=c.granularity, causal=c.causal, kv_length=c.kv, q_start=c.start if c.kv or c.start else c.S - c.T)
