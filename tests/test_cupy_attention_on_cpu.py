@@ -460,6 +460,15 @@ def test_gather_attention(case, kind, rng, place):
           q, k, v, count, scale=c.scale, sink=SINK[:c.Hq] if c.sink else None, softcap=c.softcap, rng=rng)
 
 
+@pytest.mark.parametrize("case, kind", [(Chosen(T=100, backward=(16, 32, 1, 16, 32)), "bfloat16"), (Chosen(T=70, G=2, K=6, granularity=16, causal=True, kv=(33, 90), backward=(16, 64, 4, 32, 32)), "float16"),
+                                        (Chosen(T=70, G=4, D=16, Dv=16, backward=(16, 32, 1, 32, 32)), "bfloat16"), (Chosen(B=1, Hq=2, T=130, G=2, lengths=True, backward=(16, 32, 2, 16, 32)), "bfloat16"),
+                                        (Chosen(T=70, D=16, Dv=16, backward=(32, 32, 1, 32, 32)), "float32")], ids=lambda x: str(x))
+def test_keys_that_many_queries_chose(case, kind, rng, place, monkeypatch):
+    """Tiles of keys cut into parts, whole chunks of queries to a part, of which some are left without; lists of single heads and float32 are not cut."""
+    monkeypatch.setattr(gather_attention_backward, "share_of", lambda items, tiles: 100)
+    test_gather_attention(case, kind, rng, place)
+
+
 UNIONS = [
     Chosen(B=1, Hq=4, Hk=1, T=20, S=400, D=64, Dv=64, K=5, granularity=64, causal=True),
     Chosen(Hq=6, Hk=2, G=2, T=17, S=330, D=128, Dv=128, K=4, granularity=64, causal=True, kv=(100, 330), lengths=True, sink=True),

@@ -301,6 +301,25 @@ def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
         assert_close(name, to_numpy(got), true, one, reduction=S)
 
 
+@both
+@pytest.mark.parametrize("G", [1, 2])
+def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
+    """Native Sparse Attention's first block: its long sums are cut into parts, and twice the same call gives the same bits."""
+    import oracle
+    T, make = 3000, Make(rng)
+    q, k, v, dout = make.normal(1, 4, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 4, T, 64)()
+    indices = rng.integers(0, T // 64 + 1, (1, G, T, 5)).astype(np.int32)
+    indices[..., 0] = 0
+    out = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), 64, causal=True), backend=backend)
+    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    count = np.broadcast_to(oracle.selection_count(indices, T, 4, granularity=64, causal=True, q_start=0), (1, 4, T, T)).astype(np.int64)
+    given = [to_numpy(x.detach()) for x in (q, k, v)]
+    truth, formula = (f(*given, count, to_numpy(dout), scale=0.125) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, true, one, n in zip(("dq", "dk", "dv"), first, truth, formula, (T + 128, 2 * T + 128, 2 * T + 128)):
+        assert_close(name, to_numpy(got), true, one, reduction=n)
+
+
 @pytest.mark.parametrize("backend", ["cupy"])
 @pytest.mark.parametrize("Hq", [128, 70, 3])
 def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
