@@ -509,12 +509,24 @@ def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
     operands = *map(put, (token_major(q), k, v)), put(indices)
     assert gather_union.takes(*operands, kind)
     place.refused = "gather_attention"
-    out, lse = gather_attention.run(*operands, place=place, config=config, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap, sink_logits=put(sink),
-                                    kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    at = dict(place=place, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap,
+              kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    out, lse = gather_attention.run(*operands, config=config, sink_logits=put(sink), **at)
     given, count = dict(scale=c.scale, softcap=c.softcap, sink_logits=sink), np.broadcast_to(count, (c.B, c.Hq, c.T, c.S)).astype(np.int64)
     truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
     assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
+    if eager or kind == "float16":
+        return
+    dout = rng.standard_normal(formula[0].shape).astype(q.dtype)
+    total, delta, _ = attention_delta.run(put(formula[0]), put(dout), put(formula[1]), place=place, sink_logits=put(sink))
+    place.refused = None
+    backward = {**gather_attention_backward.default_config(problem), "path": "union"}
+    assert not isinstance(gather_attention_backward.resources(problem, backward), str)
+    grads = gather_attention_backward.run(*operands, total, delta, put(token_major(dout)), config=backward, **at)
+    true, one = (f(q, k, v, count, dout, **given) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, n in zip(("dq", "dk", "dv"), range(3), (c.S, c.T * c.Hq, c.T * c.Hq)):
+        assert_close(name, grads[got].owner, true[got], one[got], reduction=n + c.D + c.Dv)
 
 
 def test_paths_of_selected_blocks():

@@ -12,11 +12,13 @@ its dq in the type of q whatever out_dtype. Calls that its copies cannot serve (
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import gather_backward_hopper as hopper
+from sparsetile.backends.cupy import gather_union
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, column_slices, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes,
                                                same_memory, selected_values, sliced)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. The rest is for portable"),
+    Tunable("path", ("portable", "hopper", "union"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. "
+            "union: dQ where neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable, and for dK and dV"),
     Tunable("heads", (16, 32, 64), "rows of a tile of dQ: heads that share list and keys"),
     Tunable("tile_k", (32, 64), "keys a step of dQ, and keys of a CTA of dK and dV"),
     Tunable("key_warps", (1, 2, 4), "warps of dQ that share 16 heads and divide a step's keys"),
@@ -51,6 +53,11 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
 def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         return hopper.no_hopper(problem) or Resources(hopper.QUERY_THREADS, max(hopper.QUERY_SHARED, hopper.key_shared(hopper.blocks_of(problem["Hq"]))), 128)
+    if config["path"] == "union":
+        own, rest = gather_union.resources(problem, True), resources(problem, {**config, "path": "portable"})
+        if isinstance(own, str) or isinstance(rest, str):
+            return own if isinstance(own, str) else rest
+        return Resources(max(own.threads, rest.threads), max(own.shared, rest.shared), max(own.registers, rest.registers))
     tk, kw, tq, float32 = config["tile_k"], config["key_warps"], config["tile_q"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, tq) != (32, 32, 1, 32):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and tile_q 32"
@@ -93,7 +100,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     if config["path"] == "hopper":
         return hopper.artifacts(problem)
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
-    return [dict(source=_source(kind), defines=d, names=["rows", "columns", *(["join"] if kind != "float32" else [])]), dict(source="gather_bins", defines=_bin_defines(config), names=["count", "scan", "scatter"])]
+    own = gather_union.artifacts(problem, True) if config["path"] == "union" else []
+    return [*own, dict(source=_source(kind), defines=d, names=["rows", "columns", *(["join"] if kind != "float32" else [])]), dict(source="gather_bins", defines=_bin_defines(config), names=["count", "scan", "scatter"])]
 
 
 def _source(kind: str) -> str:
@@ -156,6 +164,10 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     head = (q.ptr, k.ptr, v.ptr, dout.ptr, lse.ptr, delta.ptr, dq.ptr, dk.ptr, dv.ptr, starts.ptr, items.ptr, parts.ptr, *(x.ptr for x in sums), *selected, *positions,
             *q.strides, *k.strides, *v.strides, *dout.strides, Hq, Hq // Hk, D, Dv, tiles)
     launches = [("rows", grids[0], threads[0], row_slices, shared[0]), ("columns", grids[1] + extra * key_slices, threads[1], key_slices, shared[1])] + [("join", extra, threads[1], 1, 0)] * (extra > 0)
+    if config["path"] == "union" and gather_union.takes(q, k, v, indices, out_kind) and copy_bytes(dout) == 16:
+        gather_union.run_rows(q, k, v, indices, lse, delta, dout, dq, place=place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, softcap=softcap, kv_length=kv_length,
+                              q_start=q_start)
+        del launches[0]
     for name, grid, n, slices, bytes_ in launches:
         nvrtc.function(_source(kind), name, FIELDS, d, place)(grid, n, bytes_, place.stream, *head, slices, chunks, share, extra, 0, scale, softcap or 0.0)
     return dq, dk, dv
