@@ -18,6 +18,7 @@ ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", 
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
+    "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
 
@@ -41,6 +42,8 @@ def cases():
     for D, Dv, Hq, Hk, T, features in ((128, 128, 32, 8, 1, ()), (64, 64, 8, 8, 4, ("softcap",)), (256, 256, 8, 1, 16, ()), (31, 33, 8, 2, 2, ()), (192, 128, 16, 2, 16, ("per_head",)),
                                        (576, 512, 16, 1, 1, ("shared_kv",)), (576, 512, 128, 1, 1, ("shared_kv",)), (576, 512, 16, 1, 1, ())):
         yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
+    for D, Dv, kind, group, granularity, features in ((128, 128, HALF, 16, 64, ("causal",)), (64, 64, "float16", 4, 64, ("softcap",)), (128, 128, HALF, 64, 32, ()), (96, 40, HALF, 1, 16, ())):
+        yield "gather_attention", f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -54,6 +54,8 @@ def cases(make):
         "latent-decode": ([make.normal(3, 70, 2, 576), make.normal(3, 1, 1500, 576), make.integers(0, 1501, 3)],
                           lambda b, q, k, n: attend(b, q, k, None, st.Causal(), value_width=512, kv_length=n)),
         "selection": ([*qkv(), entries], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i))),
+        # enough queries for the path on which neighbours share blocks
+        "blocks": ([*qkv(1100, 1200), make.integers(-2, 40, 2, 2, 1100, 7)], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i, 32, causal=True))),
         "window-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, window, *x)),
         "strided-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, fine, *x)),
         # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward
@@ -304,6 +306,44 @@ def test_products_by_cublas_and_in_a_graph(B, T, is_turned, rng):
     for name, got in (("alone", alone), ("captured", captured)):
         assert_close(name, to_numpy(got), truth, formula, reduction=128)
         assert torch.equal(got[..., 512:], tail)
+
+
+@both
+@pytest.mark.parametrize("Hq, D, Dv, granularity, K", [(32, 128, 128, 64, 12), (40, 64, 128, 32, 20), (6, 128, 64, 128, 5), (66, 96, 40, 16, 40)])
+def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
+    """Native Sparse Attention's shapes: long unions, repeats, entries of every garbage, queries without keys, a length inside a block, NaN behind it."""
+    import oracle
+    T, S, make = 1100, 1237, Make(rng)
+    q, k, v = make.normal(1, Hq, T, D)(), make.normal(1, 2, S, D)(), make.normal(1, 2, S, Dv)()
+    k[:, :, 1209:], v[:, :, 1209:] = np.nan, np.nan
+    indices = rng.integers(-2, S // granularity + 3, (1, 2, T, K)).astype(np.int32)
+    indices[..., 0], indices[:, :, 7::97] = 0, -5
+    length = np.array([1209], np.int32)
+    out, lse = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True), kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
+    count = oracle.selection_count(indices, S, Hq, granularity=granularity, causal=True, kv_length=length, q_start=length - T)
+    count, given = np.broadcast_to(count, (1, Hq, T, S))[..., :1209].astype(np.int64), [to_numpy(x)[:, :, :1209] for x in (q, k, v)]
+    truth, formula = (f(*given, count, scale=D ** -0.5)[:2] for f in (oracle.attention, plain.attention))
+    for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(name, to_numpy(got), true, one, reduction=S)
+
+
+@both
+@pytest.mark.parametrize("G", [1, 2])
+def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
+    """Native Sparse Attention's first block: its long sums are cut into parts, and twice the same call gives the same bits."""
+    import oracle
+    T, make = 3000, Make(rng)
+    q, k, v, dout = make.normal(1, 4, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 4, T, 64)()
+    indices = rng.integers(0, T // 64 + 1, (1, G, T, 5)).astype(np.int32)
+    indices[..., 0] = 0
+    out = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), 64, causal=True), backend=backend)
+    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    count = np.broadcast_to(oracle.selection_count(indices, T, 4, granularity=64, causal=True, q_start=0), (1, 4, T, T)).astype(np.int64)
+    given = [to_numpy(x.detach()) for x in (q, k, v)]
+    truth, formula = (f(*given, count, to_numpy(dout), scale=0.125) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, true, one, n in zip(("dq", "dk", "dv"), first, truth, formula, (T + 128, 2 * T + 128, 2 * T + 128)):
+        assert_close(name, to_numpy(got), true, one, reduction=n)
 
 
 @pytest.mark.parametrize("backend", ["cupy"])
