@@ -52,7 +52,8 @@ def check(model, index, top_k, backend):
     iq, found, lengths = iq[:, :, rows], host(chosen.indices[-1, 0][rows]), host(chosen.lengths[-1, 0][rows])
     seen = (np.arange(S) <= S - T + rows[:, None])[None]
     measure = plain.indexer_scores(iq, ik, iw, k_scale=scale, visible=seen)
-    dots = sum(np.maximum(iq[:, n].astype(float) @ ik[0].astype(float).T, 0) * iw[:, n, :, None] for n in range(iq.shape[1]))
+    keys = ik[0].astype(float).T
+    dots = sum(np.maximum(iq[:, n].astype(float) @ keys, 0) * iw[:, n, :, None] for n in range(iq.shape[1]))
     truth = np.where(seen, dots * scale[:, None].astype(float), -np.inf)
     numeric.assert_chosen("choice", found[None], lengths[None], truth, measure, top_k, visible=seen, reduction=iq.shape[1] * iq.shape[3], accumulator="float8")
     for n, t in enumerate(rows):

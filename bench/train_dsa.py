@@ -89,7 +89,8 @@ class Model(nn.Module):
 def facts(generator, B, N):
     """(tokens [B,N,3], answers [B,N], -100 where nothing is asked): names are told once, then a quarter of the tokens ask for some."""
     told = N - N // 4
-    names = torch.stack([torch.randperm(SYMBOLS ** 2, generator=generator)[:told] for _ in range(B)])
+    step, first = (torch.randint(SYMBOLS ** 2 // 2, (B, 1), generator=generator) for _ in range(2))
+    names = (first + (2 * step + 1) * torch.arange(told)) % SYMBOLS ** 2  # odd steps through a power of two meet no name twice
     values = torch.randint(VALUES, (B, told), generator=generator)
     asked = torch.randint(told, (B, N - told), generator=generator)
     names, shown = torch.cat((names, names.gather(1, asked)), 1), torch.cat((values, torch.full((B, N - told), VALUES)), 1)
@@ -155,7 +156,7 @@ def run(task, args) -> float:
     batch, test = source(task, 1), lambda: source(task, 2, held_out=True)
     B = max(1, args.tokens // N)
     lengths = [N >> n for n in range(20) if N >> n >= min(N, 16 if task == "facts" else 128)][::-1]
-    growing = lambda steps: lambda n: (min(64, max(1, args.tokens // (now := lengths[n * len(lengths) // steps]))), now)  # noqa: E731  long sequences say too little where to look: short ones first
+    growing = lambda steps: lambda n: (min(256, max(1, args.tokens // (now := lengths[n * len(lengths) // steps]))), now)  # noqa: E731  long sequences say too little where to look: short ones first
     train(model, "dense", batch, args.steps, growing(args.steps), 3e-3 if task == "facts" else 2e-3, place, say=f"{task}: dense")
     before = {name: accuracy(model, name, test(), args.tests, B, N, place) for name in ("dense", "sparse")}
     indexers = [p for attention in model.attentions() for p in attention.indexer.parameters()]
