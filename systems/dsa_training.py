@@ -21,13 +21,13 @@ def dsa_warmup(q, k, v=None, *, index_q, index_k, index_weights, scale=None, sin
     q, k, v, scale, sink_logits, q_start, backend, `options` as in sparse_attention; index_q [B,Hi,T,Di], index_k [B,S,Di], index_weights [B,Hi,T] as in indexer_scores (no float8).
     divergence is differentiable in the three arrays of the indexer alone: q and k are constants to it, as the paper detaches the indexer from the model. The model's own
     gradients go through out; the paper freezes the model in this phase. A caller that also detaches the hidden states that the indexer reads trains it apart.
-    A query without keys has divergence 0. Memory O(T): scores and weights are made for a few queries at a time, and again in the backward; the same bits twice.
+    A query without keys has divergence 0. torch.compile leaves the divergence out of its graph. Memory O(T): scores and weights are made for a few queries at a time, and again in the backward; the same bits twice.
     Costs T S / 2 products of the width D of every head more than attention, and as many in the backward. Source: DeepSeek-V3.2 (arXiv 2512.02556), equation 3.
     """
     scale = _check(q, k, index_q, index_k, index_weights, scale, options)
     out, lse = sparse_attention(q, k, v, Causal(), scale=scale, sink_logits=sink_logits, q_start=q_start, return_lse=True, backend=backend, **options)
     call = indexer.check("indexer_scores", index_q, index_k, index_weights, None, True, q_start, None, None, "relu", backend, None)
-    return out, _Dense.apply(index_q, index_k, index_weights, q.detach(), k.detach(), _denominators(lse, sink_logits), scale, call)
+    return out, _of_all(index_q, index_k, index_weights, q.detach(), k.detach(), _denominators(lse, sink_logits), scale, call)
 
 
 def dsa_training(q, k, v=None, *, index_q, index_k, index_weights, top_k=2048, scale=None, sink_logits=None, q_start=None, backend=None, **options):
@@ -81,6 +81,12 @@ class _Dense(torch.autograd.Function):
         return *(g.to(x.dtype) for g, x in zip((dq, dk, dweights), of_indexer)), *[None] * 5
 
 
+@torch.compiler.disable
+def _of_all(*given):
+    """divergence [B,T] over all visible keys: its products are kernels that a compiled graph cannot hold, so it stands beside the graph."""
+    return _Dense.apply(*given)
+
+
 def _runs(call: indexer.Call, q):
     """(slice of queries, slice of the keys that they may see, the indexer's call for them)."""
     B, Hq, T, _ = q.shape
@@ -103,6 +109,7 @@ def _weights(q, k, total, scale, seen, backend):
     return _normalised(torch.stack(sums))
 
 
+@torch.compiler.disable
 def _chosen_weights(q, k, total, scale, indices, backend):
     """The same over chosen keys: indices [B,T,K], -1 where there is none -> [B,T,K]."""
     (B, Hq, T, D), Hk, K = q.shape, k.shape[1], indices.shape[2]

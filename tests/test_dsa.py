@@ -262,3 +262,28 @@ def test_what_training_cannot_take_is_named(rng):
         st.dsa_training(*x, **{name: y.to(torch.float8_e4m3fn) if name != "index_weights" else y for name, y in index.items()})
     with pytest.raises(ValueError, match="mode"):
         st.dsa_latent_attention(*[x[0]] * 6, **index, mode="auto")
+
+
+# ------------------------------------------------------------------------------------------------------------------ frameworks
+def test_torch_compile_takes_the_whole_call(rng):
+    """One graph, the model's gradients with it; lengths on the device too."""
+    torch = pytest.importorskip("torch")
+    torch.compiler.reset()
+    x, index = made(rng, B=2)
+    x, index = [torch.from_numpy(y).requires_grad_() for y in x], {name: torch.from_numpy(y) for name, y in index.items()}
+    length = torch.tensor([21, 13], dtype=torch.int32)
+    call = lambda *x: st.dsa_attention(*x, **index, top_k=5, kv_length=length, backend="numba")  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, two in zip(*([f(*x)] + list(torch.autograd.grad(f(*x).sum(), x)) for f in (call, compiled))):
+        assert_same_bits("compiled", one, two)
+
+
+def test_jax_eager_and_traced(rng):
+    jax = pytest.importorskip("jax")
+    x, index = made(rng, B=2)
+    call = lambda x, index, length: st.dsa_attention(*x, **index, top_k=5, kv_length=length, backend="numba")  # noqa: E731
+    length = np.array([21, 13], np.int32)
+    ours, theirs = call(x, index, length), jax.tree.map(jax.numpy.asarray, (x, index, length))
+    for got in (call(*theirs), jax.jit(call)(*theirs)):
+        assert isinstance(got, jax.Array)
+        assert_same_bits("jax", np.asarray(got), ours)
