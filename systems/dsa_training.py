@@ -100,31 +100,27 @@ def _runs(call: indexer.Call, q):
 def _weights(q, k, total, scale, seen, backend):
     """Attention weights of a few queries, summed over heads and divided by their sum: q [B,Hq,t,D], k [B,Hk,S,D], total [B,Hq,t], seen [B,t,S] -> [B,t,S]."""
     (B, Hq, t, D), (Hk, S) = q.shape, k.shape[1:3]
-    sums = []
-    for b in range(B):
-        keys = torch.where(seen[b].any(0)[:, None], k[b], 0)                                          # what no query sees is not read
-        x = _products(q[b].reshape(Hk, Hq // Hk * t, D), keys, backend).view(Hq, t, S)
-        x = torch.where(seen[b], x.mul_(scale), -torch.inf).sub_(total[b, :, :, None])
-        sums.append(x.exp_().sum(0))
-    return _normalised(torch.stack(sums))
+    keys = torch.where(seen.any(1)[:, None, :, None], k, 0).flatten(0, 1)                             # what no query sees is not read
+    x = _products(q.reshape(B * Hk, Hq // Hk * t, D), keys, backend).view(B, Hq, t, S)
+    x = torch.where(seen[:, None], x.mul_(scale), -torch.inf).sub_(total[..., None])
+    return _normalised(x.exp_().sum(1))
 
 
 @torch.compiler.disable
 def _chosen_weights(q, k, total, scale, indices, backend):
     """The same over chosen keys: indices [B,T,K], -1 where there is none -> [B,T,K]."""
     (B, Hq, T, D), Hk, K = q.shape, k.shape[1], indices.shape[2]
-    found = total.new_zeros(indices.shape)
+    q, total, entries = q.transpose(1, 2).flatten(0, 1), total.transpose(1, 2).flatten(0, 1), indices.flatten(0, 1)  # [B*T,Hq,D] [B*T,Hq] [B*T,K]
+    found = total.new_zeros(entries.shape)
     step = max(1, HELD * (8 if q.is_cuda else 1) // max(1, K * max(Hq, Hk * D)))
-    for b in range(B):
-        for t in range(0, T, step):
-            at = indices[b, t:t + step].long()                                                        # [t,K]
-            keys = k[b][:, at.clamp(min=0)].transpose(0, 1)                                           # [t,Hk,K,D]
-            keys = torch.where((at >= 0)[:, None, :, None], keys, 0).flatten(0, 1)
-            rows = q[b, :, t:t + step].unflatten(0, (Hk, Hq // Hk)).permute(2, 0, 1, 3).flatten(0, 1)  # [t*Hk,g,D]
-            x = _products(rows, keys, backend).view(len(at), Hq, K)
-            x = torch.where((at >= 0)[:, None], x.mul_(scale), -torch.inf).sub_(total[b, :, t:t + step].t()[..., None])
-            found[b, t:t + step] = x.exp_().sum(1)
-    return _normalised(found)
+    for n in range(0, B * T, step):
+        at = entries[n:n + step].long()                                                               # [n,K]
+        b = torch.arange(n, n + len(at), device=at.device)[:, None] // T
+        keys = torch.where((at >= 0)[..., None, None], k[b, :, at.clamp(min=0)], 0).transpose(1, 2)   # [n,Hk,K,D]
+        x = _products(q[n:n + step].reshape(len(at) * Hk, Hq // Hk, D), keys.flatten(0, 1), backend).view(len(at), Hq, K)
+        x = torch.where((at >= 0)[:, None], x.mul_(scale), -torch.inf).sub_(total[n:n + step, :, None])
+        found[n:n + step] = x.exp_().sum(1)
+    return _normalised(found).view(B, T, K)
 
 
 def _products(x, w, backend):
