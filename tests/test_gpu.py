@@ -42,6 +42,7 @@ def cases(make):
     indexer = [make.normal(2, 8, 50, 64), make.normal(2, 400, 64), make.normal(2, 8, 50, dtype=torch.float32)]
     latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
     heads = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, 32)]
+    index = dict(zip(("index_q", "index_k", "index_weights"), (make.normal(2, 8, 50, 64), make.normal(2, 90, 64), make.normal(2, 8, 50, dtype=torch.float32))))
     chosen = lambda s: (s.indices, s.lengths)  # noqa: E731
     absorbed = lambda mode: lambda b, qn, qr, c, uk, uv, r: [st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode, backend=b)]  # noqa: E731
     return {
@@ -68,6 +69,11 @@ def cases(make):
         "decompress": (latent, lambda b, c, uk, uv, r: st.latent_decompress(c, uk, uv, k_rope=r, backend=b)),
         "absorbed": ([*heads, *latent], absorbed("absorbed")),
         "decompressed": ([*heads, *latent], absorbed("decompressed")),
+        "dsa": ([*qkv(), *index.values()], lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, return_lse=True, backend=b)),
+        "dsa-dense": ([*qkv(), *index.values()], lambda b, q, k, v, *i: [st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=90, backend=b)]),
+        "dsa-lengths": ([*qkv(), *index.values(), make.integers(0, 91, 2)],
+                        lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, kv_length=i[3], return_lse=True, backend=b)),
+        "dsa-latent": ([*heads, *latent, *index.values()], lambda b, qn, qr, c, uk, uv, r, *i: [st.dsa_latent_attention(qn, qr, c, r, uk, uv, **dict(zip(index, i)), top_k=20, backend=b)]),
         "merge": ([make.normal(2, 4, 50, 64) for _ in range(2)] + [make.normal(2, 4, 50, dtype=torch.float32) for _ in range(2)],
                   lambda b, o, p, e, f: st.merge_attention([o, p], [e, f], backend=b)),
     }
