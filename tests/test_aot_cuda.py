@@ -41,6 +41,8 @@ def cases():
     for D, Dv, Hq, Hk, T, features in ((128, 128, 32, 8, 1, ()), (64, 64, 8, 8, 4, ("softcap",)), (256, 256, 8, 1, 16, ()), (31, 33, 8, 2, 2, ()), (192, 128, 16, 2, 16, ("per_head",)),
                                        (576, 512, 16, 1, 1, ("shared_kv",)), (576, 512, 128, 1, 1, ("shared_kv",)), (576, 512, 16, 1, 1, ())):
         yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
+    for kind, D, Dv, Hq, Hk, T in ((HALF, 128, 128, 32, 8, 1), (HALF, 576, 512, 16, 1, 1), (HALF, 128, 128, 8, 2, 4096), (SINGLE, 128, 128, 8, 2, 64)):
+        yield "block_attention", f"paged-{D}x{Dv}-{kind}-t{T}", attention(D, Dv, kind, Hq, Hk, ("paged", *["shared_kv"] * (D > 512)), T)
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -37,6 +37,9 @@ def cases():
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
     yield "block_attention", "decode-64-t16", attention(64, 64, Hq=32, Hk=8, T=16, features=("bitmap", "softcap"))
     yield "block_attention", "decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length"))
+    yield "block_attention", "paged-decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length", "paged"))
+    yield "block_attention", "paged-decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length", "paged"))
+    yield "block_attention", "paged-128", attention(128, 128, features=("interval", "kv_length", "paged"))
     for op in ("gather_attention", "gather_attention_backward"):
         yield op, "128", attention(128, 128, features=())
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1, features=("shared_kv", "causal") if op == "gather_attention" else ("causal",))

@@ -2,6 +2,7 @@
 import ml_dtypes
 import numpy as np
 import oracle
+import paged_keys
 import pytest
 from drivers import EVERY, LARGE, arrays
 from numeric import assert_close, plain, to_numpy
@@ -42,6 +43,31 @@ def spoil(on, cache):
 
 
 RULES = {"full": st.Full(), "causal": st.Causal(), "window": st.Window(11), "sinks": st.Window(7) | st.Sink(2) & st.Causal(), "strided": st.Causal() & st.Strided(3)}
+
+
+PAGED = [  # rule, T, Hq, Hk, D, Dv, lengths, page size, holes (batch, page)
+    (st.Causal(), 1, 4, 2, 16, 16, (90, 41), 16, [(0, 2)]), (st.Window(25) | st.Sink(3) & st.Causal(), 3, 6, 2, 24, 40, (70, 5), 32, [(0, 1)]),
+    (st.Full(), 2, 2, 1, 80, 48, (65, 0), 128, []), (st.Causal(), 16, 4, 4, 16, 8, (60, 33), 1, [(0, 59), (1, 0)]),
+    (st.Window(40), 37, 4, 2, 16, 16, (90, 37), 3, [(0, 20), (0, 21), (1, 12)]), (st.Causal() & st.Strided(3), 20, 2, 2, 16, 16, (64, 20), 5, [(0, 0)]),
+]
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", PAGED, ids=lambda c: f"{c[0].kind}-T{c[1]}-page{c[7]}")
+def test_keys_are_read_through_the_table(on, backend, rng, case, dtype):
+    """Pages in any order, holes among them, garbage behind them, NaN in all rows that no sequence holds; sinks, and a kv_length that is shorter than one of the sequences."""
+    rule, T, Hq, Hk, D, Dv, lengths, page, holes = case
+    kind, B, S = BF16 if dtype == "bfloat16" else np.dtype(dtype), 2, max(lengths)
+    q, k, v = normal(rng, B, Hq, T, D, dtype=kind), normal(rng, B, Hk, S, D, dtype=kind), normal(rng, B, Hk, S, Dv, dtype=kind)
+    pools, table = paged_keys.scatter((k, v), lengths, page, rng, holes)
+    cache = st.PagedKV(*(on.put(np.ascontiguousarray(pool.swapaxes(1, 2))) for pool in pools), on.put(table), on.put(np.array(lengths, np.int32)))
+    shorter, sink = np.minimum(lengths, S - 2), rng.standard_normal(Hq).astype(np.float32)
+    seen = rule.visible(shorter[:, None, None] - T + np.arange(T)[:, None], np.arange(S), S) & paged_keys.there(shorter, S, page, holes)[:, None]
+    out, lse = arrays(*on.sparse_attention(q, cache, pattern=rule, sink_logits=sink, kv_length=np.full(B, S - 2, np.int32), return_lse=True))
+    count = np.repeat(seen[:, None], Hq, 1).astype(int)
+    for name, x, truth, one in zip(("out", "lse"), (out, lse), *(f.attention(q, k, v, count, scale=D ** -0.5, sink_logits=sink) for f in (oracle, plain))):
+        assert_close(name, x, truth, one, reduction=S + D)
 
 
 @large
@@ -207,12 +233,6 @@ def test_what_cannot_read_pages_says_so():
     cache = st.PagedKV.empty(torch.zeros(1), sequences=1, pages=1, page_size=2, heads=1, width=4)
     with pytest.raises(st.Unsupported, match=r"call under torch.no_grad\(\), or pass cache.gather\(\)"):
         st.sparse_attention(torch.zeros(1, 1, 1, 4, requires_grad=True), cache)
-    from sparsetile.backends.contract import Problem
-    from sparsetile.ops import dispatch
-    dims, kinds = dict(B=1, Hq=1, Hk=1, T=1, S=64, D=64, Dv=64), dict(q="float16", k="float16", v="float16")
-    pytest.importorskip("triton")
-    for backend in ("triton", "cupy"):
-        assert "cache.gather()" in dispatch.kernel(backend, "block_attention").supports(Problem.of("block_attention", dims, kinds, "sm_90a", ["paged"]))
     small = st.PagedLatent.empty(torch.zeros(1), sequences=1, pages=1, dtype="float8")
     with pytest.raises(st.Unsupported, match=r"cache.gather\(\) makes arrays of 16 bits"):
         st.sparse_attention(torch.zeros(1, 1, 1, 576), small)

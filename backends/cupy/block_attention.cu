@@ -3,7 +3,7 @@
 // Loads and products alternate: while the scores of a key tile are made its values arrive, while the output product runs the next keys arrive
 // (the schedule of FlashAttention-2). A full block inside the keys runs no mask code; any other gets words of bits, one bit per key and row.
 // Defines: KIND, OUT_KIND, BQ, BK (blocks of the lists), TK (keys a step), MT (16-row tiles a warp), DP, DVP (padded widths; a CTA makes DVP columns of
-// the output, blockIdx tells which), COPY (bytes that divide every row, numbers.cuh), SOFTCAP, Q_ORDER, K_ORDER.
+// the output, blockIdx tells which), COPY (bytes that divide every row, numbers.cuh), SOFTCAP, Q_ORDER, K_ORDER, PAGE (pages.cuh).
 #include "tiles.cuh"
 #include "block_forward.cuh"
 
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
   const u16* v = (const u16*)p.v + x.b * p.vb + (x.h / p.group) * p.vh + (i64)x.slice * DVP * p.vd;
   const auto load_keys = [&](const Walk<BK, TK, K_ORDER>& y) {
     copy_tile<u16, TK, DP, COPY, THREADS>(sk, QS, k, p.D, p.kd, [&](int r) {
-      const int key = key_of<BK, K_ORDER>(p.lists, y.block, y.c + r, x.limit);
+      const auto key = p.row(x.b, key_of<BK, K_ORDER>(p.lists, y.block, y.c + r, x.limit));
       return key < 0 ? nullptr : k + key * p.kt;
     });
     cp_commit();
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
 
   if (w.valid()) {
     copy_tile<u16, BQ, DP, COPY, THREADS>(sq, QS, q, p.D, p.qd, [&](int r) { return rows[r] < 0 ? nullptr : q + rows[r] * p.qt; });
-    if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen);
+    if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen, p, x.b);
     load_keys(w);
     cp_wait<0>();
     __syncthreads();
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       cp_wait<0>();
       __syncthreads();  // keys and words are here; nobody reads the values of the last step any more
       copy_tile<u16, TK, DVP, COPY, THREADS>(sv, VS, v, p.Dv - x.slice * DVP, p.vd, [&](int r) {
-        const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
+        const auto key = p.row(x.b, key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit));
         return key < 0 || (masked && !(shown[r >> 5] >> (r & 31) & 1)) ? nullptr : v + key * p.vt;
       });
       cp_commit();
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       __syncthreads();  // values are here; nobody reads the keys any more
       w.next();
       if (w.valid()) {
-        if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words + (odd ^ 1) * BQ * TW, seen + (odd ^ 1) * TW);
+        if (w.masked()) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words + (odd ^ 1) * BQ * TW, seen + (odd ^ 1) * TW, p, x.b);
         load_keys(w);
       }
       add_values(o, s, sv);

@@ -2,9 +2,12 @@
 import math
 from functools import lru_cache
 
+from sparsetile.backends.arrays import View
+
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3}  # numbers.cuh
 LISTS = "8Q6i"      # struct ListArrays
 POSITIONS = "2Q4i"  # struct Positions
+PAGES = "Q2i"       # struct Pages
 HALVES = ("float16", "bfloat16")
 
 
@@ -66,6 +69,25 @@ def position_values(T: int, S: int, kv_length, q_start) -> tuple:
     else:
         value, array, source = 0, q_start.ptr, 1
     return (0 if kv_length is None else kv_length.ptr, array, T, S, value, source)
+
+
+def through_pages(table, *keys) -> tuple:
+    """(keys of a sequence, each of `keys`, fields of struct Pages, defines). Keys [N,H,page,W] behind a table [B,pages] become one tensor of rows that batches share, [1,H,N * page,W]."""
+    if table is None:
+        return keys[0].shape[2], *keys, (), {}
+    (N, _, page, _), pages = keys[0].shape, table.shape[1]
+    return page * pages, *(_rows_of_pool(x) for x in keys), (table.ptr, pages, N), dict(PAGE=page)
+
+
+def _rows_of_pool(x) -> View:
+    N, H, page, W = x.shape
+    n, h, row, w = x.strides
+    return View(x.ptr, (1, H, N * page, W), (0, h, row if page > 1 else n, w), x.dtype, x.device, x.owner)
+
+
+def page_defines(problem) -> dict:
+    """Of a problem, for compiling ahead: the page size that caches have unless told otherwise."""
+    return dict(PAGE=64) if "paged" in problem.features else {}
 
 
 def query_tiles(lists, T: int, q_start, S: int, kv_length) -> int:

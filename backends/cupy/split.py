@@ -10,7 +10,7 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, same_memory
+from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, lists_values, padded, page_defines, position_values, problem_copy_bytes, query_tiles, same_memory, through_pages
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
@@ -45,9 +45,9 @@ class Tiles:
         self.stages = max(2, min(MOST_STAGES, ((half if self.residents == 2 else limit) - fixed) // stage))
         self.shared = fixed + self.stages * stage
 
-    def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool) -> dict:
+    def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool, pages: dict) -> dict:
         return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
-                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap))
+                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **pages)
 
     def merge_defines(self, kind: str, block_q: int) -> dict:
         return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns)
@@ -73,6 +73,8 @@ def resources(problem: Problem, config: dict):
 
 def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
+    if "paged" in problem.features:
+        return "path latent reads keys in one piece, not through a page table; take decode"
     if problem.arch != "sm_90a":
         return f"path latent: {problem.arch} lacks its instructions; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
@@ -97,7 +99,7 @@ def candidates(problem: Problem) -> list[dict]:
     """Configs for up to 32 queries, the best first. Path latent where a key is read for more rows than a tile of mma.sync has, and for one query of 16 heads, where bytes decide:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
-    latent = group > 16 or (group, problem["T"]) == (16, 1)  # it takes queries one by one: more of 16 heads are one tile of decode
+    latent = "paged" not in problem.features and (group > 16 or (group, problem["T"]) == (16, 1))  # it takes queries one by one: more of 16 heads are one tile of decode
     return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in (64, 32)]
 
 
@@ -106,7 +108,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
-    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features), names=["attend"]),
+    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
 
 
@@ -115,10 +117,10 @@ def takes(q, lists, config: dict, out_kind: str) -> bool:
     return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and out_kind == q.dtype and min(q.shape[2], lists.block_q) <= QUERIES
 
 
-def takes_latent(q, k, v, lists, config: dict, scale: float, softcap) -> bool:
+def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table) -> bool:
     """What the copy engine and the order of scores ask of a call on the path "latent"."""
     fits = (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
-    return config["path"] == "latent" and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
+    return config["path"] == "latent" and table is None and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
 
 
 def split_values(place, slots: int, rows: int, columns: int, jobs: int, members: int, shares: int) -> tuple:
@@ -143,10 +145,11 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     return out, lse
 
 
-def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None):
-    if takes_latent(q, k, v, lists, config, scale, softcap):
+def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None):
+    if takes_latent(q, k, v, lists, config, scale, softcap, table):
         return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start)
-    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    S, k, v, pages, page = through_pages(table, k, v)
+    (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     heads = Hq if lists.list_of.shape[1] > 1 else 1
     pack = Hq // Hk if heads == 1 else 1
     queries, tiles = min(T, lists.block_q), query_tiles(lists, T, q_start, S, kv_length)
@@ -158,8 +161,8 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
     scratch, split = split_values(place, 2 * shares, t.rows, t.columns, jobs, members, shares)
     copy = copy_bytes(q, k) if t.shared_kv else copy_bytes(q, k, v)
     at = position_values(T, S, kv_length, q_start)
-    attend = nvrtc.function("block_attention_decode", "attend", FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None), place)
-    attend(shares, t.threads, t.shared, place.stream, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
+    attend = nvrtc.function("block_attention_decode", "attend", PAGES * bool(page) + FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None, page), place)
+    attend(shares, t.threads, t.shared, place.stream, *pages, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
            *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0)
     merge(place, t.merge_defines(q.dtype, lists.block_q), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1, 0))
     return out, lse
