@@ -9,7 +9,8 @@ import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from numeric import assert_close, assert_same_bits, plain
 
-from sparsetile.backends.cupy import block_attention
+from sparsetile.backends.cupy import block_attention, indexer_scores, indexer_topk
+from sparsetile.backends.reference import indexer_topk as reference
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Full, Sink, Strided, Window
 
@@ -67,3 +68,52 @@ def merged(parts, dtype):
     lse = np.logaddexp(*(lse.astype(float) for _, lse in parts))
     base = np.where(np.isneginf(lse), 0, lse)
     return sum(np.exp(e - base)[..., None] * out for out, e in parts).astype(dtype), lse.astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------------- indexer
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+PLAIN = dict(path="scratch", warps=2, row_tiles=1, queries=2, threads=256, ahead=2, ctas=6, candidates=3584, scratch_mb=16)
+INDEXED = [(4, 3, 16, (40, 29), 6, []), (9, 2, 40, (70, 0), 16, [(0, 1)]), (64, 5, 128, (130, 64), 64, [(1, 0)]), (1, 1, 8, (33, 20), 1, [(0, 32), (0, 5), (1, 19)])]
+
+
+def indexed(rng, H, T, D, lengths, page, holes):
+    """Arguments of the indexer over pages, and the same keys in one piece with which of them exist."""
+    B, S = 2, max(lengths)
+    q, k = (rng.standard_normal(shape).astype(np.float32).astype(E4M3) for shape in ((B, H, T, D), (B, S, D)))
+    scale, weights = np.exp2(rng.integers(-3, 4, (B, S))).astype(np.float32), rng.standard_normal((B, H, T)).astype(np.float32)
+    (keys, scales), table = paged_keys.scatter((k.view(np.uint8).astype(np.float32)[:, None], scale[:, None, :, None]), lengths, page, rng, holes)
+    pool = np.zeros((len(keys), page * (D + 4)), np.uint8)                           # planar within a page
+    pool[:, :page * D] = np.where(np.isnan(keys), 0x7F, keys).astype(np.uint8).reshape(len(keys), -1)
+    pool[:, page * D:].view(np.float32)[:] = scales.reshape(len(keys), -1)
+    paged = pool[:, :page * D].reshape(-1, page, D).view(E4M3), pool[:, page * D:].view(np.float32)
+    return (q, k, weights, scale), paged, table, paged_keys.there(lengths, S, page, holes)
+
+
+@pytest.mark.parametrize("case", INDEXED, ids=str)
+def test_indexer_scores(case, rng):
+    """The bits of the same keys in one piece; -inf where no key is."""
+    (q, k, weights, scale), (keys, scales), table, there = indexed(rng, *case)
+    place, S = CpuPlace(), k.shape[1]
+    how = dict(place=place, config=dict(warps=2, row_tiles=1, queries=2), q_start=place.put(np.array(case[3], np.int32) - case[1]), causal=True)
+    end = place.put(np.repeat(np.array(case[3], np.int32)[:, None], case[1], 1))
+    got = indexer_scores.run(*map(place.put, (q, keys, weights)), k_scale=place.put(scales), table=place.put(table), key_end=end, **how).owner
+    want = indexer_scores.run(*map(place.put, (q, k, weights)), k_scale=place.put(scale), key_end=end, **how).owner
+    assert (got[:, :, S:] == -np.inf).all()
+    assert_same_bits("scores", got[:, :, :S], np.where(there[:, None], want, -np.inf).astype(np.float32))
+
+
+@pytest.mark.parametrize("top_k, pool, scored", [(5, 1, False), (50, 1, False), (300, 1, False), (3, 4, False), (40, 7, False), (50, 1, True)])
+@pytest.mark.parametrize("case", INDEXED, ids=str)
+def test_indexer_topk(case, top_k, pool, scored, rng):
+    """What the reference chooses, whose scores are the same (small integers): rows with all of their keys, holes among them, and rows with too many."""
+    (q, k, weights, scale), (keys, scales), table, _ = indexed(rng, *case)
+    q, weights = np.sign(q.astype(np.float32)).astype(E4M3), np.ones_like(weights)
+    keys[:] = np.where(np.isnan(keys.astype(np.float32)), keys, np.round(keys.astype(np.float32)).astype(E4M3))
+    place, T = CpuPlace(), case[1]
+    start, end = np.array(case[3], np.int32) - T, np.repeat(np.array(case[3], np.int32)[:, None], T, 1)
+    rest = dict(causal=True, pool=pool, return_scores=scored)
+    got = indexer_topk.run(*map(place.put, (q, keys, weights)), top_k, place=place, config=PLAIN, k_scale=place.put(scales), table=place.put(table), q_start=place.put(start),
+                           key_end=place.put(end), **rest)
+    for name, x, want in zip(("indices", "lengths", "scores"), got, reference.run(q, keys, weights, top_k, k_scale=scales, table=table, q_start=start, key_end=end, **rest)):
+        if want is not None:
+            assert_same_bits(name, x.owner, want)

@@ -73,16 +73,20 @@ def position_values(T: int, S: int, kv_length, q_start) -> tuple:
 
 def through_pages(table, *keys) -> tuple:
     """(keys of a sequence, each of `keys`, fields of struct Pages, defines). Keys [N,H,page,W] behind a table [B,pages] become one tensor of rows that batches share, [1,H,N * page,W]."""
-    if table is None:
-        return keys[0].shape[2], *keys, (), {}
-    (N, _, page, _), pages = keys[0].shape, table.shape[1]
-    return page * pages, *(_rows_of_pool(x) for x in keys), (table.ptr, pages, N), dict(PAGE=page)
+    S, *pages = pages_of(table, keys[0])
+    return S, *(keys if table is None else map(_rows_of_pool, keys)), *pages
 
 
 def _rows_of_pool(x) -> View:
     N, H, page, W = x.shape
     n, h, row, w = x.strides
     return View(x.ptr, (1, H, N * page, W), (0, h, row if page > 1 else n, w), x.dtype, x.device, x.owner)
+
+
+def pages_of(table, keys) -> tuple:
+    """(keys of a sequence, fields of struct Pages, defines) of keys [N,...,page,W] behind a table [B,pages], or [B,...,S,W] in one piece."""
+    N, page = keys.shape[0], keys.shape[-2]
+    return (page, (), {}) if table is None else (page * table.shape[1], (table.ptr, table.shape[1], N), dict(PAGE=page))
 
 
 def page_defines(problem) -> dict:

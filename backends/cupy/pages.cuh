@@ -14,9 +14,14 @@ struct Pages {  // packed by operands.py in this order, ahead of the other field
     const int page = s < 0 ? -1 : __ldg(table + (i64)b * pages + s / PAGE);
     return page < 0 || page >= count ? -1 : (i64)page * PAGE + s % PAGE;
   }
+  __device__ __forceinline__ i64 place(int b, int s, i64 page_step, i64 step) const {  // the same where pages stand apart: an offset
+    const i64 at = row(b, s);
+    return at < 0 ? -1 : at / PAGE * page_step + at % PAGE * step;
+  }
 };
 #else
 struct Pages {
   template <class I> __device__ __forceinline__ I row(int b, I s) const { return s; }
+  __device__ __forceinline__ i64 place(int b, int s, i64 page_step, i64 step) const { return s * step; }
 };
 #endif

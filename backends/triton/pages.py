@@ -21,6 +21,14 @@ def pages_of(table, s, limit, PAGE: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def page_of(table, key, limit, count, PAGE: tl.constexpr):
+    """(page of each key, 0 where it has none; whether it has one)."""
+    page = tl.load(table + key // PAGE, mask=(key >= 0) & (key < limit), other=-1)
+    ok = (page >= 0) & (page < count)
+    return tl.where(ok, page, 0).to(tl.int64), ok
+
+
+@triton.jit
 def rows_in(pages, key, limit, count, PAGE: tl.constexpr, FAR: tl.constexpr):
     """(rows of the pool, which exist) of keys, by the page of each."""
     ok = (pages >= 0) & (pages < count) & (key < limit)
@@ -30,12 +38,19 @@ def rows_in(pages, key, limit, count, PAGE: tl.constexpr, FAR: tl.constexpr):
     return page * PAGE + key % PAGE, ok
 
 
+def sizes(table, keys) -> tuple:
+    """(keys of a sequence, pages of the pool, page size) of keys [N,...,page,W] behind a table [B,pages]; of keys in one piece (S, None, 0)."""
+    page = keys.shape[-2]
+    return (page, None, 0) if table is None else (page * table.shape[1], keys.shape[0], page)
+
+
 def one_tensor(table, *keys) -> tuple:
     """(keys of a sequence, pages of the pool, page size, whether its elements are far apart, each of `keys`). Keys [N,H,page,W] behind a table [B,pages] become
     one tensor of rows that batches share, [1,H,N * page,W] with a batch step of 0."""
+    S, N, page = sizes(table, keys[0])
     if table is None:
-        return keys[0].shape[2], None, 0, False, *keys
-    N, H, page, _ = keys[0].shape
+        return S, N, page, False, *keys
+    H = keys[0].shape[1]
     steps = [x.stride(2) if page > 1 else x.stride(0) for x in keys]
     rows = (x.as_strided((1, H, N * page, x.shape[3]), (0, x.stride(1), step, 1)) for x, step in zip(keys, steps))
-    return page * table.shape[1], N, page, N * page * max(*steps, 1) >= FAR, *rows
+    return S, N, page, N * page * max(*steps, 1) >= FAR, *rows
