@@ -43,6 +43,9 @@ def cases():
         yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
     for kind, D, Dv, Hq, Hk, T in ((HALF, 128, 128, 32, 8, 1), (HALF, 576, 512, 16, 1, 1), (HALF, 128, 128, 8, 2, 4096), (SINGLE, 128, 128, 8, 2, 64)):
         yield "block_attention", f"paged-{D}x{Dv}-{kind}-t{T}", attention(D, Dv, kind, Hq, Hk, ("paged", *["shared_kv"] * (D > 512)), T)
+    for op, T, Hq, features in (("block_attention", 1, 128, ("paged",)), ("block_attention", 4096, 16, ("paged",)), ("gather_attention", 1, 128, ()), ("gather_attention", 1, 16, ())):
+        dims, kinds, _ = attention(576, 512, Hq=Hq, Hk=1, T=T)
+        yield op, f"float8-latent-h{Hq}-t{T}", (dims, kinds | dict(k="latent_fp8", v="latent_fp8"), ("shared_kv", *features))
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -1,4 +1,5 @@
 """Caches where keys are expected: decode step by step and prefill by chunks equal one full pass; garbage in page tables is not read; holes do not exist."""
+import cache_format
 import ml_dtypes
 import numpy as np
 import oracle
@@ -203,6 +204,39 @@ def test_latents_are_one_head_of_keys_and_values(on, backend, rng, selected):
         judged(f"latent {b}", got[b:b + 1], q[b:b + 1], keys[b:b + 1, :, :n], keys[b:b + 1, :, :n, :R], st.Causal().mask(2, n), scale=0.1)
 
 
+FLOAT8 = [  # rule or None (a selection), T, H, R, P, lengths, page size, holes (batch, page), element type of the queries
+    (st.Causal(), 1, 16, 128, 16, (70, 33), 16, [(0, 1)], "bfloat16"), (st.Window(9), 3, 5, 256, 6, (45, 20), 7, [(1, 2)], "float16"),
+    (st.Full(), 18, 2, 128, 64, (40, 0), 64, [], "bfloat16"), (st.Causal(), 2, 3, 128, 0, (33, 33), 1, [(0, 32)], "bfloat16"),
+    (None, 3, 20, 128, 32, (50, 21), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 3, 256, 2, (30, 30), 5, [], "float16"),
+]
+
+
+@every
+@pytest.mark.parametrize("case", FLOAT8, ids=lambda c: f"{'selection' if c[0] is None else c[0].kind}-T{c[1]}-H{c[2]}-R{c[3]}-P{c[4]}-page{c[6]}")
+def test_float8_latents_are_read_where_they_lie(on, backend, rng, case):
+    """Tokens that an independent quantiser wrote, against float64 of what they store; rounding to the queries' type is what the formula may do. Bytes of NaN wherever nobody may look."""
+    rule, T, H, R, P, lengths, page, holes, dtype = case
+    kind, B, S = BF16 if dtype == "bfloat16" else np.dtype(dtype), 2, max(lengths)
+    q = normal(rng, B, H, T, R + P, dtype=kind)
+    rows = np.array([[np.frombuffer(cache_format.latent_token(normal(rng, R), normal(rng, P), False), np.uint8) for _ in range(S)] for _ in range(B)])
+    stored = (rows[..., :R].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float64).reshape(B, S, -1, 128) * rows[..., R:R + R // 32].copy().view(np.float32)[..., None]).reshape(B, S, R)
+    keys = np.concatenate([stored, rows[..., R + R // 32:].copy().view(BF16).astype(np.float64)], -1)[:, None]
+    (pool,), table = paged_keys.scatter((rows[:, None].astype(np.float32),), lengths, page, rng, holes)
+    pool = np.where(np.isnan(pool), 0x7F, pool).astype(np.uint8)[:, 0]
+    cache = st.PagedLatent(on.put(pool), on.put(table), on.put(np.array(lengths, np.int32)), rank=R, rotary=P)
+    there, at = paged_keys.there(lengths, S, page, holes)[:, None], np.array(lengths)[:, None, None] - T + np.arange(T)[:, None]
+    if rule is None:
+        chosen = np.array([[rng.permutation(S)[:12] for _ in range(T)] for _ in range(B)], np.int32)
+        seen = (chosen[..., None] == np.arange(S)).any(2) & there & (np.arange(S) <= at)
+        pattern = on.selection(chosen[:, None], causal=True)
+    else:
+        seen, pattern = rule.visible(at, np.arange(S), S) & there, rule
+    out, lse = arrays(*on.sparse_attention(q, cache, pattern=pattern, scale=0.1, return_lse=True))
+    count, given = np.repeat(seen[:, None], H, 1).astype(int), [x.astype(kind) for x in (keys, keys[..., :R])]
+    for name, x, truth, one in zip(("out", "lse"), (out, lse), oracle.attention(q, keys, keys[..., :R], count, scale=0.1), plain.attention(q, *given, count, scale=0.1)):
+        assert_close(name, x, truth, one, reduction=S + R + P)
+
+
 def test_growing_lengths_build_nothing_anew(rng):
     """Twenty steps of decode make lists once or twice, not each time."""
     from sparsetile.ops import attention
@@ -233,6 +267,3 @@ def test_what_cannot_read_pages_says_so():
     cache = st.PagedKV.empty(torch.zeros(1), sequences=1, pages=1, page_size=2, heads=1, width=4)
     with pytest.raises(st.Unsupported, match=r"call under torch.no_grad\(\), or pass cache.gather\(\)"):
         st.sparse_attention(torch.zeros(1, 1, 1, 4, requires_grad=True), cache)
-    small = st.PagedLatent.empty(torch.zeros(1), sequences=1, pages=1, dtype="float8")
-    with pytest.raises(st.Unsupported, match=r"cache.gather\(\) makes arrays of 16 bits"):
-        st.sparse_attention(torch.zeros(1, 1, 1, 576), small)

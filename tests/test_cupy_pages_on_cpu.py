@@ -1,6 +1,7 @@
 """The CuPy backend's kernels that read keys through a page table, run on the CPU as they are written (cuda_on_cpu.py) and judged by the numeric policy."""
 import dataclasses
 
+import cache_format
 import ml_dtypes
 import numpy as np
 import oracle
@@ -9,8 +10,9 @@ import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from numeric import assert_close, assert_same_bits, plain
 
-from sparsetile.backends.cupy import block_attention, indexer_scores, indexer_topk
+from sparsetile.backends.cupy import block_attention, gather_attention, indexer_scores, indexer_topk
 from sparsetile.backends.reference import indexer_topk as reference
+from sparsetile.backends.reference.positions import latents
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Full, Sink, Strided, Window
 
@@ -117,3 +119,42 @@ def test_indexer_topk(case, top_k, pool, scored, rng):
     for name, x, want in zip(("indices", "lengths", "scores"), got, reference.run(q, keys, weights, top_k, k_scale=scales, table=table, q_start=start, key_end=end, **rest)):
         if want is not None:
             assert_same_bits(name, x.owner, want)
+
+
+# ------------------------------------------------------------------------------------------------------------- float8 latents
+EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, lengths, page, holes
+    (dict(DECODE, tile_k=32), Causal(), 3, 20, 128, 16, (200, 131), 16, [(0, 3)]),
+    (dict(DECODE, tile_k=32), Full(), 1, 5, 256, 6, (70, 0), 3, []),
+    (PORTABLE, Window(20), 40, 2, 128, 8, (90, 51), 64, [(1, 0)]),
+    (PORTABLE, Causal(), 34, 1, 384, 2, (60, 60), 7, []),
+    (dict(path="portable", heads=16, tile_k=64, key_warps=4, stages=1, split=0), None, 3, 20, 128, 64, (100, 64), 8, []),
+    (dict(path="portable", heads=32, tile_k=32, key_warps=2, stages=2, split=0), None, 2, 3, 256, 10, (50, 30), 8, []),
+]
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", EIGHTS, ids=lambda c: f"{c[0]['path']}-{'selection' if c[1] is None else c[1].kind}-T{c[2]}-R{c[4]}-P{c[5]}-page{c[7]}")
+def test_float8_latents(case, kind, rng):
+    """Scales that are no powers of two; rows that are not seen are bytes of NaN."""
+    config, rule, T, H, R, P, lengths, page, holes = case
+    place, B, S = CpuPlace(), 2, max(lengths)
+    rows = np.array([[np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (R, P)), False), np.uint8) for _ in range(S)] for _ in range(B)])
+    q, (keys, values) = rng.standard_normal((B, H, T, R + P)).astype(TYPES[kind]), latents(rows[:, None], R, P)
+    (pool,), table = paged_keys.scatter((rows[:, None].astype(np.float32),), lengths, page, rng, holes)
+    pool = np.where(np.isnan(pool), 0x7F, pool).astype(np.uint8)                      # [N, 1, page, bytes]
+    at, there = np.array(lengths)[:, None, None] - T + np.arange(T)[:, None], paged_keys.there(lengths, S, page, holes)[:, None]
+    how = dict(config=config, place=place, scale=0.1, latent=(R, P))
+    if rule is None:
+        chosen = np.array([[rng.permutation(S)[:20] for _ in range(T)] for _ in range(B)], np.int32)
+        found = np.take_along_axis(table.astype(np.int64), chosen.reshape(B, -1) // page, 1).reshape(chosen.shape) * page + chosen % page
+        entries = np.where(chosen < np.array(lengths)[:, None, None], found, -1).astype(np.int32)
+        seen = (chosen[..., None] == np.arange(S)).any(2) & there
+        flat = np.broadcast_to(pool[:, 0].reshape(1, 1, -1, pool.shape[-1]), (B, 1, len(pool) * page, pool.shape[-1]))
+        got = gather_attention.run(place.put(q), place.put(flat), place.put(flat[..., :R]), place.put(entries[:, None]), **how)
+    else:
+        seen, whole = rule.visible(at, np.arange(S), S) & there, -(-S // page) * page
+        (part,) = lists_of(place, rule, whole, config)
+        got = block_attention.run(place.put(q), place.put(pool), place.put(pool[..., :R]), part, table=place.put(table), kv_length=place.put(np.array(lengths, np.int32)), **how)
+    count, given = np.repeat(seen[:, None], H, 1).astype(int), (x.astype(TYPES[kind]) for x in (keys, values))
+    for name, x, true, one in zip(("out", "lse"), got, oracle.attention(q, keys, values, count, scale=0.1), plain.attention(q, *given, count, scale=0.1)):
+        assert_close(name, x.owner, true, one, reduction=S + R + P)

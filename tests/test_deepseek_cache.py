@@ -100,8 +100,8 @@ def test_the_float8_cache_is_a_full_pass_over_the_same_quantised_latents(deepsee
     (lambda q, c, w: st.latent_attention(q, None, c, None, w, w, mode="decompressed"), st.Unsupported, r"pass the arrays of cache.gather\(\)"),
     (lambda q, c, w: st.latent_attention(q[:, :, :, :3], None, c, None, w, w), ValueError, "q_nope: expected shape"),
     (lambda q, c, w: st.latent_attention(q, None, st.IndexerKeys.empty(q, sequences=1, pages=1), None, w, w), st.Unsupported, "IndexerKeys holds no latents"),
-    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, np.zeros((1, 128, 4)), np.zeros((1, 128, 4))),
-     st.Unsupported, r"cache.gather\(quantised=True\)"),
+    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, *[np.zeros((1, 128, 4), np.float32)] * 2,
+                                         mode="decompressed"), st.Unsupported, r"cache.gather\(quantised=True\)"),
 ])
 def test_misuse_is_named(call, error, words):
     q, w = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 4), np.float32)

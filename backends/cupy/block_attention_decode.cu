@@ -4,8 +4,9 @@
 // Of a step's keys a warp makes the scores of a quarter for all rows, then the output of a quarter of the value columns for all keys: maxima and probabilities pass through
 // shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
 // Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
-// the first columns of the keys), SOFTCAP, PAGE (pages.cuh).
+// the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV).
 #include "split.cuh"
+#include "latents.cuh"
 #include "mma.cuh"
 
 struct Params : Pages {
@@ -145,9 +146,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     const auto load = [&](const Steps& y, int stage) {
       u16* to = stages + stage * STAGE;
       const i64 first = y.block * BK + y.c;
+#if LATENT
+      copy_latents<KIND, TK, DP, COPY, THREADS>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + p.row(job.b, first + r) * p.kt : nullptr; });
+#else
       copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + p.row(job.b, first + r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)
         copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + p.row(job.b, first + r) * p.vt : nullptr; });
+#endif
     };
 
     float o[MT][VT][4] = {}, most[MT][2], sum[MT][2];

@@ -45,7 +45,8 @@ def _copy_bytes(least, arrays):
 def problem_copy_bytes(problem, *axes) -> int:
     """The same for a problem: what contiguous arrays give."""
     size = 4 if problem.dtype("q") == "float32" else 2
-    return max(size, math.gcd(16, *(problem[axis] * size for axis in axes)))
+    row = [] if latent_shape(problem) is None else [problem["Dv"] + problem["Dv"] // 32 + 2 * (problem["D"] - problem["Dv"])]
+    return max(size, math.gcd(16, *row, *(problem[axis] * size for axis in axes)))
 
 
 def lists_values(lists) -> tuple:
@@ -87,6 +88,15 @@ def pages_of(table, keys) -> tuple:
     """(keys of a sequence, fields of struct Pages, defines) of keys [N,...,page,W] behind a table [B,pages], or [B,...,S,W] in one piece."""
     N, page = keys.shape[0], keys.shape[-2]
     return (page, (), {}) if table is None else (page * table.shape[1], (table.ptr, table.shape[1], N), dict(PAGE=page))
+
+
+def latent_shape(problem) -> tuple | None:
+    """(R, P) where keys are rows of the fp8 layout of a latent cache (latents.cuh)."""
+    return (problem["Dv"], problem["D"] - problem["Dv"]) if problem.dtype("k") == "latent_fp8" else None
+
+
+def fp8_defines(latent) -> dict:
+    return {} if latent is None else dict(LATENT=latent[0])
 
 
 def page_defines(problem) -> dict:

@@ -10,7 +10,8 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, lists_values, padded, page_defines, position_values, problem_copy_bytes, query_tiles, same_memory, through_pages
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, fp8_defines, latent_shape, lists_values, padded,
+                                               page_defines, position_values, problem_copy_bytes, query_tiles, same_memory, through_pages)
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
@@ -33,7 +34,7 @@ def row_tiles(queries: int, pack: int, columns: int) -> int:
 class Tiles:
     """What the kernel is compiled for, and what it asks of the chip."""
 
-    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int):
+    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int, latent=None):
         self.tile_k, self.columns = tile_k, ceil_div(Dv, 64) * 64  # each warp's quarter is a multiple of 16
         self.shared_kv = shared_kv and self.columns <= padded(D)
         self.row_tiles = row_tiles(queries, pack, self.columns)
@@ -41,13 +42,15 @@ class Tiles:
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
         fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8
         half = limit // 2 - 1024  # the chip keeps 1 KiB of each block for itself
-        self.residents = 2 if fixed + max(3 * stage, 65536) <= half else 1
-        self.stages = max(2, min(MOST_STAGES, ((half if self.residents == 2 else limit) - fixed) // stage))
+        most = MOST_STAGES if latent is None else 2  # the fp8 layout passes through registers: no copy is in flight, another block of threads fills the gaps
+        self.residents = 2 if fixed + (max(3 * stage, 65536) if latent is None else 2 * stage) <= half else 1
+        self.stages = max(2, min(most, ((half if self.residents == 2 else limit) - fixed) // stage))
         self.shared = fixed + self.stages * stage
+        self.more = fp8_defines(latent)
 
     def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool, pages: dict) -> dict:
         return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
-                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **pages)
+                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **self.more, **pages)
 
     def merge_defines(self, kind: str, block_q: int) -> dict:
         return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns)
@@ -55,7 +58,7 @@ class Tiles:
 
 def tiles_of(problem: Problem, config: dict) -> Tiles:
     pack = 1 if "per_head" in problem.features else problem["Hq"] // problem["Hk"]
-    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch))
+    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch), latent_shape(problem))
 
 
 def resources(problem: Problem, config: dict):
@@ -100,7 +103,8 @@ def candidates(problem: Problem) -> list[dict]:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
     latent = "paged" not in problem.features and (group > 16 or (group, problem["T"]) == (16, 1))  # it takes queries one by one: more of 16 heads are one tile of decode
-    return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in (64, 32)]
+    steps = (64, 32) if latent_shape(problem) is None else (32,)  # of the fp8 layout two blocks of threads have to fit
+    return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in steps]
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
@@ -145,7 +149,7 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     return out, lse
 
 
-def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None):
+def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
     if takes_latent(q, k, v, lists, config, scale, softcap, table):
         return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start)
     S, k, v, pages, page = through_pages(table, k, v)
@@ -153,7 +157,7 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
     heads = Hq if lists.list_of.shape[1] > 1 else 1
     pack = Hq // Hk if heads == 1 else 1
     queries, tiles = min(T, lists.block_q), query_tiles(lists, T, q_start, S, kv_length)
-    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch))
+    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch), latent)
     parts = ceil_div(queries * pack, t.rows)
     jobs, members, shares = B * heads * tiles, parts * (Hk if heads == 1 else 1), max(place.sms, 1) * t.residents
     if max(jobs * lists.nk, B * Hq * T) >= 2 ** 31:
