@@ -43,6 +43,11 @@ def cases():
     for op in ("gather_attention", "gather_attention_backward"):
         yield op, "128", attention(128, 128, features=())
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1, features=("shared_kv", "causal") if op == "gather_attention" else ("causal",))
+    for kind, Hq, T in ((HALF, 16, 1), ("float16", 128, 1), (HALF, 16, 4096)):
+        dims, kinds, _ = attention(576, 512, kind, Hq, 1, T=T)
+        eight = kinds | dict(k="latent_fp8", v="latent_fp8")
+        yield "block_attention", f"float8-latent-{kind}-h{Hq}-t{T}", (dims, eight, ("shared_kv", "kv_length", "paged", "interval"))
+        yield "gather_attention", f"float8-latent-{kind}-h{Hq}-t{T}", (dims, eight, ("shared_kv",))
     yield "attention_delta", HALF, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=HALF), ("sink",))
     yield "merge_attention", HALF, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=HALF), ())
     yield "indexer_scores", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=EIGHT, k=EIGHT), ("causal",))
