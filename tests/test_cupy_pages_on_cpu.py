@@ -7,7 +7,8 @@ import numpy as np
 import oracle
 import paged_keys
 import pytest
-from cuda_on_cpu import CXX, CpuPlace
+from cuda_on_cpu import BFLOAT16, CXX, CpuPlace
+from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.cupy import block_attention, gather_attention, indexer_scores, indexer_topk
@@ -61,6 +62,28 @@ def test_block_attention(case, kind, rng):
         pad = ((0, 0), (0, 0), (0, whole - S), (0, 0))
         for x, want in zip(got[0], block_attention.run(place.put(q), place.put(np.pad(k, pad)), place.put(np.pad(v, pad)), parts[0], **how)):
             assert_same_bits("in one piece", x, want.owner)
+
+
+LATENTS = [(Causal(), 2, 300, 70, (133, 290), 32, [(1, 2)]), (Full(), 1, 500, 17, (0, 500), 64, [(1, 0), (1, 7)]), (Window(100), 3, 200, 5, (200, 33), 160, [])]
+
+
+@pytest.mark.parametrize("page", [None, 48], ids=["by-tile", "page48"])
+@pytest.mark.parametrize("case", LATENTS, ids=lambda c: f"{c[0].kind}-T{c[1]}-H{c[3]}-page{c[5]}")
+def test_latents_on_hopper(case, page, rng):
+    """Pages that hold whole tiles of 32 keys come through the copy engine; others are for the path decode."""
+    rule, T, S, H, lengths, own, holes = case
+    place, page, B = HopperPlace(), page or own, 2
+    place.refused = "block_attention_decode" if page % 32 == 0 else "block_attention_latent"
+    q, k = (rng.standard_normal(shape).astype(BFLOAT16) for shape in ((B, H, T, 576), (B, 1, S, 576)))
+    (pool,), table = paged_keys.scatter((k,), lengths, page, rng, holes)
+    config = dict(DECODE, path="latent", block_k=128)
+    (part,) = lists_of(place, rule, -(-S // page) * page, config)
+    got = block_attention.run(place.put(q), place.put(pool), place.put(pool[..., :512]), part, config=config, place=place, scale=0.04, table=place.put(table),
+                              kv_length=place.put(np.array(lengths, np.int32)))
+    seen = rule.visible(np.array(lengths)[:, None, None] - T + np.arange(T)[:, None], np.arange(S), S) & paged_keys.there(lengths, S, page, holes)[:, None]
+    count = np.repeat(seen[:, None], H, 1).astype(int)
+    for name, x, true, one in zip(("out", "lse"), got, *(f.attention(q, k, k[..., :512], count, scale=0.04) for f in (oracle, plain))):
+        assert_close(name, x.owner, true, one, reduction=S + 576)
 
 
 def merged(parts, dtype):

@@ -16,8 +16,7 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSI
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
 LATENT_FIELDS = "128s" * 2 + "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
-LATENT_FIELDS += f"{-struct.calcsize(LATENT_FIELDS) % 64}x"  # the struct is as long as its alignment asks
-LATENT_HEADS, LATENT_THREADS = 64, 512
+LATENT_HEADS, LATENT_KEYS, LATENT_THREADS = 64, 32, 512
 LATENT_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
@@ -76,10 +75,10 @@ def resources(problem: Problem, config: dict):
 
 def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
-    if "paged" in problem.features:
-        return "path latent reads keys in one piece, not through a page table; take decode"
     if problem.arch != "sm_90a":
         return f"path latent: {problem.arch} lacks its instructions; take decode"
+    if latent_shape(problem) is not None:
+        return "path latent reads latents of 16 bits, not the fp8 layout of a latent cache; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
         return "path latent takes one key head of width 576 whose first 512 columns are the values, and no softcap; take decode"
     return None
@@ -90,8 +89,8 @@ def latent_resources(problem: Problem, config: dict):
     return decode if isinstance(decode, str) else no_latent(problem) or Resources(LATENT_THREADS, LATENT_SHARED, 128)
 
 
-def latent_defines(kind: str, lists: tuple) -> dict:
-    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1])
+def latent_defines(kind: str, lists: tuple, pages: dict) -> dict:
+    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], **pages)
 
 
 def latent_merge_defines(kind: str) -> dict:
@@ -102,7 +101,7 @@ def candidates(problem: Problem) -> list[dict]:
     """Configs for up to 32 queries, the best first. Path latent where a key is read for more rows than a tile of mma.sync has, and for one query of 16 heads, where bytes decide:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
-    latent = "paged" not in problem.features and (group > 16 or (group, problem["T"]) == (16, 1))  # it takes queries one by one: more of 16 heads are one tile of decode
+    latent = group > 16 or (group, problem["T"]) == (16, 1)  # it takes queries one by one: more of 16 heads are one tile of decode
     steps = (64, 32) if latent_shape(problem) is None else (32,)  # of the fp8 layout two blocks of threads have to fit
     return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in steps]
 
@@ -110,7 +109,7 @@ def candidates(problem: Problem) -> list[dict]:
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
-    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
+    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem)), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
     return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
@@ -122,9 +121,9 @@ def takes(q, lists, config: dict, out_kind: str) -> bool:
 
 
 def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table) -> bool:
-    """What the copy engine and the order of scores ask of a call on the path "latent"."""
-    fits = (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
-    return config["path"] == "latent" and table is None and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
+    """What the copy engine and the order of scores ask of a call on the path "latent": of pages, that one holds all keys of a tile."""
+    fits = k.dtype == q.dtype and (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
+    return config["path"] == "latent" and (table is None or k.shape[2] % LATENT_KEYS == 0) and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
 
 
 def split_values(place, slots: int, rows: int, columns: int, jobs: int, members: int, shares: int) -> tuple:
@@ -133,25 +132,28 @@ def split_values(place, slots: int, rows: int, columns: int, jobs: int, members:
     return scratch, (*(x.ptr for x in scratch), jobs, members, shares, 0)
 
 
-def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start):
-    (B, Hq, T, D), S, Dv = q.shape, k.shape[2], out.shape[3]
+def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table):
+    S, k, pages, page = through_pages(table, k)
+    (B, Hq, T, D), rows, Dv = q.shape, k.shape[2], out.shape[3]
     parts = ceil_div(Hq, LATENT_HEADS)
     jobs, shares = B * T, max(place.sms // parts, 1)
     if max(jobs * max(lists.nk, parts), B * Hq * T) >= 2 ** 31:
         raise Unsupported(f"CuPy's path latent takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch")
     scratch, split = split_values(place, 2 * shares * parts, LATENT_HEADS, Dv, jobs, 1, shares)
     (qb, qh, qt), (kb, _, kt), at = hopper.steps(q), hopper.steps(k), position_values(T, S, kv_length, q_start)
-    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, S, 1, B), (1, kt, kt, kb), (64, 32, 1, 1))
-    attend = nvrtc.function("block_attention_latent", "attend_latent", LATENT_FIELDS, latent_defines(q.dtype, (lists.block_q, lists.block_k)), place)
+    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, rows, 1, k.shape[0]), (1, kt, kt, kb), (64, 32, 1, 1))
+    fields = LATENT_FIELDS + PAGES * bool(page)
+    fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
+    attend = nvrtc.function("block_attention_latent", "attend_latent", fields, latent_defines(q.dtype, (lists.block_q, lists.block_k), page), place)
     attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
-           Hq, parts, scale, scale * math.log2(math.e))
+           Hq, parts, scale, scale * math.log2(math.e), *pages)
     merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
     return out, lse
 
 
 def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
     if takes_latent(q, k, v, lists, config, scale, softcap, table):
-        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start)
+        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table)
     S, k, v, pages, page = through_pages(table, k, v)
     (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     heads = Hq if lists.list_of.shape[1] > 1 else 1
