@@ -66,7 +66,7 @@ def calls(torch, q, k, v, gates, backend, peers):
     found = {
         "means": lambda: nsa.compressed_keys(k, v, "mean", 32, 16), "compressed": lambda: sparse_attention(q, ck, cv, Compressed(32, 16), return_lse=True, q_start=0, **options),
         "choice": lambda: importance_topk(q, ck, lse, PAPER["top_k"], keys=N, **options), "selected": lambda: sparse_attention(q, k, v, chosen, **options),
-        "sliding": lambda: sparse_attention(q, k, v, Window(511), **options), "gates": lambda: nsa.gated(outs, gates.unbind(-1), q),
+        "sliding": lambda: sparse_attention(q, k, v, Window(511), **options), "gates": lambda: nsa.gated(outs, gates.unbind(-1), q, backend),
         "NSA, all": lambda: whole(q, k, v, gates), "dense, torch": lambda: dense(q, k, v)}
     found = {name: without_gradients(torch, call) for name, call in found.items()}
     found["selected, backward"] = backward(torch, lambda q, k, v: sparse_attention(q, k, v, chosen, **options), q, k, v)

@@ -105,7 +105,7 @@ SYSTEMS = (
            run=lambda x, rule: calls.native(x, x.v, x.gates), chosen=lambda x: seen(x, lambda v: calls.native(x, v, (None, x.gates[..., 1], x.gates[..., 2]))),
            complexity="T (S / 16 + n b + w)", reach="1, through compressed keys",
            sees="every earlier key compressed; of these the n best blocks of b keys, and a window (the picture leaves the compressed keys out)",
-           kernels=("block_attention", "importance_topk", "gather_attention"), backward=(*BLOCK_BACKWARD, "gather_attention_backward"),
+           kernels=("block_attention", "importance_topk", "gather_attention", "merge_attention"), backward=(*BLOCK_BACKWARD, "gather_attention_backward"),
            token=lambda s: 2 * s.Hk * s.D * s.itemsize * 17 // 16,
            counted=lambda s, N: N * N // 32 * 6 * s.Hq * s.D + score_operations(s, first_pairs(1024, N) + first_pairs(512, N))),
 

@@ -20,6 +20,12 @@ def callback(function, shapes, *values):
     return jax.pure_callback(host, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes), *values)
 
 
+def weighted_sum(outs, weights):
+    """merge.weighted_sum of traced arrays, left to XLA, which fuses it and differentiates it."""
+    wide = "float64" if outs[0].dtype == "float64" else "float32"
+    return sum(w.astype(wide)[..., None] * x.astype(wide) for x, w in zip(outs, weights)).astype(outs[0].dtype)
+
+
 def attention(call, return_lse):
     """sparse_attention of traced arrays."""
     from sparsetile.ops.attention import sparse_attention

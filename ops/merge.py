@@ -56,14 +56,44 @@ def merge(outs, lses, sink_logits, backend, config, caller, device):
         return place.give(out), place.give(lse)
 
 
+def weighted_sum(outs, weights, backend=None):
+    """Sum of weights[n][..., None] * outs[n] by the kernels of merge_attention, which are given the weights in place of the LSEs.
+
+    outs  N x [B,Hq,T,Dv] of one type; weights  N x [B,Hq,T], all of that type or all float32 (float64 beside float64), multiplied as they are; any strides.
+    Returns [B,Hq,T,Dv] of the outs' type: added in the given order in float32 (float64 for float64), rounded once. Differentiable in PyTorch, and in JAX where JAX traces.
+    """
+    outs, weights = tuple(outs), tuple(weights)
+    caller, device = checks.together({f"outs[{n}]": x for n, x in enumerate(outs)} | {f"weights[{n}]": x for n, x in enumerate(weights)})
+    if caller == "torch" and not dispatch.is_explaining():
+        from sparsetile.ops import torch_ops
+        if torch_ops.wanted(*outs, *weights):
+            return torch_ops.weighted_sum(outs, weights, backend)
+    elif caller == "jax":
+        from sparsetile.ops import jax_ops
+        if jax_ops.traced(*outs, *weights):
+            return jax_ops.weighted_sum(outs, weights)
+    return add_weighted(outs, weights, backend, caller, device)
+
+
+def add_weighted(outs, weights, backend, caller, device):
+    """weighted_sum of arrays of one framework on one device."""
+    choice = _choose(outs, None, backend, None, device, weights)
+    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    with place.guard():
+        if 0 in outs[0].shape[:3]:
+            return place.give(place.zeros(outs[0].shape, arrays.dtype_name(outs[0])))
+        # [B,Hq,T,1]: gates that lie side by side have a step between rows, and are read in place
+        return place.give(choice.kernel.run([place.native(x) for x in outs], None, place=place, config=choice.config, weights=[place.native(x[..., None]) for x in weights])[0])
+
+
 def merge_native(outs, lses, sink, dtype, backend, place, device):
     """The parts of one layout, already native to a backend's place."""
     choice = _choose(outs, sink, backend, None, device)
     return choice.kernel.run(outs, lses, place=place, config=choice.config, sink_logits=sink, out_dtype=dtype)
 
 
-def _choose(outs, sink, backend, config, device):
+def _choose(outs, sink, backend, config, device, weights=()):
     B, Hq, T, Dv = outs[0].shape
-    problem = Problem.of(OP, dict(B=B, Hq=Hq, T=T, Dv=Dv, N=len(outs)), dict(out=arrays.dtype_name(outs[0])), arrays.device_info(device).arch,
-                         ["sink"] if sink is not None else [])
+    problem = Problem.of(OP, dict(B=B, Hq=Hq, T=T, Dv=Dv, N=len(outs)), dict(out=arrays.dtype_name(outs[0])) | {"weights": arrays.dtype_name(x) for x in weights[:1]}, arrays.device_info(device).arch,
+                         ["sink"] * (sink is not None) + ["weights"] * bool(weights))
     return dispatch.choose(OP, problem, device, backend, config)

@@ -212,6 +212,29 @@ def merge(outs, lses, sink_logits, backend):
     return _merge(list(outs), list(lses), sink_logits, backend or "")
 
 
+def _weighted_setup(ctx, inputs, output):
+    outs, weights, _ = inputs
+    ctx.parts = len(outs)
+    ctx.save_for_backward(*outs, *weights)
+
+
+def _weighted_autograd(ctx, dout):
+    """do_n = w_n do,  dw_n = do . o_n"""
+    outs, weights = ctx.saved_tensors[:ctx.parts], ctx.saved_tensors[ctx.parts:]
+    wide = dout if dout.dtype == torch.float64 else dout.float()
+    return [(w[..., None] * wide).to(dout.dtype) for w in weights], [(wide * o).sum(-1).to(w.dtype) for w, o in zip(weights, outs)], None
+
+
+_weighted = _define("weighted_sum(Tensor[] outs, Tensor[] weights, str backend) -> Tensor",
+                    lambda outs, weights, backend: merge_op.add_weighted(tuple(outs), tuple(weights), backend or None, "torch", _device(outs[0])),
+                    lambda outs, *rest: torch.empty_like(outs[0], memory_format=torch.contiguous_format))
+_differentiable("weighted_sum", _weighted_autograd, _weighted_setup)
+
+
+def weighted_sum(outs, weights, backend):
+    return _weighted(list(outs), list(weights), backend or "")
+
+
 # --------------------------------------------------------------------------------------------------------- indexer and latent
 _WINDOW = "Tensor? k_scale, bool causal, Tensor? q_start, SymInt start, Tensor? key_start, Tensor? key_end, str activation, str backend, str config"
 

@@ -5,6 +5,7 @@ from sparsetile.ops import checks
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.importance import importance_topk
+from sparsetile.ops.merge import weighted_sum
 from sparsetile.ops.patterns import Compressed, Window
 from sparsetile.systems.compression import compress, pair
 
@@ -62,7 +63,7 @@ def attend(q, ks, vs, ck, cv, gates, *, block=32, stride=16, select_block=64, to
         outs[1] = sparse_attention(q, ks[1], vs[1], chosen, kv_length=kv_length, **options)
     if gates[2] is not None and window:
         outs[2] = sparse_attention(q, ks[2], vs[2], Window(window - 1), kv_length=kv_length, **options)
-    out = gated(outs, gates, q)
+    out = gated(outs, gates, q, backend)
     return (out, chosen) if return_selection else out
 
 
@@ -78,18 +79,16 @@ def complete_blocks(kv_length, block: int, stride: int):
     return xp.astype(xp.module(kv_length).clip((kv_length - block) // stride + 1, 0, None), "int32")
 
 
-def gated(outs, gates, q):
-    """Sum of the branches that are there, each [B,Hq,T,Dv] weighed by its gate [B,Hq,T]; made wide, rounded once to q's type."""
-    wide = "float64" if "float64" in str(q.dtype) else "float32"
-    cast = lambda x, kind: x.to(kind) if xp.kind(x) == "torch" else x.astype(kind)  # noqa: E731
-    lib, total = xp.module(q), None
-    for out, gate in zip(outs, gates):
-        if out is not None and gate is not None:
-            part = cast(gate, getattr(lib, wide))[..., None] * out
-            total = part if total is None else total + part
-    if total is None:
+def gated(outs, gates, q, backend=None):
+    """Sum of the branches that are there, each [B,Hq,T,Dv] weighed by its gate [B,Hq,T], in float32 (float64 for float64), rounded once to q's type."""
+    there = [(out, gate) for out, gate in zip(outs, gates) if out is not None and gate is not None]
+    if not there:
         raise ValueError("gates: expected at least one branch, got none; pass gates [B,Hq,T,3] or a gate for a branch that is there (window=0 leaves the sliding one out)")
-    return cast(total, q.dtype)
+    outs, gates = zip(*there)
+    if any(str(gate.dtype) != str(q.dtype) for gate in gates):
+        wide = "float64" if "float64" in str(q.dtype) else "float32"
+        gates = [xp.astype(gate, wide) for gate in gates]
+    return weighted_sum(outs, gates, backend)
 
 
 def branches(name, x):

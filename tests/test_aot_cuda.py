@@ -52,6 +52,7 @@ def cases():
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())
+        yield "merge_attention", f"weights-{kind}", (dict(B=1, Hq=64, T=8192, Dv=128, N=3), dict(out=HALF, weights=kind), ("weights",))
     for kind in (HALF, SINGLE, "float8_e4m3fn"):
         yield "indexer_scores", kind, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=kind, k=kind), ("causal",))
         yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
@@ -141,15 +142,15 @@ def test_small_chips_have_a_default():
 def test_cache_survives_damage(tmp_path, monkeypatch):
     """A cubin cut short or overwritten is compiled again; a fresh one is read without compiling."""
     monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
-    first = nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0]
+    first = nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0, WEIGHTS=-1), "sm_80")[0]
     (file,) = (tmp_path / "cupy").iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:100], b"", whole[:50] + b"\0" + whole[51:]):
         file.write_bytes(damaged)
-        assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0] == first
+        assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0, WEIGHTS=-1), "sm_80")[0] == first
         assert len(file.read_bytes()) > len(whole) - 64  # the log tells the time it took
     monkeypatch.setattr(nvrtc.compiler().__class__, "compile", lambda *a: pytest.fail("compiled although the cache was whole"))
-    assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0), "sm_80")[0] == first
+    assert nvrtc.cubin("merge_attention", dict(KIND=0, OUT_KIND=0, VECTOR=1, LANES=32, PARTS=0, WEIGHTS=-1), "sm_80")[0] == first
 
 
 def test_digest_knows_its_sources():

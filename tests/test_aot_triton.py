@@ -50,6 +50,8 @@ def cases():
         yield "gather_attention", f"float8-latent-{kind}-h{Hq}-t{T}", (dims, eight, ("shared_kv",))
     yield "attention_delta", HALF, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=HALF), ("sink",))
     yield "merge_attention", HALF, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=HALF), ())
+    for kind in (HALF, SINGLE):
+        yield "merge_attention", f"weights-{kind}", (dict(B=1, Hq=64, T=8192, Dv=128, N=3), dict(out=HALF, weights=kind), ("weights",))
     yield "indexer_scores", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=EIGHT, k=EIGHT), ("causal",))
     yield "indexer_topk", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=EIGHT, k=EIGHT), ("causal",))
     paged = ("causal", "scale", "window", "q_start", "paged")

@@ -733,3 +733,15 @@ def test_merge_attention(kind, parts, Dv, sink, rng, place):
     got = merge_attention.run([*map(place.put, outs)], [*map(place.put, lses)], place=place, sink_logits=place.put(given["sink_logits"]))
     for name, x, true, one in zip(("out", "lse"), got, oracle.merge_attention(outs, lses, **given), plain.merge_attention(outs, lses, **given)):
         assert_close(name, x.owner, true, one, reduction=parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gates", KINDS)
+@pytest.mark.parametrize("parts, Dv", [(1, 40), (3, 33), (5, 40)])
+def test_merge_attention_with_given_weights(kind, gates, parts, Dv, rng, place):
+    outs = [rng.standard_normal((2, 4, 11, Dv)).astype(TYPES[kind]) for _ in range(parts)]
+    weights = rng.standard_normal((2, 4, 11, parts)).astype(TYPES[gates])
+    got, lse = merge_attention.run([*map(place.put, outs)], None, place=place, weights=[place.put(weights[..., n:n + 1]) for n in range(parts)])
+    terms = lambda real: sum(weights[..., n:n + 1].astype(real) * outs[n].astype(real) for n in range(parts))  # noqa: E731
+    assert lse is None
+    assert_close("out", got.owner, terms(np.float64), terms(np.float32).astype(TYPES[kind]), reduction=parts)

@@ -10,6 +10,7 @@ from judge import attention, gradients, indexer_scores, indexer_topk, normal
 from numeric import assert_close, assert_same_bits, plain
 
 import sparsetile as st
+from sparsetile.ops import merge
 
 every, large = pytest.mark.parametrize("backend", EVERY), pytest.mark.parametrize("backend", LARGE)
 BLOCKS = np.random.default_rng(5).random((6, 6)) < 0.5
@@ -322,6 +323,24 @@ def test_merge(on, backend, dtype, parts, sink, rng):
     truths, measures = oracle.merge_attention(outs, lses, sink_logits=sinks), plain.merge_attention(outs, lses, sink_logits=sinks)
     for name, g, truth, measure in zip(("out", "lse"), got, truths, measures):
         assert_close(name, g, truth, measure, reduction=parts)
+
+
+@every
+@pytest.mark.parametrize("dtype, gates", [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_weighted_sum(on, backend, dtype, gates, parts, rng):
+    """Weights side by side as a model makes them, with 0, negative ones and -1 among them; parts whose heads stand inside."""
+    if on.unavailable:
+        pytest.skip(on.unavailable)
+    B, Hq, T, Dv = 2, 3, 17, 40
+    outs = [normal(rng, (B, T, Hq, Dv), numpy_dtype(dtype)) for _ in range(parts)]
+    weights = normal(rng, (B, Hq, T, parts), numpy_dtype(gates))
+    weights[0, 0, :3], weights[1, 1, :2] = -1, 0
+    swap = (lambda x: x.transpose(0, 2, 1, 3)) if backend in ("reference", "numba") else lambda x: x.transpose(1, 2)
+    held = on.put(weights)
+    got, = arrays(merge.weighted_sum([swap(on.put(o)) for o in outs], [held[..., n] for n in range(parts)], backend))
+    terms = lambda kind: sum(weights[..., n, None].astype(kind) * outs[n].transpose(0, 2, 1, 3).astype(kind) for n in range(parts))  # noqa: E731
+    assert_close("out", got, terms(np.float64), terms(np.float32).astype(numpy_dtype(dtype)), reduction=parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- same bits

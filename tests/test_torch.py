@@ -69,6 +69,7 @@ def test_opcheck_of_the_other_operators(rng):
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
     ops = torch.ops.sparsetile
     torch.library.opcheck(ops.merge.default, ([make(1, 2, 5, 8).requires_grad_(), make(1, 2, 5, 8)], [make(1, 2, 5), make(1, 2, 5)], make(2), ""))
+    torch.library.opcheck(ops.weighted_sum.default, (leaves([make(1, 2, 5, 8), make(1, 2, 5, 8)]), [make(1, 2, 5).requires_grad_(), make(1, 2, 5, 2)[..., 1]], ""))
     window = (None, True, None, 11, None, None, "relu", "", "")
     torch.library.opcheck(ops.indexer_scores.default, (*leaves([make(1, 2, 5, 8), make(1, 16, 8), make(1, 2, 5)]), *window))
     select = 4, 1, 0, 0, True, *window

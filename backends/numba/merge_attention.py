@@ -4,6 +4,7 @@
 
 Parts are added in their order, in float32 (float64 for float64), and rounded once. A part whose lse is -inf holds nothing and is not read.
 All empty: out 0, lse -inf. The sink enters the denominator, not the lse. Weights are few, and NumPy makes them in float64.
+With weights, N arrays [B,H,T,1], in place of lses (None): out is the sum of weights[n] * outs[n], lse None.
 """
 import numba
 import numpy as np
@@ -16,10 +17,10 @@ from sparsetile.backends.numba.rows import load_row, store_row
 from sparsetile.backends.numba.simd import LANES, address, get_f32, get_i64, next_task, op
 
 TUNABLES = ()
-MERGE = np.dtype([(name, "i8") for name in ("parts", "count", "weights", "out", "code", "H", "T", "Dv", "rows", "counter", "memory", "memory_step", "part", "total")])
+MERGE = np.dtype([(name, "i8") for name in ("parts", "count", "weights", "given", "out", "code", "H", "T", "Dv", "rows", "counter", "memory", "memory_step", "part", "total")])
 job_at = record_at(MERGE)
 BATCH = 64  # rows taken at a time
-NOTHING = -1.0  # weight of a part that is not read
+NOTHING = -1.0  # weight of a part that is not read; among given weights a number like others
 
 
 def supports(problem):
@@ -61,7 +62,7 @@ def work(jobs, thread):
             fill_zero(total, padded)
             for n in range(job.count):
                 weight, x = get_f32(job.weights, n * job.rows + row), job.parts + 40 * n
-                if weight != NOTHING:
+                if job.given or weight != NOTHING:
                     load_row(get_i64(x, 4), get_i64(x, 0) + b * get_i64(x, 1) + h * get_i64(x, 2) + t * get_i64(x, 3), job.Dv, part, padded)
                     add_weighted(part, weight, total, padded)
             store_row(job.code, total, job.Dv, job.out + row * job.Dv * (4 if job.code == 0 else 2))
@@ -78,23 +79,23 @@ def _weights(lses, sink_logits):
     return np.where(parts == -np.inf, NOTHING, np.exp(parts - total)), lse
 
 
-def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None):
-    kind = out_dtype or outs[0].dtype.name
+def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None, weights=None):
+    kind, given = out_dtype or outs[0].dtype.name, weights is not None
     with np.errstate(all="ignore"):
-        weights, lse = _weights(lses, sink_logits)
+        weights, lse = (np.stack([x[..., 0].astype(np.float64) for x in weights]), None) if given else _weights(lses, sink_logits)
     B, H, T, Dv = outs[0].shape
-    out, lse = place.empty((B, H, T, Dv), kind), lse.astype(lses[0].dtype)
+    out, lse = place.empty((B, H, T, Dv), kind), None if given else lse.astype(lses[0].dtype)
     if out.size == 0:
         return out, lse
     if "float64" in (kind, *(x.dtype.name for x in outs)):
         total = np.zeros(out.shape)
         for x, w in zip(outs, weights):
-            there = (w != NOTHING)[..., None]
+            there = given | (w != NOTHING)[..., None]
             total += np.where(there, np.where(there, x, 0) * w[..., None], 0)
         return total.astype(out.dtype), lse
     weights, counter, job = weights.astype(np.float32), np.zeros(1, np.int64), np.zeros(1, MERGE)
     parts = np.array([[address(x), *x.strides[:3], CODES[x.dtype.name]] for x in outs], np.int64)
-    for name, x in dict(parts=address(parts), count=len(outs), weights=address(weights), out=address(out), code=CODES[kind], H=H, T=T, Dv=Dv, rows=lse.size,
+    for name, x in dict(parts=address(parts), count=len(outs), weights=address(weights), given=given, out=address(out), code=CODES[kind], H=H, T=T, Dv=Dv, rows=B * H * T,
                         counter=address(counter)).items():
         job[name] = x
     _memory = scratch(job, numba.get_num_threads(), part=4 * (Dv + LANES), total=4 * (Dv + LANES))

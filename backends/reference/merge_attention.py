@@ -3,6 +3,7 @@
     outs: N arrays [B,H,T,Dv]  lses: N arrays [B,H,T]  sink_logits [H]  ->  out [B,H,T,Dv], lse [B,H,T]
 
 A part whose lse is -inf holds nothing and is not read. All empty: out 0, lse -inf. The sink enters the denominator, not the lse.
+With weights, N arrays [B,H,T,1], in place of lses (None): out is the sum of weights[n] * outs[n], lse None.
 """
 import numpy as np
 
@@ -25,8 +26,11 @@ def default_config(problem):
     return {}
 
 
-def run(outs, lses, *, place=None, config=None, sink_logits=None, out_dtype=None):
+def run(outs, lses, *, place=None, config=None, sink_logits=None, out_dtype=None, weights=None):
     with np.errstate(all="ignore"):
+        if weights is not None:
+            out = sum(wide(w) * wide(o) for w, o in zip(weights, outs))
+            return out.astype(dtype_of(out_dtype, outs[0].dtype)), None
         parts = np.stack([wide(e) for e in lses])                                     # [N, B, H, T]
         lse = np.logaddexp.reduce(parts, axis=0)
         total = lse

@@ -3,7 +3,8 @@
     outs N x [B,Hq,T,Dv], lses N x [B,Hq,T] float32, sink_logits [Hq]  ->  out [B,Hq,T,Dv], lse [B,Hq,T] float32
 
 Two passes over the logsumexps (they are small): the largest and the sum first, then each part times its share. One part a time is added by a loop on the
-host's side of compilation (N is a constant): pointers of the parts come as a tuple.
+host's side of compilation (N is a constant): pointers of the parts come as a tuple. With weights N x [B,Hq,T,1], float32 or 16 bits, in the lses' place no lse is made:
+out is the sum of the parts, each times its weight.
 """
 import triton
 import triton.language as tl
@@ -22,27 +23,32 @@ def merge(outs, lses, sinks, out, lse, rows_total, T, Hq, out_strides, lse_strid
     t, h, b = row % T, row // T % Hq, row // T // Hq
     d = tl.arange(0, WIDTH)
     low = float("-inf")
-    top = tl.full([ROWS], low, tl.float32)
-    for n in tl.static_range(N):
-        top = tl.maximum(top, tl.load(lses[n] + b * lse_strides[n][0] + h * lse_strides[n][1] + t * lse_strides[n][2], inside, low))
-    floor = tl.where(top == low, 0.0, top)  # -inf minus -inf is no number
-    total = tl.zeros([ROWS], tl.float32)
-    for n in tl.static_range(N):
-        total += tl.exp(tl.load(lses[n] + b * lse_strides[n][0] + h * lse_strides[n][1] + t * lse_strides[n][2], inside, low) - floor)
-    joined = tl.where(top == low, low, floor + tl.log(total))
-    tl.store(lse + row, joined, inside)
-    whole = joined
-    if sinks is not None:
-        sink = tl.load(sinks + h, inside, low)
-        most = tl.maximum(joined, sink)
-        safe = tl.where(tl.abs(most) == float("inf"), 0.0, most)
-        whole = tl.where(tl.abs(most) == float("inf"), most, safe + tl.log(tl.exp(joined - safe) + tl.exp(sink - safe)))
+    if lse is not None:
+        top = tl.full([ROWS], low, tl.float32)
+        for n in tl.static_range(N):
+            top = tl.maximum(top, tl.load(lses[n] + b * lse_strides[n][0] + h * lse_strides[n][1] + t * lse_strides[n][2], inside, low))
+        floor = tl.where(top == low, 0.0, top)  # -inf minus -inf is no number
+        total = tl.zeros([ROWS], tl.float32)
+        for n in tl.static_range(N):
+            total += tl.exp(tl.load(lses[n] + b * lse_strides[n][0] + h * lse_strides[n][1] + t * lse_strides[n][2], inside, low) - floor)
+        joined = tl.where(top == low, low, floor + tl.log(total))
+        tl.store(lse + row, joined, inside)
+        whole = joined
+        if sinks is not None:
+            sink = tl.load(sinks + h, inside, low)
+            most = tl.maximum(joined, sink)
+            safe = tl.where(tl.abs(most) == float("inf"), 0.0, most)
+            whole = tl.where(tl.abs(most) == float("inf"), most, safe + tl.log(tl.exp(joined - safe) + tl.exp(sink - safe)))
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for n in tl.static_range(N):
         part = tl.load(lses[n] + b * lse_strides[n][0] + h * lse_strides[n][1] + t * lse_strides[n][2], inside, low)
-        share = tl.where((part == low) | (whole == float("inf")), 0.0, tl.exp(part - tl.where(whole == low, 0.0, whole)))
+        if lse is not None:
+            share = tl.where((part == low) | (whole == float("inf")), 0.0, tl.exp(part - tl.where(whole == low, 0.0, whole)))
+            read = inside & (share > 0)
+        else:
+            share, read = part.to(tl.float32), inside
         value = tl.load(outs[n] + (b * out_strides[n][0] + h * out_strides[n][1] + t * out_strides[n][2])[:, None] + d[None, :],
-                        (inside & (share > 0))[:, None] & (d < DV)[None, :], 0.0).to(tl.float32)
+                        read[:, None] & (d < DV)[None, :], 0.0).to(tl.float32)
         sums += share[:, None] * value
     tl.store(out + row[:, None] * DV + d[None, :], sums.to(out.dtype.element_ty), inside[:, None] & (d < DV)[None, :])
 
@@ -66,21 +72,23 @@ def resources(problem, config):
     return Resources(threads=32 * config["num_warps"])
 
 
-def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None):
+def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None, weights=None):
     B, Hq, T, DV = outs[0].shape
-    out, lse = place.empty((B, Hq, T, DV), out_dtype or str(outs[0].dtype)[6:]), place.empty((B, Hq, T), "float32")
+    out, lse = place.empty((B, Hq, T, DV), out_dtype or str(outs[0].dtype)[6:]), place.empty((B, Hq, T), "float32") if weights is None else None
+    lses = lses if weights is None else weights
     rows = B * Hq * T
     if rows:
         merge[(triton.cdiv(rows, config["rows"]),)](
-            tuple(outs), tuple(lses), sink_logits, out, lse, rows, T, Hq, tuple(tuple(x.stride()[:3]) for x in outs), tuple(tuple(x.stride()) for x in lses),
+            tuple(outs), tuple(lses), sink_logits, out, lse, rows, T, Hq, tuple(tuple(x.stride()[:3]) for x in outs), tuple(tuple(x.stride()[:3]) for x in lses),
             N=len(outs), DV=DV, ROWS=config["rows"], WIDTH=power(DV), num_warps=config["num_warps"])
     return out, lse
 
 
 def artifacts(problem, config):
-    N, kind = problem["N"], POINTER[problem.dtype("out", "float32")]
-    signature = {"outs": (kind,) * N, "lses": ("*fp32",) * N, "out": kind, "lse": "*fp32", "rows_total": "i32", "T": "i32", "Hq": "i32",
+    N, kind, weight = problem["N"], POINTER[problem.dtype("out", "float32")], POINTER[problem.dtype("weights", "float32")]
+    signature = {"outs": (kind,) * N, "lses": (weight,) * N, "out": kind, "rows_total": "i32", "T": "i32", "Hq": "i32",
                  "out_strides": (("i32",) * 3,) * N, "lse_strides": (("i32",) * 3,) * N}
     constants = dict(N=N, DV=problem["Dv"], ROWS=config["rows"], WIDTH=power(problem["Dv"]))
-    signature, constants = (signature | {"sinks": "*fp32"}, constants) if "sink" in problem.features else (signature, constants | {"sinks": None})
-    return [dict(fn=merge, signature=signature, constexprs=constants, options=dict(num_warps=config["num_warps"]), div16=("out", "lse"))]
+    for name, there in (("lse", "weights" not in problem.features), ("sinks", "sink" in problem.features)):
+        signature, constants = (signature | {name: "*fp32"}, constants) if there else (signature, constants | {name: None})
+    return [dict(fn=merge, signature=signature, constexprs=constants, options=dict(num_warps=config["num_warps"]), div16=("out", "lse") if "lse" in signature else ("out",))]
