@@ -18,6 +18,7 @@ ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", 
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
+    "block_attention_backward_two_pass": 352,  # the same warp; beside 160 sums of dK and dV seven words a step
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
 
@@ -74,7 +75,21 @@ def test_budget(op, name, case, arch):
     dims, dtypes, features, *granularity = case
     problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     assert kernel.supports(problem) is None
-    config = kernel.default_config(problem)
+    within_budget(kernel, problem, kernel.default_config(problem), arch)
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (192, 128), (136, 64)])
+def test_two_passes_are_within_budget(D, Dv, kind):
+    """The default of the backward from D 129 on, and a value of its path below."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.block_attention_backward")
+    problem = Problem.of("block_attention_backward", *attention(D, Dv, kind)[:2], "sm_90a")
+    default = kernel.default_config(problem)
+    assert (default["path"] == "two_pass") == (D > 128)
+    within_budget(kernel, problem, {**default, "path": "two_pass"}, "sm_90a")
+
+
+def within_budget(kernel, problem, config, arch):
     asked = kernel.resources(problem, config)
     assert not isinstance(asked, str), asked
     for artifact in kernel.artifacts(problem, config):

@@ -14,7 +14,7 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, merge_attention
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, merge_attention, two_pass
 from sparsetile.backends.cupy.hopper_axes import axes_of
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
@@ -347,12 +347,47 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
           q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
 
 
+TWO_PASS_CASES = [  # how much is worked on at a time, and the case
+    ("all", Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=192, Dv=128, sink=True)),
+    ("a block", Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=192, Dv=72, lists=3, lengths=(130, 300), scale=0.1)),
+    ("a head", Case(B=2, Hq=2, Hk=1, rule="full", T=130, S=390, D=136, Dv=128, lengths=(200, 1000), start=(-7, 300))),
+    ("all", Case(B=1, Hq=4, Hk=2, rule="blocks", T=400, S=520, D=128, Dv=128, lists=2, start=0)),
+    ("a block", Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True)),
+    ("a head", Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30)),
+    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others
+    ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
+    ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),
+    ("all", Case(B=16, Hq=2, Hk=1, rule="window", T=5, S=3, D=16, Dv=16)),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("piece, case", TWO_PASS_CASES, ids=str)
+def test_block_attention_backward_in_two_passes(case, piece, kind, rng, monkeypatch):
+    """dS kept, all of it, of one key head or of one key block at a time."""
+    place, at_portable = HopperPlace(), CpuPlace()
+    place.refused = "block_attention_backward"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    q, k, v = (token_major(x) for x in (q, k, v))
+    backward = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, scratch=1)
+    operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
+    if kind == "float16":  # as lists made on the device: the host knows no entry
+        made.extras.clear()
+    if piece != "all":
+        entries = (made.nq if piece == "a block" else made.nq * made.nk) * case.Hq // case.Hk
+        monkeypatch.setattr(two_pass, "GIB", entries * 2 ** 15)
+    forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
+
+
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("path", ["portable", "hopper"])
+@pytest.mark.parametrize("path", ["portable", "hopper", "two_pass"])
 def test_large_scores_on_hopper(path, steps, kind, rng):
     """Scores of any finite size, from key block to key block; what the backward of either path makes of that lse. The scale carries what float16 cannot."""
     place, sizes, T = HopperPlace(), np.array(STEPS[steps]), 70
@@ -367,7 +402,7 @@ def test_large_scores_on_hopper(path, steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending")
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending", scratch=1)
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)
