@@ -112,7 +112,6 @@ __device__ __forceinline__ void to_probabilities(const Params& p, float (&s)[32]
   }
 }
 
-
 template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) d[i] = 0.f;
