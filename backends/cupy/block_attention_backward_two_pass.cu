@@ -36,8 +36,7 @@ constexpr bool ADDS = false;
 
 constexpr int BLOCK_BYTES = 4 * PART, KEY_BYTES = Q_PARTS * SLAB, STAGE = (2 + Q_PARTS) * PART, STAGES = 20 * PART / STAGE, ITEMS = 2;  // a stage: 64 keys and their dS for 128 queries
 constexpr int PITCH = WIDTH / 2 + 4;   // of dQ on its way out, in pairs
-constexpr bool WIDE = WIDTH > 128;     // dK and dV are 160 registers a thread: P and dP in float32 and P in 16 bits are 80 more
-constexpr bool ROUNDED = WIDE && KIND == BFLOAT16;  // then P becomes dS as rounded for dV; in float16 it would lose small values
+constexpr bool WIDE = WIDTH + VALUES > 256;  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
 
 // (head, rank) of an item among `heads` times n: the `ahead` longest of all heads, then so many heads at a time as share the cache
 __device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead, int together) {
@@ -150,15 +149,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_wait<0>();
     hold(s);
     to_probabilities(p, s, pr, rows_at + b * LINE * 4, far, seen, kind, left);
-    if (ROUNDED) {
-      u32 any = 0;
-#pragma unroll
-      for (int j = 0; j < 16; j++) any |= pr[j];
-      if (any & 0x80008000u) bar_wait(m.full_q(b), turn, patience);  // never: probabilities have no sign; a branch that needs them ends the scores' registers before dP begins
-    }
-    if (WIDE && !ROUNDED) {
+    if (WIDE) {
       multiply_dv(b);
-      wgmma_wait<0>();  // P in 16 bits makes room for dP
+      wgmma_wait<0>();
       hold(dv);
     }
     start_from(dp, rows_at + b * LINE * 4 + STEP * 4);
@@ -167,14 +160,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
-    if (!WIDE || ROUNDED) multiply_dv(b);
-    if (!WIDE || ROUNDED) wgmma_wait<1>(); else wgmma_wait<0>();
+    if (!WIDE) multiply_dv(b);
+    if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(dp);
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const float low = ROUNDED ? to_float<KIND>((u16)pr[j]) : s[2 * j], high = ROUNDED ? to_float<KIND>((u16)(pr[j] >> 16)) : s[2 * j + 1];
-      ds[j] = pack<KIND>(low * dp[2 * j], high * dp[2 * j + 1]);
-    }
+    for (int j = 0; j < 16; j++) ds[j] = pack<KIND>(s[2 * j] * dp[2 * j], s[2 * j + 1] * dp[2 * j + 1]);
     bar_wait(m.free_ds(b), turn ^ 1, patience);
 #pragma unroll
     for (int g = 0; g < 4; g++) stmatrix_transposed_at(ds_at + b * 2 * PART + g * 2048, ds[4 * g], ds[4 * g + 1], ds[4 * g + 2], ds[4 * g + 3]);  // as [query][key]
@@ -209,9 +199,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (b && field(STATE) & LAST) break;
       if (b) { release(); turn ^= 1; }
       b ^= 1;
-      if (WIDE) { wgmma_wait<0>(); free_step(b ^ 1); }
+      wgmma_wait<0>();
+      free_step(b ^ 1);
       multiply_scores(b);
-      if (!WIDE) { wgmma_wait<1>(); free_step(b ^ 1); }
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
     }
     turn ^= 1;
