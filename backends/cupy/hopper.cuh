@@ -99,6 +99,7 @@ inline void shared_to_copy_engine() {}
 inline void named_sync(int id, int n) { emulate_named_sync(id, n); }
 inline void named_arrive(int id, int n) { emulate_named_arrive(id, n); }
 inline void ldmatrix_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, false); }
+inline void ldmatrix_trans_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, true); }
 inline void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix(at, a, b, c, d); }
 template <int N> inline void fewer_registers() {}
 template <int N> inline void more_registers() {}
@@ -123,6 +124,9 @@ __device__ __forceinline__ void named_sync(int id, int n) { asm volatile("bar.sy
 __device__ __forceinline__ void named_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ void ldmatrix_at(u32 (&r)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans_at(u32 (&r)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 __device__ __forceinline__ void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
