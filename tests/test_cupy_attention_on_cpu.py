@@ -499,6 +499,12 @@ LATENTS = [
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),
 ]
+FEW = [  # heads as columns of a product: 8, 16, 32; tiles in pairs and alone, at the ring's end and in its middle
+    Latent(Hq=8, S=700, K=650, T=2, keys="late", sms=1),
+    Latent(B=2, Hq=16, S=300, K=260, T=3, lengths=True, causal=True, sms=2),
+    Latent(Hq=17, S=500, K=420, T=2, keys="ascending", sms=1),
+    Latent(Hq=9, S=300, K=200, T=9, keys="huge", lengths=True, sms=1),
+]
 
 
 def latents(c, kind, rng):
@@ -537,8 +543,8 @@ def latent_problem(c, kind, op):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
 @pytest.mark.parametrize("kind", ("bfloat16", "float16"))
-@pytest.mark.parametrize("case", LATENTS, ids=str)
-def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
+@pytest.mark.parametrize("path, case", [("hopper", c) for c in LATENTS] + [("tokens", c) for c in LATENTS + FEW], ids=str)
+def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
     c, place = case, HopperPlace()
     place.sms = c.sms
@@ -547,7 +553,7 @@ def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
     q, k, indices, lengths, count = latents(c, kind, rng)
     v, put = k[..., :512], place.put
     problem = latent_problem(c, kind, "gather_attention")
-    config = {**gather_attention.default_config(problem), "path": "hopper", "split": 1}
+    config = {**gather_attention.default_config(problem), "path": path, "split": int(path == "hopper")}
     assert not isinstance(gather_attention.resources(problem, config), str)
     operands = *map(put, (q, k, v)), put(indices)
     assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable

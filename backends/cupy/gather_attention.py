@@ -2,19 +2,19 @@
 
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
-Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
-sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`hopper_takes`) run on the portable one.
+Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The paths "hopper" (gather_attention_hopper.cu) and "tokens"
+(gather_tokens_hopper.py, few heads) are for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that their copies cannot serve (`hopper_takes`) run on the portable one.
 """
 import math
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import split
+from sparsetile.backends.cupy import gather_tokens_hopper, split
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
                                                selected_values, sliced)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: 64 heads of one query a tile by warpgroup products; 16-bit latents of width 576 whose first 512 columns are the values. The rest is for portable"),
+    Tunable("path", ("portable", "hopper", "tokens"), "by warpgroup products, for 16-bit latents of width 576 whose first 512 columns are the values: hopper has 64 heads of one query as rows, tokens has up to 32 as columns. The rest is for portable"),
     Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
     Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
     Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
@@ -45,14 +45,14 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
     return max((rows * (padded(D) + 8) + stages * tk * tile) * 2 + (stages + 1) * (tk + tk // 32) * 4, rows * (wide + 2) * 4 if kw > 1 else 0)
 
 
-def no_hopper(problem: Problem) -> str | None:
-    """Why the path "hopper" is not for this problem."""
+def no_hopper(problem: Problem, path: str = "hopper") -> str | None:
+    """Why a path of warpgroup products is not for this problem."""
     if problem.arch != "sm_90a":
-        return f"path hopper: {problem.arch} lacks its instructions; take portable"
+        return f"path {path}: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem.dtype("out", problem.dtype("q")) != problem.dtype("q"):
-        return f"path hopper takes float16 or bfloat16 and answers in the same type, not {problem.dtype('q')} to {problem.dtype('out', problem.dtype('q'))}; take portable"
+        return f"path {path} takes float16 or bfloat16 and answers in the same type, not {problem.dtype('q')} to {problem.dtype('out', problem.dtype('q'))}; take portable"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or problem.granularity != 1 or "softcap" in problem.features:
-        return "path hopper takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
+        return f"path {path} takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
     return None
 
 
@@ -66,7 +66,9 @@ def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         return no_hopper(problem) or Resources(HOPPER_THREADS, HOPPER_SHARED, 128)
     if config.get("split"):
-        return "split is for path hopper; portable takes 0"
+        return f"split is for path hopper; {config['path']} takes 0"
+    if config["path"] == "tokens":
+        return no_hopper(problem, "tokens") or gather_tokens_hopper.resources(problem["Hq"])
     tk, kw, float32 = config["tile_k"], config["key_warps"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, config["stages"]) != (32, 32, 1, 1):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and stages 1"
@@ -107,6 +109,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     if config["path"] == "hopper":
         return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
                 dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
+    if config["path"] == "tokens":
+        return gather_tokens_hopper.artifacts(kind, problem["Hq"])
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
     return [dict(source=_source(kind), defines=d, names=["forward"])]
 
@@ -147,8 +151,9 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     if B * Hq * T == 0:
         return out, lse
-    if config["path"] == "hopper" and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
-        return run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start)
+    if config["path"] != "portable" and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
+        given = (lengths, causal, scale, sink_logits, kv_length, q_start)
+        return gather_tokens_hopper.run(q, k, indices, out, lse, place, *given) if config["path"] == "tokens" else run_hopper(q, k, indices, out, lse, place, config, *given)
     float32, shared_kv, slices = kind == "float32", same_memory(k, v), sliced(Dv)[0]
     copy = copy_bytes(q, k) if shared_kv else copy_bytes(q, k, v)
     blocks = B * T * head_groups(indices.shape[1], Hq, Hk, config["heads"]) * slices
