@@ -30,7 +30,7 @@ struct Params {
 };
 
 constexpr int N = 32, GROUP = 9 * 1024, TILE = N / 8 * GROUP, SLOTS = HEADS == 8 ? 6 : 5, LAST = 8 * 1024;  // LAST: the ninth chunk of a group
-constexpr int QUERY = SLOTS * TILE, TOPS = QUERY + HEADS / 8 * GROUP, SUMS = TOPS + 4 * HEADS * 4, FACTORS = SUMS + 4 * HEADS * 4, INVERSE = FACTORS + HEADS * 4, FOUND = INVERSE + HEADS * 4;
+constexpr int QUERY = SLOTS * TILE, TOPS = QUERY + HEADS / 8 * GROUP, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + HEADS * 4, FOUND = INVERSE + HEADS * 4;
 constexpr int MOVED = FOUND + SLOTS * 16, BARS = MOVED + (SLOTS + 1) / 2 * 8, COLUMNS = HEADS / 4;
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
@@ -152,7 +152,8 @@ __device__ __forceinline__ bool probabilities(unsigned char* raw, float (&s)[HEA
 
 // At the end of an item, a thread for each head: sums relative to 2^m become sums relative to the head's largest score, in natural units and rounded once as the backward does.
 __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, Heads& h, int warp, int lane) {
-  float *tops = (float*)(raw + TOPS), *sums = (float*)(raw + SUMS), *inverse = (float*)(raw + INVERSE);
+  float2* ends = (float2*)(raw + ENDS);  // not TOPS: a warp behind may still read there
+  float* inverse = (float*)(raw + INVERSE);
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++) {
 #pragma unroll
@@ -162,16 +163,17 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
     }
     if (lane < 4) {
       const int head = head_of(lane, i);
-      tops[warp * HEADS + head] = h.top[i];
-      sums[warp * HEADS + head] = h.sum[i];
+      ends[warp * HEADS + head] = make_float2(h.top[i], h.sum[i]);
       if (warp == 0) inverse[head] = h.m[i];
     }
   }
   named_sync(1, 128);
   const int head = warp * 32 + lane;
   if (head < HEADS) {
-    const float top = fmaxf(fmaxf(tops[head], tops[HEADS + head]), fmaxf(tops[2 * HEADS + head], tops[3 * HEADS + head])), m = inverse[head];
-    const float sum = sums[head] + sums[HEADS + head] + sums[2 * HEADS + head] + sums[3 * HEADS + head];
+    const float m = inverse[head];
+    float top = -inf(), sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < 4; w++) { top = fmaxf(top, ends[w * HEADS + head].x); sum += ends[w * HEADS + head].y; }
     const bool empty = top == -inf() && sum == 0.f;
     const float largest = __fmul_rn(top, p.scale), unit = ex2(h.wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
     const float sink = p.sink && head < x.rows ? ex2((__ldg(p.sink + x.head + head) - largest) * LOG2E) : 0.f;

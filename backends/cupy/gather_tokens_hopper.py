@@ -20,7 +20,7 @@ def heads_of(Hq: int) -> int:
 
 def shared_bytes(heads: int) -> int:
     slots = 6 if heads == 8 else 5
-    return slots * TILE + heads * (1152 + 10 * 4) + slots * (16 + 3 * 8) + ceil_div(slots, 2) * 8
+    return slots * TILE + heads * (1152 + 14 * 4) + slots * (16 + 3 * 8) + ceil_div(slots, 2) * 8
 
 
 def resources(Hq: int) -> Resources:
