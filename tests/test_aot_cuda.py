@@ -101,6 +101,20 @@ def test_narrow_heads_in_classes_spill_nothing(block_q, kind):
     assert found["forward"]["spills"] == 0, found
 
 
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_few_heads_spill_nothing(heads, kind):
+    """Path tokens has a build for 8, 16 and 32 heads."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.gather_attention")
+    problem = Problem.of("gather_attention", *attention(576, 512, kind, Hq=heads, Hk=1, features=("shared_kv",))[:2], "sm_90a", ("shared_kv",))
+    config = {**kernel.default_config(problem), "path": "tokens", "split": 0}
+    (artifact,) = kernel.artifacts(problem, config)
+    found, log = nvrtc.report(artifact["source"], artifact["defines"], "sm_90a"), nvrtc.cubin(artifact["source"], artifact["defines"], "sm_90a")[1]
+    asked = kernel.resources(problem, config)
+    assert artifact["defines"]["HEADS"] == heads and not re.findall(r"\bC7[56]\d\d\b", log)
+    assert found["gather_tokens_hopper"]["spills"] == 0 and found["gather_tokens_hopper"]["registers"] <= asked.registers and asked.shared <= nvrtc.shared_limit("sm_90a")
+
+
 @pytest.mark.parametrize("op", ATTENTION)
 def test_every_config_is_refused_or_complete(op):
     """What resources() lets through has every constant that the source needs: one odd config of each kernel compiles."""

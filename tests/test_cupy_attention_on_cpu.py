@@ -614,7 +614,11 @@ def test_gather_attention_refuses_what_hopper_lacks(kernel):
                                                         (dict(D=512), kinds, *given, 1), (dict(Hk=2), kinds, *given, 1), ({}, kinds, *given, 64), ({}, kinds, "sm_90a", ("shared_kv", "softcap"), 1)):
         problem = Problem.of("gather_attention", {**sizes, **change}, dtypes, arch, features, granularity=granularity)
         config = kernel.default_config(problem)
-        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "hopper"})
+        assert config["path"] == "portable"
+        for path in {"hopper", *kernel.TUNABLES[0].values} - {"portable"}:
+            assert f"path {path}" in kernel.resources(problem, {**config, "path": path}) and "portable" in kernel.resources(problem, {**config, "path": path})
+    if kernel is gather_attention:
+        assert kernel.resources(Problem.of("gather_attention", sizes, kinds, *given), {**kernel.default_config(problem), "path": "tokens", "split": 1}) == "split is for path hopper; tokens takes 0"
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge
