@@ -1,4 +1,4 @@
-"""Native Sparse Attention, checked, then timed branch by branch: python -m sparsetile.bench.nsa [--quick] [--length N ...] [--backend NAME]
+"""Native Sparse Attention, checked, then timed branch by branch: python -m sparsetile.bench.nsa [--quick] [--length N ...] [--backend NAME] [--alone]
 
 Hq 64, Hk 4, D 128, blocks of 64, 16 of them, window 512, bfloat16, at 64k and 8k: the compressed branch (32 at stride 16) with the means it reads, the choice of blocks, the selected branch,
 the sliding one, gates, and all of it in one call; the backward of the selected branch and of the whole. Beside them in the same run: torch's causal attention, forward and backward, and
@@ -6,6 +6,7 @@ flash-linear-attention's NSA where it is installed, which compresses to 64 at st
 Checked first: some queries of every branch against the float64 formula by the numeric policy, and the choice by its float64 importances.
 """
 import argparse
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -52,7 +53,7 @@ def check(q, k, v, backend):
     print(f"N {N}: {len(rows)} queries of each branch within the policy", flush=True)
 
 
-def calls(torch, q, k, v, gates, backend):
+def calls(torch, q, k, v, gates, backend, peers):
     """name -> a call; what one needs of another is made before."""
     N, options = q.shape[2], dict(backend=backend)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def calls(torch, q, k, v, gates, backend):
     found = {name: without_gradients(torch, call) for name, call in found.items()}
     found["selected, backward"] = backward(torch, lambda q, k, v: sparse_attention(q, k, v, chosen, **options), q, k, v)
     found["NSA, all, backward"], found["dense, torch, backward"] = backward(torch, whole, q, k, v, gates), backward(torch, dense, q, k, v)
-    return found | (fla(torch, q, k, v, gates) if q.is_cuda and find_spec("fla") else {})
+    return found | (fla(torch, q, k, v, gates) if peers and q.is_cuda and find_spec("fla") else {})
 
 
 def without_gradients(torch, call):
@@ -120,6 +121,7 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU the smallest size")
     parser.add_argument("--length", type=int, nargs="*", help="tokens")
     parser.add_argument("--backend", help="one backend; by default the profile's or the first")
+    parser.add_argument("--alone", action="store_true", help="without flash-linear-attention, whose own tuning takes minutes")
     given = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     Hq, Hk, D = (64, 4, 128) if cuda else (8, 2, 32)
@@ -128,9 +130,12 @@ def main(arguments=None):
         q, k, v, gates = inputs(torch, "cuda" if cuda else "cpu", N, Hq, Hk, D)
         with torch.no_grad():
             check(q, k, v, given.backend)
-        ours = calls(torch, q, k, v, gates, given.backend)
-        for call in ours.values():
+        ours = calls(torch, q, k, v, gates, given.backend, not given.alone)
+        for name, call in ours.items():
+            begun = time.perf_counter()
             call()
+            watch.synchronize()
+            print(f"first call of {name}: {time.perf_counter() - begun:.1f} s", flush=True)
         samples = timing.finals(watch, list(ours.values()), seconds=0.0 if given.quick and not cuda else 2.0 if given.quick else 20.0, most=5 if given.quick else 40)
         times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
         print(f"N {N}, Hq {Hq}, Hk {Hk}, D {D}, {torch.cuda.get_device_name() if cuda else 'CPU'}")

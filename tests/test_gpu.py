@@ -1,5 +1,6 @@
 """What only a real chip shows, on both GPU backends: CUDA graphs, the caller's stream, other frameworks' arrays, a second device, compiled calls, long rows, many runs."""
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -152,6 +153,30 @@ def test_on_the_second_device_while_the_first_is_current(backend, name, rng):
             assert_same_bits(f"result {n}", a, b)
 
 
+@both
+@every_case
+def test_on_a_thread_that_is_new(backend, name, rng):
+    """What the allocator hands out a second time asks nothing of the runtime, so nothing but us gives the new thread a context."""
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    first, found = run(case, backend, inputs), []
+    del first
+    first = run(case, backend, inputs)
+    torch.cuda.synchronize()
+
+    def there():
+        try:
+            found.extend(run(case, backend, inputs))
+        except Exception as error:
+            found.append(error)
+    thread = threading.Thread(target=there)
+    thread.start()
+    thread.join()
+    assert not found or not isinstance(found[-1], Exception), found[-1]
+    for n, (a, b) in enumerate(zip(found, first, strict=True)):
+        assert_same_bits(f"result {n}", a, b)
+
+
 FORWARD = [name for name in NAMES if "gradients" not in name]
 
 
@@ -181,6 +206,7 @@ def test_jax_arrays(backend, name, rng):
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU")
+    torch.cuda.set_device(0)  # JAX leaves the last device current that it looked at
     case = cases(Make(rng))[name]
     inputs = [make() for make in case[0]]
     wanted = run(case, backend, inputs)

@@ -133,9 +133,9 @@ def judged(out, leaves, answer, rng, reduction):
 
 
 ROUTES = {"ragged": ("ragged", 2, {}), "T = S": ("square", 2, {}), "one head of centroids": ("batch of lengths", 1, {}), "unit": ("one query", 4, dict(normalize="unit")),
-          "both ways": ("batch of lengths", 2, dict(causal=False)), "as given": ("starts", 1, dict(normalize=None)), "before the start": ("before the start", 1, {}),
+          "both ways": ("batch of lengths", 2, dict(causal=False)), "as given": ("starts", 1, dict(normalize=None)), "before the start": ("long before the start", 1, {}),
           "beyond the length": ("beyond the length", 4, dict(causal=False)), "fewer than a cluster": ("short", 2, {}), "fewer, both ways": ("short", 2, dict(causal=False))}
-CASES |= {"square": (2, 2, 2, 15, 15, 6, 4, {}), "short": (2, 2, 1, 12, 12, 6, 4, dict(kv_length=[3, 12], q_start=0))}
+CASES |= {"long before the start": (1, 1, 1, 12, 17, 5, 3, dict(q_start=-3)), "square": (2, 2, 2, 15, 15, 6, 4, {}), "short": (2, 2, 1, 12, 12, 6, 4, dict(kv_length=[3, 12], q_start=0))}
 
 
 @pytest.mark.parametrize("backend", LARGE)
@@ -195,7 +195,7 @@ def test_reformer(on, backend, case, rng):
     leaves = [on.tensor(q, True), on.tensor(v, True)]
     out = st.reformer(leaves[0], None, leaves[1], buckets=on.tensor(buckets), backend=backend, **options)
     there = np.ones((2, 1, 12, 1), bool) if lengths is None else (np.arange(12) < np.array(lengths)[:, None])[:, None, :, None]
-    cut = lambda x: x * on.tensor(there.astype(np.float32)).to(x.dtype)  # noqa: E731
+    cut = lambda x: x * on.tensor(there.astype(np.float32)).to(x)  # noqa: E731
 
     def answer(kind):
         out, leaves = naive.shared_attention(q, v, count, dtype=kind)

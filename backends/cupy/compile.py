@@ -186,9 +186,11 @@ def report(source: str, defines: dict, arch: str) -> dict[str, dict[str, int]]:
 class Function:
     """One kernel of one cubin on one device. Call: (grid, threads, shared, stream, *fields of the struct)."""
 
-    def __init__(self, code: bytes, name: str, fields: str):
+    def __init__(self, code: bytes, name: str, fields: str, device: int):
         from cupy.cuda import function
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver, runtime
+        self.bind = lambda: runtime.setDevice(device)
+        self.bind()
         self.module = function.Module()
         self.module.load(code)
         self.handle, self.name = self.module.get_function(name), name
@@ -196,7 +198,8 @@ class Function:
         self.shared, self.local = 48 * 1024, threading.local()
 
     def buffer(self):
-        """Where this thread packs its arguments: the driver copies them while it runs without the GIL."""
+        """Where this thread packs its arguments: the driver copies them while it runs without the GIL. A thread that is new, as autograd's is at first, has no context: the driver wants one."""
+        self.bind()
         buffer = ctypes.create_string_buffer(self.pack.size)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         self.local.value = value = (buffer, ctypes.addressof(pointers), pointers)
@@ -206,10 +209,10 @@ class Function:
         x, y, z = (grid, 1, 1) if type(grid) is int else grid
         if x == 0 or y == 0 or z == 0:
             return
+        buffer, pointers, _ = getattr(self.local, "value", None) or self.buffer()
         if shared > self.shared:
             self.driver.funcSetAttribute(self.handle.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self.shared = shared
-        buffer, pointers, _ = getattr(self.local, "value", None) or self.buffer()
         self.pack.pack_into(buffer, 0, *values)
         self.launch(self.handle.ptr, x, y, z, threads, 1, 1, shared, stream, pointers, 0)
 
@@ -233,4 +236,4 @@ def function(source: str, name: str, fields: str, defines: dict, place) -> Funct
 def make(source: str, name: str, fields: str, defines: dict, place):
     if hasattr(place, "compile"):  # tests run kernels on the CPU: their place brings its own compiler
         return place.compile(source, name, fields, defines)
-    return Function(cubin(source, defines, place.arch)[0], name, fields)
+    return Function(cubin(source, defines, place.arch)[0], name, fields, place.device)
