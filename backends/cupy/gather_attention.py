@@ -94,7 +94,9 @@ def default_config(problem: Problem) -> dict:
     rows = 16 if group <= 16 else 32 if group <= 32 else 64
     tries = [(rows, 64, {16: 4, 32: 2, 64: 2 if wide else 1}[rows], 1 if wide else 2), (rows, 64, {16: 4, 32: 2, 64: 2}[rows], 1), (rows, 32, 2, 1), (min(rows, 32), 32, 2, 1), (16, 32, 2, 1)]
     tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, stages=st, split=0) for h, tk, kw, st in tries])
-    return tiles if no_hopper(problem) else {**tiles, "path": "hopper"}  # padding to 64 heads is cheaper than the other path: 2.1 ms against 6.1 at one head
+    if no_hopper(problem):
+        return tiles
+    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:

@@ -29,9 +29,10 @@ struct Params {
   float scale, scale2;     // above 0; the second is for powers of two
 };
 
-constexpr int N = 32, GROUP = 9 * 1024, TILE = N / 8 * GROUP, SLOTS = HEADS == 8 ? 6 : 5, LAST = 8 * 1024;  // LAST: the ninth chunk of a group
+constexpr int N = 32, GROUP = 9 * 1024, TILE = N / 8 * GROUP, SLOTS = HEADS == 8 ? 6 : 4, LAST = 8 * 1024;  // SLOTS: even, so that tiles stand in pairs; LAST: the ninth chunk of a group
 constexpr int QUERY = SLOTS * TILE, TOPS = QUERY + HEADS / 8 * GROUP, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + HEADS * 4, FOUND = INVERSE + HEADS * 4;
 constexpr int MOVED = FOUND + SLOTS * 16, BARS = MOVED + (SLOTS + 1) / 2 * 8, COLUMNS = HEADS / 4;
+constexpr int CHAINS = 4;  // sums of a score: narrow products that add to the same registers wait for one another
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
@@ -53,7 +54,7 @@ struct Item {
 // 16 bytes of each of 9 chunks of two rows, 16 rows apart
 __device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b, int a_exists, int b_exists) {
 #pragma unroll
-  for (int c = 0; c < 9; c++) { fetch(to + c * 1024, a + c * 128, a_exists); fetch(to + c * 1024 + 2 * GROUP, b + c * 128, b_exists); }
+  for (int c = 0; c < 9; c++) { fetch<true>(to + c * 1024, a + c * 128, a_exists); fetch<true>(to + c * 1024 + 2 * GROUP, b + c * 128, b_exists); }
 }
 
 __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars) {
@@ -221,15 +222,19 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       const u32 mine = rows + warp / 2;  // the slot of this warp's tokens
       const bool seen = mine == slot || two;
       const u32 word = seen ? found[mine].word >> (16 * (warp & 1) + lane / 4) : 0;
-      const u64 keys = descriptor_of(base + rows * TILE, 16, GROUP, SWIZZLE_128);
-      float s[HEADS / 2];
+      const u64 keys = descriptor_of(base + (u32)uniform(rows) * TILE, 16, GROUP, SWIZZLE_128);
+      float part[CHAINS][HEADS / 2], s[HEADS / 2];
       shared_to_copy_engine();
-      hold(s); wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 36; k++) wgmma<KIND, K_MAJOR>(s, keys + (k & 3) * 2 + (k >> 2) * 64, query + (k & 3) * 2 + (k >> 2) * 64, k != 0);
-      wgmma_commit(); wgmma_wait<0>(); hold(s);
+      for (int c = 0; c < CHAINS; c++) hold(part[c]);
+      wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < HEADS / 2; i++) if (!(word >> (i & 2) * 4 & 1)) s[i] = -inf();
+      for (int k = 0; k < 36; k++) wgmma<KIND, K_MAJOR>(part[k % CHAINS], keys + (k & 3) * 2 + (k >> 2) * 64, query + (k & 3) * 2 + (k >> 2) * 64, k >= CHAINS);
+      wgmma_commit(); wgmma_wait<0>();
+#pragma unroll
+      for (int c = 0; c < CHAINS; c++) hold(part[c]);
+#pragma unroll
+      for (int i = 0; i < HEADS / 2; i++) s[i] = word >> (i & 2) * 4 & 1 ? (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]) : -inf();
       float factor[COLUMNS];
       const bool moved = probabilities(raw, s, h, factor, p.scale2, warp, lane);
       if (moved || first) {  // factors before these have been applied, and nobody needs the heads' inverses of the item before

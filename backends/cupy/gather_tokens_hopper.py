@@ -10,16 +10,16 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import KINDS, POSITIONS, SELECTED, ceil_div, position_values, selected_values
 
 FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
-SOURCE, THREADS, TILE = "gather_tokens_hopper", 384, 4 * 9 * 1024
+SOURCE, THREADS, TILE, MOST = "gather_tokens_hopper", 384, 4 * 9 * 1024, 32  # MOST: heads that gather their tokens once
 
 
 def heads_of(Hq: int) -> int:
     """Columns of a product."""
-    return 8 if Hq <= 8 else 16 if Hq <= 16 else 32
+    return 8 if Hq <= 8 else 16 if Hq <= 16 else MOST
 
 
 def shared_bytes(heads: int) -> int:
-    slots = 6 if heads == 8 else 5
+    slots = 6 if heads == 8 else 4
     return slots * TILE + heads * (1152 + 14 * 4) + slots * (16 + 3 * 8) + ceil_div(slots, 2) * 8
 
 

@@ -159,11 +159,13 @@ __device__ __forceinline__ u32 thread_again() {  // threadIdx.x, computed where 
 #endif
 }
 
-__device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {  // 16 bytes, zeros where nothing is to be read
+// 16 bytes, zeros where nothing is to be read. Alone: what stands beside them is not asked for; rows of nine lines that stand apart would bring a tenth from memory
+template <bool Alone = false> __device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {
 #ifdef SPARSETILE_EMULATE
   emulate_cp_async(emulate_shared() + to, from, 16, exists);
 #else
-  asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
+  if constexpr (Alone) asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
+  else asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
 #endif
 }
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // known to be: addresses stay in uniform registers
