@@ -14,7 +14,7 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, merge_attention
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention
 from sparsetile.backends.cupy.hopper_axes import axes_of
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
@@ -460,6 +460,87 @@ def test_gather_attention(case, kind, rng, place):
           q, k, v, count, scale=c.scale, sink=SINK[:c.Hq] if c.sink else None, softcap=c.softcap, rng=rng)
 
 
+@pytest.mark.parametrize("case, kind", [(Chosen(T=100, backward=(16, 32, 1, 16, 32)), "bfloat16"), (Chosen(T=70, G=2, K=6, granularity=16, causal=True, kv=(33, 90), backward=(16, 64, 4, 32, 32)), "float16"),
+                                        (Chosen(T=70, G=4, D=16, Dv=16, backward=(16, 32, 1, 32, 32)), "bfloat16"), (Chosen(B=1, Hq=2, T=130, G=2, lengths=True, backward=(16, 32, 2, 16, 32)), "bfloat16"),
+                                        (Chosen(T=70, D=16, Dv=16, backward=(32, 32, 1, 32, 32)), "float32")], ids=lambda x: str(x))
+def test_keys_that_many_queries_chose(case, kind, rng, place, monkeypatch):
+    """Tiles of keys cut into parts, whole chunks of queries to a part, of which some are left without; lists of single heads and float32 are not cut."""
+    monkeypatch.setattr(gather_attention_backward, "share_of", lambda items, tiles: 100)
+    test_gather_attention(case, kind, rng, place)
+
+
+UNIONS = [
+    Chosen(B=1, Hq=4, Hk=1, T=20, S=400, D=64, Dv=64, K=5, granularity=64, causal=True),
+    Chosen(Hq=6, Hk=2, G=2, T=17, S=330, D=128, Dv=128, K=4, granularity=64, causal=True, kv=(100, 330), lengths=True, sink=True),
+    Chosen(B=1, Hq=16, Hk=1, T=16, S=200, D=72, Dv=40, K=6, granularity=32, softcap=2.0, start=(70,), causal=True),
+    Chosen(B=1, Hq=20, Hk=1, T=9, S=150, D=32, Dv=128, K=9, granularity=16, scale=-0.1),
+    Chosen(B=1, Hq=40, Hk=1, T=5, S=700, D=40, Dv=24, K=3, granularity=192, causal=True),
+    Chosen(B=1, Hq=2, Hk=2, G=2, T=18, S=17000, D=16, Dv=16, K=40, granularity=16, causal=True),  # more blocks than a table holds
+    Chosen(B=1, Hq=4, Hk=1, T=5, S=100, D=64, Dv=64, K=3, granularity=64, shared=True, scale=30.0),
+]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
+@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
+@pytest.mark.parametrize("case", UNIONS, ids=str)
+def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
+    """Unions of unsorted lists with entries of every garbage, holes, repeats (an entry three times), queries without keys, neighbours that are alike and that share nothing; NaN in what nobody sees."""
+    c, place = case, HopperPlace()
+    if eager:
+        monkeypatch.setenv("SPARSETILE_EMULATE_EAGER", "1")
+    q, k, v = tensors(rng, kind, c.B, c.Hq, c.Hk, c.T, c.S, c.D, c.Dv, shared=c.shared)
+    blocks = -(-c.S // c.granularity)
+    indices = np.stack([rng.permutation(max(blocks, c.K))[:c.K] for _ in range(c.B * c.G * c.T)]).reshape(c.B, c.G, c.T, c.K).astype(np.int32)
+    luck = rng.random(indices.shape)
+    indices[luck < 0.2] = rng.choice(np.array([-1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity + 1]), (luck < 0.2).sum())
+    indices[:, :, 1::3, 0] = rng.integers(0, min(blocks, 2), indices[:, :, 1::3, 0].shape)
+    indices[:, :, 1::3, -2:] = indices[:, :, 1::3, :1]
+    indices[:, :, -1, 1] = blocks - 1
+    indices[:, :, -2, 1] = 2 ** 32 // 3 + 1  # three times that is 2 in 32 bits
+    indices[0, 0, 0] = -1
+    lengths = rng.integers(-2, c.K + 5, (c.B, c.G, c.T)).astype(np.int32) if c.lengths else None
+    count = oracle.selection_count(indices, c.S, c.Hq, lengths=lengths, granularity=c.granularity, causal=c.causal, kv_length=c.kv, q_start=c.start if c.kv or c.start else c.S - c.T)
+    assert count.max() > 1
+    hide(k, v, count, c.Hq)
+    put, sink = place.put, SINK[np.arange(c.Hq) % 4] if c.sink else None
+    problem = Problem.of("gather_attention", dict(B=c.B, Hq=c.Hq, Hk=c.Hk, T=c.T, S=c.S, D=c.D, Dv=c.Dv, K=c.K), dict(q=kind, k=kind, v=kind), "sm_90a", ("softcap",) * (c.softcap is not None), 1.0, c.granularity)
+    config = {**gather_attention.default_config(problem), "path": "union"}
+    assert not isinstance(gather_attention.resources(problem, config), str)
+    operands = *map(put, (token_major(q), k, v)), put(indices)
+    assert gather_union.takes(*operands, kind)
+    place.refused = "gather_attention"
+    at = dict(place=place, lengths=put(lengths), granularity=c.granularity, causal=c.causal, scale=c.scale, softcap=c.softcap,
+              kv_length=None if c.kv is None else put(np.array(c.kv, np.int32)), q_start=None if c.start is None else put(np.array(c.start, np.int32)))
+    out, lse = gather_attention.run(*operands, config=config, sink_logits=put(sink), **at)
+    given, count = dict(scale=c.scale, softcap=c.softcap, sink_logits=sink), np.broadcast_to(count, (c.B, c.Hq, c.T, c.S)).astype(np.int64)
+    truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
+    assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
+    assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
+    if eager or kind == "float16":
+        return
+    dout = rng.standard_normal(formula[0].shape).astype(q.dtype)
+    total, delta, _ = attention_delta.run(put(formula[0]), put(dout), put(formula[1]), place=place, sink_logits=put(sink))
+    place.refused = None
+    backward = {**gather_attention_backward.default_config(problem), "path": "union"}
+    assert not isinstance(gather_attention_backward.resources(problem, backward), str)
+    grads = gather_attention_backward.run(*operands, total, delta, put(token_major(dout)), config=backward, **at)
+    true, one = (f(q, k, v, count, dout, **given) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, n in zip(("dq", "dk", "dv"), range(3), (c.S, c.T * c.Hq, c.T * c.Hq)):
+        assert_close(name, grads[got].owner, true[got], one[got], reduction=n + c.D + c.Dv)
+
+
+def test_paths_of_selected_blocks():
+    """Which problems take the path that shares blocks, and why others do not; a strided or single row leaves it at the call."""
+    sizes, kinds = dict(B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16), dict.fromkeys("qkv", "bfloat16")
+    of = lambda change=None, dtypes=kinds, arch="sm_90a", granularity=64: Problem.of("gather_attention", {**sizes, **(change or {})}, dtypes, arch, (), 1.0, granularity)  # noqa: E731
+    for granularity in (16, 32, 64, 128):
+        assert gather_attention.default_config(of(granularity=granularity))["path"] == "union"
+    assert gather_attention.default_config(of(dict(T=1)))["path"] == "portable" and not isinstance(gather_attention.resources(of(dict(T=1)), {**gather_attention.default_config(of()), "path": "union"}), str)
+    for problem in (of(arch="sm_80"), of(dtypes=dict.fromkeys("qkv", "float32")), of(dict(D=192)), of(dict(Dv=100)), of(dict(Hq=512)), of(granularity=1), of(granularity=24), of(dict(K=2048)), of(granularity=2 ** 20)):
+        config = gather_attention.default_config(problem)
+        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "union"})
+
+
 @dataclasses.dataclass
 class Latent:
     """DeepSeek's shapes: keys of width 576, values their first 512 columns, one list for all heads."""
@@ -618,7 +699,7 @@ def test_gather_attention_refuses_what_hopper_lacks(kernel):
         for path in {"hopper", *kernel.TUNABLES[0].values} - {"portable"}:
             assert f"path {path}" in kernel.resources(problem, {**config, "path": path}) and "portable" in kernel.resources(problem, {**config, "path": path})
     if kernel is gather_attention:
-        assert kernel.resources(Problem.of("gather_attention", sizes, kinds, *given), {**kernel.default_config(problem), "path": "tokens", "split": 1}) == "split is for path hopper; tokens takes 0"
+        assert kernel.resources(Problem.of("gather_attention", sizes, kinds, *given), {**kernel.default_config(problem), "path": "tokens", "split": 1}) == "split is for path hopper; the others take 0"
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge

@@ -42,7 +42,9 @@ def cases(make):
     indexer = [make.normal(2, 8, 50, 64), make.normal(2, 400, 64), make.normal(2, 8, 50, dtype=torch.float32)]
     latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
     heads = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, 32)]
+    index = dict(zip(("index_q", "index_k", "index_weights"), (make.normal(2, 8, 50, 64), make.normal(2, 90, 64), make.normal(2, 8, 50, dtype=torch.float32))))
     chosen = lambda s: (s.indices, s.lengths)  # noqa: E731
+    paged_indexer = lambda b, q, keys, w: (st.indexer_scores(q, keys, w, backend=b), *(x for k in (40, 900) for x in chosen(st.indexer_topk(q, keys, w, k, backend=b))))  # noqa: E731
     absorbed = lambda mode: lambda b, qn, qr, c, uk, uv, r: [st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode, backend=b)]  # noqa: E731
     return {
         "window": (qkv(), lambda b, q, k, v: attend(b, q, k, v, window)),
@@ -54,11 +56,26 @@ def cases(make):
         "latent-decode": ([make.normal(3, 70, 2, 576), make.normal(3, 1, 1500, 576), make.integers(0, 1501, 3)],
                           lambda b, q, k, n: attend(b, q, k, None, st.Causal(), value_width=512, kv_length=n)),
         "selection": ([*qkv(), entries], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i))),
+        # enough queries for the path on which neighbours share blocks
+        "blocks": ([*qkv(1100, 1200), make.integers(-2, 40, 2, 2, 1100, 7)], lambda b, q, k, v, i: attend(b, q, k, v, st.Selection(i, 32, causal=True))),
         "window-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, window, *x)),
         "strided-gradients": ([*qkv(gradient=True), *cotangents], lambda b, *x: gradients(b, fine, *x)),
         # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward
         "sinks-gradients": ([*qkv(2300, 4096, gradient=True), *many, make.integers(0, 4097, 2)], lambda b, *x: gradients(b, window, *x[:5], kv_length=x[5])),
         "selection-gradients": ([*qkv(gradient=True), *cotangents, entries], lambda b, *x: gradients(b, st.Selection(x[5]), *x)),
+        "pages": ([make.normal(3, 8, 4, 128), make.normal(40, 16, 2, 128), make.normal(40, 16, 2, 128), make.integers(-2, 42, 3, 190), make.integers(0, 3041, 3)],
+                  lambda b, q, k, v, table, n: attend(b, q, st.PagedKV(k, v, table, n), None, st.Window(700) | st.Sink(4))),
+        "pages-prefill": ([make.normal(2, 4, 70, 64), make.normal(40, 48, 2, 64), make.normal(40, 48, 2, 64), make.integers(-2, 42, 2, 9), make.integers(0, 433, 2)],
+                          lambda b, q, k, v, table, n: attend(b, q, st.PagedKV(k, v, table, n), None, st.Causal())),
+        "pages-of-latents": ([make.normal(3, 20, 2, 576), make.normal(50, 32, 576), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3)],
+                             lambda b, q, c, table, n: attend(b, q, st.PagedLatent(c, table, n, rank=512, rotary=64), None, st.Causal())),
+        # bytes that make small finite numbers of float8, float32 and bfloat16 alike
+        "float8-latents": ([make.normal(3, 20, 2, 576), make.integers(0, 63, 50, 32, 656), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3)],
+                           lambda b, q, c, table, n: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Causal())),
+        "float8-latents-selection": ([make.normal(3, 20, 2, 576), make.integers(0, 63, 50, 32, 656), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3), make.integers(-2, 1510, 3, 1, 2, 300)],
+                                     lambda b, q, c, table, n, i: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Selection(i))),
+        "pages-of-indexer-keys": ([make.normal(2, 64, 3, 128), make.integers(0, 63, 30, 64 * 132), make.normal(2, 64, 3, dtype=torch.float32), make.integers(-2, 32, 2, 15), make.integers(0, 961, 2)],
+                                  lambda b, q, k, w, table, n: paged_indexer(b, q.to(torch.float8_e4m3fn), st.IndexerKeys(k.to(torch.uint8), table, n), w)),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
         "indexer-blocks": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 5, pool=16, force_first=1, force_last=1, backend=b))),
@@ -66,6 +83,11 @@ def cases(make):
         "decompress": (latent, lambda b, c, uk, uv, r: st.latent_decompress(c, uk, uv, k_rope=r, backend=b)),
         "absorbed": ([*heads, *latent], absorbed("absorbed")),
         "decompressed": ([*heads, *latent], absorbed("decompressed")),
+        "dsa": ([*qkv(), *index.values()], lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, return_lse=True, backend=b)),
+        "dsa-dense": ([*qkv(), *index.values()], lambda b, q, k, v, *i: [st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=90, backend=b)]),
+        "dsa-lengths": ([*qkv(), *index.values(), make.integers(0, 91, 2)],
+                        lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, kv_length=i[3], return_lse=True, backend=b)),
+        "dsa-latent": ([*heads, *latent, *index.values()], lambda b, qn, qr, c, uk, uv, r, *i: [st.dsa_latent_attention(qn, qr, c, r, uk, uv, **dict(zip(index, i)), top_k=20, backend=b)]),
         "merge": ([make.normal(2, 4, 50, 64) for _ in range(2)] + [make.normal(2, 4, 50, dtype=torch.float32) for _ in range(2)],
                   lambda b, o, p, e, f: st.merge_attention([o, p], [e, f], backend=b)),
     }
@@ -304,6 +326,44 @@ def test_products_by_cublas_and_in_a_graph(B, T, is_turned, rng):
     for name, got in (("alone", alone), ("captured", captured)):
         assert_close(name, to_numpy(got), truth, formula, reduction=128)
         assert torch.equal(got[..., 512:], tail)
+
+
+@both
+@pytest.mark.parametrize("Hq, D, Dv, granularity, K", [(32, 128, 128, 64, 12), (40, 64, 128, 32, 20), (6, 128, 64, 128, 5), (66, 96, 40, 16, 40)])
+def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
+    """Native Sparse Attention's shapes: long unions, repeats, entries of every garbage, queries without keys, a length inside a block, NaN behind it."""
+    import oracle
+    T, S, make = 1100, 1237, Make(rng)
+    q, k, v = make.normal(1, Hq, T, D)(), make.normal(1, 2, S, D)(), make.normal(1, 2, S, Dv)()
+    k[:, :, 1209:], v[:, :, 1209:] = np.nan, np.nan
+    indices = rng.integers(-2, S // granularity + 3, (1, 2, T, K)).astype(np.int32)
+    indices[..., 0], indices[:, :, 7::97] = 0, -5
+    length = np.array([1209], np.int32)
+    out, lse = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True), kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
+    count = oracle.selection_count(indices, S, Hq, granularity=granularity, causal=True, kv_length=length, q_start=length - T)
+    count, given = np.broadcast_to(count, (1, Hq, T, S))[..., :1209].astype(np.int64), [to_numpy(x)[:, :, :1209] for x in (q, k, v)]
+    truth, formula = (f(*given, count, scale=D ** -0.5)[:2] for f in (oracle.attention, plain.attention))
+    for name, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(name, to_numpy(got), true, one, reduction=S)
+
+
+@both
+@pytest.mark.parametrize("G", [1, 2])
+def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
+    """Native Sparse Attention's first block: its long sums are cut into parts, and twice the same call gives the same bits."""
+    import oracle
+    T, make = 3000, Make(rng)
+    q, k, v, dout = make.normal(1, 4, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 2, T, 64)().requires_grad_(), make.normal(1, 4, T, 64)()
+    indices = rng.integers(0, T // 64 + 1, (1, G, T, 5)).astype(np.int32)
+    indices[..., 0] = 0
+    out = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), 64, causal=True), backend=backend)
+    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    count = np.broadcast_to(oracle.selection_count(indices, T, 4, granularity=64, causal=True, q_start=0), (1, 4, T, T)).astype(np.int64)
+    given = [to_numpy(x.detach()) for x in (q, k, v)]
+    truth, formula = (f(*given, count, to_numpy(dout), scale=0.125) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, true, one, n in zip(("dq", "dk", "dv"), first, truth, formula, (T + 128, 2 * T + 128, 2 * T + 128)):
+        assert_close(name, to_numpy(got), true, one, reduction=n)
 
 
 @pytest.mark.parametrize("backend", ["cupy"])

@@ -91,12 +91,12 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
 
 constexpr int COLUMN_THREADS = 2 * TK, MT = TQ / 8;
 
-template <int N> __device__ __forceinline__ void store_keys(void* to, const float (&c)[N][4], int e, i64 row, int width, int first, float scale) {
-  Element<OUT_KIND>* out = (Element<OUT_KIND>*)to + row * width;
+template <int Kind, int N> __device__ __forceinline__ void store_keys(void* to, const float (&c)[N][4], int e, i64 row, int width, int first, float scale) {
+  Element<Kind>* out = (Element<Kind>*)to + row * width;
 #pragma unroll
   for (int m = 0; m < N; m++) {
     const int col = first + 8 * m;
-    if (col < width) store_pair<OUT_KIND>(out + col, c[m][2 * e] * scale, c[m][2 * e + 1] * scale, col + 1 < width, width % 2 == 0);
+    if (col < width) store_pair<Kind>(out + col, c[m][2 * e] * scale, c[m][2 * e + 1] * scale, col + 1 < width, width % 2 == 0);
   }
 }
 
@@ -105,7 +105,9 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
   u16 *sk = (u16*)raw, *sv = SHARED_KV ? sk : sk + TK * QS, *sq = SHARED_KV ? sk + TK * QS : sv + TK * VS, *so = sq + TQ * QS;
   const Rows<TQ> who((float*)(so + TQ * VS));
   Bin<TK, TQ, TC, COLUMN_THREADS> bin(who.end());
-  const int Hk = p.Hq / p.group, slice = blockIdx.x % p.slices, x = blockIdx.x / p.slices, tile = x % p.tiles, b = x / p.tiles / Hk, key_head = x / p.tiles % Hk;
+  const Keys x(p, blockIdx.x / p.slices);
+  if (x.idle) return;
+  const int Hk = p.Hq / p.group, slice = blockIdx.x % p.slices, tile = x.tile, b = x.b, key_head = x.key_head;
   const u16 *k = (const u16*)p.k + b * p.kb + key_head * p.kh, *v = (const u16*)p.v + b * p.vb + key_head * p.vh;
   const int limit = key_limit(p.at, b), lists = p.list.G == p.Hq ? p.group : 1, heads = p.group / lists;  // every head its own list, or one for all
   const int lane = threadIdx.x & 31, row = threadIdx.x / 32 * 16, g = row + lane / 4, c0 = 2 * (lane & 3);
@@ -115,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
   cp_commit();
   for (int l = 0; l < lists; l++) {
     const int h0 = key_head * p.group + l, list = p.list.G == 1 ? 0 : p.list.G == p.Hq ? h0 : key_head;
-    for (int chunk = 0; chunk < p.chunks; chunk++) {
+    for (int chunk = x.first; chunk < x.end; chunk++) {
       const int n = bin.open(p, (((i64)b * p.list.G + list) * p.tiles + tile) * p.chunks + chunk);
       for (int y0 = 0, counted = -1; y0 < n * heads; y0 += TQ) {
         const int low = y0 / heads, high = imin((y0 + TQ - 1) / heads + 1, n);
@@ -154,7 +156,31 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
   for (int e = 0; e < 2; e++) {
     const int s = tile * TK + g + 8 * e;
     if (s >= p.at.S) continue;
-    store_keys(p.dk, dk, e, head * p.at.S + s, p.D, slice * DKS + c0, p.scale);
-    store_keys(p.dv, dv, e, head * p.at.S + s, p.Dv, slice * DVS + c0, 1.f);
+    if (x.slot >= 0) {
+      store_keys<FLOAT32>(p.dk_parts, dk, e, (i64)x.slot * TK + g + 8 * e, p.D, slice * DKS + c0, p.scale);
+      store_keys<FLOAT32>(p.dv_parts, dv, e, (i64)x.slot * TK + g + 8 * e, p.Dv, slice * DVS + c0, 1.f);
+    } else {
+      store_keys<OUT_KIND>(p.dk, dk, e, head * p.at.S + s, p.D, slice * DKS + c0, p.scale);
+      store_keys<OUT_KIND>(p.dv, dv, e, head * p.at.S + s, p.Dv, slice * DVS + c0, 1.f);
+    }
   }
+}
+
+// The sums of a tile's parts, in their order
+__device__ __forceinline__ void add_parts(void* to, const float* from, const Keys& x, const Params& p, int width) {
+  const int rows = imin(TK, p.at.S - x.tile * TK);
+  Element<OUT_KIND>* out = (Element<OUT_KIND>*)to + (((i64)x.b * (p.Hq / p.group) + x.key_head) * p.at.S + x.tile * TK) * width;
+  from += (i64)x.slot * TK * width;
+  for (int i = threadIdx.x; i < rows * width; i += COLUMN_THREADS) {
+    float sum = 0.f;
+    for (int n = 0; n < x.parts; n++) sum += from[(i64)n * x.same * TK * width + i];
+    out[i] = from_float<OUT_KIND>(sum);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) join(const __grid_constant__ Params p) {
+  const Keys x(p, blockIdx.x);
+  if (x.idle || x.part) return;
+  add_parts(p.dk, p.dk_parts, x, p, p.D);
+  add_parts(p.dv, p.dv_parts, x, p, p.Dv);
 }

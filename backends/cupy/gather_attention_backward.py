@@ -3,26 +3,30 @@
 lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives. Holes, lengths, granularity, causality and
 duplicates (counted) as in gather_attention. dQ goes query by query. For dK and dV the entries are sorted into bins of (key tile, chunk of queries) by
 counting, on the device and without a host round trip; a CTA then takes one key tile and its queries in ascending order, so that every sum has one order:
-twice the same call gives the same bits. Scratch: 4 bytes an entry (more where an entry straddles key tiles) and 8 a bin. Keys that nobody chose get 0.
+twice the same call gives the same bits. A key tile that far more queries chose than others (Native Sparse Attention gives every query the first block) is cut into parts, summed in
+order by `join`: in one CTA it would take longer than all others. Scratch: 4 bytes an entry (more where an entry straddles key tiles), 8 a bin, and up to one float32 dk and dv for parts.
+Keys that nobody chose get 0.
 The path "hopper" (gather_backward_hopper.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values: its dk is the sum of both gradients of the latent, its dv None,
 its dq in the type of q whatever out_dtype. Calls that its copies cannot serve (`hopper.takes`) run on the portable path, whose description the rest is.
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import gather_backward_hopper as hopper
+from sparsetile.backends.cupy import gather_union
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, column_slices, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes,
                                                same_memory, selected_values, sliced)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. The rest is for portable"),
+    Tunable("path", ("portable", "hopper", "union"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. "
+            "union: dQ where neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable, and for dK and dV"),
     Tunable("heads", (16, 32, 64), "rows of a tile of dQ: heads that share list and keys"),
     Tunable("tile_k", (32, 64), "keys a step of dQ, and keys of a CTA of dK and dV"),
     Tunable("key_warps", (1, 2, 4), "warps of dQ that share 16 heads and divide a step's keys"),
     Tunable("tile_q", (16, 32, 64), "rows (query and head) a step of dK and dV"),
     Tunable("chunk", (256, 128, 512, 1024), "queries of a bin"),
 )
-FIELDS = "11Q" + SELECTED + POSITIONS + "16q8i2f"
-BIN_FIELDS = SELECTED + POSITIONS + "3Q2q2i"
+FIELDS = "14Q" + SELECTED + POSITIONS + "16q10i2f"
+BIN_FIELDS = SELECTED + POSITIONS + "4Q2q4i"
 
 
 def supports(problem: Problem) -> str | None:
@@ -49,6 +53,11 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
 def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         return hopper.no_hopper(problem) or Resources(hopper.QUERY_THREADS, max(hopper.QUERY_SHARED, hopper.key_shared(hopper.blocks_of(problem["Hq"]))), 128)
+    if config["path"] == "union":
+        own, rest = gather_union.resources(problem, True), resources(problem, {**config, "path": "portable"})
+        if isinstance(own, str) or isinstance(rest, str):
+            return own if isinstance(own, str) else rest
+        return Resources(max(own.threads, rest.threads), max(own.shared, rest.shared), max(own.registers, rest.registers))
     tk, kw, tq, float32 = config["tile_k"], config["key_warps"], config["tile_q"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, tq) != (32, 32, 1, 32):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and tile_q 32"
@@ -91,7 +100,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     if config["path"] == "hopper":
         return hopper.artifacts(problem)
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
-    return [dict(source=_source(kind), defines=d, names=["rows", "columns"]), dict(source="gather_bins", defines=_bin_defines(config), names=["count", "scan", "scatter"])]
+    own = gather_union.artifacts(problem, True) if config["path"] == "union" else []
+    return [*own, dict(source=_source(kind), defines=d, names=["rows", "columns", *(["join"] if kind != "float32" else [])]), dict(source="gather_bins", defines=_bin_defines(config), names=["count", "scan", "scatter"])]
 
 
 def _source(kind: str) -> str:
@@ -102,8 +112,13 @@ def _bin_defines(config: dict) -> dict:
     return dict(TK=config["tile_k"], TC=config["chunk"])
 
 
-def _bins(indices, selected: tuple, positions: tuple, granularity: int, tiles: int, place, config: dict):
-    """The entries sorted by (list, key tile, chunk of queries): starts [bins + 1], items."""
+def share_of(items: int, tiles: int) -> int:
+    """Items that one CTA adds up: more than twice as many as the mean are cut into parts of so many. There are at most 2 * items / share parts, tiles of them."""
+    return max(512, 2 * ceil_div(items, tiles))
+
+
+def _bins(indices, selected: tuple, positions: tuple, granularity: int, tiles: int, place, config: dict, parted: bool):
+    """The entries sorted by (list, key tile, chunk of queries): starts [bins + 1], items; parts of long tiles [n, 4] and from how many items on a tile is long."""
     B, G, T, K = indices.shape
     tk, chunks, entries = config["tile_k"], ceil_div(T, config["chunk"]), B * G * T * K
     straddles = 1 if tk % granularity == 0 else granularity // tk if granularity % tk == 0 else (granularity + tk - 2) // tk + 1
@@ -111,10 +126,13 @@ def _bins(indices, selected: tuple, positions: tuple, granularity: int, tiles: i
     if max(bins, items) >= 2 ** 31:
         raise Unsupported(f"CuPy's gather attention backward sorts at most 2^31 - 1 entries, not {max(bins, items)}; split the batch")
     counts, starts, sorted_ = place.zeros((bins,), "int32"), place.empty((bins + 1,), "int32"), place.empty((max(items, 1),), "int32")
-    values = (*selected, *positions, counts.ptr, starts.ptr, sorted_.ptr, entries, bins, tiles, chunks)
+    share = share_of(items, B * G * tiles)
+    most = 2 * items // share if parted else 0
+    parts = place.zeros((max(most, 1) * 4,), "int32")
+    values = (*selected, *positions, counts.ptr, starts.ptr, sorted_.ptr, parts.ptr, entries, bins, tiles, chunks, share, most)
     for name, grid, threads, shared in (("count", ceil_div(entries, 256), 256, 0), ("scan", 1, 1024, 128), ("scatter", ceil_div(entries, 256), 256, 0)):
         nvrtc.function("gather_bins", name, BIN_FIELDS, _bin_defines(config), place)(grid, threads, shared, place.stream, *values)
-    return starts, sorted_, chunks
+    return starts, sorted_, parts, chunks, share, most
 
 
 def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, granularity=1, causal=False, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
@@ -135,11 +153,21 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     if max(grids) >= 2 ** 31:
         raise Unsupported(f"CuPy's gather attention backward launches at most 2^31 - 1 tiles, not {max(grids)}; split the batch")
     selected, positions = selected_values(indices, lengths, granularity, causal), position_values(T, S, kv_length, q_start)
-    starts, items, chunks = _bins(indices, selected, positions, granularity, tiles, place, config)
+    parted = not float32 and (G != Hq or G == Hk)  # heads of their own lists add up list by list
+    starts, items, parts, chunks, share, extra = _bins(indices, selected, positions, granularity, tiles, place, config, parted)
+    extra *= Hk if G == 1 else 1
+    if B * Hk * tiles * key_slices + extra * key_slices >= 2 ** 31:
+        raise Unsupported(f"CuPy's gather attention backward launches at most 2^31 - 1 tiles, not {(B * Hk * tiles + extra) * key_slices}; split the batch")
+    sums = [place.empty((extra * config["tile_k"] * width,), "float32") for width in (D, Dv)]
     d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v, dout), softcap is not None, shared_kv)
     shared, threads = shared_bytes(D, Dv, config, float32, shared_kv), _threads(config, float32)
-    head = (q.ptr, k.ptr, v.ptr, dout.ptr, lse.ptr, delta.ptr, dq.ptr, dk.ptr, dv.ptr, starts.ptr, items.ptr, *selected, *positions,
+    head = (q.ptr, k.ptr, v.ptr, dout.ptr, lse.ptr, delta.ptr, dq.ptr, dk.ptr, dv.ptr, starts.ptr, items.ptr, parts.ptr, *(x.ptr for x in sums), *selected, *positions,
             *q.strides, *k.strides, *v.strides, *dout.strides, Hq, Hq // Hk, D, Dv, tiles)
-    for name, grid, n, slices, bytes_ in (("rows", grids[0], threads[0], row_slices, shared[0]), ("columns", grids[1], threads[1], key_slices, shared[1])):
-        nvrtc.function(_source(kind), name, FIELDS, d, place)(grid, n, bytes_, place.stream, *head, slices, chunks, 0, scale, softcap or 0.0)
+    launches = [("rows", grids[0], threads[0], row_slices, shared[0]), ("columns", grids[1] + extra * key_slices, threads[1], key_slices, shared[1])] + [("join", extra, threads[1], 1, 0)] * (extra > 0)
+    if config["path"] == "union" and gather_union.takes(q, k, v, indices, out_kind) and copy_bytes(dout) == 16:
+        gather_union.run_rows(q, k, v, indices, lse, delta, dout, dq, place=place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, softcap=softcap, kv_length=kv_length,
+                              q_start=q_start)
+        del launches[0]
+    for name, grid, n, slices, bytes_ in launches:
+        nvrtc.function(_source(kind), name, FIELDS, d, place)(grid, n, bytes_, place.stream, *head, slices, chunks, share, extra, 0, scale, softcap or 0.0)
     return dq, dk, dv

@@ -8,13 +8,56 @@ struct Params {
   void *dq, *dk, *dv;
   const int* starts;
   const u32* items;
+  const int4* parts;   // gather_bins.cu; their sums: [extra][TK][D], [extra][TK][Dv]
+  float *dk_parts, *dv_parts;
   Selected list;
   Positions at;
   i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, ob, oh, ot, od;
-  int Hq, group, D, Dv, tiles, slices, chunks, unused;
+  int Hq, group, D, Dv, tiles, slices, chunks, share, extra, unused;
   float scale, softcap;
 };
 #include "probability.cuh"
+
+// What a CTA of `columns` works on: a tile of keys of a head, chunks first .. end - 1 of their queries; `slot` of a part of a long tile, or -1. idle: nothing.
+struct Keys {
+  int b, key_head, tile, first, end, slot, part, parts, same;  // part i of so many; same: key heads that share a list, whose slots stand side by side
+  bool idle;
+  __device__ __forceinline__ Keys(const Params& p, int x) : first(0), end(p.chunks), slot(x < p.extra ? x : -1), part(0), parts(1), idle(false) {
+    const int Hk = p.Hq / p.group, G = p.list.G;
+    same = G == 1 ? Hk : 1;
+    if (slot >= 0) {
+      const int4 y = __ldg(p.parts + x / same);
+      const int list = y.x / p.tiles;
+      tile = y.x - list * p.tiles;
+      b = list / G;
+      key_head = G == 1 ? x % same : list - b * G;
+      part = y.y;
+      parts = y.z;
+      idle = parts == 0;
+      if (idle) return;
+      first = cut(p, y.x, part, parts);
+      end = cut(p, y.x, part + 1, parts);
+      return;
+    }
+    x -= p.extra;
+    tile = x % p.tiles;
+    b = x / p.tiles / Hk;
+    key_head = x / p.tiles % Hk;
+    idle = p.extra && items(p, (b * G + (G == 1 ? 0 : key_head)) * p.tiles + tile, p.chunks) > p.share;  // its parts do it
+  }
+  static __device__ __forceinline__ int items(const Params& p, int tile, int chunks) { return __ldg(p.starts + (i64)tile * p.chunks + chunks) - __ldg(p.starts + (i64)tile * p.chunks); }
+  // the first chunk of part i of n: as many items before it as come to i of n shares
+  static __device__ __forceinline__ int cut(const Params& p, int tile, int i, int n) {
+    if (i == n) return p.chunks;
+    const int before = (int)((i64)items(p, tile, p.chunks) * i / n);
+    int lo = 0, hi = p.chunks;
+    while (lo < hi) {
+      const int middle = (lo + hi) / 2;
+      if (items(p, tile, middle) < before) lo = middle + 1; else hi = middle;
+    }
+    return lo;
+  }
+};
 
 // One bin opened: its queries in ascending order, and how often each chose each key. All of it in shared memory.
 template <int Tk, int Tq, int Tc, int Threads> struct Bin {

@@ -1,5 +1,6 @@
 // A selection sorted by keys, for the backward: bins of (list, tile of TK keys, chunk of TC queries) hold what their queries chose of their keys.
 // The order within a bin is accidental; its reader only counts, so the sums that follow do not depend on it. Memory: one word an entry.
+// A tile of keys that far more queries chose than others (a block that every query is given) would be one long chain of sums: `parts` cuts it.
 #include "selections.cuh"
 
 struct Params {
@@ -7,8 +8,9 @@ struct Params {
   Positions at;
   int *counts, *starts;  // [bins], [bins + 1]; counts become cursors
   u32* items;            // query within its chunk << 16 | last key within the tile << 8 | first key
+  int4* parts;           // [most] list and tile, part, of how many; zeros behind the last
   i64 entries, bins;
-  int tiles, chunks;
+  int tiles, chunks, share, most;  // share: items of a tile from which on it is cut into parts of so many
 };
 constexpr int THREADS = 256, SCANNERS = 1024;
 static_assert(TK <= 256 && TC <= 65536, "items are packed in 32 bits");
@@ -33,17 +35,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constan
   each_item(p, [&](i64 bin, u32) { atomicAdd(p.counts + bin, 1); });
 }
 
-// exclusive prefix sums by one block; counts become the bins' first places
-extern "C" __global__ void __launch_bounds__(SCANNERS) scan(const __grid_constant__ Params p) {
-  DYNAMIC_SHARED(raw);
-  int* sums = (int*)raw;  // [32] of warps, then the block's
+// Exclusive prefix sums of count(0 .. n - 1) by one block of threads: each(i, count, sum of those before). The sum of all.
+template <class Count, class Each> __device__ __forceinline__ int scan_by_block(i64 n, int* sums, Count count, Each each) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int before = 0;
-  for (i64 base = 0; base < p.bins; base += 4 * SCANNERS) {
+  for (i64 base = 0; base < n; base += 4 * SCANNERS) {
     const i64 at = base + 4 * threadIdx.x;
-    int n[4], own = 0;
+    int x[4], own = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) own += n[i] = at + i < p.bins ? p.counts[at + i] : 0;
+    for (int i = 0; i < 4; i++) own += x[i] = at + i < n ? count(at + i) : 0;
     int upto = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -58,17 +58,31 @@ extern "C" __global__ void __launch_bounds__(SCANNERS) scan(const __grid_constan
       const int y = __shfl_up_sync(~0u, all, d);
       if (lane >= d) all += y;
     }
-    const int mine = before + __shfl_sync(~0u, all, warp) - __shfl_sync(~0u, warps, warp) + upto - own;
-    int place = mine;
+    int place = before + __shfl_sync(~0u, all, warp) - __shfl_sync(~0u, warps, warp) + upto - own;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (at + i < p.bins) p.starts[at + i] = p.counts[at + i] = place;
-      place += n[i];
+      if (at + i < n) each(at + i, x[i], place);
+      place += x[i];
     }
     before += __shfl_sync(~0u, all, 31);
     __syncthreads();
   }
-  if (threadIdx.x == 0) p.starts[p.bins] = before;
+  return before;
+}
+
+// counts become the bins' first places; the parts of tiles with many items
+extern "C" __global__ void __launch_bounds__(SCANNERS) scan(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  const int all = scan_by_block(p.bins, (int*)raw, [&](i64 i) { return p.counts[i]; }, [&](i64 i, int, int place) { p.starts[i] = p.counts[i] = place; });
+  if (threadIdx.x == 0) p.starts[p.bins] = all;
+  if (!p.most) return;
+  __syncthreads();
+  scan_by_block(p.bins / p.chunks, (int*)raw, [&](i64 y) {
+    const int items = p.starts[(y + 1) * p.chunks] - p.starts[y * p.chunks];
+    return items > p.share ? (items + p.share - 1) / p.share : 0;
+  }, [&](i64 y, int n, int place) {
+    for (int i = 0; i < n && place + i < p.most; i++) p.parts[place + i] = make_int4((int)y, i, n, 0);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scatter(const __grid_constant__ Params p) {

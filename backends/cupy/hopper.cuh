@@ -100,6 +100,7 @@ inline void named_sync(int id, int n) { emulate_named_sync(id, n); }
 inline void named_arrive(int id, int n) { emulate_named_arrive(id, n); }
 inline bool named_or(int id, int n, bool mine) { return emulate_named_or(id, n, mine); }
 inline void ldmatrix_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, false); }
+inline void ldmatrix_trans_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, true); }
 inline void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix(at, a, b, c, d); }
 inline void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix_transposed(at, a, b, c, d); }
 template <int N> inline void fewer_registers() {}
@@ -130,6 +131,9 @@ __device__ __forceinline__ bool named_or(int id, int n, bool mine) {  // whether
 }
 __device__ __forceinline__ void ldmatrix_at(u32 (&r)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans_at(u32 (&r)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 __device__ __forceinline__ void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
