@@ -27,6 +27,11 @@ def cases(kernel: str):
             for D, Dv, more in WIDTHS:
                 special = f"D {D}, Dv {Dv}" if D > 128 else ""
                 yield kind, special, dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=D, Dv=Dv, K=512), dict(q=kind, k=kind, v=kind), [more] * bool(more)
+            if kernel == "block_attention":
+                yield kind, "keys in pages", dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=128, Dv=128), dict(q=kind, k=kind, v=kind), ["paged", "kv_length"]
+            if not kernel.endswith("_backward") and kind != "float64":
+                pages = ["paged", "kv_length"] * (kernel == "block_attention")
+                yield kind, f"fp8 latents, queries of {SHORT[kind]}", dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=576, Dv=512, K=512), dict(q=kind, k="latent_fp8", v="latent_fp8"), ["shared_kv", *pages]
     elif kernel == "attention_delta":
         for kind in (*FLOATS, "float64"):
             yield kind, "", dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), []
@@ -39,6 +44,8 @@ def cases(kernel: str):
             for D, S in ((128, 32768), (576, 32768), (128, LONGEST)):
                 special = f"{S} keys" if S == LONGEST else f"D {D}" if D > 128 else ""
                 yield kind, special, dict(B=1, H=64, T=64, S=S, D=D, K=2048), dict(q=kind, k=kind), ["causal"]
+        for words, special in ((["pool"], ""), (["pool", "force_first", "force_last"], ", forced blocks"))[:0 if kernel.endswith("_backward") else 1 + (kernel == "indexer_topk")]:
+            yield FLOAT8, f"keys in pages{special}", dict(B=1, H=64, T=1, S=32768, D=128, K=2048), dict(q=FLOAT8, k=FLOAT8), ["causal", "scale", "window", "paged", *words * (kernel == "indexer_topk")]
     elif kernel == "importance_topk":
         for kind in (*FLOATS, "float64"):
             for D in (128, 576):

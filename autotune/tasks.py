@@ -273,6 +273,7 @@ def workloads() -> list[Workload]:
     for heads in (128, 64, 32, 16, 8):
         found.append(W(f"gpu/dsa-prefill-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads}))
     for heads in (128, 64):
+        found.append(W(f"gpu/dsa-prefill-h{heads}/131072", "gather_attention", "bfloat16", dict(shared_kv=True), B=1, T=4096, **{**_DSA, "Hq": heads, "S": 131072}))
         found.append(W(f"gpu/dsa-decode-h{heads}", "gather_attention", "bfloat16", dict(shared_kv=True), B=128, T=1, **{**_DSA, "Hq": heads}))
     found.append(W("gpu/dsa-backward", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "S": 8192, "K": 1024}))
     found.append(W("gpu/dsa-backward-h16", "gather_attention_backward", "bfloat16", dict(shared_kv=True, causal=True), B=1, T=2048, **{**_DSA, "Hq": 16, "S": 8192, "K": 1024}))

@@ -7,6 +7,7 @@ NumPy goes by its array interface (bfloat16 and float8 as ml_dtypes), PyTorch by
 import contextlib
 import math
 import sys
+import threading
 from functools import lru_cache
 
 import ml_dtypes
@@ -359,6 +360,8 @@ class TorchPlace(Place):
             yield
 
     def guard(self):
+        if self.device is not None:
+            _with_context(self.device, True)
         if self.device is None or (self.caller == "torch" and _torch_device()() == self.device):
             return _NOTHING
         return self.torch.cuda.device(self.device) if self.caller == "torch" else self._switch()
@@ -441,6 +444,7 @@ class ViewPlace(Place):
     def _switch(self):
         import cupy
         with cupy.cuda.Device(self.device):
+            _with_context(self.device, False)
             if self.stream:
                 with cupy.cuda.ExternalStream(self.stream, self.device):
                     yield
@@ -448,9 +452,10 @@ class ViewPlace(Place):
                 yield
 
     def guard(self):
-        if self.caller == "torch":
-            return _NOTHING if _torch_device()() == self.device else self.torch.cuda.device(self.device)
-        return self._switch()
+        if self.caller != "torch":
+            return self._switch()
+        _with_context(self.device, True)
+        return _NOTHING if _torch_device()() == self.device else self.torch.cuda.device(self.device)
 
 
 class DeviceInfo:
@@ -517,6 +522,20 @@ def _torch_device():
 
 
 _NOTHING = contextlib.nullcontext()
+_THREAD = threading.local()
+
+
+def _with_context(device: int, of_torch: bool) -> None:
+    """A thread that is new, as autograd's is at first, has no context before it asks the runtime for something, and the driver's own calls (launches, tensor maps) want one."""
+    known = _THREAD.__dict__.setdefault("devices", set())
+    if device not in known:
+        if of_torch:
+            import torch
+            torch.cuda.mem_get_info(device)
+        else:
+            import cupy
+            cupy.cuda.runtime.memGetInfo()
+        known.add(device)
 
 
 def stream_of(caller: str, device: int | None) -> int:

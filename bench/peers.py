@@ -1,5 +1,5 @@
-"""The same work by others, on the inputs of one task (autotune/tasks.py): cuDNN, cuBLAS and PyTorch, compiled PyTorch, and FlashAttention-3, FlashMLA and DeepGEMM
-where they are installed. `peers(task, compiled)` gives Peers; making one may fail, which is then that peer's row.
+"""The same work by others, on the inputs of one task (autotune/tasks.py): cuDNN, cuBLAS and PyTorch, compiled PyTorch, and FlashAttention-3, FlashMLA, DeepGEMM
+and FlashInfer where they are installed. `peers(task, compiled)` gives Peers; making one may fail, which is then that peer's row.
 """
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,10 +37,12 @@ def peers(task, compiled: bool) -> list[Peer]:
         found.append(Peer("torch", lambda: _few(task)))
     elif w.kernel == "gather_attention" and w["D"] == 576 and find_spec("flash_mla"):
         found.append(Peer("FlashMLA", lambda: _flash_mla(task)))
-    elif w.kernel == "indexer_scores" and find_spec("deep_gemm"):
+    elif w.kernel == "indexer_scores" and w["B"] == 1 and find_spec("deep_gemm"):
         found.append(Peer("DeepGEMM", lambda: _deep_gemm(task)))
     elif w.kernel == "topk":
         found.append(Peer("torch", lambda: lambda: torch.topk(task.inputs[0], w["K"], dim=-1), judged=False))
+        if find_spec("flashinfer"):
+            found.append(Peer("FlashInfer", lambda: _flashinfer_top_k(task), judged=False))
     elif w.kernel == "latent_decompress":
         found.append(Peer("cuBLAS", lambda: _product(task), judged=False))
         if compiled:
@@ -129,6 +131,12 @@ def _deep_gemm(task):
     T, S = task.workload["T"], task.workload["S"]
     first, last = (torch.full((T,), n, dtype=torch.int32, device=q.device) for n in (0, S))
     return lambda: deep_gemm.fp8_mqa_logits(q, (k[0], k_scale[0]), weights, first, last, clean_logits=False)[None]
+
+
+def _flashinfer_top_k(task):
+    import flashinfer
+    rows = task.inputs[0][0]
+    return lambda: flashinfer.top_k(rows, task.workload["K"])
 
 
 def _both(task):

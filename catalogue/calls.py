@@ -17,8 +17,16 @@ def latent(x, rule, mode):
 
 
 def indexed(x):
-    """The lightning indexer's choice."""
-    return st.indexer_topk(x.index_q, x.index_k, x.index_w, x.shape.top_k)
+    """The lightning indexer's arrays, and how many keys it chooses."""
+    return dict(index_q=x.index_q, index_k=x.index_k, index_weights=x.index_w, top_k=x.shape.top_k)
+
+
+def dsa(x, v):
+    return st.dsa_attention(x.q, x.k, v, **indexed(x))
+
+
+def dsa_latent(x):
+    return st.dsa_latent_attention(x.q_nope, x.q_rope, x.latent, x.k_rope, x.w_uk, x.w_uv, **indexed(x))
 
 
 def exact(x, v):

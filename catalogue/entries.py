@@ -71,10 +71,10 @@ SYSTEMS = (
            counted=lambda s, N: 4 * N * s.Hq * s.R * s.D + N * (N + 1) * s.Hq * (2 * s.D + s.P)),
 
     chosen("dsa", "DeepSeek sparse attention: lightning indexer and selection over the latent", "2512.02556, section 2.1",
-           "st.latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, st.indexer_topk(index_q, index_k, index_w, 2048))", None,
-           run=lambda x, rule: calls.latent(x, calls.indexed(x), "absorbed"), chosen=lambda x: seen(x, lambda v: st.sparse_attention(x.q, x.k, v, calls.indexed(x))),
+           "st.dsa_latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, index_q=index_q, index_k=index_k, index_weights=index_w, top_k=2048)", None,
+           run=lambda x, rule: calls.dsa_latent(x), chosen=lambda x: seen(x, lambda v: calls.dsa(x, v)),
            complexity="T k, and T S / 2 of the indexer's products", sees="the k keys that the indexer scores highest",
-           trained="the indexer is trained on the model's dense attention, then both",
+           trained="the indexer is trained on the model's dense attention (st.dsa_warmup), then both (st.dsa_training)",
            kernels=("indexer_topk", "grouped_matmul", "gather_attention"), backward=(*GATHER_BACKWARD, "grouped_matmul"), token=lambda s: (s.R + s.P) * s.itemsize + s.Di + 4,
            counted=lambda s, N: N * (N + 1) * s.Hi * s.Di + 2 * first_pairs(s.top_k, N) * s.Hq * (2 * s.R + s.P) + 4 * N * s.Hq * s.R * s.D),
     chosen("exact-topk", "Top-k of the exact scores", "2106.06899, section 3", "st.exact_topk(q, k, v, top_k=2048)", calls.exact, complexity="T S of scores, T k",

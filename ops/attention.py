@@ -35,6 +35,7 @@ class Call:
     caller: str
     device: int | None
     table: Any = None  # [B,pages] int32: k and v are pages [N,Hk,page,width] of a cache
+    latent: Any = None  # (R, P): rows of k are bytes, the fp8 layout of a latent cache
 
     @property
     def sizes(self):
@@ -82,7 +83,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(*call.arrays):
-            if call.table is not None:
+            if call.table is not None or call.latent is not None:
                 raise Unsupported("k: a cache read through its pages is neither differentiated nor traced by torch.compile yet; call under torch.no_grad(), or pass cache.gather()")
             out, lse = torch_ops.attention(call)
             return (out, lse) if return_lse else out
@@ -98,9 +99,9 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     """Everything that can be said of the arguments before a backend is chosen."""
     checks.options(backend, config)
     checks.array("q", q, 4, "[B,Hq,T,D]")
-    table = None
+    table = latent = None
     if isinstance(k, Cache):
-        k, v, pattern, kv_length, q_start, value_width, table = _cached(q, k, v, pattern, kv_length, q_start, value_width)
+        k, v, pattern, kv_length, q_start, value_width, table, latent = _cached(q, k, v, pattern, kv_length, q_start, value_width)
     checks.array("k", k, 4, "[B,Hk,S,D]")
     checks.array("v", v, 4, "[B,Hk,S,Dv]", optional=True)
     B, Hq, T, D = q.shape
@@ -110,16 +111,17 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     if "float8" in kind:
         raise Unsupported("q: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
     checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
-    checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
+    if latent is None:
+        checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
     checks.same("k", "batch size of q", B, (k if table is None else table).shape[0], "expand it with a zero stride or repeat it")
-    checks.same("k", "width D of q", D, k.shape[3], "q and k are multiplied over D")
+    checks.same("k", "width D of q", D, k.shape[3] if latent is None else sum(latent), "q and k are multiplied over D")
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"k: expected a number of key heads Hk that divides Hq = {Hq}, got Hk = {Hk}; repeat or drop heads")
     checks.width("q", D)
     if v is None:
         if value_width is None:
             raise ValueError("v: expected an array [B,Hk,S,Dv], or value_width=Dv with v=None, got None for both; pass one of them")
-        checks.integer("value_width", value_width, 1, D)
+        checks.integer("value_width", value_width, *((1, D) if latent is None else (latent[0],) * 2))
     else:
         checks.same("v", "element type of q", kind, arrays.dtype_name(v), "convert q, k and v to one type")
         checks.same("v", "shape [B,Hk,S] of k", list(k.shape[:3]), list(v.shape[:3]), "k and v hold the same keys")
@@ -147,11 +149,11 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     caller, device = checks.together(named)
     if isinstance(rule, Selection) and rule.restriction is not None:
         rule = rule.resolve(S, q_start, kv_length)
-    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table)
+    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table, latent)
 
 
 def _cached(q, cache, v, pattern, kv_length, q_start, value_width):
-    """A cache in the place of k: (k, v, pattern, kv_length, q_start, value_width, table)."""
+    """A cache in the place of k: (k, v, pattern, kv_length, q_start, value_width, table, latent)."""
     if v is not None:
         raise ValueError("v: expected None, got an array; a cache holds its own values")
     if q_start is not None and getattr(q_start, "ndim", 0) == 0:
@@ -160,8 +162,8 @@ def _cached(q, cache, v, pattern, kv_length, q_start, value_width):
     if not isinstance(rule, (Pattern, Layout, Selection)):
         raise TypeError(f"pattern: expected a Pattern, a Layout, a Selection or None, got {type(rule).__name__}; see sparsetile.Causal(), Window(left), Selection(indices)")
     checks.together({"q": q, "k.lengths": cache.lengths})
-    k, v, rule, kv_length, q_start, table = cache.keys(q.shape[2], rule, kv_length, q_start)
-    return k, v, rule, kv_length, q_start, cache.rank if v is None and value_width is None else value_width, table
+    k, v, rule, kv_length, q_start, table, latent = cache.keys(q.shape[2], rule, kv_length, q_start)
+    return k, v, rule, kv_length, q_start, cache.rank if v is None and value_width is None else value_width, table, latent
 
 
 # ------------------------------------------------------------------------------------------------------------------- problem
@@ -182,10 +184,11 @@ def problem_of(call: Call, name: str, gradient=False, lse=False) -> Problem:
     elif isinstance(rule, Pattern) and T and S and isinstance(call.q_start, int):
         density = density_bucket(rule.density(T, S, q_start=call.q_start))
     kind = arrays.dtype_name(call.q)
+    keys = kind if call.latent is None else "latent_fp8"
     features = features_of(call, gradient, lse)
     if isinstance(rule, Pattern):
         features += ["dense"] if rule == Full() else ["static", rule.kind]
-    return Problem.of(name, dims, dict(q=kind, k=kind, v=kind), arrays.device_info(call.device).arch, features, density, granularity)
+    return Problem.of(name, dims, dict(q=kind, k=keys, v=keys), arrays.device_info(call.device).arch, features, density, granularity)
 
 
 _choices = OrderedDict()
@@ -202,7 +205,7 @@ def choose(call: Call, name: str, gradient=False, lse=False) -> dispatch.Choice:
     start = call.q_start if isinstance(call.q_start, int) else None if call.q_start is None else "device"
     config = None if call.config is None else tuple(sorted(call.config.items()))
     key = (name, call.sizes, arrays.dtype_name(call.q), call.device, rule_key, start, call.kv_length is None, call.sink_logits is None, call.softcap is None,
-           gradient, lse, call.v is None, call.table is None, call.backend, config, dispatch.environment(OP))
+           gradient, lse, call.v is None, call.table is None, call.latent, call.backend, config, dispatch.environment(OP))
     if not dispatch.is_explaining() and key in _choices:
         _choices.move_to_end(key)
         return _choices[key]
@@ -264,7 +267,7 @@ def _carry(part: Lists, place) -> Lists:
 def _natives(call: Call, place):
     """q, k, v, sink_logits, kv_length, q_start as the kernel takes them. v=None becomes k's first columns, the same memory."""
     q, k = place.native(call.q), place.native(call.k)
-    v = place.first_columns(k, call.value_width) if call.v is None else place.native(call.v)
+    v = place.first_columns(k, call.value_width) if call.v is None else place.native(call.v)  # of the fp8 layout the bytes of the latent
     start = call.q_start if call.q_start is None or isinstance(call.q_start, int) else place.packed(place.native(call.q_start))
     sink, length = (None if x is None else place.packed(place.native(x)) for x in (call.sink_logits, call.kv_length))
     return q, k, v, sink, length, start
@@ -295,6 +298,8 @@ def _forward(call, choice, place, return_lse, key):
     common = dict(place=place, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start)
     if call.table is not None:
         common["table"] = place.packed(place.native(call.table))
+    if call.latent is not None:
+        common["latent"] = call.latent
     if isinstance(call.rule, Selection):
         s = call.rule
         indices, lengths = _entries(s, place)

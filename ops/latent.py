@@ -2,6 +2,8 @@
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import attention, checks, dispatch
+from sparsetile.ops.caches import memory
+from sparsetile.ops.caches.latent import parts
 from sparsetile.ops.caches.paged import Cache
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -56,7 +58,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
            "decompressed": keys and values of all heads are rebuilt first; "auto": the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
-    latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie.
+    latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie, in 16 or 32 bits or in the fp8 layout.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
@@ -64,7 +66,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         backend = dispatch.requested_backend("latent_attention", None)
     cache = latent if isinstance(latent, Cache) else None
     if cache is not None:
-        latent, k_rope = _cached(cache, k_rope, latent_scale, mode)
+        latent, k_rope, latent_scale = _cached(cache, k_rope, latent_scale, mode)
         mode = "absorbed"
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
@@ -81,7 +83,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         checks.same("q_rope", "shape [B,H,T,P]", [B, H, T, P], list(q_rope.shape), "its width is that of k_rope")
     checks.choice("mode", mode, ("auto", "absorbed", "decompressed"))
     scale = (Dn + P) ** -0.5 if scale is None else checks.number("scale", scale)
-    plain = latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
+    plain = cache is not None or latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
     if mode == "auto":
@@ -119,17 +121,20 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
 
 
 def _cached(cache, k_rope, latent_scale, mode):
-    """Pages of a cache's latents [N,page,R] and rotary parts [N,page,P], which stand for both in the checks of types and widths."""
+    """Pages of a cache's latents [N,page,R], rotary parts [N,page,P] and, of the fp8 layout, scales [N,page,R/128], which stand for them in the checks of types and widths."""
     if not hasattr(cache, "rank"):
         raise Unsupported(f"latent: {type(cache).__name__} holds no latents; pass a PagedLatent")
     for name, x in (("k_rope", k_rope), ("latent_scale", latent_scale)):
         if x is not None:
             raise ValueError(f"{name}: expected None, got an array; a cache holds its own")
-    if mode == "decompressed" or cache.quantised:
-        how = "cache.gather(quantised=True) makes arrays that mode='decompressed' takes" if cache.quantised else "pass the arrays of cache.gather()"
-        raise Unsupported(f"latent: a cache is read where it lies in mode='absorbed' and in 16 or 32 bits only; {how}")
+    if mode == "decompressed":
+        how = "cache.gather(quantised=True) makes arrays that this mode takes" if cache.quantised else "pass the arrays of cache.gather()"
+        raise Unsupported(f"latent: a cache is read where it lies in mode='absorbed' only; {how}")
     pool, R = cache.pools[0], cache.rank
-    return pool[..., :R], pool[..., R:] if cache.rotary else None
+    if cache.quantised:
+        values, scale, rope = parts(pool, R, cache.rotary)
+        return memory.typed(values, "float8_e4m3fn"), rope, scale
+    return pool[..., :R], pool[..., R:] if cache.rotary else None, None
 
 
 def absorb(x, w, tail, backend):

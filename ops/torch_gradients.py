@@ -63,7 +63,44 @@ def indexer_scores(call, dscores):
     """dq, dk, dweights in the types of q, k, weights."""
     if "float8" in str(call.q.dtype):
         raise Unsupported("indexer_scores: float8 q and k have no gradients; train with bfloat16 q and k")
-    return tuple(g.to(x.dtype) for g, x in zip(indexer.scores_backward(call, dscores), (call.q, call.k, call.weights)))
+    return tuple(g.to(x.dtype) for g, x in zip(scores_backward(call, dscores), (call.q, call.k, call.weights)))
+
+
+def scores_backward(call, dscores):
+    """Gradients of a checked call's scores, float32, by the backend's kernel; on a GPU, where none has one, by products: a few queries at a time
+
+        x = q k^T, da = weights dscores where x > 0, rounded to q's type;   dq = da k, dk = da^T q, dweights = sum over keys of x dscores where x > 0
+    """
+    if call.device is None and call.backend not in ("triton", "cupy"):
+        return indexer.scores_backward(call, dscores)
+    (B, H, T, S, D), backend = call.sizes, call.backend
+    totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.q, call.k, call.weights)]
+    step = max(1, SCORES * 8 // max(1, H * S))
+    for b, t in [(b, t) for b in range(B) for t in range(0, T if S and H else 0, step)]:
+        end = min(T, t + step)
+        seen = _seen(call, b, t, end)                                                        # [t,S]
+        g = torch.where(seen, dscores[b, t:end].float(), 0)
+        g = g if call.k_scale is None else torch.where(seen, g * call.k_scale[b], 0)
+        k = torch.where(seen.any(0)[:, None], call.k[b], 0)
+        q = call.q[b, :, t:end].reshape(1, -1, D)                                            # [1,H*t,D]
+        x = _product(q, k[None], backend).view(H, -1, S)
+        steep = x > 0 if call.activation == "relu" else torch.ones_like(x, dtype=torch.bool)
+        totals[2][b, :, t:end] = torch.where(steep, x * g, 0).sum(-1)
+        da = torch.where(steep, g * call.weights[b, :, t:end, None].float(), 0).to(q.dtype).view(1, -1, S)
+        totals[0][b, :, t:end] = _product(da, k.t()[None], backend).view(H, -1, D)
+        totals[1][b] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)[0]
+    return totals
+
+
+def _seen(call, b, t, end):
+    """Which keys the queries t .. end - 1 of a batch entry score: [end - t,S] booleans."""
+    s, rows = torch.arange(call.sizes[3], device=call.q.device), torch.arange(t, end, device=call.q.device)
+    start = call.q_start if isinstance(call.q_start, int) else call.q_start[b]
+    seen = s <= (start + rows)[:, None] if call.causal else torch.ones(end - t, len(s), dtype=torch.bool, device=s.device)
+    for bound, keeps in ((call.key_start, torch.ge), (call.key_end, torch.lt)):
+        if bound is not None:
+            seen = seen & keeps(s, (bound if bound.ndim == 1 else bound[b])[t:end, None])
+    return seen
 
 
 def indexer_topk(call, indices, best, dbest, pool):
@@ -85,7 +122,7 @@ def indexer_topk(call, indices, best, dbest, pool):
             keys = keys * pool + scores.unflatten(-1, (-1, pool)).argmax(-1).gather(-1, keys)
         dscores = torch.zeros(B, end - t, S, dtype=torch.float32, device=indices.device)
         dscores.scatter_add_(-1, keys, torch.where(there, dbest[:, t:end], 0))               # entries differ: only zeros meet
-        dq, dk, dweights = indexer.scores_backward(part, dscores)
+        dq, dk, dweights = scores_backward(part, dscores)
         totals[0][:, :, t:end], totals[2][:, :, t:end] = dq, dweights
         totals[1] += dk
     return tuple(g.to(x.dtype) for g, x in zip(totals, (call.q, call.k, call.weights)))

@@ -45,6 +45,11 @@ def cases():
     for D, Dv, kind, group, granularity, features in ((128, 128, HALF, 16, 64, ("causal",)), (64, 64, "float16", 4, 64, ("softcap",)), (128, 128, HALF, 64, 32, ()), (96, 40, HALF, 1, 16, ())):
         for op in ("gather_attention", "gather_attention_backward"):
             yield op, f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
+    for kind, D, Dv, Hq, Hk, T in ((HALF, 128, 128, 32, 8, 1), (HALF, 576, 512, 16, 1, 1), (HALF, 128, 128, 8, 2, 4096), (SINGLE, 128, 128, 8, 2, 64)):
+        yield "block_attention", f"paged-{D}x{Dv}-{kind}-t{T}", attention(D, Dv, kind, Hq, Hk, ("paged", *["shared_kv"] * (D > 512)), T)
+    for op, T, Hq, features in (("block_attention", 1, 128, ("paged",)), ("block_attention", 4096, 16, ("paged",)), ("gather_attention", 1, 128, ()), ("gather_attention", 1, 16, ())):
+        dims, kinds, _ = attention(576, 512, Hq=Hq, Hk=1, T=T)
+        yield op, f"float8-latent-h{Hq}-t{T}", (dims, kinds | dict(k="latent_fp8", v="latent_fp8"), ("shared_kv", *features))
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())
@@ -53,6 +58,8 @@ def cases():
         yield "indexer_topk", kind, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=kind, k=kind), ("causal",))
         weights = HALF if kind.startswith("float8") else kind
         yield "latent_decompress", kind, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=kind, w_uk=weights, w_uv=weights), ("scale",))
+    for op, more in (("indexer_scores", {}), ("indexer_topk", dict(K=2048))):
+        yield op, "paged", (dict(B=8, H=64, T=1, S=32768, D=128, **more), dict(q="float8_e4m3fn", k="float8_e4m3fn"), ("causal", "scale", "window", "q_start", "paged"))
     for kind, Hq, D in ((HALF, 64, 128), ("float16", 28, 72), (SINGLE, 64, 128)):
         yield "importance_topk", f"{kind}-h{Hq}:4-d{D}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=8192, C=511, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())

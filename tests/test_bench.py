@@ -198,3 +198,58 @@ def test_operations_of_native_sparse_attention_are_the_pairs():
     N = 3000
     for name, rule, S, each in (("compressed", Compressed(32, 16), (N - 32) // 16 + 1, 4), ("choice", Compressed(32, 16), (N - 32) // 16 + 1, 2), ("sliding", Window(511), N, 4), ("dense, torch", Causal(), N, 4)):
         assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32
+
+
+# ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
+def test_the_tables_of_sparse_attention_are_rows():
+    pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    names = [row.name for row in gpu_rows.ROWS]
+    assert [name for rows in dsa.TABLES.values() for name in rows if name not in names] == []
+
+
+@pytest.mark.parametrize("ratios, words", [
+    ([(100, 0.5), (200, 0.75), (400, 1.25)], "is faster from 300 keys on"), ([(100, 1.0), (200, 2.0)], "is not slower at any length from 100 keys on"),
+    ([(100, 2.0), (200, 0.9)], "is not faster at 200 keys"), ([(100, 1.5), (200, 0.5), (400, 1.5)], "is faster from 300 keys on")])
+def test_the_crossover(ratios, words):
+    pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    assert words in dsa.crossover(ratios)
+
+
+def test_the_check_of_whole_calls_notices(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    right = dsa.dsa_latent_attention
+    model, index = dsa.inputs(torch, "cpu", 2, 9, 40, **dsa.SMALL)
+    for top_k in (6, 40):
+        dsa.check(model, index, top_k, "numba")
+        monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: right(*x, **dict(o, index_scale=o["index_scale"].flip(-1))))  # another choice
+        if top_k == 6:
+            with pytest.raises(AssertionError, match="choice"):
+                dsa.check(model, index, top_k, "numba")
+        monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: (lambda out, chosen: (out.roll(1, -1), chosen))(*right(*x, **o)))
+        with pytest.raises(AssertionError, match="out of query"):
+            dsa.check(model, index, top_k, "numba")
+        monkeypatch.setattr(dsa, "dsa_latent_attention", right)
+
+
+def test_the_small_model_learns_what_each_phase_says():
+    """Names are told once and asked with the value they were told with; the warm-up moves indexers alone, and towards what attention looks at."""
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import train_dsa
+    (x, y), told = train_dsa.source("facts", 0)(3, 64), 48
+    for b in range(3):
+        names = [tuple(name) for name in x[b, :, :2].tolist()]
+        assert len({*names[:told]}) == told and (y[b, :told] == -100).all()
+        assert y[b, told:].tolist() == [int(x[b, names.index(name), 2]) for name in names[told:]] and (x[b, told:, 2] == train_dsa.VALUES).all()
+    torch.manual_seed(0)
+    model = train_dsa.Model("facts", 16, 2, 1, 4)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if "indexer" not in name}
+    indexers = [p for name, p in model.named_parameters() if "indexer" in name]
+    look = lambda: float((model.set("warmup")(x), model.attentions()[0].divergence.detach())[1])  # noqa: E731
+    first = look()
+    train_dsa.train(model, "warmup", train_dsa.source("facts", 1), 12, lambda n: (2, 32), 1e-2, "cpu", indexers)
+    assert look() < 0.8 * first and all(torch.equal(kept[name], p) for name, p in model.named_parameters() if name in kept)
+    train_dsa.train(model, "training", train_dsa.source("facts", 1), 1, lambda n: (2, 32), 1e-2, "cpu")
+    assert not any(torch.equal(kept[name], p) for name, p in model.named_parameters() if name in kept)

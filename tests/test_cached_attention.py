@@ -1,7 +1,9 @@
 """Caches where keys are expected: decode step by step and prefill by chunks equal one full pass; garbage in page tables is not read; holes do not exist."""
+import cache_format
 import ml_dtypes
 import numpy as np
 import oracle
+import paged_keys
 import pytest
 from drivers import EVERY, LARGE, arrays
 from numeric import assert_close, plain, to_numpy
@@ -42,6 +44,33 @@ def spoil(on, cache):
 
 
 RULES = {"full": st.Full(), "causal": st.Causal(), "window": st.Window(11), "sinks": st.Window(7) | st.Sink(2) & st.Causal(), "strided": st.Causal() & st.Strided(3)}
+
+
+PAGED = [  # rule, T, Hq, Hk, D, Dv, lengths, page size, holes (batch, page)
+    (st.Causal(), 1, 4, 2, 16, 16, (90, 41), 16, [(0, 2)]), (st.Window(25) | st.Sink(3) & st.Causal(), 3, 6, 2, 24, 40, (70, 5), 32, [(0, 1)]),
+    (st.Full(), 2, 2, 1, 80, 48, (65, 0), 128, []), (st.Causal(), 16, 4, 4, 16, 8, (60, 33), 1, [(0, 59), (1, 0)]),
+    (st.Window(40), 37, 4, 2, 16, 16, (90, 37), 3, [(0, 20), (0, 21), (1, 12)]), (st.Causal() & st.Strided(3), 20, 2, 2, 16, 16, (64, 20), 5, [(0, 0)]),
+]
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", PAGED, ids=lambda c: f"{c[0].kind}-T{c[1]}-page{c[7]}")
+def test_keys_are_read_through_the_table(on, backend, rng, case, dtype):
+    """Pages in any order, holes among them, garbage behind them, NaN in all rows that no sequence holds and in all keys that no query sees; sinks, and a kv_length that is shorter than one of the sequences."""
+    rule, T, Hq, Hk, D, Dv, lengths, page, holes = case
+    kind, B, S = BF16 if dtype == "bfloat16" else np.dtype(dtype), 2, max(lengths)
+    q, k, v = normal(rng, B, Hq, T, D, dtype=kind), normal(rng, B, Hk, S, D, dtype=kind), normal(rng, B, Hk, S, Dv, dtype=kind)
+    shorter, sink = np.minimum(lengths, S - 2), rng.standard_normal(Hq).astype(np.float32)
+    seen = rule.visible(shorter[:, None, None] - T + np.arange(T)[:, None], np.arange(S), S) & paged_keys.there(shorter, S, page, holes)[:, None]
+    for b in range(B):
+        k[b, :, ~seen[b].any(0)] = v[b, :, ~seen[b].any(0)] = np.nan
+    pools, table = paged_keys.scatter((k, v), lengths, page, rng, holes)
+    cache = st.PagedKV(*(on.put(np.ascontiguousarray(pool.swapaxes(1, 2))) for pool in pools), on.put(table), on.put(np.array(lengths, np.int32)))
+    out, lse = arrays(*on.sparse_attention(q, cache, pattern=rule, sink_logits=sink, kv_length=np.full(B, S - 2, np.int32), return_lse=True))
+    count = np.repeat(seen[:, None], Hq, 1).astype(int)
+    for name, x, truth, one in zip(("out", "lse"), (out, lse), *(f.attention(q, k, v, count, scale=D ** -0.5, sink_logits=sink) for f in (oracle, plain))):
+        assert_close(name, x, truth, one, reduction=S + D)
 
 
 @large
@@ -181,6 +210,40 @@ def test_latents_are_one_head_of_keys_and_values(on, backend, rng, selected):
         judged(f"latent {b}", got[b:b + 1], q[b:b + 1], keys[b:b + 1, :, :n], keys[b:b + 1, :, :n, :R], st.Causal().mask(2, n), scale=0.1)
 
 
+FLOAT8 = [  # rule or None (a selection), T, H, R, P, lengths, page size, holes (batch, page), element type of the queries
+    (st.Causal(), 1, 16, 128, 16, (70, 33), 16, [(0, 1)], "bfloat16"), (st.Window(9), 3, 5, 256, 6, (45, 20), 7, [(1, 2)], "float16"),
+    (st.Full(), 18, 2, 128, 64, (40, 0), 64, [], "bfloat16"), (st.Window(5), 20, 1, 128, 8, (50, 33), 16, [(0, 2)], "bfloat16"), (st.Causal(), 2, 3, 128, 0, (33, 33), 1, [(0, 32)], "bfloat16"),
+    (None, 3, 20, 128, 32, (50, 21), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 3, 256, 2, (30, 30), 5, [], "float16"),
+]
+
+
+@every
+@pytest.mark.parametrize("case", FLOAT8, ids=lambda c: f"{'selection' if c[0] is None else c[0].kind}-T{c[1]}-H{c[2]}-R{c[3]}-P{c[4]}-page{c[6]}")
+def test_float8_latents_are_read_where_they_lie(on, backend, rng, case):
+    """Tokens that an independent quantiser wrote, against float64 of what they store; rounding to the queries' type is what the formula may do. Bytes of NaN wherever nobody may look."""
+    rule, T, H, R, P, lengths, page, holes, dtype = case
+    kind, B, S = BF16 if dtype == "bfloat16" else np.dtype(dtype), 2, max(lengths)
+    q = normal(rng, B, H, T, R + P, dtype=kind)
+    rows = np.array([[np.frombuffer(cache_format.latent_token(normal(rng, R), normal(rng, P), False), np.uint8) for _ in range(S)] for _ in range(B)])
+    stored = (rows[..., :R].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float64).reshape(B, S, -1, 128) * rows[..., R:R + R // 32].copy().view(np.float32)[..., None]).reshape(B, S, R)
+    keys = np.concatenate([stored, rows[..., R + R // 32:].copy().view(BF16).astype(np.float64)], -1)[:, None]
+    there, at = paged_keys.there(lengths, S, page, holes)[:, None], np.array(lengths)[:, None, None] - T + np.arange(T)[:, None]
+    if rule is None:
+        chosen = np.array([[rng.permutation(S)[:12] for _ in range(T)] for _ in range(B)], np.int32)
+        seen = (chosen[..., None] == np.arange(S)).any(2) & there & (np.arange(S) <= at)
+        pattern = on.selection(chosen[:, None], causal=True)
+    else:
+        seen, pattern = rule.visible(at, np.arange(S), S) & there, rule
+    bytes_ = np.where(seen.any(1)[..., None], rows, np.nan)[:, None]
+    (pool,), table = paged_keys.scatter((bytes_,), lengths, page, rng, holes)
+    pool = np.where(np.isnan(pool), 0x7F, pool).astype(np.uint8)[:, 0]
+    cache = st.PagedLatent(on.put(pool), on.put(table), on.put(np.array(lengths, np.int32)), rank=R, rotary=P)
+    out, lse = arrays(*on.sparse_attention(q, cache, pattern=pattern, scale=0.1, return_lse=True))
+    count, given = np.repeat(seen[:, None], H, 1).astype(int), [x.astype(kind) for x in (keys, keys[..., :R])]
+    for name, x, truth, one in zip(("out", "lse"), (out, lse), oracle.attention(q, keys, keys[..., :R], count, scale=0.1), plain.attention(q, *given, count, scale=0.1)):
+        assert_close(name, x, truth, one, reduction=S + R + P)
+
+
 def test_growing_lengths_build_nothing_anew(rng):
     """Twenty steps of decode make lists once or twice, not each time."""
     from sparsetile.ops import attention
@@ -211,12 +274,3 @@ def test_what_cannot_read_pages_says_so():
     cache = st.PagedKV.empty(torch.zeros(1), sequences=1, pages=1, page_size=2, heads=1, width=4)
     with pytest.raises(st.Unsupported, match=r"call under torch.no_grad\(\), or pass cache.gather\(\)"):
         st.sparse_attention(torch.zeros(1, 1, 1, 4, requires_grad=True), cache)
-    from sparsetile.backends.contract import Problem
-    from sparsetile.ops import dispatch
-    dims, kinds = dict(B=1, Hq=1, Hk=1, T=1, S=64, D=64, Dv=64), dict(q="float16", k="float16", v="float16")
-    pytest.importorskip("triton")
-    for backend in ("triton", "cupy"):
-        assert "cache.gather()" in dispatch.kernel(backend, "block_attention").supports(Problem.of("block_attention", dims, kinds, "sm_90a", ["paged"]))
-    small = st.PagedLatent.empty(torch.zeros(1), sequences=1, pages=1, dtype="float8")
-    with pytest.raises(st.Unsupported, match=r"cache.gather\(\) makes arrays of 16 bits"):
-        st.sparse_attention(torch.zeros(1, 1, 1, 576), small)

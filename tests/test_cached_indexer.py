@@ -2,7 +2,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from drivers import LARGE
+from drivers import EVERY
 from judge import indexer_scores, indexer_topk
 from numeric import to_numpy
 
@@ -10,7 +10,7 @@ import sparsetile as st
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 GARBAGE = np.array([-1, -2 ** 31, 2 ** 31 - 1, 999], np.int32)
-large = pytest.mark.parametrize("backend", LARGE)
+every = pytest.mark.parametrize("backend", EVERY)
 
 
 def setup(on, rng, lengths, page_size=6, H=4, T=3, D=16):
@@ -28,7 +28,7 @@ def setup(on, rng, lengths, page_size=6, H=4, T=3, D=16):
     return cache, k, scale, q, rng.standard_normal((B, H, T)).astype(np.float32)
 
 
-@large
+@every
 @pytest.mark.parametrize("causal", [True, False])
 def test_scores_are_those_of_the_same_keys_in_one_piece(on, backend, rng, causal):
     cache, k, scale, q, weights = setup(on, rng, (40, 29))
@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_same_keys_in_one_piece(on, backend, rng, causal
         assert got[one, :, :n].tobytes() == want.tobytes() and (got[b, :, n:] == -np.inf).all()
 
 
-@large
+@every
 @pytest.mark.parametrize("top_k, pool", [(7, 1), (64, 1), (3, 4)])
 def test_selections_are_those_of_the_same_keys_in_one_piece(on, backend, rng, top_k, pool):
     cache, k, scale, q, weights = setup(on, rng, (40, 29))
@@ -51,7 +51,7 @@ def test_selections_are_those_of_the_same_keys_in_one_piece(on, backend, rng, to
         assert (to_numpy(got.indices)[b, 0] == want[0]).all()
 
 
-@large
+@every
 def test_holes_score_nothing_and_are_not_chosen(on, backend, rng):
     cache, k, scale, q, weights = setup(on, rng, (30,))
     cache.page_table[0, 1], cache.page_table[0, 3] = 2 ** 31 - 1, -5
@@ -64,14 +64,14 @@ def test_holes_score_nothing_and_are_not_chosen(on, backend, rng):
         assert not np.isin(chosen, np.flatnonzero(hole)).any() and (np.sort(chosen)[..., -min(top_k, 18):] >= 0).all()
 
 
-@large
+@every
 def test_key_end_and_lengths_both_end_the_keys(on, backend, rng):
     cache, _, _, q, weights = setup(on, rng, (20, 11))
     got = to_numpy(on.indexer_scores(q, cache, weights, causal=False, key_end=np.array([5, 15, 3], np.int32)))
     assert [(np.isfinite(row).sum()) for row in got.reshape(-1, got.shape[2])] == [5, 15, 3, 5, 11, 3]
 
 
-@large
+@every
 def test_sparse_attention_of_deepseek_over_its_two_caches(on, backend, rng):
     """Select by paged indexer keys, attend over paged latents by the selection's own indices: as with both in one piece."""
     cache, k, scale, q, weights = setup(on, rng, (40, 29))
@@ -86,6 +86,18 @@ def test_sparse_attention_of_deepseek_over_its_two_caches(on, backend, rng):
         one, part = slice(b, b + 1), st.Selection(chosen.indices[b:b + 1], lengths=chosen.lengths[b:b + 1], causal=True)
         want = to_numpy(on.sparse_attention(queries[one], keys[one, :, :n], pattern=part, value_width=32))
         assert got[one].tobytes() == want.tobytes()
+
+
+def test_what_cannot_read_pages_says_so():
+    """A page hole at the end of a row's window would be a forced block without a key."""
+    pytest.importorskip("triton")
+    from sparsetile.backends.contract import Problem
+    from sparsetile.ops import dispatch
+    dims, kinds = dict(B=1, H=4, T=1, S=64, D=64, K=8), dict(q="bfloat16", k="bfloat16")
+    for backend in ("triton", "cupy"):
+        supports = dispatch.kernel(backend, "indexer_topk").supports
+        assert "cache.gather()" in supports(Problem.of("indexer_topk", dims, kinds, "sm_90a", ["paged", "pool", "force_last"]))
+        assert supports(Problem.of("indexer_topk", dims, kinds, "sm_90a", ["paged", "pool"])) is None
 
 
 def test_misuse_is_named(rng):

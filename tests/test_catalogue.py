@@ -108,7 +108,7 @@ def test_operations_are_those_of_the_pairs():
         if system.counted is None:
             assert system.operations(GPU, N) == pairs(system.real.mask(N, N)), system.name
     x = Inputs(SMALL, N)
-    assert calls.first_pairs(SMALL.top_k, N) == int(calls.indexed(x).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
+    assert calls.first_pairs(SMALL.top_k, N) == int(st.dsa_selection(**calls.indexed(x)).lengths.sum()) == int(entries.find("dsa").chosen(x).sum()) == int(entries.find("exact-topk").chosen(x).sum())
     triangle = N * (N + 1) // 2
     assert entries.find("mla").operations(GPU, N) == 2 * GPU.Hq * (triangle * (2 * GPU.D + GPU.P) + 2 * N * GPU.R * GPU.D)
 

@@ -95,13 +95,29 @@ def test_the_float8_cache_is_a_full_pass_over_the_same_quantised_latents(deepsee
         assert_close(f"tokens {first} to {end}", got, truth[:, :, part], measure[:, :, part], reduction=R + DN + P + end)
 
 
+def test_the_float8_cache_is_read_where_it_lies(deepseek):
+    """Absorbed, step by step: what the full pass over the same quantised latents gives, which stand in an array of their own."""
+    _, _, scale, *wide = deepseek
+    q_nope, q_rope, latent, rope, w_uk, w_uv = (x.astype(np.float32) for x in wide)
+    cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=B, pages=30, page_size=4, rank=R, rotary=P, dtype="float8")
+    for first, end in steps():
+        part = slice(first, end)
+        cache.append(latent[:, part], rope[:, part], backend="reference")
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend="reference")
+        c, r = (x.astype(np.float64) for x in cache.gather("float32"))
+        keys = np.concatenate([np.einsum("bsr,hrd->bhsd", c, w_uk.astype(np.float64)), np.broadcast_to(r[:, None], (B, H, end, P))], -1)
+        values, queries, seen = np.einsum("bsr,hrd->bhsd", c, w_uv.astype(np.float64)), np.concatenate([q_nope, q_rope], -1)[:, :, part], np.tril(np.ones((end, end), bool))[part]
+        truth, measure = (f.attention(queries, *x, seen, scale=scale)[0] for f, x in ((oracle, (keys, values)), (plain, (keys.astype(np.float32), values.astype(np.float32)))))
+        assert_close(f"tokens {first} to {end}", got, truth, measure, reduction=R + DN + P + end)
+
+
 @pytest.mark.parametrize("call, error, words", [
     (lambda q, c, w: st.latent_attention(q, None, c, q[:, 0], w, w), ValueError, "k_rope: expected None"),
     (lambda q, c, w: st.latent_attention(q, None, c, None, w, w, mode="decompressed"), st.Unsupported, r"pass the arrays of cache.gather\(\)"),
     (lambda q, c, w: st.latent_attention(q[:, :, :, :3], None, c, None, w, w), ValueError, "q_nope: expected shape"),
     (lambda q, c, w: st.latent_attention(q, None, st.IndexerKeys.empty(q, sequences=1, pages=1), None, w, w), st.Unsupported, "IndexerKeys holds no latents"),
-    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, np.zeros((1, 128, 4)), np.zeros((1, 128, 4))),
-     st.Unsupported, r"cache.gather\(quantised=True\)"),
+    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, *[np.zeros((1, 128, 4), np.float32)] * 2,
+                                         mode="decompressed"), st.Unsupported, r"cache.gather\(quantised=True\)"),
 ])
 def test_misuse_is_named(call, error, words):
     q, w = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 4), np.float32)

@@ -42,7 +42,9 @@ def cases(make):
     indexer = [make.normal(2, 8, 50, 64), make.normal(2, 400, 64), make.normal(2, 8, 50, dtype=torch.float32)]
     latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
     heads = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, 32)]
+    index = dict(zip(("index_q", "index_k", "index_weights"), (make.normal(2, 8, 50, 64), make.normal(2, 90, 64), make.normal(2, 8, 50, dtype=torch.float32))))
     chosen = lambda s: (s.indices, s.lengths)  # noqa: E731
+    paged_indexer = lambda b, q, keys, w: (st.indexer_scores(q, keys, w, backend=b), *(x for k in (40, 900) for x in chosen(st.indexer_topk(q, keys, w, k, backend=b))))  # noqa: E731
     absorbed = lambda mode: lambda b, qn, qr, c, uk, uv, r: [st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode, backend=b)]  # noqa: E731
     return {
         "window": (qkv(), lambda b, q, k, v: attend(b, q, k, v, window)),
@@ -61,6 +63,19 @@ def cases(make):
         # more than 64 queries, and a key block that far more rows see than others: Hopper's own backward
         "sinks-gradients": ([*qkv(2300, 4096, gradient=True), *many, make.integers(0, 4097, 2)], lambda b, *x: gradients(b, window, *x[:5], kv_length=x[5])),
         "selection-gradients": ([*qkv(gradient=True), *cotangents, entries], lambda b, *x: gradients(b, st.Selection(x[5]), *x)),
+        "pages": ([make.normal(3, 8, 4, 128), make.normal(40, 16, 2, 128), make.normal(40, 16, 2, 128), make.integers(-2, 42, 3, 190), make.integers(0, 3041, 3)],
+                  lambda b, q, k, v, table, n: attend(b, q, st.PagedKV(k, v, table, n), None, st.Window(700) | st.Sink(4))),
+        "pages-prefill": ([make.normal(2, 4, 70, 64), make.normal(40, 48, 2, 64), make.normal(40, 48, 2, 64), make.integers(-2, 42, 2, 9), make.integers(0, 433, 2)],
+                          lambda b, q, k, v, table, n: attend(b, q, st.PagedKV(k, v, table, n), None, st.Causal())),
+        "pages-of-latents": ([make.normal(3, 20, 2, 576), make.normal(50, 32, 576), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3)],
+                             lambda b, q, c, table, n: attend(b, q, st.PagedLatent(c, table, n, rank=512, rotary=64), None, st.Causal())),
+        # bytes that make small finite numbers of float8, float32 and bfloat16 alike
+        "float8-latents": ([make.normal(3, 20, 2, 576), make.integers(0, 63, 50, 32, 656), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3)],
+                           lambda b, q, c, table, n: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Causal())),
+        "float8-latents-selection": ([make.normal(3, 20, 2, 576), make.integers(0, 63, 50, 32, 656), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3), make.integers(-2, 1510, 3, 1, 2, 300)],
+                                     lambda b, q, c, table, n, i: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Selection(i))),
+        "pages-of-indexer-keys": ([make.normal(2, 64, 3, 128), make.integers(0, 63, 30, 64 * 132), make.normal(2, 64, 3, dtype=torch.float32), make.integers(-2, 32, 2, 15), make.integers(0, 961, 2)],
+                                  lambda b, q, k, w, table, n: paged_indexer(b, q.to(torch.float8_e4m3fn), st.IndexerKeys(k.to(torch.uint8), table, n), w)),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
         "indexer-blocks": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 5, pool=16, force_first=1, force_last=1, backend=b))),
@@ -68,6 +83,11 @@ def cases(make):
         "decompress": (latent, lambda b, c, uk, uv, r: st.latent_decompress(c, uk, uv, k_rope=r, backend=b)),
         "absorbed": ([*heads, *latent], absorbed("absorbed")),
         "decompressed": ([*heads, *latent], absorbed("decompressed")),
+        "dsa": ([*qkv(), *index.values()], lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, return_lse=True, backend=b)),
+        "dsa-dense": ([*qkv(), *index.values()], lambda b, q, k, v, *i: [st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=90, backend=b)]),
+        "dsa-lengths": ([*qkv(), *index.values(), make.integers(0, 91, 2)],
+                        lambda b, q, k, v, *i: st.dsa_attention(q, k, v, **dict(zip(index, i)), top_k=20, kv_length=i[3], return_lse=True, backend=b)),
+        "dsa-latent": ([*heads, *latent, *index.values()], lambda b, qn, qr, c, uk, uv, r, *i: [st.dsa_latent_attention(qn, qr, c, r, uk, uv, **dict(zip(index, i)), top_k=20, backend=b)]),
         "merge": ([make.normal(2, 4, 50, 64) for _ in range(2)] + [make.normal(2, 4, 50, dtype=torch.float32) for _ in range(2)],
                   lambda b, o, p, e, f: st.merge_attention([o, p], [e, f], backend=b)),
     }

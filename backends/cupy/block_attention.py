@@ -1,5 +1,9 @@
 """Attention over block lists: q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv], lists (contract.Lists) -> out [B,Hq,T,Dv], lse [B,Hq,T].
 
+With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart (pages.cuh); keys in a page that is not one of 0 .. N - 1
+do not exist. latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values. The paths portable and decode read
+both where they lie.
+
 A row that sees no key: out 0, lse -inf. The sink stands in the denominator only. Keys at or past kv_length (clamped to 0..S) do not exist; what no row of
 a tile sees is never read into a product. Tiles stand at absolute positions, so q_start and kv_length may change under a replayed graph.
 
@@ -14,7 +18,8 @@ from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupporte
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, first_fitting, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, first_fitting, fp8_defines, latent_shape, lists_values,
+                                               padded, page_defines, position_values, problem_copy_bytes, query_tiles, sliced, through_pages)
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
@@ -32,9 +37,9 @@ HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as 
 
 
 def supports(problem: Problem) -> str | None:
-    if "paged" in problem.features:
-        return "CuPy block attention reads keys in one piece, not through a page table; pass cache.gather(), or a Selection, whose entries find their rows"
-    kinds = {problem.dtype(name) for name in "qkv"}
+    kinds = {problem.dtype(name) for name in "qkv"} - {"latent_fp8"}
+    if latent_shape(problem) is not None and problem.dtype("q") not in HALVES:
+        return f"CuPy reads the fp8 layout of a latent cache for queries of float16 and bfloat16, not {problem.dtype('q')}; pass cache.gather()"
     if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
         return f"CuPy block attention takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"
     if max(problem["D"], problem["Dv"]) > 576:
@@ -54,6 +59,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> int:
 
 def no_hopper(problem: Problem) -> str | None:
     """Why the path "hopper" is not for this problem."""
+    if "paged" in problem.features:
+        return "path hopper reads keys in one piece, not through a page table; take portable"
     if problem.arch != "sm_90a":
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
@@ -135,8 +142,8 @@ def default_config(problem: Problem) -> dict:
     return first_fitting(problem, resources, [dict(path="portable", block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])
 
 
-def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool) -> dict:
-    common = dict(OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], DP=padded(D), SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order))
+def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, q_order: bool, k_order: bool, more: dict) -> dict:
+    common = dict(OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], DP=padded(D), SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order), **more)
     if kind == "float32":
         return dict(common, DVP=sliced(Dv)[1], COPY=4)
     return dict(common, KIND=KINDS[kind], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
@@ -144,7 +151,7 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
-    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
+    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order, page_defines(problem) | fp8_defines(latent_shape(problem)))
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
     if config["path"] in ("decode", "latent"):
         return split.artifacts(problem, config) + portable
@@ -153,8 +160,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     return own + portable if config["path"] == "hopper" else portable
 
 
-def takes_hopper(q, k, v, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
+def takes_hopper(q, k, v, config, scale, softcap, out_kind, table) -> bool:
+    return config["path"] == "hopper" and table is None and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
 def longest_first(lists, place):
@@ -188,13 +195,15 @@ def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_le
     return out, lse
 
 
-def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
+def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True, table=None, latent=None):
     """(out, lse) of a layout's parts, each starting from the sums of the one before, or None where that is not possible: then they are run apart and merged.
     A tile without entries would forget what came before it."""
+    if not takes_hopper(q, k, v, config, scale, softcap, q.dtype, table):
+        return None
     (B, Hq, T, _), S, Dv = q.shape, k.shape[2], v.shape[3]
     start = S - T if q_start is None and kv_length is None else q_start
     axes = [axes_of(part, start, T, S) for part in parts]
-    if None in axes or not all(at.complete for at in axes[:-1]) or not takes_hopper(q, k, v, config, scale, softcap, q.dtype) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+    if None in axes or not all(at.complete for at in axes[:-1]) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
     out = place.empty((B, Hq, T, Dv), q.dtype)
     lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
@@ -207,8 +216,9 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     return out, lse
 
 
-def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
-    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None):
+    (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
+    S = k.shape[2] * (1 if table is None else table.shape[1])
     kind, out_kind = q.dtype, out_dtype or q.dtype
     out = place.empty((B, Hq, T, Dv), out_kind)
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
@@ -217,21 +227,23 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         return out, lse
     if lists.q_order is not None or lists.k_order is not None:
         found = run_parts(q, k, v, (lists,), place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
-                          return_lse=return_lse) if out_kind == kind else None
+                          return_lse=return_lse, table=table) if out_kind == kind else None
         if found is not None:
             return found
-    elif takes_hopper(q, k, v, config, scale, softcap, out_kind) and B * Hq * tiles < 2 ** 31 - place.sms:
+    elif takes_hopper(q, k, v, config, scale, softcap, out_kind, table) and B * Hq * tiles < 2 ** 31 - place.sms:
         return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
     if split.takes(q, lists, config, out_kind):
-        return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
+                         table=table, latent=latent)
+    _, k, v, pages, page = through_pages(table, k, v)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
-    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None)
+    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None, page | fp8_defines(latent))
     source = "block_attention_float32" if float32 else "block_attention"
-    function = nvrtc.function(source, "forward", FIELDS, d, place)
+    function = nvrtc.function(source, "forward", PAGES * bool(page) + FIELDS, d, place)
     if B * Hq * tiles * slices >= 2 ** 31:
         raise Unsupported(f"CuPy block attention launches at most 2^31 - 1 tiles, not {B * Hq * tiles * slices}; split the batch")
-    function(B * Hq * tiles * slices, _threads(config, float32), shared_bytes(D, Dv, config, float32), place.stream,
+    function(B * Hq * tiles * slices, _threads(config, float32), shared_bytes(D, Dv, config, float32), place.stream, *pages,
              q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *position_values(T, S, kv_length, q_start),
              *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, D, Dv, tiles, slices, scale, softcap or 0.0)
     return out, lse

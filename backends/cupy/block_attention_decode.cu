@@ -4,11 +4,12 @@
 // Of a step's keys a warp makes the scores of a quarter for all rows, then the output of a quarter of the value columns for all keys: maxima and probabilities pass through
 // shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
 // Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
-// the first columns of the keys), SOFTCAP.
+// the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV).
 #include "split.cuh"
+#include "latents.cuh"
 #include "mma.cuh"
 
-struct Params {
+struct Params : Pages {
   const void *q, *k, *v;
   void* out;
   float* lse;
@@ -53,12 +54,13 @@ struct Steps {
       const int e = job.run.entry(x), lane = threadIdx.x & 31;
       block = __ldg(p.lists.cols + e);
       mine = seen = ALL;
-      if (x < job.run.plain) return;
+      if (!PAGE && x < job.run.plain) return;
       const int kind = x < job.run.full ? -1 : __ldg(p.lists.kinds + e), left = job.run.limit - block * BK - c;
       u32 word[2] = {0, 0}, any[2];
 #pragma unroll
       for (int n = 0; n < TK / 32; n++) {
-        if (lane < job.count) word[n] = kind_word<BQ, BK>(p.lists, kind, job.row + lane, c + 32 * n) & range_bits(0, left - 32 * n);
+        const u32 exist = PAGE ? exist_word<BK, false>(p.lists, block, c + 32 * n, job.run.limit, p, job.b) : range_bits(0, left - 32 * n);
+        if (lane < job.count) word[n] = kind_word<BQ, BK>(p.lists, kind, job.row + lane, c + 32 * n) & exist;
         any[n] = __reduce_or_sync(~0u, word[n]);
       }
       mine = word[0] | (u64)word[1] << 32;
@@ -144,9 +146,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     const auto load = [&](const Steps& y, int stage) {
       u16* to = stages + stage * STAGE;
       const i64 first = y.block * BK + y.c;
-      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
+#if LATENT
+      copy_latents<KIND, TK, DP, COPY, THREADS>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + p.row(job.b, first + r) * p.kt : nullptr; });
+#else
+      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + p.row(job.b, first + r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)
-        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
+        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + p.row(job.b, first + r) * p.vt : nullptr; });
+#endif
     };
 
     float o[MT][VT][4] = {}, most[MT][2], sum[MT][2];
@@ -176,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
       float s[MT][NT][4];
       scores(s, sq, sk, warp);
-      const bool masked = now.x >= job.run.plain;
+      const bool masked = PAGE || now.x >= job.run.plain;
       const u32 bits = (u32)(now.mine >> KEYS * warp);
 #pragma unroll
       for (int m = 0; m < MT; m++)

@@ -1,6 +1,6 @@
 // Attention over block lists in float32, every product a fused multiply-add (no TF32): block_attention.cu's lists and masks, without tensor cores.
 //
-// A CTA holds BQ queries whole and streams keys, 32 at a time, in chunks of 64 columns (simt.cuh). Defines: OUT_KIND, BQ, BK, TK (32), DP, DVP, COPY (4), SOFTCAP, Q_ORDER, K_ORDER.
+// A CTA holds BQ queries whole and streams keys, 32 at a time, in chunks of 64 columns (simt.cuh). Defines: OUT_KIND, BQ, BK, TK (32), DP, DVP, COPY (4), SOFTCAP, Q_ORDER, K_ORDER, PAGE (pages.cuh).
 #include "block_forward.cuh"
 #include "simt.cuh"
 
@@ -30,10 +30,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     __syncthreads();
     if (threadIdx.x == 0) seen[0] = 0;
     __syncthreads();
-    if (masked) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen);
+    if (masked) make_words<BQ, BK, TK, K_ORDER, THREADS>(p.lists, w, rows, words, seen, p, x.b);
     float s[4][2] = {};
     add_dots<DP, THREADS>(s, sq, QS, chunk, k, p.D, p.kd, [&](int r) {
-      const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
+      const auto key = p.row(x.b, key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit));
       return key < 0 ? nullptr : k + key * p.kt;
     });
 #pragma unroll
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
       for (int c = 0; c < DVP / 16; c++) o[i][c] *= factor;
     }
     add_rows<DVP, THREADS>(o, ss, chunk, v, p.Dv - x.slice * DVP, p.vd, [&](int r) {
-      const int key = key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit);
+      const auto key = p.row(x.b, key_of<BK, K_ORDER>(p.lists, w.block, w.c + r, x.limit));
       return key < 0 || (masked && !(seen[0] >> r & 1)) ? nullptr : v + key * p.vt;
     });
   }

@@ -1,7 +1,7 @@
 // Attention over block lists for few queries with a latent 576 wide whose first 512 columns are the values, by Hopper's own instructions (latent_hopper.cuh): an item is one
 // query and up to 64 heads, its keys are split over the chip (split.cuh). The blocks of threads of a row of `parts` take the same share, each for its own 64 heads, so that keys
 // come from memory once. One warp loads tiles of 32 keys through the copy engine, and makes zeros where the query does not see the key: 0 * NaN would reach a product.
-// Defines: KIND, BQ, BK (blocks of the lists).
+// Defines: KIND, BQ, BK (blocks of the lists), PAGE (pages.cuh; a multiple of 32, so that a page holds all keys of a tile).
 #include "hopper.cuh"
 #include "split.cuh"
 
@@ -15,6 +15,9 @@ struct Params {
   Split split;
   int Hq, parts;
   float scale, scale2;
+#if PAGE
+  Pages pages;
+#endif
 };
 #include "latent_hopper.cuh"
 
@@ -56,14 +59,26 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
 #pragma unroll 1
     for (int i = 0; i < take * (BK / N); i++) {
       const int x = share.at + i / (BK / N), e = job.run.entry(x), c = i % (BK / N) * N, key = __ldg(p.lists.cols + e) * BK + c;
+#if PAGE
+      const int row = (int)p.pages.row(job.b, key < job.run.limit ? key : -1);
+      const bool masked = row < 0 || x >= job.run.plain;
+#else
       const bool masked = x >= job.run.plain;
+#endif
       u32 word = ~0u;
       if (masked) word = kind_word<BQ, BK>(p.lists, x < job.run.full ? -1 : __ldg(p.lists.kinds + e), job.row, c) & range_bits(0, job.run.limit - key);
+#if PAGE
+      if (row < 0) word = 0;
+#endif
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) {
         const int left = take * (BK / N) - 1 - i;
         ((Found*)(raw + FOUND))[slot] = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
+#if PAGE
+        load_tile(base + slot * TILE, &p.k, masked ? LANDED : FULL(slot), imax(row, 0), 0, 0);
+#else
         load_tile(base + slot * TILE, &p.k, masked ? LANDED : FULL(slot), key, 0, job.b);
+#endif
       }
       if (masked) {
         bar_wait(LANDED, landed, patience);

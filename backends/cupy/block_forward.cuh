@@ -2,7 +2,7 @@
 #pragma once
 #include "lists.cuh"
 
-struct Params {
+struct Params : Pages {
   const void *q, *k, *v;
   void* out;
   float* lse;

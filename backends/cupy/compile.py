@@ -186,11 +186,9 @@ def report(source: str, defines: dict, arch: str) -> dict[str, dict[str, int]]:
 class Function:
     """One kernel of one cubin on one device. Call: (grid, threads, shared, stream, *fields of the struct)."""
 
-    def __init__(self, code: bytes, name: str, fields: str, device: int):
+    def __init__(self, code: bytes, name: str, fields: str):
         from cupy.cuda import function
-        from cupy_backends.cuda.api import driver, runtime
-        self.bind = lambda: runtime.setDevice(device)
-        self.bind()
+        from cupy_backends.cuda.api import driver
         self.module = function.Module()
         self.module.load(code)
         self.handle, self.name = self.module.get_function(name), name
@@ -198,8 +196,7 @@ class Function:
         self.shared, self.local = 48 * 1024, threading.local()
 
     def buffer(self):
-        """Where this thread packs its arguments: the driver copies them while it runs without the GIL. A thread that is new, as autograd's is at first, has no context: the driver wants one."""
-        self.bind()
+        """Where this thread packs its arguments: the driver copies them while it runs without the GIL."""
         buffer = ctypes.create_string_buffer(self.pack.size)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         self.local.value = value = (buffer, ctypes.addressof(pointers), pointers)
@@ -236,4 +233,4 @@ def function(source: str, name: str, fields: str, defines: dict, place) -> Funct
 def make(source: str, name: str, fields: str, defines: dict, place):
     if hasattr(place, "compile"):  # tests run kernels on the CPU: their place brings its own compiler
         return place.compile(source, name, fields, defines)
-    return Function(cubin(source, defines, place.arch)[0], name, fields, place.device)
+    return Function(cubin(source, defines, place.arch)[0], name, fields)

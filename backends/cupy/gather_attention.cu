@@ -1,8 +1,9 @@
 // Attention over selected keys, float16 and bfloat16: a CTA works on one query and up to BH heads that share its list and its keys; a step gathers TK keys.
 // Rows of BH are the tensor cores' rows: KW warps share 16 heads by taking every KWth part of a step's keys, and merge at the end.
 // Defines: KIND, OUT_KIND, BH, TK, KW, DP, DVP (value columns of a CTA), STAGES (2: the next keys arrive meanwhile), SHARED_KV (values are the first
-// columns of the keys: nothing is read twice), COPY, SOFTCAP.
+// columns of the keys: nothing is read twice), COPY, SOFTCAP, LATENT (latents.cuh; then SHARED_KV).
 #include "tiles.cuh"
+#include "latents.cuh"
 #include "gather_forward.cuh"
 
 constexpr int RW = BH / 16, WARPS = RW * KW, THREADS = 32 * WARPS, TW = TK / 32, PART = TK / KW, NT = PART / 8, VT = DVP / 8, RING = STAGES + 1;
@@ -21,9 +22,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
   const u16* v = (const u16*)p.v + x.b * p.vb + x.key_head * p.vh + (i64)slice * DVP * p.vd;
   const auto load = [&](int step) {
     const int* now = keys + step % RING * TK;
+#if LATENT
+    copy_latents<KIND, TK, DP, COPY, THREADS>(sk + step % STAGES * TK * QS, QS, 0, p.D, [&](int r) { return now[r] < 0 ? nullptr : (const u8*)p.k + now[r] * p.kt; });
+#else
     copy_tile<u16, TK, DP, COPY, THREADS>(sk + step % STAGES * TK * QS, QS, k, p.D, p.kd, [&](int r) { return now[r] < 0 ? nullptr : k + now[r] * p.kt; });
     if constexpr (!SHARED_KV)
       copy_tile<u16, TK, DVP, COPY, THREADS>(sv + step % STAGES * TK * VS, VS, v, p.Dv - slice * DVP, p.vd, [&](int r) { return now[r] < 0 ? nullptr : v + now[r] * p.vt; });
+#endif
   };
   const auto find = [&](int step) {
     if ((i64)step * TK < list.slots) find_keys<TK, THREADS>(list, (i64)step * TK, keys + step % RING * TK, words + step % RING * TW);

@@ -2,6 +2,7 @@
 
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
+latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values; path portable.
 Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
 sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, the path "union" (gather_union.py) for sm_90a and blocks of keys, as Native Sparse Attention selects
 them; calls that their copies cannot serve (`hopper_takes`, `gather_union.takes`) run on the portable one.
@@ -11,8 +12,8 @@ import math
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import gather_union, split
-from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, head_groups, padded, position_values, problem_copy_bytes, same_memory,
-                                               selected_values, sliced)
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, fp8_defines, head_groups, latent_shape, padded,
+                                               position_values, problem_copy_bytes, same_memory, selected_values, sliced)
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "union"), "hopper: 64 heads of one query a tile by warpgroup products; 16-bit latents of width 576 whose first 512 columns are the values. "
@@ -30,7 +31,9 @@ HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8
 
 
 def supports(problem: Problem) -> str | None:
-    kinds = {problem.dtype(name) for name in "qkv"}
+    kinds = {problem.dtype(name) for name in "qkv"} - {"latent_fp8"}
+    if latent_shape(problem) is not None and problem.dtype("q") not in HALVES:
+        return f"CuPy reads the fp8 layout of a latent cache for queries of float16 and bfloat16, not {problem.dtype('q')}; pass cache.gather()"
     if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
         return f"CuPy gather attention takes q, k, v of one type, float32, float16 or bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}; cast them to bfloat16"
     if max(problem["D"], problem["Dv"]) > 576:
@@ -49,6 +52,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
 
 def no_hopper(problem: Problem) -> str | None:
     """Why the path "hopper" is not for this problem."""
+    if latent_shape(problem) is not None:
+        return "path hopper reads latents of 16 bits, not the fp8 layout of a latent cache; take portable"
     if problem.arch != "sm_90a":
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem.dtype("out", problem.dtype("q")) != problem.dtype("q"):
@@ -101,11 +106,11 @@ def default_config(problem: Problem) -> dict:
     return tiles if no_hopper(problem) else {**tiles, "path": "hopper"}  # padding to 64 heads is cheaper than the other path: 2.1 ms against 6.1 at one head
 
 
-def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool) -> dict:
+def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool, latent) -> dict:
     common = dict(OUT_KIND=KINDS[out_kind], BH=config["heads"], DP=padded(D), DVP=sliced(Dv)[1], SOFTCAP=int(softcap))
     if kind == "float32":
         return common
-    return dict(common, KIND=KINDS[kind], TK=config["tile_k"], KW=config["key_warps"], STAGES=config["stages"], SHARED_KV=int(shared_kv), COPY=copy)
+    return dict(common, KIND=KINDS[kind], TK=config["tile_k"], KW=config["key_warps"], STAGES=config["stages"], SHARED_KV=int(shared_kv), COPY=copy, **fp8_defines(latent))
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
@@ -114,7 +119,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
         return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
                 dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
     own = gather_union.artifacts(problem) if config["path"] == "union" else []
-    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features)
+    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features, latent_shape(problem))
     return [*own, dict(source=_source(kind), defines=d, names=["forward"])]
 
 
@@ -147,16 +152,17 @@ def split_shares(items: int, parts: int, K: int, sms: int) -> int:
     return max(sms // parts, 1) if busy < 5 / 6 and K >= 128 else 0
 
 
-def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
+        latent=None):
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     kind, out_kind = q.dtype, out_dtype or q.dtype
     out = place.empty((B, Hq, T, Dv), out_kind)
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     if B * Hq * T == 0:
         return out, lse
-    if config["path"] == "hopper" and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
+    if config["path"] == "hopper" and latent is None and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
         return run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start)
-    if config["path"] == "union" and gather_union.takes(q, k, v, indices, out_kind):
+    if config["path"] == "union" and latent is None and gather_union.takes(q, k, v, indices, out_kind):
         return gather_union.run(q, k, v, indices, out, lse, place=place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
                                 kv_length=kv_length, q_start=q_start)
     float32, shared_kv, slices = kind == "float32", same_memory(k, v), sliced(Dv)[0]
@@ -164,7 +170,7 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     blocks = B * T * head_groups(indices.shape[1], Hq, Hk, config["heads"]) * slices
     if blocks >= 2 ** 31:
         raise Unsupported(f"CuPy gather attention launches at most 2^31 - 1 tiles, not {blocks}; split the batch")
-    d = defines(kind, out_kind, D, Dv, config, copy, softcap is not None, shared_kv)
+    d = defines(kind, out_kind, D, Dv, config, copy, softcap is not None, shared_kv, latent)
     function = nvrtc.function(_source(kind), "forward", FIELDS, d, place)
     function(blocks, _threads(config, float32), shared_bytes(D, Dv, config, float32, shared_kv), place.stream,
              q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *selected_values(indices, lengths, granularity, causal), *position_values(T, S, kv_length, q_start),

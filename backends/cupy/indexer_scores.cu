@@ -4,7 +4,9 @@
 // With SHARE score[t, s] = sum_h exp(scale * q[h, t] . k[s] - weights[h, t]), what a key got of the attention that has these lse: importance_topk.
 // indexer_topk runs this same kernel into its scratch: one score function, the same bits. The order of summation is fixed by the problem alone: widths in
 // steps of 16 (float32: one by one), heads in steps of 8 within a lane, then lanes two apart, then neighbours. No tile size enters it.
+// With PAGE keys and scales stand in pages of a cache, steps k_b and scale_b apart (pages.cuh); what lies in no page scores -inf.
 #include "mma.cuh"
+#include "pages.cuh"
 #include "window.cuh"
 
 #ifndef KIND
@@ -49,7 +51,7 @@ using Cell = Pick<TENSOR>::type;
 using In = Element<KIND>;
 constexpr int LD = DP + (TENSOR ? PAD : 4);
 
-struct Params {
+struct Params : Pages {
   const In* q; const In* k; const float* weights; const float* k_scale;
   const int* starts; const int* ends; const int* q_starts;
   float* out;                                   // row (b - b0) * nt + (t - t0), `out_row` elements apart
@@ -163,12 +165,17 @@ template <class Fragments> __device__ __forceinline__ void products(float (&acc)
 }
 
 struct Output {  // where one tile's scores go
-  const Params& p; const int* lo; const int* hi; const float* k_scale; int key0, t, nt; float* rows;
+  const Params& p; const int* lo; const int* hi; const float* k_scale; int key0, b, nt; float* rows;
   __device__ __forceinline__ void operator()(int query, int row, float score) const {
     const int key = key0 + row;
     if (query >= QUERIES || query >= nt || key >= p.S) return;
-    if (k_scale) score *= k_scale[key * p.scale_s];
-    rows[query * p.out_row + key] = key >= lo[query] && key < hi[query] ? score : -inf();
+    if constexpr (PAGE != 0) {
+      const i64 at = p.place(b, key >= lo[query] && key < hi[query] ? key : -1, p.scale_b, p.scale_s);
+      rows[query * p.out_row + key] = at < 0 ? -inf() : k_scale ? score * k_scale[at] : score;
+    } else {
+      if (k_scale) score *= k_scale[key * p.scale_s];
+      rows[query * p.out_row + key] = key >= lo[query] && key < hi[query] ? score : -inf();
+    }
   }
 };
 
@@ -255,9 +262,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) indexer_scores(const __gri
         }
   if (v0 >= v1) return;
 
-  const In* kb = p.k + b * p.k_b;
+  const In* kb = p.k + (PAGE ? 0 : b * p.k_b);
   const In* qb = p.q + b * p.q_b + t * p.q_t;
+#if PAGE
+  auto load_keys = [&](int tile) {
+    load_rows<BK>(keys, kb, [&](int r) {
+      const i64 at = p.place(b, tile * BK + r < last ? tile * BK + r : -1, p.k_b, p.k_s);
+      return at < 0 ? nullptr : kb + at;
+    });
+  };
+#else
   auto load_keys = [&](int tile) { load_rows<BK>(keys, kb, [&](int r) { const int s = tile * BK + r; return s < p.S ? kb + s * p.k_s : nullptr; }); };
+#endif
   auto load_heads = [&](int c0) {
     load_rows<COLUMNS>(heads, qb, [&](int r) {
       const int c = c0 + r, query = c / HP, h = c % HP;
@@ -280,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) indexer_scores(const __gri
       if (tile + 1 < v1) load_keys(tile + 1);
       cp_commit();
     }
-    const Output out = {p, lo, hi, p.k_scale ? p.k_scale + b * p.scale_b : nullptr, tile * BK, t, nt, rows};
+    const Output out = {p, lo, hi, p.k_scale ? p.k_scale + (PAGE ? 0 : b * p.scale_b) : nullptr, tile * BK, b, nt, rows};
     float r[MI][2] = {};
     for (int c0 = 0; c0 < ALL; c0 += COLUMNS) {
       if constexpr (ALL > COLUMNS) {

@@ -3,6 +3,7 @@
     q [B,H,T,D]  k [B,S,D]  weights [B,H,T] float32  k_scale [B,S] float32  key_start, key_end [B,T] int32  ->  scores [B,T,S] float32
 
 score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); exactly -inf outside [key_start, key_end) and, if causal, past q_start + t.
+With table [B,pages] int32, k [N,page,D] and k_scale [N,page] are pages, read where they lie; keys in a page that is not one of 0 .. N - 1 score -inf.
 On sm_90a e4m3 with 64 heads of width 128 (DeepSeek's) takes Hopper's own instructions (indexer_scores_hopper.cu): which one runs is decided by the arrays, not by
 a knob, because their sums differ in the last bits. `launch` writes any rows of [B * T] into any float32 memory: indexer_topk selects from there, so both see the same bits. The knobs below move tiles, never sums.
 """
@@ -11,7 +12,7 @@ from functools import lru_cache
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
-from sparsetile.backends.cupy.operands import KINDS, ceil_div, copy_bytes, padded
+from sparsetile.backends.cupy.operands import KINDS, PAGES, ceil_div, copy_bytes, padded, page_defines, pages_of
 
 TUNABLES = (
     Tunable("warps", (1, 4, 2, 8), "warps of a block; each holds row_tiles x 16 keys"),
@@ -27,8 +28,6 @@ HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
 
 
 def supports(problem):
-    if "paged" in problem.features:
-        return "the CuPy indexer reads keys in one piece, not through a page table; pass cache.gather()"
     if problem["D"] > 576:
         return f"CuPy indexer takes D up to 576, not {problem['D']}"
     kinds = {problem.dtype("q"), problem.dtype("k", problem.dtype("q"))}
@@ -89,41 +88,41 @@ def default_config(problem):
     return config
 
 
-def defines(kind, H, D, activation, copy, config, arch) -> dict:
+def defines(kind, H, D, activation, copy, config, arch, pages) -> dict:
     return dict(KIND=KINDS[kind], HEADS=H, WIDTH=D, COPY=copy, WARPS=config["warps"], ROW_TILES=config["row_tiles"], QUERIES=config["queries"],
-                COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"), SHARE=int(activation == "share"))
+                COLUMNS=column_chunk(H, D, kind, config, nvrtc.shared_limit(arch)), RELU=int(activation == "relu"), SHARE=int(activation == "share"), **pages)
 
 
 def hopper_problem(kind: str, H: int, D: int, arch: str) -> bool:
     return arch == "sm_90a" and (kind, H, D) == ("float8_e4m3fn", 64, 128)
 
 
-def takes_hopper(q, k, place) -> bool:
-    return hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k)
+def takes_hopper(q, k, place, table=None) -> bool:
+    return table is None and hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k)
 
 
 def artifacts(problem, config, activation="relu"):
     kind, D = problem.dtype("q"), problem["D"]
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
     copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
-    portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, activation, copy, config, problem.arch), names=["indexer_scores"])]
+    portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, activation, copy, config, problem.arch, page_defines(problem)), names=["indexer_scores"])]
     own = [dict(source="indexer_scores_hopper", defines=dict(RELU=1, STAGES=HOPPER_STAGES), names=["indexer_scores_hopper"])]
-    return portable + own if hopper_problem(kind, problem["H"], D, problem.arch) else portable
+    return portable + own if "paged" not in problem.features and hopper_problem(kind, problem["H"], D, problem.arch) else portable
 
 
-def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True, factor=0.0):
+def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True, factor=0.0, table=None):
     """Scores (activation "share": sums over heads of exp(q.k * scale - weight), factor = scale * log2(e)) of rows = (b0, batches, t0, queries) into float32 memory at `out`, rows `out_row` elements apart. bounds: (key_start, key_end, q_starts, q_start, causal)."""
-    (B, H, T, D), S = q.shape, k.shape[1]
-    b0, nb, t0, nt = rows
+    S, pages, page = pages_of(table, k)
+    (B, H, T, D), (b0, nb, t0, nt) = q.shape, rows
     start, end, q_starts, q_start, causal = bounds
-    if takes_hopper(q, k, place):
+    if takes_hopper(q, k, place, table):
         return launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill)
-    d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch)
-    function = nvrtc.function("indexer_scores", "indexer_scores", FIELDS, d, place)
+    d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch, page)
+    function = nvrtc.function("indexer_scores", "indexer_scores", PAGES * bool(page) + FIELDS, d, place)
     tiles, groups = ceil_div(S, 16 * config["row_tiles"] * config["warps"]), ceil_div(nt, config["queries"]) * nb
     per = max(1, min(ceil_div(tiles * groups, 24 * max(place.sms, 1)), tiles), ceil_div(tiles * groups, 2 ** 31 - 1))  # several blocks for each multiprocessor, each with many tiles
     scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
-    function(groups * ceil_div(tiles, per), 32 * config["warps"], shared_bytes(H, D, q.dtype, config, d["COLUMNS"]), place.stream,
+    function(groups * ceil_div(tiles, per), 32 * config["warps"], shared_bytes(H, D, q.dtype, config, d["COLUMNS"]), place.stream, *pages,
              q.ptr, k.ptr, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts), out,
              *q.strides[:3], *k.strides[:2], *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, q_start, int(causal), enough, int(fill), factor)
 
@@ -155,11 +154,11 @@ def bounds_of(key_start, key_end, causal, q_start) -> tuple:
     return (key_start, key_end, None, q_start, causal) if isinstance(q_start, int) else (key_start, key_end, q_start, 0, causal)
 
 
-def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu"):
-    (B, H, T, D), S = q.shape, k.shape[1]
+def run(q, k, weights, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu", table=None):
+    (B, H, T, D), S = q.shape, pages_of(table, k)[0]
     scores = place.empty((B, T, S), "float32")
     if B * T * S == 0:
         return scores
     launch(q, k, weights, place=place, config=config, k_scale=k_scale, bounds=bounds_of(key_start, key_end, causal, q_start), activation=activation,
-           rows=(0, B, 0, T), out=scores.ptr, out_row=S)
+           rows=(0, B, 0, T), out=scores.ptr, out_row=S, table=table)
     return scores

@@ -7,13 +7,15 @@ them there. The score kernel is that of indexer_scores, so the sets are equal bi
 them, NaN too, and its scores are not computed, unless scores are asked for. Forced blocks are always taken: they are the ends of the row's window, selection
 works between them. Everything is queued on the stream; nothing comes back to the host.
 
+With table [B,pages] int32 keys and scales are pages, read where they lie (indexer_scores); an entry of which no key lies in a page is never chosen.
+
 The path "fused" (indexer_topk_hopper.cu: sm_90a, e4m3, 64 heads of width 128, top_k up to 2048, plain selection) scores and selects in one kernel without
 any scratch; arrays that its copy engine cannot address take the other path. Both give the same bits.
 """
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, indexer_scores, topk
-from sparsetile.backends.cupy.operands import ceil_div
+from sparsetile.backends.cupy.operands import PAGES, ceil_div, page_defines, pages_of
 
 TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: scores and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES,
             Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))
@@ -22,15 +24,20 @@ FUSED_STAGES, FUSED_CAP, FUSED_MOST = 3, 4096, 2048
 FUSED_SHARED = 1024 + 4 * 64 * 128 + FUSED_STAGES * (128 * 128 + 16) + 32 + 4 * FUSED_CAP * 8 + 2 * 2048 * 4 + 256
 ORDER_SHARED = 4096 * 4 + FUSED_MOST * 4 + 64
 POOL_FIELDS = "5Q3q8i"
+HOLE_FIELDS = PAGES + "5Q6i"
 POOL_THREADS = 256
 
 
 def supports(problem):
+    if "paged" in problem.features and problem.features & {"force_first", "force_last"}:
+        return "CuPy takes forced blocks at the ends of a row's window, where a page table may have holes; pass cache.gather(), or select without them"
     return indexer_scores.supports(problem) or topk.supports(problem)
 
 
 def no_fused(problem) -> str | None:
     """Why the path "fused" is not for this problem."""
+    if "paged" in problem.features:
+        return "path fused reads keys in one piece, not through a page table; take scratch"
     if not indexer_scores.hopper_problem(problem.dtype("q"), problem["H"], problem["D"], problem.arch):
         return "path fused takes float8_e4m3fn, 64 heads of width 128, on sm_90a; take scratch"
     if problem["K"] > FUSED_MOST or problem.features & {"pool", "force_first", "force_last", "return_scores"}:
@@ -58,6 +65,7 @@ def default_config(problem):
 
 def artifacts(problem, config):
     pool = [dict(source="indexer_topk", defines=dict(THREADS=POOL_THREADS), names=["pool_scores"])]
+    pool += [dict(source="indexer_topk", defines=dict(THREADS=POOL_THREADS, **page_defines(problem)), names=["drop_holes"])] * ("paged" in problem.features)
     fused = [] if no_fused(problem) else [dict(source="indexer_topk_hopper", defines=fused_defines("relu"), names=["indexer_topk_hopper", "order_rows"])]
     return indexer_scores.artifacts(problem, config) + topk.artifacts(problem, config) + pool + fused
 
@@ -104,16 +112,25 @@ def run_fused(q, k, weights, top_k, place, k_scale, bounds, activation, indices,
     nvrtc.function("indexer_topk_hopper", "order_rows", FUSED_FIELDS, d, place)(B * T, 256, ORDER_SHARED, place.stream, *values)
 
 
+def drop_holes(place, indices, lengths, table, k, bounds, T, pool):
+    """Rows that were answered with all of their window lose the entries of which no key lies in a page."""
+    start, end, q_starts, q_start, causal = bounds
+    S, pages, page = pages_of(table, k)
+    function = nvrtc.function("indexer_topk", "drop_holes", HOLE_FIELDS, dict(THREADS=POOL_THREADS, **page), place)
+    function(lengths.size, POOL_THREADS, POOL_THREADS // 8, place.stream, *pages, indices.ptr, lengths.ptr, nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
+             T, S, pool, indices.shape[2], q_start, int(causal))
+
+
 def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu",
-        pool=1, force_first=0, force_last=0, return_scores=False):
-    (B, H, T, D), S = q.shape, k.shape[1]
+        pool=1, force_first=0, force_last=0, return_scores=False, table=None):
+    (B, H, T, D), S = q.shape, pages_of(table, k)[0]
     indices, lengths = place.empty((B, T, top_k), "int32"), place.empty((B, T), "int32")
     chosen = place.empty((B, T, top_k), "float32") if return_scores else None
     if B * T == 0 or top_k == 0:
         return indices, lengths, chosen
     bounds = indexer_scores.bounds_of(key_start, key_end, causal, q_start)
     plain = pool == 1 and not (force_first or force_last or return_scores)
-    if config["path"] == "fused" and plain and top_k <= FUSED_MOST and indexer_scores.takes_hopper(q, k, place):
+    if config["path"] == "fused" and plain and top_k <= FUSED_MOST and indexer_scores.takes_hopper(q, k, place, table):
         run_fused(q, k, weights, top_k, place, k_scale, bounds, activation, indices, lengths)
         return indices, lengths, chosen
     row, pooled_row = ceil_div(S, 4) * 4, ceil_div(ceil_div(S, pool), 4) * 4  # rows start at 16 bytes
@@ -125,11 +142,13 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     for b0, nb, t0, nt in pieces:
         rows, first_row = nb * nt, b0 * T + t0
         indexer_scores.launch(q, k, weights, place=place, config=config, k_scale=k_scale, bounds=bounds, activation=activation, rows=(b0, nb, t0, nt),
-                              out=scratch.ptr, out_row=row, enough=min(enough, 2 ** 31 - 1), fill=False)
+                              out=scratch.ptr, out_row=row, enough=min(enough, 2 ** 31 - 1), fill=False, table=table)
         source, source_row = scratch, row
         if pool > 1:
             pool_scores(place, scratch, row, pooled, pooled_row, first_row, rows, T, S, pool, bounds)
             source, source_row = pooled, pooled_row
         topk.launch(place, config, rows, source.ptr, (0, source_row), 2 ** 31 - 1, first_row, T, S, bounds, top_k, indices, lengths,
                     pool=pool, force_first=force_first, force_last=force_last, take_all=not return_scores, chosen=chosen)
+    if table is not None and not return_scores:
+        drop_holes(place, indices, lengths, table, k, bounds, T, pool)
     return indices, lengths, chosen

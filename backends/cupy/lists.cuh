@@ -1,6 +1,6 @@
 // Block lists and positions as every attention kernel of this folder reads them (contract.Lists): which keys a row of a tile sees, as words of bits.
 #pragma once
-#include "numbers.cuh"
+#include "pages.cuh"
 
 struct ListArrays {  // packed by operands.py in this order
   const int *offsets, *cols, *kinds, *intervals;
@@ -49,20 +49,22 @@ template <int Bq, int Bk> __device__ __forceinline__ u32 kind_word(const ListArr
   return range_bits(range.x - c, range.y - c);
 }
 
-// Which of the keys c .. c+31 of key block j exist. With an order all 32 lanes of the warp must call it together.
-template <int Bk, bool Order> __device__ __forceinline__ u32 exist_word(const ListArrays& a, int j, int c, int limit) {
-  if constexpr (Order) {
+// key c of key block j, or -1
+template <int Bk, bool Order> __device__ __forceinline__ int key_of(const ListArrays& a, int j, int c, int limit) {
+  const int key = Order ? __ldg(a.k_order + (i64)j * Bk + c) : j * Bk + c;
+  return key < limit ? key : -1;
+}
+
+// Which of the keys c .. c+31 of key block j exist. With an order or pages all 32 lanes of the warp must call it together.
+template <int Bk, bool Order> __device__ __forceinline__ u32 exist_word(const ListArrays& a, int j, int c, int limit, const Pages& pages, int b) {
+  if constexpr (PAGE != 0) {
+    return __ballot_sync(~0u, pages.row(b, key_of<Bk, Order>(a, j, c + (threadIdx.x & 31), limit)) >= 0);
+  } else if constexpr (Order) {
     const int key = __ldg(a.k_order + (i64)j * Bk + c + (threadIdx.x & 31));
     return __ballot_sync(~0u, key >= 0 && key < limit);
   } else {
     return range_bits(0, limit - (j * Bk + c));
   }
-}
-
-// key c of key block j, or -1
-template <int Bk, bool Order> __device__ __forceinline__ int key_of(const ListArrays& a, int j, int c, int limit) {
-  const int key = Order ? __ldg(a.k_order + (i64)j * Bk + c) : j * Bk + c;
-  return key < limit ? key : -1;
 }
 
 // The row of the call's queries that row r of tile i is, or -1. Without an order tile i holds positions (first + i) * Bq + r.
@@ -90,7 +92,7 @@ template <int Bk, int Tk, bool Order> struct Walk {
   __device__ __forceinline__ Walk() : cols(nullptr), kinds(nullptr), e(0), middle(0), end(0), c(0), block(0), limit(0) {}
   __device__ __forceinline__ bool valid() const { return e < end; }
   __device__ __forceinline__ int kind() const { return e < middle ? -1 : __ldg(kinds + e); }
-  __device__ __forceinline__ bool masked() const { return Order || e >= middle || block * Bk + c + Tk > limit; }
+  __device__ __forceinline__ bool masked() const { return Order || PAGE || e >= middle || block * Bk + c + Tk > limit; }
   __device__ __forceinline__ void settle() {
     while (e < end) {
       block = __ldg(cols + e);
@@ -110,11 +112,11 @@ template <int Bk, int Tk, bool Order> struct Walk {
 // Words of a step for all rows of a tile, and the keys that any row of the call sees: what nobody sees must not reach a product (0 * NaN).
 // `words` [Bq][Tk / 32]; `seen` [Tk / 32] was zeroed before; `rows` [Bq] are query_of. Bq is a multiple of 32: a warp works on one word column.
 template <int Bq, int Bk, int Tk, bool Order, int Threads, class W>
-__device__ __forceinline__ void make_words(const ListArrays& a, const W& w, const int* rows, u32* words, u32* seen) {
+__device__ __forceinline__ void make_words(const ListArrays& a, const W& w, const int* rows, u32* words, u32* seen, const Pages& pages = {}, int b = 0) {
   const int kind = w.kind();
   for (int x = threadIdx.x; x < Bq * (Tk / 32); x += Threads) {
     const int r = x % Bq, n = x / Bq;
-    u32 word = exist_word<Bk, Order>(a, w.block, w.c + 32 * n, w.limit);
+    u32 word = exist_word<Bk, Order>(a, w.block, w.c + 32 * n, w.limit, pages, b);
     word = rows[r] < 0 ? 0u : word & kind_word<Bq, Bk>(a, kind, r, w.c + 32 * n);
     words[r * (Tk / 32) + n] = word;
     word = __reduce_or_sync(~0u, word);

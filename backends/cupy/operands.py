@@ -2,9 +2,12 @@
 import math
 from functools import lru_cache
 
+from sparsetile.backends.arrays import View
+
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3}  # numbers.cuh
 LISTS = "8Q6i"      # struct ListArrays
 POSITIONS = "2Q4i"  # struct Positions
+PAGES = "Q2i"       # struct Pages
 HALVES = ("float16", "bfloat16")
 
 
@@ -42,7 +45,8 @@ def _copy_bytes(least, arrays):
 def problem_copy_bytes(problem, *axes) -> int:
     """The same for a problem: what contiguous arrays give."""
     size = 4 if problem.dtype("q") == "float32" else 2
-    return max(size, math.gcd(16, *(problem[axis] * size for axis in axes)))
+    row = [] if latent_shape(problem) is None else [problem["Dv"] + problem["Dv"] // 32 + 2 * (problem["D"] - problem["Dv"])]
+    return max(size, math.gcd(16, *row, *(problem[axis] * size for axis in axes)))
 
 
 def lists_values(lists) -> tuple:
@@ -66,6 +70,38 @@ def position_values(T: int, S: int, kv_length, q_start) -> tuple:
     else:
         value, array, source = 0, q_start.ptr, 1
     return (0 if kv_length is None else kv_length.ptr, array, T, S, value, source)
+
+
+def through_pages(table, *keys) -> tuple:
+    """(keys of a sequence, each of `keys`, fields of struct Pages, defines). Keys [N,H,page,W] behind a table [B,pages] become one tensor of rows that batches share, [1,H,N * page,W]."""
+    S, *pages = pages_of(table, keys[0])
+    return S, *(keys if table is None else map(_rows_of_pool, keys)), *pages
+
+
+def _rows_of_pool(x) -> View:
+    N, H, page, W = x.shape
+    n, h, row, w = x.strides
+    return View(x.ptr, (1, H, N * page, W), (0, h, row if page > 1 else n, w), x.dtype, x.device, x.owner)
+
+
+def pages_of(table, keys) -> tuple:
+    """(keys of a sequence, fields of struct Pages, defines) of keys [N,...,page,W] behind a table [B,pages], or [B,...,S,W] in one piece."""
+    N, page = keys.shape[0], keys.shape[-2]
+    return (page, (), {}) if table is None else (page * table.shape[1], (table.ptr, table.shape[1], N), dict(PAGE=page))
+
+
+def latent_shape(problem) -> tuple | None:
+    """(R, P) where keys are rows of the fp8 layout of a latent cache (latents.cuh)."""
+    return (problem["Dv"], problem["D"] - problem["Dv"]) if problem.dtype("k") == "latent_fp8" else None
+
+
+def fp8_defines(latent) -> dict:
+    return {} if latent is None else dict(LATENT=latent[0])
+
+
+def page_defines(problem) -> dict:
+    """Of a problem, for compiling ahead: the page size that caches have unless told otherwise."""
+    return dict(PAGE=64) if "paged" in problem.features else {}
 
 
 def query_tiles(lists, T: int, q_start, S: int, kv_length) -> int:

@@ -10,13 +10,13 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
-from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, same_memory
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, fp8_defines, latent_shape, lists_values, padded,
+                                               page_defines, position_values, problem_copy_bytes, query_tiles, same_memory, through_pages)
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
 LATENT_FIELDS = "128s" * 2 + "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
-LATENT_FIELDS += f"{-struct.calcsize(LATENT_FIELDS) % 64}x"  # the struct is as long as its alignment asks
-LATENT_HEADS, LATENT_THREADS = 64, 512
+LATENT_HEADS, LATENT_KEYS, LATENT_THREADS = 64, 32, 512
 LATENT_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
@@ -33,7 +33,7 @@ def row_tiles(queries: int, pack: int, columns: int) -> int:
 class Tiles:
     """What the kernel is compiled for, and what it asks of the chip."""
 
-    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int):
+    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int, latent=None):
         self.tile_k, self.columns = tile_k, ceil_div(Dv, 64) * 64  # each warp's quarter is a multiple of 16
         self.shared_kv = shared_kv and self.columns <= padded(D)
         self.row_tiles = row_tiles(queries, pack, self.columns)
@@ -41,13 +41,15 @@ class Tiles:
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
         fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8
         half = limit // 2 - 1024  # the chip keeps 1 KiB of each block for itself
-        self.residents = 2 if fixed + max(3 * stage, 65536) <= half else 1
-        self.stages = max(2, min(MOST_STAGES, ((half if self.residents == 2 else limit) - fixed) // stage))
+        most = MOST_STAGES if latent is None else 2  # the fp8 layout passes through registers: no copy is in flight, another block of threads fills the gaps
+        self.residents = 2 if fixed + (max(3 * stage, 65536) if latent is None else 2 * stage) <= half else 1
+        self.stages = max(2, min(most, ((half if self.residents == 2 else limit) - fixed) // stage))
         self.shared = fixed + self.stages * stage
+        self.more = fp8_defines(latent)
 
-    def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool) -> dict:
+    def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool, pages: dict) -> dict:
         return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
-                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap))
+                    SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **self.more, **pages)
 
     def merge_defines(self, kind: str, block_q: int) -> dict:
         return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns)
@@ -55,7 +57,7 @@ class Tiles:
 
 def tiles_of(problem: Problem, config: dict) -> Tiles:
     pack = 1 if "per_head" in problem.features else problem["Hq"] // problem["Hk"]
-    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch))
+    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch), latent_shape(problem))
 
 
 def resources(problem: Problem, config: dict):
@@ -75,6 +77,8 @@ def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
     if problem.arch != "sm_90a":
         return f"path latent: {problem.arch} lacks its instructions; take decode"
+    if latent_shape(problem) is not None:
+        return "path latent reads latents of 16 bits, not the fp8 layout of a latent cache; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
         return "path latent takes one key head of width 576 whose first 512 columns are the values, and no softcap; take decode"
     return None
@@ -85,8 +89,8 @@ def latent_resources(problem: Problem, config: dict):
     return decode if isinstance(decode, str) else no_latent(problem) or Resources(LATENT_THREADS, LATENT_SHARED, 128)
 
 
-def latent_defines(kind: str, lists: tuple) -> dict:
-    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1])
+def latent_defines(kind: str, lists: tuple, pages: dict) -> dict:
+    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], **pages)
 
 
 def latent_merge_defines(kind: str) -> dict:
@@ -98,15 +102,16 @@ def candidates(problem: Problem) -> list[dict]:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
     latent = group > 16 or (group, problem["T"]) == (16, 1)  # it takes queries one by one: more of 16 heads are one tile of decode
-    return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in (64, 32)]
+    steps = (64, 32) if latent_shape(problem) is None else (32,)  # of the fp8 layout two blocks of threads have to fit
+    return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in steps]
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
-    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"])), names=["attend_latent"]),
+    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem)), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
-    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features), names=["attend"]),
+    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
 
 
@@ -115,10 +120,10 @@ def takes(q, lists, config: dict, out_kind: str) -> bool:
     return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and out_kind == q.dtype and min(q.shape[2], lists.block_q) <= QUERIES
 
 
-def takes_latent(q, k, v, lists, config: dict, scale: float, softcap) -> bool:
-    """What the copy engine and the order of scores ask of a call on the path "latent"."""
-    fits = (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
-    return config["path"] == "latent" and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
+def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table) -> bool:
+    """What the copy engine and the order of scores ask of a call on the path "latent": of pages, that one holds all keys of a tile."""
+    fits = k.dtype == q.dtype and (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
+    return config["path"] == "latent" and (table is None or k.shape[2] % LATENT_KEYS == 0) and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
 
 
 def split_values(place, slots: int, rows: int, columns: int, jobs: int, members: int, shares: int) -> tuple:
@@ -127,30 +132,34 @@ def split_values(place, slots: int, rows: int, columns: int, jobs: int, members:
     return scratch, (*(x.ptr for x in scratch), jobs, members, shares, 0)
 
 
-def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start):
-    (B, Hq, T, D), S, Dv = q.shape, k.shape[2], out.shape[3]
+def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table):
+    S, k, pages, page = through_pages(table, k)
+    (B, Hq, T, D), rows, Dv = q.shape, k.shape[2], out.shape[3]
     parts = ceil_div(Hq, LATENT_HEADS)
     jobs, shares = B * T, max(place.sms // parts, 1)
     if max(jobs * max(lists.nk, parts), B * Hq * T) >= 2 ** 31:
         raise Unsupported(f"CuPy's path latent takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch")
     scratch, split = split_values(place, 2 * shares * parts, LATENT_HEADS, Dv, jobs, 1, shares)
     (qb, qh, qt), (kb, _, kt), at = hopper.steps(q), hopper.steps(k), position_values(T, S, kv_length, q_start)
-    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, S, 1, B), (1, kt, kt, kb), (64, 32, 1, 1))
-    attend = nvrtc.function("block_attention_latent", "attend_latent", LATENT_FIELDS, latent_defines(q.dtype, (lists.block_q, lists.block_k)), place)
+    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, rows, 1, k.shape[0]), (1, kt, kt, kb), (64, 32, 1, 1))
+    fields = LATENT_FIELDS + PAGES * bool(page)
+    fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
+    attend = nvrtc.function("block_attention_latent", "attend_latent", fields, latent_defines(q.dtype, (lists.block_q, lists.block_k), page), place)
     attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
-           Hq, parts, scale, scale * math.log2(math.e))
+           Hq, parts, scale, scale * math.log2(math.e), *pages)
     merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
     return out, lse
 
 
-def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None):
-    if takes_latent(q, k, v, lists, config, scale, softcap):
-        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start)
-    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
+    if takes_latent(q, k, v, lists, config, scale, softcap, table):
+        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table)
+    S, k, v, pages, page = through_pages(table, k, v)
+    (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     heads = Hq if lists.list_of.shape[1] > 1 else 1
     pack = Hq // Hk if heads == 1 else 1
     queries, tiles = min(T, lists.block_q), query_tiles(lists, T, q_start, S, kv_length)
-    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch))
+    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch), latent)
     parts = ceil_div(queries * pack, t.rows)
     jobs, members, shares = B * heads * tiles, parts * (Hk if heads == 1 else 1), max(place.sms, 1) * t.residents
     if max(jobs * lists.nk, B * Hq * T) >= 2 ** 31:
@@ -158,8 +167,8 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
     scratch, split = split_values(place, 2 * shares, t.rows, t.columns, jobs, members, shares)
     copy = copy_bytes(q, k) if t.shared_kv else copy_bytes(q, k, v)
     at = position_values(T, S, kv_length, q_start)
-    attend = nvrtc.function("block_attention_decode", "attend", FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None), place)
-    attend(shares, t.threads, t.shared, place.stream, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
+    attend = nvrtc.function("block_attention_decode", "attend", PAGES * bool(page) + FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None, page), place)
+    attend(shares, t.threads, t.shared, place.stream, *pages, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
            *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0)
     merge(place, t.merge_defines(q.dtype, lists.block_q), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1, 0))
     return out, lse

@@ -38,6 +38,8 @@ NOTHING = np.float32(-np.inf)
 
 def supports(problem):
     kinds = [problem.dtype(name, "float32") for name in ("q", "k", "v")]
+    if "latent_fp8" in kinds:
+        return "numba reads latents of 16 or 32 bits, not the fp8 layout of a latent cache; pass cache.gather()"
     return "float64 together with other types: convert q, k and v to one type" if 0 < kinds.count("float64") < 3 else None
 
 

@@ -6,12 +6,13 @@ The lists are unfolded into a dense boolean mask, and the textbook formula appli
 Query t stands at q_start + t; keys at or past min(S, kv_length) do not exist. A row without keys: out 0, lse -inf.
 The sink stands in the denominator only, not in the lse. NaN in a key that a query does not see does not reach it.
 With table [B,pages] int32 keys and values are pages [N,Hk,page,D] and [N,Hk,page,Dv]; keys in a page that is not one of 0 .. N - 1 do not exist.
+latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (positions.latents), whose first R columns are the values.
 """
 import numpy as np
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.reference import attend
-from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, lse_dtype, through_pages
+from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, latents, lse_dtype, through_pages
 
 TUNABLES = (Tunable("block_q", (64, 16, 32, 128), "queries per block of the layout"),
             Tunable("block_k", (64, 32, 128), "keys per block of the layout"))
@@ -77,10 +78,12 @@ def masks(lists, B, Hq, T, S, kv_length, q_start):
 
 
 def run(q, k, v, lists, *, place=None, config=None, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
-        table=None):
+        table=None, latent=None):
     there = None
     if table is not None:
         (k, there), (v, _) = through_pages(k, table), through_pages(v, table)
+    if latent is not None:
+        k, v = latents(k, *latent)
     (B, Hq, T, _), (_, Hk, S, Dv) = q.shape, v.shape
     out = np.zeros((B, Hq, T, Dv), dtype_of(out_dtype, q.dtype))
     lse = np.full((B, Hq, T), -np.inf, lse_dtype(q))

@@ -5,12 +5,13 @@
 Entry e >= 0 stands for keys e*granularity ... +granularity-1; entries outside 0 .. keys-1, keys at or past min(S, kv_length), and with `causal`
 keys past the query's position mean nothing, wherever they stand. `lengths` [B,G,T] is clamped to 0..K; entries past it are not read.
 An entry given twice counts twice. A row without keys: out 0, lse -inf.
+latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (positions.latents), whose first R columns are the values.
 """
 import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.reference import attend
-from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, lse_dtype
+from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, latents, lse_dtype
 
 TUNABLES = ()
 
@@ -52,7 +53,9 @@ def rows(indices, lengths, granularity, causal, B, Hq, Hk, T, S, kv_length, q_st
 
 
 def run(q, k, v, indices, *, place=None, config=None, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None,
-        kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+        kv_length=None, q_start=None, out_dtype=None, return_lse=True, latent=None):
+    if latent is not None:
+        k, v = latents(k, *latent)
     (B, Hq, T, _), (_, Hk, S, Dv) = q.shape, v.shape
     out = np.zeros((B, Hq, T, Dv), dtype_of(out_dtype, q.dtype))
     lse = np.full((B, Hq, T), -np.inf, lse_dtype(q))

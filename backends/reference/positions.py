@@ -24,6 +24,14 @@ def through_pages(pool, table):
     return rows, np.repeat(there, pool.shape[-2], axis=1)
 
 
+def latents(rows, R, P):
+    """Bytes [...,R + 4 R / 128 + 2 P] of the fp8 layout of latent caches -> (keys [...,R + P], values [...,R]) in float64: float8_e4m3fn times a float32 scale for each 128, then bfloat16."""
+    import ml_dtypes
+    rows, end = np.ascontiguousarray(rows), R + R // 32
+    values = rows[..., :R].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) * np.repeat(rows[..., R:end].copy().view(np.float32).astype(np.float64), 128, -1)
+    return np.concatenate([values, rows[..., end:].copy().view(ml_dtypes.bfloat16).astype(np.float64)], -1), values
+
+
 def lse_dtype(x):
     return np.float64 if x.dtype == np.float64 else np.float32
 

@@ -4,6 +4,8 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  ->  out [B,Hq,T,Dv
 Partial blocks come first, then the full ones, whose loop holds no mask: measured equal or faster than the other orders, and a row that a
 partial block left empty costs no guard later. Key blocks that end past the call's last key are cut in the first loop, later ones skipped.
 A key of a partial block that no row of the tile sees is never read into a product (0 * NaN). Empty row: out 0, lse -inf.
+With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart (pages.py); keys in a page that is not one of 0 .. N - 1
+do not exist, so that every block has a mask. latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.py), whose first R columns are the values. The paths portable and decode read them where they lie.
 
 The path "gluon" is for sm_90a. Calls that it does not know (orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot
 address) take the portable one with the same blocks.
@@ -15,8 +17,11 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
+from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.maps import Map, can_map
+from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
 from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
@@ -40,15 +45,23 @@ MAPPED = ("sm_90a", "sm_100", "cpu")  # where tensor maps are known; the interpr
 @triton.jit
 def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-          CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr):
-    """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0."""
+          CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
+          LATENT: tl.constexpr = 0):
+    """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0. SHARED: V is the first columns of K as loaded.
+    LATENT: rows of K are bytes (latents.py), of which V is the first part."""
     if CHUNK:
         s = chunked(q, q_rows, q_ok, k, keys_s, ok_k, BQ, BK, D, CHUNK, NEGATE)
     else:
-        k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
+        if LATENT:
+            k0 = latent_tile(k, keys_s, ok_k, D0, q0.dtype, LATENT)
+        else:
+            k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
         s = product(q0, tl.trans(k0), tl.zeros([BQ, BK], tl.float32))
         if D1:
-            k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
+            if LATENT:
+                k1 = rotary_tile(k, keys_s, ok_k, D0, D - D0, D1, q0.dtype)
+            else:
+                k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
             s = product(q1, tl.trans(k1), s)
     if CAP:
         s = capped(s, inner, outer)
@@ -57,11 +70,13 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
     p, a, m, l = soften(s, m, l, scale, MASK)
     if SLICED:
         v0 = load_at(v, keys_v, ok_v, col, V0, DV)
-    elif SHARED and not ROWS:
+    elif LATENT:
+        v0 = k0 if SHARED else tl.where(ok_v[:, None], k0, tl.zeros([BK, D0], k0.dtype))
+    elif SHARED:
         v0 = k0
     else:
         v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
-    return product(p.to(v.dtype.element_ty), v0, acc * a[:, None]), m, l
+    return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
 
 
 @triton.jit
@@ -82,13 +97,13 @@ def _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, any_row, 
     return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
 
 
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start"])
-def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks,
-            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "table_b", "count"])
+def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table,
+            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer, table_b, count,
             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
             INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr):
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr):
     x = tl.program_id(0)
     piece = x % SLICES
     x = x // SLICES
@@ -103,6 +118,8 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
     q += b * sqb + h.to(tl.int64) * sqh + base * sqt
     k += b * skb + hk * skh
     v += b * svb + hk * svh
+    if PAGE:
+        table += b * table_b
     scale2 = scale * 1.4426950408889634
     q_rows = t * sqt
     q0 = 0.0
@@ -129,6 +146,8 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
             s_key = tl.load(k_order + j.to(tl.int64) * BK + w)
             exists = (s_key >= 0) & (s_key < limit)
             keys = tl.where(exists, s_key, 0)
+            if PAGE:
+                keys, exists = rows_in(tl.load(table + keys // PAGE, mask=exists, other=-1), keys, limit, count, PAGE, FAR)
             if FAR:
                 keys = keys.to(tl.int64)
             mask = exists[None, :] & row_ok[:, None]
@@ -136,13 +155,15 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                 mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
             acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
-                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
     else:
         if EDGE or INTERVALS or BITMAPS:
             for f in tl.range(e - edge, c, num_stages=None if MAPS else 1):  # by maps unpipelined, ptxas would wait after every product of the kernel (C7515)
                 entry = tl.where(f < e, n, f)
                 s_key = tl.load(cols + entry) * BK
                 exists = s_key + w < limit
+                if PAGE:
+                    keys, exists = rows_in(pages_of(table, s_key, limit, PAGE, BK), s_key + w, limit, count, PAGE, FAR)
                 mask = exists[None, :] & row_ok[:, None]
                 if INTERVALS or BITMAPS:
                     mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
@@ -151,15 +172,26 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                 if MAPS:
                     acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, s_key, any_row, mask,
                                               scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, True)
+                elif PAGE:
+                    acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col,
+                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
                 else:
                     acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True)
+                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
         following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
+        if PAGE:
+            ahead = pages_of(table, following * BK, limit, PAGE, BK)
         for f in tl.range(a, n):
             row = following * BK
             far = following.to(tl.int64) * BK
+            if PAGE:
+                keys, exists = rows_in(ahead, following * BK + w, limit, count, PAGE, FAR)
             following = tl.load(cols + f + 1)
-            if MAPS:
+            if PAGE:
+                ahead = pages_of(table, following * BK, limit, PAGE, BK)
+                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, exists, exists[None, :], col,
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True, LATENT)
+            elif MAPS:
                 acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, row, ok, ok,
                                           scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, False)
             else:
@@ -178,13 +210,13 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
-    if "paged" in problem.features:
-        return "the triton kernel reads keys in one piece, not through a page table; pass cache.gather(), or a Selection, whose entries find their rows"
-    return refusal(problem)
+    return no_latents(problem) or refusal(problem)
 
 
 def no_gluon(problem: Problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
+    if "paged" in problem.features:
+        return "path gluon reads keys in one piece, not through a page table; take portable"
     if problem.arch != "sm_90a":
         return f"path gluon: {problem.arch} lacks its instructions; take portable"
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
@@ -195,10 +227,10 @@ def no_gluon(problem: Problem) -> str | None:
     return None
 
 
-def widths(D: int, DV: int, config) -> dict:
+def widths(D: int, DV: int, config, latent=None) -> dict:
     """How the widths lie in a program's tiles. Values in one part of at least 64 columns: narrower ones, whose tile is laid out unlike that of the keys, came out
     wrong (the keys past the first 16) in Triton 3.6 on Hopper."""
-    D0, D1 = parts(D)
+    D0, D1 = parts_of(D, latent)
     if config["chunk"]:
         D0, D1 = config["chunk"], 0
     V0 = power(DV, 64)
@@ -224,11 +256,11 @@ def portable_config(problem: Problem) -> dict:
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
-    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192
+    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and "paged" not in problem.features
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
-        config.update(block_q=64, block_k=32, num_warps=8, num_stages=1)
+        config.update(block_q=64 if latent_of(problem) is None else 32, block_k=32, num_warps=8, num_stages=1)
     elif wide > 128:
         config.update(block_k=64 if problem.arch in ("sm_90a", "sm_100", "cpu") else 32, num_warps=8)
     if problem.arch == "gfx942":
@@ -252,13 +284,17 @@ def resources(problem: Problem, config) -> Resources | str:
         portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
         return portable if isinstance(portable, str) else block_attention_decode.resources(problem, config)
     size = BYTES[problem.dtype("q", "float32")]
-    w = widths(problem["D"], problem["Dv"], config)
+    if latent_of(problem) is not None and (config["chunk"] or config["value_block"] or config["maps"]):
+        return "tiles of the fp8 layout of a latent cache hold whole rows: chunk and value_block are 0, maps False"
+    w = widths(problem["D"], problem["Dv"], config, latent_of(problem))
     BQ, BK, warps, stages = config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
     sums = BQ * (w["V0"] + BK)
     if sums > warps * 32 * 232:
         return f"the sums of a tile ({BQ} rows x {w['V0']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
     if problem.arch == "sm_90a" and size == 2 and warps == 8 and BQ == 64 and sums <= 4 * 32 * 232:  # seen wrong with Triton 3.6, D 160, Dv 128
         return "eight warps would split the columns of 64 rows between two warpgroups; use four, or block_q 128"
+    if config["maps"] and "paged" in problem.features:
+        return "tensor maps read keys in one piece, not through a page table; take maps=False"
     if config["maps"] and (problem.arch not in MAPPED or config["chunk"] or w["SLICES"] > 1 or max(w["D0"], w["V0"]) > 256 or size > 2):
         return (f"maps are for chips with a copy engine ({', '.join(MAPPED)}), 16-bit types up to 256 columns, without chunk and value_block; "
                 f"{problem.arch} and this config take maps=False")
@@ -282,34 +318,34 @@ def _gluon_resources(problem: Problem, config) -> Resources | str:
 
 
 def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False,
-              mapped=False) -> dict:
+              mapped=False, page=0, latent=None, arch="") -> dict:
     """The compile-time constants of `forward`: what run launches and what artifacts compiles ahead."""
-    w = widths(D, DV, config)
+    w = widths(D, DV, config, latent)
     same = shared_kv and not config["chunk"] and w["SLICES"] == 1 and DV == w["V0"] == w["D0"]
     return dict(D=D, DV=DV, **w, BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], SHARED=same, NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped)
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped, PAGE=page, LATENT=mode(latent, arch))
 
 
 @lru_cache(4096)
 def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     (B, Hq, T, D), (_, Hk, S, DV) = shapes
     block_q, block_k, first, nq, nk, has_intervals, has_bitmaps, ordered_q, ordered_k = lists_key
-    kv_length, from_length, shared_kv, q_start, mapped = flags
+    kv_length, from_length, shared_kv, q_start, mapped, page, apart, latent, arch = flags
     config = dict(config)
     sqt, sks, svs = strides
     reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
-    far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
+    far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR or apart
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
-                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped)
+                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
-def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True):
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None):
     B, Hq, T, D = q.shape
-    Hk, S, DV = k.shape[1], k.shape[2], v.shape[3]
+    Hk, S, DV = k.shape[1], k.shape[2] * (1 if table is None else table.shape[1]), v.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
     ordered = lists.q_order is not None
     if not B * Hq * T or not S or not lists.nq or not lists.nk:
@@ -319,7 +355,7 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     lse = None
     if return_lse:
         lse = place.full((B, Hq, T), "float32", float("-inf")) if ordered else place.empty((B, Hq, T), "float32")
-    if config["path"] == "gluon":
+    if config["path"] == "gluon" and table is None:
         from sparsetile.backends.triton import block_attention_gluon
         if block_attention_gluon.takes(q, k, v, lists, scale, kind):
             block_attention_gluon.launch(q, k, v, lists, out, lse, place, scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
@@ -327,23 +363,26 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         if block_attention_decode.takes(q, lists, config):
-            return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+            return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
+                                              table=table, latent=latent)
         config = {**config, "num_stages": 1}
+    _, count, page, apart, k, v = one_tensor(table, k, v)
     host = q_start if isinstance(q_start, int) else None
     from_length = q_start is None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
-    mapped = config["maps"] and lists.k_order is None and can_map(k) and can_map(v)
+    mapped = config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), q.dtype,
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
-        (kv_length is not None, from_length, shared_kv, host, mapped), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+        (kv_length is not None, from_length, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
     list_of, (BK, D0, D1) = lists.list_of, (constant[name] for name in ("BK", "D0", "D1"))
     maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
     launch(forward, grid, place,
            (q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits),
+            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits, table),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
-            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer), constant, (q.dtype, kind), maps)
+            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer,
+            None if table is None else table.stride(0), count), constant, (q.dtype, kind), maps)
     return out, lse
 
 
@@ -359,14 +398,15 @@ def artifacts(problem: Problem, config) -> list[dict]:
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),
                      edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"),
-                     mapped=config["maps"] and not has("order"))
+                     mapped=config["maps"] and not has("order"), page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch)
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps", "schedule"]
-    names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
+    names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     widths_of = {"k0_map": made["D0"], "k1_map": made["D1"], "v_map": made["V0"]} if made["MAPS"] else {}
     maps = {name: f"tensordesc<{pointer[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
-    signature = {name: pointer for name in ("q", "k", "v", "out")} | {"lse": "*fp32"} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    keys = "*u8" if latent_of(problem) else pointer
+    signature = {"q": pointer, "k": keys, "v": keys, "out": pointer, "lse": "*fp32"} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
-    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start")
+    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
     signature |= maps | {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     return [dict(fn=forward, signature=signature, constexprs=made, options=options(config), div16=div16)]

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton.block_attention import _step
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, scales, shared_limit, tiles
+from sparsetile.backends.triton.latents import latent_of, mode, parts_of
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, power, scales, shared_limit, tiles
+from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
 from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, load, negated, place_of
 
@@ -32,12 +34,12 @@ def seen_by(row, kind, intervals, bitmaps, M: tl.constexpr, BQ: tl.constexpr, BK
     return ok
 
 
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines"])
-def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks,
-           sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, heads, blocks, lines, scale, inner, outer,
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines", "table_b", "count"])
+def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
+           sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, heads, blocks, lines, scale, inner, outer, table_b, count,
            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
            PACK: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr,
-           EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
+           EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr):
     """heads: tiles of heads, Hq / PACK; blocks: tiles of M rows of one tile of queries; lines: B * Hq * T."""
     x = tl.program_id(0)
     split = x % SPLIT
@@ -67,6 +69,8 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
     q += b * sqb
     k += b * skb + hk * skh
     v += b * svb + hk * svh
+    if PAGE:
+        table += b * table_b
     q_rows = h.to(tl.int64) * sqh + t.to(tl.int64) * sqt
     scale2 = scale * 1.4426950408889634
     q0 = load(q, q_rows, row_ok, 0, D0, D, True)
@@ -88,20 +92,35 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
             entry = tl.where(f < e, n, f)
             s_key = tl.load(cols + entry) * BK
             exists = s_key + w < limit
+            if PAGE:
+                rows, exists = rows_in(pages_of(table, s_key, limit, PAGE, BK), s_key + w, limit, count, PAGE, FAR)
             mask = exists[None, :] & row_ok[:, None]
             if INTERVALS or BITMAPS:
                 mask = mask & seen_by(row, tl.load(kinds + entry), intervals, bitmaps, M, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
-            far = s_key.to(tl.int64)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
-                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True)
+            if PAGE:
+                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, any_row, any_row, mask, 0,
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
+            else:
+                far = s_key.to(tl.int64)
+                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, False, NEGATE, CAP, True, True)
     here = a + tl.minimum(lo, full)
     following = tl.load(cols + here)  # one turn early; the element past the end is readable
-    for f in tl.range(here, a + tl.minimum(hi, full)):
-        far = following.to(tl.int64) * BK
-        following = tl.load(cols + f + 1)
-        acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
-                          scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False)
+    if PAGE:
+        ahead = pages_of(table, following * BK, limit, PAGE, BK)
+        for f in tl.range(here, a + tl.minimum(hi, full)):
+            rows, exists = rows_in(ahead, following * BK + w, limit, count, PAGE, FAR)
+            following = tl.load(cols + f + 1)
+            ahead = pages_of(table, following * BK, limit, PAGE, BK)
+            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, exists, exists, exists[None, :], 0,
+                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
+    else:
+        for f in tl.range(here, a + tl.minimum(hi, full)):
+            far = following.to(tl.int64) * BK
+            following = tl.load(cols + f + 1)
+            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
+                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False)
     line = (b * Hq + h) * T + t
     cv = tl.arange(0, V0)
     if SPLIT > 1:
@@ -148,8 +167,8 @@ def rows_of_tile(queries: int, pack: int, width: int) -> int:
     return min(power(queries * pack), 64 if width <= 128 else 32 if width <= 256 else 16)
 
 
-def widths(D: int, DV: int) -> dict:
-    D0, D1 = parts(D)
+def widths(D: int, DV: int, latent=None) -> dict:
+    D0, D1 = parts_of(D, latent)
     return dict(D=D, D0=D0, D1=D1, DV=DV, V0=power(DV, 64))
 
 
@@ -165,7 +184,7 @@ def resources(problem: Problem, config) -> Resources | str:
         return f"path decode takes up to {QUERIES} queries a tile, not {queries}; take a smaller block_q, or path portable"
     if config["chunk"] or config["value_block"]:
         return "path decode holds whole rows: chunk and value_block are 0 there"
-    w, size = widths(problem["D"], problem["Dv"]), BYTES[problem.dtype("q", "float32")]
+    w, size = widths(problem["D"], problem["Dv"], latent_of(problem)), BYTES[problem.dtype("q", "float32")]
     M, warps = rows_of_tile(queries, pack_of(problem), max(problem["D"], problem["Dv"])), config["num_warps"]
     if M * (w["V0"] + config["block_k"]) > warps * 32 * 160:
         return f"the sums of {M} rows x {w['V0']} value columns do not fit the registers of {warps} warps"
@@ -187,10 +206,11 @@ def takes(q, lists, config) -> bool:
     return config["path"] == "decode" and lists.q_order is None and lists.k_order is None and min(q.shape[2], lists.block_q) <= QUERIES
 
 
-def constants(D: int, DV: int, rows: int, block_q: int, block_k: int, pack: int, splits: int, *, shared_kv, negate, cap, intervals, bitmaps, edge, from_length, far) -> dict:
-    w = widths(D, DV)
+def constants(D: int, DV: int, rows: int, block_q: int, block_k: int, pack: int, splits: int, *, shared_kv, negate, cap, intervals, bitmaps, edge, from_length, far, page, latent,
+              arch) -> dict:
+    w = widths(D, DV, latent)
     return dict(**w, M=rows, BQ=block_q, BK=block_k, PACK=pack, SPLIT=splits, SHARED=shared_kv and DV == w["V0"] == w["D0"], NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far)
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, PAGE=page, LATENT=mode(latent, arch))
 
 
 def merge_constants(DV: int, splits: int) -> dict:
@@ -202,7 +222,7 @@ def merge_constants(DV: int, splits: int) -> dict:
 def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap, sms):
     (B, Hq, T, D), (_, Hk, S, DV) = shapes
     block_q, block_k, nk, intervals, bitmaps, apart = lists_key
-    kv_length, from_length, shared_kv, q_start = flags
+    kv_length, from_length, shared_kv, q_start, page, apart_far, latent, arch = flags
     config, queries, pack = dict(config), min(T, block_q), 1 if apart else Hq // Hk
     rows, n = rows_of_tile(queries, pack, max(D, DV)), tiles(T, block_q, q_start)
     blocks, heads = -(-queries * pack // rows), Hq // pack
@@ -211,27 +231,28 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap, sms)
     while splits < min(SPLITS, nk) and items * splits < 4 * sms:  # a power of two: few kernels to compile
         splits *= 2
     size, inner, outer, negate = scales(scale, softcap)
-    far = block_k * max(abs(strides[0]), abs(strides[1]), D, DV) >= FAR
+    far = block_k * max(abs(strides[0]), abs(strides[1]), D, DV) >= FAR or apart_far
     made = constants(D, DV, rows, block_q, block_k, pack, splits, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=intervals, bitmaps=bitmaps,
-                     edge=kv_length or nk * block_k > S, from_length=from_length, far=far)
+                     edge=kv_length or nk * block_k > S, from_length=from_length, far=far, page=page, latent=latent, arch=arch)
     joined = merge_constants(DV, splits)
     return (items * splits,), n, heads, blocks, splits, (size, inner, outer), Constants({**made, **options(config)}), (-(-B * Hq * T // joined["ROWS"]),), Constants({**joined, "num_warps": 4, "enable_fp_fusion": False})
 
 
-def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None):
-    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
+def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
+    S, count, page, far, k, v = one_tensor(table, k, v)
+    (B, Hq, T, D), Hk, DV = q.shape, k.shape[1], v.shape[3]
     host, from_length, list_of = q_start if isinstance(q_start, int) else None, q_start is None, lists.list_of
     shared_kv, apart = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3], list_of.shape[1] > 1
     grid, n, heads, blocks, splits, (size, inner, outer), constant, merge_grid, joined = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (k.stride(2), v.stride(2)), q.dtype, (lists.block_q, lists.block_k, lists.nk, lists.has_intervals, lists.has_bitmaps, apart),
-        (kv_length is not None, from_length, shared_kv, host), tuple(config.items()), float(scale), None if softcap is None else float(softcap), max(1, place.sms))
+        (kv_length is not None, from_length, shared_kv, host, page, far, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap), max(1, place.sms))
     lines, sums, tops = B * Hq * T, None, None
     if splits > 1:
         sums, tops = place.empty((splits, lines, DV), "float32"), place.empty((splits, lines, 2), "float32")
     launch(attend, grid, place, (q, k, v, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
-                                 None if from_length or host is not None else q_start, sink_logits),
+                                 None if from_length or host is not None else q_start, sink_logits, table),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if apart else 0,
-            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, heads, blocks, lines, size, inner, outer), constant, (q.dtype, kind))
+            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, heads, blocks, lines, size, inner, outer, None if table is None else table.stride(0), count), constant, (q.dtype, kind))
     if splits > 1:
         launch(merge, merge_grid, place, (sums, tops, out, lse, sink_logits), (Hq, T, lines, size), joined, (kind,))
     return out, lse
@@ -241,11 +262,12 @@ def artifacts(problem: Problem, config) -> list[dict]:
     has, pointer, D, DV = problem.features.__contains__, POINTER[problem.dtype("q", "float32")], problem["D"], problem["Dv"]
     pack, queries = pack_of(problem), min(problem["T"], config["block_q"])
     made = constants(D, DV, rows_of_tile(queries, pack, max(D, DV)), config["block_q"], config["block_k"], pack, 8, shared_kv=has("shared_kv"), negate=False, cap=has("softcap"),
-                     intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % config["block_k"] != 0, from_length=has("kv_length") and not has("q_start"), far=False)
-    names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    signature = {name: pointer for name in ("q", "k", "v", "out")} | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+                     intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % config["block_k"] != 0, from_length=has("kv_length") and not has("q_start"), far=False, page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch)
+    names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
+    keys = "*u8" if latent_of(problem) else pointer
+    signature = {"q": pointer, "k": keys, "v": keys, "out": pointer} | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
-    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines")
+    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if D % 16 == 0 and DV % 16 == 0 else ())
     signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     joined = {"sums": "*fp32", "tops": "*fp32", "out": pointer, "lse": "*fp32", "Hq": "i32", "T": "i32", "lines": "i32", "scale": "fp32"} | ({"sinks": "*fp32"} if has("sink") else {})

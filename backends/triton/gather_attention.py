@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, scales, shared_limit
+from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
+from sparsetile.backends.triton.latents import refusal as no_latents
+from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, refusal, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
@@ -45,7 +47,7 @@ def keys_of(row, start, count, limit, p, GRANULARITY: tl.constexpr, CAUSAL: tl.c
 def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, Hq, Hk, G, T, S, K, q_start,
             scale, inner, outer, ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
             SLICES: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
-            NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
+            NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr, LATENT: tl.constexpr):
     # programs: value slice, tile of the heads that share (ROWS of them), query, set of such heads (what runs at a time reads one key head: the cache holds it), batch
     x = tl.program_id(0)
     piece = x % SLICES
@@ -85,10 +87,16 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
     scale2 = scale * 1.4426950408889634
     for at in tl.range(0, count * GRANULARITY, BK):
         key, ok = keys_of(row, at, count, limit, start + t, GRANULARITY, CAUSAL, BK)
-        k0 = load(k, key * sks, ok, 0, D0, D, True)
+        if LATENT:
+            k0 = latent_tile(k, key * sks, ok, D0, q0.dtype, LATENT)
+        else:
+            k0 = load(k, key * sks, ok, 0, D0, D, True)
         s = product(q0, tl.trans(k0), tl.zeros([BH, BK], tl.float32))
         if D1:
-            k1 = load(k, key * sks, ok, D0, D1, D, True)
+            if LATENT:
+                k1 = rotary_tile(k, key * sks, ok, D0, D - D0, D1, q0.dtype)
+            else:
+                k1 = load(k, key * sks, ok, D0, D1, D, True)
             s = product(q1, tl.trans(k1), s)
         if CAP:
             s = capped(s, inner, outer)
@@ -96,11 +104,11 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
         p, a, m, l = soften(s, m, l, scale2, True)
         if SLICES > 1:
             v0 = load_at(v, key * svs, ok, col, V0, DV)
-        elif SHARED:
+        elif SHARED or LATENT:
             v0 = k0
         else:
             v0 = load(v, key * svs, ok, 0, V0, DV, True)
-        acc = product(p.to(v.dtype.element_ty), v0, acc * a[:, None])
+        acc = product(p.to(v0.dtype), v0, acc * a[:, None])
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     rows = (b * Hq + h) * T + t
     if lse is not None:
@@ -112,7 +120,7 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
-    return refusal(problem)
+    return no_latents(problem) or refusal(problem)
 
 
 def default_config(problem: Problem) -> dict:
@@ -123,6 +131,9 @@ def default_config(problem: Problem) -> dict:
         config.update(heads=16, block_k=32 if wide <= 128 else 16, num_stages=1, value_block=128 if wide > 128 else 0)
     if problem.arch in ("gfx942", "sm_86", "sm_89", "sm_80") and wide > 256:
         config.update(heads=min(heads, 32), block_k=16 if problem.arch == "gfx942" else 32, num_stages=1, value_block=256)
+    if latent_of(problem) is not None:  # values on their way through registers: larger tiles spill
+        old = problem.arch in ("sm_80", "sm_86", "sm_89")
+        config.update(heads=16 if old else min(heads, 32), block_k=16 if old else 32, num_stages=2 if heads == 16 and not old else 1, value_block=0)
     for step in (dict(num_stages=1), dict(block_k=16), dict(heads=16), dict(value_block=128)):
         if isinstance(resources(problem, config), Resources):
             break
@@ -130,14 +141,16 @@ def default_config(problem: Problem) -> dict:
     return config
 
 
-def _widths(D, DV, config):
+def _widths(D, DV, config, latent=None):
     """Values in one part, as in block_attention."""
     V0 = min(power(DV), config["value_block"] or power(DV))
-    return *parts(D), V0, -(-DV // V0)
+    return *parts_of(D, latent), V0, -(-DV // V0)
 
 
 def resources(problem: Problem, config) -> Resources | str:
-    D0, D1, V0, slices = _widths(problem["D"], problem["Dv"], config)
+    D0, D1, V0, slices = _widths(problem["D"], problem["Dv"], config, latent_of(problem))
+    if latent_of(problem) is not None and slices > 1:
+        return "tiles of the fp8 layout of a latent cache hold whole rows: value_block is 0"
     size, rows, keys, stages = BYTES[problem.dtype("q", "float32")], config["heads"], config["block_k"], config["num_stages"]
     if rows * (V0 + keys) > config["num_warps"] * 32 * 232:
         return f"{rows} heads x {V0} value columns do not fit the registers of {config['num_warps']} warps; use fewer heads, more warps, or value_block"
@@ -148,10 +161,10 @@ def resources(problem: Problem, config) -> Resources | str:
     return Resources(threads=config["num_warps"] * (64 if problem.arch == "gfx942" else 32), shared=shared)
 
 
-def constants(D, DV, config, *, rows, granularity=1, causal=False, shared_kv=False, negate=False, cap=False, from_length=False) -> dict:
-    D0, D1, V0, slices = _widths(D, DV, config)
+def constants(D, DV, config, *, rows, granularity=1, causal=False, shared_kv=False, negate=False, cap=False, from_length=False, latent=None, arch="") -> dict:
+    D0, D1, V0, slices = _widths(D, DV, config, latent)
     return dict(ROWS=rows, TILES=-(-rows // config["heads"]), D=D, D0=D0, D1=D1, DV=DV, V0=V0, SLICES=slices, BH=config["heads"], BK=config["block_k"], GRANULARITY=granularity,
-                CAUSAL=causal, SHARED=shared_kv and slices == 1 and DV == V0 == D0, NEGATE=negate, CAP=cap, FROM_LENGTH=from_length)
+                CAUSAL=causal, SHARED=shared_kv and slices == 1 and DV == V0 == D0, NEGATE=negate, CAP=cap, FROM_LENGTH=from_length, LATENT=mode(latent, arch))
 
 
 def shared_rows(Hq: int, Hk: int, G: int) -> int:
@@ -160,16 +173,17 @@ def shared_rows(Hq: int, Hk: int, G: int) -> int:
 
 
 @lru_cache(4096)
-def _plan(sizes, config, scale, softcap, granularity, causal, shared_kv, from_length):
+def _plan(sizes, config, scale, softcap, granularity, causal, shared_kv, from_length, latent, arch):
     B, Hq, Hk, T, D, DV, G = sizes
     config, rows = dict(config), shared_rows(Hq, Hk, G)
     size, inner, outer, negate = scales(scale, softcap)
-    made = constants(D, DV, config, rows=rows, granularity=granularity, causal=causal, shared_kv=shared_kv, negate=negate, cap=softcap is not None, from_length=from_length)
+    made = constants(D, DV, config, rows=rows, granularity=granularity, causal=causal, shared_kv=shared_kv, negate=negate, cap=softcap is not None, from_length=from_length,
+                     latent=latent, arch=arch)
     return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), {**made, **options(config)}
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None,
-        return_lse=True):
+        return_lse=True, latent=None):
     B, Hq, T, D = q.shape
     Hk, S, DV, G, K = k.shape[1], k.shape[2], v.shape[3], indices.shape[1], indices.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
@@ -179,7 +193,7 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
-                                                 shared_kv, q_start is None)
+                                                 shared_kv, q_start is None, latent, place.arch)
     forward[grid](q, k, v, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits, *q.stride()[:3], *k.stride()[:3],
                   *v.stride()[:3], Hq, Hk, G, T, S, K, host or 0, size, inner, outer, **constant)
     return out, lse
@@ -189,8 +203,9 @@ def artifacts(problem: Problem, config) -> list[dict]:
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), shared_kv=has("shared_kv"),
-                     cap=has("softcap"), from_length=has("kv_length") and not has("q_start"))
-    signature = {name: pointer for name in ("q", "k", "v", "out")} | {"lse": "*fp32", "indices": "*i32", "lengths": "*i32"}
+                     cap=has("softcap"), from_length=has("kv_length") and not has("q_start"), latent=latent_of(problem), arch=problem.arch)
+    keys = "*u8" if latent_of(problem) else pointer
+    signature = {"q": pointer, "k": keys, "v": keys, "out": pointer} | {"lse": "*fp32", "indices": "*i32", "lengths": "*i32"}
     signature |= {name: "*i32" for name, on in (("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())

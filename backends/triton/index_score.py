@@ -6,10 +6,12 @@ score[t,s] = k_scale[s] * sum_h weights[h,t] * act(q[h,t] . k[s]). Whatever deci
 problem alone and is no knob; how many queries a program takes is.
 Sixteen heads or more: keys stand on the rows of the product and one query's heads on its columns, so that the sum over heads stays inside a few threads and few
 queries (decoding) fill the tensor cores as well as many. Fewer heads: a tile of queries by keys for one head after the other.
+With a table [B,pages] int32, k [N,page,D] and k_scale [N,page] are pages, k_b and scale_b apart (pages.py); what lies in no page scores -inf.
 """
 import triton
 import triton.language as tl
 
+from sparsetile.backends.triton import pages
 from sparsetile.backends.triton.float8 import native, passed, pointer, product_dtype, widen
 
 
@@ -42,9 +44,9 @@ def weigh(product, weight, factor, ACT: tl.constexpr):
 
 
 @triton.jit
-def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor,
+def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor, table, table_b, pool_pages,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-                   DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+                   DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr, PAGE: tl.constexpr):
     HEAD_CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s_blocks = (S + BLOCK_S - 1) // BLOCK_S
@@ -62,11 +64,16 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
         h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
         q += b.to(tl.int64) * q_b
         weights += b.to(tl.int64) * w_b
-        keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                      # [BLOCK_S, BLOCK_D]
+        if PAGE:
+            page, exists = pages.page_of(table + b.to(tl.int64) * table_b, s, tl.max(hi, axis=0), pool_pages, PAGE)
+            keys = k + (page * k_b + s % PAGE * k_s)[:, None] + d[None, :]
+        else:
+            keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                  # [BLOCK_S, BLOCK_D]
+            exists = s < S
         if D_CHUNKS == 1:
-            held = widen(tl.load(keys, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+            held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
         if k_scale is not None:
-            scale = tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)
+            scale = tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)
         total = tl.zeros((BLOCK_S,), tl.float32)
         product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
         for j in range(count * HEAD_CHUNKS * D_CHUNKS):  # one loop over queries, heads and D, so that its loads are pipelined
@@ -80,7 +87,7 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
             else:
                 if j % D_CHUNKS == 0:
                     product = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
-                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=(s < S)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
+                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=exists[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(key, tl.trans(query), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
                 weight = tl.load(weights + head.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=head < H, other=0.0)
@@ -93,6 +100,8 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
                     if k_scale is not None:
                         score = score * scale
                     first, last = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+                    if PAGE:
+                        last = tl.where(exists, last, 0)
                     score = tl.where((s >= first) & (s < last), score, float("-inf"))
                     tl.store(out + t.to(tl.int64) * out_t + s, score, mask=s < S)
                     total = tl.zeros((BLOCK_S,), tl.float32)
@@ -102,9 +111,9 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
 
 
 @triton.jit
-def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor,
+def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor, table, table_b, pool_pages,
                      H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-                     DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr):
+                     DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr, PAGE: tl.constexpr):
     D_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s_blocks = (S + BLOCK_S - 1) // BLOCK_S
     t_blocks = (T + BLOCK_T - 1) // BLOCK_T
@@ -118,10 +127,15 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
     there = (t < T)[:, None] & (s < S)[None, :]
     if (tl.max(hi, axis=0) > s0) & (tl.min(lo, axis=0) < s0 + BLOCK_S):
         d = tl.arange(0, BLOCK_D)
-        keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                      # [BLOCK_S, BLOCK_D]
+        if PAGE:
+            page, exists = pages.page_of(table + b.to(tl.int64) * table_b, s, tl.max(hi, axis=0), pool_pages, PAGE)
+            keys = k + (page * k_b + s % PAGE * k_s)[:, None] + d[None, :]
+        else:
+            keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]                  # [BLOCK_S, BLOCK_D]
+            exists = s < S
         queries = q + b.to(tl.int64) * q_b + t.to(tl.int64)[:, None] * q_t + d[None, :]                   # [BLOCK_T, BLOCK_D]
         if D_CHUNKS == 1:
-            held = widen(tl.load(keys, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+            held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
         shares = weights + b.to(tl.int64) * w_b + t.to(tl.int64) * w_t
         total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
@@ -133,23 +147,24 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
             else:
                 if j % D_CHUNKS == 0:
                     product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=(s < S)[:, None] & (column < D)[None, :], other=0.0), DTYPE)
+                key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=exists[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
                 total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], factor, ACT)
                 queries += q_h
                 shares += w_h
         if k_scale is not None:
-            total = total * tl.load(k_scale + b.to(tl.int64) * scale_b + s, mask=s < S, other=0.0)[None, :]
-        total = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None]), total, float("-inf"))
+            total = total * tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)[None, :]
+        seen = (s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None])
+        if PAGE:
+            seen = seen & exists[None, :]
+        total = tl.where(seen, total, float("-inf"))
         tl.store(places, total, mask=there)
     elif FILL:
         tl.store(places, tl.full((BLOCK_T, BLOCK_S), float("-inf"), tl.float32), mask=there)
 
 
 def refusal(problem) -> str | None:
-    if "paged" in problem.features:
-        return "the triton indexer reads keys in one piece, not through a page table; pass cache.gather()"
     for name in ("q", "k"):
         if problem.dtype(name) not in ("float32", "float16", "bfloat16", "float8_e4m3fn"):
             return f"indexer {name} of {problem.dtype(name)} is not supported on a GPU; float32, float16, bfloat16 and float8_e4m3fn are"
@@ -193,11 +208,11 @@ def queries_per_program(kernel, constants, queries) -> int:
 
 
 def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, starts=None, ends=None, q_starts=None, causal=True, position=0, activation="relu",
-          fill=True, short=0, factor=None):
+          fill=True, short=0, factor=None, table=None):
     """Launch. activation "relu", None, or "share": the sum over heads of 2 ** (factor * q.k - weight). starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no query sees unwritten; rows with at most
     `short` visible keys are not computed."""
     B, H, T, D = q.shape
-    S = k.shape[1]
+    S, count, page = pages.sizes(table, k)
     if not B * T * S:
         return
     names = [str(x.dtype).removeprefix("torch.") for x in (q, k)]
@@ -206,7 +221,8 @@ def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, st
     grid = (B * triton.cdiv(T, block) * triton.cdiv(S, constants["BLOCK_S"]),)
     q, k = passed(q, place.arch), passed(k, place.arch)
     kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
-                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor, **constants, BLOCK_T=block, ACT=activation,
+                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor,
+                 table, None if table is None else table.stride(0), count, PAGE=page, **constants, BLOCK_T=block, ACT=activation,
                  CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
 
 
@@ -216,14 +232,14 @@ def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict
     kinds = problem.dtype("q"), problem.dtype("k"), arch
     kernel, constants, warps = plan(H, D, *kinds) if activation != "share" else share_plan(H, D, problem["T"], *kinds)
     arrays = {"q": pointer(problem.dtype("q"), arch), "k": pointer(problem.dtype("k"), arch), "weights": "*fp32", "k_scale": "*fp32", "starts": "*i32",
-              "ends": "*i32", "q_starts": "*i32", "out": "*fp32"}
+              "ends": "*i32", "q_starts": "*i32", "out": "*fp32", "table": "*i32"}
     windows = bool(has & {"window", "key_start", "key_end"})
     absent = {name: None for name, there in (("k_scale", "scale" in has or "k_scale" in has), ("starts", windows), ("ends", windows or activation == "share"),
-                                           ("q_starts", "q_start" in has), ("factor", activation == "share")) if not there}
+                                           ("q_starts", "q_start" in has), ("factor", activation == "share"), ("table", "paged" in has), ("table_b", "paged" in has), ("pool_pages", "paged" in has)) if not there}
     near = "w_h" if kernel is score_by_heads else "w_t"
-    constants = {**absent, **constants, near: 1, "BLOCK_T": queries_per_program(kernel, constants, queries), "ACT": activation, "CAUSAL": "causal" in has, "FILL": fill}
-    numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short")
-    signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near}, **({"factor": "fp32"} if activation == "share" else {})}
+    constants = {**absent, **constants, near: 1, "BLOCK_T": queries_per_program(kernel, constants, queries), "ACT": activation, "CAUSAL": "causal" in has, "FILL": fill, "PAGE": pages.DEFAULT * ("paged" in has)}
+    numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short", "table_b", "pool_pages")
+    signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near and name not in absent}, **({"factor": "fp32"} if activation == "share" else {})}
     aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + (("w_t",) if near == "w_h" and H % 16 == 0 else ()) + ("out_t", "out_b")
     return {"fn": kernel, "signature": signature, "constexprs": constants, "options": {"num_warps": warps, "num_stages": stages}, "div16": aligned}
 

@@ -6,12 +6,13 @@ Scores of as many queries as fit a bounded scratch are computed by the score fun
 A row with no more than top_k visible entries is answered with all of them, and nothing is computed for it, unless scores are asked for.
 pool > 1: entries are blocks, a block's score is the maximum over its visible keys, NaN passed over. The first `force_first` and last `force_last` blocks that hold
 visible keys are always taken, whatever their score, and count in top_k. scores are those of the entries, -inf where the index is -1.
+With table [B,pages] int32 keys and scales are pages, read where they lie (index_score.py); an entry of which no key lies in a page is never chosen.
 """
 import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.triton import index_score, indexer_scores, select_rows
+from sparsetile.backends.triton import index_score, indexer_scores, pages, select_rows
 
 TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "scores held at a time"),)
 
@@ -36,7 +37,40 @@ def pool_rows(scores, starts, ends, q_starts, out, T, T_all, S, blocks, pool, in
         tl.store(answer + n, best, mask=n < blocks)
 
 
+@triton.jit
+def drop_holes(indices, lengths, starts, ends, q_starts, table, T, S, pool, top_k, table_b, count, position, CAUSAL: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row): entries of which no key lies in a page leave a row that was answered with all of its window, for there no score told."""
+    r = tl.program_id(0)
+    b, t = r // T, r % T
+    lo, hi = index_score.key_window(starts, ends, q_starts, b, T, t, S, position, 0, CAUSAL, t < T)
+    if (lo < hi) & ((hi - 1) // pool - lo // pool < top_k):
+        row = indices + r.to(tl.int64) * top_k
+        n = tl.load(lengths + r)
+        table += b.to(tl.int64) * table_b
+        kept = n * 0
+        for first in range(0, n, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            entry = tl.load(row + i, mask=i < n, other=0)
+            begin = tl.maximum(entry * pool, lo) // PAGE
+            end = ((tl.minimum(entry.to(tl.int64) * pool + pool, hi) - 1) // PAGE).to(tl.int32)
+            found = i < 0
+            for step in range(0, pool // PAGE + 2):
+                page = tl.load(table + begin + step, mask=(i < n) & (begin + step <= end), other=-1)
+                found = found | ((page >= 0) & (page < count))
+            keep = found.to(tl.int32)
+            at = kept + tl.cumsum(keep, 0) - keep
+            tl.debug_barrier()  # everyone has read its entry: those before may be written over
+            tl.store(row + at, entry, mask=found)
+            kept += tl.sum(keep, 0)
+        for first in range(kept, n, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            tl.store(row + i, tl.full((BLOCK,), -1, tl.int32), mask=i < n)
+        tl.store(lengths + r, kept)
+
+
 def supports(problem):
+    if "paged" in problem.features and problem.features & {"force_first", "force_last"}:
+        return "the triton indexer takes forced blocks at the ends of a row's window, where a page table may have holes; pass cache.gather(), or select without them"
     if problem["S"] > 2 ** 31 - 2 ** 15:
         return f"{problem['S']} keys are too many; split them and merge the selections"
     return index_score.refusal(problem)
@@ -74,6 +108,12 @@ def artifacts(problem, config):
     windows = bool(has & {"window", "key_start", "key_end"})
     found = [index_score.score_artifact(problem, queries=config["queries"], stages=config["stages"], fill=False)]
     found += select_rows.row_artifacts(config, causal=causal, forced="force" in has, everything=not scores, windows=windows, q_starts="q_start" in has, values=scores)
+    if "paged" in has:
+        given = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", "q_start" in has)) if not there}
+        arrays = {name: "*i32" for name in ("indices", "lengths", "starts", "ends", "q_starts", "table") if name not in given}
+        numbers = {name: "i32" for name in ("T", "S", "pool", "top_k", "table_b", "count", "position")}
+        found.append({"fn": drop_holes, "signature": {**arrays, **numbers}, "constexprs": {**given, "CAUSAL": causal, "PAGE": pages.DEFAULT, "BLOCK": 512},
+                      "options": {"num_warps": 4}, "div16": tuple(arrays)})
     if pooled:
         absent = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", "q_start" in has)) if not there}
         arrays = {name: kind for name, kind in (("scores", "*fp32"), ("starts", "*i32"), ("ends", "*i32"), ("q_starts", "*i32"), ("out", "*fp32")) if name not in absent}
@@ -85,8 +125,8 @@ def artifacts(problem, config):
 
 
 def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, key_end=None, causal=True, q_start=0, activation="relu", pool=1, force_first=0,
-        force_last=0, return_scores=False):
-    B, T, S = q.shape[0], q.shape[2], k.shape[1]
+        force_last=0, return_scores=False, table=None):
+    B, T, (S, count, page) = q.shape[0], q.shape[2], pages.sizes(table, k)
     indices, lengths = place.empty((B, T, top_k), "int32"), place.empty((B, T), "int32")
     values = place.empty((B, T, top_k), "float32") if return_scores else None
     if not B * T:
@@ -108,14 +148,18 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
                       "q_starts": q_start[part[0]] if by_batch and causal else None}
             where = t if by_batch else t + q_start
             short = 0 if return_scores or pool > 1 else top_k
-            index_score.score(q[part[0], :, part[1]], k[part[0]], weights[part[0], :, part[1]], scores, place=place, queries=config["queries"], stages=config["stages"],
-                              T_all=T, k_scale=None if k_scale is None else k_scale[part[0]], causal=causal, position=where, activation=activation, fill=False,
+            keys, scale = (k, k_scale) if table is not None else (k[part[0]], None if k_scale is None else k_scale[part[0]])
+            index_score.score(q[part[0], :, part[1]], keys, weights[part[0], :, part[1]], scores, place=place, queries=config["queries"], stages=config["stages"],
+                              T_all=T, k_scale=scale, table=None if table is None else table[part[0]], causal=causal, position=where, activation=activation, fill=False,
                               short=short, **window)
             if pool > 1:
                 scores = pool_launch(scores, pooled[:nb * nt * row_stride(blocks)].view(nb, nt, row_stride(blocks)), S, pool, T, where, causal, window)
             select_rows.select_rows(scores, top_k, indices[part], lengths[part], None if values is None else values[part], place=place, config=config, T_all=T,
                                     causal=causal, position=where, width=S, pool=pool, force_first=force_first, force_last=force_last,
                                     everything=not return_scores, scratch=kept, **window)
+    if table is not None and not return_scores:
+        drop_holes[(B * T,)](indices, lengths, key_start, key_end, q_start if by_batch and causal else None, table, T, S, pool, top_k, table.stride(0), count,
+                             0 if by_batch else q_start, CAUSAL=causal, PAGE=page, BLOCK=512, num_warps=4)
     return indices, lengths, values
 
 

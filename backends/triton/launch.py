@@ -39,7 +39,7 @@ def tiles(T: int, block: int, q_start: int | None) -> int:
 
 def refusal(problem, names: str = "qkv") -> str | None:
     """What the attention kernels cannot do, in one sentence; None if they can."""
-    kinds = {problem.dtype(name) for name in names} - {None}
+    kinds = {problem.dtype(name) for name in names} - {None, "latent_fp8"}
     if not kinds <= set(FLOATS):
         return f"the triton kernel takes float32, float16 or bfloat16, not {', '.join(sorted(kinds - set(FLOATS)))}; cast q, k and v, or move them to the CPU, where numba takes float64"
     if len(kinds) > 1:

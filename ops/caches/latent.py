@@ -1,6 +1,5 @@
 """Paged latents of MLA: as they are, or in DeepSeek-V3.2's 656 bytes a token."""
 from sparsetile.backends import arrays
-from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
@@ -15,6 +14,7 @@ class PagedLatent(PagedCache):
 
     Bytes of a token of the fp8 layout, R 512 and P 64: 0 .. 511 the latent as float8_e4m3fn; 512 .. 527 four float32 scales, one for each 128 values, which
     multiply them; 528 .. 655 the rotary part as 64 bfloat16, not quantised. Little endian. Any R that 128 divides, any even P likewise: R + 4 R / 128 + 2 P bytes.
+    Attention reads it where it lies: each value times its scale is rounded once, to the queries' type, as gather() of that type would.
     scale = max |x| of the group / 448, or with power_of_two=True the next power of two that is not smaller; a group with NaN or inf is NaN.
     The fp8 layout is for NumPy and PyTorch: CuPy has no float8. Source: DeepSeek-V3.2 (arXiv 2512.02556); FlashMLA's README, "FP8 KV cache".
     """
@@ -65,10 +65,8 @@ class PagedLatent(PagedCache):
         return "copy", tuple(x[:, :, None] for x in rows), dict(pools=parts_)
 
     def keys(self, T, rule, kv_length, q_start):
-        """One key head of R + P; the caller says that the value is its first R columns."""
-        if self.quantised:
-            raise Unsupported("k: no kernel reads the fp8 layout of a latent cache in place yet; cache.gather() makes arrays of 16 bits that every kernel takes")
-        return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start)
+        """One key head of R + P, of the fp8 layout its bytes; the caller says that the value is its first R columns."""
+        return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start, (self.rank, self.rotary) if self.quantised else None)
 
     def gather(self, dtype=None, *, quantised=False):
         """(latent [B,S,R], k_rope [B,S,P] or None) in one piece, S the longest sequence; 0 past each sequence's tokens. In `dtype`, by default the pool's own type, of the fp8

@@ -24,6 +24,7 @@ class Keys(NamedTuple):
     kv_length: Any
     q_start: Any
     table: Any = None
+    latent: Any = None  # (R, P): rows are bytes, the fp8 layout of a latent cache
 
 
 class Cache:
@@ -166,15 +167,15 @@ class PagedCache(Cache):
         out[rows < 0] = 0
         return out
 
-    def _keys(self, k, v, T, rule, kv_length, q_start) -> Keys:
+    def _keys(self, k, v, T, rule, kv_length, q_start, latent=None) -> Keys:
         """k [N,page,Hk,D], v likewise or None. A selection becomes rows of the pool, which is then a tensor of N * page keys: any kernel reads it."""
         length = self.shorter(kv_length)
         if isinstance(rule, Selection):
             if rule.indices.shape[0] != self.lengths.shape[0] or rule.indices.shape[2] != T:
                 raise ValueError(f"pattern.indices: expected [B,G,T,K] with B = {self.lengths.shape[0]} and T = {T}, got {list(rule.indices.shape)}; select for the same queries that attend")
             rule = self.select(rule.within(self.capacity).resolve(self.capacity, q_start, length), length, q_start, T)
-            return Keys(*(None if x is None else _one_tensor(x, int(self.lengths.shape[0])) for x in (k, v)), rule, None, 0)
-        return Keys(k.swapaxes(1, 2), None if v is None else v.swapaxes(1, 2), rule, length, q_start, self.page_table)
+            return Keys(*(None if x is None else _one_tensor(x, int(self.lengths.shape[0])) for x in (k, v)), rule, None, 0, None, latent)
+        return Keys(k.swapaxes(1, 2), None if v is None else v.swapaxes(1, 2), rule, length, q_start, self.page_table, latent)
 
     def select(self, selection: Selection, length, q_start, T: int) -> Selection:
         """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries."""

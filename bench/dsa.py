@@ -1,0 +1,175 @@
+"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables] [--out results.jsonl]
+
+Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention in both of its modes, in one run:
+prefill, one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode, one query of each of many sequences, recorded in CUDA graphs.
+The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
+Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
+FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row. Leaves with 1 if an answer is wrong.
+"""
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+
+from sparsetile.autotune import graphs, numeric, plain, timing  # noqa: E402
+from sparsetile.bench import gpu_table  # noqa: E402
+from sparsetile.bench.spot import host, wide  # noqa: E402
+from sparsetile.ops.latent import latent_attention  # noqa: E402
+from sparsetile.ops.patterns import Causal  # noqa: E402
+from sparsetile.systems.dsa import dsa_latent_attention  # noqa: E402
+
+TABLES = {
+    "Selected keys": [f"DSA h {h}{where}" for where in ("", " 128k") for h in (128, 64, 32, 16, 8) if not where or h > 32]
+    + ["DSA decode h 128", "DSA decode h 64", "DSA bwd 16k", "latent decode h 128", "latent decode h 16"],
+    "Indexer and top-k": ["scores 2048 x 32k", "scores 4096 x 128k", "scores decode B 128", "top-k 4096 x 128k", "top-k 4096 x 32k", "top-k 128 x 128k", "scores + top-k"]}
+SIZES = dict(H=128, R=512, P=64, Dn=128, Dv=128, Hi=64, Di=128)  # DeepSeek-V3.2
+SMALL = dict(H=4, R=32, P=8, Dn=16, Dv=16, Hi=4, Di=32)
+
+
+def inputs(torch, device, B, T, S, H, R, P, Dn, Dv, Hi, Di, seed=0):
+    """(positional arguments of dsa_latent_attention, those of its indexer)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = lambda *shape, kind=torch.bfloat16, scale=1.0: (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * scale).to(kind)  # noqa: E731
+    model = normal(B, H, T, Dn), normal(B, H, T, P), normal(B, S, R), normal(B, S, P), normal(H, R, Dn, scale=R ** -0.5), normal(H, R, Dv, scale=R ** -0.5)
+    scale = torch.rand((B, S), generator=generator, device=device) * 0.1 + 0.05
+    eight = torch.float8_e4m3fn
+    return model, dict(index_q=normal(B, Hi, T, Di, kind=eight), index_k=normal(B, S, Di, kind=eight), index_scale=scale, index_weights=normal(B, Hi, T, kind=torch.float32))
+
+
+def check(model, index, top_k, backend):
+    """The choice of the first, the last and a middle query of the last sequence by their float64 scores; one head's output on the chosen keys by the policy."""
+    out, chosen = dsa_latent_attention(*model, **index, top_k=top_k, return_selection=True, backend=backend)
+    assert bool(out.isfinite().all()), "dsa_latent_attention: the answer is not finite everywhere"
+    T, S, h = model[0].shape[2], model[2].shape[1], model[0].shape[1] - 1
+    rows = np.unique([0, T // 2, T - 1])
+    iq, ik, iw, scale = (host(x) for x in (index["index_q"][-1:], index["index_k"][-1:], index["index_weights"][-1:][:, :, rows], index["index_scale"][-1:]))
+    iq, found, lengths = iq[:, :, rows], host(chosen.indices[-1, 0][rows]), host(chosen.lengths[-1, 0][rows])
+    seen = (np.arange(S) <= S - T + rows[:, None])[None]
+    measure = plain.indexer_scores(iq, ik, iw, k_scale=scale, visible=seen)
+    keys = ik[0].astype(float).T
+    dots = sum(np.maximum(iq[:, n].astype(float) @ keys, 0) * iw[:, n, :, None] for n in range(iq.shape[1]))
+    truth = np.where(seen, dots * scale[:, None].astype(float), -np.inf)
+    numeric.assert_chosen("choice", found[None], lengths[None], truth, measure, top_k, visible=seen, reduction=iq.shape[1] * iq.shape[3], accumulator="float8")
+    for n, t in enumerate(rows):
+        keys = found[n, :lengths[n]].tolist()
+        held = [host(x) for x in (model[0][-1:, h:, [t]], model[1][-1:, h:, [t]], model[2][-1:, keys], model[3][-1:, keys], model[4][h:], model[5][h:])]
+        how = dict(mode="absorbed" if S > top_k else "decompressed", scale=(held[0].shape[3] + held[1].shape[3]) ** -0.5)
+        count = np.ones((1, 1, 1, len(keys)), int)
+        first = lambda got: got[0] if isinstance(got, tuple) else got  # noqa: E731
+        numeric.assert_close(f"out of query {t}", host(out[-1:, h:, [t]]), first(plain.latent_attention(*wide(*held), count, **how)), first(plain.latent_attention(*held, count, **how)),
+                             reduction=len(keys) + held[2].shape[2] + held[0].shape[3])
+
+
+def calls(torch, model, index, top_k, backends):
+    """name -> call: each backend's sparse call, and dense ones in both modes."""
+    def made(function, *more, **options):
+        def call():
+            with torch.no_grad():
+                return function(*model, *more, **options)
+        return call
+    found = {f"DSA {backend}": made(dsa_latent_attention, **index, top_k=top_k, backend=backend) for backend in backends}
+    return found | {f"{mode} {backend}": made(latent_attention, Causal(), mode=mode, backend=backend) for backend in backends for mode in ("decompressed", "absorbed")}
+
+
+def usable(torch, given: dict) -> dict:
+    """The calls that run; why the others do not."""
+    found = {}
+    for name, call in given.items():
+        try:
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name] = call
+        except Exception as error:  # noqa: BLE001 (that call's row)
+            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:150]}", flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return found
+
+
+def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends) -> list:
+    """One line for each S: milliseconds of every call, and how much faster sparse is than the best dense one."""
+    watch, lines, ratios = timing.Stopwatch(0 if device != "cpu" else None), [], []
+    for S in lengths:
+        model, index = inputs(torch, device, B, min(T, S), S, **sizes)
+        for backend in backends:
+            check(model, index, top_k, backend)
+        ours = usable(torch, calls(torch, model, index, top_k, backends))
+        recorded, how = graphs.record(list(ours.values()), 0) if kind == "decode" and device != "cpu" else (None, "events")
+        samples = timing.finals(watch, recorded or list(ours.values()), given.seconds, 3 if given.quick else 20)
+        times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
+        best = {sparse: min(ms for name, ms in times.items() if name.startswith("DSA") == sparse) for sparse in (True, False)}
+        ratios.append((S, best[False] / best[True]))
+        lines.append(f"{kind:8}{S:7} B {B:3} {how[:6]:7}" + " ".join(f"{name} {ms:.3f}" for name, ms in times.items()) + f" ms: {ratios[-1][1]:.2f} x{clock(torch, device)}")
+        print(lines[-1], flush=True)
+        del model, index, ours, recorded
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return lines + [f"{kind}: {crossover(ratios)}"]
+
+
+def clock(torch, device) -> str:
+    if device == "cpu":
+        return ""
+    from sparsetile.bench.gpu_worker import clock_mhz
+    return f" {clock_mhz()} MHz"
+
+
+def crossover(ratios: list) -> str:
+    """From which S on sparse is faster, between the lengths measured in proportion to their ratios."""
+    behind = [n for n, (_, ratio) in enumerate(ratios) if ratio < 1]
+    if not behind:
+        return f"sparse is not slower at any length from {ratios[0][0]} keys on"
+    if behind[-1] == len(ratios) - 1:
+        return f"sparse is not faster at {ratios[-1][0]} keys"
+    (a, low), (b, high) = ratios[behind[-1]:behind[-1] + 2]
+    return f"sparse is faster from {a + (b - a) * (1 - low) / (high - low):.0f} keys on"
+
+
+def tables(given):
+    """Both tables of targets, on gpu_table's workers."""
+    names = list(itertools.chain(*TABLES.values()))
+    with open(given.out or "/dev/null", "a") as out:
+        found = gpu_table.Measured(out)
+        gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=False), found, 60, time.monotonic() + 60 * given.minutes)
+    for title, rows in TABLES.items():
+        print(f"\n{title}\n{gpu_table.table(found, rows)}")
+
+
+def main(arguments=None) -> int:
+    import torch
+    parser = argparse.ArgumentParser(prog="sparsetile.bench.dsa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer lengths and rounds")
+    parser.add_argument("--no-tables", action="store_true", help="whole calls only")
+    parser.add_argument("--backend", action="append", choices=("triton", "cupy", "numba", "reference"), help="of the whole calls (default: cupy and triton, without a GPU numba)")
+    parser.add_argument("--seconds", type=float, help="for the rounds of a row (default: 0.8; 0.3 with --quick)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for the tables (default: 8.5)")
+    parser.add_argument("--out", help="file of JSON lines that the tables' results are appended to")
+    given = parser.parse_args(arguments)
+    given.seconds = given.seconds or (0.3 if given.quick else 0.8)
+    cuda = torch.cuda.is_available()
+    device, backends = ("cuda", given.backend or ["cupy", "triton"]) if cuda else ("cpu", given.backend or ["numba"])
+    print(torch.cuda.get_device_name() if cuda else "CPU", flush=True)
+    lines, wrong = [], 0
+    prefill, decode = ([2048, 8192, 32768, 131072], [8192, 32768, 131072]) if given.quick else ([2048 << n for n in range(7)], [4096 << n for n in range(6)])
+    plans = [("prefill", prefill, 1, 4096, SIZES, 2048), ("decode", decode, 32 if given.quick else 128, 1, SIZES, 2048)] if cuda else [("prefill", [128, 512], 1, 64, SMALL, 64)]
+    for kind, lengths, B, T, sizes, top_k in plans:
+        try:
+            lines += curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends)
+        except AssertionError as error:
+            wrong += 1
+            lines.append(f"{kind}: WRONG: {str(error)[:200]}")
+    print("\n" + "\n".join(lines))
+    if cuda and not given.no_tables:
+        tables(given)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
