@@ -43,7 +43,8 @@ def cases():
                                        (576, 512, 16, 1, 1, ("shared_kv",)), (576, 512, 128, 1, 1, ("shared_kv",)), (576, 512, 16, 1, 1, ())):
         yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
     for D, Dv, kind, group, granularity, features in ((128, 128, HALF, 16, 64, ("causal",)), (64, 64, "float16", 4, 64, ("softcap",)), (128, 128, HALF, 64, 32, ()), (96, 40, HALF, 1, 16, ())):
-        yield "gather_attention", f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
+        for op in ("gather_attention", "gather_attention_backward"):
+            yield op, f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
     for kind, D, Dv, Hq, Hk, T in ((HALF, 128, 128, 32, 8, 1), (HALF, 576, 512, 16, 1, 1), (HALF, 128, 128, 8, 2, 4096), (SINGLE, 128, 128, 8, 2, 64)):
         yield "block_attention", f"paged-{D}x{Dv}-{kind}-t{T}", attention(D, Dv, kind, Hq, Hk, ("paged", *["shared_kv"] * (D > 512)), T)
     for op, T, Hq, features in (("block_attention", 1, 128, ("paged",)), ("block_attention", 4096, 16, ("paged",)), ("gather_attention", 1, 128, ()), ("gather_attention", 1, 16, ())):

@@ -529,16 +529,18 @@ def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
         assert_close(name, grads[got].owner, true[got], one[got], reduction=n + c.D + c.Dv)
 
 
-def test_paths_of_selected_blocks():
-    """Which problems take the path that shares blocks, and why others do not; a strided or single row leaves it at the call."""
+@pytest.mark.parametrize("kernel", [gather_attention, gather_attention_backward], ids=["forward", "backward"])
+def test_paths_of_selected_blocks(kernel):
+    """Which problems take the path that shares blocks, and why others do not; few queries may be given it."""
     sizes, kinds = dict(B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16), dict.fromkeys("qkv", "bfloat16")
     of = lambda change=None, dtypes=kinds, arch="sm_90a", granularity=64: Problem.of("gather_attention", {**sizes, **(change or {})}, dtypes, arch, (), 1.0, granularity)  # noqa: E731
     for granularity in (16, 32, 64, 128):
-        assert gather_attention.default_config(of(granularity=granularity))["path"] == "union"
-    assert gather_attention.default_config(of(dict(T=1)))["path"] == "portable" and not isinstance(gather_attention.resources(of(dict(T=1)), {**gather_attention.default_config(of()), "path": "union"}), str)
+        assert kernel.default_config(of(granularity=granularity))["path"] == "union"
+    few = kernel.default_config(of(dict(T=1)))
+    assert few["path"] == "portable" and not isinstance(kernel.resources(of(dict(T=1)), {**few, "path": "union"}), str)
     for problem in (of(arch="sm_80"), of(dtypes=dict.fromkeys("qkv", "float32")), of(dict(D=192)), of(dict(Dv=100)), of(dict(Hq=512)), of(granularity=1), of(granularity=24), of(dict(K=2048)), of(granularity=2 ** 20)):
-        config = gather_attention.default_config(problem)
-        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "union"})
+        config = kernel.default_config(problem)
+        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "union"})
 
 
 @dataclasses.dataclass
