@@ -94,6 +94,18 @@ def test_a_study_gives_back_what_was_dropped():
     assert first in seen and study.ask() is None
 
 
+def test_a_part_of_a_space_is_a_space():
+    from sparsetile.autotune import space, tasks
+    from sparsetile.ops import dispatch
+    w = tasks.find("cpu/window-256/4096")
+    problem, module = tasks.Task(w, None, hollow=True).problem, dispatch.kernel("numba", w.kernel)
+    whole, part = space.legal(module, problem)[0], space.legal(module, problem, only={"block_q": (32,)})[0]
+    default = module.default_config(problem)
+    assert default["block_q"] != 32 and part == [default] + [c for c in whole if c["block_q"] == 32] and len(part) > 1
+    with pytest.raises(ValueError, match="only: expected knobs and values .* got block_q=5, speed=1; it has block_q"):
+        replay.known(module, {"block_q": (32, 5), "speed": (1,)})
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
 def test_committed_tables_hold_the_whole_legal_space(path):
     import gzip
