@@ -529,16 +529,18 @@ def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
         assert_close(name, grads[got].owner, true[got], one[got], reduction=n + c.D + c.Dv)
 
 
-def test_paths_of_selected_blocks():
-    """Which problems take the path that shares blocks, and why others do not; a strided or single row leaves it at the call."""
+@pytest.mark.parametrize("kernel", [gather_attention, gather_attention_backward], ids=["forward", "backward"])
+def test_paths_of_selected_blocks(kernel):
+    """Which problems take the path that shares blocks, and why others do not; few queries may be given it."""
     sizes, kinds = dict(B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16), dict.fromkeys("qkv", "bfloat16")
     of = lambda change=None, dtypes=kinds, arch="sm_90a", granularity=64: Problem.of("gather_attention", {**sizes, **(change or {})}, dtypes, arch, (), 1.0, granularity)  # noqa: E731
     for granularity in (16, 32, 64, 128):
-        assert gather_attention.default_config(of(granularity=granularity))["path"] == "union"
-    assert gather_attention.default_config(of(dict(T=1)))["path"] == "portable" and not isinstance(gather_attention.resources(of(dict(T=1)), {**gather_attention.default_config(of()), "path": "union"}), str)
+        assert kernel.default_config(of(granularity=granularity))["path"] == "union"
+    few = kernel.default_config(of(dict(T=1)))
+    assert few["path"] == "portable" and not isinstance(kernel.resources(of(dict(T=1)), {**few, "path": "union"}), str)
     for problem in (of(arch="sm_80"), of(dtypes=dict.fromkeys("qkv", "float32")), of(dict(D=192)), of(dict(Dv=100)), of(dict(Hq=512)), of(granularity=1), of(granularity=24), of(dict(K=2048)), of(granularity=2 ** 20)):
-        config = gather_attention.default_config(problem)
-        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "union"})
+        config = kernel.default_config(problem)
+        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "union"})
 
 
 @dataclasses.dataclass
@@ -580,6 +582,12 @@ LATENTS = [
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),
 ]
+FEW = [  # heads as columns of a product: 8, 16, 32; tiles in pairs and alone, at the ring's end and in its middle
+    Latent(Hq=8, S=700, K=650, T=2, keys="late", sms=1),
+    Latent(B=2, Hq=16, S=300, K=260, T=3, lengths=True, causal=True, sms=2),
+    Latent(Hq=17, S=500, K=420, T=2, keys="ascending", sms=1),
+    Latent(Hq=9, S=300, K=200, T=9, keys="huge", lengths=True, sms=1),
+]
 
 
 def latents(c, kind, rng):
@@ -618,8 +626,8 @@ def latent_problem(c, kind, op):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
 @pytest.mark.parametrize("kind", ("bfloat16", "float16"))
-@pytest.mark.parametrize("case", LATENTS, ids=str)
-def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
+@pytest.mark.parametrize("path, case", [("hopper", c) for c in LATENTS] + [("tokens", c) for c in LATENTS + FEW], ids=str)
+def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
     c, place = case, HopperPlace()
     place.sms = c.sms
@@ -628,7 +636,7 @@ def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
     q, k, indices, lengths, count = latents(c, kind, rng)
     v, put = k[..., :512], place.put
     problem = latent_problem(c, kind, "gather_attention")
-    config = {**gather_attention.default_config(problem), "path": "hopper", "split": 1}
+    config = {**gather_attention.default_config(problem), "path": path, "split": int(path == "hopper")}
     assert not isinstance(gather_attention.resources(problem, config), str)
     operands = *map(put, (q, k, v)), put(indices)
     assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable
@@ -689,7 +697,11 @@ def test_gather_attention_refuses_what_hopper_lacks(kernel):
                                                         (dict(D=512), kinds, *given, 1), (dict(Hk=2), kinds, *given, 1), ({}, kinds, *given, 64), ({}, kinds, "sm_90a", ("shared_kv", "softcap"), 1)):
         problem = Problem.of("gather_attention", {**sizes, **change}, dtypes, arch, features, granularity=granularity)
         config = kernel.default_config(problem)
-        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "hopper"})
+        assert config["path"] == "portable"
+        for path in {"hopper", *kernel.TUNABLES[0].values} - {"portable"}:
+            assert f"path {path}" in kernel.resources(problem, {**config, "path": path}) and "portable" in kernel.resources(problem, {**config, "path": path})
+    if kernel is gather_attention:
+        assert kernel.resources(Problem.of("gather_attention", sizes, kinds, *given), {**kernel.default_config(problem), "path": "tokens", "split": 1}) == "split is for path hopper; the others take 0"
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge
