@@ -1,6 +1,6 @@
 """The path "two_pass" of the block attention backward (block_attention_backward_two_pass.cu): dK, dV and dS first, then dQ = dS K. No additions in device memory.
 
-dS of a block of 128 x 128 is 32 KiB. Key heads, or key blocks of one, are worked on in pieces whose dS fits `scratch` GiB; a piece of one key block of one key head is the least.
+dS of a block of 128 x 128 is 32 KiB. Key heads, or key blocks of one, are worked on in pieces whose dS fits `scratch` GiB and `room`; a piece of one key block of one key head is the least.
 """
 import struct
 
@@ -24,6 +24,12 @@ def default_scratch(problem) -> int:
     """GiB: 4 where 2 hold less than two items for each multiprocessor of a large chip."""
     item = SLOPES * ceil_div(problem["T"], 128) * (problem["Hq"] // problem["Hk"])
     return 2 if 2 * GIB >= 264 * item else 4
+
+
+def room(B: int, Hq: int, T: int, D: int, group: int) -> int:
+    """Bytes for dS that keep all scratch under 2.2 x dQ in float32: 2 x, less the sums of one key head's dQ, which pieces of key blocks need; rows and K's copy are under 0.2 x. Small calls
+    may take 64 MiB all the same: pieces of a few blocks would cost more in launches."""
+    return max(4 * T * D * (2 * B * Hq - group), 2 ** 26)
 
 
 def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int) -> tuple[int, int, int]:
@@ -54,7 +60,7 @@ def run(maps, dq, dk, dv, lse, delta, lists, d, *, place, config, first_bytes, s
     """shape: (B, Hq, Hk, T, S, D, Dv); d: defines; first_bytes: shared memory of `backward`."""
     B, Hq, Hk, T, S, D, Dv = shape
     group, key_heads, key_tiles, width = Hq // Hk, B * Hk, ceil_div(S, 128), d["WIDTH"]
-    heads, blocks, most = pieces(lists, key_heads, group, key_tiles, config["scratch"] * GIB)
+    heads, blocks, most = pieces(lists, key_heads, group, key_tiles, min(config["scratch"] * GIB, room(B, Hq, T, D, group)))
     cuts = [(head, min(heads, key_heads - head), block, min(blocks, key_tiles - block)) for head in range(0, key_heads, heads) for block in range(0, key_tiles, blocks)]
     whole, count = blocks >= key_tiles, max(lists.offsets.shape[0] // 2 // max(lists.nq, 1), lists.by_key_offsets.shape[0] // 2 // max(lists.nk, 1))
     rows, ticket = place.empty((2 * B * Hq * tiles, 196), "float32"), place.empty((2 * len(cuts),), "int32")
