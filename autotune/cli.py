@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--rounds", type=_count, default=20, help="samples of each config, interleaved (default: 20)")
     p.add_argument("--seconds", type=_duration, help="end the trials after so long; the table says how many of the legal configs it holds")
+    p.add_argument("--only", type=_knob, action="append", help="knob=value,value: only these values of a knob, so that a large space's part can be timed whole (with --record; may be repeated)")
     p.add_argument("--out", help="the table's file (with --record)")
 
     for name, run, port, help in (("dashboard", _serve, 8080, "Show the searches of a storage in a browser (Optuna's dashboard)."),
@@ -156,6 +157,14 @@ def _count(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}; give e.g. 1024")
     return int(text)
+
+
+def _knob(text):
+    """(knob, its values): numbers, True, False and words."""
+    name, _, values = text.partition("=")
+    if not name or not values:
+        raise argparse.ArgumentTypeError(f"expected knob=value,value, got {text!r}; give e.g. num_warps=4,8")
+    return name, tuple(int(v) if v.lstrip("-").isdecimal() else {"True": True, "False": False}.get(v, v) for v in values.split(","))
 
 
 def _duration(text):
@@ -292,7 +301,7 @@ def _replay(args):
         if not args.backend or not args.out:
             raise ValueError("--record: expected --backend and --out beside it, got " + ("neither" if not args.backend and not args.out else "one of them") + "; name whose configs, and the file")
         with progress.show(1, args.json) as say:
-            print(json.dumps(replay.record(tasks.find(args.record), _device(args.device), args.backend, args.out, rounds=args.rounds, seconds=args.seconds, progress=say)))
+            print(json.dumps(replay.record(tasks.find(args.record), _device(args.device), args.backend, args.out, rounds=args.rounds, seconds=args.seconds, only=dict(args.only or ()), progress=say)))
         return 0
     samplers = tuple(args.samplers.split(",")) if args.samplers else replay.SAMPLERS
     if not args.tables or not set(samplers) <= {*replay.SAMPLERS, "nsga2"}:

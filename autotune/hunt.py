@@ -32,10 +32,10 @@ class Hunt:
     def best(self) -> float | None:
         return min((t.time_us for t in self.tried if t.time_us), default=None)
 
-    def prepare(self, trials, storage, sampler, seed, seeds=()) -> None:
+    def prepare(self, trials, storage, sampler, seed, seeds=(), only=None) -> None:
         """The legal configs and the study; the first of them go to the compilers."""
         w, self.trials = self.workload, trials
-        self.pool, self.total = space.legal(self.module, self.problem, seed)
+        self.pool, self.total = space.legal(self.module, self.problem, seed, only)
         self.study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed, seeds)
         self.sampler, self.seed = self.study.name, seed
         self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(self.study, "history", {}).values()]

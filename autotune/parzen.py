@@ -1,12 +1,15 @@
-"""The sampler over an enumerated pool of legal configs: tree-structured Parzen scores of every config that was not tried yet, one-knob neighbours of the best,
-and a few at random. NumPy only; search.py makes it an Optuna sampler.
+"""The sampler over an enumerated pool of legal configs, of which every one that was not tried yet is scored: by turns of chance a Gaussian process's expected improvement (surface.py), tree-structured
+Parzen scores, one-knob neighbours of the best, and a few at random. Two models that err in different ways: each alone is held in one place in some searches. NumPy only; search.py makes it an Optuna sampler.
 
 With seeds (the default, winners of neighbouring buckets and GPUs) it has two arms that take turns: the warm one knows the seeds and what came of them, the cold one
 only what itself found, because a winner from elsewhere can hold a search where it is. No config is tried twice, by either.
 """
 import numpy as np
 
-STARTUP = 8          # an arm's first configs are drawn at random
+from sparsetile.autotune.surface import Surface
+
+STARTUP, DRAWN = 8, 200  # an arm's first configs: of so many drawn at random the one that has most values that none before had
+SURFACE = 0.6        # the share of the surface; of the rest:
 PARZEN, NEIGHBOUR = 0.65, 0.25
 INCUMBENTS, TOP = 5, 24
 GOOD, MOST_GOOD = 0.1, 20  # the share of an arm's results that counts as good; with 0.15 one search in ten was held by what it had seen first
@@ -16,8 +19,8 @@ SPREAD = 0.2         # how much of a kernel's weight goes to other values of a k
 class Arm:
     """What one arm knows. total [N]: the sum of the kernels around everything it was told, at every config; good: those around its best ones."""
 
-    def __init__(self):
-        self.index, self.value, self.total, self.good = [], [], 0.0, {}
+    def __init__(self, surface: Surface):
+        self.index, self.value, self.total, self.good, self.surface = [], [], 0.0, {}, surface
 
 
 class Pool:
@@ -27,9 +30,9 @@ class Pool:
         self.points, self.rng = np.asarray(points, np.int32), np.random.default_rng(seed)
         self.free = np.ones(len(self.points), bool)
         self.seeds = [n for n in dict.fromkeys((0, *seeds))]
-        self.arms = [Arm(), Arm()] if len(self.seeds) > 1 else [Arm()]
+        self.arms = [Arm(Surface(self.points, ordered)) for _ in range(2 if len(self.seeds) > 1 else 1)]
         self.tables = [_kernel(int(column.max()) + 1, bool(o)) for column, o in zip(self.points.T, ordered)]
-        self.of, self.turn = {}, 0
+        self.of, self.turn, self.out = {}, 0, set()  # out: asked for and not told
 
     def ask(self) -> int | None:
         """The place of a config that was never given before; None when there is none left."""
@@ -46,22 +49,33 @@ class Pool:
     def tell(self, n: int, value: float) -> None:
         """value: what is to be small; infinite for a failure, which counts as bad."""
         self.free[n] = False
+        self.out.discard(n)
         for arm in ({self.of.get(n, 0)} | ({len(self.arms) - 1} if n == 0 else set())):  # every arm knows the default
             self.arms[arm].index.append(n)
             self.arms[arm].value.append(value)
             self.arms[arm].total = self.arms[arm].total + self._around(n)
+            self.arms[arm].surface.tell(n, value)
 
     def give_back(self, n: int) -> None:
         self.free[n] = True
+        self.out.discard(n)
 
     def _give(self, n, arm):
         self.free[n], self.of[n] = False, arm
+        self.out.add(int(n))
         return int(n)
 
     def _pick(self, arm: Arm) -> int:
         left = np.flatnonzero(self.free)
+        if len(arm.index) < STARTUP:
+            return self._other(left)
+        gain = arm.surface.gain() if self.rng.random() < SURFACE else None
+        if gain is not None:
+            for n in self.out:  # where an answer is awaited there is less to learn
+                gain = gain * (1 - arm.surface.near(n))
+            return left[np.argmax(gain[left])]
         draw = self.rng.random()
-        if len(arm.index) < STARTUP or draw >= PARZEN + NEIGHBOUR:
+        if draw >= PARZEN + NEIGHBOUR:
             return self.rng.choice(left)
         index, value = np.array(arm.index), np.array(arm.value)
         order = np.argsort(value, kind="stable")
@@ -76,6 +90,12 @@ class Pool:
         best = np.argsort(-score, kind="stable")[:TOP]
         weight = np.exp((score[best] - score[best[0]]).clip(-30)) + 1e-9
         return left[self.rng.choice(best, p=weight / weight.sum())]
+
+    def _other(self, left) -> int:
+        """One that is unlike all that were given: the most knobs of other values, then the largest steps."""
+        some, span = self.rng.choice(left, min(len(left), DRAWN), replace=False), np.maximum(1, self.points.max(0))
+        away = np.abs(self.points[some][:, None] - self.points[list(self.of) or [0]][None])
+        return some[np.argmax(((away > 0) + 0.5 * away / span).sum(-1).min(1))]
 
     def _score(self, arm, order):
         """[N]: log of (density of the good configs / density of the others)."""

@@ -168,8 +168,17 @@ def text(rows: list[dict]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------ recording
-def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, progress=None) -> dict:
-    """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said."""
+def known(module, only: dict | None) -> None:
+    """Raises where a knob or a value is not the kernel's."""
+    values = {t.name: t.values for t in module.TUNABLES}
+    unknown = [f"{name}={v}" for name, asked in (only or {}).items() for v in asked if v not in values.get(name, ())]
+    if unknown:
+        raise ValueError(f"only: expected knobs and values of {module.__name__}, got {', '.join(unknown)}; it has " + ", ".join(f"{name} {' '.join(map(str, v))}" for name, v in values.items()))
+
+
+def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, only: dict | None = None, progress=None) -> dict:
+    """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said. only: {knob: values}, a part of the space
+    that is a space of its own (beside it stands the default)."""
     from sparsetile.autotune import isolate, provenance, space, tune
     from sparsetile.autotune.hunt import Hunt
     from sparsetile.ops import dispatch
@@ -177,10 +186,11 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
     worker.open(workload, 0)
     facts = worker("facts", seconds=isolate.STARTING)
     module, start = dispatch.kernel(backend, workload.kernel), time.monotonic()
-    pool, _ = space.legal(module, facts["problem"])
+    known(module, only)
+    pool, _ = space.legal(module, facts["problem"], only=only)
     compilers = None if device is None else tune._compilers(device).on(facts["device"])
     hunt = Hunt(backend, workload, facts["problem"], worker, compilers, progress or (lambda event: None))
-    hunt.prepare(len(pool), None, "random", 0)
+    hunt.prepare(len(pool), None, "random", 0, only=only)
     hunt.search(seconds)
     right = [(n, t) for n, t in enumerate(hunt.tried) if t.time_us]
     samples = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
@@ -189,7 +199,7 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
         rows[n]["samples"] = found
     spread = [statistics.stdev(s) / statistics.mean(s) / len(s) ** 0.5 for s in samples]
     about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
-             "tunables": {t.name: list(t.values) for t in module.TUNABLES}, "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4),
+             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4),
              "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(t4(about, rows))

@@ -6,6 +6,7 @@ from pathlib import Path
 from sparsetile.autotune import measure, search, shelf, tasks
 from sparsetile.profiles import schema
 
+CEILINGS = {"NVIDIA H100 80GB HBM3": (989.4, 3.35), "NVIDIA H200": (989.4, 4.8), "NVIDIA A100-SXM4-80GB": (312.0, 2.039)}  # data sheets: dense 16-bit TFLOP/s, TB/s
 STYLE = "body{font:14px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:left;border-bottom:1px solid #ddd}svg{background:#f8f8f8}code{font-size:12px}"
 
 
@@ -14,10 +15,13 @@ def write(path: Path, out: Path, storage=None) -> Path:
     data, trials = schema.load(path), _trials(storage)
     lines = [f"<!doctype html><meta charset=utf-8><title>{html.escape(data['op'])}</title><style>{STYLE}</style>", f"<h1>{html.escape(data['op'])} on {html.escape(data['device']['name'])}</h1>",
              f"<p>{html.escape(', '.join(f'{k} {v}' for k, v in sorted(data.get('tuned_with', {}).items())))}</p>",
-             "<table><tr><th>workload<th>backend<th>tuned<th>default<th>gain<th>rate<th>tried<th>ties<th>config</tr>"]
+             "<table><tr><th>workload<th>backend<th>tuned<th>default<th>gain<th>rate<th>of the ceiling<th>tried<th>ties<th>config</tr>"]
     for entry, row in zip(data["entries"], shelf.rows(path)):
-        lines.append(_row(entry, row))
+        lines.append(_row(entry, row, data["device"]["name"]))
     lines.append("</table>")
+    if data["device"]["name"] in CEILINGS:
+        lines.append("<p>The ceiling is the roofline of the data sheet: {} TFLOP/s of dense 16-bit products (8-bit: twice that) or {} TB/s for what has to be read and written once, whichever takes longer.</p>"
+                     .format(*CEILINGS[data["device"]["name"]]))
     for entry in data["entries"]:
         course = [t for name, found in trials.items() if f"/{entry['backend']}/" in name and f"/{entry.get('workload')}/" in name and name.startswith(data["op"] + "/") for t in found]
         if course:
@@ -28,24 +32,36 @@ def write(path: Path, out: Path, storage=None) -> Path:
     return page
 
 
-def _row(entry, row) -> str:
+def _row(entry, row, device: str) -> str:
     gain = row["default_us"] / row["time_us"] if row["default_us"] and row["time_us"] else None
     bar = "" if gain is None else f"<svg width=120 height=12><rect width={min(120, 60 * gain):.0f} height=12 fill='#4a8'/><rect x=60 width=1 height=12 fill='#444'/></svg> {gain:.3f} x"
-    cells = [row["workload"] or row["key"], row["backend"], f"{row['time_us']} us", f"{row['default_us']} us", None, _rate(entry), f"{entry.get('search', {}).get('evaluated', '')} of "
+    cells = [row["workload"] or row["key"], row["backend"], f"{row['time_us']} us", f"{row['default_us']} us", None, *_rate(entry, device), f"{entry.get('search', {}).get('evaluated', '')} of "
              f"{entry.get('search', {}).get('feasible', '')}", f"{row['ties']} within {row['band']:.1%}" if row["band"] is not None else "", json.dumps(row["config"])]
     return "<tr>" + "".join(f"<td>{bar if cell is None else html.escape(str(cell))}" for cell in cells) + "</tr>"
 
 
-def _rate(entry) -> str:
-    """Where it stands: operations of the pairs in the pattern for each second."""
+def _rate(entry, device: str) -> tuple[str, str]:
+    """Where it stands: operations of the pairs in the pattern for each second, and the share of the roofline above it."""
     try:
         w = tasks.find(entry["workload"])
     except (KeyError, ValueError):
+        return "", ""
+    if w.kernel.startswith("gather") or not entry.get("time_us"):  # what it counts is in its indices
+        return "", ""
+    task = tasks.Task(w, None, hollow=True)
+    flops = measure.operations(task)
+    return f"{flops / entry['time_us'] / 1e6:.1f} TFLOP/s" if flops else "", ceiling(task, entry["time_us"], device)
+
+
+def ceiling(task, time_us: float, device: str) -> str:
+    """The least time by the device's roofline over the time that was taken, and which of the two roofs it is; nothing where the device's are not known."""
+    if device not in CEILINGS:
         return ""
-    if w.kernel.startswith("gather"):  # what it counts is in its indices
-        return ""
-    flops = measure.operations(tasks.Task(w, None, hollow=True))
-    return f"{flops / entry['time_us'] / 1e6:.1f} TFLOP/s" if flops and entry.get("time_us") else ""
+    tflops, tbs = CEILINGS[device]
+    dtype, flops = task.workload.dtype, measure.operations(task)
+    products = flops / (tflops * 1e6 * (2 if "float8" in dtype else 1)) if flops and dtype not in ("float32", "float64") else 0.0
+    least = max((products, "products"), (measure.traffic(task) / (tbs * 1e6), "memory"))
+    return f"{least[0] / time_us:.0%} ({least[1]})"
 
 
 def _trials(storage) -> dict:

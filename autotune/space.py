@@ -8,16 +8,17 @@ from sparsetile.backends.contract import Problem, Resources
 MOST = 200_000  # beyond this the product is sampled
 
 
-def legal(module, problem: Problem, seed: int = 0) -> tuple[list[dict], int]:
-    """(legal configs, size of the whole product). The default config comes first; the rest is in the order of the tunables' values."""
+def legal(module, problem: Problem, seed: int = 0, only: dict | None = None) -> tuple[list[dict], int]:
+    """(legal configs, size of the whole product). The default config comes first; the rest is in the order of the tunables' values. only: knob -> the values it may have beside the default's config."""
     default = module.default_config(problem)
     names = [t.name for t in module.TUNABLES]
-    total = math.prod(len(t.values) for t in module.TUNABLES)
+    values = [(only or {}).get(t.name, t.values) for t in module.TUNABLES]
+    total = math.prod(map(len, values))
     if total <= MOST:
-        points = itertools.product(*(t.values for t in module.TUNABLES))
+        points = itertools.product(*values)
     else:
         rng = random.Random(seed)
-        points = ([rng.choice(t.values) for t in module.TUNABLES] for _ in range(MOST))
+        points = ([rng.choice(v) for v in values] for _ in range(MOST))
     found, seen = [default], {tuple(default.get(n) for n in names)}
     for point in points:
         point = tuple(point)

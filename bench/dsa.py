@@ -1,7 +1,8 @@
 """DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables] [--out results.jsonl]
 
-Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention in both of its modes, in one run:
-prefill, one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode, one query of each of many sequences, recorded in CUDA graphs.
+Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
+prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
+the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, recorded in CUDA graphs.
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
 FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row. Leaves with 1 if an answer is wrong.
@@ -66,15 +67,15 @@ def check(model, index, top_k, backend):
                              reduction=len(keys) + held[2].shape[2] + held[0].shape[3])
 
 
-def calls(torch, model, index, top_k, backends):
-    """name -> call: each backend's sparse call, and dense ones in both modes."""
+def calls(torch, model, index, top_k, backends, mode):
+    """name -> call: each backend's sparse call, and its dense one."""
     def made(function, *more, **options):
         def call():
             with torch.no_grad():
                 return function(*model, *more, **options)
         return call
     found = {f"DSA {backend}": made(dsa_latent_attention, **index, top_k=top_k, backend=backend) for backend in backends}
-    return found | {f"{mode} {backend}": made(latent_attention, Causal(), mode=mode, backend=backend) for backend in backends for mode in ("decompressed", "absorbed")}
+    return found | {f"dense {backend}": made(latent_attention, Causal(), mode=mode, backend=backend) for backend in backends}
 
 
 def usable(torch, given: dict) -> dict:
@@ -100,7 +101,7 @@ def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends) -> 
         model, index = inputs(torch, device, B, min(T, S), S, **sizes)
         for backend in backends:
             check(model, index, top_k, backend)
-        ours = usable(torch, calls(torch, model, index, top_k, backends))
+        ours = usable(torch, calls(torch, model, index, top_k, backends, "decompressed" if kind == "prefill" else "absorbed"))
         recorded, how = graphs.record(list(ours.values()), 0) if kind == "decode" and device != "cpu" else (None, "events")
         samples = timing.finals(watch, recorded or list(ours.values()), given.seconds, 3 if given.quick else 20)
         times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}

@@ -1,7 +1,7 @@
 """Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] (CuPy, a GPU with compute capability 9.0).
 
 Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths, empty rows, sinks. Timed: each path
-of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16. `paths` is hopper over portable.
+of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16.
 """
 import sys
 
@@ -12,6 +12,7 @@ from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.selection import Selection
 
 D, DV = 576, 512
+PATHS = ("hopper", "tokens", "portable")
 
 
 def inputs(torch, T, Hq, S, K, seed=0):
@@ -55,19 +56,21 @@ def main(quick):
     import torch
     for Hq in (128, 70, 17, 1):
         check(torch, "hopper", Hq=Hq)
+    for Hq in (70, 32, 16, 8, 1):
+        check(torch, "tokens", Hq=Hq)
     check(torch, "portable")
     watch, T, K, table = timing.Stopwatch(0), 4096, 2048, []
-    for Hq, S in ((128, 32768), (128, 131072), (64, 32768), (64, 131072), (32, 32768), (16, 32768)):
+    for Hq, S in ((128, 32768), (128, 131072), (64, 32768), (64, 131072), (32, 32768), (16, 32768), (8, 32768), (1, 32768), (16, 131072)):
         q, latent, indices = inputs(torch, T, Hq, S, K)
-        calls = [lambda path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend="cupy", config={"path": path}) for path in ("hopper", "portable")]
+        calls = [lambda path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend="cupy", config={"path": path}) for path in PATHS]
         for call in calls:
             call()
         samples = timing.finals(watch, calls, seconds=1.0 if quick else 5.0, most=10 if quick else 40)
         table.append((Hq, S, [watch.centre(x) / 1e3 for x in samples], min(samples[0]) / 1e3))
-    print(f"{'heads':>6}{'S':>8}{'hopper ms':>11}{'best':>8}{'TFLOP/s':>9}{'portable ms':>13}{'TFLOP/s':>9}{'paths':>7}")
-    for Hq, S, (ours, other), best in table:
+    print(f"{'heads':>6}{'S':>8}" + "".join(f"{path + ' ms':>13}{'TFLOP/s':>9}" for path in PATHS) + f"{'hopper best':>13}")
+    for Hq, S, times, best in table:
         rate = lambda ms: 2 * T * Hq * K * (D + DV) / ms / 1e9  # noqa: E731
-        print(f"{Hq:6}{S:8}{ours:11.3f}{best:8.3f}{rate(ours):9.1f}{other:13.3f}{rate(other):9.1f}{other / ours:7.2f}")
+        print(f"{Hq:6}{S:8}" + "".join(f"{ms:13.3f}{rate(ms):9.1f}" for ms in times) + f"{best:13.3f}")
 
 
 if __name__ == "__main__":

@@ -75,32 +75,33 @@ def scores_backward(call, dscores):
         return indexer.scores_backward(call, dscores)
     (B, H, T, S, D), backend = call.sizes, call.backend
     totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.q, call.k, call.weights)]
-    step = max(1, SCORES * 8 // max(1, H * S))
-    for b, t in [(b, t) for b in range(B) for t in range(0, T if S and H else 0, step)]:
+    step = max(1, SCORES * 8 // max(1, B * H * S))
+    for t in range(0, T if B * S * H else 0, step):
         end = min(T, t + step)
-        seen = _seen(call, b, t, end)                                                        # [t,S]
-        g = torch.where(seen, dscores[b, t:end].float(), 0)
-        g = g if call.k_scale is None else torch.where(seen, g * call.k_scale[b], 0)
-        k = torch.where(seen.any(0)[:, None], call.k[b], 0)
-        q = call.q[b, :, t:end].reshape(1, -1, D)                                            # [1,H*t,D]
-        x = _product(q, k[None], backend).view(H, -1, S)
+        seen = _seen(call, t, end)                                                           # [B,t,S]
+        g = torch.where(seen, dscores[:, t:end].float(), 0)
+        g = g if call.k_scale is None else torch.where(seen, g * call.k_scale[:, None], 0)
+        k = torch.where(seen.any(1)[..., None], call.k, 0)
+        q = call.q[:, :, t:end].reshape(B, -1, D)                                            # [B,H*t,D]
+        x = _product(q, k, backend).view(B, H, -1, S)
         steep = x > 0 if call.activation == "relu" else torch.ones_like(x, dtype=torch.bool)
-        totals[2][b, :, t:end] = torch.where(steep, x * g, 0).sum(-1)
-        da = torch.where(steep, g * call.weights[b, :, t:end, None].float(), 0).to(q.dtype).view(1, -1, S)
-        totals[0][b, :, t:end] = _product(da, k.t()[None], backend).view(H, -1, D)
-        totals[1][b] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)[0]
+        totals[2][:, :, t:end] = torch.where(steep, x * g[:, None], 0).sum(-1)
+        da = torch.where(steep, g[:, None] * call.weights[:, :, t:end, None].float(), 0).to(q.dtype).view(B, -1, S)
+        totals[0][:, :, t:end] = _product(da, k.transpose(1, 2), backend).view(B, H, -1, D)
+        totals[1] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)
     return totals
 
 
-def _seen(call, b, t, end):
-    """Which keys the queries t .. end - 1 of a batch entry score: [end - t,S] booleans."""
-    s, rows = torch.arange(call.sizes[3], device=call.q.device), torch.arange(t, end, device=call.q.device)
-    start = call.q_start if isinstance(call.q_start, int) else call.q_start[b]
-    seen = s <= (start + rows)[:, None] if call.causal else torch.ones(end - t, len(s), dtype=torch.bool, device=s.device)
+def _seen(call, t, end):
+    """Which keys the queries t .. end - 1 score: [B,end - t,S] booleans."""
+    B, _, _, S, _ = call.sizes
+    s, rows = torch.arange(S, device=call.q.device), torch.arange(t, end, device=call.q.device)
+    start = call.q_start if isinstance(call.q_start, int) else call.q_start[:, None]
+    seen = s <= (start + rows)[..., None] if call.causal else torch.ones(end - t, S, dtype=torch.bool, device=s.device)
     for bound, keeps in ((call.key_start, torch.ge), (call.key_end, torch.lt)):
         if bound is not None:
-            seen = seen & keeps(s, (bound if bound.ndim == 1 else bound[b])[t:end, None])
-    return seen
+            seen = seen & keeps(s, bound[..., t:end, None])
+    return seen.expand(B, -1, -1)
 
 
 def indexer_topk(call, indices, best, dbest, pool):

@@ -36,6 +36,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 static inline int2 make_int2(int x, int y) { return {x, y}; }
 static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulate {

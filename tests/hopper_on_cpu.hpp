@@ -89,6 +89,12 @@ static inline void emulate_stmatrix(uint32_t at, uint32_t a, uint32_t b, uint32_
   });
 }
 static inline void emulate_named_sync(int id, int n) { emulate::arrive(emulate::named[id], n, [] {}); }
+static inline bool emulate_named_or(int id, int n, bool mine) {
+  static bool coming[16], came[16];
+  coming[id] |= mine;
+  emulate::arrive(emulate::named[id], n, [=] { came[id] = coming[id]; coming[id] = false; });
+  return came[id];
+}
 static inline void emulate_named_arrive(int id, int n) { auto& b = emulate::named[id]; if (++b.count == n) { b.count = 0; b.generation++; } }
 
 namespace emulate {

@@ -18,6 +18,7 @@ ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", 
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
+    "block_attention_backward_two_pass": 352,  # the same warp; beside 160 sums of dK and dV fifteen words a step
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
@@ -43,7 +44,8 @@ def cases():
                                        (576, 512, 16, 1, 1, ("shared_kv",)), (576, 512, 128, 1, 1, ("shared_kv",)), (576, 512, 16, 1, 1, ())):
         yield "block_attention", f"decode-{D}x{Dv}-h{Hq}:{Hk}-t{T}", attention(D, Dv, Hq=Hq, Hk=Hk, T=T, features=features)
     for D, Dv, kind, group, granularity, features in ((128, 128, HALF, 16, 64, ("causal",)), (64, 64, "float16", 4, 64, ("softcap",)), (128, 128, HALF, 64, 32, ()), (96, 40, HALF, 1, 16, ())):
-        yield "gather_attention", f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
+        for op in ("gather_attention", "gather_attention_backward"):
+            yield op, f"blocks-{D}x{Dv}-{kind}-g{granularity}-h{group}", (*attention(D, Dv, kind, 4 * group, 4, features), granularity)
     for kind, D, Dv, Hq, Hk, T in ((HALF, 128, 128, 32, 8, 1), (HALF, 576, 512, 16, 1, 1), (HALF, 128, 128, 8, 2, 4096), (SINGLE, 128, 128, 8, 2, 64)):
         yield "block_attention", f"paged-{D}x{Dv}-{kind}-t{T}", attention(D, Dv, kind, Hq, Hk, ("paged", *["shared_kv"] * (D > 512)), T)
     for op, T, Hq, features in (("block_attention", 1, 128, ("paged",)), ("block_attention", 4096, 16, ("paged",)), ("gather_attention", 1, 128, ()), ("gather_attention", 1, 16, ())):
@@ -85,7 +87,21 @@ def test_budget(op, name, case, arch):
     dims, dtypes, features, *granularity = case
     problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     assert kernel.supports(problem) is None
-    config = kernel.default_config(problem)
+    within_budget(kernel, problem, kernel.default_config(problem), arch)
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (192, 128), (136, 64)])
+def test_two_passes_are_within_budget(D, Dv, kind):
+    """The default of the backward from D 129 on, and a value of its path below."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.block_attention_backward")
+    problem = Problem.of("block_attention_backward", *attention(D, Dv, kind)[:2], "sm_90a")
+    default = kernel.default_config(problem)
+    assert (default["path"] == "two_pass") == (D > 128)
+    within_budget(kernel, problem, {**default, "path": "two_pass"}, "sm_90a")
+
+
+def within_budget(kernel, problem, config, arch):
     asked = kernel.resources(problem, config)
     assert not isinstance(asked, str), asked
     for artifact in kernel.artifacts(problem, config):
@@ -110,6 +126,20 @@ def test_narrow_heads_in_classes_spill_nothing(block_q, kind):
     assert (default["path"], default["block_q"]) == ("hopper", 128)
     (found,) = [nvrtc.report(a["source"], a["defines"], "sm_90a") for a in kernel.artifacts(problem, {**default, "block_q": block_q}) if a["defines"].get("PARTED")]
     assert found["forward"]["spills"] == 0, found
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_few_heads_spill_nothing(heads, kind):
+    """Path tokens has a build for 8, 16 and 32 heads."""
+    kernel = importlib.import_module("sparsetile.backends.cupy.gather_attention")
+    problem = Problem.of("gather_attention", *attention(576, 512, kind, Hq=heads, Hk=1, features=("shared_kv",))[:2], "sm_90a", ("shared_kv",))
+    config = kernel.default_config(problem)
+    (artifact,) = kernel.artifacts(problem, config)
+    found, log = nvrtc.report(artifact["source"], artifact["defines"], "sm_90a"), nvrtc.cubin(artifact["source"], artifact["defines"], "sm_90a")[1]
+    asked = kernel.resources(problem, config)
+    assert config["path"] == "tokens" and artifact["defines"]["HEADS"] == heads and not re.findall(r"\bC7[56]\d\d\b", log)
+    assert found["gather_tokens_hopper"]["spills"] == 0 and found["gather_tokens_hopper"]["registers"] <= asked.registers and asked.shared <= nvrtc.shared_limit("sm_90a")
 
 
 @pytest.mark.parametrize("op", ATTENTION)

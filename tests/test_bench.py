@@ -1,6 +1,7 @@
 """The benchmarks' own machinery, without a GPU: the judge of large answers, the counting of pairs, and a table that survives kernels which hang or kill their process."""
 import json
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -171,6 +172,22 @@ def test_stability_tells_ties_from_another_pick_and_a_timing_that_fails():
     assert not stability.summary(entries, picks, [100.0, 103.0], 0.01)["same"]
     wide = stability.summary([{**entries[0], "band": 0.05}], picks[:1], [100.0], 0.01)
     assert not wide["timing_ok"] and "FAILS" in stability.text(wide)
+
+
+def test_runs_of_stability_are_spread_over_the_devices(monkeypatch):
+    from sparsetile.bench import stability
+    begun, both = [], threading.Barrier(2, timeout=20)
+
+    def one(workload, backend, device, seconds, seed, beside):
+        if len(begun) < 2:  # two runs are at work at once, or the barrier breaks
+            begun.append(device)
+            both.wait()
+        return {"config": {"seed": seed}, "time_us": 1.0, "ties": 1, "band": 0.01, "search": {"evaluated": 1, "feasible": 1}, "device": device, "beside": beside, "workload": workload}
+
+    monkeypatch.setattr(stability, "one", one)
+    found = stability.runs(["a", "b"], "triton", ["0", "1"], 1.0, 3)
+    assert {name: [(e["workload"], e["config"]["seed"], e["beside"]) for e in entries] for name, entries in found.items()} == {name: [(name, seed, 2) for seed in range(3)] for name in "ab"}
+    assert {e["device"] for entries in found.values() for e in entries} == {"0", "1"}
 
 
 def test_native_sparse_attention_is_checked_and_timed(capsys):

@@ -3,6 +3,7 @@
 Keys that nobody sees hold NaN, outputs start as NaN, shared memory too; asynchronous copies land as late as the waits allow.
 """
 import dataclasses
+from types import SimpleNamespace
 
 import block_lists
 import ml_dtypes
@@ -14,7 +15,7 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention, two_pass
 from sparsetile.backends.cupy.hopper_axes import axes_of
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
@@ -347,12 +348,57 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
           q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
 
 
+TWO_PASS_CASES = [  # how much is worked on at a time, and the case
+    ("all", Case(B=1, Hq=4, Hk=2, rule="causal", T=300, S=300, D=192, Dv=128, sink=True)),
+    ("a block", Case(B=2, Hq=4, Hk=2, rule="mixed", T=260, S=300, D=192, Dv=72, lists=3, lengths=(130, 300), scale=0.1)),
+    ("a head", Case(B=2, Hq=2, Hk=1, rule="full", T=130, S=390, D=136, Dv=128, lengths=(200, 1000), start=(-7, 300))),
+    ("all", Case(B=1, Hq=4, Hk=2, rule="blocks", T=400, S=520, D=128, Dv=128, lists=2, start=0)),
+    ("a block", Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True)),
+    ("a head", Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30)),
+    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others
+    ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
+    ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),
+    ("all", Case(B=16, Hq=2, Hk=1, rule="window", T=5, S=3, D=16, Dv=16)),
+]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("piece, case", TWO_PASS_CASES, ids=str)
+def test_block_attention_backward_in_two_passes(case, piece, kind, rng, monkeypatch):
+    """dS kept, all of it, of one key head or of one key block at a time."""
+    place, at_portable = HopperPlace(), CpuPlace()
+    place.refused = "block_attention_backward"
+    q, k, v, count, at, lists = scene(case, kind, rng, place)
+    q, k, v = (token_major(x) for x in (q, k, v))
+    backward = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, scratch=1)
+    operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
+    if kind == "float16":  # as lists made on the device: the host knows no entry
+        made.extras.clear()
+    if piece != "all":
+        entries = (made.nq if piece == "a block" else made.nq * made.nk) * case.Hq // case.Hk
+        monkeypatch.setattr(two_pass, "GIB", entries * 2 ** 15)
+    forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),
+          lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at),
+          q, k, v, count, scale=case.scale, sink=SINK[:case.Hq] if case.sink else None, rng=rng)
+
+
+@pytest.mark.parametrize("Hq, Hk, T, D", [(32, 32, 32768, 128), (32, 8, 32768, 128), (32, 32, 16384, 192), (16, 16, 16384, 64), (2, 1, 65536, 128)])
+def test_two_passes_keep_their_scratch_small(Hq, Hk, T, D):
+    """Causal: dS of a piece, the sums beside pieces of key blocks, and K's copy stay under 2.2 times dQ in float32."""
+    group, tiles = Hq // Hk, T // 128
+    lists = SimpleNamespace(extras={}, nk=tiles, nq=tiles, by_key_rows=np.empty(tiles * (tiles + 1) // 2, np.int32))
+    heads, blocks, most = two_pass.pieces(lists, Hk, group, tiles, two_pass.room(1, Hq, T, D, group))
+    sums = 0 if blocks >= tiles else heads * group * T * D * 4
+    assert heads * group * most * two_pass.SLOPES + sums + heads * blocks * 128 * D * 2 + 2 * Hq * tiles * 196 * 4 <= 2.2 * 4 * Hq * T * D
+
+
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("path", ["portable", "hopper"])
+@pytest.mark.parametrize("path", ["portable", "hopper", "two_pass"])
 def test_large_scores_on_hopper(path, steps, kind, rng):
     """Scores of any finite size, from key block to key block; what the backward of either path makes of that lse. The scale carries what float16 cannot."""
     place, sizes, T = HopperPlace(), np.array(STEPS[steps]), 70
@@ -367,7 +413,7 @@ def test_large_scores_on_hopper(path, steps, kind, rng):
         k[..., 1:] = np.minimum(np.abs(sizes / scale), 0.1).repeat(128)[:, None] * rng.standard_normal((S, 15))
     made = block_lists.build(np.ones((1, T, S), bool), 0, 128, 128)
     made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
-    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending")
+    forward, backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1), dict(path=path, block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=1, sums=1, section=0, walk="descending", scratch=1)
     operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale, q_start=0)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, **at),
           lambda lse, delta, dout: block_attention_backward.run(*operands, made, lse, delta, dout, config=backward, **at), q, k, v, np.ones((1, 1, T, S), bool), scale=scale, rng=rng)
@@ -529,16 +575,18 @@ def test_gather_attention_of_shared_blocks(case, kind, eager, rng, monkeypatch):
         assert_close(name, grads[got].owner, true[got], one[got], reduction=n + c.D + c.Dv)
 
 
-def test_paths_of_selected_blocks():
-    """Which problems take the path that shares blocks, and why others do not; a strided or single row leaves it at the call."""
+@pytest.mark.parametrize("kernel", [gather_attention, gather_attention_backward], ids=["forward", "backward"])
+def test_paths_of_selected_blocks(kernel):
+    """Which problems take the path that shares blocks, and why others do not; few queries may be given it."""
     sizes, kinds = dict(B=1, Hq=64, Hk=4, T=4096, S=4096, D=128, Dv=128, K=16), dict.fromkeys("qkv", "bfloat16")
     of = lambda change=None, dtypes=kinds, arch="sm_90a", granularity=64: Problem.of("gather_attention", {**sizes, **(change or {})}, dtypes, arch, (), 1.0, granularity)  # noqa: E731
     for granularity in (16, 32, 64, 128):
-        assert gather_attention.default_config(of(granularity=granularity))["path"] == "union"
-    assert gather_attention.default_config(of(dict(T=1)))["path"] == "portable" and not isinstance(gather_attention.resources(of(dict(T=1)), {**gather_attention.default_config(of()), "path": "union"}), str)
+        assert kernel.default_config(of(granularity=granularity))["path"] == "union"
+    few = kernel.default_config(of(dict(T=1)))
+    assert few["path"] == "portable" and not isinstance(kernel.resources(of(dict(T=1)), {**few, "path": "union"}), str)
     for problem in (of(arch="sm_80"), of(dtypes=dict.fromkeys("qkv", "float32")), of(dict(D=192)), of(dict(Dv=100)), of(dict(Hq=512)), of(granularity=1), of(granularity=24), of(dict(K=2048)), of(granularity=2 ** 20)):
-        config = gather_attention.default_config(problem)
-        assert config["path"] == "portable" and "portable" in gather_attention.resources(problem, {**config, "path": "union"})
+        config = kernel.default_config(problem)
+        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "union"})
 
 
 @dataclasses.dataclass
@@ -580,6 +628,12 @@ LATENTS = [
     Latent(softcap=2.0, portable=True),
     Latent(offset=4, portable=True),
 ]
+FEW = [  # heads as columns of a product: 8, 16, 32; tiles in pairs and alone, at the ring's end and in its middle
+    Latent(Hq=8, S=700, K=650, T=2, keys="late", sms=1),
+    Latent(B=2, Hq=16, S=300, K=260, T=3, lengths=True, causal=True, sms=2),
+    Latent(Hq=17, S=500, K=420, T=2, keys="ascending", sms=1),
+    Latent(Hq=9, S=300, K=200, T=9, keys="huge", lengths=True, sms=1),
+]
 
 
 def latents(c, kind, rng):
@@ -618,8 +672,8 @@ def latent_problem(c, kind, op):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
 @pytest.mark.parametrize("kind", ("bfloat16", "float16"))
-@pytest.mark.parametrize("case", LATENTS, ids=str)
-def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
+@pytest.mark.parametrize("path, case", [("hopper", c) for c in LATENTS] + [("tokens", c) for c in LATENTS + FEW], ids=str)
+def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     """Warpgroup products, ring and turns; holes of every garbage anywhere, NaN behind them; maxima that move in every tile; scores of which one decides; what it does not take."""
     c, place = case, HopperPlace()
     place.sms = c.sms
@@ -628,7 +682,7 @@ def test_gather_attention_on_hopper(case, kind, eager, rng, monkeypatch):
     q, k, indices, lengths, count = latents(c, kind, rng)
     v, put = k[..., :512], place.put
     problem = latent_problem(c, kind, "gather_attention")
-    config = {**gather_attention.default_config(problem), "path": "hopper", "split": 1}
+    config = {**gather_attention.default_config(problem), "path": path, "split": int(path == "hopper")}
     assert not isinstance(gather_attention.resources(problem, config), str)
     operands = *map(put, (q, k, v)), put(indices)
     assert gather_attention.hopper_takes(*operands, 1, c.scale, c.softcap, kind) != c.portable
@@ -689,7 +743,11 @@ def test_gather_attention_refuses_what_hopper_lacks(kernel):
                                                         (dict(D=512), kinds, *given, 1), (dict(Hk=2), kinds, *given, 1), ({}, kinds, *given, 64), ({}, kinds, "sm_90a", ("shared_kv", "softcap"), 1)):
         problem = Problem.of("gather_attention", {**sizes, **change}, dtypes, arch, features, granularity=granularity)
         config = kernel.default_config(problem)
-        assert config["path"] == "portable" and "portable" in kernel.resources(problem, {**config, "path": "hopper"})
+        assert config["path"] == "portable"
+        for path in {"hopper", *kernel.TUNABLES[0].values} - {"portable"}:
+            assert f"path {path}" in kernel.resources(problem, {**config, "path": path}) and "portable" in kernel.resources(problem, {**config, "path": path})
+    if kernel is gather_attention:
+        assert kernel.resources(Problem.of("gather_attention", sizes, kinds, *given), {**kernel.default_config(problem), "path": "tokens", "split": 1}) == "split is for path hopper; the others take 0"
 
 
 # ------------------------------------------------------------------------------------------------------------------ delta, merge

@@ -1,6 +1,7 @@
 """Samplers on spaces that were timed whole: the file format, what a regret is, and that ours beats random and plain TPE on a space of knobs that interact."""
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsetile.autotune import parzen, replay, search
+from sparsetile.autotune.surface import Surface
 from sparsetile.backends.contract import Tunable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +87,55 @@ def test_the_cold_arm_knows_nothing_of_the_seeds():
     assert {0, 5, 6} <= set(warm.index) and not {5, 6} & set(cold.index) and 0 in cold.index and abs(len(warm.index) - len(cold.index)) <= 4
 
 
+def test_the_surface_is_a_gaussian_process():
+    """Mean, error and expected improvement of every config by the definition, in float64 and at once; the surface has grown row by row, in the order of the answers."""
+    rng, points = np.random.default_rng(0), np.array(list(itertools.product(range(4), range(3), range(5))))
+    surface, told = Surface(points, [True, False, True]), rng.permutation(60)[:25]
+    value = np.exp(0.2 * points[told, 0] + 0.5 * (points[told, 1] == 1) + 0.02 * rng.standard_normal(25))
+    value[3] = np.inf
+    for n, (config, us) in enumerate(zip(told, value)):
+        surface.near(int(config))  # its answer is awaited
+        surface.tell(int(config), float(us))
+        if n % 4:
+            surface.gain()
+    gain, right = surface.gain(), np.isfinite(value)
+    y = np.log(np.where(right, value, value[right].max()))
+    slow = np.quantile(y[right], 0.75)
+    y = np.where(y > slow, slow + 0.3 * (y - slow), y)
+    steps = np.abs(points[:, None] - points[None])
+    far = (steps > 0) * np.array([0.4, 1, 0.4]) + steps / np.array([3, 1, 4]) * np.array([0.9, 0, 0.9])
+    K, one = np.exp(-far @ surface.weights), np.ones(25)
+    inverse = np.linalg.inv(K[np.ix_(told, told)] + 1e-3 * np.eye(25))
+    mean = one @ inverse @ y / (one @ inverse @ one)
+    scale2 = (y - mean) @ inverse @ (y - mean) / 25
+    found = mean + K[:, told] @ inverse @ (y - mean)
+    error = np.sqrt(scale2 * (1 - np.einsum("nt,ts,ns->n", K[:, told], inverse, K[:, told])))
+    z = (y.min() - found) / error
+    expected = error * np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) + math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in z])
+    new = np.setdiff1d(np.arange(60), told)
+    np.testing.assert_allclose(gain[new], expected[new], rtol=0.02, atol=2e-4 * error.max())
+    assert surface.weights[2] < surface.weights[0] and surface.weights[2] < surface.weights[1]  # the last knob does nothing
+
+
+def test_a_surface_without_a_right_answer_or_too_large_says_nothing(monkeypatch):
+    made = Surface(np.arange(10)[:, None], [True])
+    made.tell(3, float("inf"))
+    assert made.gain() is None
+    made.tell(4, 1.0)
+    assert made.gain() is not None
+    monkeypatch.setattr("sparsetile.autotune.surface.MOST", 20)
+    assert made.gain() is None
+    made.tell(5, 1.0)
+    assert made.told == [3, 4]
+
+
+def test_first_configs_differ_in_most_knobs():
+    pool = parzen.Pool(np.array(list(itertools.product(range(8), repeat=3))), [True] * 3, 0)
+    given = [pool.ask() for _ in range(8)]
+    values = pool.points[given]
+    assert all((values[a] != values[b]).sum() >= 2 for a in range(8) for b in range(a)) and min(len(set(column)) for column in values.T) >= 5
+
+
 def test_a_study_gives_back_what_was_dropped():
     module = replay._Module(KNOBS)
     study = search.Study(module, [r["config"] for r in rows()][:5], "x", None, "pool", 0)
@@ -92,6 +143,18 @@ def test_a_study_gives_back_what_was_dropped():
     study.drop(first)
     seen = [study.ask() for _ in range(5)]
     assert first in seen and study.ask() is None
+
+
+def test_a_part_of_a_space_is_a_space():
+    from sparsetile.autotune import space, tasks
+    from sparsetile.ops import dispatch
+    w = tasks.find("cpu/window-256/4096")
+    problem, module = tasks.Task(w, None, hollow=True).problem, dispatch.kernel("numba", w.kernel)
+    whole, part = space.legal(module, problem)[0], space.legal(module, problem, only={"block_q": (32,)})[0]
+    default = module.default_config(problem)
+    assert default["block_q"] != 32 and part == [default] + [c for c in whole if c["block_q"] == 32] and len(part) > 1
+    with pytest.raises(ValueError, match="only: expected knobs and values .* got block_q=5, speed=1; it has block_q"):
+        replay.known(module, {"block_q": (32, 5), "speed": (1,)})
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)

@@ -83,6 +83,20 @@ def test_a_report_of_a_search_and_verify_of_its_entry(tmp_path):
     assert retime.verify([path], None, said.append) == 1 and said[1].startswith("FAILS")
 
 
+def test_a_report_shows_the_roofline():
+    """By hand: two products of 2 x 64 operations for each of 512 * 513 / 2 pairs and 4 heads; four arrays of 4 x 512 x 64 halves; a row of 4096 scores and 8 indices."""
+    device, halves = "NVIDIA H100 80GB HBM3", dict(B=1, Hq=4, Hk=4, T=512, S=512, D=64, Dv=64)
+    task = tasks.Task(tasks.Workload.of("x", "block_attention", "bfloat16", dict(pattern=st.Causal()), **halves), None, hollow=True)
+    least = max(4 * 512 * 513 / 2 * 4 * 64 / 989.4e6, 4 * 4 * 512 * 64 * 2 / 3.35e6)
+    assert report.ceiling(task, 2 * least, device) == "50% (memory)" and report.ceiling(task, 1.0, "a chip of no data sheet") == ""
+    wide = tasks.Task(tasks.Workload.of("x", "block_attention", "bfloat16", dict(pattern=st.Causal()), **{**halves, "T": 8192, "S": 8192}), None, hollow=True)
+    assert report.ceiling(wide, 4 * 8192 * 8193 / 2 * 4 * 64 / 989.4e6 / 0.75, device) == "75% (products)"
+    decode = tasks.Task(tasks.Workload.of("x", "block_attention", "bfloat16", dict(pattern=st.Window(63)), **{**halves, "T": 1, "S": 4096}), None, hollow=True)
+    assert report.measure.traffic(decode) == 4 * 64 * 2 * (1 + 64 + 64 + 1)  # keys that no query sees are not read
+    row = tasks.Task(tasks.Workload.of("x", "topk", "float32", B=1, T=1, S=4096, K=8), None, hollow=True)
+    assert report.measure.traffic(row) == 4 * (4096 + 8)
+
+
 # ------------------------------------------------------------------------------------------------------------------- misses
 def test_misses_are_counted_and_become_a_work_list(tmp_path, monkeypatch, rng):
     path = tmp_path / "shapes.jsonl"

@@ -4,27 +4,29 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 infinite; dS = P * (dout . v - delta) * d(softcap). dQ goes by the lists of queries, dK and dV by the lists of keys, each sum by one CTA in one order:
 twice the same call gives the same bits. dK and dV are summed over the group's heads; keys that nobody sees get 0.
 
-The path "hopper" (block_attention_backward_hopper.cu) is for sm_90a and blocks of 128: one pass, dQ added in the order in which items are taken. Calls that it does not know (softcap,
-orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot address) take the portable one with the same blocks.
+Two paths are for sm_90a and blocks of 128. "hopper" (block_attention_backward_hopper.cu): one pass, dQ added in the order in which items are taken. "two_pass"
+(block_attention_backward_two_pass.cu, two_pass.py): dS is kept, dQ is its product with K; also for D up to 192. Calls that they do not know (softcap, orders, scales that are not
+positive, outputs of another type, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper, walks
+from sparsetile.backends.cupy import hopper, two_pass, walks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper"), "hopper: one pass of warpgroup products, dQ added in order; 16-bit types, blocks of 128, D and Dv up to 128"),
+    Tunable("path", ("portable", "hopper", "two_pass"), "hopper: one pass of warpgroup products, dQ added in order; 16-bit types, blocks of 128, D and Dv up to 128. two_pass: dS is kept for a second one; D up to 192"),
     Tunable("block_q", (64, 32, 128), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
     Tunable("tile_k", (32, 64, 128), "keys a step of dQ, and keys of a CTA of dK and dV; divides block_k"),
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
-    Tunable("heads", (1, 2, 4, 8, 16, 32), "path hopper: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
+    Tunable("heads", (1, 2, 4, 8, 16, 32), "paths hopper and two_pass: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
     Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones"),
     Tunable("section", (0, 8, 16, 32), "path hopper: query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others"),
     Tunable("walk", ("descending", "freest"), "path hopper: rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)"),
+    Tunable("scratch", (2, 1, 4, 8), "path two_pass: GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it"),
 )
 LOG2E = 1.4426950408889634
 HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
@@ -53,36 +55,41 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool) -> tuple[int, int
     return (bq + stages * tk) * width * 2 + (stages + 1) * (bq + 1) * words * 4 + bq * 4, (tk + stages * tq) * width * 2 + stages * tq * (2 + words) * 4
 
 
-def no_hopper(problem: Problem) -> str | None:
-    """Why the path "hopper" is not for this problem."""
+def no_hopper(problem: Problem, path: str) -> str | None:
+    """Why the path "hopper" or "two_pass" is not for this problem."""
     D, Dv = problem["D"], problem["Dv"]
+    widest = 192 if path == "two_pass" else 128
     if problem.arch != "sm_90a":
-        return f"path hopper: {problem.arch} lacks its instructions; take portable"
-    if problem.dtype("q") not in HALVES or max(D, Dv) > 128 or D % 8 or Dv % 8:
-        return f"path hopper takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {Dv}; take portable"
+        return f"path {path}: {problem.arch} lacks its instructions; take portable"
+    if problem.dtype("q") not in HALVES or D > widest or Dv > 128 or D % 8 or Dv % 8:
+        return f"path {path} takes float16 and bfloat16 with D up to {widest} and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {Dv}; take portable"
     if "softcap" in problem.features:
-        return "path hopper has no softcap; take portable"
+        return f"path {path} has no softcap; take portable"
     return None
 
 
 def hopper_defines(kind: str, D: int, Dv: int) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=64 if D <= 64 else 128, VALUES=64 if Dv <= 64 else 128)
+    return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128)
 
 
-def hopper_bytes(D: int, Dv: int) -> int:
-    """Keys and values; two stages of queries and dout, of dS, of dQ in float32, of rows; plans and barriers."""
+def hopper_bytes(D: int, Dv: int, path: str) -> int:
+    """Keys and values; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + 2 * 64 * width * 4 + 2 * 784 + 128 + 168 + 40
+    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 40
 
 
 def resources(problem: Problem, config: dict):
-    if config["path"] == "hopper":
+    path = config["path"]
+    if path != "portable":
         if (config["block_q"], config["block_k"]) != (128, 128):
-            return f"path hopper takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+            return f"path {path} takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
         if (config["tile_k"], config["tile_q"], config["stages"]) != (64, 32, 1):
-            return "path hopper has tiles of its own; leave tile_k, tile_q and stages at 64, 32 and 1, which are for calls that need the portable path"
+            return f"path {path} has tiles of its own; leave tile_k, tile_q and stages at 64, 32 and 1, which are for calls that need the portable path"
+        if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
+            return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        return no_hopper(problem) or (portable if isinstance(portable, str) else Resources(384, hopper_bytes(problem["D"], problem["Dv"]), 168))
+        shared = hopper_bytes(problem["D"], problem["Dv"], path)
+        return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
     if bq % 32 or bk % tk or bq % tq:
@@ -102,24 +109,27 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
     return (4 * config["block_q"], 128) if float32 else (2 * config["block_q"], 2 * config["tile_k"])
 
 
-def seen_by_many(problem: Problem) -> bool:
-    """Some rows, or some key blocks, meet nearly all others: as items like others, they would be waited for."""
-    return any({"global", "sinks"} & set(word.split("+")) for word in problem.features)
+def waits(problem: Problem) -> bool:
+    """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random."""
+    return any({"global", "sinks", "random"} & set(word.split("+")) for word in problem.features)
 
 
-def heads_together(problem: Problem) -> int:
-    """Key heads worked on at a time, as measured on an H100 (sinks as globals, not measured). `section`, `walk` and `sums` stay as they were measured too: what a simulation says of their other values is for the tuner to try."""
-    if seen_by_many(problem):
-        return 32
-    return 16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8
+def hopper_default(problem: Problem) -> dict | None:
+    """TFLOP/s of hopper / two_pass in one run on an H200: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296; window 1024 389 / 395, causal 32k 287 / 277 and D 64 at 16k 371 / 352 on
+    a throttled chip; sinks as globals, not measured. `heads` of hopper as measured on an H100. What a simulation says of `section`, `walk` and `sums` is for the tuner to try."""
+    if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem):
+        return dict(path="hopper", heads=16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8, scratch=2)
+    if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
+        return dict(path="two_pass", heads=2 if waits(problem) else 32, scratch=two_pass.default_scratch(problem))
+    return None
 
 
 def default_config(problem: Problem) -> dict:
-    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1, section=0, walk="descending")
+    wide, portable = problem["D"] + problem["Dv"], dict(path="portable", heads=8, sums=1, section=0, walk="descending", scratch=2)
     if problem.dtype("q") == "float32":
         return dict(portable, block_q=32, block_k=64, tile_k=32, tile_q=32, stages=1)
-    if problem["T"] > 64 and no_hopper(problem) is None:
-        return dict(path="hopper", heads=heads_together(problem), sums=1, section=0, walk="descending", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)
+    if own := hopper_default(problem):
+        return {**portable, **own, **dict(block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1)}
     if wide <= 256:
         return dict(portable, block_q=64, block_k=128, tile_k=64, tile_q=32, stages=1)
     return dict(portable, block_q=64 if wide <= 384 and nvrtc.shared_limit(problem.arch) > 128 * 1024 else 32, block_k=64, tile_k=32, tile_q=16, stages=1)
@@ -136,8 +146,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
-    own = [dict(source="block_attention_backward_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=["prepare", "classify", "order", "backward", "join", "finish"])]
-    return own + portable if config["path"] == "hopper" else portable
+    source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries"])
+    return portable if config["path"] == "portable" else [dict(source=source, defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=names), *portable]
 
 
 def _source(kind: str) -> str:
@@ -145,7 +155,7 @@ def _source(kind: str) -> str:
 
 
 def takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] == "hopper" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
+    return config["path"] != "portable" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
         and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
@@ -178,6 +188,13 @@ def chosen_walk(lists, walk: str, under_way: int, place):
     return lists.extras[key]
 
 
+def maps_of(q, k, v, dout, dk, dv, place) -> tuple:
+    """How the copy engine reads queries 64 rows at a time and keys 128, and writes 64 of dK and dV; 64 columns each."""
+    read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], x.shape[0]), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
+    write = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[0] * x.shape[1]), (1, x.shape[3], x.shape[2] * x.shape[3]), (64, 64, 1))  # noqa: E731
+    return read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv)
+
+
 def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = place.empty((B, Hq, T, D), q.dtype), place.empty((B, Hk, S, D), q.dtype), place.empty((B, Hk, S, Dv), q.dtype)
@@ -189,14 +206,12 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     count, places = columns // max(lists.nk, 1), key_tiles + each * splits
     walk, sequence, parts = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((count, places, 2), "int32"), place.empty((B * Hk * splits * each, 128 * (d["WIDTH"] + d["VALUES"])), "float32")
     before, blocks = place.empty((count, lists.nk + 1), "int32"), place.empty((count, splits), "int32")
-    read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], B), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
-    write = lambda x: hopper.tensor_map(place, x, (x.shape[3], S, B * Hk), (1, x.shape[3], S * x.shape[3]), (64, 64, 1))  # noqa: E731
     items, together = B * Hk * places, min(config["heads"], B * Hk)
     chosen = chosen_walk(lists, config["walk"], max(place.sms // together, 1), place)
-    values = (read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
+    values = (*maps_of(q, k, v, dout, dk, dv, place), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
               lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, nvrtc.ptr(chosen), *lists_values(lists), *position_values(T, S, kv_length, q_start),
               B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, scale, scale * LOG2E)
-    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv)),
+    for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv, "hopper")),
                                        ("join", 2 * B * Hk * splits * (d["WIDTH"] + d["VALUES"]) // 64, 128, 0), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
     return dq, dk, dv
@@ -209,7 +224,11 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         dout = place.cast(dout, kind)
     tiles = query_tiles(lists, T, q_start, S, kv_length)
     if B * Hq * T and takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) and max(2 * B * Hq * tiles, B * Hk * ceil_div(S, 128)) < 2 ** 31 - place.sms:
-        return run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start)
+        if config["path"] == "hopper":
+            return run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start)
+        dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
+        return two_pass.run(maps_of(q, k, v, dout, dk, dv, place), dq, dk, dv, lse, delta, lists, hopper_defines(kind, D, Dv), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
+                            shape=(B, Hq, Hk, T, S, D, Dv), tiles=tiles, scale=scale, kv_length=kv_length, q_start=q_start)
     make = place.zeros if lists.k_order is not None or B * Hq * T == 0 else place.empty  # an order may lack keys
     dq, dk, dv = place.empty((B, Hq, T, D), out_kind), make((B, Hk, S, D), out_kind), make((B, Hk, S, Dv), out_kind)
     if B * Hq * T == 0:

@@ -24,6 +24,7 @@ struct Params : Pages {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, KEYS = TK / WARPS, NT = KEYS / 8, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
 constexpr int STAGE = TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
+constexpr bool WHOLE = PAGE && PAGE % TK == 0;  // a page holds all keys of a step: one look tells where they are
 constexpr u64 ALL = TK == 64 ? ~0ull : (1ull << 32) - 1;
 static_assert(TK == 32 || TK == 64, "a lane's word of keys");
 static_assert(DVP % (16 * WARPS) == 0 && BK % TK == 0 && (!SHARED_KV || DVP <= DP), "tiles");
@@ -49,17 +50,26 @@ struct Job {
 struct Steps {
   int x, end, c, block;
   u64 mine, seen;
+#if PAGE
+  int row;  // of the step's first key, where a page holds them all
+#endif
   __device__ __forceinline__ void settle(const Params& p, const Job& job) {
     for (; x < end; advance()) {
       const int e = job.run.entry(x), lane = threadIdx.x & 31;
       block = __ldg(p.lists.cols + e);
       mine = seen = ALL;
-      if (!PAGE && x < job.run.plain) return;
+#if PAGE
+      if constexpr (WHOLE) {
+        row = (int)p.row(job.b, block * BK + c < job.run.limit ? block * BK + c : -1);
+        if (row < 0) continue;
+      }
+#endif
+      if ((!PAGE || WHOLE) && x < job.run.plain) return;
       const int kind = x < job.run.full ? -1 : __ldg(p.lists.kinds + e), left = job.run.limit - block * BK - c;
       u32 word[2] = {0, 0}, any[2];
 #pragma unroll
       for (int n = 0; n < TK / 32; n++) {
-        const u32 exist = PAGE ? exist_word<BK, false>(p.lists, block, c + 32 * n, job.run.limit, p, job.b) : range_bits(0, left - 32 * n);
+        const u32 exist = PAGE && !WHOLE ? exist_word<BK, false>(p.lists, block, c + 32 * n, job.run.limit, p, job.b) : range_bits(0, left - 32 * n);
         if (lane < job.count) word[n] = kind_word<BQ, BK>(p.lists, kind, job.row + lane, c + 32 * n) & exist;
         any[n] = __reduce_or_sync(~0u, word[n]);
       }
@@ -146,12 +156,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     const auto load = [&](const Steps& y, int stage) {
       u16* to = stages + stage * STAGE;
       const i64 first = y.block * BK + y.c;
+#if PAGE
+      const auto at = [&](int r) { return WHOLE ? (i64)y.row + r : p.row(job.b, first + r); };
+#endif
 #if LATENT
-      copy_latents<KIND, TK, DP, COPY, THREADS>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + p.row(job.b, first + r) * p.kt : nullptr; });
-#else
-      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + p.row(job.b, first + r) * p.kt : nullptr; });
+      copy_latents<KIND, TK, DP, COPY, THREADS, MT == 1 ? 4 : 1>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + at(r) * p.kt : nullptr; });
+#elif PAGE
+      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + at(r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)
-        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + p.row(job.b, first + r) * p.vt : nullptr; });
+        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + at(r) * p.vt : nullptr; });
+#else
+      copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
+      if constexpr (!SHARED_KV)
+        copy_tile<u16, TK, DVP, COPY, THREADS>(to + TK * KS, VS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
 #endif
     };
 
@@ -182,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
       float s[MT][NT][4];
       scores(s, sq, sk, warp);
-      const bool masked = PAGE || now.x >= job.run.plain;
+      const bool masked = PAGE && !WHOLE || now.x >= job.run.plain;
       const u32 bits = (u32)(now.mine >> KEYS * warp);
 #pragma unroll
       for (int m = 0; m < MT; m++)

@@ -3,21 +3,21 @@
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
 latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values; path portable.
-Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The path "hopper" (gather_attention_hopper.cu) is for
-sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, the path "union" (gather_union.py) for sm_90a and blocks of keys, as Native Sparse Attention selects
-them; calls that their copies cannot serve (`hopper_takes`, `gather_union.takes`) run on the portable one.
+Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The paths "hopper" (gather_attention_hopper.cu) and "tokens"
+(gather_tokens_hopper.py, few heads) are for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, the path "union" (gather_union.py) for sm_90a and blocks of keys,
+as Native Sparse Attention selects them; calls that their copies cannot serve (`hopper_takes`, `gather_union.takes`) run on the portable one.
 """
 import math
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import gather_union, split
+from sparsetile.backends.cupy import gather_tokens_hopper, gather_union, split
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, fp8_defines, head_groups, latent_shape, padded,
                                                position_values, problem_copy_bytes, same_memory, selected_values, sliced)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper", "union"), "hopper: 64 heads of one query a tile by warpgroup products; 16-bit latents of width 576 whose first 512 columns are the values. "
-            "union: neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable"),
+    Tunable("path", ("portable", "hopper", "union", "tokens"), "hopper, tokens: warpgroup products with 64 heads of one query as rows, with up to 32 as columns; 16-bit latents of width 576 whose first "
+            "512 columns are the values. union: neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable"),
     Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
     Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
     Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
@@ -50,16 +50,16 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
     return max((rows * (padded(D) + 8) + stages * tk * tile) * 2 + (stages + 1) * (tk + tk // 32) * 4, rows * (wide + 2) * 4 if kw > 1 else 0)
 
 
-def no_hopper(problem: Problem) -> str | None:
-    """Why the path "hopper" is not for this problem."""
+def no_hopper(problem: Problem, path: str = "hopper") -> str | None:
+    """Why a path of warpgroup products is not for this problem."""
     if latent_shape(problem) is not None:
-        return "path hopper reads latents of 16 bits, not the fp8 layout of a latent cache; take portable"
+        return f"path {path} reads latents of 16 bits, not the fp8 layout of a latent cache; take portable"
     if problem.arch != "sm_90a":
-        return f"path hopper: {problem.arch} lacks its instructions; take portable"
+        return f"path {path}: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem.dtype("out", problem.dtype("q")) != problem.dtype("q"):
-        return f"path hopper takes float16 or bfloat16 and answers in the same type, not {problem.dtype('q')} to {problem.dtype('out', problem.dtype('q'))}; take portable"
+        return f"path {path} takes float16 or bfloat16 and answers in the same type, not {problem.dtype('q')} to {problem.dtype('out', problem.dtype('q'))}; take portable"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or problem.granularity != 1 or "softcap" in problem.features:
-        return "path hopper takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
+        return f"path {path} takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
     return None
 
 
@@ -76,6 +76,8 @@ def resources(problem: Problem, config: dict):
         return gather_union.resources(problem)
     if config.get("split"):
         return "split is for path hopper; the others take 0"
+    if config["path"] == "tokens":
+        return no_hopper(problem, "tokens") or gather_tokens_hopper.resources(problem["Hq"])
     tk, kw, float32 = config["tile_k"], config["key_warps"], problem.dtype("q") == "float32"
     if float32 and (config["heads"], tk, kw, config["stages"]) != (32, 32, 1, 1):
         return "float32 takes heads 32, tile_k 32, key_warps 1 and stages 1"
@@ -103,7 +105,9 @@ def default_config(problem: Problem) -> dict:
     tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, stages=st, split=0) for h, tk, kw, st in tries])
     if gather_union.pays(problem):
         return {**tiles, "path": "union"}
-    return tiles if no_hopper(problem) else {**tiles, "path": "hopper"}  # padding to 64 heads is cheaper than the other path: 2.1 ms against 6.1 at one head
+    if no_hopper(problem):
+        return tiles
+    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool, latent) -> dict:
@@ -118,6 +122,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     if config["path"] == "hopper":
         return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
                 dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
+    if config["path"] == "tokens":
+        return gather_tokens_hopper.artifacts(kind, problem["Hq"])
     own = gather_union.artifacts(problem) if config["path"] == "union" else []
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, "shared_kv" in problem.features, latent_shape(problem))
     return [*own, dict(source=_source(kind), defines=d, names=["forward"])]
@@ -160,8 +166,9 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     if B * Hq * T == 0:
         return out, lse
-    if config["path"] == "hopper" and latent is None and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
-        return run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start)
+    if config["path"] in ("hopper", "tokens") and latent is None and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
+        given = (lengths, causal, scale, sink_logits, kv_length, q_start)
+        return gather_tokens_hopper.run(q, k, indices, out, lse, place, *given) if config["path"] == "tokens" else run_hopper(q, k, indices, out, lse, place, config, *given)
     if config["path"] == "union" and latent is None and gather_union.takes(q, k, v, indices, out_kind):
         return gather_union.run(q, k, v, indices, out, lse, place=place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
                                 kv_length=kv_length, q_start=q_start)

@@ -7,7 +7,8 @@ twice the same call gives the same bits. A key tile that far more queries chose 
 order by `join`: in one CTA it would take longer than all others. Scratch: 4 bytes an entry (more where an entry straddles key tiles), 8 a bin, and up to one float32 dk and dv for parts.
 Keys that nobody chose get 0.
 The path "hopper" (gather_backward_hopper.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values: its dk is the sum of both gradients of the latent, its dv None,
-its dq in the type of q whatever out_dtype. Calls that its copies cannot serve (`hopper.takes`) run on the portable path, whose description the rest is.
+its dq in the type of q whatever out_dtype. The path "union" (gather_union.py) makes dQ of blocks of keys, as Native Sparse Attention selects them; dK and dV are the portable path's.
+Calls that their copies cannot serve (`hopper.takes`, `gather_union.takes`) run on the portable path, whose description the rest is.
 """
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
@@ -85,6 +86,8 @@ def default_config(problem: Problem) -> dict:
     if problem["D"] + problem["Dv"] > 256:  # 32 rows a step spill there; so do 64 keys of wide heads
         tries = [(h, 32 if problem["D"] > 256 else tk, 2 if problem["D"] > 256 else kw, 16) for h, tk, kw, _ in tries]
     tiles = first_fitting(problem, resources, [dict(path="portable", heads=h, tile_k=tk, key_warps=kw, tile_q=tq, chunk=256) for h, tk, kw, tq in tries])
+    if gather_union.pays(problem) and not isinstance(resources(problem, {**tiles, "path": "union"}), str):
+        return {**tiles, "path": "union"}
     return tiles if hopper.no_hopper(problem) else {**tiles, "path": "hopper"}
 
 

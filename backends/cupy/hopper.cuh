@@ -98,9 +98,11 @@ inline void tma_store_wait() {}
 inline void shared_to_copy_engine() {}
 inline void named_sync(int id, int n) { emulate_named_sync(id, n); }
 inline void named_arrive(int id, int n) { emulate_named_arrive(id, n); }
+inline bool named_or(int id, int n, bool mine) { return emulate_named_or(id, n, mine); }
 inline void ldmatrix_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, false); }
 inline void ldmatrix_trans_at(u32 (&r)[4], u32 at) { emulate_ldmatrix(r, emulate_shared() + at, true); }
 inline void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix(at, a, b, c, d); }
+inline void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix_transposed(at, a, b, c, d); }
 template <int N> inline void fewer_registers() {}
 template <int N> inline void more_registers() {}
 #else
@@ -122,6 +124,11 @@ __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.w
 __device__ __forceinline__ void shared_to_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // by every thread that wrote, before the store
 __device__ __forceinline__ void named_sync(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(n) : "memory"); }
+__device__ __forceinline__ bool named_or(int id, int n, bool mine) {  // whether it holds for one of them
+  u32 any;
+  asm volatile("{.reg .pred p, q; setp.ne.u32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q;}" : "=r"(any) : "r"(id), "r"(n), "r"((u32)mine) : "memory");
+  return any;
+}
 __device__ __forceinline__ void ldmatrix_at(u32 (&r)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
@@ -130,6 +137,9 @@ __device__ __forceinline__ void ldmatrix_trans_at(u32 (&r)[4], u32 at) {
 }
 __device__ __forceinline__ void stmatrix_at(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 template <int N> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
@@ -153,11 +163,13 @@ __device__ __forceinline__ u32 thread_again() {  // threadIdx.x, computed where 
 #endif
 }
 
-__device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {  // 16 bytes, zeros where nothing is to be read
+// 16 bytes, zeros where nothing is to be read. Alone: what stands beside them is not asked for; rows of nine lines that stand apart would bring a tenth from memory
+template <bool Alone = false> __device__ __forceinline__ void fetch(u32 to, const char* from, int exists) {
 #ifdef SPARSETILE_EMULATE
   emulate_cp_async(emulate_shared() + to, from, 16, exists);
 #else
-  asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
+  if constexpr (Alone) asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
+  else asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global.L2::256B [%0], [%1], 16, p;}" :: "r"(to), "l"(from), "r"(exists) : "memory");
 #endif
 }
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // known to be: addresses stay in uniform registers

@@ -19,35 +19,44 @@ template <int Kind> __device__ __forceinline__ u32 scaled_pair(u32 x, float scal
 }
 
 // Columns first .. first + Columns - 1 of rows of `width` = LATENT + P values; zeros past them, and in rows that are null. Rows start at multiples of 4 bytes, and of Copy.
-template <int Kind, int Rows, int Columns, int Copy, int Threads, class Row>
+// Loads of a thread go out FLIGHT at a time, without a branch between them: one after the other each would wait for memory.
+template <int Kind, int Rows, int Columns, int Copy, int Threads, int FLIGHT = 4, class Row>
 __device__ __forceinline__ void copy_latents(u16* to, int stride, int first, int width, Row row) {
-  constexpr int N = Copy == 16 ? 16 : 4, CHUNKS = Columns / N;
-#pragma unroll 3  // divides the turns of 576 columns: with a rest to do ptxas spills
-  for (int i = threadIdx.x; i < Rows * CHUNKS; i += Threads) {
-    const int r = i / CHUNKS, c = first + i % CHUNKS * N;
-    const u8* from = row(r);
-    u32 pairs[N / 2] = {};
-    if (from && c < LATENT) {
-      u32 raw[N / 4];
+  constexpr int N = Copy == 16 ? 16 : 4, WIDE = Columns < LATENT ? Columns : LATENT, CHUNKS = WIDE / N, TOTAL = Rows * CHUNKS, PAIRS = (Columns - WIDE) / 2;
+#pragma unroll (4 / FLIGHT)
+  for (int i = threadIdx.x; i < TOTAL; i += FLIGHT * Threads) {
+    u32 raw[FLIGHT][N / 4];
+    float scale[FLIGHT];
+#pragma unroll
+    for (int f = 0; f < FLIGHT; f++) {
+      const int x = i + f * Threads, c = first + x % CHUNKS * N;
+      const u8* from = x < TOTAL ? row(x / CHUNKS) : nullptr;
+      scale[f] = from ? __ldg((const float*)(from + LATENT) + c / 128) : 0.f;
       if constexpr (N == 16) {
-        const uint4 x = __ldg((const uint4*)(from + c));
-        raw[0] = x.x; raw[1] = x.y; raw[2] = x.z; raw[3] = x.w;
-      } else raw[0] = __ldg((const u32*)(from + c));
-      const float scale = __ldg((const float*)(from + LATENT) + c / 128);
+        const uint4 y = from ? __ldg((const uint4*)(from + c)) : make_uint4(0, 0, 0, 0);
+        raw[f][0] = y.x; raw[f][1] = y.y; raw[f][2] = y.z; raw[f][3] = y.w;
+      } else raw[f][0] = from ? __ldg((const u32*)(from + c)) : 0;
+    }
 #pragma unroll
-      for (int e = 0; e < N / 4; e++) pairs[2 * e] = scaled_pair<Kind>(raw[e], scale), pairs[2 * e + 1] = scaled_pair<Kind>(raw[e] >> 16, scale);
-    } else if (from) {
+    for (int f = 0; f < FLIGHT; f++) {
+      const int x = i + f * Threads;
+      if (x >= TOTAL) break;
+      u32* at = (u32*)(to + x / CHUNKS * stride + x % CHUNKS * N);
 #pragma unroll
-      for (int e = 0; e < N / 2; e++) {
-        if (c + 2 * e >= width) break;
-        pairs[e] = __ldg((const u32*)(from + LATENT + LATENT / 32) + (c - LATENT) / 2 + e);
-        if constexpr (Kind == FLOAT16) pairs[e] = pack<FLOAT16>(to_float<BFLOAT16>((u16)pairs[e]), to_float<BFLOAT16>((u16)(pairs[e] >> 16)));
+      for (int e = 0; e < N / 4; e++) {
+        const u32 lo = scaled_pair<Kind>(raw[f][e], scale[f]), hi = scaled_pair<Kind>(raw[f][e] >> 16, scale[f]);
+        *(uint2*)(at + 2 * e) = make_uint2(lo, hi);
       }
     }
-    u16* at = to + r * stride + c - first;
-#pragma unroll
-    for (int e = 0; e < N / 2; e += N / 4) {
-      if constexpr (N == 16) *(uint4*)(at + 2 * e) = make_uint4(pairs[e], pairs[e + 1], pairs[e + 2], pairs[e + 3]); else *(u32*)(at + 2 * e) = pairs[e];
+  }
+  if constexpr (PAIRS > 0) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < Rows * PAIRS; i += Threads) {
+      const int e = i % PAIRS;
+      const u8* from = WIDE + 2 * e < width ? row(i / PAIRS) : nullptr;
+      u32 pair = from ? __ldg((const u32*)(from + LATENT + LATENT / 32) + e) : 0;
+      if constexpr (Kind == FLOAT16) pair = pack<FLOAT16>(to_float<BFLOAT16>((u16)pair), to_float<BFLOAT16>((u16)(pair >> 16)));
+      *(u32*)(to + i / PAIRS * stride + WIDE + 2 * e) = pair;
     }
   }
 }

@@ -92,7 +92,7 @@ template <int Bk, int Tk, bool Order> struct Walk {
   __device__ __forceinline__ Walk() : cols(nullptr), kinds(nullptr), e(0), middle(0), end(0), c(0), block(0), limit(0) {}
   __device__ __forceinline__ bool valid() const { return e < end; }
   __device__ __forceinline__ int kind() const { return e < middle ? -1 : __ldg(kinds + e); }
-  __device__ __forceinline__ bool masked() const { return Order || PAGE || e >= middle || block * Bk + c + Tk > limit; }
+  __device__ __forceinline__ bool masked() const { return Order || PAGE % Tk || e >= middle || block * Bk + c + Tk > limit; }
   __device__ __forceinline__ void settle() {
     while (e < end) {
       block = __ldg(cols + e);

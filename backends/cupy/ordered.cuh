@@ -5,7 +5,6 @@
 #ifdef SPARSETILE_EMULATE
 inline void wait_turn(const int* counter, int turn, u32&) { emulate_wait_equal(counter, turn); }
 inline void end_turn(int* counter, int turn) { *counter = turn + 1; }
-inline void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) { emulate_stmatrix_transposed(at, a, b, c, d); }
 inline int shared_int(u32 at) { return *(int*)(emulate_shared() + at); }
 inline float2 shared_pair(u32 at) { return *(float2*)(emulate_shared() + at); }
 inline void shared_store(u32 at, float a, float b, float c, float d) { *(float4*)(emulate_shared() + at) = make_float4(a, b, c, d); }
@@ -22,9 +21,6 @@ __device__ __forceinline__ void wait_turn(const int* counter, int turn, u32& pat
 }
 // after tma_store_wait: a bulk group that is complete has been written, but only release and acquire order it between processors
 __device__ __forceinline__ void end_turn(int* counter, int turn) { asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(counter), "r"(turn + 1) : "memory"); }
-__device__ __forceinline__ void stmatrix_transposed_at(u32 at, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
 // by 32-bit address, where a register more would be one too many
 __device__ __forceinline__ int shared_int(u32 at) { int x; asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(at)); return x; }
 __device__ __forceinline__ float2 shared_pair(u32 at) { float2 x; asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at)); return x; }

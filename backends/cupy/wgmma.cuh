@@ -36,11 +36,14 @@ template <int Kind, Major B, int Sums> inline void wgmma(float (&d)[Sums], const
 inline void wgmma_e4m3(float (&d)[64], u64 a, u64 b, int acc) { emulate_wgmma_e4m3<128>(d, a, b, acc); }
 #else
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
 #define D32(i) D16(i), D16(i + 16)
 #define D64 D32(0), D32(32)
 #define D96 D64, D32(64)
-#define LIST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST4 "%0, %1, %2, %3"
+#define LIST8 LIST4 ", %4, %5, %6, %7"
+#define LIST16 LIST8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LIST32 LIST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LIST64 LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define LIST96 LIST64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -55,6 +58,8 @@ template <int Kind, Major B> __device__ __forceinline__ void wgmma(float (&d)[N 
   if constexpr (Kind == BFLOAT16) asm volatile(WGMMA("m64n" #N "k16", "bf16", a5, LIST, "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}", a4, ", %" #a6) : SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(acc), "n"((int)B)); \
   else asm volatile(WGMMA("m64n" #N "k16", "f16", a5, LIST, "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}", a4, ", %" #a6) : SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(acc), "n"((int)B)); \
 }
+PRODUCTS(8, D4(0), LIST4, 4, 5, 6, 7, 8, 9, 10)
+PRODUCTS(16, D8(0), LIST8, 8, 9, 10, 11, 12, 13, 14)
 PRODUCTS(32, D16(0), LIST16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCTS(64, D32(0), LIST32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCTS(128, D64, LIST64, 64, 65, 66, 67, 68, 69, 70)

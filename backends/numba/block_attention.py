@@ -29,8 +29,8 @@ from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_key
 from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
 from sparsetile.backends.numba.tiles import PANEL, STEP, split
 
-TUNABLES = (Tunable("block_q", (64, 32, 128), "queries per task"),
-            Tunable("block_k", (64, 32, 128), "keys per block of the layout"),
+TUNABLES = (Tunable("block_q", (64, 16, 32, 48, 96, 128, 160, 192, 224, 256, 320, 384), "queries per task"),
+            Tunable("block_k", (64, 32, 96, 128, 160, 192, 256, 384, 512), "keys per block of the layout"),
             Tunable("pairs", (False, True), "bfloat16 by pair products (AVX-512 BF16), where widths are even, keys in order, the scale positive and no element denormal"))
 SMALL = 1 << 20  # pairs times widths that one thread does faster than others are woken
 NOTHING = np.float32(-np.inf)

@@ -1,0 +1,452 @@
+// Backward of attention over block lists by Hopper's own instructions in two passes: float16 and bfloat16, blocks of 128 x 128, five products and no additions in device memory.
+//
+// `backward`: an item is a key block of a key head: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step. What would be
+// dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so does the key block (keys that nobody sees are zero there). `queries`: an item is a query tile; dQ is its
+// blocks of dS times theirs of K, in registers, in the order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
+//
+// dS of everything would be T x S memory. Heads, or key blocks of a head, are worked on in pieces that fit a fixed amount; where a head comes in pieces, dQ stands in float32 between them.
+//
+// Beside block_attention_backward_hopper.cu this reads dS and K once more (64 KB a block of 128 x 128 at D 128), needs no turns, no float32 sums, and has the registers for D up to 192.
+// Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv rounded up to 64 or 128).
+#include "wgmma.cuh"
+#include "lists.cuh"
+#include "ordered.cuh"
+
+struct Params {
+  TensorMap q, k, v, dout, dk, dv;  // boxes of 64 columns, 64 rows; k, v: 128 rows
+  void *dq, *dk_out, *dv_out;
+  const float *lse, *delta;
+  float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
+  unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
+  int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
+  int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
+  const int *by_key_offsets, *by_key_rows, *by_key_kinds;
+  ListArrays lists;
+  Positions at;
+  int Hq, group, D, Dv, tiles, key_tiles, outside;                // outside: query tiles of the call that the lists may lack
+  int together, ahead, ahead_rows;                                // `together` key heads are worked on at a time, once the `ahead` longest items of all are taken
+  int pieces, from_head, heads, from_block, piece_blocks, most;   // key heads and key blocks of the piece; most entries of one head in a piece
+  int items;                                                      // of `backward`
+  float scale, exponent;                                          // exponent = scale * log2(e)
+};
+
+constexpr bool ADDS = false;
+#include "block_backward_hopper.cuh"
+
+constexpr int BLOCK_BYTES = 4 * PART, KEY_BYTES = Q_PARTS * SLAB, STAGE = (2 + Q_PARTS) * PART, STAGES = 20 * PART / STAGE, ITEMS = 2;  // a stage: 64 keys and their dS for 128 queries
+constexpr int PITCH = WIDTH / 2 + 4;   // of dQ on its way out, in pairs
+constexpr bool WIDE = WIDTH + VALUES > 256;  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
+
+// (head, rank) of an item among `heads` times n: the `ahead` longest of all heads, then so many heads at a time as share the cache
+__device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead, int together) {
+  if (number < ahead * heads) return make_int2(number % heads, number / heads);
+  const int each = n - ahead, m = number - ahead * heads, from = m / (together * each) * together, size = imin(together, heads - from), rest = m - from * each;
+  return make_int2(from + rest % size, ahead + rest / size);
+}
+
+__device__ __forceinline__ Item::Item(const Params& p, int number) {
+  const int Hk = p.Hq / p.group;
+  const int2 turn = turn_of(number, p.heads, p.items / p.heads, p.ahead, p.together);
+  key_head = p.from_head + turn.x;
+  b = key_head / Hk;
+  hk = key_head % Hk;
+  block = p.from_block + turn.y;
+  if (p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = __ldg(p.blocks + (i64)list(p, 0) * p.key_tiles + block);  // else lists of one group differ: as they come
+  slot = -1;
+  start = first_position(p.at, b);
+  limit = key_limit(p.at, b);
+  const int2 rows = rows_of_call(p, start);
+  first_row = rows.x;
+  end_row = block < p.lists.nk && block * KEYS < limit ? imax(rows.x, rows.y) : first_row;
+}
+
+// ----------------------------------------------------------------------------------------------------------- dK, dV and dS
+// Keys of each item and dS of each step, as they stand in shared memory.
+__device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
+  u32 patience = PATIENCE, n = 0, turn = 0, turn_keys = 0;
+  for (;;) {
+    const Plan x = next_plan(m, n, patience);
+    if (x.state & STOP || !patience) break;
+    if (x.state & EMPTY) continue;
+    if (x.state & FIRST) {
+      bar_wait(m.full_keys(), turn_keys, patience);
+      turn_keys ^= 1;
+      bulk_store(p.keys + ((i64)(x.key_head - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k, KEY_BYTES);
+    }
+    unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
+    for (int s = 0; s < 2; s++) {
+      bar_wait(m.full_ds(s), turn, patience);
+      bulk_store(to + s * 2 * PART, m.ds + s * 2 * PART, 2 * PART);
+      tma_store_commit();
+      tma_store_wait_read();
+      bar_arrive(m.free_ds(s));
+    }
+    if (x.state & FIRST) bar_arrive(m.kept());
+    turn ^= 1;
+  }
+  tma_store_wait();
+}
+
+// does some logsumexp of stage b's rows lie far from 0?
+__device__ __forceinline__ int is_far(const Shared& m, u32 b) { return __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0); }
+
+// Scores less their rows' logsumexp, as products that started from it left them, to probabilities, and these rounded. `rows_at`: this lane's rows of the stage; `seen`: load_mask.
+__device__ __forceinline__ void to_probabilities(const Params& p, float (&s)[32], u32 (&pr)[16], u32 rows_at, int far, int4 seen, int kind, int left) {
+  float c = p.exponent;
+  if (far) {  // the score is rounded as in the forward, so that score - lse is right however large both are
+    c = 1.f;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float2 lse = shared_pair(rows_at + 2 * STEP * 4 + j * 32);
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[4 * j + e] = (__fmul_rn(s[4 * j + e], p.scale) - (e & 1 ? lse.y : lse.x)) * LOG2E;
+    }
+  }
+  if (kind >= 0 || left < KEYS) mask(s, seen, kind, left);
+#pragma unroll
+  for (int j = 0; j < 16; j++) {
+    s[2 * j] = ex2(s[2 * j] * c); s[2 * j + 1] = ex2(s[2 * j + 1] * c);
+    pr[j] = pack<KIND>(s[2 * j], s[2 * j + 1]);
+  }
+}
+
+template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) d[i] = 0.f;
+}
+
+__device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
+  const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
+  u32 patience = PATIENCE;
+  float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
+  u32 pr[16], ds[16], turn = 0, turn_keys = 0, plan = 0;
+  const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
+  const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
+  const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
+  const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
+  // A step is 64 queries; b is its stage, and which half of the tile it is.
+  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+    bar_wait(m.full_q(b), turn, patience);
+    start_from(s, rows_at + b * LINE * 4);
+    wgmma_fence();
+    const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
+#pragma unroll
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    wgmma_commit();
+  };
+  const auto multiply_dv = [&](const u32 b) __attribute__((always_inline)) {
+    hold(dv);
+    wgmma_fence();
+    const u64 do_rows = descriptor_columns<PART>(m.dout + b * V_PARTS * PART);
+#pragma unroll
+    for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
+    wgmma_commit();
+  };
+  const auto step = [&](const u32 b) __attribute__((always_inline)) {  // its scores are on their way
+    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = is_far(m, b);
+    const int4 seen = load_mask(p.lists, kind, b * STEP);
+    wgmma_wait<0>();
+    hold(s);
+    to_probabilities(p, s, pr, rows_at + b * LINE * 4, far, seen, kind, left);
+    if (WIDE) {
+      multiply_dv(b);
+      wgmma_wait<0>();
+      hold(dv);
+    }
+    start_from(dp, rows_at + b * LINE * 4 + STEP * 4);
+    wgmma_fence();
+    const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART);
+#pragma unroll
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    wgmma_commit();
+    if (!WIDE) multiply_dv(b);
+    if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
+    hold(dp);
+#pragma unroll
+    for (int j = 0; j < 16; j++) ds[j] = pack<KIND>(s[2 * j] * dp[2 * j], s[2 * j + 1] * dp[2 * j + 1]);
+    bar_wait(m.free_ds(b), turn ^ 1, patience);
+#pragma unroll
+    for (int g = 0; g < 4; g++) stmatrix_transposed_at(ds_at + b * 2 * PART + g * 2048, ds[4 * g], ds[4 * g + 1], ds[4 * g + 2], ds[4 * g + 3]);  // as [query][key]
+    hold(dk);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dk, ds + 4 * c, q_rows + c * 128, 1);
+    wgmma_commit();
+    shared_to_copy_engine();
+    __syncwarp();
+    if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
+  };
+  const auto free_step = [&](const u32 b) __attribute__((always_inline)) {
+    hold(dk); hold(dv);
+    if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+  };
+  for (;;) {
+    bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+    const int state = field(STATE);
+    if (state & STOP) break;
+    if (state & EMPTY) {
+      store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      named_sync(4 + w, 128);
+      release();
+      continue;
+    }
+    bar_wait(m.full_keys(), turn_keys, patience);
+    clear(dk); clear(dv);
+    multiply_scores(0);
+    for (u32 b = 0;;) {
+      step(b);
+      if (b && field(STATE) & LAST) break;
+      if (b) { release(); turn ^= 1; }
+      b ^= 1;
+      wgmma_wait<0>();
+      free_step(b ^ 1);
+      multiply_scores(b);
+      if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+    }
+    turn ^= 1;
+    wgmma_wait<0>();
+    free_step(1);
+    bar_wait(m.kept(), turn_keys, patience);
+    turn_keys ^= 1;
+    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
+    write_keys(dk, p.scale, m.k, row, lane);
+    write_keys(dv, 1.f, m.v, row, lane);
+    shared_to_copy_engine();
+    named_sync(4 + w, 128);
+    release();
+    if (tid == 0) {
+      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      tma_store_commit();
+      tma_store_wait_read();
+      bar_arrive(m.free_keys());
+    }
+  }
+  if (thread_again() % 128 == 0) tma_store_wait();
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  const Shared m(raw);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; s++) {
+      bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2);
+      bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1);
+    }
+    for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
+    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1); bar_init(m.kept(), 1);
+    bar_fence();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == 0) {
+    fewer_registers<24>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 3) plan_items(p, m);
+    else if (threadIdx.x == 0) load_items(p, m);
+    else if (threadIdx.x == 32) store_slopes(p, m);
+  } else {
+    more_registers<240>();
+    multiply_items(p, m, group - 1);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- dQ
+struct Rows { int head, tile, t, n; };  // a query tile: t is the query of its row 0; n: stages; -1: no more items
+
+struct Ring {  // what `queries` holds in shared memory
+  u32 base, stages, out, bars;
+  unsigned char* raw;
+  __device__ __forceinline__ explicit Ring(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
+    stages = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);
+    out = stages + STAGES * STAGE; bars = out + ROWS * PITCH * 4;
+  }
+  __device__ __forceinline__ u32 full(int s) const { return bars + 8 * s; }
+  __device__ __forceinline__ u32 free(int s) const { return bars + 8 * (STAGES + s); }
+  __device__ __forceinline__ u32 full_item(int s) const { return bars + 8 * (2 * STAGES + s); }
+  __device__ __forceinline__ u32 free_item(int s) const { return bars + 8 * (2 * STAGES + ITEMS + s); }
+  template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
+  __device__ __forceinline__ Rows* item(int s) const { return at<Rows>(bars + 8 * (2 * STAGES + 2 * ITEMS)) + s; }
+};
+
+// Entries of a row of the lists whose key blocks lie in the piece and begin before the last key: first .. first + n - 1, `gap` left out behind the `full` full ones
+struct Run { int first, n, full, gap; };
+
+__device__ __forceinline__ Run open_run(const Params& p, int list, int i, int limit) {
+  const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), past = imin(p.from_block + p.piece_blocks, limit / KEYS + (limit % KEYS != 0));
+  const int first = from + count_below(p.lists.cols + from, middle - from, p.from_block), last = from + count_below(p.lists.cols + from, middle - from, past);
+  const int second = middle + count_below(p.lists.cols + middle, end - middle, p.from_block), full = imax(last - first, 0);
+  return {first, full + imax(middle + count_below(p.lists.cols + middle, end - middle, past) - second, 0), full, second - first - full};
+}
+
+// item `number`; its tile has no rows in the call, or nothing to be done in this piece: t stays at T
+__device__ __forceinline__ Rows open_rows(const Params& p, int number, Run& run) {
+  const int2 turn = turn_of(number, p.heads * p.group, p.lists.nq + p.outside, p.ahead_rows, p.together * p.group);
+  const int head = p.from_head * p.group + turn.x, b = head / p.Hq, list = __ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h);
+  const int start = first_position(p.at, b), skipped = floor_div(start, ROWS);
+  const bool listed = turn.y < p.lists.nq, first = p.from_block == 0, last = p.from_block + p.piece_blocks >= p.key_tiles;
+  const i64 i = listed ? __ldg(p.tiles_of + (i64)list * p.lists.nq + turn.y) : (i64)skipped + turn.y - p.lists.nq - p.lists.first, tile = i + p.lists.first - skipped;
+  const Rows nothing = {head, 0, p.at.T, 0};
+  run = {0, 0, 0, 0};
+  if (tile < 0 || tile >= p.tiles || (!listed && ((i >= 0 && i < p.lists.nq) || !last))) return nothing;
+  if (listed) run = open_run(p, list, (int)i, key_limit(p.at, b));
+  if (run.n == 0 && !first && !last) return nothing;
+  return {head, (int)tile, (int)((skipped + tile) * ROWS - start), 2 * run.n};
+}
+
+__device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
+  u32 patience = PATIENCE, s = 0, turn = 1;
+  const int items = p.heads * p.group * (p.lists.nq + p.outside);
+  for (u32 i = 0;;) {
+    const int number = atomicAdd(p.ticket + 1, 1);
+    const bool more = number < items && patience;
+    Run run = {0, 0, 0, 0};
+    const Rows x = more ? open_rows(p, number, run) : Rows{0, 0, 0, -1};
+    if (more && x.t >= p.at.T) continue;
+    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);
+    *m.item(i % ITEMS) = x;
+    bar_arrive(m.full_item(i % ITEMS));
+    i++;
+    if (!more) return;
+    const unsigned char* slopes = p.slopes + (i64)(x.head - p.from_head * p.group) * p.most * BLOCK_BYTES;
+    const unsigned char* keys = p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks - p.from_block) * KEY_BYTES;
+    const auto find = [&](int e) {  // where dS of an entry stands, and its key block
+      const int entry = run.first + e + (e < run.full ? 0 : run.gap);
+      return e < run.n ? make_int2(__ldg(p.place + entry), __ldg(p.lists.cols + entry)) : make_int2(0, 0);
+    };
+    int2 next = find(0);
+    for (int e = 0; e < run.n; e++) {
+      const unsigned char *ds = slopes + (i64)next.x * BLOCK_BYTES, *k = keys + (i64)next.y * KEY_BYTES;
+      next = find(e + 1);
+      for (int h = 0; h < 2; h++) {
+        bar_wait(m.free(s), turn, patience);
+        bar_expect(m.full(s), STAGE);
+        for (int g = 0; g < 2; g++) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
+        for (int c = 0; c < Q_PARTS; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
+        advance<STAGES>(s, turn);
+      }
+    }
+  }
+}
+
+// this group's 64 rows of dQ, rounded: those that the call has
+__device__ __forceinline__ void write_rows(const Params& p, const Ring& m, const Rows& x, const float (&dq)[WIDTH / 2], int w, int tid) {
+  u32* out = m.at<u32>(m.out) + w * STEP * PITCH;
+  const int row = tid / 32 * 16 + tid % 32 / 4, n = p.D / 8;
+#pragma unroll
+  for (int j = 0; j < WIDTH / 8; j++) {
+    out[row * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j] * p.scale, dq[4 * j + 1] * p.scale);
+    out[(row + 8) * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j + 2] * p.scale, dq[4 * j + 3] * p.scale);
+  }
+  named_sync(4 + w, 128);
+#pragma unroll 1
+  for (int k = tid; k < STEP * n; k += 128) {
+    const int r = k / n, t = x.t + w * STEP + r;
+    if (t >= 0 && t < p.at.T) ((uint4*)p.dq)[((i64)x.head * p.at.T + t) * n + k % n] = *(const uint4*)(out + r * PITCH + k % n * 4);
+  }
+  named_sync(4 + w, 128);
+}
+
+__device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, int w) {
+  u32 patience = PATIENCE, s = 0, turn = 0;
+  float dq[WIDTH / 2];
+  const bool first = p.from_block == 0, last = p.from_block + p.piece_blocks >= p.key_tiles;
+  const int tid = threadIdx.x % 128;
+  for (u32 i = 0;; i++) {
+    bar_wait(m.full_item(i % ITEMS), i / ITEMS & 1, patience);
+    const Rows x = *m.item(i % ITEMS);
+    const int n = uniform(x.n);
+    named_sync(4 + w, 128);
+    if (tid == 0) bar_arrive(m.free_item(i % ITEMS));
+    if (n < 0) return;
+    float4* sums = (float4*)p.sums + (((i64)(x.head - p.from_head * p.group) * p.tiles + x.tile) * 2 + w) * (WIDTH * 16) + tid;
+#pragma unroll
+    for (int j = 0; j < WIDTH / 8; j++) {
+      const float4 y = first ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[j * 128];
+      dq[4 * j] = y.x; dq[4 * j + 1] = y.y; dq[4 * j + 2] = y.z; dq[4 * j + 3] = y.w;
+    }
+    hold(dq);
+    for (int e = 0; e < n; e++) {
+      bar_wait(m.full(s), turn, patience);
+      wgmma_fence();
+      const u64 a = descriptor(m.stages + s * STAGE + w * PART), b = descriptor_columns<PART>(m.stages + s * STAGE + 2 * PART);
+#pragma unroll
+      for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+      wgmma_commit();
+      if (e) {
+        wgmma_wait<1>();
+        if (thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
+      }
+      advance<STAGES>(s, turn);
+    }
+    wgmma_wait<0>();
+    hold(dq);
+    if (n && thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
+    if (last) {
+      write_rows(p, m, x, dq, w, tid);
+    } else {
+#pragma unroll
+      for (int j = 0; j < WIDTH / 8; j++) sums[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) queries(const __grid_constant__ Params p) {
+  DYNAMIC_SHARED(raw);
+  const Ring m(raw);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) { bar_init(m.full(s), 1); bar_init(m.free(s), 2); }
+    for (int s = 0; s < ITEMS; s++) { bar_init(m.full_item(s), 1); bar_init(m.free_item(s), 2); }
+    bar_fence();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == 0) {
+    fewer_registers<56>();
+    if (threadIdx.x == 0) load_rows(p, m);
+  } else {
+    more_registers<224>();
+    multiply_rows(p, m, group - 1);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ before
+// What each row starts from; tickets start at 0.
+extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant__ Params p) {
+  start_rows(p);
+  if (blockIdx.x == 0)
+    for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
+}
+
+// how many of from .. end - 1 are longer than x, or as long and before it; all lanes of a warp together
+template <class F> __device__ __forceinline__ int rank(int x, int from, int end, const F& length) {
+  const int mine = length(x);
+  int before = 0;
+  for (int y = from + (threadIdx.x & 31); y < end; y += 32) before += length(y) > mine || (length(y) == mine && y < x);
+  for (int n = 16; n; n /= 2) before += __shfl_xor_sync(~0u, before, n);
+  return before;
+}
+
+// Walks, where dS of each entry stands, and what is taken first. A warp for key block x and query tile x of a list.
+extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__ Params p) {
+  const int most = imax(p.key_tiles, p.lists.nq), list = blockIdx.x / most, x = blockIdx.x % most, nq = p.lists.nq, nk = p.lists.nk, lane = threadIdx.x;
+  const int *by_key = p.by_key_offsets + 2 * (i64)list * nk, *by_row = p.lists.offsets + 2 * (i64)list * nq;
+  if (x < nq) {
+    const int before = rank(x, 0, nq, [&](int i) { return __ldg(by_row + 2 * i + 2) - __ldg(by_row + 2 * i); });
+    if (lane == 0) p.tiles_of[(i64)list * nq + before] = x;
+  }
+  if (x >= p.key_tiles) return;
+  const int from = x / p.piece_blocks * p.piece_blocks;
+  const int before = rank(x, from, imin(from + p.piece_blocks, p.key_tiles), [&](int j) { return j < nk ? __ldg(by_key + 2 * j + 2) - __ldg(by_key + 2 * j) : 0; });
+  if (lane == 0) p.blocks[(i64)list * p.key_tiles + from + before] = x;
+  if (x >= nk) return;
+  const int base = __ldg(by_key + 2 * from), middle = __ldg(by_key + 2 * x + 1), end = __ldg(by_key + 2 * x + 2);
+  for (int e = __ldg(by_key + 2 * x) + lane; e < end; e += 32) {
+    const int i = __ldg(p.by_key_rows + e), full = __ldg(by_row + 2 * i), partial = __ldg(by_row + 2 * i + 1), past = __ldg(by_row + 2 * i + 2);
+    const int entry = e < middle ? full + count_below(p.lists.cols + full, partial - full, x) : partial + count_below(p.lists.cols + partial, past - partial, x);
+    p.place[entry] = e - base;
+    p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
+  }
+}
