@@ -158,6 +158,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
                     pack<KIND>(s[8 * j + 4], s[8 * j + 5]), pack<KIND>(s[8 * j + 6], s[8 * j + 7]));
       if (left <= 0) {
         const Item x(p, found.item);
+        if (!moved) bar_wait(FREE(before), slot == 0 ? phase ^ 1 : phase, patience);  // the item before has been stored: a short one may have followed it closely
 #pragma unroll
         for (int h = 0; h < 2; h++) finish(p, raw, x, found.slot, r + 8 * h, rows.top[h], rows.m[h], rows.sum[h], rows.wide);
         shared_to_copy_engine();
