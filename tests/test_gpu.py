@@ -200,6 +200,8 @@ def test_on_a_thread_that_is_new(backend, name, rng):
 
 
 FORWARD = [name for name in NAMES if "gradients" not in name]
+CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py asserts
+BYTES = ("float8-latents", "float8-latents-selection", "pages-of-indexer-keys")  # their cases make bytes and float8 in torch's words
 
 
 def from_torch(x, to):
@@ -207,7 +209,7 @@ def from_torch(x, to):
 
 
 @both
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", [name for name in FORWARD if name not in BYTES])
 def test_cupy_arrays(backend, name, rng):
     cupy = pytest.importorskip("cupy")
     case = cases(Make(rng))[name]
@@ -223,7 +225,7 @@ def test_cupy_arrays(backend, name, rng):
 
 
 @both
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", [name for name in FORWARD if name not in CACHED])
 def test_jax_arrays(backend, name, rng):
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
@@ -239,7 +241,7 @@ def test_jax_arrays(backend, name, rng):
 
 
 @both
-@every_case
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CACHED])
 def test_compiled_whole(backend, name, rng):
     torch.compiler.reset()
     case = cases(Make(rng))[name]

@@ -129,7 +129,7 @@ def default_config(problem: Problem) -> dict:
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
         bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k
         return first_fitting(problem, resources, [dict(path="hopper", block_q=bq, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
-    if rows == 32 and problem.dtype("q") in HALVES:
+    if rows == 32 and problem.dtype("q") in HALVES and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
         few = first_fitting(problem, resources, split.candidates(problem))
         if not isinstance(resources(problem, few), str):
             return few

@@ -240,7 +240,7 @@ def widths(D: int, DV: int, config, latent=None) -> dict:
 
 
 def default_config(problem: Problem) -> dict:
-    if problem["T"] <= 16 and problem.dtype("q") != "float32":
+    if problem["T"] <= 16 and problem.dtype("q") != "float32" and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
         from sparsetile.backends.triton import block_attention_decode
         for few in block_attention_decode.candidates(problem):
             if not isinstance(resources(problem, few), str):
