@@ -527,15 +527,16 @@ _THREAD = threading.local()
 
 def _with_context(device: int, of_torch: bool) -> None:
     """A thread that is new, as autograd's is at first, has no context before it asks the runtime for something, and the driver's own calls (launches, tensor maps) want one."""
-    known = _THREAD.__dict__.setdefault("devices", set())
-    if device not in known:
-        if of_torch:
-            import torch
-            torch.cuda.mem_get_info(device)
-        else:
-            import cupy
-            cupy.cuda.runtime.memGetInfo()
-        known.add(device)
+    known = getattr(_THREAD, "devices", ())
+    if device in known:
+        return
+    if of_torch:
+        import torch
+        torch.cuda.mem_get_info(device)
+    else:
+        import cupy
+        cupy.cuda.runtime.memGetInfo()
+    _THREAD.devices = (*known, device)
 
 
 def stream_of(caller: str, device: int | None) -> int:
