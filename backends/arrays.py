@@ -356,7 +356,9 @@ class TorchPlace(Place):
 
     @contextlib.contextmanager
     def _switch(self):
-        with self.torch.cuda.device(self.device), self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.stream, device=self.target)):
+        cuda = self.torch.cuda
+        stream = cuda.ExternalStream(self.stream, device=self.target) if self.stream else cuda.default_stream(self.target)  # torch takes a pointer of 0 for none: a stream of its own
+        with cuda.device(self.device), cuda.stream(stream):
             yield
 
     def guard(self):

@@ -240,6 +240,37 @@ def test_jax_arrays(backend, name, rng):
         assert_same_bits(f"result {n}", np.asarray(a), b)
 
 
+@pytest.mark.parametrize("caller, of_caller", [("cupy", False), ("cupy", True), ("jax", False)])
+def test_torch_works_on_the_stream_of_other_frameworks(caller, of_caller):
+    """Also where that is the default stream, whose pointer is 0: results came back before they were written while torch had made a stream of its own there."""
+    from sparsetile.backends import arrays
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) if of_caller else cupy.cuda.Stream.null as stream:
+        place = arrays.place_for("torch", caller, 0)
+        with place.guard():
+            assert torch.cuda.current_stream(0).cuda_stream == place.stream == stream.ptr
+            assert torch.empty(1, device="cuda").device.index == 0
+
+
+@pytest.mark.parametrize("caller", ["cupy", "jax"])
+def test_results_for_other_frameworks_wait_for_the_default_stream(caller, rng):
+    """Other work stands before ours on the default stream, and the caller reads at once."""
+    cupy, jax = pytest.importorskip("cupy"), pytest.importorskip("jax")
+    if caller == "jax" and jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU")
+    torch.cuda.set_device(0)
+    case = cases(Make(rng))["strided"]
+    inputs = [make().half() for make in case[0]]
+    wanted = run(case, "triton", inputs)
+    torch.cuda.synchronize()
+    given = [from_torch(x, cupy if caller == "cupy" else jax.dlpack) for x in inputs]
+    for _ in range(2):  # the second call goes straight to compiled kernels
+        torch.cuda._sleep(200_000_000)
+        got = [np.asarray(x) if caller == "jax" else cupy.asnumpy(x) for x in case[1]("triton", *given)]
+        for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            assert_same_bits(f"result {n}", a, b)
+
+
 @both
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CACHED])
 def test_compiled_whole(backend, name, rng):
