@@ -42,35 +42,45 @@ struct Params {
   float factor;        // the scale, for base 2
 };
 
-// QB queries of a key head. Lane i < n keeps what query i asks for: blocks and compressed keys before these (no keys where all blocks are taken).
-struct Item { int head, t, n, blocks, keys, tiles, most; };
+// n queries of a key head; late ones first, because they see most
+struct Place {
+  int head, t, n;
+  __device__ __forceinline__ Place(const Params& p, int number) {
+    const int groups = (p.T + QB - 1) / QB, heads = p.items / groups;
+    head = number % heads; t = (groups - 1 - number / heads) * QB; n = imin(QB, p.T - t);
+  }
+};
+// Lane i < n keeps what query i asks for: blocks and compressed keys before these (no keys where all blocks are taken); tiles and most: what the queries together ask for
+struct Item : Place {
+  int blocks, keys, tiles, most;
+  using Place::Place;
+};
 
-__device__ __forceinline__ Item open_item(const Params& p, int number) {  // late queries first: they see most
-  const int lane = threadIdx.x & 31, groups = (p.T + QB - 1) / QB, heads = p.items / groups;
-  Item x;
-  x.head = number % heads;
-  x.t = (groups - 1 - number / heads) * QB;
-  x.n = imin(QB, p.T - x.t);
+__device__ __forceinline__ Item open_item(const Params& p, int number) {
+  const int lane = threadIdx.x & 31;
+  Item x(p, number);
   x.blocks = x.keys = 0;
   if (lane < x.n) {
     const i64 row = (i64)x.head * p.T + x.t + lane;
+    const int keys = __ldg(p.key_end + row);
     x.blocks = clamp(__ldg(p.block_end + row), 0, p.blocks);
-    if (!p.take_all || x.blocks > p.top_k) x.keys = clamp(__ldg(p.key_end + row), 0, p.C);
+    if (!p.take_all || x.blocks > p.top_k) x.keys = clamp(keys, 0, p.C);
   }
   x.tiles = ((int)warp_max((u32)x.keys) + KEYS - 1) / KEYS;
   x.most = (int)warp_max((u32)x.blocks);
   return x;
 }
 
-// This lane's lse of all columns, for base 2: heads 8 c + 2 me and the next of each query
-__device__ __forceinline__ void load_lse(const Params& p, const Item& x, float (&w)[32]) {
+// This lane's lse of all columns: heads 8 c + 2 me and the next of each query
+__device__ __forceinline__ void load_lse(const Params& p, int number, float (&w)[32]) {
+  const Place x(p, number);
   const int me = threadIdx.x & 3;
 #pragma unroll
   for (int c = 0; c < 16; c++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int query = imin(8 * c / HP, x.n - 1), head = imin(8 * c % HP + 2 * me + e, HEADS - 1);
-      w[2 * c + e] = LOG2E * __ldg(p.lse + ((i64)x.head * HEADS + head) * p.T + x.t + query);
+      w[2 * c + e] = __ldg(p.lse + ((i64)x.head * HEADS + head) * p.T + x.t + query);
     }
 }
 
@@ -222,8 +232,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
   const u64 dq = descriptor(queries), dk = descriptor(keys);
   float a[64], b[64], w[32];
   u32 patience = PATIENCE, s = 0, phase = 0, done = 0, m = 0;  // stage of the next product, stage of the one before
+  load_lse(p, blockIdx.x, w);
+  Item x = open_item(p, blockIdx.x);
   for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
-    const Item x = open_item(p, number);
     const int end = __shfl_sync(~0u, x.keys, tid % QB);
     int summed = 0;
     const auto multiply = [&](float (&d)[64]) {
@@ -248,7 +259,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
       summed = complete;
     };
     if (x.tiles) {
-      load_lse(p, x, w);
+#pragma unroll
+      for (int i = 0; i < 32; i++) w[i] *= LOG2E;
       bar_wait(bars.full_q(), m++ & 1, patience);
       multiply(a);
       for (int tile = 0;;) {
@@ -263,9 +275,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
       }
     }
     sum_blocks(ring, sums, p.row, summed, x.most, end, tid);
+    const int next = imin(number + (int)gridDim.x, p.items - 1);
+    load_lse(p, next, w);  // on its way while this item's blocks are chosen
+    const Item then = open_item(p, next);
     named_sync(1, 128);
     choose(p, x, (u32*)sums, warp);
     named_sync(1, 128);
+    x = then;
   }
 }
 
