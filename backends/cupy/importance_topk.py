@@ -22,7 +22,7 @@ from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, padded
 TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))
 FIELDS, THREADS = "3Q3q4i", 256
 FUSED_FIELDS = "128s128s" + "6Q10if20x"  # the struct is as long as its alignment, 64, asks
-FUSED_THREADS, FUSED_KEYS, FUSED_MOST = 256, 64, 64
+FUSED_THREADS, FUSED_KEYS, FUSED_MOST = 256, 64, 32
 
 
 def group_problem(problem) -> Problem:

@@ -31,8 +31,8 @@
 constexpr int HP = HEADS > 16 ? 32 : HEADS > 8 ? 16 : 8, QB = 128 / HP, KEYS = 64;  // columns of a query, queries of an item, keys of a tile
 constexpr int SLABS = (WIDTH + 63) / 64, Q_SLAB = 128 * 128, K_SLAB = KEYS * 128, QUERY_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * K_SLAB;
 constexpr int RING = 4 * KEYS, RING_ROW = RING + 9;  // shares: the tile being written, the one being summed and the one before; rows spread over the banks
-constexpr int WIDE = STEP + REACH - 1, EACH = QB / 4; // compressed keys of a block; queries of a warp
-constexpr u32 TAKEN = 0x80000000u;                   // sign of a sum: the block has been chosen
+constexpr int WIDE = STEP + REACH - 1, EACH = QB / 4, PAIR = EACH < 2 ? 1 : 2;  // compressed keys of a block; queries of a warp, and those it chooses for at once
+constexpr u32 TAKEN = ~0u;                            // in place of a sum: the block has been chosen
 
 struct Params {
   TensorMap q, k;      // [B, Hk, T, G, D], boxes of QB queries x HP heads x 64 columns; [B, Hk, C, D], boxes of 64 keys x 64 columns
@@ -127,76 +127,76 @@ __device__ __forceinline__ void sum_blocks(const float* ring, float* sums, int r
 // Sorts like the sum; 0: not to be chosen (NaN, or chosen before)
 __device__ __forceinline__ u32 rank_of(u32 bits) { return bits <= 0x7f800000u ? bits + 1 : 0; }
 
-// A warp chooses for EACH of its queries at once: each lane knows the best of a run of blocks, the best of all is taken and its run is looked through again.
-__device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums, int warp) {
-  const int lane = threadIdx.x & 31, words = (x.most + 1023) / 1024;  // a run is 32 * words blocks
-  int hi[EACH], left[EACH], rounds = 0;
-  u32 best[EACH];
-  u32* mine[EACH];
-#pragma unroll
-  for (int u = 0; u < EACH; u++) {
-    mine[u] = sums + (EACH * warp + u) * p.row;
-    hi[u] = __shfl_sync(~0u, x.blocks, EACH * warp + u);
-    const Choice c = choice_of(0, hi[u], p.top_k, p.force_first, p.force_last, p.take_all);
-    for (int j = lane; j < c.nfirst; j += 32) mine[u][j] |= TAKEN;
-    for (int j = c.last + lane; j < c.last + c.nlast; j += 32) mine[u][j] |= TAKEN;
-    left[u] = c.k;
-    rounds = imax(rounds, c.k);
-    best[u] = 0;
+// Forced blocks around the chosen ones, which are ordered by counting; then -1
+__device__ __forceinline__ void write_choice(const Params& p, const Choice& c, i64 row, const u32* sums, int at, u32 kept, int rounds) {
+  const int lane = threadIdx.x & 31, chosen = __popc(__ballot_sync(~0u, kept != 0)), n = c.nfirst + chosen + c.nlast;
+  int before = c.nfirst;
+  for (int i = 0; i < rounds; i++) {
+    const int other = __shfl_sync(~0u, at, i);
+    if (i < chosen && other < at) before++;
   }
-  __syncwarp();
-  if (rounds)
-    for (int run = 0; run * 32 * words < x.most; run++)
+  int* out = p.out + row * p.top_k;
+  float* scores = p.chosen ? p.chosen + row * p.top_k : nullptr;
+  const auto put = [&](int i, int j, u32 bits) { out[i] = j; if (scores) scores[i] = __int_as_float((int)bits); };
+  if (kept) put(before, at, kept - 1);
+  for (int i = lane; i < c.nfirst; i += 32) put(i, i, sums[i]);
+  for (int i = lane; i < c.nlast; i += 32) put(c.nfirst + chosen + i, c.last + i, sums[c.last + i]);
+  for (int i = n + lane; i < p.top_k; i += 32) put(i, -1, 0xff800000u);
+  if (lane == 0) p.lengths[row] = n;
+}
+
+// A warp chooses for PAIR queries at once: each lane knows the best of a run of blocks; the best of all is taken and its run looked through again, at most 32 times.
+__device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums, int first) {
+  const int lane = threadIdx.x & 31, rows = (x.most + 31) / 32, words = (rows + 31) / 32;  // a run is `words` rows of 32 blocks
+  Choice c[PAIR];
+  u32 best[PAIR], kept[PAIR], *mine[PAIR];  // kept, at: what round number `lane` took
+  int at[PAIR], rounds = 0;
 #pragma unroll
-      for (int u = 0; u < EACH; u++) {
-        u32 top = 0;
-        for (int i = 0; i < words; i++) {
-          const int j = (run * words + i) * 32 + lane;
-          const u32 rank = j < hi[u] ? rank_of(mine[u][j]) : 0;
-          top = rank > top ? rank : top;
-        }
-        top = warp_max(top);
-        if (lane == run) best[u] = top;
+  for (int u = 0; u < PAIR; u++) {
+    mine[u] = sums + (first + u) * p.row;
+    c[u] = choice_of(0, __shfl_sync(~0u, x.blocks, first + u), p.top_k, p.force_first, p.force_last, p.take_all);
+    if (c[u].lo < c[u].hi) rounds = imax(rounds, c[u].k);
+    best[u] = kept[u] = at[u] = 0;
+  }
+  const auto look = [&](int u, int j) { return j >= c[u].lo && j < c[u].hi ? rank_of(mine[u][j]) : 0; };
+  if (rounds)
+#pragma unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma unroll
+      for (int u = 0; u < PAIR; u++) {
+        const u32 top = warp_max(look(u, row * 32 + lane));
+        if (row >= lane * words && row < (lane + 1) * words && top > best[u]) best[u] = top;
       }
   for (int round = 0; round < rounds; round++) {
-    u32 top[EACH], rest[EACH];
-    int run[EACH];
-    bool open[EACH];
+    u32 top[PAIR], rest[PAIR];
+    int run[PAIR], found[PAIR];
 #pragma unroll
-    for (int u = 0; u < EACH; u++) top[u] = warp_max(best[u]);
-#pragma unroll
-    for (int u = 0; u < EACH; u++) { run[u] = __ffs(__ballot_sync(~0u, best[u] == top[u])) - 1; open[u] = top[u] && round < left[u]; rest[u] = 0; }
+    for (int u = 0; u < PAIR; u++) {
+      top[u] = warp_max(best[u]);
+      run[u] = __ffs(__ballot_sync(~0u, best[u] == top[u])) - 1;
+      rest[u] = 0; found[u] = top[u] && round < c[u].k ? -1 : 0;  // -1: still to be found
+    }
     for (int i = 0; i < words; i++)
 #pragma unroll
-      for (int u = 0; u < EACH; u++) {
+      for (int u = 0; u < PAIR; u++) {
         const int j = (run[u] * words + i) * 32 + lane;
-        const u32 bits = j < hi[u] ? mine[u][j] : TAKEN, rank = rank_of(bits);
-        const u32 alike = __ballot_sync(~0u, open[u] && rank == top[u]);  // the smaller index first
-        const bool taken = alike && lane == __ffs(alike) - 1;
-        if (taken) mine[u][j] = bits | TAKEN;
-        if (alike) open[u] = false;
+        const u32 rank = look(u, j), alike = __ballot_sync(~0u, found[u] < 0 && rank == top[u]);
+        const bool taken = alike && lane == __ffs(alike) - 1;  // the smaller index first
+        if (taken) mine[u][j] = TAKEN;
+        if (alike) found[u] = j - lane + __ffs(alike) - 1;
         if (!taken && rank > rest[u]) rest[u] = rank;
       }
 #pragma unroll
-    for (int u = 0; u < EACH; u++) { rest[u] = warp_max(rest[u]); if (lane == run[u]) best[u] = rest[u]; }
+    for (int u = 0; u < PAIR; u++) {
+      rest[u] = warp_max(rest[u]);
+      if (lane == run[u]) best[u] = rest[u];
+      if (lane == round && top[u] && round < c[u].k) { at[u] = found[u]; kept[u] = top[u]; }
+    }
     __syncwarp();
   }
 #pragma unroll
-  for (int u = 0; u < EACH; u++) {
-    if (EACH * warp + u >= x.n) continue;
-    const i64 row = (i64)x.head * p.T + x.t + EACH * warp + u;
-    int* out = p.out + row * p.top_k;
-    float* chosen = p.chosen ? p.chosen + row * p.top_k : nullptr;
-    int n = 0;
-    for (int j = lane; j - lane < hi[u]; j += 32) {
-      const u32 bits = j < hi[u] ? mine[u][j] : 0, all = __ballot_sync(~0u, bits >= TAKEN);
-      const int at = n + __popc(all & ((1u << lane) - 1));
-      if (bits >= TAKEN) { out[at] = j; if (chosen) chosen[at] = __int_as_float((int)(bits ^ TAKEN)); }
-      n += __popc(all);
-    }
-    for (int i = n + lane; i < p.top_k; i += 32) { out[i] = -1; if (chosen) chosen[i] = -inf(); }
-    if (lane == 0) p.lengths[row] = n;
-  }
+  for (int u = 0; u < PAIR; u++)
+    if (first + u < x.n) write_choice(p, c[u], ((i64)x.head * p.T + x.t) + first + u, mine[u], at[u], kept[u], rounds);
 }
 
 struct Bars {
@@ -279,7 +279,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
     load_lse(p, next, w);  // on its way while this item's blocks are chosen
     const Item then = open_item(p, next);
     named_sync(1, 128);
-    choose(p, x, (u32*)sums, warp);
+#pragma unroll 1
+    for (int query = EACH * warp; query < EACH * (warp + 1); query += PAIR) choose(p, x, (u32*)sums, query);
     named_sync(1, 128);
     x = then;
   }
