@@ -2,6 +2,7 @@
 // from it; the same bits. A product holds 64 keys (a consumer group's rows) x the heads of two queries (128 columns); four queries are in work at a time.
 // relu(x) w is fma(x + |x|, w / 2, sum): one addition with a free modifier instead of the half-rate maximum (products of e4m3 are far from overflowing).
 #pragma once
+#include "quad.cuh"
 #include "wgmma.cuh"
 #include "window.cuh"
 
@@ -39,22 +40,5 @@ __device__ __forceinline__ void sum_heads(const float (&a)[64], const float (&w)
 #endif
     }
     r[q + j][0] = s0 + u0; r[q + j][1] = s1 + u1;
-  }
-}
-
-// The sums over four lanes, exchanged transposed: lane `me` ends with query `me`, rows lane / 4 and + 8.
-__device__ __forceinline__ void exchange(const float (&r)[4][2], int me, float (&z)[2]) {
-  float v[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float send = me & 2 ? r[i][e] : r[i + 2][e], keep = me & 2 ? r[i + 2][e] : r[i][e];
-      v[i][e] = keep + __shfl_xor_sync(~0u, send, 2);
-    }
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const float send = me & 1 ? v[0][e] : v[1][e], keep = me & 1 ? v[1][e] : v[0][e];
-    z[e] = keep + __shfl_xor_sync(~0u, send, 1);
   }
 }
