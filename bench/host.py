@@ -60,14 +60,15 @@ def calls_on(device: str) -> tuple[dict, object]:
         found[f"{name}, torch tensors"] = lambda name=name: st.sparse_attention(q, k, v, rule, backend=name)
         if cuda:
             found[f"{name}, one query"] = lambda name=name: st.sparse_attention(*one, rule, backend=name)
-            if "cupy" in sys.modules:
-                x = [sys.modules["cupy"].from_dlpack(y) for y in make(SHAPE, SHAPE, SHAPE)]
-                found[f"{name}, CuPy arrays"] = lambda name=name, x=x: st.sparse_attention(*x, rule, backend=name)
+        if name == "cupy":
+            import cupy
+            x = [cupy.from_dlpack(y) for y in (q, k, v)]
+            found["cupy, CuPy arrays"] = lambda: st.sparse_attention(*x, rule, backend="cupy")
     found["auto, torch tensors"] = lambda: st.sparse_attention(q, k, v, rule)
     found["auto, torch tensors, gradients enabled"] = torch.enable_grad()(lambda: st.sparse_attention(q, k, v, rule))
     if not cuda:
-        x = [y.numpy() for y in (q, k, v)]
-        found["numba, NumPy arrays"] = lambda: st.sparse_attention(*x, rule, backend="numba")
+        host = [y.numpy() for y in (q, k, v)]
+        found["numba, NumPy arrays"] = lambda: st.sparse_attention(*host, rule, backend="numba")
     found["torch SDPA"] = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     if cuda:
         found["torch SDPA, one query"] = lambda: torch.nn.functional.scaled_dot_product_attention(*one, enable_gqa=True)
