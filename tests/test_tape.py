@@ -1,5 +1,6 @@
 """Runs repeated from their notes (backends/tape.py): what a Recorder lets onto a tape, and CuPy's kernels, run on the CPU as they are written, repeated by ready calls."""
 import ctypes
+import threading
 
 import oracle
 import pytest
@@ -95,6 +96,14 @@ def test_tensors_that_are_not_alike_are_turned_away():
     made = record(copied, q, k, v)
     assert made(0, q, k, odd, None, None) is None and made(0, q, v, v, None, None) is None and made(0, q, k, v, odd, None) is None and len(launches) == 1
     assert made(0, q, q, v, None, None) is not None  # q and k may be one
+
+
+def test_a_tape_stays_as_it_is():
+    """Threads play it at once."""
+    made = record(copied, *three())
+    before = [list(args) for _, args, _ in made.steps]
+    made(5, *three(1), None, None)
+    assert [args for _, args, _ in made.steps] == before
 
 
 # ------------------------------------------------------------------------------------------------------------------ a ready call
@@ -193,7 +202,6 @@ def test_values_inside_the_keys(gpu):
 
 
 def test_another_thread_has_to_get_its_context(gpu, monkeypatch):
-    import threading
     for n in range(3):
         judged(*tensors(n))
     entered = []
