@@ -9,6 +9,10 @@ from numeric import assert_close, assert_same_bits, plain, to_numpy
 import sparsetile as st
 
 torch = pytest.importorskip("torch")
+
+from sparsetile.backends import tape  # noqa: E402
+from sparsetile.ops import dispatch, ready  # noqa: E402
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 both = pytest.mark.parametrize("backend", ["triton", "cupy"])
@@ -422,3 +426,48 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
     summed = lambda dk, dv: np.concatenate(((dk[..., :512].astype(np.promote_types(dk.dtype, np.float32)) + dv).astype(dk.dtype), dk[..., 512:]), -1)  # noqa: E731
     assert_close("dq", to_numpy(first[0]), truth[0], formula[0], reduction=S + 576 + 512)
     assert_close("dk + dv", to_numpy(first[1]), summed(*truth[1:3]), summed(*formula[1:3]), reduction=T * Hq + 576 + 512)
+
+
+# ------------------------------------------------------------------------------------------------------------------ ready calls
+READY = {"tiny": ((1, 2, 16, 64), (1, 2, 16, 64)), "one-query": ((2, 16, 1, 128), (2, 4, 1500, 128))}
+
+
+@both
+@pytest.mark.parametrize("name", READY)
+def test_a_repeated_run_is_the_run(backend, name, rng, monkeypatch):
+    """Launches from notes (backends/tape.py): the same bits as the long way's, on the caller's stream, in a graph."""
+    make, (rows, keys) = Make(rng), READY[name]
+    draw = lambda: [make.normal(*shape)() for shape in (rows, keys, keys)]  # noqa: E731
+    call = lambda x, length: st.sparse_attention(*x, st.Window(900), kv_length=length, backend=backend, return_lse=True)  # noqa: E731
+    lengths = [torch.full((rows[0],), n, dtype=torch.int32, device="cuda") for n in (keys[2], keys[2] // 2, 7)]
+    repeated, play = [], tape.Tape.__call__
+    monkeypatch.setattr(tape.Tape, "__call__", lambda *a: repeated.append(play(*a)) or repeated[-1])
+    dispatch.clear_plans()
+
+    def same(got, x, length):
+        with monkeypatch.context() as patch:
+            patch.setattr(ready, "key_of", lambda *a: None)
+            for n, (a, b) in enumerate(zip(got, call(x, length))):
+                assert_same_bits(f"result {n}", a, b)
+
+    for n in range(6):
+        x, length = draw(), lengths[n % 3]
+        same(call(x, length), x, length)
+    assert len(repeated) == 4 and all(repeated)  # the first takes the long way, the second is noted
+    x, y, side = draw(), draw(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for a, b in zip(x, y):
+            a.copy_(b)
+        got = call(x, lengths[0])
+    side.synchronize()
+    same(got, y, lengths[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(x, lengths[1])
+    for a, b in zip(x, draw()):
+        a.copy_(b)
+    graph.replay()
+    same(got, x, lengths[1])
+    assert len(repeated) == 6 and all(repeated)
