@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetile.autotune import search
+from sparsetile.autotune import search, space
 from sparsetile.backends.contract import Tunable
 
 SAMPLERS = ("pool", "random", "tpe-plain", "tpe", "subset")
@@ -46,7 +46,7 @@ class Table:
 def load(path) -> Table:
     data = json.loads(gzip.decompress(Path(path).read_bytes()))
     about = data["metadata"]
-    tunables = tuple(Tunable(name, tuple(values)) for name, values in about["tunables"].items())
+    tunables = tuple(Tunable(name, tuple(values), "", tuple(about.get("paths", {}).get(name, ()))) for name, values in about["tunables"].items())
     table = Table(about["workload"] + "/" + about["backend"], tunables, about["default"], {}, about["noise"])
     for r in data["results"]:
         us = r["measurements"][0]["value"] if r["invalidity"] == "correct" else None
@@ -79,7 +79,7 @@ class _Plain:
 
     def ask(self):
         self.trial = self.study.ask(self.space)
-        return dict(self.trial.params)
+        return space.essential(_Module(self.table.tunables), dict(self.trial.params), self.table.default)  # what it runs, though the model knows it by another name
 
     def tell(self, config, time_us):
         self.study.tell(self.trial, search.BAD if time_us is None else time_us)
@@ -182,7 +182,7 @@ def known(module, only: dict | None) -> None:
 def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, only: dict | None = None, progress=None) -> dict:
     """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said. only: {knob: values}, a part of the space
     that is a space of its own (beside it stands the default)."""
-    from sparsetile.autotune import isolate, provenance, space, tune
+    from sparsetile.autotune import isolate, provenance, tune
     from sparsetile.autotune.hunt import Hunt
     from sparsetile.ops import dispatch
     worker = tune._bench(tune.BENCH, device, True)
@@ -202,8 +202,8 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
         rows[n] |= {"samples": found, "time_us": worker("centre", found)}
     spread = [statistics.stdev(s) / statistics.mean(s) / len(s) ** 0.5 for s in samples]
     about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
-             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4),
-             "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
+             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "paths": {t.name: list(t.paths) for t in module.TUNABLES if t.paths},
+             "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4), "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(t4(about, rows))
     return {"path": str(path), "legal": len(pool), "timed": len(right), "failed": len(rows) - len(right), "noise": about["noise"]}
