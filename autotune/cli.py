@@ -23,7 +23,7 @@ def main(argv=None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\nstopped; a run with --storage goes on where it stopped", file=sys.stderr)
+        print("\nstopped; a run with --storage, or of catalogue --measure, goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
