@@ -53,6 +53,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
     q_start, q_starts, kv_length = at
     q_full, q_free = q_bars
     full, free = k_bars
+    h = gl.arange(0, HEADS, gl.SliceLayout(1, B))
     r = gl.arange(0, KEYS, gl.SliceLayout(1, B))
     n = 0
     j = 0
@@ -68,8 +69,8 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
             elif FROM_LENGTH:
                 start += limit - T
             mbarrier.wait(q_free.index(0), (j & 1) ^ 1)
-            exists = r < Hq - head
-            _copy(q_tiles, 0, q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt + (head + gl.where(exists, r, 0)).to(gl.int64) * sqh, exists, B)
+            exists = h < Hq - head
+            _copy(q_tiles, 0, q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh, exists, B)
             async_copy.mbarrier_arrive(q_full.index(0), increment_count=False)
             j += 1
             keys = k + b.to(gl.int64) * skb
