@@ -1,4 +1,4 @@
-"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables] [--minutes 10] [--out results.jsonl]
+"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables | --no-calls] [--minutes 10] [--out results.jsonl]
 
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
@@ -160,6 +160,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="sparsetile.bench.dsa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer lengths and rounds")
     parser.add_argument("--no-tables", action="store_true", help="whole calls only")
+    parser.add_argument("--no-calls", action="store_true", help="tables only")
     parser.add_argument("--backend", action="append", choices=("triton", "cupy", "numba", "reference"), help="of the whole calls (default: cupy and triton, without a GPU numba)")
     parser.add_argument("--seconds", type=float, help="for the rounds of a row (default: 0.8; 0.3 with --quick)")
     parser.add_argument("--minutes", type=float, default=10, help="stop and print what there is (default: 10)")
@@ -172,7 +173,7 @@ def main(arguments=None) -> int:
     lines, wrong, until = [], 0, start + 60 * given.minutes
     prefill, decode = ([2048, 8192, 32768, 131072], [8192, 32768, 131072]) if given.quick else ([2048 << n for n in range(7)], [4096 << n for n in range(6)])
     plans = [("prefill", prefill, 1, 4096, SIZES, 2048), ("decode", decode, 32 if given.quick else 128, 1, SIZES, 2048)] if cuda else [("prefill", [128, 512], 1, 64, SMALL, 64)]
-    for kind, lengths, B, T, sizes, top_k in plans:
+    for kind, lengths, B, T, sizes, top_k in [] if given.no_calls else plans:
         try:
             lines += curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, until if given.no_tables else (start + until) / 2)
         except AssertionError as error:

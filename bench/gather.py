@@ -15,11 +15,13 @@ D, DV = 576, 512
 PATHS = (("cupy", "hopper"), ("cupy", "tokens"), ("triton", "gluon"), ("cupy", "portable"), ("triton", "portable"))
 
 
-def inputs(torch, T, Hq, S, K, seed=0):
-    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row."""
+def inputs(torch, T, Hq, S, K, seed=0, pool=None):
+    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row; pool: 64 neighbouring queries choose from as many keys, as neighbours do on real data."""
     torch.manual_seed(seed)
     q, latent = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, Hq, T, D), (1, 1, S, D)))
-    rows = [torch.rand(min(64, T - t), S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
+    rows = [torch.rand(min(64, T - t), pool or S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
+    if pool:
+        rows = [torch.randperm(S, device="cuda", dtype=torch.int32)[:pool][row.long()] for row in rows]
     return q, latent, torch.cat(rows)[None, None, :, torch.randperm(K, device="cuda")].contiguous()
 
 
@@ -63,16 +65,16 @@ def main(quick):
         check(torch, "cupy", "tokens", Hq=Hq)
     check(torch, "cupy", "portable"), check(torch, "triton", "portable")
     watch, T, K = timing.Stopwatch(0), 4096, 2048
-    print(f"{'heads':>6}{'S':>8}" + "".join(f"{backend + ' ' + path + ' ms':>20}{'TFLOP/s':>9}" for backend, path in PATHS), flush=True)
-    sizes = [(128, 32768), (64, 32768), (32, 32768), (16, 32768), (8, 32768), (128, 131072)]
-    for Hq, S in sizes if quick else sizes + [(64, 131072), (1, 32768), (16, 131072)]:
-        q, latent, indices = inputs(torch, T, Hq, S, K)
+    print(f"{'heads':>6}{'S':>8}{'pool':>8}" + "".join(f"{backend + ' ' + path + ' ms':>20}{'TFLOP/s':>9}" for backend, path in PATHS), flush=True)
+    sizes = [(Hq, 32768, None) for Hq in (128, 64, 32, 16, 8)] + [(128, 131072, None), (128, 131072, 4096)]
+    for Hq, S, pool in sizes if quick else sizes + [(64, 131072, None), (64, 131072, 4096), (1, 32768, None), (16, 131072, None), (16, 131072, 4096)]:
+        q, latent, indices = inputs(torch, T, Hq, S, K, pool=pool)
         calls = [lambda backend=backend, path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend=backend, config={"path": path}) for backend, path in PATHS]
         for call in calls:
             call()
         samples = timing.finals(watch, calls, seconds=0.6 if quick else 5.0, most=10 if quick else 40)
         times = [watch.centre(x) / 1e3 for x in samples]
-        print(f"{Hq:6}{S:8}" + "".join(f"{ms:20.3f}{2 * T * Hq * K * (D + DV) / ms / 1e9:9.1f}" for ms in times), flush=True)
+        print(f"{Hq:6}{S:8}{pool or 'all':>8}" + "".join(f"{ms:20.3f}{2 * T * Hq * K * (D + DV) / ms / 1e9:9.1f}" for ms in times), flush=True)
 
 
 if __name__ == "__main__":
