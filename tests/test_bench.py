@@ -269,15 +269,16 @@ def test_the_check_of_whole_calls_notices(monkeypatch):
     from sparsetile.bench import dsa
     right = dsa.dsa_latent_attention
     model, index = dsa.inputs(torch, "cpu", 2, 9, 40, **dsa.SMALL)
+    truths = dsa.known(model, index)
     for top_k in (6, 40):
-        dsa.check(model, index, top_k, "numba")
+        dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: right(*x, **dict(o, index_scale=o["index_scale"].flip(-1))))  # another choice
         if top_k == 6:
             with pytest.raises(AssertionError, match="choice"):
-                dsa.check(model, index, top_k, "numba")
+                dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: (lambda out, chosen: (out.roll(1, -1), chosen))(*right(*x, **o)))
         with pytest.raises(AssertionError, match="out of query"):
-            dsa.check(model, index, top_k, "numba")
+            dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", right)
 
 

@@ -99,6 +99,7 @@ def merged(parts, dtype):
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PLAIN = dict(path="scratch", warps=2, row_tiles=1, queries=2, threads=256, ahead=2, ctas=6, candidates=3584, scratch_mb=16)
 INDEXED = [(4, 3, 16, (40, 29), 6, []), (9, 2, 40, (70, 0), 16, [(0, 1)]), (64, 5, 128, (130, 64), 64, [(1, 0)]), (1, 1, 8, (33, 20), 1, [(0, 32), (0, 5), (1, 19)])]
+ON_HOPPER = [(64, 1, 128, (300, 29), 16, [(0, 1), (0, 2)]), (64, 2, 128, (130, 290), 64, [(1, 0)]), (64, 1, 128, (300, 520), 256, [(1, 1)])]
 
 
 def indexed(rng, H, T, D, lengths, page, holes):
@@ -114,11 +115,12 @@ def indexed(rng, H, T, D, lengths, page, holes):
     return (q, k, weights, scale), paged, table, paged_keys.there(lengths, S, page, holes)
 
 
-@pytest.mark.parametrize("case", INDEXED, ids=str)
+@pytest.mark.parametrize("case", INDEXED + ON_HOPPER, ids=str)
 def test_indexer_scores(case, rng):
     """The bits of the same keys in one piece; -inf where no key is."""
     (q, k, weights, scale), (keys, scales), table, there = indexed(rng, *case)
-    place, S = CpuPlace(), k.shape[1]
+    place, S = HopperPlace() if case in ON_HOPPER else CpuPlace(), k.shape[1]
+    assert indexer_scores.takes_hopper(*map(place.put, (q, keys)), place, table) == (case in ON_HOPPER)
     how = dict(place=place, config=dict(warps=2, row_tiles=1, queries=2), q_start=place.put(np.array(case[3], np.int32) - case[1]), causal=True)
     end = place.put(np.repeat(np.array(case[3], np.int32)[:, None], case[1], 1))
     got = indexer_scores.run(*map(place.put, (q, keys, weights)), k_scale=place.put(scales), table=place.put(table), key_end=end, **how).owner

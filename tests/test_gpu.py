@@ -320,6 +320,24 @@ def judge_row(got, q, k, v):
     assert_close("row", to_numpy(got)[None, :, None], oracle.attention(q, k, v, count, **how)[0], plain.attention(q, k, v, count, **how)[0], reduction=k.shape[2] + q.shape[-1])
 
 
+@pytest.mark.parametrize("B, S", [(3, 1000), (66, 66000)])
+def test_deepseeks_scores_are_the_same_alone_and_in_pages(B, S, rng):
+    """The bits of a score depend neither on the queries beside it nor on where its key lies, and what is chosen without scores agrees with them (S 66000: in one kernel)."""
+    make, pages = Make(rng), -(-S // 64)
+    q, w = make.normal(B, 64, 2, 128)().to(torch.float8_e4m3fn), make.normal(B, 64, 2, dtype=torch.float32)()
+    pool = torch.randint(0, 120, (B * pages, 64 * 132), dtype=torch.uint8, device="cuda", generator=make.generator)
+    pool[:, 64 * 128:].view(torch.float32).uniform_(0.05, 0.15, generator=make.generator)
+    table = torch.randperm(B * pages, device="cuda", generator=make.generator).view(B, pages).to(torch.int32)
+    cache = st.IndexerKeys(pool, table, torch.full((B,), S, dtype=torch.int32, device="cuda"))
+    k, scale = cache.gather()
+    k, scale = k[:, :S].contiguous(), scale[:, :S].contiguous()
+    one = torch.cat([st.indexer_scores(q[:, :, t:t + 1], k, w[:, :, t:t + 1], k_scale=scale, causal=False, backend="cupy") for t in range(2)], 1)
+    assert torch.equal(one, st.indexer_scores(q, k, w, k_scale=scale, causal=False, backend="cupy"))
+    assert torch.equal(one[:, 1:], st.indexer_scores(q[:, :, 1:], cache, w[:, :, 1:], backend="cupy")[:, :, :S])
+    chosen, known = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy"), st.topk(one, 2048, backend="cupy")
+    assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
+
+
 @both
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31(backend, rng):
