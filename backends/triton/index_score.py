@@ -197,6 +197,11 @@ def share_plan(H, D, T, q_dtype, k_dtype, arch):
     return score_by_queries, {**constants, "BLOCK_S": 128}, 8
 
 
+def launch_options(constants, warps, stages, arch) -> dict:
+    """Tiles of eight warps (share_plan) take 161 registers and then a whole multiprocessor of Hopper's; with 128, which spill nothing, two programs share one."""
+    return dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=128) if warps == 8 and arch == "sm_90a" and constants["BLOCK_D"] <= 128 else {})
+
+
 def near_heads(weights):
     """weights [B,H,T] with the axis that a tile of one query reads contiguous: its heads, where the kernel holds all of them at a time."""
     return weights if weights.shape[1] < 16 or weights.stride(1) == 1 else weights.transpose(1, 2).contiguous().transpose(1, 2)
@@ -223,7 +228,7 @@ def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, st
     kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
                  0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor,
                  table, None if table is None else table.stride(0), count, PAGE=page, **constants, BLOCK_T=block, ACT=activation,
-                 CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
+                 CAUSAL=causal, FILL=fill, **launch_options(constants, warps, stages, place.arch))
 
 
 def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict:
@@ -241,7 +246,7 @@ def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict
     numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short", "table_b", "pool_pages")
     signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near and name not in absent}, **({"factor": "fp32"} if activation == "share" else {})}
     aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + (("w_t",) if near == "w_h" and H % 16 == 0 else ()) + ("out_t", "out_b")
-    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": {"num_warps": warps, "num_stages": stages}, "div16": aligned}
+    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": launch_options(constants, warps, stages, arch), "div16": aligned}
 
 
 def shared_bytes(problem, stages) -> int:
