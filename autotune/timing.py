@@ -78,11 +78,11 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (four times on a CPU). What is left of a round whose clock is not the others' is
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (three times on a CPU). What is left of a round whose clock is not the others' is
     taken out. Samples of a CPU are `levelled`.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
-    level, longest = (levelled, 4) if watch.device is None else (list, 2)
+    level, longest = (levelled, 3) if watch.device is None else (list, 2)
     while True:
         turn, spent = len(clocks), time.monotonic() - start
         if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= longest * seconds or _error(level(samples)) <= ENOUGH):
