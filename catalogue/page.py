@@ -159,7 +159,7 @@ def markdown() -> str:
         f"A layer with {sizes}; multi-head attention has {GPU.Hq} key heads. Operations are those inside the pattern, two for a multiplication and addition.", "", *_costs(),
         "", "## Who runs it", "", "Element types on every architecture that a backend is compiled for; numbers are the refusals below.", "", *_runners(),
         "", "## How fast", "",
-        "Times dense: the time of dense attention over the same grouped heads in the same interleaved run (both ways for what is both ways), over the system's.",
+        "Times dense: the time of dense attention over the same grouped heads by the fastest backend, in the same interleaved rounds (both ways for what is both ways), over the system's.",
         "A dash: the caller's framework computes, or flash-linear-attention. Training is forward and backward of one call.", *files,
         "", "## Pictures", "", f"{SIDE} tokens, small sizes, queries downwards and keys to the right; the layers to reach everything are computed for the picture.",
         *(line for system in OURS for line in _drawn(system)),

@@ -18,8 +18,9 @@ from sparsetile.catalogue.entries import SYSTEMS, find
 from sparsetile.catalogue.system import CPU, GPU, Inputs, System
 
 PASSES = ("forward", "training")  # training: forward and backward of one call
-DENSE = {True: st.Causal(), False: st.Full()}  # the baseline over the same grouped heads, by System.causal; the backend is the one that a call gets
+DENSE = {True: st.Causal(), False: st.Full()}  # the baseline over the same grouped heads, by System.causal: the fastest of the device's backends
 ROUNDS = ((2e6, 0), (3e5, 2), (0, 40))  # where a call takes so many us: rounds at most after the first
+LONGEST = "triton", "cupy", "numba", None  # who compiles longest; another package comes last, as its rows do
 COMPILING = 45.0  # seconds; what is not compiled by then, the measurement compiles
 
 
@@ -36,9 +37,13 @@ def lacking(device: int | None, tokens, systems=SYSTEMS, known=()) -> list[tuple
     return sorted((one for one in every if one not in found), key=lambda one: (one in tried, one[0] in late))
 
 
+def ours(device: int | None) -> tuple:
+    return ("numba",) if device is None else ("triton", "cupy")
+
+
 def backends(system: System, device: int | None) -> tuple:
     """Who may compute it: None stands for the caller's framework, or another package."""
-    return (None,) if not system.kernels else ("numba",) if device is None else ("triton", "cupy")
+    return ours(device) if system.kernels else (None,)
 
 
 def rows(device: int | None, wanted: list[tuple], seconds: float = 0.3, commit: str | None = None):
@@ -62,14 +67,15 @@ def _timed(watch, x, system, some, seconds):
             calls[backend] = call
     if not calls:
         return
-    every = [_call(x, lambda: st.sparse_attention(x.q, x.k, x.v, DENSE[system.causal]), None), *calls.values()]
-    every[0]()
+    dense = [_call(x, lambda: st.sparse_attention(x.q, x.k, x.v, DENSE[system.causal]), backend) for backend in ours(x.device)]
+    every = [*[call for call in dense if tried(call, watch) is None], *calls.values()]
     first = [watch.samples(call, 1) for call in every]
     slowest = max(map(max, first))
     later = timing.finals(watch, every, seconds, next(rounds for us, rounds in ROUNDS if slowest >= us))
-    dense, *samples = [a + b for a, b in zip(first, later)]
-    for backend, found in zip(calls, samples):
-        time_us, dense_us = watch.centre(found), watch.centre(dense)
+    samples = [a + b for a, b in zip(first, later)]
+    dense_us = min(map(watch.centre, samples[:-len(calls)]))
+    for backend, found in zip(calls, samples[-len(calls):]):
+        time_us = watch.centre(found)
         yield backend, {"time_us": round(time_us, 1), "dense_us": round(dense_us, 1), "times_dense": float(f"{dense_us / time_us:.4g}"), **timing.spread(found)}
 
 
@@ -120,7 +126,8 @@ def compiled(device: int | None, wanted: list[tuple], width: int | None = None) 
     its own process, where they are kept."""
     units = {}
     for name, N, what, backend in wanted:
-        units.setdefault((name, backend), []).append((N, what))
+        if backend is not None or find(name).works(None):
+            units.setdefault((name, backend), []).append((N, what))
     width = min(len(units), width or max(1, min(14, arrays._cpu_count() - 2)))
     # FLA keeps which of its configs were fastest: not those of a device that many share
     workers = [isolate.Worker(f"{__name__}:Caller", device, env={"FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}) for _ in range(width)]
@@ -139,7 +146,7 @@ def compiled(device: int | None, wanted: list[tuple], width: int | None = None) 
             idle.put(worker)
     try:
         with ThreadPoolExecutor(width or 1) as pool:
-            longest = sorted(units, key=lambda unit: unit[1] is not None)  # another package's tuning takes the longest
+            longest = sorted(reversed(units), key=lambda unit: LONGEST.index(unit[1]))
             return [why for why in pool.map(lambda unit: one(*unit, units[unit]), longest) if why]
     finally:
         for worker in workers:

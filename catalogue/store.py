@@ -1,7 +1,7 @@
 """What was measured, on disk: one YAML file a device, with a line for each row. `sparsetile catalogue --measure` writes it, the page and the advice read it.
 
 A row: system, tokens, pass ("forward" or "training": forward and backward of one call), backend (none where the caller's framework or another package computes), commit, then
-    time_us, dense_us, times_dense, p20, p80, n    the system's time, dense attention's in the same rounds, dense_us / time_us, the spread of time_us
+    time_us, dense_us, times_dense, p20, p80, n    the system's time, that of dense attention by the fastest backend in the same rounds, dense_us / time_us, the spread of time_us
     refused or failed                              instead: the library's own sentence, or what went wrong
 Nothing is scaled from another device or length: what was not measured is not there.
 """
