@@ -248,8 +248,9 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if (left <= 0) {
         const Found last = ((const Found*)(raw + FOUND))[slot];
-        if (last.slot >= 0) store_part(p, raw, o, last.slot, half, tid);
-        else store(p, raw, base, o, Item(p, last.item), slot, half, tid);
+        const Item x(p, last.item);
+        if (last.slot < 0) store(p, raw, base, o, x, slot, half, tid);
+        else if (tid / 32 * 16 < x.rows) store_part(p, raw, o, last.slot, half, tid);  // a warp has 16 rows
         shared_to_copy_engine();  // which may write this tile next
       }
       if (lane == 0) bar_arrive(FREE(slot));
