@@ -126,6 +126,7 @@ class Hunt:
     def entry(self, incumbent: dict | None = None) -> dict | None:
         """The finals, interleaved in one process, and what is written of them. incumbent: what a profile of this device says now; it stays among ties."""
         default = self.pool[0]
+        incumbent = incumbent and space.essential(self.module, {**default, **incumbent}, default)
         incumbent = incumbent if incumbent in self.pool else None
         always = [default, *[incumbent] * (incumbent is not None)]
         chosen = finalists(self.backend, self.tried, always)

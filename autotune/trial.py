@@ -25,9 +25,12 @@ class Bench:
     def open(self, workload: Workload, seed: int) -> None:
         """Inputs of another workload; those before are let go."""
         self.workload, self.task, self._verifier = workload, None, None
+        gc.unfreeze()
         gc.collect()
         self.task = Task(workload, self.device, seed)
         self.verifier  # noqa: B018 (made now: the first trial's time is its own)
+        self.refused = {name: dispatch.refusal(name, self.task.problem, self.device) for name in BACKENDS if name != "reference"}
+        gc.freeze()  # what stays as long as the workload, whole frameworks: a trial looks twice for what its calls kept, 40 ms each time
 
     @property
     def verifier(self):
@@ -40,9 +43,7 @@ class Bench:
 
     def facts(self) -> dict:
         """What the controller has to know of the device, which it never touches."""
-        problem = self.task.problem
-        refused = {name: dispatch.refusal(name, problem, self.device) for name in BACKENDS if name != "reference"}
-        return {"problem": problem, "refused": refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
+        return {"problem": self.task.problem, "refused": self.refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
 
     def attempt(self, backend: str, config: dict, best_us: float) -> dict:
         """One config: checked between guard bands, then screened. A failure is told with its cause."""

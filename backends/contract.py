@@ -77,10 +77,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tunable:
-    """One knob: its name, its values (the first is the safe one), what it means."""
+    """One knob: its name, its values (the first is the safe one), what it means, and on which paths (values of the kernel's knob "path") it does anything; (): on each."""
     name: str
     values: tuple
     doc: str = ""
+    paths: tuple = ()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,16 @@ from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import indexer, latent
 
 RUN = 4096          # rows, or inner elements, of one product: its operands stay small; sums over runs are made in order
+ROWS = 2 ** 15      # tokens of a product of latents: more of them, and rounding in the sums of tensor cores would begin to show
 SCORES = 2 ** 22    # scores held at once
 
 
 def _wide(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _name(kind):
+    return str(kind).removeprefix("torch.")
 
 
 def _product(x, w, backend):
@@ -37,26 +42,28 @@ def grouped_matmul(dout, x, w, backend):
 def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
     """dk [B,H,S,Dn+P], dv [B,H,S,Dv] -> gradients of latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv], k_rope [B,S,P].
 
-    Heads are columns of one product: g = [dk, dv] [rows, H*(Dn+Dv)] times both weights is dlatent, g^T times the latent is the weights' gradient.
+    Heads are inner elements of one product for dlatent, whose operand [dk, dv] [rows, H*(Dn+Dv)] is the one copy; the weights' gradients are a product for each head, read in place.
     """
     (B, S, R), (H, _, Dn), Dv = c.shape, w_uk.shape, w_uv.shape[2]
     both = torch.cat((w_uk, w_uv), -1).transpose(0, 1).reshape(R, -1)                       # [R, H*(Dn+Dv)]
-    dlatent = torch.empty(c.shape, dtype=w_uk.dtype, device=c.device)
-    dboth = torch.zeros(both.shape[1], R, dtype=_wide(both), device=c.device)
+    place, kind = c.device.index if c.is_cuda else None, w_uk.dtype
+    dlatent = torch.empty(c.shape, dtype=kind, device=c.device)
+    dw = [torch.zeros(w.shape, dtype=_wide(w), device=w.device) for w in (w_uk, w_uv)]
     for b in range(B):
-        for s in range(0, S, RUN):
-            end = min(S, s + RUN)
-            g = torch.cat((dk[b, :, s:end, :Dn], dv[b, :, s:end]), -1).transpose(0, 1).reshape(end - s, -1)
-            rows, scale = c[b, s:end], None
+        for s in range(0, S, ROWS):
+            rows, scale, parts = c[b, s:s + ROWS], None, (dk[b, :, s:s + ROWS, :Dn], dv[b, :, s:s + ROWS])
             if latent_scale is not None:
-                scale = latent_scale[b, s:end].repeat_interleave(128, -1)[:, :R]
-                rows = (rows.to(_wide(both)) * scale).to(w_uk.dtype)
-            d = _product(g[None], both[None], backend)[0]                                    # [rows, R]
-            dlatent[b, s:end] = d if scale is None else d * scale
-            dboth += _product(g.t()[None], rows.t()[None], backend)[0]
-    dw = dboth.view(H, Dn + Dv, R).transpose(1, 2).to(w_uk.dtype)
+                scale = latent_scale[b, s:s + ROWS].repeat_interleave(128, -1)[:, :R]
+                rows = (rows.to(_wide(both)) * scale).to(kind)
+            columns = rows.t().contiguous().expand(H, R, -1)
+            for total, part in zip(dw, parts):
+                total += latent.matmul(columns[None], part.transpose(1, 2), None, backend, "torch", place, out_dtype=_name(_wide(total)))[0]
+            g = torch.empty(len(rows), H, Dn + Dv, dtype=kind, device=c.device)
+            g[..., :Dn], g[..., Dn:] = (part.transpose(0, 1) for part in parts)
+            d = latent.matmul(g.view(1, 1, len(rows), -1), both[None], None, backend, "torch", place, out_dtype=_name(kind if scale is None else _wide(both)))[0, 0]
+            dlatent[b, s:s + ROWS] = d if scale is None else d * scale
     drope = None if k_rope is None else dk[..., Dn:].sum(1, dtype=_wide(dk)).to(k_rope.dtype)
-    return dlatent, dw[..., :Dn].contiguous(), dw[..., Dn:].contiguous(), drope
+    return dlatent, *(total.to(kind) for total in dw), drope
 
 
 def indexer_scores(call, dscores):

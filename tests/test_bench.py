@@ -217,6 +217,36 @@ def test_operations_of_native_sparse_attention_are_the_pairs():
         assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32
 
 
+# ---------------------------------------------------------------------------------------------------------------------- latent KV
+def test_latents_are_checked_and_timed_and_rows_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("torch").cuda, "is_available", lambda: False)  # the small size, on the CPU
+    from sparsetile.bench import latent
+    assert latent.main(["--out", str(tmp_path / "out.jsonl")]) == 0
+    kept = {(event["row"], event["who"]) for event in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert {("q W_UK B 1 T 40", "numba"), ("q W_UK + rotary B 5 T 1", "torch"), ("o W_UV B 5 T 1", "numba"), ("backward S 50", "numba"), ("backward S 50", "torch, both products")} <= kept
+    text = capsys.readouterr().out
+    assert all(f"\n{row:28} {who:24} " in text for row, who in kept)
+    assert latent.main(["--budget", "0", "--only", "backward"]) == 0 and "TimeoutError: out of time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, what, broken", [("matmul", "o W_UV", lambda got: got.roll(1, -1)), ("latent_decompress", "dlatent", lambda got: (got[0] * 1.01, got[1]))])
+def test_the_check_of_latents_notices(name, what, broken, monkeypatch, capsys):
+    monkeypatch.setattr(pytest.importorskip("torch").cuda, "is_available", lambda: False)
+    from sparsetile.bench import latent
+    right = getattr(latent.latent, name)
+    monkeypatch.setattr(latent.latent, name, lambda *x, **o: (broken if name != "matmul" or x[0].shape[3] == latent.SMALL["R"] else lambda got: got)(right(*x, **o)))
+    assert latent.main([]) == 1 and f"AssertionError: {what} of numba: error" in capsys.readouterr().out
+
+
+def test_rows_of_latents_that_are_measured_in_workers():
+    pytest.importorskip("torch")
+    from argparse import Namespace
+    from sparsetile.bench import latent
+    names = latent.table_rows(Namespace(quick=False, only=[]))
+    assert len(names) == 21 and sum("decompress" in name for name in names) == 3 and len(latent.table_rows(Namespace(quick=True, only=[]))) == 16
+    assert latent.table_rows(Namespace(quick=True, only=["32k"])) == [name for name in names if "32k" in name or name in ("latent decode h 128", "latent decode h 16")]
+
+
 # ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")

@@ -152,6 +152,8 @@ EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, leng
     (dict(DECODE, tile_k=32), Full(), 1, 5, 256, 6, (70, 0), 3, []),
     (PORTABLE, Window(20), 40, 2, 128, 8, (90, 51), 64, [(1, 0)]),
     (PORTABLE, Causal(), 34, 1, 384, 2, (60, 60), 7, []),
+    (dict(DECODE, path="latent", block_k=128), Causal(), 1, 70, 512, 64, (97, 40), 32, [(0, 1)]),
+    (dict(DECODE, path="latent", block_k=128), Window(100), 1, 17, 512, 64, (0, 200), 64, [(1, 3)]),
     (dict(path="portable", heads=16, tile_k=64, key_warps=4, stages=1, split=0), None, 3, 20, 128, 64, (100, 64), 8, []),
     (dict(path="portable", heads=32, tile_k=32, key_warps=2, stages=2, split=0), None, 2, 3, 256, 10, (50, 30), 8, []),
 ]
@@ -162,8 +164,10 @@ EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, leng
 def test_float8_latents(case, kind, rng):
     """Scales that are no powers of two; rows that are not seen are bytes of NaN."""
     config, rule, T, H, R, P, lengths, page, holes = case
-    place, B, S = CpuPlace(), 2, max(lengths)
-    rows = np.array([[np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (R, P)), False), np.uint8) for _ in range(S)] for _ in range(B)])
+    place, B, S = HopperPlace() if config["path"] == "latent" else CpuPlace(), 2, max(lengths)
+    place.refused = "block_attention_decode" if config["path"] == "latent" else None
+    some = [np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (R, P)), False), np.uint8) for _ in range(24)]
+    rows = np.array(some)[rng.integers(0, len(some), (B, S))]
     q, (keys, values) = rng.standard_normal((B, H, T, R + P)).astype(TYPES[kind]), latents(rows[:, None], R, P)
     (pool,), table = paged_keys.scatter((rows[:, None].astype(np.float32),), lengths, page, rng, holes)
     pool = np.where(np.isnan(pool), 0x7F, pool).astype(np.uint8)                      # [N, 1, page, bytes]

@@ -18,11 +18,11 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTE
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "union", "tokens"), "hopper, tokens: warpgroup products with 64 heads of one query as rows, with up to 32 as columns; 16-bit latents of width 576 whose first "
             "512 columns are the values. union: neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable"),
-    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
-    Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
-    Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
-    Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
-    Tunable("split", (0, 1), "path hopper: 1 splits the lists of few queries over the chip where whole ones would leave a sixth of it idle"),
+    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys", ("portable",)),
+    Tunable("tile_k", (32, 64, 128), "keys gathered a step", ("portable",)),
+    Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys", ("portable",)),
+    Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied", ("portable",)),
+    Tunable("split", (0, 1), "1 splits the lists of few queries over the chip where whole ones would leave a sixth of it idle", ("hopper",)),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
 HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + split.SPLIT + "4q3iI2f"

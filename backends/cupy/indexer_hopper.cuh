@@ -3,6 +3,7 @@
 // (QUERIES 1, 64 columns), where a call has no more: the sums are the same, in the same order.
 // relu(x) w is fma(x + |x|, w / 2, sum): one addition with a free modifier instead of the half-rate maximum (products of e4m3 are far from overflowing).
 #pragma once
+#include "quad.cuh"
 #include "wgmma.cuh"
 #include "window.cuh"
 
@@ -47,29 +48,11 @@ __device__ __forceinline__ void sum_heads(const float (&a)[SUMS], const float (&
   }
 }
 
-// The sums over four lanes, exchanged transposed: lane `me` ends with query `me` (all of them with the one there is), rows lane / 4 and + 8.
-#if QUERIES == 1
-__device__ __forceinline__ void exchange(const float (&r)[1][2], int me, float (&z)[2]) {
+// The sums over four lanes (quad.cuh); of the one query there is they are all lanes'.
+__device__ __forceinline__ void exchange(const float (&r)[1][2], int, float (&z)[2]) {
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const float v = r[0][e] + __shfl_xor_sync(~0u, r[0][e], 2);
     z[e] = v + __shfl_xor_sync(~0u, v, 1);
   }
 }
-#else
-__device__ __forceinline__ void exchange(const float (&r)[4][2], int me, float (&z)[2]) {
-  float v[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float send = me & 2 ? r[i][e] : r[i + 2][e], keep = me & 2 ? r[i + 2][e] : r[i][e];
-      v[i][e] = keep + __shfl_xor_sync(~0u, send, 2);
-    }
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const float send = me & 1 ? v[0][e] : v[1][e], keep = me & 1 ? v[1][e] : v[0][e];
-    z[e] = keep + __shfl_xor_sync(~0u, send, 1);
-  }
-}
-#endif
