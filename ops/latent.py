@@ -23,7 +23,7 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(latent, w_uk, w_uv, k_rope):
-            return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend)
+            return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config)
     if caller == "jax":
         from sparsetile.ops import jax_ops
         if jax_ops.traced(latent, w_uk, w_uv, k_rope, latent_scale):

@@ -21,7 +21,7 @@ dispatch.PLAN_CACHES.append(_calls)
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, *flags):
     """What makes two calls alike, or None for a call that takes the long way."""
     torch = sys.modules.get("torch")
-    if torch is None or type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining():
+    if torch is None or type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or type(scale) not in _NUMBERS or type(softcap) not in _NUMBERS:
         return None
@@ -32,7 +32,7 @@ def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, va
         if x is None:
             found.append(None)
             continue
-        if type(x) is not torch.Tensor or grad and x.requires_grad or x.layout is not torch.strided:
+        if type(x) is not torch.Tensor or grad and x.requires_grad or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
         found.append((x.shape, x.stride(), x.dtype, x.device))
     return *found, pattern, scale, softcap, q_start, value_width, backend, flags, _environment()
