@@ -162,6 +162,22 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
     assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
 
 
+def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
+    """It comes after everything of this very device, and the log says that it is another's."""
+    plain = st.explain(st.sparse_attention, *qkv)
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
+    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "cpu"}, entry(plain, {"block_q": 32}), {}, {})
+    for _ in range(3):
+        lookup.forget(), dispatch.clear_plans()
+        found = st.explain(st.sparse_attention, *qkv)
+        assert found.config["block_q"] == 32 and "shipped profile of Sibling (same architecture)" in found.source
+    said = [r.getMessage() for r in caplog.records if "Sibling" in r.getMessage()]
+    assert len(said) == 1 and f"is used for {DEVICE['name']}; run `sparsetile tune`" in said[0]
+    write(lookup.SHIPPED, plain, {"block_q": 128})
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.config["block_q"] == 128 and found.source.startswith("shipped profile " + lookup.slug(DEVICE["name"]))
+
+
 def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     plain = st.explain(st.sparse_attention, *qkv)
     path = write(tmp_path, plain, {"block_q": 32})
