@@ -20,7 +20,7 @@ dispatch.PLAN_CACHES.append(_calls)
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32):
     """What makes two calls alike, or None for a call that takes the long way."""
     torch = sys.modules.get("torch")
-    if torch is None or type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining():
+    if torch is None or type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or not (type(return_lse) is type(deterministic) is type(allow_tf32) is bool):  # 1 == True, and is refused
         return None
@@ -33,7 +33,7 @@ def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, va
     for x in (q, k, v, sink_logits, kv_length):
         if x is None:
             found.append(None)
-        elif type(x) is not tensor or grad and x.requires_grad or x.layout is not strided:
+        elif type(x) is not tensor or grad and x.requires_grad or x.layout is not strided or x.is_nested or x.is_neg():
             return None
         else:
             found += x.shape, x.stride(), x.dtype, x.device
