@@ -19,7 +19,8 @@ from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.indexer_topk import chunks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, padded
 
-TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))
+TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES,
+            Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))
 FIELDS, THREADS = "3Q3q4i", 256
 FUSED_FIELDS = "128s128s" + "6Q10if20x"  # the struct is as long as its alignment, 64, asks
 FUSED_KEYS, FUSED_MOST = 64, 32
@@ -80,8 +81,9 @@ def resources(problem, config):
 
 def default_config(problem):
     config, blocks = dict(indexer_scores.default_config(group_problem(problem)), scratch_mb=64), ceil_div(problem["S"], problem.granularity)
-    rows, each = problem["B"] * problem["Hk"] * problem["T"], queries_of(problem["Hq"] // problem["Hk"])
-    busy = problem["B"] * problem["Hk"] * ceil_div(problem["T"], each) >= 66  # half of an H200: fewer groups of queries leave it idle, the other path splits the keys too
+    rows, G = problem["B"] * problem["Hk"] * problem["T"], problem["Hq"] // problem["Hk"]
+    each = queries_of(G) * fused_shape(G, problem["D"], blocks)[0]
+    busy = problem["B"] * problem["Hk"] * ceil_div(problem["T"], each) >= 66  # half of an H200: fewer items leave it idle, the other path splits the keys too
     config["path"] = "fused" if busy and not no_fused(problem) else "scratch"
     return {**config, **topk.heuristic(min(rows, rows_held(problem["C"], blocks, config)), blocks, problem["K"])}
 

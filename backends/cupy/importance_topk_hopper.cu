@@ -35,7 +35,7 @@
 constexpr int HP = HEADS > 16 ? 32 : HEADS > 8 ? 16 : 8, QB = 128 / HP, KEYS = 64;  // columns of a query, queries of a warpgroup, keys of a tile
 constexpr int SLABS = (WIDTH + 63) / 64, Q_SLAB = 128 * 128, K_SLAB = KEYS * 128, QUERY_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * K_SLAB;
 constexpr int RING = 4 * KEYS, RING_ROW = RING + 9;  // shares: the tile being written, the one being summed and the one before; rows spread over the banks
-constexpr int WIDE = STEP + REACH - 1, EACH = QB / 4, PAIR = EACH < 2 ? 1 : 2;  // compressed keys of a block; queries of a warp, and those it chooses for at once
+constexpr int EACH = QB / 4, PAIR = EACH < 2 ? 1 : 2;   // queries of a warp, and those it chooses for at once
 constexpr u32 TAKEN = ~0u;                            // in place of a sum: the block has been chosen
 
 struct Params {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_lse(const Params& p, int number, int group,
     }
 }
 
-// Shares of a tile's keys, summed over heads, into the ring at `to` (this lane's first key, query 0)
+// Shares of a tile's keys, summed over heads, into the ring; `key` is this lane's first
 __device__ __forceinline__ void store_shares(const float (&a)[64], const float (&w)[32], float factor, float* ring, int key) {
   const int me = threadIdx.x & 3;
 #pragma unroll
@@ -97,16 +97,16 @@ __device__ __forceinline__ void store_shares(const float (&a)[64], const float (
     float r[4][2], z[2];
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      r[q][0] = r[q][1] = 0.f;
 #pragma unroll
-      for (int c = 0; c < HP / 8; c++)
+      for (int i = 0; i < HP / 4; i++) {
+        const int column = (4 * g + q) * (HP / 8) + i / 2, e = i % 2;
+        const bool there = HEADS % HP == 0 || 8 * (i / 2) + 2 * me + e < HEADS;  // a padded head must not turn an infinite key into NaN
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int column = (4 * g + q) * (HP / 8) + c;
-          if (HEADS % HP && 8 * c + 2 * me + e >= HEADS) continue;  // a padded head must not turn an infinite key into NaN
-          r[q][0] += ex2(fmaf(a[4 * column + e], factor, -w[2 * column + e]));
-          r[q][1] += ex2(fmaf(a[4 * column + 2 + e], factor, -w[2 * column + e]));
+        for (int h = 0; h < 2; h++) {
+          const float part = there ? ex2(fmaf(a[4 * column + 2 * h + e], factor, -w[2 * column + e])) : 0.f;
+          r[q][h] = i ? r[q][h] + part : part;
         }
+      }
     }
     exchange(r, me, z);
     float* to = ring + (4 * g + me) * RING_ROW;
@@ -120,11 +120,13 @@ __device__ __forceinline__ void sum_blocks(const float* ring, float* sums, int r
   const float* shares = ring + thread % QB * RING_ROW;
 #pragma unroll 1
   for (int j = first + thread / QB; j < last; j += 128 / QB) {
-    const int key = j * STEP - REACH + 1;
+    const int key = j * STEP, at = key & (RING - 1);
     float total = 0.f;
 #pragma unroll
-    for (int n = 0; n < WIDE; n++)
-      if (key + n >= 0 && key + n < end) total = fmaf((float)imin(imin(n + 1, WIDE - n), imin(STEP, REACH)), shares[(key + n) & (RING - 1)], total);
+    for (int i = 1 - REACH; i < STEP; i++) {
+      const int where = RING % STEP || i < 0 ? (key + i) & (RING - 1) : at + i;
+      if ((i >= 0 || key + i >= 0) && key + i < end) total = fmaf((float)imin(imin(i + REACH, STEP - i), imin(STEP, REACH)), shares[where], total);
+    }
     sums[thread % QB * row + j] = total >= 0.f ? total : nan_();
   }
 }
