@@ -11,6 +11,7 @@ The path "fused" (importance_topk_hopper.cu: sm_90a, float16 and bfloat16, group
 launch without any scratch; arrays that its copy engine cannot address, and blocks of more than 64 strides, take the other path.
 """
 import math
+from dataclasses import replace
 
 from sparsetile.backends.arrays import View
 from sparsetile.backends.contract import Problem, Resources, Tunable
@@ -19,8 +20,8 @@ from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.indexer_topk import chunks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, padded
 
-TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES,
-            Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))
+TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"),
+            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))))
 FIELDS, THREADS = "3Q3q4i", 256
 FUSED_FIELDS = "128s128s" + "6Q10if20x"  # the struct is as long as its alignment, 64, asks
 FUSED_KEYS, FUSED_MOST = 64, 32

@@ -8,6 +8,7 @@ a row's blocks are summed in registers and the largest taken one after the other
 A row with no more than top_k blocks is answered with all of them, unless scores are asked for. Forced blocks count in top_k.
 """
 import math
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -16,8 +17,8 @@ from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import index_score, indexer_scores, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
 
-TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES, *select_rows.TUNABLES,
-            Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
+TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES,
+            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
 BLOCKS, ROW_BLOCKS, ROW_MOST = 256, 4096, 64  # of a program of sum_blocks; blocks and choices that a row's registers hold
 
 
