@@ -1,4 +1,5 @@
 """Choosing a backend and a config: argument, environment, profiles; a named backend never falls back; explain says why."""
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from sparsetile.autotune import store
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
-from sparsetile.profiles import lookup
+from sparsetile.profiles import lookup, schema
 
 DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
 
@@ -140,6 +141,19 @@ def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
     lookup.forget(), dispatch.clear_plans()
     assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+@pytest.mark.parametrize("arch, inherits", [("sm_90a", True), ("cpu", False)])
+def test_a_gpu_inherits_from_another_of_its_architecture_and_a_cpu_from_none(arch, inherits, qkv, tmp_path, monkeypatch):
+    problem = dataclasses.replace(st.explain(st.sparse_attention, *qkv).problem, arch=arch)
+    path = tmp_path / "other" / "block_attention.yaml"
+    entry = {"key": lookup.key_of(problem), "backend": "numba", "config": {"block_q": 32}}
+    store.write(path, store.dump({"schema": schema.VERSION, "op": "block_attention", "device": {"name": "Other", "arch": arch}, "dims": dict(lookup.DIMS), "entries": [entry]}))
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path)
+    lookup.forget()
+    found = lookup.find(problem, "Mine")
+    assert (found is not None and found.inherited) == inherits and lookup.find(problem, "Other").source.startswith("shipped profile ")
+    lookup.forget()
 
 
 def test_a_bad_file_is_one_error_and_the_call_runs(qkv, tmp_path, monkeypatch, caplog):
