@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+from importlib.util import find_spec
 
 from sparsetile.backends.contract import BACKENDS
 
@@ -23,7 +24,7 @@ def main(argv=None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\nstopped; a run with --storage goes on where it stopped", file=sys.stderr)
+        print("\nstopped; a run with --storage, or of catalogue --measure, goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -183,10 +184,16 @@ def _device(text):
         return None
     if not text.isdigit():
         raise ValueError(f"--device: expected cpu or the index of a GPU, got {text!r}; see sparsetile doctor")
-    import torch
-    if int(text) >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected an index below {torch.cuda.device_count()}, the number of visible GPUs, got {text}; see sparsetile doctor")
+    if int(text) >= _gpus():
+        raise ValueError(f"--device: expected an index below {_gpus()}, the number of visible GPUs, got {text}; see sparsetile doctor")
     return int(text)
+
+
+def _gpus() -> int:
+    if find_spec("torch") is None:  # it makes a workload's arrays, and times the calls
+        raise ValueError("--device: expected torch beside a GPU, got none; pip install 'sparsetile[cuda12]' or 'sparsetile[cuda13]', or use --device cpu")
+    import torch
+    return torch.cuda.device_count()
 
 
 def _selected(names, device):
@@ -225,17 +232,15 @@ def _tune(args):
 
 
 def _every_gpu(args):
-    import torch
-
     from sparsetile.autotune import batch
-    if not torch.cuda.device_count():
+    if not _gpus():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
     if args.shapes and not args.storage:
         raise ValueError("--shapes: expected --storage beside --device all, got none; the GPUs share the list by it, e.g. --storage tune.journal")
     names = [w.name for w in _selected(args.workloads, 0)]
     options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
-    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage, args.profiles)
+    return batch.every_gpu(_gpus(), words, [] if args.shapes else names, args.storage, args.profiles)
 
 
 def _recorded(path, device):
