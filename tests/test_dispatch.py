@@ -164,10 +164,13 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
 
 
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
-    """It comes after everything of this very device, and the log says that it is another's."""
+    """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
+    mine = arrays.device_info(None)
+    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    monkeypatch.setitem(DEVICE, "arch", "sm_90a")
     plain = st.explain(st.sparse_attention, *qkv)
     monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
-    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "cpu"}, entry(plain, {"block_q": 32}), {}, {})
+    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "sm_90a"}, entry(plain, {"block_q": 32}), {}, {})
     for _ in range(3):
         lookup.forget(), dispatch.clear_plans()
         found = st.explain(st.sparse_attention, *qkv)
