@@ -1,4 +1,5 @@
 """Choosing a backend and a config: argument, environment, profiles; a named backend never falls back; explain says why."""
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
-from sparsetile.profiles import lookup
+from sparsetile.profiles import lookup, schema
 
 DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
 
@@ -163,10 +164,13 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
 
 
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
-    """It comes after everything of this very device, and the log says that it is another's."""
+    """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
+    mine = arrays.device_info(None)
+    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    monkeypatch.setitem(DEVICE, "arch", "sm_90a")
     plain = st.explain(st.sparse_attention, *qkv)
     monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
-    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "cpu"}, entry(plain, {"block_q": 32}), {}, {})
+    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "sm_90a"}, entry(plain, {"block_q": 32}), {}, {})
     for _ in range(3):
         lookup.forget(), dispatch.clear_plans()
         found = st.explain(st.sparse_attention, *qkv)
@@ -185,6 +189,19 @@ def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
     lookup.forget(), dispatch.clear_plans()
     assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+@pytest.mark.parametrize("arch, inherits", [("sm_90a", True), ("cpu", False)])
+def test_a_gpu_inherits_from_another_of_its_architecture_and_a_cpu_from_none(arch, inherits, qkv, tmp_path, monkeypatch):
+    problem = dataclasses.replace(st.explain(st.sparse_attention, *qkv).problem, arch=arch)
+    path = tmp_path / "other" / "block_attention.yaml"
+    entry = {"key": lookup.key_of(problem), "backend": "numba", "config": {"block_q": 32}}
+    store.write(path, store.dump({"schema": schema.VERSION, "op": "block_attention", "device": {"name": "Other", "arch": arch}, "dims": dict(lookup.DIMS), "entries": [entry]}))
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path)
+    lookup.forget()
+    found = lookup.find(problem, "Mine")
+    assert (found is not None and found.inherited) == inherits and lookup.find(problem, "Other").source.startswith("shipped profile ")
+    lookup.forget()
 
 
 def test_a_bad_file_is_one_error_and_the_call_runs(qkv, tmp_path, monkeypatch, caplog):
