@@ -1,5 +1,6 @@
 """The search of one backend's configs on one workload: asks the study, has the configs compiled ahead, gives the bench worker what is compiled first, and ends in the finals."""
 import datetime
+import statistics
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -135,7 +136,7 @@ class Hunt:
             return None
         samples, about = answer
         for one, found in zip(chosen, samples):
-            one.samples, one.time_us = found, found and self.worker("centre", found)
+            one.samples, one.time_us = found, found and statistics.median(found)
         errors = dict(zip(map(id, chosen), about.get("errors", ())))
         chosen = [one for one in chosen if one.samples]
         if not chosen:

@@ -182,7 +182,7 @@ def known(module, only: dict | None) -> None:
 def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, only: dict | None = None, progress=None) -> dict:
     """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said. only: {knob: values}, a part of the space
     that is a space of its own (beside it stands the default)."""
-    from sparsetile.autotune import isolate, provenance, tune
+    from sparsetile.autotune import isolate, provenance, timing, tune
     from sparsetile.autotune.hunt import Hunt
     from sparsetile.ops import dispatch
     worker = tune._bench(tune.BENCH, device, True)
@@ -196,14 +196,14 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
     hunt.prepare(len(pool), None, "random", 0, only=only)
     hunt.search(seconds)
     right = [(n, t) for n, t in enumerate(hunt.tried) if t.time_us]
-    samples = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
+    samples, launch = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
     rows = [dict(config=t.config, failure=t.failure, seconds=t.seconds, samples=None) for t in hunt.tried]
     for (n, _), found in zip(right, samples):
-        rows[n] |= {"samples": found, "time_us": worker("centre", found)}
-    spread = [statistics.stdev(s) / statistics.mean(s) / len(s) ** 0.5 for s in samples]
+        rows[n] |= {"samples": found, "time_us": statistics.median(found)}
+    near = [timing.error(found) for found in samples if len(found) > rounds]
     about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
              "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "paths": {t.name: list(t.paths) for t in module.TUNABLES if t.paths},
-             "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4), "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
+             "default": pool[0], "samples": rounds, "launch": launch, "noise": round(statistics.median(near), 4), "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(t4(about, rows))
     return {"path": str(path), "legal": len(pool), "timed": len(right), "failed": len(rows) - len(right), "noise": about["noise"]}

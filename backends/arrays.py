@@ -449,6 +449,10 @@ class ViewPlace(Place):
         self.cupy.cuda.ExternalStream(self.stream).synchronize()  # JAX knows nothing of our stream
         return jax.dlpack.from_dlpack(x.owner)
 
+    def _is_current(self) -> bool:
+        """Whether CuPy's calls go to the device and the stream as they are; asking the runtime which one is current gives a thread no context."""
+        return self.device in getattr(_THREAD, "devices", ()) and self.cupy.cuda.runtime.getDevice() == self.device and self.cupy.cuda.get_current_stream().ptr == self.stream
+
     @contextlib.contextmanager
     def _switch(self):
         import cupy
@@ -462,7 +466,7 @@ class ViewPlace(Place):
 
     def guard(self):
         if self.caller != "torch":
-            return self._switch()
+            return _NOTHING if self._is_current() else self._switch()
         _with_context(self.device, True)
         return _NOTHING if is_current(self.device) else self.torch.cuda.device(self.device)
 

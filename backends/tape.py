@@ -7,6 +7,9 @@ A run can be noted if all it does is to allocate by `empty` and to launch, and i
 the lists. A Recorder knows these by their type and lets nothing else onto a tape. Tensors are alike if they agree in all but their addresses, and these in what kernels are compiled for:
 multiples of 16 bytes, and whether k and v begin at the same place.
 """
+import math
+from itertools import accumulate
+
 import torch
 
 from sparsetile.backends.arrays import View
@@ -79,16 +82,23 @@ class Recorder:
         return type(x) in (Address, float, bool, str, type(None)) or type(x) is tuple and all(map(self._plain, x))
 
     def tape(self, *results):
-        """None if the run cannot be repeated."""
-        made = [None if x is None else self._slots.get(id(x), (0, x))[0] - self._inputs - 1 for x in results]
-        if self._refused or not self._steps or any(n is not None and n < 0 for n in made):
+        """Repeats the run; its answers are the results that are not None. None if the run cannot be repeated."""
+        first = self._inputs + 1
+        kept = [self._slots.get(id(x), (0, x))[0] for x in results if x is not None]
+        if self._refused or not self._steps or min(kept) < first:
             return None
-        return Tape(self._made, self._steps, made, self._same)
+        order = [*range(first), *kept, *(slot for slot in range(first, first + len(self._made)) if slot not in kept)]
+        made = [self._made[slot - first] for slot in order[first:]]
+        steps = [(call, args, [(n, order.index(slot)) for n, slot in moves]) for call, args, moves in self._steps]
+        return Tape(made[:len(kept)], made[len(kept):], steps, self._same)
 
 
 class Tape:
-    def __init__(self, made, steps, results, same: bool):
-        self.made, self.steps, self.results, self.same = made, steps, results, same
+    def __init__(self, made, scratch, steps, same: bool):
+        """made, scratch: shape, strides, type and device of each result, and of what else is allocated: one piece of memory here."""
+        self.made, self.steps, self.same = made, steps, same
+        ends = list(accumulate([-(-math.prod(shape) * dtype.itemsize // 256) * 256 for shape, _, dtype, _ in scratch], initial=0))
+        self.offsets, self.size, self.device = ends[:-1], ends[-1], made[0][3]
 
     def __call__(self, stream: int, q, k, v, *more):
         """The run's results on these tensors; None if their addresses are not alike, and nothing was done."""
@@ -98,9 +108,13 @@ class Tape:
             return None
         made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in self.made]
         slots += [x.data_ptr() for x in made]
+        if self.offsets:
+            scratch = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            start = scratch.data_ptr()
+            slots += [start + offset for offset in self.offsets]
         for call, args, moves in self.steps:
             args = args.copy()
             for n, slot in moves:
                 args[n] = slots[slot]
             call(*args)
-        return tuple([None if n is None else made[n] for n in self.results])
+        return made

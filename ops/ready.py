@@ -65,7 +65,7 @@ class _Ready:
             results = self.tape(arrays.stream_of("torch", self.device), q, k, k if v is None else v, sink_logits, kv_length)
         if results is None:
             results = self._run(q, k, v, sink_logits, kv_length)
-        return results if self.return_lse else results[0]
+        return tuple(results) if self.return_lse else results[0]
 
     def _run(self, q, k, v, sink_logits, kv_length):
         place = arrays.place_for(self.native, "torch", self.device)

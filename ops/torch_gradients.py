@@ -15,10 +15,6 @@ def _wide(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _name(kind):
-    return str(kind).removeprefix("torch.")
-
-
 def _product(x, w, backend):
     """x [H,T,N], w [H,M,N] -> x w^T [H,T,M], not rounded; inner elements in runs."""
     total, kind = None, "float64" if x.dtype == torch.float64 else "float32"
@@ -45,25 +41,35 @@ def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
     Heads are inner elements of one product for dlatent, whose operand [dk, dv] [rows, H*(Dn+Dv)] is the one copy; the weights' gradients are a product for each head, read in place.
     """
     (B, S, R), (H, _, Dn), Dv = c.shape, w_uk.shape, w_uv.shape[2]
+    place, kind, once = c.device.index if c.is_cuda else None, w_uk.dtype, B == 1 and 0 < S <= ROWS
+    product = lambda x, w, dtype: latent.matmul(x, w, None, backend, "torch", place, out_dtype=str(dtype).removeprefix("torch."))[0]  # noqa: E731
     both = torch.cat((w_uk, w_uv), -1).transpose(0, 1).reshape(R, -1)                       # [R, H*(Dn+Dv)]
-    place, kind = c.device.index if c.is_cuda else None, w_uk.dtype
     dlatent = torch.empty(c.shape, dtype=kind, device=c.device)
-    dw = [torch.zeros(w.shape, dtype=_wide(w), device=w.device) for w in (w_uk, w_uv)]
+    dw = [torch.zeros(w.shape, dtype=_wide(w), device=w.device) for w in (w_uk, w_uv) if not once]
     for b in range(B):
         for s in range(0, S, ROWS):
             rows, scale, parts = c[b, s:s + ROWS], None, (dk[b, :, s:s + ROWS, :Dn], dv[b, :, s:s + ROWS])
             if latent_scale is not None:
                 scale = latent_scale[b, s:s + ROWS].repeat_interleave(128, -1)[:, :R]
                 rows = (rows.to(_wide(both)) * scale).to(kind)
-            columns = rows.t().contiguous().expand(H, R, -1)
-            for total, part in zip(dw, parts):
-                total += latent.matmul(columns[None], part.transpose(1, 2), None, backend, "torch", place, out_dtype=_name(_wide(total)))[0]
+            columns = rows.t().contiguous().expand(1, H, R, -1)
+            made = [product(columns, part.transpose(1, 2), kind if once else _wide(both)) for part in parts]
+            dw = made if once else [total.add_(part) for total, part in zip(dw, made)]
             g = torch.empty(len(rows), H, Dn + Dv, dtype=kind, device=c.device)
-            g[..., :Dn], g[..., Dn:] = (part.transpose(0, 1) for part in parts)
-            d = latent.matmul(g.view(1, 1, len(rows), -1), both[None], None, backend, "torch", place, out_dtype=_name(kind if scale is None else _wide(both)))[0, 0]
+            for to, part in zip(g.split((Dn, Dv), -1), parts):
+                to, part = _in_words(to, part.transpose(0, 1))
+                to.copy_(part)
+            d = product(g.view(1, 1, len(rows), -1), both[None], kind if scale is None else _wide(both))[0]
             dlatent[b, s:s + ROWS] = d if scale is None else d * scale
     drope = None if k_rope is None else dk[..., Dn:].sum(1, dtype=_wide(dk)).to(k_rope.dtype)
-    return dlatent, *(total.to(kind) for total in dw), drope
+    return dlatent, *(x.to(kind) for x in dw), drope
+
+
+def _in_words(*views):
+    """The same rows in words of 64 bits where all of them allow it: PyTorch copies a transposed view element by element."""
+    n = 8 // views[0].element_size()
+    fit = all(x.stride(-1) == 1 and not any(size % n for size in (x.storage_offset(), x.shape[-1], *x.stride()[:-1])) for x in views)
+    return [x.view(torch.int64) for x in views] if fit else views
 
 
 def indexer_scores(call, dscores):

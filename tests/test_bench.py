@@ -83,6 +83,52 @@ def test_peers_answer_what_we_answer(name, monkeypatch):
     assert ours and [judge.wrong(peer.make()()) for peer in ours] == [None]
 
 
+def in_pages(q, pool, table, lengths, scale, Dv):
+    """Attention of q [B,h,D] over pages of latents [N,64,D], by its definition."""
+    import torch
+    outs = []
+    for one, pages, n in zip(q.float(), table.long(), lengths.tolist()):
+        keys = pool[pages].flatten(0, 1)[:n].float()
+        outs.append((scale * one @ keys.T).softmax(-1) @ keys[:, :Dv])
+    return torch.stack(outs).to(q.dtype)
+
+
+class PagedWrapper:
+    """As flashinfer.mla.BatchMLAPagedAttentionWrapper is documented."""
+
+    def __init__(self, workspace): pass
+
+    def plan(self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal, sm_scale, q_data_type, kv_data_type):
+        assert qo_indptr.tolist() == list(range(len(kv_len_arr) + 1)) and (page_size, causal) == (64, False)
+        self.table = [kv_indices[a:b] for a, b in zip(kv_indptr, kv_indptr[1:])]
+        self.lengths, self.scale = kv_len_arr, sm_scale
+
+    def run(self, q_nope, q_pe, ckv, kpe):
+        import torch
+        return in_pages(torch.cat((q_nope, q_pe), -1), torch.cat((ckv, kpe), -1), torch.stack(self.table), self.lengths, self.scale, q_nope.shape[-1])
+
+
+def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale=None, causal=False):
+    """As FlashMLA documents it: q [B,1,h,576], k_cache [N,64,1,576]."""
+    assert (tile_scheduler_metadata, num_splits) == ("plan", "splits") and k_cache.shape[1:3] == (64, 1)
+    return in_pages(q[:, 0], k_cache[:, :, 0], block_table, cache_seqlens, softmax_scale, head_dim_v)[:, None], None
+
+
+def test_peers_of_latent_decode_are_called_as_they_are_documented(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from importlib.machinery import ModuleSpec
+    from types import SimpleNamespace
+    from sparsetile.bench import peers
+    metadata = lambda lengths, per_key_head, key_heads: ("plan", "splits") if (per_key_head, key_heads) == (16, 1) else None  # noqa: E731
+    for name, held in (("flash_mla", dict(get_mla_metadata=metadata, flash_mla_with_kvcache=flash_mla_with_kvcache)), ("flashinfer", {}), ("flashinfer.mla", dict(BatchMLAPagedAttentionWrapper=PagedWrapper))):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=ModuleSpec(name, None), __path__=[], **held))
+    w = GPU["gpu/latent-decode-h16"]
+    task = tasks.Task(replace(w, sizes=tuple((axis, dict(B=2, S=192).get(axis, size)) for axis, size in w.sizes)), None)
+    judge, task.inputs = spot.Judge(task), [arrays.as_torch(x) if isinstance(x, np.ndarray) else x for x in task.inputs]
+    found = {peer.name: judge.wrong(peer.make()()) for peer in peers.peers(task, False)}
+    assert found == dict(torch=None, FlashMLA=None, FlashInfer=None) and torch is peers.torch
+
+
 WORKER = '''
 import json, os, sys, time
 order = json.loads(sys.argv[1])

@@ -20,6 +20,7 @@ struct Params {
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
   unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
   int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
+  int* whole;                       // [L, nk] 1 where whole query tiles see every key of a block
   int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
   int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
@@ -63,6 +64,14 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   const int2 rows = rows_of_call(p, start);
   first_row = rows.x;
   end_row = block < p.lists.nk && (PARTED || block * KEYS < limit) ? imax(rows.x, rows.y) : first_row;  // blocks of a part do not ascend: those behind the last key are masked
+}
+
+// What `arrange` found holds where the call has every row of every tile.
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
+  if (x.first_row > 0 || x.end_row < p.lists.nq || p.at.T % (ROWS * row_step(p)) || (!row_steps(p) && x.start % ROWS)) return false;
+  bool found = false;
+  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++) found |= p.whole[(i64)x.list(p, r) * p.lists.nk + x.block];
+  return found;
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
@@ -527,4 +536,15 @@ extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__
     p.place[entry] = e - base;
     p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
   }
+  bool whole = false;
+  u32 seen = 0;  // keys 32 (lane % 4) .. by every eighth row
+  for (int e = __ldg(by_key + 2 * x); e < imin(end, __ldg(by_key + 2 * x) + 16) && !whole; e++) {
+    const int kind = e < middle ? -1 : __ldg(p.by_key_kinds + e);
+#pragma unroll 4
+    for (int y = lane / 4; y < ROWS; y += 8) seen |= kind_word<ROWS, KEYS>(p.lists, kind, y, lane % 4 * 32);
+    u32 all = seen;
+    for (int n = 4; n < 32; n *= 2) all |= __shfl_xor_sync(~0u, all, n);
+    whole = __all_sync(~0u, all == ~0u);
+  }
+  if (lane == 0) p.whole[(i64)list * nk + x] = whole;
 }

@@ -74,6 +74,8 @@ struct Item {
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
 
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x);  // is every key of the block seen by some query of the call? The kernel's own; false: not known
+
 struct Planner {
   const Params& p;
   const Shared& m;
@@ -100,7 +102,7 @@ struct Planner {
   // Makes K and V zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys. Once the item's first
   // plan is out: then the loading thread loads.
   __device__ __forceinline__ void clear(const Item& x, bool whole);
-  __device__ __forceinline__ bool whole(const Item& x);  // does some query tile see all keys?
+  __device__ __forceinline__ bool whole(const Item& x);  // is every key seen, as far as that is known without looking at masks?
   __device__ __forceinline__ void item(int number);
 };
 
@@ -127,6 +129,7 @@ struct Entries {
 };
 
 __device__ __forceinline__ bool Planner::whole(const Item& x) {
+  if (known_whole(p, x)) return true;
   int4 w;
   for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++)
     for (Entries all(p, x, r); all.next(p, x, lane, w);)
@@ -136,15 +139,20 @@ __device__ __forceinline__ bool Planner::whole(const Item& x) {
 
 __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   u32 word = whole ? ~0u : 0u;  // keys 32 (lane % 4) .. of the block, by every eighth row
+  const auto together = [](u32 word) {
+    for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
+    return word;
+  };
   int4 w;
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
-    for (Entries all(p, x, r); all.next(p, x, lane, w);) {
+    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w);) {
       const int t = first_query(p, w.x, x.start);
 #pragma unroll 1
       for (int y = imax(-t, 0) + lane / 4; y < end_row(p, t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
+      whole = __all_sync(~0u, together(word) == ~0u);  // global keys are seen by hundreds of tiles
     }
   }
-  for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
+  word = together(word);
   bar_wait(m.landed(), turn, patience);
   turn ^= 1;
 #pragma unroll 1

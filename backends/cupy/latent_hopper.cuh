@@ -37,6 +37,12 @@ struct Item {
   }
 };
 
+// Through a map of boxes of 32 rows x 9 chunks of 64 columns
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
+  bar_expect(bar, TILE);
+  tma_load(to, map, bar, 0, row, 0, y, z);
+}
+
 // Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
 struct Rows { float top[2], m[2], sum[2]; bool wide; };
 
@@ -248,8 +254,9 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if (left <= 0) {
         const Found last = ((const Found*)(raw + FOUND))[slot];
-        if (last.slot >= 0) store_part(p, raw, o, last.slot, half, tid);
-        else store(p, raw, base, o, Item(p, last.item), slot, half, tid);
+        const Item x(p, last.item);
+        if (last.slot < 0) store(p, raw, base, o, x, slot, half, tid);
+        else if (tid / 32 * 16 < x.rows) store_part(p, raw, o, last.slot, half, tid);  // a warp has 16 rows
         shared_to_copy_engine();  // which may write this tile next
       }
       if (lane == 0) bar_arrive(FREE(slot));

@@ -9,7 +9,7 @@ from sparsetile.backends.cupy.operands import LISTS, POSITIONS, ceil_div, lists_
 
 SLOPES, GIB = 128 * 128 * 2, 2 ** 30
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 6 + "17Q" + LISTS + POSITIONS + "22i2f3Q"
+FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f3Q"
 FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -77,11 +77,11 @@ class Part:
         lists = self.lists
         self.key_tiles, self.count = key_tiles, max(lists.offsets.shape[0] // 2 // max(lists.nq, 1), lists.by_key_offsets.shape[0] // 2 // max(lists.nk, 1))
         self.rows, self.ticket = place.empty((2 * heads * self.tiles, 196), "float32"), place.empty((2 * cuts,), "int32")
-        self.order, self.order_rows = place.empty((self.count, key_tiles), "int32"), place.empty((self.count, lists.nq), "int32")
+        self.order, self.order_rows, self.whole = (place.empty((self.count, n), "int32") for n in (key_tiles, lists.nq, lists.nk))
         self.walk, self.at = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((lists.cols.shape[0],), "int32")
 
     def pointers(self):
-        return tuple(x.ptr for x in (self.order, self.order_rows, self.walk, self.at, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
+        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
 
 
 def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, scale, kv_length, q_start):

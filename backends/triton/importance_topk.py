@@ -50,23 +50,28 @@ def choose_row(shares, key_ends, block_ends, out, lengths, values, T, T_all, k, 
     row = shares + b.to(tl.int64) * in_b + t.to(tl.int64) * in_t
     j = tl.arange(0, BLOCKS)
     total = tl.zeros((BLOCKS,), tl.float32)
-    for n in tl.static_range(STEP + REACH - 1):
+    for n in range(STEP + REACH - 1):
         i = j * STEP + (n - REACH + 1)
-        total += min(n + 1, STEP + REACH - 1 - n, STEP, REACH) * tl.load(row + i, mask=(i >= 0) & (i < end), other=0.0)
+        times = tl.minimum(tl.minimum(n + 1, STEP + REACH - 1 - n), min(STEP, REACH))
+        total += times.to(tl.float32) * tl.load(row + i, mask=(i >= 0) & (i < end), other=0.0)
     first = tl.minimum(force_first, hi)
     if ALL:
         first = tl.where(hi <= k, hi, first)
     forced = (j < first) | ((j >= hi - force_last) & (j < hi))
     # sums are not negative: their bits sort as they do, and NaN is none of them
     key = tl.where((j < hi) & (forced == 0) & (total >= 0), total.to(tl.int32, bitcast=True), -1)
-    left = k - tl.sum(forced.to(tl.int32), axis=0)
-    top = tl.max(key, axis=0)
-    while (left > 0) & (top >= 0):
-        at = tl.min(tl.where(key == top, j, BLOCKS), axis=0)
-        forced = forced | (j == at)
-        key = tl.where(j == at, -1, key)
-        top = tl.max(key, axis=0)
-        left -= 1
+    need = k - tl.sum(forced.to(tl.int32), axis=0)
+    # the largest bound that `need` of them reach, by halving; over where exactly so many do, or where it lies between neighbours: equal ones at the cut
+    low, high = need * 0, tl.max(key, axis=0) + 1
+    reach = tl.sum((key >= 0).to(tl.int32), axis=0)
+    while (reach > need) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = tl.sum((key >= middle).to(tl.int32), axis=0)
+        enough = count >= need
+        low, reach, high = tl.where(enough, middle, low), tl.where(enough, count, reach), tl.where(enough, high, middle)
+    alike = (key == low).to(tl.int32)
+    above = reach - tl.sum(alike, axis=0)
+    forced = forced | (key > low) | ((alike > 0) & ((reach <= need) | (tl.cumsum(alike, axis=0) <= need - above)))
     place = tl.cumsum(forced.to(tl.int32), axis=0) - 1
     written = tl.sum(forced.to(tl.int32), axis=0)
     tl.store(out + item * k + place, j, mask=forced)
