@@ -390,12 +390,12 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
   u32 patience = PATIENCE, s = 0, turn = 1;
   const int items = p.heads * p.group * (p.lists.nq + p.outside);
   for (u32 i = 0;;) {
+    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);  // before a ticket is drawn: what one block of threads has drawn, no other can take at the end
     const int number = atomicAdd(p.ticket + 1, 1);
     const bool more = number < items && patience;
     Run run = {0, 0, 0, 0};
     const Rows x = more ? open_rows(p, number, run) : Rows{0, 0, 0, -1};
     if (more && x.t >= p.at.T) continue;
-    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);
     *m.item(i % ITEMS) = x;
     bar_arrive(m.full_item(i % ITEMS));
     i++;
