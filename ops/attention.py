@@ -89,7 +89,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
             return (out, lse) if return_lse else out
     elif call.caller == "jax":
         from sparsetile.ops import jax_ops
-        if jax_ops.traced(*call.arrays, kv_length, q_start):
+        if jax_ops.traced(*call.arrays, kv_length, q_start, jax_ops.tables(call.rule)):
             return jax_ops.attention(call, return_lse)
     out, lse = forward(call, return_lse, key)
     return (out, lse) if return_lse else out

@@ -140,6 +140,7 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
             raise ValueError(f"{origin}: expected knobs of {problem.op} ({', '.join(known) or 'it has none'}), got {name!r}; leave it out")
         if value not in known[name].values:
             raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}; choose one of these")
+    config = {name: known[name].values[known[name].values.index(value)] for name, value in config.items()}  # 64.0 is 64
     full = {**module.default_config(problem), **config}
     asked = module.resources(problem, full)
     if not isinstance(asked, Resources) and "path" in known and "path" not in config:  # the default's variant has no room for this; the portable one always has

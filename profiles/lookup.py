@@ -94,9 +94,17 @@ def _file(path: Path):
 
 
 @lru_cache(None)
+def _missing(user: str) -> None:
+    """Said once."""
+    if not Path(user).is_dir():
+        log.warning("SPARSETILE_PROFILE_DIR: expected a directory, got %r; make it, or unset the variable: profiles are looked for elsewhere", user)
+
+
+@lru_cache(None)
 def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -> tuple:
     """(file, source, inherited) in order of precedence."""
     roots = [(Path(user), "user profile")] if user else []
+    _missing(user or ".")
     roots += [(Path(cache), "user cache profile"), (SHIPPED, "shipped profile")]
     found = []
     for root, source in roots:
@@ -165,3 +173,4 @@ def forget() -> None:
     _found.clear()
     _file.cache_clear()
     _candidates.cache_clear()
+    _missing.cache_clear()

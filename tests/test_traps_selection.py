@@ -276,6 +276,21 @@ def test_offsets_past_two_to_the_31(on, backend, rng):
     assert_close("out", out, oracle.attention(q, small, small[..., :Dv], count, **how)[0], plain.attention(q, small, small[..., :Dv], count, **how)[0], reduction=40 + D)
 
 
+@pytest.mark.parametrize("way", ["selection", "window"])
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_offsets_past_two_to_the_31_on_the_cpu(on, backend, way, rng, tmp_path):
+    """The same in a file of holes: only the pages that are touched exist."""
+    S, D, Dv, seen = 3_800_000, 576, 512, 40
+    k = np.memmap(tmp_path / "keys", np.float16, "w+", shape=(1, 1, S, D))
+    rows = np.sort(np.append(rng.choice(S, seen // 2, replace=False), np.arange(S - seen // 2, S))) if way == "selection" else np.arange(S - seen, S)
+    small, q = normal(rng, (1, 1, seen, D), np.float16), normal(rng, (1, 16, 1, D), np.float16)
+    k[0, 0, rows] = small[0, 0]
+    rule = st.Selection(rows.astype(np.int32)[None, None, None]) if way == "selection" else st.Window(seen - 1)
+    out = on.sparse_attention(q, k, None, rule, value_width=Dv)
+    how = dict(scale=D ** -0.5)
+    assert_close("out", out, oracle.attention(q, small, small[..., :Dv], 1, **how)[0], plain.attention(q, small, small[..., :Dv], 1, **how)[0], reduction=seen + D)
+
+
 @every
 def test_the_absorbed_scale_is_that_of_the_rebuilt_width(on, backend, rng):
     """192 = 128 + 64 for DeepSeek, never 576: here 24 against 40."""

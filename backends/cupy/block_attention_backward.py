@@ -24,11 +24,11 @@ TUNABLES = (
     Tunable("tile_k", (32, 64, 128), "keys a step of dQ, and keys of a CTA of dK and dV; divides block_k"),
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
-    Tunable("heads", (1, 2, 4, 8, 16, 32), "paths hopper and two_pass: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
-    Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones"),
-    Tunable("section", (0, 8, 16, 32), "path hopper: query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others"),
-    Tunable("walk", ("descending", "freest"), "path hopper: rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)"),
-    Tunable("scratch", (2, 1, 4, 8), "path two_pass: GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it"),
+    Tunable("heads", (1, 2, 4, 8, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("hopper", "two_pass")),
+    Tunable("sums", (1, 2), "float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones", ("hopper",)),
+    Tunable("section", (0, 8, 16, 32), "query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others", ("hopper",)),
+    Tunable("walk", ("descending", "freest"), "rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)", ("hopper",)),
+    Tunable("scratch", (2, 1, 4, 8), "GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it", ("two_pass",)),
 )
 LOG2E = 1.4426950408889634
 HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
