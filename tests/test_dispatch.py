@@ -162,6 +162,16 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
     assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
 
 
+def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv, st.Window(3))
+    write(tmp_path, plain, {"block_q": 32})
+    p = plain.problem
+    found = lambda density, dims=p.dims: lookup.find(Problem(p.op, dims, p.dtypes, p.arch, p.features, density, p.granularity), DEVICE["name"], "numba", user=str(tmp_path))
+    assert [found(p.density * times) is not None for times in (1 / 4, 1 / 2, 1, 2, 4)] == [False, True, True, True, False]
+    longer = tuple((axis, size * 2 if axis == "S" else size) for axis, size in p.dims)
+    assert found(p.density, longer) is not None and found(p.density * 2, longer) is None  # one axis at a time
+
+
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
     """It comes after everything of this very device, and the log says that it is another's."""
     plain = st.explain(st.sparse_attention, *qkv)
