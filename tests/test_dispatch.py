@@ -46,6 +46,21 @@ def test_auto_takes_the_first_that_supports_it(qkv):
     assert set(found.reasons) == {"triton", "cupy", "reference"} and all(found.reasons.values())
 
 
+def test_auto_takes_the_profiles_winner(qkv, monkeypatch, tmp_path):
+    """Of two backends that run here it is the one that was faster, not the one that is preferred; a winner that refuses leaves the order."""
+    pytest.importorskip("triton")
+    plain, runs = st.explain(st.sparse_attention, *qkv), ["triton", "numba"]
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, problem, device: None if backend in runs else f"{backend} is not here")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+    write(tmp_path, plain, {"block_q": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.backend == "numba" and found.config["block_q"] == 32 and found.reasons["triton"].startswith("numba comes first: user profile")
+    assert st.explain(st.sparse_attention, *qkv, backend="triton").backend == "triton"
+    runs.remove("numba")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+
+
 def test_precedence_of_backend(qkv, monkeypatch):
     monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
     assert st.explain("sparse_attention", *qkv).backend == "reference"
