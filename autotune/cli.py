@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\nstopped; a run with --storage goes on where it stopped", file=sys.stderr)
+        print("\nstopped; a run with --storage, or of catalogue --measure, goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("tables", nargs="*", help="tables to replay")
     p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe,subset)")
     p.add_argument("--repeats", type=_count, default=30, help="seeds (default: 30)")
+    p.add_argument("--blind", action="store_true", help="begin with a config of chance instead of the default: what a sampler finds by itself")
     p.add_argument("--record", help="a workload to time whole")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="whose configs are timed (with --record)")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
@@ -312,7 +313,7 @@ def _replay(args):
     if not args.tables or not set(samplers) <= {*replay.SAMPLERS, "nsga2"}:
         raise ValueError(f"replay: expected tables, and samplers of {', '.join(replay.SAMPLERS)}, got {args.tables or 'no table'} and {', '.join(samplers)}; see bench/tables")
     for path in args.tables:
-        rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
+        rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats, blind=args.blind)
         print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows) + "\n" + replay.verdict(rows), flush=True)
     return 0
 

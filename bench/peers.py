@@ -35,6 +35,8 @@ def peers(task, compiled: bool) -> list[Peer]:
             found.append(Peer("Flex", lambda: _attention(task, _flex(task), backward)))
     elif w.kernel == "block_attention" and task.inputs[3] == P.Full():
         found.append(Peer("torch", lambda: _few(task)))
+        if w["D"] == 576 and w.option("shared_kv"):
+            found += [Peer(name, lambda make=make: make(task)) for name, module, make in (("FlashMLA", "flash_mla", _flash_mla_dense), ("FlashInfer", "flashinfer", _flashinfer_latent)) if find_spec(module)]
     elif w.kernel == "gather_attention" and w["D"] == 576 and find_spec("flash_mla"):
         found.append(Peer("FlashMLA", lambda: _flash_mla(task)))
     elif w.kernel == "indexer_scores" and w["B"] == 1 and find_spec("deep_gemm"):
@@ -121,6 +123,32 @@ def _flash_mla(task):
     q, k, _, chosen = task.inputs
     q, keys, indices = q[0].transpose(0, 1).contiguous(), k[0].transpose(0, 1).contiguous(), chosen.indices[0].transpose(0, 1).contiguous()  # [T,h,576] [S,1,576] [T,1,K]
     return lambda: flash_mla_sparse_fwd(q, keys, indices, task.workload["D"] ** -0.5)[0].transpose(0, 1)[None]
+
+
+def _pages(task):
+    """The latents as a pool of pages of 64 [B*S/64,64,576], the table of each sequence's pages, lengths."""
+    k, w = task.inputs[1], task.workload
+    table = torch.arange(w["B"] * w["S"] // 64, dtype=torch.int32, device=k.device).view(w["B"], -1)
+    return k.view(-1, 64, w["D"]), table, torch.full((w["B"],), w["S"], dtype=torch.int32, device=k.device)
+
+
+def _flash_mla_dense(task):
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+    pool, table, lengths = _pages(task)
+    q, w = task.inputs[0].transpose(1, 2).contiguous(), task.workload  # [B,1,h,576]
+    plan, splits = get_mla_metadata(lengths, w["Hq"], 1)
+    return lambda: flash_mla_with_kvcache(q, pool[:, :, None], table, lengths, w["Dv"], plan, splits, softmax_scale=w["D"] ** -0.5)[0].transpose(1, 2)
+
+
+def _flashinfer_latent(task):
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+    (pool, table, lengths), w = _pages(task), task.workload
+    q = task.inputs[0][:, :, 0]  # [B,h,576]
+    count = lambda step: torch.arange(w["B"] + 1, dtype=torch.int32, device=q.device) * step  # noqa: E731
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.int8, device=q.device))
+    wrapper.plan(count(1), count(table.shape[1]), table.flatten(), lengths, w["Hq"], w["Dv"], w["D"] - w["Dv"], 64, False, w["D"] ** -0.5, q.dtype, pool.dtype)
+    Dv = w["Dv"]
+    return lambda: wrapper.run(q[..., :Dv], q[..., Dv:], pool[..., :Dv], pool[..., Dv:])[:, :, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ indexer and latent

@@ -349,8 +349,12 @@ def _backward(call, choice, place, out, lse, dout, dlse):
         indices, lengths = _entries(s, place)
         runs = [lambda dtype: choice.kernel.run(q, k, v, indices, total, delta, dout, granularity=s.granularity, causal=s.causal, lengths=lengths, out_dtype=dtype, **common)]
     else:
-        runs = [lambda dtype, part=part: choice.kernel.run(q, k, v, part, total, delta, dout, out_dtype=dtype, **common)
-                for part in lists_for(call, choice.config, place)]
+        parts = lists_for(call, choice.config, place)
+        if len(parts) > 1 and call.v is not None and hasattr(choice.kernel, "run_parts"):
+            found = choice.kernel.run_parts(q, k, v, parts, total, delta, dout, **common)
+            if found is not None:
+                return *found, dsink
+        runs = [lambda dtype, part=part: choice.kernel.run(q, k, v, part, total, delta, dout, out_dtype=dtype, **common) for part in parts]
     exact = len(runs) == 1 and call.v is not None  # else sums are made in float32 and rounded once
     grads = runs[0](None if exact else wide)
     for run in runs[1:]:

@@ -7,6 +7,7 @@ from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import indexer, latent
 
 RUN = 4096          # rows, or inner elements, of one product: its operands stay small; sums over runs are made in order
+ROWS = 2 ** 15      # tokens of a product of latents: more of them, and rounding in the sums of tensor cores would begin to show
 SCORES = 2 ** 22    # scores held at once
 
 
@@ -37,26 +38,38 @@ def grouped_matmul(dout, x, w, backend):
 def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
     """dk [B,H,S,Dn+P], dv [B,H,S,Dv] -> gradients of latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv], k_rope [B,S,P].
 
-    Heads are columns of one product: g = [dk, dv] [rows, H*(Dn+Dv)] times both weights is dlatent, g^T times the latent is the weights' gradient.
+    Heads are inner elements of one product for dlatent, whose operand [dk, dv] [rows, H*(Dn+Dv)] is the one copy; the weights' gradients are a product for each head, read in place.
     """
     (B, S, R), (H, _, Dn), Dv = c.shape, w_uk.shape, w_uv.shape[2]
+    place, kind, once = c.device.index if c.is_cuda else None, w_uk.dtype, B == 1 and 0 < S <= ROWS
+    product = lambda x, w, dtype: latent.matmul(x, w, None, backend, "torch", place, out_dtype=str(dtype).removeprefix("torch."))[0]  # noqa: E731
     both = torch.cat((w_uk, w_uv), -1).transpose(0, 1).reshape(R, -1)                       # [R, H*(Dn+Dv)]
-    dlatent = torch.empty(c.shape, dtype=w_uk.dtype, device=c.device)
-    dboth = torch.zeros(both.shape[1], R, dtype=_wide(both), device=c.device)
+    dlatent = torch.empty(c.shape, dtype=kind, device=c.device)
+    dw = [torch.zeros(w.shape, dtype=_wide(w), device=w.device) for w in (w_uk, w_uv) if not once]
     for b in range(B):
-        for s in range(0, S, RUN):
-            end = min(S, s + RUN)
-            g = torch.cat((dk[b, :, s:end, :Dn], dv[b, :, s:end]), -1).transpose(0, 1).reshape(end - s, -1)
-            rows, scale = c[b, s:end], None
+        for s in range(0, S, ROWS):
+            rows, scale, parts = c[b, s:s + ROWS], None, (dk[b, :, s:s + ROWS, :Dn], dv[b, :, s:s + ROWS])
             if latent_scale is not None:
-                scale = latent_scale[b, s:end].repeat_interleave(128, -1)[:, :R]
-                rows = (rows.to(_wide(both)) * scale).to(w_uk.dtype)
-            d = _product(g[None], both[None], backend)[0]                                    # [rows, R]
-            dlatent[b, s:end] = d if scale is None else d * scale
-            dboth += _product(g.t()[None], rows.t()[None], backend)[0]
-    dw = dboth.view(H, Dn + Dv, R).transpose(1, 2).to(w_uk.dtype)
+                scale = latent_scale[b, s:s + ROWS].repeat_interleave(128, -1)[:, :R]
+                rows = (rows.to(_wide(both)) * scale).to(kind)
+            columns = rows.t().contiguous().expand(1, H, R, -1)
+            made = [product(columns, part.transpose(1, 2), kind if once else _wide(both)) for part in parts]
+            dw = made if once else [total.add_(part) for total, part in zip(dw, made)]
+            g = torch.empty(len(rows), H, Dn + Dv, dtype=kind, device=c.device)
+            for to, part in zip(g.split((Dn, Dv), -1), parts):
+                to, part = _in_words(to, part.transpose(0, 1))
+                to.copy_(part)
+            d = product(g.view(1, 1, len(rows), -1), both[None], kind if scale is None else _wide(both))[0]
+            dlatent[b, s:s + ROWS] = d if scale is None else d * scale
     drope = None if k_rope is None else dk[..., Dn:].sum(1, dtype=_wide(dk)).to(k_rope.dtype)
-    return dlatent, dw[..., :Dn].contiguous(), dw[..., Dn:].contiguous(), drope
+    return dlatent, *(x.to(kind) for x in dw), drope
+
+
+def _in_words(*views):
+    """The same rows in words of 64 bits where all of them allow it: PyTorch copies a transposed view element by element."""
+    n = 8 // views[0].element_size()
+    fit = all(x.stride(-1) == 1 and not any(size % n for size in (x.storage_offset(), x.shape[-1], *x.stride()[:-1])) for x in views)
+    return [x.view(torch.int64) for x in views] if fit else views
 
 
 def indexer_scores(call, dscores):
@@ -78,17 +91,19 @@ def scores_backward(call, dscores):
     step = max(1, SCORES * 8 // max(1, B * H * S))
     for t in range(0, T if B * S * H else 0, step):
         end = min(T, t + step)
-        seen = _seen(call, t, end)                                                           # [B,t,S]
-        g = torch.where(seen, dscores[:, t:end].float(), 0)
-        g = g if call.k_scale is None else torch.where(seen, g * call.k_scale[:, None], 0)
-        k = torch.where(seen.any(1)[..., None], call.k, 0)
+        S = min(call.sizes[3], max(1, call.q_start + end)) if call.causal and isinstance(call.q_start, int) else call.sizes[3]  # no query of the run sees a key past these
+        scale = None if call.k_scale is None else call.k_scale[:, None, :S]
+        seen = _seen(call, t, end)[..., :S]                                                  # [B,t,S]
+        g = torch.where(seen, dscores[:, t:end, :S].float(), 0)
+        g = g if scale is None else torch.where(seen, g * scale, 0)
+        k = torch.where(seen.any(1)[..., None], call.k[:, :S], 0)
         q = call.q[:, :, t:end].reshape(B, -1, D)                                            # [B,H*t,D]
         x = _product(q, k, backend).view(B, H, -1, S)
         steep = x > 0 if call.activation == "relu" else torch.ones_like(x, dtype=torch.bool)
         totals[2][:, :, t:end] = torch.where(steep, x * g[:, None], 0).sum(-1)
         da = torch.where(steep, g[:, None] * call.weights[:, :, t:end, None].float(), 0).to(q.dtype).view(B, -1, S)
         totals[0][:, :, t:end] = _product(da, k.transpose(1, 2), backend).view(B, H, -1, D)
-        totals[1] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)
+        totals[1][:, :S] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)
     return totals
 
 

@@ -83,6 +83,52 @@ def test_peers_answer_what_we_answer(name, monkeypatch):
     assert ours and [judge.wrong(peer.make()()) for peer in ours] == [None]
 
 
+def in_pages(q, pool, table, lengths, scale, Dv):
+    """Attention of q [B,h,D] over pages of latents [N,64,D], by its definition."""
+    import torch
+    outs = []
+    for one, pages, n in zip(q.float(), table.long(), lengths.tolist()):
+        keys = pool[pages].flatten(0, 1)[:n].float()
+        outs.append((scale * one @ keys.T).softmax(-1) @ keys[:, :Dv])
+    return torch.stack(outs).to(q.dtype)
+
+
+class PagedWrapper:
+    """As flashinfer.mla.BatchMLAPagedAttentionWrapper is documented."""
+
+    def __init__(self, workspace): pass
+
+    def plan(self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal, sm_scale, q_data_type, kv_data_type):
+        assert qo_indptr.tolist() == list(range(len(kv_len_arr) + 1)) and (page_size, causal) == (64, False)
+        self.table = [kv_indices[a:b] for a, b in zip(kv_indptr, kv_indptr[1:])]
+        self.lengths, self.scale = kv_len_arr, sm_scale
+
+    def run(self, q_nope, q_pe, ckv, kpe):
+        import torch
+        return in_pages(torch.cat((q_nope, q_pe), -1), torch.cat((ckv, kpe), -1), torch.stack(self.table), self.lengths, self.scale, q_nope.shape[-1])
+
+
+def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale=None, causal=False):
+    """As FlashMLA documents it: q [B,1,h,576], k_cache [N,64,1,576]."""
+    assert (tile_scheduler_metadata, num_splits) == ("plan", "splits") and k_cache.shape[1:3] == (64, 1)
+    return in_pages(q[:, 0], k_cache[:, :, 0], block_table, cache_seqlens, softmax_scale, head_dim_v)[:, None], None
+
+
+def test_peers_of_latent_decode_are_called_as_they_are_documented(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from importlib.machinery import ModuleSpec
+    from types import SimpleNamespace
+    from sparsetile.bench import peers
+    metadata = lambda lengths, per_key_head, key_heads: ("plan", "splits") if (per_key_head, key_heads) == (16, 1) else None  # noqa: E731
+    for name, held in (("flash_mla", dict(get_mla_metadata=metadata, flash_mla_with_kvcache=flash_mla_with_kvcache)), ("flashinfer", {}), ("flashinfer.mla", dict(BatchMLAPagedAttentionWrapper=PagedWrapper))):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=ModuleSpec(name, None), __path__=[], **held))
+    w = GPU["gpu/latent-decode-h16"]
+    task = tasks.Task(replace(w, sizes=tuple((axis, dict(B=2, S=192).get(axis, size)) for axis, size in w.sizes)), None)
+    judge, task.inputs = spot.Judge(task), [arrays.as_torch(x) if isinstance(x, np.ndarray) else x for x in task.inputs]
+    found = {peer.name: judge.wrong(peer.make()()) for peer in peers.peers(task, False)}
+    assert found == dict(torch=None, FlashMLA=None, FlashInfer=None) and torch is peers.torch
+
+
 WORKER = '''
 import json, os, sys, time
 order = json.loads(sys.argv[1])
@@ -217,6 +263,36 @@ def test_operations_of_native_sparse_attention_are_the_pairs():
         assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32
 
 
+# ---------------------------------------------------------------------------------------------------------------------- latent KV
+def test_latents_are_checked_and_timed_and_rows_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("torch").cuda, "is_available", lambda: False)  # the small size, on the CPU
+    from sparsetile.bench import latent
+    assert latent.main(["--out", str(tmp_path / "out.jsonl")]) == 0
+    kept = {(event["row"], event["who"]) for event in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert {("q W_UK B 1 T 40", "numba"), ("q W_UK + rotary B 5 T 1", "torch"), ("o W_UV B 5 T 1", "numba"), ("backward S 50", "numba"), ("backward S 50", "torch, both products")} <= kept
+    text = capsys.readouterr().out
+    assert all(f"\n{row:28} {who:24} " in text for row, who in kept)
+    assert latent.main(["--budget", "0", "--only", "backward"]) == 0 and "TimeoutError: out of time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, what, broken", [("matmul", "o W_UV", lambda got: got.roll(1, -1)), ("latent_decompress", "dlatent", lambda got: (got[0] * 1.01, got[1]))])
+def test_the_check_of_latents_notices(name, what, broken, monkeypatch, capsys):
+    monkeypatch.setattr(pytest.importorskip("torch").cuda, "is_available", lambda: False)
+    from sparsetile.bench import latent
+    right = getattr(latent.latent, name)
+    monkeypatch.setattr(latent.latent, name, lambda *x, **o: (broken if name != "matmul" or x[0].shape[3] == latent.SMALL["R"] else lambda got: got)(right(*x, **o)))
+    assert latent.main([]) == 1 and f"AssertionError: {what} of numba: error" in capsys.readouterr().out
+
+
+def test_rows_of_latents_that_are_measured_in_workers():
+    pytest.importorskip("torch")
+    from argparse import Namespace
+    from sparsetile.bench import latent
+    names = latent.table_rows(Namespace(quick=False, only=[]))
+    assert len(names) == 21 and sum("decompress" in name for name in names) == 3 and len(latent.table_rows(Namespace(quick=True, only=[]))) == 16
+    assert latent.table_rows(Namespace(quick=True, only=["32k"])) == [name for name in names if "32k" in name or name in ("latent decode h 128", "latent decode h 16")]
+
+
 # ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")
@@ -239,15 +315,16 @@ def test_the_check_of_whole_calls_notices(monkeypatch):
     from sparsetile.bench import dsa
     right = dsa.dsa_latent_attention
     model, index = dsa.inputs(torch, "cpu", 2, 9, 40, **dsa.SMALL)
+    truths = dsa.known(model, index)
     for top_k in (6, 40):
-        dsa.check(model, index, top_k, "numba")
+        dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: right(*x, **dict(o, index_scale=o["index_scale"].flip(-1))))  # another choice
         if top_k == 6:
             with pytest.raises(AssertionError, match="choice"):
-                dsa.check(model, index, top_k, "numba")
+                dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: (lambda out, chosen: (out.roll(1, -1), chosen))(*right(*x, **o)))
         with pytest.raises(AssertionError, match="out of query"):
-            dsa.check(model, index, top_k, "numba")
+            dsa.check(model, index, top_k, "numba", truths)
         monkeypatch.setattr(dsa, "dsa_latent_attention", right)
 
 

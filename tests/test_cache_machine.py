@@ -169,5 +169,5 @@ class Rolling(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", ["kv", "latent", "float8", "indexer", "rolling"])
 def test_ten_thousand_operations(kind):
     machine = Rolling if kind == "rolling" else type(kind, (Paged,), {"kind": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, database=None,
+    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None, derandomize=True, database=None,
                                                         suppress_health_check=list(HealthCheck)))

@@ -63,6 +63,14 @@ def test_prefill_and_steps_are_hugging_faces_full_pass(deepseek, backend, page_s
 
 
 @CPU
+@pytest.mark.parametrize("mode", ["absorbed", "decompressed"])
+def test_either_mode_is_hugging_faces_full_pass(deepseek, backend, mode):
+    measure, truth, scale, *wide = deepseek
+    got = st.latent_attention(*(x.astype(np.float32) for x in wide), st.Causal(), scale=scale, mode=mode, backend=backend)
+    assert_close("out", got, truth, measure.astype(np.float32), reduction=R + P + TOKENS)
+
+
+@CPU
 def test_torch_tensors_too(deepseek, backend):
     torch = pytest.importorskip("torch")
     measure, truth, scale, *wide = deepseek

@@ -86,7 +86,7 @@ def test_chosen_scores(on, backend, pool, forced, rng, monkeypatch):
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 def test_latent_decompress(on, backend, kind, scaled, rng, monkeypatch):
     from sparsetile.ops import torch_gradients
-    monkeypatch.setattr(torch_gradients, "RUN", 24)  # sums in several runs
+    monkeypatch.setattr(torch_gradients, "ROWS", 24)  # sums in several runs
     B, S, H, R, Dn, Dv, P = 2, 29, 3, 140, 12, 20, 6
     made = KINDS.get(kind, np.float64)
     inputs = normal(rng, (B, S, R), made), normal(rng, (H, R, Dn), made), normal(rng, (H, R, Dv), made), normal(rng, (B, S, P), made)

@@ -211,6 +211,8 @@ INDEXERS = [
     index("bfloat16", B=2, H=2, D=40, k=4, windows=True),
     index("float32", H=4, T=20, S=20, D=16, k=64),
     index("float16", B=3, H=2, D=96, S=90, k=1, starts=True),
+    index("float8_e4m3fn", B=2, H=16, T=1, S=300, D=64, k=33, scale=True),
+    index("float16", H=20, T=2, S=270, D=40, k=20, windows=True),
 ]
 POOLS = [
     index("float32", S=100, k=3, pool=8),

@@ -7,9 +7,10 @@
 // dS of everything would be T x S memory. Heads, or key blocks of a head, are worked on in pieces that fit a fixed amount; where a head comes in pieces, dQ stands in float32 between them.
 //
 // Beside block_attention_backward_hopper.cu this reads dS and K once more (64 KB a block of 128 x 128 at D 128), needs no turns, no float32 sums, and has the registers for D up to 192.
-// Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv rounded up to 64 or 128).
+// PARTED: one part of a layout of several (parts.cuh). A piece's dQ, dK and dV stand in float32 between its parts; the last one adds its own and rounds.
+// Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv rounded up to 64 or 128), PARTED.
 #include "wgmma.cuh"
-#include "lists.cuh"
+#include "parts.cuh"
 #include "ordered.cuh"
 
 struct Params {
@@ -19,6 +20,7 @@ struct Params {
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
   unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
   int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
+  int* whole;                       // [L, nk] 1 where whole query tiles see every key of a block
   int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
   int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
@@ -28,7 +30,10 @@ struct Params {
   int together, ahead, ahead_rows;                                // `together` key heads are worked on at a time, once the `ahead` longest items of all are taken
   int pieces, from_head, heads, from_block, piece_blocks, most;   // key heads and key blocks of the piece; most entries of one head in a piece
   int items;                                                      // of `backward`
+  int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
+  int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
+  float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, D], [heads, S, D], [heads, S, Dv] of the piece
 };
 
 constexpr bool ADDS = false;
@@ -58,7 +63,15 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
   first_row = rows.x;
-  end_row = block < p.lists.nk && block * KEYS < limit ? imax(rows.x, rows.y) : first_row;
+  end_row = block < p.lists.nk && (PARTED || block * KEYS < limit) ? imax(rows.x, rows.y) : first_row;  // blocks of a part do not ascend: those behind the last key are masked
+}
+
+// What `arrange` found holds where the call has every row of every tile.
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
+  if (x.first_row > 0 || x.end_row < p.lists.nq || p.at.T % (ROWS * row_step(p)) || (!row_steps(p) && x.start % ROWS)) return false;
+  bool found = false;
+  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++) found |= p.whole[(i64)x.list(p, r) * p.lists.nk + x.block];
+  return found;
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
@@ -114,6 +127,48 @@ __device__ __forceinline__ void to_probabilities(const Params& p, float (&s)[32]
 template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) d[i] = 0.f;
+}
+
+// Of a part: sums of two rows of a lane, times `scale`, with what the parts before gave. row 8 h lies at wide + at[h], or at[h] is negative; columns 8 j + 2 (lane % 4) and the next are d[4 j ..].
+template <int N> __device__ __forceinline__ void join_part(float (&d)[N], float scale, float* wide, const i64 (&at)[2], int width, bool adds, bool keeps) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float2* there = (float2*)(wide + at[h] + 8 * j);
+      const bool inside = at[h] >= 0 && 8 * j < width;
+      const float2 before = adds && inside ? *there : make_float2(0.f, 0.f);
+      const float2 y = make_float2(fmaf(d[4 * j + 2 * h], scale, before.x), fmaf(d[4 * j + 2 * h + 1], scale, before.y));
+      if (keeps && inside) *there = y;
+      d[4 * j + 2 * h] = y.x;
+      d[4 * j + 2 * h + 1] = y.y;
+    }
+  }
+}
+
+// where key c of a block stands, or -1
+__device__ __forceinline__ int key_at(const Params& p, int block, int c) {
+  return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
+}
+
+constexpr u32 NOWHERE = ~0u;
+// Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
+__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int key_head, int block, int w, int tid) {
+  const int n = width / 8;
+#pragma unroll 1
+  for (int i = tid; i < 64 * n; i += 128) {
+    const int c = 64 * w + i / n, column = i % n, key = key_at(p, block, c);
+    if (key < 0) continue;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    float4* there = (float4*)wide + (((i64)(key_head - p.from_head) * p.at.S + key) * n + column) * 2;
+    if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
+    else if (!p.rounds && !(p.adds & 2)) there[0] = there[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+    else if (p.adds & 2) {
+      const float4 a = there[0], b = there[1];
+      x = make_uint4(pack<KIND>(a.x, a.y), pack<KIND>(a.z, a.w), pack<KIND>(b.x, b.y), pack<KIND>(b.z, b.w));
+    }
+    if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
+  }
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
@@ -186,7 +241,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      if (PARTED) {
+        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      } else {
+        store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      }
       named_sync(4 + w, 128);
       release();
       continue;
@@ -210,12 +270,30 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.kept(), turn_keys, patience);
     turn_keys ^= 1;
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    write_keys(dk, p.scale, m.k, row, lane);
-    write_keys(dv, 1.f, m.v, row, lane);
+    if (PARTED) {
+      const i64 line = (i64)(key_head - p.from_head) * p.at.S;
+      const int c = w * 64 + tid / 32 * 16 + lane / 4, column = 2 * (lane & 3), keys[2] = {key_at(p, block, c), key_at(p, block, c + 8)};
+      i64 at[2];
+      for (int h = 0; h < 2; h++) at[h] = keys[h] < 0 ? -1 : (line + keys[h]) * p.D + column;
+      join_part(dk, p.scale, p.wide_dk, at, p.D, p.adds & 2, !p.rounds);
+      for (int h = 0; h < 2; h++) at[h] = keys[h] < 0 ? -1 : (line + keys[h]) * p.Dv + column;
+      join_part(dv, 1.f, p.wide_dv, at, p.Dv, p.adds & 2, !p.rounds);
+    }
+    if (!PARTED || p.rounds) {
+      write_keys(dk, PARTED ? 1.f : p.scale, m.k, row, lane);
+      write_keys(dv, 1.f, m.v, row, lane);
+    }
     shared_to_copy_engine();
     named_sync(4 + w, 128);
     release();
-    if (tid == 0) {
+    if (PARTED) {
+      if (p.rounds) {
+        place_keys(p, m, m.k, p.dk_out, p.wide_dk, p.D, key_head, block, w, tid);
+        place_keys(p, m, m.v, p.dv_out, p.wide_dv, p.Dv, key_head, block, w, tid);
+        named_sync(4 + w, 128);
+      }
+      if (tid == 0) bar_arrive(m.free_keys());
+    } else if (tid == 0) {
       for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
       for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
       tma_store_commit();
@@ -275,7 +353,7 @@ struct Run { int first, n, full, gap; };
 
 __device__ __forceinline__ Run open_run(const Params& p, int list, int i, int limit) {
   const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
-  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), past = imin(p.from_block + p.piece_blocks, limit / KEYS + (limit % KEYS != 0));
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), past = imin(p.from_block + p.piece_blocks, PARTED ? p.key_tiles : limit / KEYS + (limit % KEYS != 0));
   const int first = from + count_below(p.lists.cols + from, middle - from, p.from_block), last = from + count_below(p.lists.cols + from, middle - from, past);
   const int second = middle + count_below(p.lists.cols + middle, end - middle, p.from_block), full = imax(last - first, 0);
   return {first, full + imax(middle + count_below(p.lists.cols + middle, end - middle, past) - second, 0), full, second - first - full};
@@ -287,13 +365,13 @@ __device__ __forceinline__ Rows open_rows(const Params& p, int number, Run& run)
   const int head = p.from_head * p.group + turn.x, b = head / p.Hq, list = __ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h);
   const int start = first_position(p.at, b), skipped = floor_div(start, ROWS);
   const bool listed = turn.y < p.lists.nq, first = p.from_block == 0, last = p.from_block + p.piece_blocks >= p.key_tiles;
-  const i64 i = listed ? __ldg(p.tiles_of + (i64)list * p.lists.nq + turn.y) : (i64)skipped + turn.y - p.lists.nq - p.lists.first, tile = i + p.lists.first - skipped;
+  const i64 i = listed ? __ldg(p.tiles_of + (i64)list * p.lists.nq + turn.y) : (i64)skipped + turn.y - p.lists.nq - p.lists.first, tile = row_steps(p) ? i : i + p.lists.first - skipped;
   const Rows nothing = {head, 0, p.at.T, 0};
   run = {0, 0, 0, 0};
   if (tile < 0 || tile >= p.tiles || (!listed && ((i >= 0 && i < p.lists.nq) || !last))) return nothing;
   if (listed) run = open_run(p, list, (int)i, key_limit(p.at, b));
   if (run.n == 0 && !first && !last) return nothing;
-  return {head, (int)tile, (int)((skipped + tile) * ROWS - start), 2 * run.n};
+  return {head, (int)tile, row_steps(p) ? first_query(p, (int)i, start) : (int)((skipped + tile) * ROWS - start), 2 * run.n};
 }
 
 __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
@@ -335,15 +413,16 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
 __device__ __forceinline__ void write_rows(const Params& p, const Ring& m, const Rows& x, const float (&dq)[WIDTH / 2], int w, int tid) {
   u32* out = m.at<u32>(m.out) + w * STEP * PITCH;
   const int row = tid / 32 * 16 + tid % 32 / 4, n = p.D / 8;
+  const float scale = PARTED ? 1.f : p.scale;
 #pragma unroll
   for (int j = 0; j < WIDTH / 8; j++) {
-    out[row * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j] * p.scale, dq[4 * j + 1] * p.scale);
-    out[(row + 8) * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j + 2] * p.scale, dq[4 * j + 3] * p.scale);
+    out[row * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j] * scale, dq[4 * j + 1] * scale);
+    out[(row + 8) * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j + 2] * scale, dq[4 * j + 3] * scale);
   }
   named_sync(4 + w, 128);
 #pragma unroll 1
   for (int k = tid; k < STEP * n; k += 128) {
-    const int r = k / n, t = x.t + w * STEP + r;
+    const int r = k / n, t = x.t + (w * STEP + r) * row_step(p);
     if (t >= 0 && t < p.at.T) ((uint4*)p.dq)[((i64)x.head * p.at.T + t) * n + k % n] = *(const uint4*)(out + r * PITCH + k % n * 4);
   }
   named_sync(4 + w, 128);
@@ -384,7 +463,15 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     wgmma_wait<0>();
     hold(dq);
     if (n && thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
-    if (last) {
+    if (PARTED) {
+      i64 at[2];
+      for (int h = 0; h < 2; h++) {
+        const int t = x.t + (w * STEP + tid / 32 * 16 + tid % 32 / 4 + 8 * h) * p.row_step;
+        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * p.D + 2 * (tid & 3);
+      }
+      join_part(dq, p.scale, p.wide_dq, at, p.D, p.adds & 1, !p.rounds);
+      if (p.rounds) write_rows(p, m, x, dq, w, tid);
+    } else if (last) {
       write_rows(p, m, x, dq, w, tid);
     } else {
 #pragma unroll
@@ -449,4 +536,15 @@ extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__
     p.place[entry] = e - base;
     p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
   }
+  bool whole = false;
+  u32 seen = 0;  // keys 32 (lane % 4) .. by every eighth row
+  for (int e = __ldg(by_key + 2 * x); e < imin(end, __ldg(by_key + 2 * x) + 16) && !whole; e++) {
+    const int kind = e < middle ? -1 : __ldg(p.by_key_kinds + e);
+#pragma unroll 4
+    for (int y = lane / 4; y < ROWS; y += 8) seen |= kind_word<ROWS, KEYS>(p.lists, kind, y, lane % 4 * 32);
+    u32 all = seen;
+    for (int n = 4; n < 32; n *= 2) all |= __shfl_xor_sync(~0u, all, n);
+    whole = __all_sync(~0u, all == ~0u);
+  }
+  if (lane == 0) p.whole[(i64)list * nk + x] = whole;
 }

@@ -1,12 +1,19 @@
 // Attention over block lists for few queries with a latent 576 wide whose first 512 columns are the values, by Hopper's own instructions (latent_hopper.cuh): an item is one
 // query and up to 64 heads, its keys are split over the chip (split.cuh). The blocks of threads of a row of `parts` take the same share, each for its own 64 heads, so that keys
 // come from memory once. One warp loads tiles of 32 keys through the copy engine, and makes zeros where the query does not see the key: 0 * NaN would reach a product.
-// Defines: KIND, BQ, BK (blocks of the lists), PAGE (pages.cuh; a multiple of 32, so that a page holds all keys of a tile).
+// Of the fp8 layout (latents.cuh) it loads bytes, which the three warps beside it make elements of: those that multiply have no time to.
+// Defines: KIND, BQ, BK (blocks of the lists), PAGE (pages.cuh; a multiple of 32, so that a page holds all keys of a tile), LATENT (0, or 512: the fp8 layout, behind pages only).
 #include "hopper.cuh"
+#include "latents.cuh"
 #include "split.cuh"
 
 struct Params {
-  TensorMap q, k;  // boxes of 32 rows (heads; keys) x 64 columns
+  TensorMap q;  // boxes of 32 rows (heads; keys) x 9 chunks of 64 columns: one copy a tile
+#if LATENT
+  const u8* k;
+#else
+  TensorMap k;
+#endif
   void* out;
   float* lse;
   const float* sink;
@@ -19,7 +26,11 @@ struct Params {
   Pages pages;
 #endif
 };
+#if LATENT
+#include "latent_bytes_hopper.cuh"
+#else
 #include "latent_hopper.cuh"
+#endif
 
 struct Job {
   Run run;
@@ -34,28 +45,27 @@ struct Job {
   }
 };
 
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
-  bar_expect(bar, TILE);
-#pragma unroll 1
-  for (int c = 0; c < 9; c++) tma_load(to + c * CHUNK, map, bar, 64 * c, row, y, z);
-}
-
 // the first warp
 __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share) {
-  u32 slot = 0, phase = 1, landed = 0, patience = PATIENCE;
+  u32 slot = 0, phase = 1, patience = PATIENCE;
   const int part = (int)blockIdx.x % p.parts;
   int scratch = 2 * (blockIdx.x - part) + part;
+#if !LATENT
+  u32 landed = 0;
+#endif
   for (; share.units > 0; scratch = 2 * (blockIdx.x - part) + p.parts + part, share.job++, share.at = 0) {
     const Job job(p, share.job);
     const int take = imin(share.units, job.run.n - share.at);
     if (take == 0) continue;
     share.units -= take;
+#if !LATENT
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) load_tile(base + slot * TILE, &p.q, FULL(slot), part * BH + half * N, job.t, job.b);
       advance<SLOTS>(slot, phase);
     }
+#endif
 #pragma unroll 1
     for (int i = 0; i < take * (BK / N); i++) {
       const int x = share.at + i / (BK / N), e = job.run.entry(x), c = i % (BK / N) * N, key = __ldg(p.lists.cols + e) * BK + c;
@@ -70,10 +80,20 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
 #if PAGE
       if (row < 0) word = 0;
 #endif
+      const int left = take * (BK / N) - 1 - i;
+      const Found found = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
+#if LATENT
+      bar_wait(EMPTY(slot), phase, patience);
+      if (threadIdx.x == 0) {
+        ((Found*)(raw + COMING))[slot] = found;
+        bar_expect(LOADED(slot), BYTES);
+        bulk_load(base + STAGED + slot * BYTES, p.k + (i64)imax(row, 0) * ROW, BYTES, LOADED(slot));
+      }
+      advance<STAGES>(slot, phase);
+#else
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) {
-        const int left = take * (BK / N) - 1 - i;
-        ((Found*)(raw + FOUND))[slot] = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
+        ((Found*)(raw + FOUND))[slot] = found;
 #if PAGE
         load_tile(base + slot * TILE, &p.k, masked ? LANDED : FULL(slot), imax(row, 0), 0, 0);
 #else
@@ -94,6 +114,7 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
         if (threadIdx.x == 0) bar_arrive(FULL(slot));
       }
       advance<SLOTS>(slot, phase);
+#endif
     }
   }
 }
@@ -103,5 +124,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend_latent(const __grid_
   const u32 base = shared_address(raw), bars = base + BARS;
   const Share share = share_of_rows<512>(p.split, p.parts, (int*)raw, [&](int job) { return Job(p, job).run.n; });
   if (share.units <= 0) return;
+#if LATENT
+  run_roles_on_bytes(p, raw, base, bars, [&] { stream(p, raw, base, bars, share); });
+#else
   run_roles(p, raw, base, bars, 1, [&] { if (threadIdx.x < 32) stream(p, raw, base, bars, share); });
+#endif
 }

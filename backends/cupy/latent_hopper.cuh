@@ -1,7 +1,7 @@
 // Attention with a latent 576 wide whose first 512 columns are the values (DeepSeek's), up to 64 heads of one query an item, by warpgroup products: what the kernels
 // over selections (gather_attention_hopper.cu) and over block lists (block_attention_latent.cu) share. They differ in who brings a tile's 32 keys.
 //
-// Persistent, four warpgroups: one brings tiles of 32 keys into a ring of six, one makes scores and probabilities with 31 of the query's 36 k-steps in registers, two hold
+// Persistent, four warpgroups: one brings tiles of 32 keys into a ring, one makes scores and probabilities with most of the query's 36 k-steps in registers, two hold
 // 64 x 256 sums of values each. The query itself arrives as two more tiles of the ring, and the probabilities of a tile overwrite its last 64 columns, which no value needs.
 // Keys that nobody sees are zeros in the tile and -inf in the scores. The order of waits is the speed: values of tile i are multiplied while the probabilities of tile
 // i + 1 are made. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
@@ -9,8 +9,13 @@
 #include "wgmma.cuh"
 #include "split.cuh"
 
-constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, SLOTS = 6, HELD = 31;  // HELD: k-steps of the query in registers
-constexpr int ROTARY = SLOTS * TILE, STEP31 = ROTARY + BH * 128, FACTORS = STEP31 + BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = MOVED + SLOTS * 4;
+#ifndef SLOTS
+#define SLOTS 6             // tiles in shared memory
+#define HELD 31             // k-steps of the query in registers: 31, or whole chunks of four
+#define BRING_REGISTERS 24  // of a thread of the group that brings tiles
+#endif
+constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, LEFT = HELD == 31 ? 8 : HELD / 4;  // from chunk LEFT on the query stays in shared memory
+constexpr int QUERY = SLOTS * TILE, STEP31 = QUERY + (9 - LEFT) * BH * 128, FACTORS = STEP31 + (HELD == 31) * BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = MOVED + SLOTS * 4;
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f;  // the reference of a row moves to its maximum when that has grown by 2^8: nothing is rescaled otherwise
 constexpr float WIDE = 1024.f;                        // from here on a fused product is too far from its rounded twin: the largest has to give 1 in 16 bits
 #define FULL(s) (bars + 8 * (s))
@@ -31,6 +36,12 @@ struct Item {
     t = y - b * p.at.T;
   }
 };
+
+// Through a map of boxes of 32 rows x 9 chunks of 64 columns
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
+  bar_expect(bar, TILE);
+  tma_load(to, map, bar, 0, row, 0, y, z);
+}
 
 // Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
 struct Rows { float top[2], m[2], sum[2]; bool wide; };
@@ -95,7 +106,7 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
 }
 
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
-  const u64 rotary = descriptor(base + ROTARY), step31 = descriptor_of(base + STEP31, 16, 256, SWIZZLE_32);
+  const u64 query = descriptor(base + QUERY), step31 = descriptor_of(base + STEP31, 16, 256, SWIZZLE_32);
   u32 q[HELD][4], slot = 0, phase = 0, patience = PATIENCE;
   float s[16];
   for (int left = 0; left >= 0;) {
@@ -109,8 +120,8 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
 #pragma unroll
       for (int k = 0; k < HELD; k++) ldmatrix_at(q[k], base + tile + r * 128 + (k >> 2) * CHUNK + (((2 * (k & 3) + (lane >> 4)) ^ (r & 7)) << 4));
 #pragma unroll
-      for (int j = 0; j < 4; j++) *(uint4*)(raw + ROTARY + tid / 64 * CHUNK + tid % 64 * 16 + j * 1024) = *(const uint4*)(raw + tile + 8 * CHUNK + tid % 64 * 16 + j * 1024);
-      *(uint4*)(raw + STEP31 + r2 * 32 + ((tid & 1) ^ (r2 / 4 & 1)) * 16) = *(const uint4*)(raw + tile + 7 * CHUNK + r2 % 32 * 128 + ((6 + (tid & 1)) ^ (r2 & 7)) * 16);
+      for (int j = 0; j < 4 * (9 - LEFT); j++) *(uint4*)(raw + QUERY + j / 4 * 2 * CHUNK + tid / 64 * CHUNK + tid % 64 * 16 + j % 4 * 1024) = *(const uint4*)(raw + tile + LEFT * CHUNK + tid % 64 * 16 + j * 1024);
+      if (HELD == 31) *(uint4*)(raw + STEP31 + r2 * 32 + ((tid & 1) ^ (r2 / 4 & 1)) * 16) = *(const uint4*)(raw + tile + 7 * CHUNK + r2 % 32 * 128 + ((6 + (tid & 1)) ^ (r2 & 7)) * 16);
       shared_to_copy_engine();
       named_sync(1, 128);
       bar_arrive(READY(low)); bar_arrive(READY(slot));
@@ -128,13 +139,11 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       if (!first) bar_arrive(READY(before));  // of the tile before: the fence serves both
       hold(s); wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 32; k++) {
+      for (int k = 0; k < 36; k++) {
         const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
         if (k < HELD) wgmma<KIND, K_MAJOR>(s, q[k], b, k != 0);
-        else wgmma<KIND, K_MAJOR>(s, step31, b, 1);
+        else wgmma<KIND, K_MAJOR>(s, k < 4 * LEFT ? step31 : query + (k & 3) * 2 + ((k >> 2) - LEFT) * (2 * CHUNK >> 4), b, 1);
       }
-#pragma unroll
-      for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, rotary + 2 * k, keys + 2 * k + 8 * (CHUNK >> 4), 1);
       wgmma_commit(); wgmma_wait<0>(); hold(s);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
       if (tid == 0 && !first) bar_arrive(START(before));
@@ -245,8 +254,9 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       wgmma_commit(); wgmma_wait<0>(); hold(o[0]); hold(o[1]);
       if (left <= 0) {
         const Found last = ((const Found*)(raw + FOUND))[slot];
-        if (last.slot >= 0) store_part(p, raw, o, last.slot, half, tid);
-        else store(p, raw, base, o, Item(p, last.item), slot, half, tid);
+        const Item x(p, last.item);
+        if (last.slot < 0) store(p, raw, base, o, x, slot, half, tid);
+        else if (tid / 32 * 16 < x.rows) store_part(p, raw, o, last.slot, half, tid);  // a warp has 16 rows
         shared_to_copy_engine();  // which may write this tile next
       }
       if (lane == 0) bar_arrive(FREE(slot));
@@ -266,10 +276,10 @@ template <class Bring> __device__ __forceinline__ void run_roles(const Params& p
   }
   __syncthreads();
   if (group == 0) {
-    fewer_registers<24>();
+    fewer_registers<BRING_REGISTERS>();
     bring();
   } else if (group == 1) {
-    more_registers<168>();
+    more_registers<192 - BRING_REGISTERS>();
     scores(p, raw, base, bars);
   } else {
     more_registers<160>();

@@ -15,9 +15,11 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSI
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
-LATENT_FIELDS = "128s" * 2 + "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
-LATENT_HEADS, LATENT_KEYS, LATENT_THREADS = 64, 32, 512
-LATENT_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
+LATENT_FIELDS = "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
+LATENT_HEADS, LATENT_KEYS, LATENT_THREADS, LATENT_TILE = 64, 32, 512, 9 * 32 * 128
+LATENT_SHARED = 6 * LATENT_TILE + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
+LATENT_ROW = 512 + 4 * 4 + 2 * 64  # bytes of the fp8 layout
+LATENT_FP8_SHARED = 3 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 3 * (16 + 4 + 4 * 8) + 4 * (32 * LATENT_ROW + 2 * 8 + 16) + 8 + 16 + 128
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
 MOST_STAGES = 8
@@ -77,8 +79,8 @@ def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
     if problem.arch != "sm_90a":
         return f"path latent: {problem.arch} lacks its instructions; take decode"
-    if latent_shape(problem) is not None:
-        return "path latent reads latents of 16 bits, not the fp8 layout of a latent cache; take decode"
+    if latent_shape(problem) is not None and "paged" not in problem.features:
+        return "path latent reads the fp8 layout of a latent cache behind a page table only; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
         return "path latent takes one key head of width 576 whose first 512 columns are the values, and no softcap; take decode"
     return None
@@ -86,11 +88,15 @@ def no_latent(problem: Problem) -> str | None:
 
 def latent_resources(problem: Problem, config: dict):
     decode = resources(problem, config)  # where a call needs it
-    return decode if isinstance(decode, str) else no_latent(problem) or Resources(LATENT_THREADS, LATENT_SHARED, 128)
+    return decode if isinstance(decode, str) else no_latent(problem) or Resources(LATENT_THREADS, latent_shared(latent_shape(problem)), 128)
 
 
-def latent_defines(kind: str, lists: tuple, pages: dict) -> dict:
-    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], **pages)
+def latent_shared(latent) -> int:
+    return LATENT_SHARED if latent is None else LATENT_FP8_SHARED
+
+
+def latent_defines(kind: str, lists: tuple, pages: dict, latent) -> dict:
+    return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], **pages, **fp8_defines(latent))
 
 
 def latent_merge_defines(kind: str) -> dict:
@@ -101,15 +107,16 @@ def candidates(problem: Problem) -> list[dict]:
     """Configs for up to 32 queries, the best first. Path latent where a key is read for more rows than a tile of mma.sync has, and for one query of 16 heads, where bytes decide:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
-    latent = group > 16 or (group, problem["T"]) == (16, 1)  # it takes queries one by one: more of 16 heads are one tile of decode
-    steps = (64, 32) if latent_shape(problem) is None else (32,)  # of the fp8 layout two blocks of threads have to fit
+    fp8 = latent_shape(problem) is not None
+    latent = group > 16 or (group, problem["T"]) == (16, 1) or fp8 and problem["T"] < 4  # it takes queries one by one: more of 16 heads are one tile of decode, which converts fp8 in 3.6 times the time
+    steps = (32,) if fp8 else (64, 32)  # of the fp8 layout two blocks of threads have to fit
     return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in steps]
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
-    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem)), names=["attend_latent"]),
+    own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem), latent_shape(problem)), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
     return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
             dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
@@ -120,10 +127,11 @@ def takes(q, lists, config: dict, out_kind: str) -> bool:
     return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and out_kind == q.dtype and min(q.shape[2], lists.block_q) <= QUERIES
 
 
-def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table) -> bool:
-    """What the copy engine and the order of scores ask of a call on the path "latent": of pages, that one holds all keys of a tile."""
-    fits = k.dtype == q.dtype and (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None
-    return config["path"] == "latent" and (table is None or k.shape[2] % LATENT_KEYS == 0) and fits and 0 < scale <= 2 ** 64 and hopper.can_map(q) and hopper.can_map(k)
+def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table, latent) -> bool:
+    """What the copy engine and the order of scores ask of a call on the path "latent": of pages, that one holds all keys of a tile; of rows of bytes, that they follow each other."""
+    fits = (q.shape[3], v.shape[3], k.shape[1], lists.list_of.shape[1]) == (576, 512, 1, 1) and same_memory(k, v) and softcap is None and 0 < scale <= 2 ** 64 and hopper.can_map(q)
+    keys = k.dtype == q.dtype and hopper.can_map(k) if latent is None else table is not None and k.strides[2] == LATENT_ROW and k.ptr % 16 == 0
+    return config["path"] == "latent" and fits and keys and (table is None or k.shape[2] % LATENT_KEYS == 0)
 
 
 def split_values(place, slots: int, rows: int, columns: int, jobs: int, members: int, shares: int) -> tuple:
@@ -132,7 +140,7 @@ def split_values(place, slots: int, rows: int, columns: int, jobs: int, members:
     return scratch, (*(x.ptr for x in scratch), jobs, members, shares, 0)
 
 
-def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table):
+def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table, latent):
     S, k, pages, page = through_pages(table, k)
     (B, Hq, T, D), rows, Dv = q.shape, k.shape[2], out.shape[3]
     parts = ceil_div(Hq, LATENT_HEADS)
@@ -141,19 +149,20 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
         raise Unsupported(f"CuPy's path latent takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch")
     scratch, split = split_values(place, 2 * shares * parts, LATENT_HEADS, Dv, jobs, 1, shares)
     (qb, qh, qt), (kb, _, kt), at = hopper.steps(q), hopper.steps(k), position_values(T, S, kv_length, q_start)
-    maps = hopper.tensor_map(place, q, (D, Hq, T, B), (1, qh, qt, qb), (64, 32, 1, 1)), hopper.tensor_map(place, k, (D, rows, 1, k.shape[0]), (1, kt, kt, kb), (64, 32, 1, 1))
-    fields = LATENT_FIELDS + PAGES * bool(page)
+    tiles = lambda x, n, more, steps: hopper.tensor_map(place, x, (64, n, D // 64, *more), (1, steps[0], 64, *steps[1:]), (64, 32, D // 64, 1, 1))  # noqa: E731
+    keys = ("128s", tiles(k, rows, (1, k.shape[0]), (kt, kt, kb))) if latent is None else ("Q", k.ptr)
+    fields = "128s" + keys[0] + LATENT_FIELDS + PAGES * bool(page)
     fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
-    attend = nvrtc.function("block_attention_latent", "attend_latent", fields, latent_defines(q.dtype, (lists.block_q, lists.block_k), page), place)
-    attend(shares * parts, LATENT_THREADS, LATENT_SHARED, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
-           Hq, parts, scale, scale * math.log2(math.e), *pages)
+    attend = nvrtc.function("block_attention_latent", "attend_latent", fields, latent_defines(q.dtype, (lists.block_q, lists.block_k), page, latent), place)
+    attend(shares * parts, LATENT_THREADS, latent_shared(latent), place.stream, tiles(q, Hq, (T, B), (qh, qt, qb)), keys[1], out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+           *lists_values(lists), *at, *split, Hq, parts, scale, scale * math.log2(math.e), *pages)
     merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
     return out, lse
 
 
 def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
-    if takes_latent(q, k, v, lists, config, scale, softcap, table):
-        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table)
+    if takes_latent(q, k, v, lists, config, scale, softcap, table, latent):
+        return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table, latent)
     S, k, v, pages, page = through_pages(table, k, v)
     (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     heads = Hq if lists.list_of.shape[1] > 1 else 1
