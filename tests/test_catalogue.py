@@ -127,10 +127,10 @@ def test_pictures():
 
 
 # ------------------------------------------------------------------------------------------------------------- measurements
-def measured(path, tokens, names, **more):
+def measured(path, tokens, names, passes=("forward",), **more):
     """What the command does, without its words."""
     data = store.begun(path, None, speed.shape_of(None))
-    wanted = speed.lacking(None, tokens, [entries.find(name) for name in names], data["rows"])
+    wanted = speed.lacking(None, tokens, [entries.find(name) for name in names], data["rows"], passes)
     for row in speed.rows(None, wanted, 0.0, **more):
         store.put(data, row)
         store.write(data, path)
@@ -140,7 +140,6 @@ def measured(path, tokens, names, **more):
 def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path, monkeypatch):
     """A pass that is cut keeps its rows; the next one goes on, tries again what was refused, last, and changes nothing else."""
     path, names = store.file_of(None, tmp_path), ("gqa", "mistral", "gated-deltanet", "longformer", "linear")
-    monkeypatch.setattr(speed, "PASSES", ("forward",))
     cut = measured(path, [16, 48], names, commit="one")
     first = [next(cut) for _ in range(3)]
     assert store.load(path)["rows"] == first and [row["system"] for row in first] == ["gqa", "mistral", "longformer"]
@@ -162,7 +161,7 @@ def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path,
 def test_what_fails_is_a_row_that_says_so_and_the_others_are_measured(tmp_path, monkeypatch):
     path, found = store.file_of(None, tmp_path), entries.find("moba")
     monkeypatch.setitem(found.__dict__, "run", lambda x, rule: 1 / 0)
-    rows = [*measured(path, [16], ("moba", "gqa"))]
+    rows = [*measured(path, [16], ("moba", "gqa"), speed.PASSES)]
     assert [row.get("failed") for row in rows] == ["ZeroDivisionError: division by zero", None] * 2
     assert store.load(path)["rows"] == rows and [one[0] for one in speed.lacking(None, [16], [found, entries.find("gqa")], rows)] == ["moba"] * 2
 
@@ -306,7 +305,7 @@ def test_commands(capsys, tmp_path):
     assert found["kernels"] == ["block_attention"] and found["backends"]["numba"] == "f32 f16 bf16 f64" and len(found["picture"]) == page.SIDE
     assert cli.main(["catalogue", "jamba"]) == 0 and "out of scope" in capsys.readouterr().out
     assert cli.main(["catalogue", "nothing"]) == 1 and "expected one of dense" in capsys.readouterr().err
-    assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--seconds", "0", "--json"]) == 0
+    assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--passes", "forward", "--seconds", "0", "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["path"])
     assert path.parent == tmp_path / "catalogue" and store.load(path) == store.of(None)
     assert cli.main(["recommend", "--length", "512", "--find", "nearby", "--json"]) == 0
