@@ -154,6 +154,8 @@ def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path,
     again = [*measured(path, [16, 48, 24], names, commit="three")]
     assert [row["tokens"] for row in again[:4]] == [24] * 4 and [(row["system"], row["tokens"]) for row in again[4:]] == [("gated-deltanet", N) for N in (24, 16, 48)]
     assert store.load(path)["rows"][:8] == whole[:8]
+    store.write(store.begun(path, None, speed.shape_of(None), "Beside others."), path)
+    assert store.begun(path, None, speed.shape_of(None)) == data | {"note": "Beside others.", "rows": store.load(path)["rows"]}
     monkeypatch.setattr(speed, "CPU", dataclasses.replace(speed.CPU, D=32))
     assert store.begun(path, None, speed.shape_of(None))["rows"] == [], "other sizes: measured afresh"
 
@@ -204,9 +206,8 @@ def error_of(call):
 
 def test_the_page_says_where_a_row_lacks():
     rows = [{"system": "gqa", "tokens": 64, "pass": "forward", "backend": "cupy", "commit": "abc", "time_us": 1500.0, "times_dense": 1.0}, {"system": "gqa", "tokens": 64, "pass": "forward", "backend": "triton", "commit": "abd", "failed": "out of memory"}]
-    lines = page.measured({"device": {"name": "A GPU", "arch": "sm_90a"}, "measured_with": {"torch": "2"}, "shape": dataclasses.asdict(GPU), "rows": rows})
-    text = "\n".join(lines)
-    assert "`sparsetile catalogue --measure --device 0 --tokens 64` at abc, abd; torch 2" in text and "1. failed: out of memory" in lines
+    lines = page.measured({"device": {"name": "A GPU", "arch": "sm_90a"}, "measured_with": {"torch": "2"}, "note": "Cold.", "shape": dataclasses.asdict(GPU), "rows": rows})
+    assert "`sparsetile catalogue --measure --device 0 --tokens 64` at abc, abd; torch 2. bfloat16, B 1, Hq 32, Hk 8, D 128, R 512, top_k 2048, M 256. Cold." in lines and "1. failed: out of memory" in lines
     assert "| gqa | cupy | 1.00 x (1.50 ms) |" in lines and "| gqa | triton | [1] |" in lines and "| nsa | triton | not measured |" in lines and lines.count("| nsa | cupy | not measured |") == 2
 
 
