@@ -47,11 +47,14 @@ def backends(system: System, device: int | None) -> tuple:
 
 
 def rows(device: int | None, wanted: list[tuple], seconds: float = 0.3, commit: str | None = None):
-    """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three of slow calls, one of very slow ones."""
+    """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three
+    of slow calls, one of very slow ones."""
     watch, x, commit = timing.Stopwatch(device), None, commit or provenance.commit()
     for (name, N, what), some in groupby(wanted, lambda one: one[:3]):
         if x is None or (x.tokens, x.gradient) != (N, what == "training"):
             x = Inputs(shape_of(device), N, device, what == "training")
+        if device is not None:
+            watch.torch.cuda.empty_cache()  # what the system before held is no room in pieces
         for backend, found in _timed(watch, x, find(name), [one[3] for one in some], seconds):
             yield dict(zip(store.KEY, (name, N, what, backend))) | {"commit": commit} | found
 

@@ -64,7 +64,7 @@ def cases():
     for op, more in (("indexer_scores", {}), ("indexer_topk", dict(K=2048))):
         yield op, "paged", (dict(B=8, H=64, T=1, S=32768, D=128, **more), dict(q="float8_e4m3fn", k="float8_e4m3fn"), ("causal", "scale", "window", "q_start", "paged"))
     yield "indexer_scores", "decode", (dict(B=128, H=64, T=1, S=32768, D=128), dict(q="float8_e4m3fn", k="float8_e4m3fn"), ("causal", "scale"))
-    for kind, Hq, D, S in ((HALF, 64, 128, 8192), (HALF, 64, 128, 65536), ("float16", 28, 72, 8192), ("float16", 128, 192, 8192), (SINGLE, 64, 128, 8192)):
+    for kind, Hq, D, S in ((HALF, 64, 128, 8192), (HALF, 64, 192, 65536), (HALF, 64, 128, 131072), ("float16", 28, 72, 8192), ("float16", 128, 192, 8192), (SINGLE, 64, 128, 8192)):
         yield "importance_topk", f"{kind}-h{Hq}:4-d{D}-{S}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=S, C=S // 16 - 1, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))

@@ -257,6 +257,18 @@ def test_advice_follows_the_measurements(asked, taken):
     assert {*answer["reasons"]} == {system.name for system in entries.SYSTEMS} and all(answer["reasons"].values())
 
 
+def test_shipped_measurements_advise():
+    """What a device that was measured is told: by its own rows, and the exact one where giving up exactness brings too little."""
+    needs_every_kernel()
+    for data in store.shipped():
+        device = None if data["device"]["arch"] == "cpu" else 0
+        for find in ("chosen", "nearby"):
+            answer = recommend.recommend(recommend.Need(16384, find=find), device, data)
+            at = {name: store.row(data, name, 16384)["times_dense"] for name, sentence in answer["reasons"].items() if "(forward, measured by" in sentence}
+            exact = max((name for name in at if entries.find(name).finds == "all"), key=at.get)
+            assert f"measured on {data['device']['name']}" in answer["basis"] and answer["system"] == (max(at, key=at.get) if max(at.values()) >= 1.5 * at[exact] else exact)
+
+
 def test_reasons_say_what_kept_a_system_out():
     needs_every_kernel()
     reasons = recommend.recommend(recommend.Need(131072, memory_gib=8), None, MEASURED)["reasons"]

@@ -47,6 +47,21 @@ def test_auto_takes_the_first_that_supports_it(qkv):
     assert set(found.reasons) == {"triton", "cupy", "reference"} and all(found.reasons.values())
 
 
+def test_auto_takes_the_profiles_winner(qkv, monkeypatch, tmp_path):
+    """Of two backends that run here it is the one that was faster, not the one that is preferred; a winner that refuses leaves the order."""
+    pytest.importorskip("triton")
+    plain, runs = st.explain(st.sparse_attention, *qkv), ["triton", "numba"]
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, problem, device: None if backend in runs else f"{backend} is not here")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+    write(tmp_path, plain, {"block_q": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.backend == "numba" and found.config["block_q"] == 32 and found.reasons["triton"].startswith("numba comes first: user profile")
+    assert st.explain(st.sparse_attention, *qkv, backend="triton").backend == "triton"
+    runs.remove("numba")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+
+
 def test_precedence_of_backend(qkv, monkeypatch):
     monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
     assert st.explain("sparse_attention", *qkv).backend == "reference"
@@ -161,6 +176,16 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
         assert ("user profile" in st.explain(st.sparse_attention, x, x, x).source) == serves, n
     x = rng.standard_normal((1, 2, 100, 16)).astype(np.float32)
     assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
+
+
+def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv, st.Window(3))
+    write(tmp_path, plain, {"block_q": 32})
+    p = plain.problem
+    found = lambda density, dims=p.dims: lookup.find(Problem(p.op, dims, p.dtypes, p.arch, p.features, density, p.granularity), DEVICE["name"], "numba", user=str(tmp_path))
+    assert [found(p.density * times) is not None for times in (1 / 4, 1 / 2, 1, 2, 4)] == [False, True, True, True, False]
+    longer = tuple((axis, size * 2 if axis == "S" else size) for axis, size in p.dims)
+    assert found(p.density, longer) is not None and found(p.density * 2, longer) is None  # one axis at a time
 
 
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):

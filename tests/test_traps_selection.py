@@ -161,6 +161,19 @@ def test_lse_and_sink_gradients_together(on, backend, rng):
 
 
 @every
+def test_an_lse_far_below_the_sink_has_no_gradient(on, backend, rng):
+    """Where the sink holds all but exp(-80) of a row, every P is 0 in float32: nothing is left to carry the gradient, and 0 times anything stays 0."""
+    q, k, v = qkv(rng, Hq=8, Hk=8, T=8, dtype=np.float32)
+    pytest.importorskip("torch")
+    for rule in (st.Causal(), st.Selection(on.tensor(rng.integers(-1, 50, (1, 1, 8, 9)).astype(np.int32)))):
+        x = [on.tensor(a, True) for a in (q, k, v)]
+        out, lse = st.sparse_attention(*x, rule, sink_logits=on.tensor(np.array(SINKS, np.float32)), return_lse=True, backend=backend)
+        lse.nan_to_num(0, 0, 0).sum().backward()
+        grads = arrays(*(a.grad for a in x))
+        assert all(np.isfinite(g).all() for g in grads) and (grads[0][:, [0, 1, 3]] == 0).all() and (grads[0][:, [2, 4, 5, 7]] != 0).any((0, 2, 3)).all()
+
+
+@every
 def test_merging_two_empty_halves(on, backend, rng):
     outs, lses = [np.zeros((1, 2, 5, 32), np.float16) for _ in range(2)], [np.full((1, 2, 5), -np.inf, np.float32) for _ in range(2)]
     for sinks in (None, np.array([1.0, -np.inf], np.float32), np.array([np.inf, 3e38], np.float32)):

@@ -204,6 +204,36 @@ def test_tune_at_a_miss_when_asked(monkeypatch, rng):
     assert "user cache" in st.explain(st.sparse_attention, x, x, x, st.Causal(), backend="numba").source
 
 
+def test_asked_too_late_is_said(monkeypatch, rng, caplog):
+    monkeypatch.setenv("SPARSETILE_TUNE", "on")
+    monkeypatch.setattr(dispatch, "tune_hook", None)
+    monkeypatch.setattr(dispatch, "_said", set())
+    x = rng.standard_normal((1, 2, 9, 16)).astype(np.float32)
+    for _ in range(2):
+        st.sparse_attention(x, x, x), st.topk(x[0], 3)
+    assert len([r for r in caplog.records if "SPARSETILE_TUNE=on: expected before" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch, library):
+    """By either library's own word; a CPU captures nothing."""
+    from types import SimpleNamespace as Space
+
+    from sparsetile.autotune import hook
+    capturing = dict(torch=library == "torch", cupy=library == "cupy")
+    monkeypatch.setitem(sys.modules, "torch", Space(cuda=Space(is_current_stream_capturing=lambda: capturing["torch"])))
+    monkeypatch.setitem(sys.modules, "cupy", Space(cuda=Space(get_current_stream=lambda: Space(is_capturing=lambda: capturing["cupy"]))))
+    tuned = []
+    monkeypatch.setattr(tune, "tune", lambda *a, **o: tuned.append(a))
+    problem = tasks.Task(tasks.find("cpu/topk-32"), None).problem
+    hook.on_miss(problem, 0, "numba")
+    assert not tuned
+    hook.on_miss(problem, None, "numba")
+    capturing[library] = False
+    hook.on_miss(problem, 0, "numba")
+    assert len(tuned) == 2
+
+
 def test_bad_arguments_of_tune():
     with pytest.raises(ValueError, match="workload: expected the name of a workload"):
         tune.tune("topk", "cpu/nothing")

@@ -129,21 +129,21 @@ template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
   for (int i = 0; i < N; i++) d[i] = 0.f;
 }
 
-// Of a part: sums of two rows of a lane, times `scale`, with what the parts before gave. row 8 h lies at wide + at[h], or at[h] is negative; columns 8 j + 2 (lane % 4) and the next are d[4 j ..].
-template <int N> __device__ __forceinline__ void join_part(float (&d)[N], float scale, float* wide, const i64 (&at)[2], int width, bool adds, bool keeps) {
+// Of a part: sums of two rows of a lane, of which row 8 h stands in float32 at wide + at[h], or is none where at[h] is negative; columns 8 j + 2 (lane % 4) and the next are d[4 j ..].
+// A part starts from what the parts before it left, in the unit of its own products: asked for before the item's tiles have come, the loads cost no time.
+template <int N> __device__ __forceinline__ void start_part(float (&d)[N], float unit, const float* wide, const i64 (&at)[2], int width) {
 #pragma unroll
-  for (int j = 0; j < N / 4; j++) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float2* there = (float2*)(wide + at[h] + 8 * j);
-      const bool inside = at[h] >= 0 && 8 * j < width;
-      const float2 before = adds && inside ? *there : make_float2(0.f, 0.f);
-      const float2 y = make_float2(fmaf(d[4 * j + 2 * h], scale, before.x), fmaf(d[4 * j + 2 * h + 1], scale, before.y));
-      if (keeps && inside) *there = y;
-      d[4 * j + 2 * h] = y.x;
-      d[4 * j + 2 * h + 1] = y.y;
-    }
+  for (int j = 0; j < N / 2; j++) {
+    const bool inside = at[j & 1] >= 0 && j / 2 * 8 < width;
+    const float2 x = inside ? *(const float2*)(wide + at[j & 1] + j / 2 * 8) : make_float2(0.f, 0.f);
+    d[2 * j] = x.x * unit;
+    d[2 * j + 1] = x.y * unit;
   }
+}
+template <int N> __device__ __forceinline__ void leave_part(const float (&d)[N], float scale, float* wide, const i64 (&at)[2], int width) {
+#pragma unroll
+  for (int j = 0; j < N / 2; j++)
+    if (at[j & 1] >= 0 && j / 2 * 8 < width) *(float2*)(wide + at[j & 1] + j / 2 * 8) = make_float2(d[2 * j] * scale, d[2 * j + 1] * scale);
 }
 
 // where key c of a block stands, or -1
@@ -180,6 +180,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
+  const auto places_of_keys = [&](i64 (&at)[2], int width, bool any) {  // of a part: where this lane's sums stand in float32
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int tid = thread_again() % 128, key = !any ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      at[h] = key < 0 ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 2 * (tid & 3);
+    }
+  };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
@@ -251,8 +258,16 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       release();
       continue;
     }
+    if (PARTED) {
+      i64 at[2];
+      places_of_keys(at, p.D, p.adds & 2);
+      start_part(dk, 1.f / p.scale, p.wide_dk, at, p.D);
+      places_of_keys(at, p.Dv, p.adds & 2);
+      start_part(dv, 1.f, p.wide_dv, at, p.Dv);
+    } else {
+      clear(dk); clear(dv);
+    }
     bar_wait(m.full_keys(), turn_keys, patience);
-    clear(dk); clear(dv);
     multiply_scores(0);
     for (u32 b = 0;;) {
       step(b);
@@ -270,17 +285,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.kept(), turn_keys, patience);
     turn_keys ^= 1;
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    if (PARTED) {
-      const i64 line = (i64)(key_head - p.from_head) * p.at.S;
-      const int c = w * 64 + tid / 32 * 16 + lane / 4, column = 2 * (lane & 3), keys[2] = {key_at(p, block, c), key_at(p, block, c + 8)};
+    if (PARTED && !p.rounds) {
       i64 at[2];
-      for (int h = 0; h < 2; h++) at[h] = keys[h] < 0 ? -1 : (line + keys[h]) * p.D + column;
-      join_part(dk, p.scale, p.wide_dk, at, p.D, p.adds & 2, !p.rounds);
-      for (int h = 0; h < 2; h++) at[h] = keys[h] < 0 ? -1 : (line + keys[h]) * p.Dv + column;
-      join_part(dv, 1.f, p.wide_dv, at, p.Dv, p.adds & 2, !p.rounds);
-    }
-    if (!PARTED || p.rounds) {
-      write_keys(dk, PARTED ? 1.f : p.scale, m.k, row, lane);
+      places_of_keys(at, p.D, true);
+      leave_part(dk, p.scale, p.wide_dk, at, p.D);
+      places_of_keys(at, p.Dv, true);
+      leave_part(dv, 1.f, p.wide_dv, at, p.Dv);
+    } else {
+      write_keys(dk, p.scale, m.k, row, lane);
       write_keys(dv, 1.f, m.v, row, lane);
     }
     shared_to_copy_engine();
@@ -378,12 +390,12 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
   u32 patience = PATIENCE, s = 0, turn = 1;
   const int items = p.heads * p.group * (p.lists.nq + p.outside);
   for (u32 i = 0;;) {
+    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);  // before a ticket is drawn: what one block of threads has drawn, no other can take at the end
     const int number = atomicAdd(p.ticket + 1, 1);
     const bool more = number < items && patience;
     Run run = {0, 0, 0, 0};
     const Rows x = more ? open_rows(p, number, run) : Rows{0, 0, 0, -1};
     if (more && x.t >= p.at.T) continue;
-    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);
     *m.item(i % ITEMS) = x;
     bar_arrive(m.full_item(i % ITEMS));
     i++;
@@ -413,11 +425,10 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
 __device__ __forceinline__ void write_rows(const Params& p, const Ring& m, const Rows& x, const float (&dq)[WIDTH / 2], int w, int tid) {
   u32* out = m.at<u32>(m.out) + w * STEP * PITCH;
   const int row = tid / 32 * 16 + tid % 32 / 4, n = p.D / 8;
-  const float scale = PARTED ? 1.f : p.scale;
 #pragma unroll
   for (int j = 0; j < WIDTH / 8; j++) {
-    out[row * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j] * scale, dq[4 * j + 1] * scale);
-    out[(row + 8) * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j + 2] * scale, dq[4 * j + 3] * scale);
+    out[row * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j] * p.scale, dq[4 * j + 1] * p.scale);
+    out[(row + 8) * PITCH + 4 * j + tid % 4] = pack<KIND>(dq[4 * j + 2] * p.scale, dq[4 * j + 3] * p.scale);
   }
   named_sync(4 + w, 128);
 #pragma unroll 1
@@ -441,10 +452,24 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     if (tid == 0) bar_arrive(m.free_item(i % ITEMS));
     if (n < 0) return;
     float4* sums = (float4*)p.sums + (((i64)(x.head - p.from_head * p.group) * p.tiles + x.tile) * 2 + w) * (WIDTH * 16) + tid;
+    const auto places_of_rows = [&](i64 (&at)[2]) {  // of a part: where this lane's sums stand in float32
 #pragma unroll
-    for (int j = 0; j < WIDTH / 8; j++) {
-      const float4 y = first ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[j * 128];
-      dq[4 * j] = y.x; dq[4 * j + 1] = y.y; dq[4 * j + 2] = y.z; dq[4 * j + 3] = y.w;
+      for (int h = 0; h < 2; h++) {
+        const int t = x.t + (w * STEP + tid / 32 * 16 + tid % 32 / 4 + 8 * h) * row_step(p);
+        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * p.D + 2 * (tid & 3);
+      }
+    };
+    i64 at[2];
+    if (PARTED) {
+      places_of_rows(at);
+      if (!(p.adds & 1)) at[0] = at[1] = -1;
+      start_part(dq, 1.f / p.scale, p.wide_dq, at, p.D);
+    } else {
+#pragma unroll
+      for (int j = 0; j < WIDTH / 8; j++) {
+        const float4 y = first ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[j * 128];
+        dq[4 * j] = y.x; dq[4 * j + 1] = y.y; dq[4 * j + 2] = y.z; dq[4 * j + 3] = y.w;
+      }
     }
     hold(dq);
     for (int e = 0; e < n; e++) {
@@ -463,14 +488,9 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     wgmma_wait<0>();
     hold(dq);
     if (n && thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
-    if (PARTED) {
-      i64 at[2];
-      for (int h = 0; h < 2; h++) {
-        const int t = x.t + (w * STEP + tid / 32 * 16 + tid % 32 / 4 + 8 * h) * p.row_step;
-        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * p.D + 2 * (tid & 3);
-      }
-      join_part(dq, p.scale, p.wide_dq, at, p.D, p.adds & 1, !p.rounds);
-      if (p.rounds) write_rows(p, m, x, dq, w, tid);
+    if (PARTED && !p.rounds) {
+      places_of_rows(at);
+      leave_part(dq, p.scale, p.wide_dq, at, p.D);
     } else if (last) {
       write_rows(p, m, x, dq, w, tid);
     } else {

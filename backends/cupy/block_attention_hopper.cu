@@ -131,11 +131,11 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
   for (u32 i = 0;; i++) {
     Item& x = *m.item(i % ITEMS);
     bar_wait(m.free_item(i % ITEMS), parity<ITEMS>(i) ^ 1, patience);
+    if (i) number = p.ticket ? gridDim.x + atomicAdd(p.ticket, 1) : p.items;  // not before there is room: what one block of threads has drawn, no other can take at the end
     const bool more = number < p.items && patience;
     if (more) x = open_item(p, number); else x.n = -1;
     bar_arrive(m.full_item(i % ITEMS));
     if (!more) return;
-    number = p.ticket ? gridDim.x + atomicAdd(p.ticket, 1) : p.items;
   }
 }
 

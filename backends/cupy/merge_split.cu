@@ -1,5 +1,5 @@
 // The parts that shares of a split left in scratch (split.cuh), added in the order of their keys: a block of threads for each row of the output. Rows whose item was one
-// share's alone are there already; rows of items without keys become out 0, lse -inf.
+// share's alone are there already; rows of items without keys become out 0, lse -inf. One sequence may have a part in every share: weights are a thread's each.
 // Defines: KIND, BQ (queries of a job, 0: each is its own), ROWS, COLUMNS of a slot.
 #include "mma.cuh"
 #include "split.cuh"
@@ -18,8 +18,10 @@ static_assert(COLUMNS % 4 == 0 && GROUPS > 0, "columns");
 
 extern "C" __global__ void __launch_bounds__(THREADS) merge(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
-  float4* shared_sums = (float4*)raw;                       // [GROUPS][QUADS]
-  float* shared_total = (float*)(shared_sums + GROUPS * QUADS);  // [GROUPS]
+  float4* shared_sums = (float4*)raw;                               // [GROUPS][QUADS]
+  float* shared_total = (float*)(shared_sums + GROUPS * QUADS);     // [GROUPS]
+  float* tops = shared_total + GROUPS;                              // [THREADS / 32]
+  float2* parts = (float2*)(raw + (GROUPS * (QUADS * 16 + 4) + THREADS / 8 + 7) / 8 * 8);  // [parts] largest score, then weight; sum
   const i64 line = blockIdx.x;
   const int t = line % p.at.T, h = line / p.at.T % p.Hq, b = line / p.at.T / p.Hq;
   int tile = t, first = t;
@@ -37,17 +39,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const __grid_constan
 
   const int group = threadIdx.x / QUADS, quad = threadIdx.x % QUADS, row = y % ROWS;
   const auto slot = [&](i64 x) { return ((2 * x + (x == c && c * share < from)) * p.lanes + member % p.lanes) * ROWS + row; };
+  const int count = n ? (int)(last - c) + 1 : 0;
   float top = -inf(), total = 0.f;
   float4 sum = {0.f, 0.f, 0.f, 0.f};
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    parts[i] = __ldg((const float2*)p.split.rows + slot(c + i));
+    top = fmaxf(top, parts[i].x);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; w++) top = fmaxf(top, tops[w]);
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    const float2 part = parts[i];
+    parts[i].x = part.x == -inf() && part.y == 0.f ? 0.f : ex2((part.x - (top == -inf() ? 0.f : top)) * LOG2E);
+  }
+  __syncthreads();
   if (n && group < GROUPS) {
-#pragma unroll 4
-    for (i64 x = c; x <= last; x++) top = fmaxf(top, __ldg(p.split.rows + 2 * slot(x)));
-#pragma unroll 4
-    for (i64 x = c + group; x <= last; x += GROUPS) {
-      const float2 part = __ldg((const float2*)p.split.rows + slot(x));
-      const float4 values = __ldg((const float4*)(p.split.sums + slot(x) * COLUMNS) + quad);
-      const float weight = part.x == -inf() && part.y == 0.f ? 0.f : ex2((part.x - (top == -inf() ? 0.f : top)) * LOG2E);
-      total = fmaf(weight, part.y, total);
+#pragma unroll 8
+    for (int i = group; i < count; i += GROUPS) {
+      const float4 values = __ldg((const float4*)(p.split.sums + slot(c + i) * COLUMNS) + quad);
+      const float weight = parts[i].x;
+      total = fmaf(weight, parts[i].y, total);
       sum.x = fmaf(weight, values.x, sum.x); sum.y = fmaf(weight, values.y, sum.y); sum.z = fmaf(weight, values.z, sum.z); sum.w = fmaf(weight, values.w, sum.w);
     }
     shared_sums[group * QUADS + quad] = sum;

@@ -1,8 +1,8 @@
 """Block attention for few queries: heads of a group become rows of one tile, keys are split over the chip, parts are merged (block_attention_decode.cu, split.cuh, merge_split.cu).
 
 A tile holds the queries of one block of the lists times the heads that share their keys, 64 rows at most; more stand in several tiles. Heads with lists of their own are tiles of their own.
-The path "latent" (block_attention_latent.cu, sm_90a) does the same for DeepSeek's latent by warpgroup products, 64 heads of a query at a time; calls that its copies cannot serve
-(`takes_latent`) run on the path decode. The grid depends on the chip, not on lengths: every block of threads takes an equal share of all key blocks that the lengths on the device leave.
+The path "latent" (block_attention_latent.cu, sm_90a) does the same for DeepSeek's latent by warpgroup products, 64 heads of a query at a time, of 16 bits or in the fp8 layout;
+calls that its copies cannot serve (`takes_latent`) run on the path decode. The grid depends on the chip, not on lengths: every block of threads takes an equal share of all key blocks that the lengths on the device leave.
 """
 import math
 import struct
@@ -19,7 +19,7 @@ LATENT_FIELDS = "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
 LATENT_HEADS, LATENT_KEYS, LATENT_THREADS, LATENT_TILE = 64, 32, 512, 9 * 32 * 128
 LATENT_SHARED = 6 * LATENT_TILE + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 LATENT_ROW = 512 + 4 * 4 + 2 * 64  # bytes of the fp8 layout
-LATENT_FP8_SHARED = 3 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 3 * (16 + 4 + 4 * 8) + 4 * (32 * LATENT_ROW + 2 * 8 + 16) + 8 + 16 + 128
+LATENT_FP8_SHARED = 3 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 3 * (16 + 4 + 4 * 8) + 4 * (32 * LATENT_ROW + 2 * 8 + 16) + 8 + 4 + 8 + 128  # barriers stand at multiples of 8, bytes of 128
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
 MOST_STAGES = 8
@@ -186,5 +186,5 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
 def merge(place, defines: dict, columns: int, out, lse, sink_logits, split: tuple, at: tuple, sizes: tuple):
     B, Hq, T, _ = out.shape
     function = nvrtc.function("merge_split", "merge", MERGE_FIELDS, defines, place)
-    groups = 256 // (columns // 4)
-    function(B * Hq * T, 256, groups * (columns * 4 + 4), place.stream, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *split, *at, *sizes)
+    groups, shares = 256 // (columns // 4), split[5]
+    function(B * Hq * T, 256, groups * (columns * 4 + 4) + 32 + 8 + 8 * shares, place.stream, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *split, *at, *sizes)
