@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+from importlib.util import find_spec
 
 from sparsetile.backends.contract import BACKENDS
 
@@ -23,7 +24,7 @@ def main(argv=None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\nstopped; a run with --storage goes on where it stopped", file=sys.stderr)
+        print("\nstopped; a run with --storage, or of catalogue --measure, goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("tables", nargs="*", help="tables to replay")
     p.add_argument("--samplers", default=None, help="comma-separated (default: pool,random,tpe-plain,tpe,subset)")
     p.add_argument("--repeats", type=_count, default=30, help="seeds (default: 30)")
+    p.add_argument("--blind", action="store_true", help="begin with a config of chance instead of the default: what a sampler finds by itself")
     p.add_argument("--record", help="a workload to time whole")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="whose configs are timed (with --record)")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
@@ -182,10 +184,16 @@ def _device(text):
         return None
     if not text.isdigit():
         raise ValueError(f"--device: expected cpu or the index of a GPU, got {text!r}; see sparsetile doctor")
-    import torch
-    if int(text) >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected an index below {torch.cuda.device_count()}, the number of visible GPUs, got {text}; see sparsetile doctor")
+    if int(text) >= _gpus():
+        raise ValueError(f"--device: expected an index below {_gpus()}, the number of visible GPUs, got {text}; see sparsetile doctor")
     return int(text)
+
+
+def _gpus() -> int:
+    if find_spec("torch") is None:  # it makes a workload's arrays, and times the calls
+        raise ValueError("--device: expected torch beside a GPU, got none; pip install 'sparsetile[cuda12]' or 'sparsetile[cuda13]', or use --device cpu")
+    import torch
+    return torch.cuda.device_count()
 
 
 def _selected(names, device):
@@ -224,17 +232,15 @@ def _tune(args):
 
 
 def _every_gpu(args):
-    import torch
-
     from sparsetile.autotune import batch
-    if not torch.cuda.device_count():
+    if not _gpus():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
     if args.shapes and not args.storage:
         raise ValueError("--shapes: expected --storage beside --device all, got none; the GPUs share the list by it, e.g. --storage tune.journal")
     names = [w.name for w in _selected(args.workloads, 0)]
     options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
-    return batch.every_gpu(torch.cuda.device_count(), words, [] if args.shapes else names, args.storage, args.profiles)
+    return batch.every_gpu(_gpus(), words, [] if args.shapes else names, args.storage, args.profiles)
 
 
 def _recorded(path, device):
@@ -307,7 +313,7 @@ def _replay(args):
     if not args.tables or not set(samplers) <= {*replay.SAMPLERS, "nsga2"}:
         raise ValueError(f"replay: expected tables, and samplers of {', '.join(replay.SAMPLERS)}, got {args.tables or 'no table'} and {', '.join(samplers)}; see bench/tables")
     for path in args.tables:
-        rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats)
+        rows = replay.regrets(replay.load(path), samplers, repeats=args.repeats, blind=args.blind)
         print("\n".join(json.dumps(row) for row in rows) if args.json else replay.text(rows) + "\n" + replay.verdict(rows), flush=True)
     return 0
 

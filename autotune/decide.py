@@ -5,7 +5,7 @@ from sparsetile.autotune import space, timing
 
 FINALISTS = 8
 SECONDS = 2.0  # for five rounds of those beyond the first two, so that slow calls have fewer finalists
-GAIN = 0.02  # a winner must beat the default by this or by twice the noise, whichever is more
+GAIN = 0.02  # a winner must beat the default by this or by what may be chance, whichever is more
 
 
 @dataclass
@@ -36,11 +36,11 @@ def decide(finalists: list, default: dict, module, problem, incumbent: dict | No
     """The entry's figures of a backend's winner."""
     base = next((t for t in finalists if t.config == default), None)
     best = min(finalists, key=lambda t: t.time_us)
-    band = max(0.01, timing.noise(best.samples, best.time_us) * 2)
+    band = max(0.01, timing.error(best.samples))
     ties = [t for t in finalists if t.time_us <= best.time_us * (1 + band)]
     winner = next((t for t in ties if t.config == incumbent), None) or min(ties, key=lambda t: space.cost_order(t.config, module, problem))
     if base is not None:
-        need = max(GAIN, 2 * timing.noise(base.samples, base.time_us))
+        need = max(GAIN, timing.error(base.samples))
         if winner is not base and winner.time_us > base.time_us * (1 - need):
             winner = base
     entry = {"config": dict(winner.config), "time_us": round(winner.time_us, 2), "spread": timing.spread(winner.samples), "ties": len(ties), "band": round(band, 4)}

@@ -4,11 +4,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 
 from sparsetile.autotune import shelf
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import KERNELS
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
@@ -27,9 +29,24 @@ def report() -> dict:
         "python": platform.python_version(), "platform": platform.platform(), "versions": versions,
         "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in devices for i in (arrays.device_info(d),)],
         "backends": dispatch.backends(),
-        "environment": {name: os.environ.get(name) for name in dispatch.VARIABLES},
+        "environment": {name: os.environ.get(name) for name in (*dispatch.VARIABLES, *sorted(n for n in os.environ if n.startswith("SPARSETILE_") and n not in dispatch.VARIABLES))},
+        "mistakes": _mistakes(),
         "profiles": [_profile(path) for root in _roots() for path in sorted(root.glob("*/*.yaml"))],
     }
+
+
+def _mistakes() -> list:
+    """What the environment says that no call can obey, one sentence each."""
+    found, ops = [], ("sparse_attention", "latent_attention", *KERNELS)
+    for check in (dispatch.tune_mode, *(partial(dispatch.requested_backend, op, None) for op in ops)):
+        try:
+            check()
+        except ValueError as error:
+            found.append(str(error))
+    prefix, user = "SPARSETILE_BACKEND_", os.environ.get("SPARSETILE_PROFILE_DIR")
+    found += [f"{name}: expected the name of an op behind {prefix}, got {name[len(prefix):]}; no call reads it" for name in os.environ if name.startswith(prefix) and name[len(prefix):].lower() not in ops]
+    found += [f"SPARSETILE_PROFILE_DIR: expected a directory, got {user!r}; make it, or unset the variable"] * bool(user and not os.path.isdir(user))
+    return list(dict.fromkeys(found))
 
 
 def _gpus() -> int:
@@ -86,7 +103,7 @@ def text(r: dict) -> str:
     lines += [f"  {name:14} {version or 'not installed'}" for name, version in r["versions"].items()]
     lines += ["", "devices"] + [f"  {'cpu' if d['index'] is None else d['index']}  {d['name']} ({d['arch']}, {d['units']} {'cores' if d['index'] is None else 'SMs'})" + _now(d) for d in r["devices"]]
     lines += ["", "backends"] + [f"  {name:10} {'runs' if why is None else 'does not run: ' + why}" for name, why in r["backends"].items()]
-    lines += ["", "environment"] + [f"  {name} = {value if value else '(unset)'}" for name, value in r["environment"].items()]
+    lines += ["", "environment"] + [f"  {name} = {value if value else '(unset)'}" for name, value in r["environment"].items()] + [f"  {sentence}" for sentence in r["mistakes"]]
     lines += ["", "profiles"] + ([_line(p) for p in r["profiles"]] or ["  none; run `sparsetile tune`"])
     return "\n".join(lines)
 

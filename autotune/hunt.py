@@ -1,5 +1,6 @@
 """The search of one backend's configs on one workload: asks the study, has the configs compiled ahead, gives the bench worker what is compiled first, and ends in the finals."""
 import datetime
+import statistics
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -126,6 +127,7 @@ class Hunt:
     def entry(self, incumbent: dict | None = None) -> dict | None:
         """The finals, interleaved in one process, and what is written of them. incumbent: what a profile of this device says now; it stays among ties."""
         default = self.pool[0]
+        incumbent = incumbent and space.essential(self.module, {**default, **incumbent}, default)
         incumbent = incumbent if incumbent in self.pool else None
         always = [default, *[incumbent] * (incumbent is not None)]
         chosen = finalists(self.backend, self.tried, always)
@@ -134,7 +136,7 @@ class Hunt:
             return None
         samples, about = answer
         for one, found in zip(chosen, samples):
-            one.samples, one.time_us = found, found and self.worker("centre", found)
+            one.samples, one.time_us = found, found and statistics.median(found)
         errors = dict(zip(map(id, chosen), about.get("errors", ())))
         chosen = [one for one in chosen if one.samples]
         if not chosen:

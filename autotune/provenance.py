@@ -5,13 +5,14 @@ import hashlib
 import inspect
 import platform
 import re
+import subprocess
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 from sparsetile.backends import arrays
 
-PACKAGES = ("sparsetile", "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "optuna")
+PACKAGES = ("sparsetile", "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "optuna", "fla-core")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
 
@@ -64,6 +65,17 @@ def versions() -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def commit() -> str:
+    """What runs: git's name of it, with -dirty where files differ; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed package is part of no checkout, though it may lie inside one
+        return "unknown"
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def beside(backend: str, found: dict) -> str:

@@ -5,17 +5,18 @@ a sampler the table's answers in place of a device's, so that thirty runs cost s
 """
 import gzip
 import json
+import random
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetile.autotune import search
+from sparsetile.autotune import search, space
 from sparsetile.backends.contract import Tunable
 
 SAMPLERS = ("pool", "random", "tpe-plain", "tpe", "subset")
 BUDGETS = (5, 10, 25, 50, 100, 150)
-SECONDS = (10, 30, 60, 120)
+SECONDS = (2, 5, 10, 30, 60)
 MEDIAN, P90, AT = 0.01, 0.05, 150  # what ours is to reach after so many trials
 TIE = 0.01  # configs within so much of the best are the best
 
@@ -45,7 +46,7 @@ class Table:
 def load(path) -> Table:
     data = json.loads(gzip.decompress(Path(path).read_bytes()))
     about = data["metadata"]
-    tunables = tuple(Tunable(name, tuple(values)) for name, values in about["tunables"].items())
+    tunables = tuple(Tunable(name, tuple(values), "", tuple(about.get("paths", {}).get(name, ()))) for name, values in about["tunables"].items())
     table = Table(about["workload"] + "/" + about["backend"], tunables, about["default"], {}, about["noise"])
     for r in data["results"]:
         us = r["measurements"][0]["value"] if r["invalidity"] == "correct" else None
@@ -54,7 +55,7 @@ def load(path) -> Table:
 
 
 def t4(about: dict, rows: list[dict]) -> bytes:
-    """A table's file. rows: config, samples (us) or failure, seconds."""
+    """A table's file. rows: config, time_us and the samples behind it or failure, seconds."""
     def result(row):
         samples = row.get("samples") or []
         why = "correct" if samples else "correctness" if row["failure"].startswith(("wrong", "out of")) else "compile" if row["failure"].startswith("compile") else \
@@ -62,7 +63,7 @@ def t4(about: dict, rows: list[dict]) -> bytes:
         spent = [round(us / 1e6, 7) for us in samples[:1]]
         return {"configuration": row["config"], "invalidity": why, "correctness": int(bool(samples)), "objectives": ["time"],
                 "times": {"compilation_time": round(max(0.0, row["seconds"] - sum(spent)), 3), "runtimes": spent},
-                "measurements": [{"name": "time", "value": round(statistics.median(samples), 2), "unit": "us"}] if samples else [], **({"cause": row["failure"]} if not samples else {})}
+                "measurements": [{"name": "time", "value": round(row["time_us"], 2), "unit": "us"}] if samples else [], **({"cause": row["failure"]} if not samples else {})}
     lines = ",\n".join(json.dumps(result(row)) for row in rows)
     return gzip.compress(f'{{"schema_version": "1.0.0",\n"metadata": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n'.encode(), 9, mtime=0)
 
@@ -78,7 +79,7 @@ class _Plain:
 
     def ask(self):
         self.trial = self.study.ask(self.space)
-        return dict(self.trial.params)
+        return space.essential(_Module(self.table.tunables), dict(self.trial.params), self.table.default)  # what it runs, though the model knows it by another name
 
     def tell(self, config, time_us):
         self.study.tell(self.trial, search.BAD if time_us is None else time_us)
@@ -105,10 +106,12 @@ class _Module:
         self.TUNABLES = tunables
 
 
-def run(table: Table, sampler: str, trials: int, seed: int, seeds=()) -> list[tuple[float, float]]:
-    """After each trial: (best so far / the table's best - 1, seconds spent). One that is not legal or not right costs a trial and finds nothing."""
-    own = {"tpe-plain": _Plain, "subset": _Subset}
-    how = own[sampler](table, seed) if sampler in own else search.Study(_Module(table.tunables), table.pool, f"replay-{seed}", None, sampler, seed, seeds)
+def run(table: Table, sampler: str, trials: int, seed: int, seeds=(), blind: bool = False) -> list[tuple[float, float]]:
+    """After each trial: (best so far / the table's best - 1, seconds spent). One that is not legal or not right costs a trial and finds nothing. blind: a config of chance stands where the default does."""
+    own, pool = {"tpe-plain": _Plain, "subset": _Subset}, table.pool
+    if blind:
+        pool.insert(0, pool.pop(random.Random(seed).randrange(len(pool))))
+    how = own[sampler](table, seed) if sampler in own else search.Study(_Module(table.tunables), pool, f"replay-{seed}", None, sampler, seed, seeds)
     found, spent, course = float("inf"), 0.0, []
     for _ in range(trials):
         config = how.ask()
@@ -122,11 +125,11 @@ def run(table: Table, sampler: str, trials: int, seed: int, seeds=()) -> list[tu
     return course
 
 
-def regrets(table: Table, samplers=SAMPLERS, budgets=BUDGETS, repeats: int = 30) -> list[dict]:
+def regrets(table: Table, samplers=SAMPLERS, budgets=BUDGETS, repeats: int = 30, blind: bool = False) -> list[dict]:
     """One row for each sampler and budget: the median and 90th percentile of the regret, and the median's seconds. Differences below the tie count as none."""
     rows, size = [], len(table.results)
     for sampler in samplers:
-        courses = [run(table, sampler, min(max(budgets), max(size, 1)), seed) for seed in range(repeats)]
+        courses = [run(table, sampler, min(max(budgets), max(size, 1)), seed, blind=blind) for seed in range(repeats)]
         for budget in budgets:
             if budget > size and budget != min((b for b in budgets if b >= size), default=budget):
                 continue
@@ -144,7 +147,7 @@ def _spread(found: list, table) -> dict:
 
 
 def verdict(rows: list[dict]) -> str:
-    """One table's rows against what is asked: ours after AT trials (or all), and ours against random and plain TPE at equal numbers of trials."""
+    """One table's rows against what is asked: ours after AT trials (or all), and ours against random and plain TPE at equal numbers of trials, by the median and, where it is the same, by the 90th percentile."""
     by = {(r["sampler"], r["trials"]): r for r in rows if r["trials"]}
     budgets = sorted(n for sampler, n in by if sampler == "pool")
     if not budgets:
@@ -153,8 +156,8 @@ def verdict(rows: list[dict]) -> str:
     said = [f"after {min(last['trials'], last['size'])} trials median {last['median']:.2%}, 90th percentile {last['p90']:.2%}: " + ("reached" if last["median"] <= MEDIAN and last["p90"] <= P90 else
             f"missed by {max(last['median'] - MEDIAN, last['p90'] - P90):.2%}")]
     for other in ("random", "tpe-plain"):
-        behind = [n for n in budgets if (other, n) in by and by["pool", n]["median"] > by[other, n]["median"]]
-        ahead = [n for n in budgets if (other, n) in by and by["pool", n]["median"] < by[other, n]["median"]]
+        ours, theirs = ({n: (by[name, n]["median"], by[name, n]["p90"]) for n in budgets if (name, n) in by} for name in ("pool", other))
+        behind, ahead = [n for n in theirs if ours[n] > theirs[n]], [n for n in theirs if ours[n] < theirs[n]]
         if any(name == other for name, _ in by):
             said.append(f"against {other}: better after {', '.join(map(str, ahead)) or 'none'}, worse after {', '.join(map(str, behind)) or 'none'}")
     return f"{last['table']}: " + "; ".join(said)
@@ -179,7 +182,7 @@ def known(module, only: dict | None) -> None:
 def record(workload, device, backend, path, *, rounds: int = 20, seconds: float | None = None, only: dict | None = None, progress=None) -> dict:
     """Time every legal config of a kernel on a workload, interleaved, and write the table. seconds ends the trials early: what is missing is said. only: {knob: values}, a part of the space
     that is a space of its own (beside it stands the default)."""
-    from sparsetile.autotune import isolate, provenance, space, tune
+    from sparsetile.autotune import isolate, provenance, timing, tune
     from sparsetile.autotune.hunt import Hunt
     from sparsetile.ops import dispatch
     worker = tune._bench(tune.BENCH, device, True)
@@ -193,14 +196,14 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
     hunt.prepare(len(pool), None, "random", 0, only=only)
     hunt.search(seconds)
     right = [(n, t) for n, t in enumerate(hunt.tried) if t.time_us]
-    samples = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
+    samples, launch = worker("rounds", [(t.backend, t.config) for _, t in right], rounds, seconds=600)
     rows = [dict(config=t.config, failure=t.failure, seconds=t.seconds, samples=None) for t in hunt.tried]
     for (n, _), found in zip(right, samples):
-        rows[n]["samples"] = found
-    spread = [statistics.stdev(s) / statistics.mean(s) / len(s) ** 0.5 for s in samples]
+        rows[n] |= {"samples": found, "time_us": statistics.median(found)}
+    near = [timing.error(found) for found in samples if len(found) > rounds]
     about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
-             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "default": pool[0], "samples": rounds, "noise": round(2 * statistics.median(spread), 4),
-             "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
+             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "paths": {t.name: list(t.paths) for t in module.TUNABLES if t.paths},
+             "default": pool[0], "samples": rounds, "launch": launch, "noise": round(statistics.median(near), 4), "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(t4(about, rows))
     return {"path": str(path), "legal": len(pool), "timed": len(right), "failed": len(rows) - len(right), "noise": about["noise"]}

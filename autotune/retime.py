@@ -1,4 +1,5 @@
 """Entries timed again beside their kernel's default: on this machine (`verify`), and on a second GPU of the model that wrote them (`confirm`)."""
+import statistics
 from pathlib import Path
 
 from sparsetile.autotune import hunt, isolate, shelf, store, timing, tune
@@ -30,8 +31,8 @@ class Again:
             return {"failed": str(error)}
         if not mine or not base:
             return {"failed": "its config or the default gives no right answer"}
-        now, then = self.worker("centre", mine), self.worker("centre", base)
-        return {"time_us": round(now, 2), "default_us": round(then, 2), "slower": now > then * (1 + max(0.01, 2 * timing.noise(mine, now) + 2 * timing.noise(base, then))), "default": default}
+        now, then = statistics.median(mine), statistics.median(base)
+        return {"time_us": round(now, 2), "default_us": round(then, 2), "slower": now > then * (1 + max(0.01, timing.error(mine), timing.error(base))), "default": default}
 
 
 def verify(paths, device, say=print) -> int:

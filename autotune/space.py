@@ -1,4 +1,5 @@
-"""The legal configs of a kernel for a problem: every combination of its tunables whose resources fit, known before anything is compiled."""
+"""The legal configs of a kernel for a problem: every combination of its tunables whose resources fit, known before anything is compiled. Of combinations that differ only in
+knobs which do nothing on their path there is one: those knobs are as in the default config."""
 import itertools
 import math
 import random
@@ -21,13 +22,19 @@ def legal(module, problem: Problem, seed: int = 0, only: dict | None = None) -> 
         points = ([rng.choice(v) for v in values] for _ in range(MOST))
     found, seen = [default], {tuple(default.get(n) for n in names)}
     for point in points:
-        point = tuple(point)
+        config = essential(module, dict(zip(names, point)), default)
+        point = tuple(config.values())
         if point not in seen:
             seen.add(point)
-            config = dict(zip(names, point))
             if isinstance(module.resources(problem, config), Resources):
                 found.append(config)
     return found, total
+
+
+def essential(module, config: dict, default: dict) -> dict:
+    """The same call's config with the knobs that do nothing on its path as the default config has them."""
+    idle = [t.name for t in module.TUNABLES if t.paths and config["path"] not in t.paths]
+    return {**config, **{name: default[name] for name in idle}} if idle else config
 
 
 def neighbours(config: dict, module) -> list[dict]:

@@ -2,11 +2,13 @@
 
 A `Stopwatch` belongs to a device (None is the CPU). Times are in microseconds.
 """
+import math
 import statistics
 import time
 
 from sparsetile.autotune import graphs
 
+POLISH = 4  # passes over rows and columns
 ENOUGH = 0.01  # an error of the best one's centre at which the finals may end
 
 class Stopwatch:
@@ -49,7 +51,7 @@ class Stopwatch:
         return [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
 
     def centre(self, samples: list[float]) -> float:
-        """The median on a GPU; the minimum on a CPU, whose noise only adds."""
+        """Of a few samples of one call: the median on a GPU; the minimum on a CPU, where what comes between only adds. (Rounds are compared by their medians, on a CPU `levelled`.)"""
         return min(samples) if self.device is None else statistics.median(samples)
 
 
@@ -76,34 +78,47 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long. What is left of a round whose clock is not the others' is taken out.
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (three times on a CPU). What is left of a round whose clock is not the others' is
+    taken out. Samples of a CPU are `levelled`.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
+    level, longest = (levelled, 3) if watch.device is None else (list, 2)
     while True:
         turn, spent = len(clocks), time.monotonic() - start
-        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= 2 * seconds or _error(watch, samples) <= ENOUGH):
+        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= longest * seconds or _error(level(samples)) <= ENOUGH):
             break
         for n in range(len(inside)):
             at = inside[(n + turn) % len(inside)]
             samples[at] += watch.samples(calls[at], 1)
         clocks.append(clock())
         if turn in LEAVING:
-            inside = _still(watch, samples, inside, kept, turn)
+            inside = _still(level(samples), inside, kept, turn)
     steady = _steady(clocks)
-    return [[one for one, right in zip(found, steady) if right] for found in samples], clocks
+    return [[one for one, right in zip(found, steady) if right] for found in level(samples)], clocks
+
+
+def levelled(samples: list) -> list:
+    """Samples of interleaved rounds (sample t of each is of round t; who left has fewer) against the other calls of their rounds: what those share, a clock that falls or a neighbour's work, is taken
+    out. By median polish (Tukey 1977) of the logarithms; in the end a round's level for a call is the median of the others' rests, so that nobody's noise is in its own level."""
+    logs = [[math.log(one) for one in found] for found in samples]
+    inside = [[n for n, found in enumerate(logs) if t < len(found)] for t in range(max(map(len, logs), default=0))]
+    level, middle = [0.0] * len(inside), statistics.median
+    for _ in range(POLISH):
+        own = [middle([one - level[t] for t, one in enumerate(found)]) if found else 0.0 for found in logs]
+        level = [middle([logs[n][t] - own[n] for n in calls]) for t, calls in enumerate(inside)]
+    others = lambda t, n: middle([logs[m][t] - own[m] for m in inside[t] if m != n] or [0.0])
+    return [[math.exp(one - others(t, n)) for t, one in enumerate(found)] for n, found in enumerate(logs)]
 
 
 LEAVING = {2: 0.25, 7: 0.02, 15: 0.02, 31: 0.02}  # after these rounds leaves who is so far behind, beside the noise
 
 
-def _error(watch, samples) -> float:
-    """Twice the error of the best one's centre: the band of its ties."""
-    best = min((found for found in samples if found), key=watch.centre)
-    return 2 * noise(best, watch.centre(best))
+def _error(samples) -> float:
+    return error(min((found for found in samples if found), key=statistics.median))
 
 
-def _still(watch, samples, inside, kept, turn) -> list:
-    centres = {n: watch.centre(samples[n]) for n in inside}
+def _still(samples, inside, kept, turn) -> list:
+    centres = {n: statistics.median(samples[n]) for n in inside}
     best = min(centres, key=centres.get)
     doubt = {n: LEAVING[turn] + 3 * (noise(samples[n], centres[n]) + noise(samples[best], centres[best])) for n in inside}
     return [n for n in inside if n in kept or centres[n] <= centres[best] * (1 + doubt[n])]
@@ -123,6 +138,11 @@ def spread(samples: list[float]) -> dict:
     """The 20th and 80th percentiles and the count."""
     ordered = sorted(samples)
     return {"p20": round(ordered[int(0.2 * (len(ordered) - 1))], 2), "p80": round(ordered[int(0.8 * (len(ordered) - 1))], 2), "n": len(ordered)}
+
+
+def error(samples: list[float]) -> float:
+    """By how much two such medians may differ by chance, one time in twenty: 1.96 sqrt(2) times a median's error, 1.25 deviations of the samples over the square root of their count; 0.84 of a deviation is `noise`."""
+    return 4 * noise(samples, statistics.median(samples))
 
 
 def noise(samples: list[float], centre: float) -> float:

@@ -13,6 +13,7 @@ from sparsetile.ops import dispatch
 
 FLUSH_MB = 1024  # 0.35 ms of writing between calls: longer than the host needs to launch one
 LEAK_MB = 64  # that the calls of one trial may keep
+NEAR = 0.1  # of the best one's time: whose place in a table matters
 BUSY = 0.5  # seconds of work before the finals, so that clock and temperature have settled
 
 
@@ -25,9 +26,12 @@ class Bench:
     def open(self, workload: Workload, seed: int) -> None:
         """Inputs of another workload; those before are let go."""
         self.workload, self.task, self._verifier = workload, None, None
+        gc.unfreeze()
         gc.collect()
         self.task = Task(workload, self.device, seed)
         self.verifier  # noqa: B018 (made now: the first trial's time is its own)
+        self.refused = {name: dispatch.refusal(name, self.task.problem, self.device) for name in BACKENDS if name != "reference"}
+        gc.freeze()  # what stays as long as the workload, whole frameworks: a trial looks twice for what its calls kept, 40 ms each time
 
     @property
     def verifier(self):
@@ -40,9 +44,7 @@ class Bench:
 
     def facts(self) -> dict:
         """What the controller has to know of the device, which it never touches."""
-        problem = self.task.problem
-        refused = {name: dispatch.refusal(name, problem, self.device) for name in BACKENDS if name != "reference"}
-        return {"problem": problem, "refused": refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
+        return {"problem": self.task.problem, "refused": self.refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
 
     def attempt(self, backend: str, config: dict, best_us: float) -> dict:
         """One config: checked between guard bands, then screened. A failure is told with its cause."""
@@ -82,14 +84,13 @@ class Bench:
         if not calls:
             return [None] * len(chosen), {}
         about = {"errors": [errors.get(n) for n in range(len(chosen))], **self._ready(chosen, calls, recorded)}
-        pin = contextlib.nullcontext(0) if self.device is not None else pinning.pinned(next(iter(calls.values())))
-        with pin as threads:
+        with self._pinned(calls) as threads:
             found, clocks = timing.ranked(self.watch, list(calls.values()), seconds, {place for place, n in enumerate(calls) if n in kept}, self._clock_mhz)
         clocks = [clock for clock in clocks if clock]
         if clocks:
             about |= {"clock_mhz": round(statistics.median(clocks)), "clocks": [min(clocks), max(clocks)]}
         if self.device is None:
-            about["launch"] = f"{threads} threads pinned" if threads else "threads free"
+            about["launch"] = self._launched(threads)
         samples = dict(zip(calls, found))
         return [samples.get(n) for n in range(len(chosen))], about
 
@@ -114,16 +115,26 @@ class Bench:
         why = says and says(config)
         return why and f"events: {why}"
 
-    def rounds(self, chosen: list, count: int) -> list:
-        """`count` samples of each (backend, config), interleaved; they have been checked before."""
-        calls = [self.task.bound(backend, config) for backend, config in chosen]
-        for call in calls:
+    def rounds(self, chosen: list, count: int) -> tuple[list, str]:
+        """Samples of each (backend, config), interleaved and launched as in the finals: `count`, and four times as many of those that are near the best; and how they were launched. They have been
+        checked before."""
+        calls = dict(enumerate(self.task.bound(backend, config) for backend, config in chosen))
+        for call in calls.values():
             call()
-        self.watch.synchronize()
-        return timing.finals(self.watch, calls, float("inf"), count)
+        how = self._ready(chosen, calls, True)
+        with self._pinned(calls) as threads:
+            samples = timing.finals(self.watch, list(calls.values()), float("inf"), count)
+            middles = [statistics.median(found) for found in samples]
+            near = [n for n, middle in enumerate(middles) if middle <= (1 + NEAR) * min(middles)]
+            for n, more in zip(near, timing.finals(self.watch, [calls[n] for n in near], float("inf"), 3 * count)):
+                samples[n] += more
+        return samples if self.device is not None else timing.levelled(samples), how.get("launch") or self._launched(threads)
 
-    def centre(self, samples: list) -> float:
-        return self.watch.centre(samples)
+    def _pinned(self, calls: dict):
+        return contextlib.nullcontext(0) if self.device is not None else pinning.pinned(next(iter(calls.values())))
+
+    def _launched(self, threads: int) -> str:
+        return f"{threads} threads pinned" if threads else "threads free"
 
     def _wrong(self, backend, config) -> str | None:
         try:

@@ -6,6 +6,7 @@ NumPy goes by its array interface (bfloat16 and float8 as ml_dtypes), PyTorch by
 """
 import contextlib
 import math
+import operator
 import sys
 import threading
 from functools import lru_cache
@@ -232,6 +233,10 @@ class Place:
         """A context in which the device and the caller's stream are current for the backend's launches."""
         return contextlib.nullcontext()
 
+    def noted(self, call):
+        """What a kernel calls to launch. Here it is `call`; a Recorder (tape.py) also notes its arguments."""
+        return call
+
 
 def _in_lines(shape, dtype, make):
     """make(shape, dtype), but a large array begins on a cache line: NumPy begins 16 bytes behind one, and every vector that is stored would straddle two."""
@@ -314,6 +319,8 @@ class TorchPlace(Place):
     def weights(self, x):
         return unit_stride_within(as_torch(x))
 
+    address = staticmethod(operator.methodcaller("data_ptr"))
+
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=torch_dtype(dtype), device=self.target)
 
@@ -356,13 +363,15 @@ class TorchPlace(Place):
 
     @contextlib.contextmanager
     def _switch(self):
-        with self.torch.cuda.device(self.device), self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.stream, device=self.target)):
+        cuda = self.torch.cuda
+        stream = cuda.ExternalStream(self.stream, device=self.target) if self.stream else cuda.default_stream(self.target)  # torch takes a pointer of 0 for none: a stream of its own
+        with cuda.device(self.device), cuda.stream(stream):
             yield
 
     def guard(self):
         if self.device is not None:
             _with_context(self.device, True)
-        if self.device is None or (self.caller == "torch" and _torch_device()() == self.device):
+        if self.device is None or self.caller == "torch" and is_current(self.device):
             return _NOTHING
         return self.torch.cuda.device(self.device) if self.caller == "torch" else self._switch()
 
@@ -440,6 +449,10 @@ class ViewPlace(Place):
         self.cupy.cuda.ExternalStream(self.stream).synchronize()  # JAX knows nothing of our stream
         return jax.dlpack.from_dlpack(x.owner)
 
+    def _is_current(self) -> bool:
+        """Whether CuPy's calls go to the device and the stream as they are; asking the runtime which one is current gives a thread no context."""
+        return self.device in getattr(_THREAD, "devices", ()) and self.cupy.cuda.runtime.getDevice() == self.device and self.cupy.cuda.get_current_stream().ptr == self.stream
+
     @contextlib.contextmanager
     def _switch(self):
         import cupy
@@ -453,9 +466,9 @@ class ViewPlace(Place):
 
     def guard(self):
         if self.caller != "torch":
-            return self._switch()
+            return _NOTHING if self._is_current() else self._switch()
         _with_context(self.device, True)
-        return _NOTHING if _torch_device()() == self.device else self.torch.cuda.device(self.device)
+        return _NOTHING if is_current(self.device) else self.torch.cuda.device(self.device)
 
 
 class DeviceInfo:
@@ -537,6 +550,11 @@ def _with_context(device: int, of_torch: bool) -> None:
         import cupy
         cupy.cuda.runtime.memGetInfo()
     _THREAD.devices = (*known, device)
+
+
+def is_current(device: int | None) -> bool:
+    """Whether launches of this thread go to the device as it is: it is torch's current one, and the thread has a context."""
+    return device in getattr(_THREAD, "devices", ()) and _torch_device()() == device
 
 
 def stream_of(caller: str, device: int | None) -> int:

@@ -1,14 +1,17 @@
-"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables] [--out results.jsonl]
+"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables | --no-calls] [--minutes 10] [--out results.jsonl]
 
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
 the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, recorded in CUDA graphs.
+Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 656 bytes a token and in bfloat16, the translation of tokens to rows of the pool included.
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
-FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row. Leaves with 1 if an answer is wrong.
+FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row, which is printed as soon as it is measured; what --minutes
+leave no time for says so, the whole calls have half of them. Leaves with 1 if an answer is wrong.
 """
 import argparse
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,10 +22,14 @@ if __name__ == "__main__" and not __package__:
 import numpy as np  # noqa: E402
 
 from sparsetile.autotune import graphs, numeric, plain, timing  # noqa: E402
+from sparsetile.backends.reference.positions import latents  # noqa: E402
 from sparsetile.bench import gpu_table  # noqa: E402
 from sparsetile.bench.spot import host, wide  # noqa: E402
+from sparsetile.ops.attention import sparse_attention  # noqa: E402
+from sparsetile.ops.caches.latent import PagedLatent  # noqa: E402
 from sparsetile.ops.latent import latent_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal  # noqa: E402
+from sparsetile.ops.selection import Selection  # noqa: E402
 from sparsetile.systems.dsa import dsa_latent_attention  # noqa: E402
 
 TABLES = {
@@ -30,6 +37,7 @@ TABLES = {
     + ["DSA decode h 128", "DSA decode h 64", "DSA bwd 16k", "latent decode h 128", "latent decode h 16"],
     "Indexer and top-k": ["scores 2048 x 32k", "scores 4096 x 128k", "scores decode B 128", "top-k 4096 x 128k", "top-k 4096 x 32k", "top-k 128 x 128k", "scores + top-k"]}
 SIZES = dict(H=128, R=512, P=64, Dn=128, Dv=128, Hi=64, Di=128)  # DeepSeek-V3.2
+FLUSH_MB = 4096  # about 1 ms of writing: the host, which launches six kernels, is ahead when a call begins
 SMALL = dict(H=4, R=32, P=8, Dn=16, Dv=16, Hi=4, Di=32)
 
 
@@ -43,20 +51,25 @@ def inputs(torch, device, B, T, S, H, R, P, Dn, Dv, Hi, Di, seed=0):
     return model, dict(index_q=normal(B, Hi, T, Di, kind=eight), index_k=normal(B, S, Di, kind=eight), index_scale=scale, index_weights=normal(B, Hi, T, kind=torch.float32))
 
 
-def check(model, index, top_k, backend):
-    """The choice of the first, the last and a middle query of the last sequence by their float64 scores; one head's output on the chosen keys by the policy."""
-    out, chosen = dsa_latent_attention(*model, **index, top_k=top_k, return_selection=True, backend=backend)
-    assert bool(out.isfinite().all()), "dsa_latent_attention: the answer is not finite everywhere"
-    T, S, h = model[0].shape[2], model[2].shape[1], model[0].shape[1] - 1
+def known(model, index) -> tuple:
+    """The first, the last and a middle query of the last sequence; their scores in float64 and by the plain formula, and what they see, [1,rows,S]."""
+    T, S = model[0].shape[2], model[2].shape[1]
     rows = np.unique([0, T // 2, T - 1])
     iq, ik, iw, scale = (host(x) for x in (index["index_q"][-1:], index["index_k"][-1:], index["index_weights"][-1:][:, :, rows], index["index_scale"][-1:]))
-    iq, found, lengths = iq[:, :, rows], host(chosen.indices[-1, 0][rows]), host(chosen.lengths[-1, 0][rows])
-    seen = (np.arange(S) <= S - T + rows[:, None])[None]
-    measure = plain.indexer_scores(iq, ik, iw, k_scale=scale, visible=seen)
+    iq, seen = iq[:, :, rows], (np.arange(S) <= S - T + rows[:, None])[None]
     keys = ik[0].astype(float).T
     dots = sum(np.maximum(iq[:, n].astype(float) @ keys, 0) * iw[:, n, :, None] for n in range(iq.shape[1]))
-    truth = np.where(seen, dots * scale[:, None].astype(float), -np.inf)
-    numeric.assert_chosen("choice", found[None], lengths[None], truth, measure, top_k, visible=seen, reduction=iq.shape[1] * iq.shape[3], accumulator="float8")
+    return rows, np.where(seen, dots * scale[:, None].astype(float), -np.inf), plain.indexer_scores(iq, ik, iw, k_scale=scale, visible=seen), seen
+
+
+def check(model, index, top_k, backend, truths):
+    """The choice of the `known` queries by their float64 scores; one head's output on the chosen keys by the policy."""
+    out, chosen = dsa_latent_attention(*model, **index, top_k=top_k, return_selection=True, backend=backend)
+    assert bool(out.isfinite().all()), "dsa_latent_attention: the answer is not finite everywhere"
+    (_, heads, _, width), S, h = index["index_q"].shape, model[2].shape[1], model[0].shape[1] - 1
+    rows, truth, measure, seen = truths
+    found, lengths = host(chosen.indices[-1, 0][rows]), host(chosen.lengths[-1, 0][rows])
+    numeric.assert_chosen("choice", found[None], lengths[None], truth, measure, top_k, visible=seen, reduction=heads * width, accumulator="float8")
     for n, t in enumerate(rows):
         keys = found[n, :lengths[n]].tolist()
         held = [host(x) for x in (model[0][-1:, h:, [t]], model[1][-1:, h:, [t]], model[2][-1:, keys], model[3][-1:, keys], model[4][h:], model[5][h:])]
@@ -94,16 +107,20 @@ def usable(torch, given: dict) -> dict:
     return found
 
 
-def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends) -> list:
+def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, until) -> list:
     """One line for each S: milliseconds of every call, and how much faster sparse is than the best dense one."""
-    watch, lines, ratios = timing.Stopwatch(0 if device != "cpu" else None), [], []
+    watch, lines, ratios = timing.Stopwatch(0 if device != "cpu" else None, flush_mb=FLUSH_MB), [], []
     for S in lengths:
+        if time.monotonic() > until:
+            lines.append(f"{kind:8}{S:7} not measured: out of time")
+            continue
         model, index = inputs(torch, device, B, min(T, S), S, **sizes)
+        truths = known(model, index)
         for backend in backends:
-            check(model, index, top_k, backend)
+            check(model, index, top_k, backend, truths)
         ours = usable(torch, calls(torch, model, index, top_k, backends, "decompressed" if kind == "prefill" else "absorbed"))
         recorded, how = graphs.record(list(ours.values()), 0) if kind == "decode" and device != "cpu" else (None, "events")
-        samples = timing.finals(watch, recorded or list(ours.values()), given.seconds, 3 if given.quick else 20)
+        samples = timing.finals(watch, recorded or list(ours.values()), given.seconds)
         times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
         best = {sparse: min(ms for name, ms in times.items() if name.startswith("DSA") == sparse) for sparse in (True, False)}
         ratios.append((S, best[False] / best[True]))
@@ -112,7 +129,52 @@ def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends) -> 
         del model, index, ours, recorded
         if device != "cpu":
             torch.cuda.empty_cache()
-    return lines + [f"{kind}: {crossover(ratios)}"]
+    return lines + ([f"{kind}: {crossover(ratios)}"] if ratios else [])
+
+
+def latent_cache(torch, device, B, S, fp8, page=64):
+    """A PagedLatent of B full sequences whose pages lie in any order."""
+    pages = B * S // page
+    pool = torch.empty((pages, page, 656), dtype=torch.uint8, device=device) if fp8 else torch.empty((pages, page, 576), dtype=torch.bfloat16, device=device)
+    for part in pool.split(2 ** 13):
+        x = torch.randn(*part.shape[:2], 576, device=device, dtype=torch.bfloat16)
+        if fp8:
+            part[..., :512] = x[..., :512].to(torch.float8_e4m3fn).view(torch.uint8)
+            part[..., 512:528] = (torch.rand(*part.shape[:2], 4, device=device) + 0.5).view(torch.uint8)
+            part[..., 528:] = x[..., 512:].contiguous().view(torch.uint8)
+        else:
+            part[:] = x
+    table = torch.randperm(pages, device=device).view(B, -1).to(torch.int32)
+    return PagedLatent(pool, table, torch.full((B,), S, dtype=torch.int32, device=device), rank=512, rotary=64)
+
+
+def check_cached(q, cache, indices, out):
+    """The first and the last head of the first and the last sequence by the policy."""
+    for b in (0, len(q) - 1):
+        keys = indices[b, 0, 0].long()
+        rows = cache.pools[0].flatten(0, 1)[cache.page_table[b, keys // cache.page_size].long() * cache.page_size + keys % cache.page_size]
+        x = host(rows).astype(float) if not cache.quantised else latents(host(rows), cache.rank, cache.rotary)[0]
+        query, count = host(q[b:b + 1, ::q.shape[1] - 1]), np.ones((1, 1, 1, len(keys)), int)
+        truth, formula = (plain.attention(one, c[None, None], c[None, None, :, :512], count, scale=576 ** -0.5)[0] for one, c in ((query.astype(float), x), (query, x.astype(query.dtype))))
+        numeric.assert_close(f"cached decode, sequence {b}", host(out[b:b + 1, ::q.shape[1] - 1]), truth, formula, reduction=len(keys) + 576)
+
+
+def cached(torch, given, backends, B=128, S=32768, K=2048) -> list:
+    """One line for each kind of cache and head count: milliseconds of every backend in CUDA graphs; floors and stored peers of the fp8 layout."""
+    watch, lines = timing.Stopwatch(0, flush_mb=FLUSH_MB), []
+    indices = torch.rand(B, S, device="cuda").topk(K, dim=1).indices[:, torch.randperm(K, device="cuda")].to(torch.int32)[:, None, None]
+    for fp8, known in ((True, {128: "floor 0.185, FlashMLA* 0.194", 64: "floor 0.105, FlashMLA* 0.123"}), (False, {128: "FlashInfer* 0.151", 64: ""})):
+        cache = latent_cache(torch, "cuda", B, S, fp8)
+        for heads, others in known.items():
+            q = torch.randn(B, heads, 1, 576, device="cuda", dtype=torch.bfloat16)
+            ours = usable(torch, {name: lambda name=name: sparse_attention(q, cache, None, Selection(indices), value_width=512, backend=name) for name in backends})
+            for call in ours.values():
+                check_cached(q, cache, indices, call())
+            samples = timing.finals(watch, graphs.record(list(ours.values()), 0)[0] or list(ours.values()), given.seconds)
+            times = " ".join(f"{name} {watch.centre(x) / 1e3:.3f}" for name, x in zip(ours, samples))
+            lines.append(f"decode of chosen tokens, {'fp8' if fp8 else 'bfloat16'} pages of 64, B {B}, S {S}, h {heads}: {times} ms{clock(torch, 'cuda')} {others}")
+            print(lines[-1], flush=True)
+    return lines
 
 
 def clock(torch, device) -> str:
@@ -133,12 +195,12 @@ def crossover(ratios: list) -> str:
     return f"sparse is faster from {a + (b - a) * (1 - low) / (high - low):.0f} keys on"
 
 
-def tables(given):
+def tables(given, until):
     """Both tables of targets, on gpu_table's workers."""
     names = list(itertools.chain(*TABLES.values()))
-    with open(given.out or "/dev/null", "a") as out:
+    with open(given.out or os.devnull, "a") as out:
         found = gpu_table.Measured(out)
-        gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=False), found, 60, time.monotonic() + 60 * given.minutes)
+        gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=False), found, 60, until)
     for title, rows in TABLES.items():
         print(f"\n{title}\n{gpu_table.table(found, rows)}")
 
@@ -148,27 +210,34 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="sparsetile.bench.dsa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer lengths and rounds")
     parser.add_argument("--no-tables", action="store_true", help="whole calls only")
+    parser.add_argument("--no-calls", action="store_true", help="tables only")
     parser.add_argument("--backend", action="append", choices=("triton", "cupy", "numba", "reference"), help="of the whole calls (default: cupy and triton, without a GPU numba)")
     parser.add_argument("--seconds", type=float, help="for the rounds of a row (default: 0.8; 0.3 with --quick)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for the tables (default: 8.5)")
+    parser.add_argument("--minutes", type=float, default=10, help="stop and print what there is (default: 10)")
     parser.add_argument("--out", help="file of JSON lines that the tables' results are appended to")
-    given = parser.parse_args(arguments)
+    given, start = parser.parse_args(arguments), time.monotonic()
     given.seconds = given.seconds or (0.3 if given.quick else 0.8)
     cuda = torch.cuda.is_available()
     device, backends = ("cuda", given.backend or ["cupy", "triton"]) if cuda else ("cpu", given.backend or ["numba"])
     print(torch.cuda.get_device_name() if cuda else "CPU", flush=True)
-    lines, wrong = [], 0
+    lines, wrong, until = [], 0, start + 60 * given.minutes
     prefill, decode = ([2048, 8192, 32768, 131072], [8192, 32768, 131072]) if given.quick else ([2048 << n for n in range(7)], [4096 << n for n in range(6)])
     plans = [("prefill", prefill, 1, 4096, SIZES, 2048), ("decode", decode, 32 if given.quick else 128, 1, SIZES, 2048)] if cuda else [("prefill", [128, 512], 1, 64, SMALL, 64)]
-    for kind, lengths, B, T, sizes, top_k in plans:
+    for kind, lengths, B, T, sizes, top_k in [] if given.no_calls else plans:
         try:
-            lines += curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends)
+            lines += curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, until if given.no_tables else (start + until) / 2)
         except AssertionError as error:
             wrong += 1
             lines.append(f"{kind}: WRONG: {str(error)[:200]}")
+    if cuda and not given.no_calls:
+        try:
+            lines += cached(torch, given, backends)
+        except AssertionError as error:
+            wrong += 1
+            lines.append(f"cached decode: WRONG: {str(error)[:200]}")
     print("\n" + "\n".join(lines))
     if cuda and not given.no_tables:
-        tables(given)
+        tables(given, until)
     return int(wrong > 0)
 
 

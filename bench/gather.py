@@ -1,7 +1,7 @@
-"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] (CuPy, a GPU with compute capability 9.0).
+"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] (a GPU with compute capability 9.0).
 
-Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths, empty rows, sinks. Timed: each path
-of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16.
+Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths or the query's position, empty rows,
+sinks. Timed: CuPy's and Triton's paths of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16.
 """
 import sys
 
@@ -12,19 +12,21 @@ from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.selection import Selection
 
 D, DV = 576, 512
-PATHS = ("hopper", "tokens", "portable")
+PATHS = (("cupy", "hopper"), ("cupy", "tokens"), ("triton", "gluon"), ("cupy", "portable"), ("triton", "portable"))
 
 
-def inputs(torch, T, Hq, S, K, seed=0):
-    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row."""
+def inputs(torch, T, Hq, S, K, seed=0, pool=None):
+    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row; pool: 64 neighbouring queries choose from as many keys, as neighbours do on real data."""
     torch.manual_seed(seed)
     q, latent = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, Hq, T, D), (1, 1, S, D)))
-    rows = [torch.rand(min(64, T - t), S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
+    rows = [torch.rand(min(64, T - t), pool or S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
+    if pool:
+        rows = [torch.randperm(S, device="cuda", dtype=torch.int32)[:pool][row.long()] for row in rows]
     return q, latent, torch.cat(rows)[None, None, :, torch.randperm(K, device="cuda")].contiguous()
 
 
-def check(torch, path, T=300, Hq=128, S=8192, K=2048):
-    """One call with every trap, some rows against float64."""
+def check(torch, backend, path, T=300, Hq=128, S=8192, K=2048, causal=False):
+    """One call with every trap, some queries of some heads against float64."""
     q, latent, indices = inputs(torch, T, Hq, S, K)
     indices %= S - 64  # the last keys are seen by nobody
     latent[:, :, S - 64:] = float("nan")
@@ -36,41 +38,44 @@ def check(torch, path, T=300, Hq=128, S=8192, K=2048):
     lengths[0, 0, 7:12] = torch.tensor([0, -3, 1, 33, K + 9], device="cuda")
     sink = torch.linspace(-3, 3, Hq, device="cuda")
     sink[:3] = torch.tensor([float("-inf"), float("inf"), 3e38])[:Hq]
-    out, lse = sparse_attention(q, latent, None, Selection(indices, lengths=lengths), value_width=DV, sink_logits=sink, return_lse=True, backend="cupy", config={"path": path})
+    given = dict(value_width=DV, sink_logits=sink, q_start=4000, backend=backend, config={"path": path})
+    out, lse = sparse_attention(q, latent, None, Selection(indices, lengths=lengths, causal=causal), return_lse=True, **given)
+    heads = np.unique([0, 1 % Hq, 2 % Hq, Hq // 2, Hq - 1]).tolist()
     for t in (0, 1, 5, 6, 7, 8, 9, 10, 11, 131, T // 2, T - 1):
         row = numeric.to_numpy(indices[0, 0, t])[:max(0, int(lengths[0, 0, t]))]
-        row = row[(row >= 0) & (row < S)]
+        row = row[(row >= 0) & (row < (min(S, 4000 + t + 1) if causal else S))]
         few = row if len(row) else np.zeros(1, np.int32)
-        keys, query, sinks = numeric.to_numpy(latent[:, :, few.tolist()]), numeric.to_numpy(q[:, :, t:t + 1]), numeric.to_numpy(sink)
+        keys, query, sinks = numeric.to_numpy(latent[:, :, few.tolist()]), numeric.to_numpy(q[:, heads, t:t + 1]), numeric.to_numpy(sink[heads])
         count = np.full((1, 1, 1, len(few)), min(len(row), 1))
         wide = lambda x: x.astype(np.float64)  # noqa: E731
         truth = plain.attention(wide(query), wide(keys), wide(keys[..., :DV]), count, scale=D ** -0.5, sink_logits=sinks)
         formula = plain.attention(query, keys, keys[..., :DV], count, scale=D ** -0.5, sink_logits=sinks)
-        for name, got, true, one in zip(("out", "lse"), (out[:, :, t:t + 1], lse[:, :, t:t + 1]), truth, formula):
-            numeric.assert_close(f"{path}, {name} of query {t}", got, true, one, reduction=len(few) + D)
-    assert torch.equal(out, sparse_attention(q, latent, None, Selection(indices, lengths=lengths), value_width=DV, sink_logits=sink, backend="cupy", config={"path": path}))
-    print(f"{path}: 12 queries x {Hq} heads within the policy, the same bits twice", flush=True)
+        for name, got, true, one in zip(("out", "lse"), (out[:, heads, t:t + 1], lse[:, heads, t:t + 1]), truth, formula):
+            numeric.assert_close(f"{backend} {path}, {name} of query {t}", got, true, one, reduction=len(few) + D)
+    assert torch.equal(out, sparse_attention(q, latent, None, Selection(indices, lengths=lengths, causal=causal), **given))
+    print(f"{backend} {path}{', causal' * causal}: 12 queries x {len(heads)} of {Hq} heads within the policy, the same bits twice", flush=True)
 
 
 def main(quick):
     import torch
     for Hq in (128, 70, 17, 1):
-        check(torch, "hopper", Hq=Hq)
+        check(torch, "triton", "gluon", Hq=Hq)
+        check(torch, "cupy", "hopper", Hq=Hq)
+    check(torch, "triton", "gluon", causal=True)
     for Hq in (70, 32, 16, 8, 1):
-        check(torch, "tokens", Hq=Hq)
-    check(torch, "portable")
-    watch, T, K, table = timing.Stopwatch(0), 4096, 2048, []
-    for Hq, S in ((128, 32768), (128, 131072), (64, 32768), (64, 131072), (32, 32768), (16, 32768), (8, 32768), (1, 32768), (16, 131072)):
-        q, latent, indices = inputs(torch, T, Hq, S, K)
-        calls = [lambda path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend="cupy", config={"path": path}) for path in PATHS]
+        check(torch, "cupy", "tokens", Hq=Hq)
+    check(torch, "cupy", "portable"), check(torch, "triton", "portable")
+    watch, T, K = timing.Stopwatch(0), 4096, 2048
+    print(f"{'heads':>6}{'S':>8}{'pool':>8}" + "".join(f"{backend + ' ' + path + ' ms':>20}{'TFLOP/s':>9}" for backend, path in PATHS), flush=True)
+    sizes = [(Hq, 32768, None) for Hq in (128, 64, 32, 16, 8)] + [(128, 131072, None), (128, 131072, 4096)]
+    for Hq, S, pool in sizes if quick else sizes + [(64, 131072, None), (64, 131072, 4096), (1, 32768, None), (16, 131072, None), (16, 131072, 4096)]:
+        q, latent, indices = inputs(torch, T, Hq, S, K, pool=pool)
+        calls = [lambda backend=backend, path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend=backend, config={"path": path}) for backend, path in PATHS]
         for call in calls:
             call()
-        samples = timing.finals(watch, calls, seconds=1.0 if quick else 5.0, most=10 if quick else 40)
-        table.append((Hq, S, [watch.centre(x) / 1e3 for x in samples], min(samples[0]) / 1e3))
-    print(f"{'heads':>6}{'S':>8}" + "".join(f"{path + ' ms':>13}{'TFLOP/s':>9}" for path in PATHS) + f"{'hopper best':>13}")
-    for Hq, S, times, best in table:
-        rate = lambda ms: 2 * T * Hq * K * (D + DV) / ms / 1e9  # noqa: E731
-        print(f"{Hq:6}{S:8}" + "".join(f"{ms:13.3f}{rate(ms):9.1f}" for ms in times) + f"{best:13.3f}")
+        samples = timing.finals(watch, calls, seconds=0.6 if quick else 5.0, most=10 if quick else 40)
+        times = [watch.centre(x) / 1e3 for x in samples]
+        print(f"{Hq:6}{S:8}{pool or 'all':>8}" + "".join(f"{ms:20.3f}{2 * T * Hq * K * (D + DV) / ms / 1e9:9.1f}" for ms in times), flush=True)
 
 
 if __name__ == "__main__":

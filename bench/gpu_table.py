@@ -18,8 +18,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sparsetile.autotune import provenance  # noqa: E402
 from sparsetile.bench.gpu_rows import ROWS, STORED_AT, selected  # noqa: E402
-from sparsetile.ci.report import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("triton", "cupy")
@@ -180,7 +180,7 @@ def main(argv=None) -> int:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         out = open(args.out, "a")
     found = Measured(out)
-    found.take({"machine": {"commit": args.commit or commit()}})
+    found.take({"machine": {"commit": args.commit or provenance.commit()}})
     order = dict(rows=list(names), without=[], seconds=args.seconds, compiled=args.compiled)
     supervise(order, found, max(args.limit, 180) if args.compiled else args.limit, until)
     print("\n" + table(found, names))

@@ -7,6 +7,7 @@ Exit code 1 if a pick lies outside the band, or a band is over 2 %.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,9 +45,8 @@ def judged(workload, backend: str, device, picks: list) -> tuple[list, float]:
     lost = [config for config, found in zip(picks, samples) if not found]
     if lost:
         raise RuntimeError(f"{lost[0]} gives no right answer when it is timed again")
-    times = [worker("centre", found) for found in samples]
-    best = min(range(len(picks)), key=times.__getitem__)
-    return times, max(0.01, 2 * timing.noise(samples[best], times[best]))
+    times = [statistics.median(found) for found in samples]
+    return times, max(0.01, timing.error(samples[times.index(min(times))]))
 
 
 def summary(entries: list, picks: list, times: list, band: float) -> dict:

@@ -1,5 +1,6 @@
 """`sparsetile catalogue`, `recommend` and `plan`: their arguments, and what they print. Everything else is imported when a command runs."""
 import json
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -10,14 +11,16 @@ def add(command, count, seconds, device):
     """Adds the commands. `command` makes one, the others read a whole number, seconds and a device."""
     p = command("catalogue", lambda args: _catalogue(args, device), "Every system: what a query sees, what it keeps and costs, who runs it, how fast it was, and a picture.",
                 "examples:\n  sparsetile catalogue                               the table\n  sparsetile catalogue longformer                    one system, with its picture\n"
-                "  sparsetile catalogue --measure --device 0          time them all beside dense attention; recommend reads it\n"
+                "  sparsetile catalogue --measure --device 0          time what was not yet, beside dense attention; recommend reads it\n"
                 "  sparsetile catalogue --markdown > docs/catalogue.md")
     p.add_argument("systems", nargs="*", help="names of systems (none: the table)")
     p.add_argument("--markdown", action="store_true", help="the whole page")
-    p.add_argument("--measure", action="store_true", help="time the systems on this device and write the file")
+    p.add_argument("--measure", action="store_true", help="time the systems on this device; each row is written as it comes, and rows that the file has are not measured again")
+    p.add_argument("--again", action="store_true", help="measure those too")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
-    p.add_argument("--tokens", type=count, nargs="+", help="lengths to measure (default: 1024 4096 16384 on a CPU, 4096 16384 65536 on a GPU)")
-    p.add_argument("--seconds", type=seconds, default=2.0, help="time for each length and pass (default: 2; five rounds at least)")
+    p.add_argument("--tokens", type=count, nargs="+", help="lengths to measure (default: 1024 4096 on a CPU, 4096 16384 on a GPU)")
+    p.add_argument("--seconds", type=seconds, default=0.3, help="time for the rounds of each system, length and pass (default: 0.3; six rounds at least, three of slow calls)")
+    p.add_argument("--commit", help="what is measured (default: git describe)")
     p.add_argument("--into", help="directory for the file (default: the user cache; catalogue/measured in a checkout ships it)")
     p.add_argument("--pictures", help="directory for a PNG of each pattern")
 
@@ -72,14 +75,22 @@ def _catalogue(args, device):
 
 
 def _measure(args, device, systems):
-    speed = _part("speed")
-
-    def say(row):
-        found = row.get("refused") or f"{row['time_us'] / 1e3:10.2f} ms {row['times_dense']:8.2f} x dense"
-        print(json.dumps(row) if args.json else f"{row['system']:28}{row['tokens']:9,} {row['pass']:10}{found}", flush=True)
-    data = speed.measure(device, args.tokens or ((1024, 4096, 16384) if device is None else (4096, 16384, 65536)), args.seconds, systems, say)
-    path = speed.write(data, Path(args.into) if args.into else speed.user_folder())
-    print(json.dumps({"path": str(path)}) if args.json else f"written to {path}")
+    speed, store = _part("speed"), _part("store")
+    path = store.file_of(device, Path(args.into) if args.into else store.user_folder())
+    data = store.begun(path, device, speed.shape_of(device))
+    wanted = speed.lacking(device, args.tokens or ((1024, 4096) if device is None else (4096, 16384)), systems, () if args.again else data["rows"])
+    say = (lambda **event: print(json.dumps(event), flush=True)) if args.json else lambda **event: print(*event.values(), flush=True)
+    if device is not None and wanted:
+        begun = time.monotonic()
+        for why in speed.compiled(device, wanted):
+            say(not_called=f"not called: {why}")
+        say(compiled=f"compiled in {time.monotonic() - begun:.0f} s")
+    for row in speed.rows(device, wanted, args.seconds, args.commit):
+        store.put(data, row)
+        store.write(data, path)
+        found = store.why_not(row) or f"{row['time_us'] / 1e3:10.2f} ms {row['times_dense']:8.2f} x dense"
+        print(json.dumps(row) if args.json else f"{row['system']:28}{row['tokens']:9,} {row['pass']:10}{row['backend'] or '-':8}{found}", flush=True)
+    say(path=str(path)) if args.json else print(f"written to {path}")
     return 0
 
 

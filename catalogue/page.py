@@ -5,13 +5,14 @@ import numpy as np
 
 from sparsetile.autotune import matrix
 from sparsetile.backends.contract import BACKENDS
-from sparsetile.catalogue import speed
+from sparsetile.catalogue import speed, store
 from sparsetile.catalogue.entries import SYSTEMS
 from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs, System
 
 OURS = [system for system in SYSTEMS if not system.refusal]
 SIDE = 32       # tokens of a picture
 LENGTH = 65536  # where operations and cache are counted
+BESIDE = ("python", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "numba", "fla-core")  # versions that a time depends on
 
 
 @lru_cache(None)
@@ -71,7 +72,7 @@ def record(system: System) -> dict:
         "reach_of_picture": None if system.small is None else system.small.hops(SIDE), "picture": picture(system),
         "counted_at": LENGTH, "cache_bytes": system.cache(GPU, LENGTH), "operations": system.operations(GPU, LENGTH),
         "backends": {name: runs(system.kernels, name) for name in BACKENDS}, "backends_backward": {name: runs(system.backward, name) for name in BACKENDS},
-        "measured": {data["device"]["name"]: [row for row in data["rows"] if row["system"] == system.name] for data in speed.shipped()}}
+        "measured": {data["device"]["name"]: [row for row in data["rows"] if row["system"] == system.name] for data in store.shipped()}}
 
 
 def table(head, rows) -> list[str]:
@@ -109,20 +110,31 @@ def _runners():
 
 
 def measured(data: dict) -> list[str]:
-    """Times dense of one file, lengths side by side."""
-    shape, lines = data["shape"], []
+    """Times dense of one file, lengths side by side; every system has its rows, those not measured too. Refusals and failures are told once, below."""
+    device, shape, found = data["device"], data["shape"], {store.key(row): row for row in data["rows"]}
     lengths = sorted({row["tokens"] for row in data["rows"]})
-    names = list(dict.fromkeys(row["system"] for row in data["rows"]))
     sizes = ", ".join(f"{name} {shape[name]}" for name in ("B", "Hq", "Hk", "D", "R", "top_k", "M"))
+    asked = f"sparsetile catalogue --measure --device {'cpu' if device['arch'] == 'cpu' else 0} --tokens {' '.join(map(str, lengths))}"
+    commits = ", ".join(dict.fromkeys(str(row.get("commit", "unknown")) for row in data["rows"]))
+    beside = ", ".join(f"{name} {version}" for name, version in data["measured_with"].items() if name in BESIDE)
+    cores = f", {device['sms']} cores" if device["arch"] == "cpu" else ""
+    lines, told = ["", f"### {device['name']}{cores}", "", f"`{asked}` at {commits}; {beside}. {shape['dtype']}, {sizes}."], {}
     for what in speed.PASSES:
-        found = {(row["system"], row["tokens"]): _times(row) for row in data["rows"] if row["pass"] == what}
-        lines += ["", f"{what}, {data['device']['name']}, {shape['dtype']}, {sizes}:", ""]
-        lines += table(("system", *(f"{N:,}" for N in lengths)), [(name, *(found.get((name, N), "-") for N in lengths)) for name in names])
-    return lines
+        rows = [(system.name, backend or "-", *(_cell(found.get((system.name, N, what, backend)), told) for N in lengths))
+                for system in OURS for backend in speed.backends(system, None if device["arch"] == "cpu" else 0)]
+        lines += ["", f"{what}:", "", *table(("system", "backend", *(f"{N:,} tokens" for N in lengths)), rows)]
+    return lines + [""] + [f"{number}. {sentence}" for sentence, number in told.items()]
+
+
+def _cell(row: dict | None, told: dict) -> str:
+    if row is None:
+        return "not measured"
+    why = store.why_not(row)
+    return f"[{told.setdefault(why, len(told) + 1)}]" if why else _times(row)
 
 
 def _times(row: dict) -> str:
-    return row.get("refused") or f"{row['times_dense']:.2f} x ({row['time_us'] / 1e3:.2f} ms)"
+    return store.why_not(row) or f"{row['times_dense']:.2f} x ({row['time_us'] / 1e3:.2f} ms)"
 
 
 def _drawn(system: System) -> list[str]:
@@ -137,7 +149,7 @@ def _drawn(system: System) -> list[str]:
 def markdown() -> str:
     """The whole page."""
     sizes = f"Hq {GPU.Hq}, Hk {GPU.Hk}, D {GPU.D}, R {GPU.R} + {GPU.P}, bfloat16"
-    files = [line for data in speed.shipped() for line in measured(data)] or ["", "No device was measured yet."]
+    files = [line for data in store.shipped() for line in measured(data)] or ["", "No device was measured yet."]
     return "\n".join([
         "# Catalogue", "",
         "Written by `sparsetile catalogue --markdown > docs/catalogue.md` from `catalogue/entries.py`, the kernels' own refusals and the files in `catalogue/measured/`.",
@@ -147,8 +159,8 @@ def markdown() -> str:
         f"A layer with {sizes}; multi-head attention has {GPU.Hq} key heads. Operations are those inside the pattern, two for a multiplication and addition.", "", *_costs(),
         "", "## Who runs it", "", "Element types on every architecture that a backend is compiled for; numbers are the refusals below.", "", *_runners(),
         "", "## How fast", "",
-        "Times dense: the time of dense attention over the same grouped heads in the same interleaved run (both ways for what is both ways), over the system's.",
-        "Written by `sparsetile catalogue --measure`.", *files,
+        "Times dense: the time of dense attention over the same grouped heads by the fastest backend, in the same interleaved rounds (both ways for what is both ways), over the system's.",
+        "A dash: the caller's framework computes, or flash-linear-attention. Training is forward and backward of one call.", *files,
         "", "## Pictures", "", f"{SIDE} tokens, small sizes, queries downwards and keys to the right; the layers to reach everything are computed for the picture.",
         *(line for system in OURS for line in _drawn(system)),
         "", "## Out of scope", "", *(f"* {s.title} (arXiv {s.paper}): {s.refusal}." for s in SYSTEMS if s.refusal)]) + "\n"
@@ -173,5 +185,5 @@ def one(system: System) -> str:
     for what, kernels, answers in (("forward", system.kernels, r["backends"]), ("backward", system.backward, r["backends_backward"])):
         lines.append(f"  {what:12}{', '.join(kernels) or 'no kernel: the framework of the caller'}")
         lines += [f"    {name:12}{answer}" for name, answer in answers.items() if kernels]
-    lines += [f"  {device}, {row['tokens']:,} tokens, {row['pass']}: {_times(row)}" for device, rows in r["measured"].items() for row in rows]
+    lines += [f"  {device}, {row['tokens']:,} tokens, {row['pass']}, {row.get('backend') or '-'}: {_times(row)}" for device, rows in r["measured"].items() for row in rows]
     return "\n".join([*lines, "", *r["picture"]])

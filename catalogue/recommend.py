@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS
-from sparsetile.catalogue import page, speed
+from sparsetile.catalogue import page, speed, store
 from sparsetile.catalogue.entries import SYSTEMS
 from sparsetile.catalogue.system import FINDS, GPU
 from sparsetile.ops import checks
@@ -49,7 +49,7 @@ class Need:
 
 def recommend(need: Need, device: int | None = None, data: dict | None = None) -> dict:
     """{system, call, basis, reasons}: system is None where nothing fits; reasons has a sentence for every system. data: measurements instead of this device's own."""
-    data, reasons, left = speed.of(device) if data is None else data, {}, {}
+    data, reasons, left = store.of(device) if data is None else data, {}, {}
     for system in SYSTEMS:
         why = _out(system, need, device)
         factor, how = (None, None) if why else _factor(system, need, data)
@@ -116,12 +116,13 @@ def _factor(system, need, data):
         share = system.operations(need.shape, need.length) / base
         return 1 / share, f"{share:.3g} of dense attention's operations, counted"
     what = speed.PASSES[need.training]
-    row = speed.row(data, system.name, need.length, what)
+    row = store.row(data, system.name, need.length, what)
     if row is None:
         return None, f"not measured on {data['device']['name']}: run sparsetile catalogue --measure"
-    if "refused" in row:
-        return None, f"not measured at {row['tokens']:,} tokens: {row['refused']}"
-    return row["times_dense"], f"{row['times_dense']:.2f} x as fast as dense at {row['tokens']:,} tokens ({what}, measured)"
+    if store.why_not(row):
+        return None, f"not measured at {row['tokens']:,} tokens: {store.why_not(row)}"
+    by = f" by {row['backend']}" if row.get("backend") else ""
+    return row["times_dense"], f"{row['times_dense']:.2f} x as fast as dense at {row['tokens']:,} tokens ({what}, measured{by})"
 
 
 def _basis(need, data, device) -> str:

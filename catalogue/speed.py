@@ -1,142 +1,172 @@
-"""What the systems take on this device, beside dense attention in the same interleaved run; one YAML file a device.
+"""How long the systems take on this device, beside dense attention in the same rounds: `sparsetile catalogue --measure`.
 
-`sparsetile catalogue --measure` writes <user cache>/catalogue/<device>.yaml (or --into DIR); the files in catalogue/measured/ are shipped. Nothing is scaled from another
-device or length: what was not measured is not there.
+Rows come one system at a time, so that a pass that is cut keeps what it has and the next one measures what lacks. On a GPU everything is first called once by many processes
+at a time, which leaves what it compiles in the caches on disk; then one process measures.
 """
+import contextlib
 import os
-import tempfile
-from dataclasses import asdict, fields
-from pathlib import Path
-
-import yaml
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from queue import SimpleQueue
 
 import sparsetile as st
-from sparsetile.autotune import provenance, timing
+from sparsetile.autotune import isolate, provenance, timing
 from sparsetile.backends import arrays
-from sparsetile.catalogue.entries import SYSTEMS
-from sparsetile.catalogue.system import CPU, GPU, Inputs, Shape
-from sparsetile.ops.notation import load_yaml
-from sparsetile.profiles import lookup
+from sparsetile.catalogue import store
+from sparsetile.catalogue.entries import SYSTEMS, find
+from sparsetile.catalogue.system import CPU, GPU, Inputs, System
 
-SCHEMA, SHIPPED = 1, Path(__file__).with_name("measured")
 PASSES = ("forward", "training")  # training: forward and backward of one call
-BASE = {True: "gqa", False: "dense, both ways"}  # dense attention over the same grouped heads, by System.causal
+DENSE = {True: st.Causal(), False: st.Full()}  # the baseline over the same grouped heads, by System.causal: the fastest of the device's backends
+ROUNDS = ((2e6, 0), (3e5, 2), (0, 40))  # where a call takes so many us: rounds at most after the first
+LONGEST = "triton", "cupy", "numba", None  # who compiles longest; another package comes last, as its rows do
+COMPILING = 45.0  # seconds; what is not compiled by then, the measurement compiles
 
 
-def measure(device: int | None, tokens, seconds: float = 2.0, systems=SYSTEMS, say=lambda row: None) -> dict:
-    """A file's content: every system at every length, each pass interleaved with dense attention. `seconds` for each length and pass, at least five rounds."""
-    shape, rows = CPU if device is None else GPU, []
-    for N in tokens:
-        for what in PASSES:
-            for row in _rows(device, shape, N, what, seconds, systems):
-                rows.append(row)
-                say(row)
-    sizes = {name: size for name, size in asdict(shape).items()}
-    return {"schema": SCHEMA, "device": provenance.device(device), "measured_with": provenance.versions(), "shape": sizes, "rows": rows}
+def shape_of(device: int | None):
+    return CPU if device is None else GPU
 
 
-def _rows(device, shape, N, what, seconds, systems):
-    watch, calls, refused = timing.Stopwatch(device), {}, []
-    for name, call in _calls(shape, N, device, what, systems):
-        why = _tried(call)
-        if why is None:
-            calls[name] = call
+def lacking(device: int | None, tokens, systems=SYSTEMS, known=()) -> list[tuple]:
+    """(system, tokens, pass, backend) of what has no time among the rows `known`. What failed or was refused before comes last, after what another package computes, which
+    tunes itself at its first call."""
+    found, tried = {store.key(row) for row in known if not store.why_not(row)}, {store.key(row) for row in known}
+    every = [(s.name, N, what, backend) for N in tokens for what in PASSES for s in systems if s.run for backend in backends(s, device)]
+    late = {s.name for s in systems if s.run and s.works(None)}
+    return sorted((one for one in every if one not in found), key=lambda one: (one in tried, one[0] in late))
+
+
+def ours(device: int | None) -> tuple:
+    return ("numba",) if device is None else ("triton", "cupy")
+
+
+def backends(system: System, device: int | None) -> tuple:
+    """Who may compute it: None stands for the caller's framework, or another package."""
+    return ours(device) if system.kernels else (None,)
+
+
+def rows(device: int | None, wanted: list[tuple], seconds: float = 0.3, commit: str | None = None):
+    """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three
+    of slow calls, one of very slow ones."""
+    watch, x, commit = timing.Stopwatch(device), None, commit or provenance.commit()
+    for (name, N, what), some in groupby(wanted, lambda one: one[:3]):
+        if x is None or (x.tokens, x.gradient) != (N, what == "training"):
+            x = Inputs(shape_of(device), N, device, what == "training")
+        if device is not None:
+            watch.torch.cuda.empty_cache()  # what the system before held is no room in pieces
+        for backend, found in _timed(watch, x, find(name), [one[3] for one in some], seconds):
+            yield dict(zip(store.KEY, (name, N, what, backend))) | {"commit": commit} | found
+
+
+def _timed(watch, x, system, some, seconds):
+    """(backend, times or why there are none) of one system."""
+    calls = {}
+    for backend in some:
+        why = tried(call := _call(x, lambda: system.run(x, system.real), backend), watch)
+        if why:
+            yield backend, why
         else:
-            refused.append({"system": name, "tokens": N, "pass": what, "refused": why})
-    watch.synchronize()
-    timed = dict(zip(calls, timing.finals(watch, list(calls.values()), seconds)))
-    causal = {system.name: system.causal for system in systems}
-    for name, samples in timed.items():
-        time_us, base = watch.centre(samples), BASE[causal.get(name, name == BASE[True])]
-        ratio = float(f"{watch.centre(timed[base]) / time_us:.4g}")
-        yield {"system": name, "tokens": N, "pass": what, "time_us": round(time_us, 1), "times_dense": ratio, **timing.spread(samples)}
-    yield from refused
+            calls[backend] = call
+    if not calls:
+        return
+    dense = [_call(x, lambda: st.sparse_attention(x.q, x.k, x.v, DENSE[system.causal]), backend) for backend in ours(x.device)]
+    every = [*[call for call in dense if tried(call, watch) is None], *calls.values()]
+    first = [watch.samples(call, 1) for call in every]
+    slowest = max(map(max, first))
+    later = timing.finals(watch, every, seconds, next(rounds for us, rounds in ROUNDS if slowest >= us))
+    samples = [a + b for a, b in zip(first, later)]
+    dense_us = min(map(watch.centre, samples[:-len(calls)]))
+    for backend, found in zip(calls, samples[-len(calls):]):
+        time_us = watch.centre(found)
+        yield backend, {"time_us": round(time_us, 1), "dense_us": round(dense_us, 1), "times_dense": float(f"{dense_us / time_us:.4g}"), **timing.spread(found)}
 
 
-def _calls(shape, N, device, what, systems):
-    """(name, call) of the two dense baselines and of every system that is not out of scope."""
-    x = Inputs(shape, N, device, what == "training")
-    work = {BASE[True]: lambda: st.sparse_attention(x.q, x.k, x.v, st.Causal()), BASE[False]: lambda: st.sparse_attention(x.q, x.k, x.v, st.Full())}
-    work |= {system.name: (lambda system=system: system.run(x, system.real)) for system in systems if system.run}
-    for name, forward in work.items():
-        yield name, forward if what == "forward" else lambda forward=forward: _differentiated(x, forward)
+def _call(x, forward, backend):
+    def call():
+        with asked(backend):
+            out = forward()
+            if x.gradient:
+                for leaf in x.made.values():
+                    leaf.grad = None
+                out.backward(x.upstream)
+    return call
 
 
-def _differentiated(x, forward):
-    for leaf in x.made.values():
-        leaf.grad = None
-    forward().sum().backward()
+@contextlib.contextmanager
+def asked(backend: str | None):
+    """The environment names this backend, for whatever is called, and for its backward."""
+    before = os.environ.get("SPARSETILE_BACKEND")
+    if backend is not None:
+        os.environ["SPARSETILE_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["SPARSETILE_BACKEND"] = before
+        elif backend is not None:
+            del os.environ["SPARSETILE_BACKEND"]
 
 
-def _tried(call) -> str | None:
-    """None after one call, or why there is none: the library's refusal, or no room."""
+def tried(call, watch) -> dict | None:
+    """None after one call, or why there is none: the library's refusal, or what failed. A device that is lost is an error, for nothing more can be measured on it."""
     try:
         call()
+        watch.synchronize()
     except st.Unsupported as refusal:
-        return str(refusal)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        return "out of memory"
+        return {"refused": str(refusal)}
+    except Exception as error:  # noqa: BLE001 (a row says it, and the others are measured)
+        failed = "out of memory" if "out of memory" in str(error) or "can't allocate memory" in str(error) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        del error
+        watch.synchronize()
+        return {"failed": failed}
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------- on disk
-def user_folder() -> Path:
-    return lookup.user_cache().parent / "catalogue"
+# ---------------------------------------------------------------------------------------------------------------- compiled before
+def compiled(device: int | None, wanted: list[tuple], width: int | None = None) -> list[str]:
+    """Calls everything that is wanted once, in processes side by side; what they could not call, which the measurement will meet again. Kernels of a CPU are compiled in
+    its own process, where they are kept."""
+    units = {}
+    for name, N, what, backend in wanted:
+        if backend is not None or find(name).works(None):
+            units.setdefault((name, backend), []).append((N, what))
+    width = min(len(units), width or max(1, min(14, arrays._cpu_count() - 2)))
+    # FLA keeps which of its configs were fastest: not those of a device that many share
+    workers = [isolate.Worker(f"{__name__}:Caller", device, env={"FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}) for _ in range(width)]
+    idle, until = SimpleQueue(), time.monotonic() + COMPILING
+    for worker in workers:
+        worker.start()
+        idle.put(worker)
 
-
-def write(data: dict, folder: Path) -> Path:
-    """Whole, and renamed into place."""
-    path = Path(folder) / f"{lookup.slug(data['device']['name'])}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        yaml.safe_dump({name: value for name, value in data.items() if name != "rows"}, file, sort_keys=True, width=200)
-        file.write("rows:\n" + "".join(f"- {yaml.safe_dump(row, default_flow_style=True, sort_keys=False, width=10 ** 6)}" for row in data["rows"]))
-    os.replace(file.name, path)
-    return path
-
-
-def load(path: Path) -> dict:
-    """A file's content; ValueError, naming it, if it is none of ours."""
+    def one(name, backend, calls):
+        worker = idle.get()
+        try:
+            return None if time.monotonic() > until else worker("call", name, backend, calls, seconds=max(1.0, until - time.monotonic()))
+        except (isolate.Failed, isolate.Lost) as error:
+            return f"{name} {backend}: {error}"
+        finally:
+            idle.put(worker)
     try:
-        data = load_yaml(Path(path).read_text(encoding="utf-8"), "file") if Path(path).stat().st_size < 1 << 20 else None
-        wrong = _wrong(data)
-    except ValueError as error:  # what is no text, or no plain YAML
-        wrong = str(error)
-    if wrong:
-        raise ValueError(f"{path}: expected measurements of schema {SCHEMA}, got {wrong}; write them again with sparsetile catalogue --measure")
-    return data
+        with ThreadPoolExecutor(width or 1) as pool:
+            longest = sorted(reversed(units), key=lambda unit: LONGEST.index(unit[1]))
+            return [why for why in pool.map(lambda unit: one(*unit, units[unit]), longest) if why]
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
-def _wrong(data) -> str | None:
-    """None if the data is a file's content, else what it is."""
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        return "something else"
-    if not isinstance(data.get("device"), dict) or not isinstance(data["device"].get("name"), str):
-        return "no name of a device"
-    sizes = data.get("shape")
-    if not isinstance(sizes, dict) or {field.name for field in fields(Shape)} - {*sizes}:
-        return "no shape with all its sizes"
-    rows = data.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("tokens"), int) and {"system", "pass"} <= {*row} for row in rows):
-        return "rows without a system, tokens and a pass"
-    numbers = lambda row: all(isinstance(row.get(name), (int, float)) and row[name] > 0 for name in ("time_us", "times_dense"))  # noqa: E731
-    return None if all(isinstance(row.get("refused"), str) or numbers(row) for row in rows) else "rows without a time or a refusal"
+class Caller:
+    """In a process of its own: calls each system it is told to, once."""
 
+    def __init__(self, device):
+        self.device, self.watch = device, timing.Stopwatch(device, cold=False)
 
-def shipped() -> list[dict]:
-    return [load(path) for path in sorted(SHIPPED.glob("*.yaml"))]
-
-
-def of(device: int | None) -> dict | None:
-    """This device's own measurements: the user's, else shipped ones of the same device; None if there are none."""
-    name = f"{lookup.slug(arrays.device_info(device).name)}.yaml"
-    return next((load(folder / name) for folder in (user_folder(), SHIPPED) if (folder / name).is_file()), None)
-
-
-def row(data: dict | None, system: str, tokens: int, what: str = "forward") -> dict | None:
-    """The row at the longest measured length that is not above `tokens`, else at the shortest."""
-    rows = [r for r in (data or {"rows": ()})["rows"] if r["system"] == system and r["pass"] == what]
-    below = [r for r in rows if r["tokens"] <= tokens]
-    return max(below, key=lambda r: r["tokens"]) if below else min(rows, key=lambda r: r["tokens"], default=None)
+    def call(self, name, backend, calls) -> None:
+        system = find(name)
+        for N, what in calls:
+            x = Inputs(shape_of(self.device), N, self.device, what == "training")
+            tried(_call(x, lambda: system.run(x, system.real), backend), self.watch)  # noqa: B023
+            del x
+            if self.device is not None:
+                self.watch.torch.cuda.empty_cache()

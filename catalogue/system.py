@@ -91,16 +91,17 @@ class System:
 
 
 class Inputs:
-    """The arrays that systems are called with, each made when first asked for: torch where a device or gradients are asked for, else NumPy. Seeded by their names.
+    """The arrays that systems are called with, each made when first asked for: torch where a device or gradients are asked for, else NumPy. Seeded by their names, and drawn
+    where they lie.
 
     q [B,Hq,N,D]; k, v [B,Hk,N,D]; k_all, v_all [B,Hq,N,D]; q_nope, q_rope, latent, k_rope, w_uk, w_uv as latent_attention takes them; index_q, index_k, index_w as the indexer;
     centroids [Hk,C,D], as many as give clusters of top_k; gates [B,Hq,N,3]; mix [M,N], Linformer's projection; decay, beta [B,Hq,N] and decays [B,Hq,N,D] of the recurrent
-    relatives.
+    relatives; upstream [B,Hq,N,D], the gradient that comes in, a constant.
     """
     AXES = {"q": "B Hq N D", "k": "B Hk N D", "v": "B Hk N D", "k_all": "B Hq N D", "v_all": "B Hq N D",
             "q_nope": "B Hq N D", "q_rope": "B Hq N P", "latent": "B N R", "k_rope": "B N P", "w_uk": "Hq R D", "w_uv": "Hq R D",
             "index_q": "B Hi N Di", "index_k": "B N Di", "index_w": "B Hi N", "centroids": "Hk C D", "gates": "B Hq N 3",
-            "mix": "M N", "decay": "B Hq N", "beta": "B Hq N", "decays": "B Hq N D"}
+            "mix": "M N", "decay": "B Hq N", "beta": "B Hq N", "decays": "B Hq N D", "upstream": "B Hq N D"}
     FAN_IN = {"w_uk": "R", "w_uv": "R", "mix": "N"}
 
     def __init__(self, shape: Shape, tokens: int, device: int | None = None, gradient: bool = False):
@@ -116,11 +117,17 @@ class Inputs:
     def _make(self, name):
         sizes = {"N": self.tokens, "C": -(-self.tokens // self.shape.top_k)}
         size = lambda axis: int(axis) if axis.isdigit() else sizes.get(axis) or getattr(self.shape, axis)  # noqa: E731
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal([size(axis) for axis in self.AXES[name].split()], dtype=np.float32)
-        x = 1 / (1 + np.exp(-x)) if name in ("beta", "gates") else -np.abs(x) if name.startswith("decay") else x * size(self.FAN_IN[name]) ** -0.5 if name in self.FAN_IN else x
+        x, lib = self._drawn([size(axis) for axis in self.AXES[name].split()], zlib.crc32(name.encode()))
+        x = 1 / (1 + lib.exp(-x)) if name in ("beta", "gates") else -abs(x) if name.startswith("decay") else x * size(self.FAN_IN[name]) ** -0.5 if name in self.FAN_IN else x
         kind = "float32" if name == "index_w" else self.shape.dtype
-        if self.device is None and not self.gradient:
+        if lib is np:
             return x.astype(arrays.numpy_dtype(kind))
+        return x.to(arrays.torch_dtype(kind)).requires_grad_(self.gradient and name != "upstream")
+
+    def _drawn(self, shape, seed):
+        """Standard normal float32, and the framework it is of."""
+        if self.device is None and not self.gradient:
+            return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32), np
         import torch
         place = "cpu" if self.device is None else f"cuda:{self.device}"
-        return torch.from_numpy(x).to(place, arrays.torch_dtype(kind)).requires_grad_(self.gradient)
+        return torch.randn(shape, generator=torch.Generator(place).manual_seed(seed), device=place), torch

@@ -3,13 +3,11 @@
 Reads pytest's JUnit files (parts of one suite), prints where they ran (the suite's name, as `--machine` gives it to ci/gpu.sh), the counts of each file, every failure with its first line, and each reason for skipping with its count.
 """
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as tree
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from sparsetile.autotune import provenance
 
 
 def machine() -> str:
@@ -26,15 +24,7 @@ def machine() -> str:
         words.insert(0, torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU")
     except ImportError:
         words.insert(0, "no torch")
-    return ", ".join([*words, f"commit {commit()}"])
-
-
-def commit() -> str:
-    """What is measured: git's name of it, with -dirty where files differ; "unknown" without git."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+    return ", ".join([*words, f"commit {provenance.commit()}"])
 
 
 def outcome(case) -> tuple[str, str]:

@@ -62,7 +62,8 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     kv_length     [B] int32: keys at or past it do not exist (values are clamped to 0..S)
     q_start       int, or [B] int32 on the device; kv_length - T by default, S - T without lengths (bottom-right). With a pattern, values on the device reach
                   from -T to S: queries that stand farther out may see nothing
-    return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs)
+    return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); its gradient is 0 in rows
+                  whose sink exceeds it by more than 80
     deterministic False permits another order of additions in the backward
     allow_tf32    permits TF32 products of float32 inputs where a backend has them
 
@@ -89,7 +90,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
             return (out, lse) if return_lse else out
     elif call.caller == "jax":
         from sparsetile.ops import jax_ops
-        if jax_ops.traced(*call.arrays, kv_length, q_start):
+        if jax_ops.traced(*call.arrays, kv_length, q_start, jax_ops.tables(call.rule)):
             return jax_ops.attention(call, return_lse)
     out, lse = forward(call, return_lse, key)
     return (out, lse) if return_lse else out
@@ -348,8 +349,12 @@ def _backward(call, choice, place, out, lse, dout, dlse):
         indices, lengths = _entries(s, place)
         runs = [lambda dtype: choice.kernel.run(q, k, v, indices, total, delta, dout, granularity=s.granularity, causal=s.causal, lengths=lengths, out_dtype=dtype, **common)]
     else:
-        runs = [lambda dtype, part=part: choice.kernel.run(q, k, v, part, total, delta, dout, out_dtype=dtype, **common)
-                for part in lists_for(call, choice.config, place)]
+        parts = lists_for(call, choice.config, place)
+        if len(parts) > 1 and call.v is not None and hasattr(choice.kernel, "run_parts"):
+            found = choice.kernel.run_parts(q, k, v, parts, total, delta, dout, **common)
+            if found is not None:
+                return *found, dsink
+        runs = [lambda dtype, part=part: choice.kernel.run(q, k, v, part, total, delta, dout, out_dtype=dtype, **common) for part in parts]
     exact = len(runs) == 1 and call.v is not None  # else sums are made in float32 and rounded once
     grads = runs[0](None if exact else wide)
     for run in runs[1:]:

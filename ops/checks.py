@@ -1,6 +1,8 @@
 """Errors for users: argument, what was expected, what came, what to do."""
 import math
 
+import numpy as np
+
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import BACKENDS
 from sparsetile.ops.pattern import shown
@@ -18,8 +20,10 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
     framework = arrays.framework(x)
     if framework is None:
         raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
-    if framework == "torch" and _is_sparse(x):
-        raise TypeError(f"{name}: expected a dense {what}, got a tensor of layout {x.layout}; call to_dense() first")
+    if framework == "torch":
+        _strided(name, x, what)
+    if framework == "numpy" and isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an {what} without a mask of its own, got a MaskedArray; call filled(), and say by a pattern or a length what is seen")
     if ndim is not None and x.ndim not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         raise ValueError(f"{name}: expected {ndim if isinstance(ndim, int) else ' or '.join(map(str, ndim))} axes {axes}, got shape {list(x.shape)}; add or remove axes with reshape")
     if dtypes is not None:
@@ -29,9 +33,14 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
     return x
 
 
-def _is_sparse(x):
+def _strided(name, x, what):
     import torch
-    return x.layout is not torch.strided
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense {what}, got a tensor of layout {x.layout}; call to_dense() first")
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense {what}, got a nested tensor; pad it with to_padded_tensor, and give kv_length, or pack it and use Documents")
+    if not torch.compiler.is_compiling() and x.is_neg():  # the memory holds the opposite sign; a tracer cannot ask
+        raise TypeError(f"{name}: expected an {what} whose memory holds its values, got a lazily negated view; call resolve_neg() first")
 
 
 def same(name, what, expected, got, remedy):
@@ -46,19 +55,19 @@ def together(named: dict):
         if x is None:
             continue
         framework = arrays.framework(x)
-        if framework is None or framework == "torch" and _is_sparse(x):
+        if framework in (None, "torch"):
             array(name, x)
-        here = framework, arrays.device_of(x)
+        here = framework, "meta" if framework == "torch" and x.is_meta else arrays.device_of(x)
         if first is None:
             first, origin = here, name
         elif here != first:
             raise ValueError(f"{name}: expected {_where(first)} as {origin} is, got {_where(here)}; convert or move it, nothing is moved for you")
-    return first
+    return first if first is None or first[1] != "meta" else (first[0], None)
 
 
 def _where(place):
     framework, device = place
-    return f"a {framework} array on {'the CPU' if device is None else f'CUDA device {device}'}"
+    return f"a {framework} array on {'the CPU' if device is None else 'no device (meta)' if device == 'meta' else f'CUDA device {device}'}"
 
 
 def number(name, value, low=None, high=None, optional=False):

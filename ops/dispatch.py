@@ -140,6 +140,7 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
             raise ValueError(f"{origin}: expected knobs of {problem.op} ({', '.join(known) or 'it has none'}), got {name!r}; leave it out")
         if value not in known[name].values:
             raise ValueError(f"{origin}: expected {name} in {known[name].values}, got {value!r}; choose one of these")
+    config = {name: known[name].values[known[name].values.index(value)] for name, value in config.items()}  # 64.0 is 64
     full = {**module.default_config(problem), **config}
     asked = module.resources(problem, full)
     if not isinstance(asked, Resources) and "path" in known and "path" not in config:  # the default's variant has no room for this; the portable one always has
@@ -218,7 +219,9 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     found = None
     if not fixed and tune_mode() != "off":
         found = _lookup(problem, device, backend)
-        if found is None and tune_mode() == "on" and tune_hook is not None:
+        if found is None and tune_mode() == "on" and tune_hook is None:
+            _once("SPARSETILE_TUNE=on: expected before the first op of sparsetile is loaded, came after it, and nothing is tuned; set it earlier, or call sparsetile.autotune.hook.install()")
+        elif found is None and tune_mode() == "on":
             tune_hook(problem, device, backend, rule)
             found = _lookup(problem, device, backend)
         if found is None and not is_explaining() and module.TUNABLES:

@@ -106,17 +106,21 @@ def check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length,
 def ends(call: Call):
     """(key_end, block_end) int32 [B,Hk,T]: compressed keys and blocks before them are seen by the query. Made where the arrays are."""
     B, _, Hk, T, C, _ = call.sizes
-    lib, S = xp.module(call.q), call.keys
+    lib, S, start = xp.module(call.q), call.keys, call.q_start
     length = None if call.kv_length is None else lib.clip(call.kv_length, 0, S).reshape(B, 1, 1)
-    start = call.q_start
-    if isinstance(start, int):
+    known = isinstance(start, int)
+    if known:
         start = min(max(start, -T), S)  # farther out nothing changes, and sums stay in 32 bits
     else:
         start = length - T if start is None else lib.clip(start, -T, S).reshape(B, 1, 1)
-    end = lib.clip(xp.arange(call.q, 1, T + 1)[None, None] + start, 0, S)                                  # one past the last key that may be seen
-    if length is not None:
-        end = lib.minimum(end, length)
-    both = lib.clip((end - call.block) // call.stride + 1, 0, C), (end + (call.select_block - 1)) // call.select_block
+
+    def before(extra):
+        """One past the last key that may be seen, and `extra`, in few operations: each is a launch."""
+        first = 1 + extra + (start if known else 0)
+        end = xp.arange(call.q, first, first + T)[None, None]
+        end = end if known else end + start
+        return end if length is None else lib.minimum(end, length + extra)
+    both = lib.clip(before(call.stride - call.block) // call.stride, 0, C), lib.clip(before(-1) // call.select_block + 1, 0, -(-S // call.select_block))
     return tuple(xp.astype(lib.broadcast_to(x, (B, Hk, T)), "int32") for x in both)
 
 

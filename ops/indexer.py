@@ -158,7 +158,7 @@ def topk(scores, top_k, *, key_start=None, key_end=None, backend=None, config=No
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(scores):
-            return _selection(*torch_ops.topk(scores, top_k, key_start, key_end, backend), None, 1, False)
+            return _selection(*torch_ops.topk(scores, top_k, key_start, key_end, backend, config), None, 1, False)
     if caller == "jax":
         from sparsetile.ops import jax_ops
         if jax_ops.traced(scores, key_start, key_end):

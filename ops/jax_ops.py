@@ -1,11 +1,33 @@
 """JAX: eager arrays go straight to the kernels by DLPack; under jit the call becomes a host callback on the CPU."""
+from dataclasses import replace
+
 import jax
 import numpy as np
+
+from sparsetile.ops.layout import Layout
+from sparsetile.ops.selection import Selection
+
+_ENTRIES = ("indices", "lengths")
+_LISTS = ("offsets", "cols", "kinds", "by_key_offsets", "by_key_rows", "by_key_kinds", "intervals", "bitmaps", "list_of", "q_order", "k_order")
 
 
 def traced(*values) -> bool:
     """Whether any argument is a tracer, so that only shapes are known now."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+
+
+def tables(rule) -> tuple:
+    """The arrays of a selection, or of a layout made of JAX arrays: they cross into the callback beside q, k and v, whether traced or not."""
+    if isinstance(rule, Selection):
+        return tuple(getattr(rule, name) for name in _ENTRIES)
+    return tuple(tuple(getattr(part, name) for name in _LISTS) for part in rule.parts) if isinstance(rule, Layout) and not isinstance(rule.parts[0].offsets, np.ndarray) else ()
+
+
+def on_the_host(rule, arrays):
+    """The rule again, with `arrays` for its `tables`."""
+    if isinstance(rule, Selection):
+        return replace(rule, **dict(zip(_ENTRIES, arrays)))
+    return replace(rule, parts=tuple(replace(part, extras={}, **dict(zip(_LISTS, held))) for part, held in zip(rule.parts, arrays))) if arrays else rule
 
 
 def callback(function, shapes, *values):
@@ -17,7 +39,7 @@ def callback(function, shapes, *values):
     def host(*values):
         got = function(*jax.tree.map(np.asarray, values))
         return tuple(np.asarray(x) for x in (got if isinstance(got, tuple) else (got,)))
-    return jax.pure_callback(host, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes), *values)
+    return jax.pure_callback(host, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes), *values, vmap_method="sequential")
 
 
 def weighted_sum(outs, weights):
@@ -29,18 +51,13 @@ def weighted_sum(outs, weights):
 def attention(call, return_lse):
     """sparse_attention of traced arrays."""
     from sparsetile.ops.attention import sparse_attention
-    from sparsetile.ops.selection import Selection
     B, Hq, _, T, _, _, Dv = call.sizes
-    rule = call.rule
-    selected = isinstance(rule, Selection)
-    tables = (rule.indices, rule.lengths) if selected else (None, None)
 
-    def host(q, k, v, sink, length, start, indices, lengths):
-        pattern = Selection(indices, rule.granularity, lengths, rule.causal) if selected else rule
-        got = sparse_attention(q, k, v, pattern, scale=call.scale, sink_logits=sink, softcap=call.softcap, kv_length=length, q_start=start if start is None or start.ndim else int(start),
+    def host(q, k, v, sink, length, start, held):
+        got = sparse_attention(q, k, v, on_the_host(call.rule, held), scale=call.scale, sink_logits=sink, softcap=call.softcap, kv_length=length, q_start=start if start is None or start.ndim else int(start),
                                value_width=call.value_width if v is None else None, return_lse=return_lse, backend=call.backend, config=call.config)
         return got if return_lse else (got,)
     shapes = [((B, Hq, T, Dv), call.q.dtype)] + [((B, Hq, T), "float64" if str(call.q.dtype) == "float64" else "float32")] * return_lse
     start = np.int32(call.q_start) if isinstance(call.q_start, int) else call.q_start
-    got = callback(host, shapes, call.q, call.k, call.v, call.sink_logits, call.kv_length, start, *tables)
+    got = callback(host, shapes, call.q, call.k, call.v, call.sink_logits, call.kv_length, start, tables(call.rule))
     return tuple(got) if return_lse else got[0]

@@ -23,7 +23,7 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(latent, w_uk, w_uv, k_rope):
-            return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend)
+            return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config)
     if caller == "jax":
         from sparsetile.ops import jax_ops
         if jax_ops.traced(latent, w_uk, w_uv, k_rope, latent_scale):
@@ -92,14 +92,15 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         mode = "absorbed" if plain and R + P <= 576 and _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) else "decompressed"
     if caller == "jax":
         from sparsetile.ops import jax_ops
-        if jax_ops.traced(q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start):
+        held = jax_ops.tables(pattern)
+        if jax_ops.traced(q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start, held):
             rest = dict(scale=scale, mode=mode, softcap=softcap, return_lse=return_lse, deterministic=deterministic, backend=backend, config=config)
 
-            def host(qn, qr, c, kr, uk, uv, ls, sink, length, start):
-                got = latent_attention(qn, qr, c, kr, uk, uv, pattern, latent_scale=ls, sink_logits=sink, kv_length=length, q_start=start, **rest)
+            def host(qn, qr, c, kr, uk, uv, ls, sink, length, start, held):
+                got = latent_attention(qn, qr, c, kr, uk, uv, jax_ops.on_the_host(pattern, held), latent_scale=ls, sink_logits=sink, kv_length=length, q_start=start, **rest)
                 return got if return_lse else (got,)
             shapes = [((B, H, T, Dv), q_nope.dtype)] + [((B, H, T), "float64" if kind == "float64" else "float32")] * return_lse
-            got = jax_ops.callback(host, shapes, q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start)
+            got = jax_ops.callback(host, shapes, q_nope, q_rope, latent, k_rope, w_uk, w_uv, latent_scale, sink_logits, kv_length, q_start, held)
             return tuple(got) if return_lse else got[0]
     options = dict(scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start, deterministic=deterministic, backend=backend)
     if mode == "decompressed":

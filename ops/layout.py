@@ -24,6 +24,10 @@ class Layout:
     S: int
     q_start: int | None = None
 
+    def __post_init__(self):
+        if not isinstance(self.parts, tuple) or not self.parts or not all(isinstance(part, Lists) for part in self.parts):
+            raise TypeError(f"Layout: parts must be a tuple of Lists and not empty, got {shown(self.parts)}; make layouts with Layout.of, from_block_mask, from_documents or from_global_tokens")
+
     @property
     def block_q(self) -> int:
         return self.parts[0].block_q

@@ -35,7 +35,7 @@ def merge_attention(outs, lses, *, sink_logits=None, backend=None, config=None):
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if torch_ops.wanted(*outs, *lses, sink_logits):
-            return torch_ops.merge(outs, lses, sink_logits, backend)
+            return torch_ops.merge(outs, lses, sink_logits, backend, config)
     elif caller == "jax":
         from sparsetile.ops import jax_ops
         if jax_ops.traced(*outs, *lses, sink_logits):

@@ -19,6 +19,11 @@ def applies(rule) -> bool:
         isinstance(a, (pt.Documents, pt.Sink)) or isinstance(a, pt.Window) and a.block == 1 for a in atoms)
 
 
+def extent(rule) -> int:
+    """How many positions its documents have."""
+    return max(a.total for a in (rule.parts if isinstance(rule, pt.And) else (rule,)) if isinstance(a, pt.Documents))
+
+
 def intervals(rule, p):
     """(lo, hi) int64 per position: keys lo <= s < hi are seen; lo = hi = 0 where none is."""
     lo, hi = np.zeros(len(p), np.int64), np.full(len(p), 2 ** 62)
@@ -53,7 +58,7 @@ def build(rule, rows, keys, S: int, list_of) -> Lists:
     p = np.arange(rows.first * bq, (rows.first + nq) * bq)
     lo, hi = intervals(rule, np.clip(p, rows.first_pos, rows.last_pos - 1))  # rows that do not exist repeat their neighbour
     hi = np.minimum(hi, S)
-    lo, hi = np.minimum(lo, hi).reshape(nq, bq), hi.reshape(nq, bq)
+    lo, hi = (x.astype(np.int32).reshape(nq, bq) for x in (np.minimum(lo, hi), hi))  # positions
     lo_of_seen = lo if (hi > lo).all() else np.where(hi > lo, lo, S)
     start, stop = lo_of_seen.min(1) // bk, -(-hi.max(1) // bk)
     stop = np.maximum(stop, start)
@@ -99,21 +104,27 @@ def _pictures(lo, hi, row, col, block_k, table):
     # A picture is that of its left neighbour unless a row's interval begins or ends in one of the two blocks.
     new = (np.diff(here, prepend=-9) != 1) | _among(edges, here) | _among(edges, here - 1)
     number, where = np.cumsum(new) - 1, np.flatnonzero(new)
-    kinds = np.empty(len(where), np.int64)
-    lo, hi = lo.astype(np.int32), hi.astype(np.int32)
-    probe = np.random.default_rng(0).random(2 * lo.shape[1])
-    for a in range(0, len(where), _CHUNK):
-        i, left = row[where[a:a + _CHUNK]], (col[where[a:a + _CHUNK], None] * block_k).astype(np.int32)
-        pictures = np.empty((len(i), lo.shape[1], 2), np.int32)
-        np.clip(lo[i] - left, 0, block_k, out=pictures[:, :, 0])
-        np.clip(hi[i] - left, 0, block_k, out=pictures[:, :, 1])
+    i, left = row[where], col[where] * block_k
+    signature = _signature(lo, i, left, block_k) * 2 ** 31 + _signature(hi, i, left, block_k)
+    _, example, group = np.unique(signature, return_index=True, return_inverse=True)
+    kinds = np.empty(len(example), np.int64)
+    for a in range(0, len(example), _CHUNK):
+        some = example[a:a + _CHUNK]
+        pictures = np.stack([np.clip(x[i[some]] - left[some, None], 0, block_k) for x in (lo, hi)], 2).astype(np.int32)
         pictures[pictures[:, :, 0] >= pictures[:, :, 1]] = 0
-        flat = pictures.reshape(len(pictures), -1)
-        _, example, group = np.unique(flat @ probe, return_index=True, return_inverse=True)
-        if not np.array_equal(flat[example][group], flat):  # two pictures under one number: keep them all apart
-            example = group = np.arange(len(flat))
-        kinds[a:a + _CHUNK] = table.add_intervals(pictures[example])[group]
-    return kinds[number]
+        kinds[a:a + _CHUNK] = table.add_intervals(pictures)
+    return kinds[group][number]
+
+
+def _signature(x, i, left, block_k):
+    """Numbers below 2 ** 31 for the ends x [nq, block_q] of rows i in the blocks that begin at keys `left`: equal ones mean equal ends there. All before the block, all behind it, constant or
+    ascending by one from a place near it; of other rows each block has its own."""
+    least, most = x.min(1), x.max(1)
+    ascending = (np.diff(x, axis=1) == 1).all(1)
+    regular, from_left = ascending | (least == most), least[i] - left
+    near = 2 + 2 * (from_left + x.shape[1]) + ascending[i]  # a row that is no constant and touches the block begins at most block_q - 1 before it
+    own = 2 + 2 * (x.shape[1] + block_k) + np.arange(len(i))
+    return np.where(most[i] <= left, 0, np.where(from_left >= block_k, 1, np.where(regular[i], near, own)))
 
 
 def _edges(x, block_k, width):
@@ -121,8 +132,8 @@ def _edges(x, block_k, width):
     at = x // block_k
     moved = np.ones(at.shape, bool)
     moved[:, 1:] = at[:, 1:] != at[:, :-1]
-    i, r = np.nonzero(moved)
-    return i * width + np.minimum(at[i, r], width - 1)
+    which = np.flatnonzero(moved)
+    return which // x.shape[1] * width + np.minimum(at.reshape(-1)[which], width - 1)
 
 
 def _among(ordered, values):

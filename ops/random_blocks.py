@@ -64,13 +64,13 @@ def _excluded(pattern, first: int, last: int, n: int):
 
 @lru_cache(32)
 def draws(pattern, first: int, last: int, n: int) -> np.ndarray:
-    """int64 [last - first, count]: blocks drawn for query blocks first..last-1 out of n key blocks, -1 where fewer are left; in order of the slots."""
+    """int64 [last - first, count or as many as there are]: blocks drawn for query blocks first..last-1 out of n key blocks, -1 where fewer are left; in order of the slots."""
     i = np.arange(first, last)
-    out = np.full((len(i), pattern.count), -1, np.int64)
-    if not len(i) or not pattern.count:
-        return out
     reach = np.where(i < 0, 0, i + 1) if pattern.causal else np.where(i < 0, 0, n)
-    columns = max(int(reach.max()), 0)
+    columns = int(reach.max(initial=0))
+    out = np.full((len(i), min(pattern.count, columns)), -1, np.int64)  # a count may be any number
+    if not out.size:
+        return out
     rows_x, cols_x = _excluded(pattern, first, last, columns)
     inside = cols_x < reach[np.maximum(rows_x - first, 0)] if len(rows_x) else np.zeros(0, bool)
     rows_x, cols_x = rows_x[inside] - first, cols_x[inside]
@@ -81,18 +81,18 @@ def draws(pattern, first: int, last: int, n: int) -> np.ndarray:
     narrow = np.flatnonzero(~done & (degree <= 64))
     for rows in (narrow, *(wide[a:a + 64] for a in range(0, len(wide), 64))):
         if len(rows):
-            out[rows] = _draw(pattern, i[rows], reach[rows], cols_x, start[rows], degree[rows])
+            out[rows] = _draw(pattern, out.shape[1], i[rows], reach[rows], cols_x, start[rows], degree[rows])
     return out
 
 
-def _draw(pattern, i, reach, excluded, start, degree):
+def _draw(pattern, count, i, reach, excluded, start, degree):
     """Draws for query blocks i; row r's excluded blocks are excluded[start[r]:start[r] + degree[r]], ascending."""
-    taken = np.full((len(i), int(degree.max(initial=0)) + pattern.count), _NEVER, np.int64)  # ascending; excluded and drawn blocks
+    taken = np.full((len(i), int(degree.max(initial=0)) + count), _NEVER, np.int64)  # ascending; excluded and drawn blocks
     row = np.repeat(np.arange(len(i)), degree)
     place = np.arange(len(row)) - np.repeat(np.cumsum(degree) - degree, degree)
     taken[row, place] = excluded[start[row] + place]
-    out = np.full((len(i), pattern.count), -1, np.int64)
-    for slot in range(pattern.count):
+    out = np.full((len(i), count), -1, np.int64)
+    for slot in range(count):
         place = jump(hash64(pattern.seed, i, slot), reach - degree - slot)
         block = place.copy()
         for column in taken.T:  # the place-th number that is not taken
@@ -113,7 +113,8 @@ def cells(pattern, first: int, last: int, S: int):
 
 
 def visible(pattern, p, s, S):
-    """Elementwise answer. On a device (PyTorch, CuPy, JAX) queries at or past S see nothing: the table of draws is made for positions 0..S-1."""
+    """Elementwise answer. PyTorch, CuPy and JAX do not say where queries stand: the table of draws is made for positions from 0 to S and as many more as the longest axis
+    of p has, which holds every query that begins at S or before; those farther out see nothing."""
     if S is None and not pattern.causal:
         raise ValueError("visible: RandomBlocks that are not causal are drawn from all blocks of S keys; give S=")
     blocks = 0 if S is None else -(-S // pattern.block)
@@ -123,13 +124,13 @@ def visible(pattern, p, s, S):
     elif S is None:
         raise ValueError("visible: RandomBlocks on device arrays needs the number of keys; give S=")
     else:
-        first, last = 0, blocks
+        first, last = 0, -(-(S + max(p.shape, default=0)) // pattern.block)
     seen = (i != i) | (j != j)
     if last <= first:
         return seen
     table = draws(pattern, first, last, 0 if pattern.causal else blocks)
     inside = (i >= first) & (i < last)
     row = (i - first) * inside
-    for slot in range(pattern.count):
+    for slot in range(table.shape[1]):
         seen = seen | (xp.lookup(table[:, slot], row) == j)
     return seen & inside & (j >= 0)

@@ -109,17 +109,19 @@ def scores_backward(call, dscores):
     step = max(1, SCORES * 8 // max(1, B * H * S))
     for t in range(0, T if B * S * H else 0, step):
         end = min(T, t + step)
-        seen = _seen(call, t, end)                                                           # [B,t,S]
-        g = torch.where(seen, dscores[:, t:end].float(), 0)
-        g = g if call.k_scale is None else torch.where(seen, g * call.k_scale[:, None], 0)
-        k = torch.where(seen.any(1)[..., None], call.k, 0)
+        S = min(call.sizes[3], max(1, call.q_start + end)) if call.causal and isinstance(call.q_start, int) else call.sizes[3]  # no query of the run sees a key past these
+        scale = None if call.k_scale is None else call.k_scale[:, None, :S]
+        seen = _seen(call, t, end)[..., :S]                                                  # [B,t,S]
+        g = torch.where(seen, dscores[:, t:end, :S].float(), 0)
+        g = g if scale is None else torch.where(seen, g * scale, 0)
+        k = torch.where(seen.any(1)[..., None], call.k[:, :S], 0)
         q = call.q[:, :, t:end].reshape(B, -1, D)                                            # [B,H*t,D]
         x = _product(q, k, backend).view(B, H, -1, S)
         steep = x > 0 if call.activation == "relu" else torch.ones_like(x, dtype=torch.bool)
         totals[2][:, :, t:end] = torch.where(steep, x * g[:, None], 0).sum(-1)
         da = torch.where(steep, g[:, None] * call.weights[:, :, t:end, None].float(), 0).to(q.dtype).view(B, -1, S)
         totals[0][:, :, t:end] = _product(da, k.transpose(1, 2), backend).view(B, H, -1, D)
-        totals[1] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)
+        totals[1][:, :S] += _product(da.transpose(1, 2), q.transpose(1, 2), backend)
     return totals
 
 

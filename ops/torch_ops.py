@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from sparsetile.backends.contract import Lists
+from sparsetile.backends.contract import Lists, Unsupported
 from sparsetile.ops import attention as attention_op
 from sparsetile.ops import importance as importance_op
 from sparsetile.ops import indexer as indexer_op
@@ -24,12 +24,15 @@ from sparsetile.ops.selection import Selection
 
 lib = torch.library.Library("sparsetile", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+transformed = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func: inside, tensors have no memory of their own
 
 
 def wanted(*tensors) -> bool:
     """Whether a call must go through the registered operators: a gradient is needed, or the tensors are not plain ones."""
     if torch.compiler.is_compiling():
         return True
+    if transformed():
+        raise Unsupported("a call inside torch.func (vmap, grad, jvp) is not supported by any backend; batch along B, and take gradients with torch.autograd")
     grad = torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
@@ -48,7 +51,13 @@ def _define(schema: str, run, fake):
     for key in ("CPU", "CUDA"):
         lib.impl(name, run, key)
     torch.library.register_fake(f"sparsetile::{name}", fake, lib=lib)
+    if name.endswith("_backward"):  # without a formula torch would warn and answer 0
+        torch.library.register_autograd(f"sparsetile::{name}", _refuse_twice, lib=lib)
     return getattr(torch.ops.sparsetile, name).default
+
+
+def _refuse_twice(ctx, *grads):
+    raise Unsupported("gradients of gradients are not supported by any backend; leave create_graph=True out, or differentiate the dense formula in PyTorch twice")
 
 
 def _differentiable(name, backward, setup):
@@ -98,6 +107,10 @@ def _options(config) -> str:
     return "" if config is None else json.dumps(dict(config), sort_keys=True)
 
 
+def _knobs(config: str):
+    return json.loads(config) if config else None
+
+
 # --------------------------------------------------------------------------------------------------------------------- attention
 _RULE = ("str rule, Tensor[] tables, Tensor? sink_logits, Tensor? kv_length, Tensor? q_start, SymInt start, float scale, float softcap, SymInt value_width, "
          "bool deterministic, str backend, str config")
@@ -106,7 +119,7 @@ _RULE = ("str rule, Tensor[] tables, Tensor? sink_logits, Tensor? kv_length, Ten
 def _call(q, k, v, rule, tables, sink_logits, kv_length, q_start, start, scale, softcap, value_width, deterministic, backend, config):
     start = q_start if q_start is not None else None if kv_length is not None and start == _FROM_LENGTH else start
     return attention_op.Call(q, k, v, decode(rule, tables), scale, sink_logits, softcap or None, kv_length, start, value_width, deterministic, backend or None,
-                             json.loads(config) if config else None, "torch", _device(q))
+                             _knobs(config), "torch", _device(q))
 
 
 _FROM_LENGTH = -2 ** 40  # no position: "start at kv_length - T"
@@ -165,16 +178,16 @@ _differentiable("attention", _attention_autograd, _attention_setup)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- merge
-def _merge_run(outs, lses, sink_logits, backend):
-    return merge_op.merge(tuple(outs), tuple(lses), sink_logits, backend or None, None, "torch", _device(outs[0]))
+def _merge_run(outs, lses, sink_logits, backend, config):
+    return merge_op.merge(tuple(outs), tuple(lses), sink_logits, backend or None, _knobs(config), "torch", _device(outs[0]))
 
 
-def _merge_fake(outs, lses, sink_logits, backend):
+def _merge_fake(outs, lses, *rest):
     return torch.empty_like(outs[0], memory_format=torch.contiguous_format), torch.empty_like(lses[0], memory_format=torch.contiguous_format)
 
 
 def _merge_setup(ctx, inputs, output):
-    outs, lses, sink_logits, _ = inputs
+    outs, lses, sink_logits, *_ = inputs
     ctx.parts = len(outs)
     ctx.save_for_backward(*outs, *lses, sink_logits, *output)
     ctx.set_materialize_grads(False)
@@ -201,15 +214,15 @@ def _merge_autograd(ctx, dout, dlse):
     if sink_logits is not None:
         share = torch.where(torch.isinf(sink_logits)[:, None], 0, (sink_logits[:, None].to(lse.dtype) - total).exp())
         dsink = -(share * mean).sum((0, 2)).to(sink_logits.dtype)
-    return douts, dlses, dsink, None
+    return douts, dlses, dsink, None, None
 
 
-_merge = _define("merge(Tensor[] outs, Tensor[] lses, Tensor? sink_logits, str backend) -> (Tensor out, Tensor lse)", _merge_run, _merge_fake)
+_merge = _define("merge(Tensor[] outs, Tensor[] lses, Tensor? sink_logits, str backend, str config) -> (Tensor out, Tensor lse)", _merge_run, _merge_fake)
 _differentiable("merge", _merge_autograd, _merge_setup)
 
 
-def merge(outs, lses, sink_logits, backend):
-    return _merge(list(outs), list(lses), sink_logits, backend or "")
+def merge(outs, lses, sink_logits, backend, config):
+    return _merge(list(outs), list(lses), sink_logits, backend or "", _options(config))
 
 
 def _weighted_setup(ctx, inputs, output):
@@ -241,7 +254,7 @@ _WINDOW = "Tensor? k_scale, bool causal, Tensor? q_start, SymInt start, Tensor? 
 
 def _indexer_call(op, q, k, weights, k_scale, causal, q_start, start, key_start, key_end, activation, backend, config):
     return indexer_op.Call(op, q, k, weights, k_scale, causal, start if q_start is None else q_start, key_start, key_end, activation or None, backend or None,
-                           json.loads(config) if config else None, "torch", _device(q))
+                           _knobs(config), "torch", _device(q))
 
 
 def _indexer_arguments(call):
@@ -322,20 +335,20 @@ def indexer_topk(call, top_k, options):
     return indices, lengths, best if options["return_scores"] else None
 
 
-_topk = _define("topk(Tensor scores, SymInt top_k, Tensor? key_start, Tensor? key_end, str backend) -> (Tensor, Tensor)",
-                lambda scores, top_k, lo, hi, backend: indexer_op.best(scores, top_k, lo, hi, backend or None, None, "torch", _device(scores)),
+_topk = _define("topk(Tensor scores, SymInt top_k, Tensor? key_start, Tensor? key_end, str backend, str config) -> (Tensor, Tensor)",
+                lambda scores, top_k, lo, hi, backend, config: indexer_op.best(scores, top_k, lo, hi, backend or None, _knobs(config), "torch", _device(scores)),
                 lambda scores, top_k, *rest: (scores.new_empty((*scores.shape[:2], top_k), dtype=torch.int32), scores.new_empty(scores.shape[:2], dtype=torch.int32)))
 
 
-def topk(scores, top_k, key_start, key_end, backend):
-    return _topk(scores.detach(), top_k, key_start, key_end, backend or "")
+def topk(scores, top_k, key_start, key_end, backend, config):
+    return _topk(scores.detach(), top_k, key_start, key_end, backend or "", _options(config))
 
 
 def _importance_run(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, start, force_first, force_last, return_scores, backend, config):
     start = q_start if q_start is not None else None if start == _FROM_LENGTH else start
     indices, lengths, scores = importance_op.select(importance_op.Call(
         q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, start, force_first, force_last, return_scores, backend or None,
-        json.loads(config) if config else None, "torch", _device(q)))
+        _knobs(config), "torch", _device(q)))
     return indices, lengths, q.new_empty(0, dtype=torch.float32) if scores is None else scores
 
 
@@ -358,9 +371,9 @@ def importance_topk(call):
     return indices, lengths, scores if call.return_scores else None
 
 
-_decompress = _define("latent_decompress(Tensor latent, Tensor w_uk, Tensor w_uv, Tensor? k_rope, Tensor? latent_scale, str backend) -> (Tensor, Tensor)",
-                      lambda c, uk, uv, rope, scale, backend: latent_op.decompress(c, uk, uv, rope, scale, backend or None, None, "torch", _device(c)),
-                      lambda c, uk, uv, rope, scale, backend: (uk.new_empty((c.shape[0], uk.shape[0], c.shape[1], uk.shape[2] + (0 if rope is None else rope.shape[2]))),
+_decompress = _define("latent_decompress(Tensor latent, Tensor w_uk, Tensor w_uv, Tensor? k_rope, Tensor? latent_scale, str backend, str config) -> (Tensor, Tensor)",
+                      lambda c, uk, uv, rope, scale, backend, config: latent_op.decompress(c, uk, uv, rope, scale, backend or None, _knobs(config), "torch", _device(c)),
+                      lambda c, uk, uv, rope, *rest: (uk.new_empty((c.shape[0], uk.shape[0], c.shape[1], uk.shape[2] + (0 if rope is None else rope.shape[2]))),
                                                                uk.new_empty((c.shape[0], uk.shape[0], c.shape[1], uv.shape[2]))))
 
 
@@ -378,21 +391,21 @@ _decompress_backward = _define("latent_decompress_backward(Tensor dk, Tensor dv,
 
 
 def _decompress_setup(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _decompress_autograd(ctx, dk, dv):
     c, rope = ctx.saved_tensors[0], ctx.saved_tensors[3]
     dc, duk, duv, drope = _decompress_backward(dk, dv, *ctx.saved_tensors, ctx.backend)
-    return None if c.dtype != dc.dtype else dc, duk, duv, None if rope is None else drope, None, None
+    return None if c.dtype != dc.dtype else dc, duk, duv, None if rope is None else drope, None, None, None
 
 
 _differentiable("latent_decompress", _decompress_autograd, _decompress_setup)
 
 
-def latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend):
-    return _decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend or "")
+def latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config):
+    return _decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend or "", _options(config))
 
 
 _matmul = _define("grouped_matmul(Tensor x, Tensor w, Tensor? tail, str backend) -> Tensor",

@@ -1,4 +1,4 @@
-"""Which config a problem gets: pinned > user profile directory > user cache > shipped for this device > shipped for its architecture.
+"""Which config a problem gets: pinned > user profile directory > user cache > shipped for this device > shipped for its architecture (a CPU inherits from none: "cpu" is no architecture).
 
 A problem falls into a bucket by the rule of each axis; if the bucket has no entry, the nearest one at most one bucket away along the axes with a rule of
 their own serves, else the answer is None and the kernel's heuristic runs. Never across architectures. Files are read once per process.
@@ -94,16 +94,24 @@ def _file(path: Path):
 
 
 @lru_cache(None)
+def _missing(user: str) -> None:
+    """Said once."""
+    if not Path(user).is_dir():
+        log.warning("SPARSETILE_PROFILE_DIR: expected a directory, got %r; make it, or unset the variable: profiles are looked for elsewhere", user)
+
+
+@lru_cache(None)
 def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -> tuple:
     """(file, source, inherited) in order of precedence."""
     roots = [(Path(user), "user profile")] if user else []
+    _missing(user or ".")
     roots += [(Path(cache), "user cache profile"), (SHIPPED, "shipped profile")]
     found = []
     for root, source in roots:
         file = _file(root / slug(device) / f"{op}.yaml")
         if file and file.device["arch"] == arch:
             found.append((file, source, False))
-    for path in sorted(SHIPPED.glob(f"*/{op}.yaml")):
+    for path in sorted(SHIPPED.glob(f"*/{op}.yaml")) if arch != "cpu" else ():
         file = _file(path)
         if file and file.device["arch"] == arch and path.parent.name != slug(device):
             found.append((file, f"shipped profile of {file.device['name']} (same architecture)", True))
@@ -165,3 +173,4 @@ def forget() -> None:
     _found.clear()
     _file.cache_clear()
     _candidates.cache_clear()
+    _missing.cache_clear()

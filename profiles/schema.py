@@ -1,5 +1,6 @@
 """What a profile file may say, and the safe loader. A bad file is one error that names file and entry; nothing in it is ever executed."""
 import json
+import re
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,7 @@ class ProfileError(ValueError):
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 MAX_DEPTH = 16
+_NUMBER = re.compile(r"([-+]?(?:0|[1-9]\d*))|[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?", re.A)  # as the writer writes them: a digest like 12e45678 is a word
 
 
 def _plain_data(text: str):
@@ -76,12 +78,8 @@ def _scalar(text: str):
     lower = text.lower()
     if lower in _WORDS:
         return _WORDS[lower]
-    if text[0] in "+-.0123456789":
-        try:
-            return int(text) if text.lstrip("+-").isdigit() else float(text)
-        except ValueError:
-            pass
-    return text
+    kind = _NUMBER.fullmatch(text)
+    return text if kind is None else int(text) if kind[1] else float(text)
 
 
 def load(path) -> dict:

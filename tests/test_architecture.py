@@ -1,6 +1,8 @@
 """The house: who may import whom, what importing costs, what the wheel holds."""
 import ast
+import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -76,6 +78,38 @@ def test_importing_the_ops_imports_no_framework():
     got = fresh("import sys, sparsetile; sparsetile.sparse_attention; sparsetile.indexer_topk; sparsetile.latent_attention; "
                 f"print([m for m in {HEAVY} if m in sys.modules])")
     assert got.returncode == 0 and got.stdout.strip() == "[]", got.stderr
+
+
+EVERY_OP = """
+import sys
+import numpy as np
+import sparsetile as st
+x, lse = np.linspace(-1, 1, 2 * 16 * 16, dtype=np.float32).reshape(1, 2, 16, 16), np.zeros((1, 2, 16), np.float32)
+entries = st.Selection(np.arange(48, dtype=np.int32).reshape(1, 1, 16, 3) % 16)
+for backend in ("numba", "reference"):
+    calls = dict(
+        sparse_attention=lambda **o: [st.sparse_attention(x, x, x, rule, **o) for rule in (st.Causal() & (st.Window(3) | st.Sink(1)), st.Causal().layout(16, 16, 64, 64), entries, entries & st.Window(5))],
+        merge_attention=lambda **o: st.merge_attention([x, x], [lse, lse], **o), indexer_scores=lambda **o: st.indexer_scores(x, x[:, 0], lse, **o), indexer_topk=lambda **o: st.indexer_topk(x, x[:, 0], lse, 3, **o),
+        topk=lambda **o: st.topk(x[0], 3, **o), importance_topk=lambda **o: st.importance_topk(x, x, lse, 3, **o), latent_decompress=lambda **o: st.latent_decompress(x[0], x[0], x[0], k_rope=x[0], **o),
+        latent_attention=lambda **o: [st.latent_attention(x, x, x[0][:1], x[0][:1], x[0], x[0], st.Causal(), mode=mode, **o) for mode in ("absorbed", "decompressed")])
+    for name, call in calls.items():
+        assert call(backend=backend) is not None and call() is not None, name
+assert st.explain("sparse_attention", x, x, x).backend == "numba" and "#" in st.Causal().plot(4).replace("█", "#")
+print([m for m in ("torch", "triton", "cupy", "jax", "optuna", "matplotlib", "scipy") if m in sys.modules], {name for name, home in st._HOME.items() if home in ("ops.attention", "ops.merge", "ops.indexer", "ops.importance", "ops.latent")} == {*calls})
+"""
+
+
+def test_every_op_runs_without_any_extra(tmp_path):
+    """A Python that has the four dependencies and nothing else: the site's own packages are out of reach."""
+    needed = re.search(r"^dependencies = (.*)$", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert set(re.findall(r'"(\w+)>=', needed)) == {"numpy", "ml_dtypes", "pyyaml", "numba"}
+    for name in ("numpy", "ml_dtypes", "yaml", "numba", "llvmlite"):
+        for part in Path(importlib.import_module(name).__file__).parent.parent.glob(f"{name}*"):
+            (tmp_path / part.name).symlink_to(part)
+    got = subprocess.run([sys.executable, "-S", "-c", EVERY_OP], capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert got.returncode == 0 and got.stdout.strip() == "[] True", got.stderr
+    got = subprocess.run([sys.executable, "-S", "-m", "sparsetile", "doctor"], capture_output=True, text=True, cwd=tmp_path, timeout=100, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert got.returncode == 0 and "numba      runs" in got.stdout and "pip install 'sparsetile[" in got.stdout, got.stderr
 
 
 def test_import_is_quick():

@@ -161,7 +161,8 @@ def starts(name="q_start"):
 
 ATTENTION = [
     *no_array("q", "k"), *no_array("v")[1:], *no_floats("q", Q), *no_floats("k", K), *no_floats("v", V), *backends(), *configs(), *starts(),
-    ("q", dict(q=tensor(Q).to_sparse(), k=tensor(K), v=tensor(V))), ("v", dict(v=None)), ("k", dict(k=K.astype(BF16))), ("v", dict(v=V.astype(np.float16))), ("k", dict(q=Q.astype(F64))), ("q", dict(q=Q.astype(FP8))),
+    ("q", dict(q=tensor(Q).to_sparse(), k=tensor(K), v=tensor(V))), ("k", dict(k=np.ma.masked_array(K, K > 0))), ("sink_logits", dict(sink_logits=np.ma.masked_array(real(4), True))),
+    ("kv_length", dict(q=tensor(Q).to("meta"), k=tensor(K).to("meta"), v=tensor(V).to("meta"), kv_length=tensor(ints(2)))), ("v", dict(q=tensor(Q), k=tensor(K), v=tensor(V).to("meta"))), ("v", dict(v=None)), ("k", dict(k=K.astype(BF16))), ("v", dict(v=V.astype(np.float16))), ("k", dict(q=Q.astype(F64))), ("q", dict(q=Q.astype(FP8))),
     ("q", dict(q=Q.astype(np.longdouble), k=K.astype(np.longdouble), v=V.astype(np.longdouble))), ("q", dict(q=Q.astype(ml_dtypes.float8_e5m2))),
     ("k", dict(k=real(3, 2, 10, 16))), ("k", dict(k=real(1, 2, 10, 16))), ("k", dict(k=real(2, 2, 10, 15))), ("k", dict(k=real(2, 3, 10, 16))), ("k", dict(k=real(2, 0, 10, 16))),
     ("k", dict(k=real(2, 8, 10, 16), v=real(2, 8, 10, 8))), ("v", dict(v=real(2, 2, 9, 8))), ("v", dict(v=real(2, 1, 10, 8))), ("v", dict(v=real(1, 2, 10, 8))),
@@ -170,7 +171,7 @@ ATTENTION = [
     *[("value_width", dict(v=None, value_width=x)) for x in (0, -1, 17, 2.5, "8", True, HUGE)], ("value_width", dict(value_width=7)), ("value_width", dict(value_width="8")),
     *[("pattern", dict(pattern=x)) for x in ("causal", 3, st.Causal, np.ones((6, 10), bool), [st.Causal()], lambda q, k: q >= k, {"window": 3})],
     *[("pattern", dict(pattern=st.PerHead([st.Causal()] * n))) for n in (1, 3, 8)], ("pattern", dict(pattern=st.Blocks(np.ones((3, 1, 1), bool)))),
-    ("pattern", dict(pattern=st.Causal().layout(6, 9))), ("pattern", dict(pattern=st.Causal().layout(5, 10))), ("pattern", dict(pattern=st.Causal().layout(6, 10), q_start=5)),
+    ("pattern", dict(pattern=st.Causal().layout(6, 9))), ("pattern", dict(pattern=st.Causal().layout(6, 9, q_start=4))), ("pattern", dict(pattern=st.Causal().layout(5, 10))), ("pattern", dict(pattern=st.Causal().layout(6, 10), q_start=5)),
     ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 1, 1), bool)))), ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 4, 1, 1), bool)))),
     *[("scale", dict(scale=x)) for x in ("1", None, NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)[:1] + (NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)],
     *[("softcap", dict(softcap=x)) for x in (0, -1.0, NAN, INF, "30", True, real(4), HUGE)],
@@ -259,7 +260,7 @@ PATTERNS = [
     *[("symmetric", lambda x=x: st.Global([0], x)) for x in (None, 1, "yes", ints(2))],
     *[("n", lambda x=x: st.Sink(x)) for x in (-1, None, 1.5, "4", True)], *[("count", lambda x=x: st.RandomBlocks(x, 64)) for x in (-1, None, 1.5)], *[("block", lambda x=x: st.RandomBlocks(1, x)) for x in (0, -64, None, 1.5)],
     *[("seed", lambda x=x: st.RandomBlocks(1, 64, seed=x)) for x in (-1, 2 ** 63, HUGE, 1.5, None)], *[("exclude", lambda x=x: st.RandomBlocks(1, 64, exclude=x)) for x in (None, 3, "causal", [3], [st.Causal], st.PerHead([st.Causal()]))],
-    *[("causal", lambda x=x: st.RandomBlocks(1, 64, causal=x)) for x in (None, 1, "yes")],
+    *[("causal", lambda x=x: st.RandomBlocks(1, 64, causal=x)) for x in (None, 1, "yes")], *[("parts", lambda x=x: st.Layout(x, 6, 10)) for x in ((), None, [], (3,), st.Causal())],
     *[("mask", lambda x=x: st.Blocks(x)) for x in (None, "m", 3, [1, 0], np.ones(3, bool), np.ones((1, 1, 1, 1), bool), np.ones((0, 2, 2), bool), real(2, 2), ints(2, 2, value=2), [["a"]], [[1, 0], [1]], np.ones((2, 2), complex))],
     *[("block_q", lambda x=x: st.Blocks(np.ones((2, 2), bool), x)) for x in (0, -1, None, 1.5)], *[("block_k", lambda x=x: st.Blocks(np.ones((2, 2), bool), 32, x)) for x in (0, None, "32")],
     *[("lengths", lambda x=x: st.Documents(x)) for x in (None, 3, "34", [-1], [1.5], [[1, 2], [3, 4]], ["a"], [None], [2 ** 70], [[1], [1, 2]], real(3))], *[("patterns", lambda x=x: st.PerHead(x)) for x in (None, 3, [], "ab", st.Causal())],
@@ -409,6 +410,16 @@ def test_numbers_of_every_kind(backend):
             count = rule.mask(6, 10, q_start=start) if not isinstance(rule, st.Selection) else np.full((6, 10), start > 0)
             out, lse = st.sparse_attention(Q, K, V, rule, q_start=start, return_lse=True, **options)
             assert (np.isneginf(lse) == ~count.any(-1)).all() and np.isfinite(out).all()
+
+
+@cpu
+def test_more_random_blocks_than_there_are(backend):
+    many = st.RandomBlocks(10 ** 12, 2, causal=True) & st.Causal()
+    assert many.pairs(6, 10) == st.Causal().pairs(6, 10)
+    same([st.sparse_attention(Q, K, V, many, backend=backend)], [st.sparse_attention(Q, K, V, st.Causal(), backend=backend)])
+    knobs = {name: float(value) for name, value in st.explain("sparse_attention", Q, K, V, backend=backend).config.items()}
+    chosen = st.explain("sparse_attention", Q, K, V, backend=backend, config=knobs).config
+    assert chosen == knobs and not [value for value in chosen.values() if isinstance(value, float)]
 
 
 @cpu

@@ -29,9 +29,9 @@ def setup(on, rng, lengths, page_size=6, H=4, T=3, D=16):
 
 
 @every
-@pytest.mark.parametrize("causal", [True, False])
-def test_scores_are_those_of_the_same_keys_in_one_piece(on, backend, rng, causal):
-    cache, k, scale, q, weights = setup(on, rng, (40, 29))
+@pytest.mark.parametrize("causal, H, T", [(True, 4, 3), (False, 4, 3), (True, 16, 2)])
+def test_scores_are_those_of_the_same_keys_in_one_piece(on, backend, rng, causal, H, T):
+    cache, k, scale, q, weights = setup(on, rng, (40, 29), H=H, T=T)
     got = to_numpy(on.indexer_scores(q, cache, weights, causal=causal))
     assert got.shape[2] == cache.capacity
     for b, n in enumerate((40, 29)):

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import cli
-from sparsetile.catalogue import calls, entries, page, recommend, speed
+from sparsetile.catalogue import calls, entries, page, recommend, speed, store
 from sparsetile.catalogue.system import FAMILIES, FINDS, GPU, SMALL, Inputs
 from sparsetile.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = [system for system in entries.SYSTEMS if not system.refusal]
+CHOSEN = entries.find("exact-topk")
 named = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 
 
@@ -125,15 +127,88 @@ def test_pictures():
 
 
 # ------------------------------------------------------------------------------------------------------------- measurements
-def test_measure_write_load(tmp_path):
-    data = speed.measure(None, [16, 48], 0.0, [entries.find(name) for name in ("gqa", "mistral", "longformer", "gated-deltanet")])
-    assert speed.load(speed.write(data, tmp_path)) == data and data["device"]["arch"] == "cpu"
-    rows = {(row["system"], row["tokens"], row["pass"]): row for row in data["rows"]}
-    assert len(rows) == 5 * 2 * 2 and "refused" in rows["gated-deltanet", 16, "forward"]
-    for name, base in (("mistral", "gqa"), ("longformer", "dense, both ways")):
-        row = rows[name, 48, "training"]
-        assert row["n"] >= 5 and math.isclose(row["times_dense"], rows[base, 48, "training"]["time_us"] / row["time_us"], rel_tol=0.01)  # both are stored rounded
-    assert [speed.row(data, "mistral", n)["tokens"] for n in (8, 16, 47, 48, 10 ** 6)] == [16, 16, 16, 48, 48] and speed.row(data, "dsa", 48) is None and speed.row(None, "mistral", 48) is None
+def measured(path, tokens, names, **more):
+    """What the command does, without its words."""
+    data = store.begun(path, None, speed.shape_of(None))
+    wanted = speed.lacking(None, tokens, [entries.find(name) for name in names], data["rows"])
+    for row in speed.rows(None, wanted, 0.0, **more):
+        store.put(data, row)
+        store.write(data, path)
+        yield row
+
+
+def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path, monkeypatch):
+    """A pass that is cut keeps its rows; the next one goes on, tries again what was refused, last, and changes nothing else."""
+    path, names = store.file_of(None, tmp_path), ("gqa", "mistral", "gated-deltanet", "longformer", "linear")
+    monkeypatch.setattr(speed, "PASSES", ("forward",))
+    cut = measured(path, [16, 48], names, commit="one")
+    first = [next(cut) for _ in range(3)]
+    assert store.load(path)["rows"] == first and [row["system"] for row in first] == ["gqa", "mistral", "longformer"]
+    cut.close()
+    whole = [*first, *measured(path, [16, 48], names, commit="two")]
+    data = store.load(path)
+    assert data["rows"] == whole and data["device"]["arch"] == "cpu" and [row["commit"] for row in whole] == ["one"] * 3 + ["two"] * 7
+    assert [row["system"] for row in whole[-2:]] == ["gated-deltanet"] * 2 and all("on a GPU" in row["refused"] or "not installed" in row["refused"] for row in whole[-2:])
+    assert {store.key(row) for row in whole} == {(name, N, "forward", "numba" if entries.find(name).kernels else None) for name in names for N in (16, 48)}
+    for row in whole[:-2]:
+        assert row["n"] >= 3 and math.isclose(row["times_dense"], row["dense_us"] / row["time_us"], rel_tol=0.01)  # stored rounded
+    again = [*measured(path, [16, 48, 24], names, commit="three")]
+    assert [row["tokens"] for row in again[:4]] == [24] * 4 and [(row["system"], row["tokens"]) for row in again[4:]] == [("gated-deltanet", N) for N in (24, 16, 48)]
+    assert store.load(path)["rows"][:8] == whole[:8]
+    monkeypatch.setattr(speed, "CPU", dataclasses.replace(speed.CPU, D=32))
+    assert store.begun(path, None, speed.shape_of(None))["rows"] == [], "other sizes: measured afresh"
+
+
+def test_what_fails_is_a_row_that_says_so_and_the_others_are_measured(tmp_path, monkeypatch):
+    path, found = store.file_of(None, tmp_path), entries.find("moba")
+    monkeypatch.setitem(found.__dict__, "run", lambda x, rule: 1 / 0)
+    rows = [*measured(path, [16], ("moba", "gqa"))]
+    assert [row.get("failed") for row in rows] == ["ZeroDivisionError: division by zero", None] * 2
+    assert store.load(path)["rows"] == rows and [one[0] for one in speed.lacking(None, [16], [found, entries.find("gqa")], rows)] == ["moba"] * 2
+
+
+def test_the_backend_named_is_the_one_that_is_called_and_the_fastest_is_the_baseline(monkeypatch):
+    """In the forward and in the backward; the environment is left as it was. The watch of this test has the reference take a hundred times as long."""
+    pytest.importorskip("torch")
+    monkeypatch.delenv("SPARSETILE_BACKEND", raising=False)
+    monkeypatch.setattr(speed, "ours", lambda device: ("reference", "numba"))
+    taken, choose, names, asked = [], dispatch._choose, [], speed.asked
+    monkeypatch.setattr(dispatch, "_choose", lambda *given: taken.append(choose(*given)) or taken[-1])
+    monkeypatch.setattr(speed, "asked", lambda name: names.append(name) or asked(name))
+    monkeypatch.setattr(speed.timing.Stopwatch, "samples", lambda self, call, count: (call(), [1000.0 if names[-1] == "reference" else 10.0])[1])
+    dispatch.clear_plans()
+    rows = [*speed.rows(None, speed.lacking(None, [64], [CHOSEN, entries.find("gqa")]), 0.0)]
+    assert [(row["pass"], row["backend"]) for row in rows] == [(what, name) for what in speed.PASSES for _ in range(2) for name in ("reference", "numba")]
+    kernels = {(choice.backend, choice.kernel.__name__.rpartition(".")[2]) for choice in taken}
+    assert kernels == {(name, kernel) for name in ("reference", "numba") for system in (CHOSEN, entries.find("gqa")) for kernel in (*system.kernels, *system.backward)}
+    assert [(row["time_us"], row["dense_us"], row["times_dense"]) for row in rows] == [(1000.0, 10.0, 0.01), (10.0, 10.0, 1.0)] * 4 and "SPARSETILE_BACKEND" not in os.environ
+
+
+def test_the_fastest_backend_answers_at_the_longest_length_below():
+    row = lambda tokens, backend, **found: {"system": "a", "tokens": tokens, "pass": "forward", "backend": backend} | found  # noqa: E731
+    data = {"rows": [row(16, "triton", times_dense=3.0), row(48, "triton", times_dense=1.5), row(48, "cupy", times_dense=2.0), row(64, "triton", refused="no"), row(64, "cupy", times_dense=0.5)]}
+    found = [store.row(data, "a", n) for n in (8, 16, 47, 48, 10 ** 6)]
+    assert [(one["tokens"], one["backend"]) for one in found] == [(16, "triton")] * 3 + [(48, "cupy"), (64, "cupy")]
+    assert store.row(data, "a", 48, "training") is None and store.row(data, "b", 48) is None and store.row(None, "a", 48) is None
+
+
+def test_what_is_wanted_is_called_once_by_processes_side_by_side():
+    """A process that cannot is said, and the measurement goes on."""
+    assert speed.compiled(None, [("gqa", 16, "forward", "numba"), ("nothing", 16, "forward", "numba")], 2) == [f"nothing numba: ValueError: {error_of(lambda: entries.find('nothing'))}"]
+
+
+def error_of(call):
+    with pytest.raises(ValueError) as caught:
+        call()
+    return caught.value
+
+
+def test_the_page_says_where_a_row_lacks():
+    rows = [{"system": "gqa", "tokens": 64, "pass": "forward", "backend": "cupy", "commit": "abc", "time_us": 1500.0, "times_dense": 1.0}, {"system": "gqa", "tokens": 64, "pass": "forward", "backend": "triton", "commit": "abd", "failed": "out of memory"}]
+    lines = page.measured({"device": {"name": "A GPU", "arch": "sm_90a"}, "measured_with": {"torch": "2"}, "shape": dataclasses.asdict(GPU), "rows": rows})
+    text = "\n".join(lines)
+    assert "`sparsetile catalogue --measure --device 0 --tokens 64` at abc, abd; torch 2" in text and "1. failed: out of memory" in lines
+    assert "| gqa | cupy | 1.00 x (1.50 ms) |" in lines and "| gqa | triton | [1] |" in lines and "| nsa | triton | not measured |" in lines and lines.count("| nsa | cupy | not measured |") == 2
 
 
 FILE = f"schema: 1\ndevice: {{name: x}}\nshape: {dataclasses.asdict(GPU)}\nrows: "
@@ -141,7 +216,7 @@ FILE = f"schema: 1\ndevice: {{name: x}}\nshape: {dataclasses.asdict(GPU)}\nrows:
 
 def test_the_smallest_file_is_read(tmp_path):
     (tmp_path / "x.yaml").write_text(FILE + "[{system: a, tokens: 1, pass: forward, refused: 'no'}]")
-    assert speed.load(tmp_path / "x.yaml")["rows"][0]["refused"] == "no"
+    assert store.load(tmp_path / "x.yaml")["rows"][0]["refused"] == "no"
 
 
 @pytest.mark.parametrize("text", ["", "rows: 3", "schema: 1\ndevice: {name: x}\nrows: [{system: a}]", "schema: 2\ndevice: {name: x}\nrows: []", "{", "!!python/object/apply:os.getcwd []",
@@ -149,12 +224,12 @@ def test_the_smallest_file_is_read(tmp_path):
 def test_a_bad_file_is_one_error(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"x\.yaml: expected measurements of schema 1"):
-        speed.load(tmp_path / "x.yaml")
+        store.load(tmp_path / "x.yaml")
 
 
 def test_shipped_files_are_sound():
-    for data in speed.shipped():
-        assert {row["system"] for row in data["rows"]} <= {system.name for system in SYSTEMS} | {*speed.BASE.values()}
+    for data in store.shipped():
+        assert {row["system"] for row in data["rows"]} <= {system.name for system in SYSTEMS}
 
 
 # ------------------------------------------------------------------------------------------------------------------- advice
@@ -180,6 +255,18 @@ def test_advice_follows_the_measurements(asked, taken):
     answer = recommend.recommend(recommend.Need(**asked), None, MEASURED)
     assert answer["system"] == taken and "measured on a device" in answer["basis"]
     assert {*answer["reasons"]} == {system.name for system in entries.SYSTEMS} and all(answer["reasons"].values())
+
+
+def test_shipped_measurements_advise():
+    """What a device that was measured is told: by its own rows, and the exact one where giving up exactness brings too little."""
+    needs_every_kernel()
+    for data in store.shipped():
+        device = None if data["device"]["arch"] == "cpu" else 0
+        for find in ("chosen", "nearby"):
+            answer = recommend.recommend(recommend.Need(16384, find=find), device, data)
+            at = {name: store.row(data, name, 16384)["times_dense"] for name, sentence in answer["reasons"].items() if "(forward, measured by" in sentence}
+            exact = max((name for name in at if entries.find(name).finds == "all"), key=at.get)
+            assert f"measured on {data['device']['name']}" in answer["basis"] and answer["system"] == (max(at, key=at.get) if max(at.values()) >= 1.5 * at[exact] else exact)
 
 
 def test_reasons_say_what_kept_a_system_out():
@@ -221,7 +308,7 @@ def test_commands(capsys, tmp_path):
     assert cli.main(["catalogue", "nothing"]) == 1 and "expected one of dense" in capsys.readouterr().err
     assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--seconds", "0", "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["path"])
-    assert path.parent == tmp_path / "catalogue" and speed.load(path) == speed.of(None)
+    assert path.parent == tmp_path / "catalogue" and store.load(path) == store.of(None)
     assert cli.main(["recommend", "--length", "512", "--find", "nearby", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["system"] in ("gqa", "mistral") and "measured on" in answer["basis"]

@@ -51,6 +51,24 @@ def test_doctor(capsys):
     assert "numba      runs" in text and "cupy" in text
 
 
+def test_doctor_says_which_variables_no_call_can_obey(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETILE_BACKEND_SPARSE_ATENTION", "numba")
+    monkeypatch.setenv("SPARSETILE_BACKEND_TOPK", "cuda")
+    monkeypatch.setenv("SPARSETILE_TUNE", "yes")
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "none"))
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["environment"]["SPARSETILE_BACKEND_TOPK"] == "cuda" and len(report["mistakes"]) == 4
+    assert all(any(sentence.startswith(f"{name}: expected") for sentence in report["mistakes"]) for name in ("SPARSETILE_BACKEND_SPARSE_ATENTION", "SPARSETILE_BACKEND_TOPK", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR"))
+    assert cli.main(["doctor"]) == 0 and report["mistakes"][0] in capsys.readouterr().out
+
+
+def test_a_gpu_without_torch_is_refused_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for words in (["explain", "--device", "0"], ["tune", "--device", "0"], ["tune", "--device", "all"], ["bench", "--device", "0"]):
+        assert cli.main(words) == 1 and "--device: expected torch" in capsys.readouterr().err
+
+
 def test_pattern_counts_and_draws(capsys, tmp_path):
     path = tmp_path / "mask.png"
     assert cli.main(["pattern", "Window(3) | Sink(1)", "--tokens", "16", "--json", "--plot", str(path)]) == 0

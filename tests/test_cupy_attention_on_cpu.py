@@ -220,15 +220,20 @@ PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
 ]
 
 
+def parts_of(made, place):
+    """On the place, with what the host knows of them."""
+    names = ("offsets", "by_key_offsets", "by_key_rows", "q_order", "k_order")
+    return [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
+                                extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
+
+
 @pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
 def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
-    place, names = HopperPlace(), ("offsets", "q_order", "k_order")
+    place = HopperPlace()
     place.refused = "block_attention"
     q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
-    made = lower(rule, S - T, S, S, block_q, 128)
-    parts = [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
-                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
+    parts = parts_of(lower(rule, S - T, S, S, block_q, 128), place)
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
     sink, at = SINK[:Hq], dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
@@ -238,6 +243,28 @@ def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     truth, formula = oracle.attention(q, k, v, count, scale=0.3, sink_logits=sink), plain.attention(q, k, v, count, scale=0.3, sink_logits=sink)
     for name, x, true, one in zip(("out", "lse"), got, truth, formula):
         assert_close(name, x.owner, true, one, reduction=S)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("piece", ["all", "a head"])
+@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", [case[1:] for case in PART_CASES if case[0] == 128], ids=lambda x: str(x).replace(" ", ""))
+def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, rng, monkeypatch):
+    """The same parts backward: dQ, dK and dV of all in float32, rounded once."""
+    place, at_portable = HopperPlace(), CpuPlace()
+    place.refused = "block_attention_backward"
+    q, k, v = tensors(rng, kind, 1, Hq, Hk, T, S, 16, 16)
+    parts = parts_of(lower(rule, S - T, S, S, 128, 128), place)
+    count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
+    hide(k, v, count[None, None], Hq)
+    if piece == "a head":
+        monkeypatch.setattr(two_pass, "GIB", 1)
+    at = dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
+    config = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, scratch=1)
+    forward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
+    operands = tuple(map(place.put, (q, k, v)))
+    judge(at_portable, lambda sink: block_attention.run_parts(*operands, parts, config=forward, sink_logits=place.put(sink), **at),
+          lambda lse, delta, dout: block_attention_backward.run_parts(*operands, parts, lse, delta, dout, config=config, **at),
+          q, k, v, count[None, None], scale=0.3, sink=SINK[:Hq], rng=rng)
 
 
 def test_parts_that_hopper_leaves():
@@ -383,6 +410,7 @@ TWO_PASS_CASES = [  # how much is worked on at a time, and the case
     ("all", Case(B=1, Hq=4, Hk=2, rule="blocks", T=400, S=520, D=128, Dv=128, lists=2, start=0)),
     ("a block", Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True)),
     ("a head", Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30)),
+    ("all", Case(B=1, Hq=2, Hk=2, rule="holes", T=256, S=256, D=16, Dv=16)),  # whole tiles, and keys of a block that none of them sees
     ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others
     ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
     ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),

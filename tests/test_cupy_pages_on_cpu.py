@@ -99,6 +99,7 @@ def merged(parts, dtype):
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PLAIN = dict(path="scratch", warps=2, row_tiles=1, queries=2, threads=256, ahead=2, ctas=6, candidates=3584, scratch_mb=16)
 INDEXED = [(4, 3, 16, (40, 29), 6, []), (9, 2, 40, (70, 0), 16, [(0, 1)]), (64, 5, 128, (130, 64), 64, [(1, 0)]), (1, 1, 8, (33, 20), 1, [(0, 32), (0, 5), (1, 19)])]
+ON_HOPPER = [(64, 1, 128, (300, 29), 16, [(0, 1), (0, 2)]), (64, 2, 128, (130, 290), 64, [(1, 0)]), (64, 1, 128, (300, 520), 256, [(1, 1)])]
 
 
 def indexed(rng, H, T, D, lengths, page, holes):
@@ -114,11 +115,12 @@ def indexed(rng, H, T, D, lengths, page, holes):
     return (q, k, weights, scale), paged, table, paged_keys.there(lengths, S, page, holes)
 
 
-@pytest.mark.parametrize("case", INDEXED, ids=str)
+@pytest.mark.parametrize("case", INDEXED + ON_HOPPER, ids=str)
 def test_indexer_scores(case, rng):
     """The bits of the same keys in one piece; -inf where no key is."""
     (q, k, weights, scale), (keys, scales), table, there = indexed(rng, *case)
-    place, S = CpuPlace(), k.shape[1]
+    place, S = HopperPlace() if case in ON_HOPPER else CpuPlace(), k.shape[1]
+    assert indexer_scores.takes_hopper(*map(place.put, (q, keys)), place, table) == (case in ON_HOPPER)
     how = dict(place=place, config=dict(warps=2, row_tiles=1, queries=2), q_start=place.put(np.array(case[3], np.int32) - case[1]), causal=True)
     end = place.put(np.repeat(np.array(case[3], np.int32)[:, None], case[1], 1))
     got = indexer_scores.run(*map(place.put, (q, keys, weights)), k_scale=place.put(scales), table=place.put(table), key_end=end, **how).owner
@@ -145,7 +147,7 @@ def test_indexer_topk(case, top_k, pool, scored, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------- float8 latents
-EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, lengths, page, holes
+EIGHTS = [  # config, rule or None (a selection of 20 entries, on path hopper of 90), T, H, R, P, lengths, page, holes
     (dict(DECODE, tile_k=32), Causal(), 3, 20, 128, 16, (200, 131), 16, [(0, 3)]),
     (dict(DECODE, tile_k=32), Full(), 1, 5, 256, 6, (70, 0), 3, []),
     (PORTABLE, Window(20), 40, 2, 128, 8, (90, 51), 64, [(1, 0)]),
@@ -154,6 +156,8 @@ EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, leng
     (dict(DECODE, path="latent", block_k=128), Window(100), 1, 17, 512, 64, (0, 200), 64, [(1, 3)]),
     (dict(path="portable", heads=16, tile_k=64, key_warps=4, stages=1, split=0), None, 3, 20, 128, 64, (100, 64), 8, []),
     (dict(path="portable", heads=32, tile_k=32, key_warps=2, stages=2, split=0), None, 2, 3, 256, 10, (50, 30), 8, []),
+    (dict(path="hopper", split=0), None, 1, 70, 512, 64, (150, 97), 8, []),
+    (dict(path="hopper", split=1), None, 2, 9, 512, 64, (130, 0), 64, []),
 ]
 
 
@@ -162,8 +166,9 @@ EIGHTS = [  # config, rule or None (a selection of 20 entries), T, H, R, P, leng
 def test_float8_latents(case, kind, rng):
     """Scales that are no powers of two; rows that are not seen are bytes of NaN."""
     config, rule, T, H, R, P, lengths, page, holes = case
-    place, B, S = HopperPlace() if config["path"] == "latent" else CpuPlace(), 2, max(lengths)
-    place.refused = "block_attention_decode" if config["path"] == "latent" else None
+    other = dict(latent="block_attention_decode", hopper="gather_attention").get(config["path"])
+    place, B, S, K = HopperPlace() if other else CpuPlace(), 2, max(lengths), 90 if config["path"] == "hopper" else 20
+    place.refused = other
     some = [np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (R, P)), False), np.uint8) for _ in range(24)]
     rows = np.array(some)[rng.integers(0, len(some), (B, S))]
     q, (keys, values) = rng.standard_normal((B, H, T, R + P)).astype(TYPES[kind]), latents(rows[:, None], R, P)
@@ -172,7 +177,7 @@ def test_float8_latents(case, kind, rng):
     at, there = np.array(lengths)[:, None, None] - T + np.arange(T)[:, None], paged_keys.there(lengths, S, page, holes)[:, None]
     how = dict(config=config, place=place, scale=0.1, latent=(R, P))
     if rule is None:
-        chosen = np.array([[rng.permutation(S)[:20] for _ in range(T)] for _ in range(B)], np.int32)
+        chosen = np.array([[rng.permutation(S)[:K] for _ in range(T)] for _ in range(B)], np.int32)
         found = np.take_along_axis(table.astype(np.int64), chosen.reshape(B, -1) // page, 1).reshape(chosen.shape) * page + chosen % page
         entries = np.where(chosen < np.array(lengths)[:, None, None], found, -1).astype(np.int32)
         seen = (chosen[..., None] == np.arange(S)).any(2) & there

@@ -158,19 +158,38 @@ def test_importance_topk(kind, B, Hq, Hk, T, C, D, K, pieces, rng, place, monkey
     """Groups of every kind of column, rows that see nothing, NaN in keys that nobody sees, blocks of three strides and keys of two."""
     if pieces:
         monkeypatch.setattr(importance_topk, "rows_held", lambda C, blocks, config: 3)
+    chosen_as_defined(place, "scratch", kind, (B, Hq, Hk, T, C, D), K, 3, 2, rng)
+
+
+FUSED_IMPORTANCE = [("bfloat16", (2, 16, 1, 11, 200, 128), 4, 4, 2), ("float16", (1, 28, 2, 5, 150, 72), 6, 3, 2), ("float16", (1, 3, 1, 20, 141, 40), 3, 1, 1), ("bfloat16", (1, 32, 1, 6, 300, 16), 32, 1, 4),
+                    ("bfloat16", (1, 17, 1, 6, 300, 136), 3, 40, 20), ("bfloat16", (1, 2, 2, 1, 4, 32), 5, 4, 2), ("bfloat16", (1, 16, 1, 3, 1300, 16), 9, 1, 2), ("bfloat16", (1, 16, 1, 10, 3300, 16), 9, 1, 1)]
+
+
+@pytest.mark.parametrize("kind, sizes, K, step, reach", FUSED_IMPORTANCE)
+def test_importance_topk_on_hopper(kind, sizes, K, step, reach, rng):
+    """Shares, sums and the choice in one kernel: padded heads, ragged queries and tiles, blocks that begin in the tile before, runs of more than 32 blocks, one query; one warpgroup where rows are long."""
+    place = HopperPlace()
+    place.refused = "indexer_scores"
+    chosen_as_defined(place, "fused", kind, sizes, K, step, reach, rng)
+
+
+def chosen_as_defined(place, path, kind, sizes, K, step, reach, rng):
+    """The kernel's answer by its float64 definition, with NaN in the last three keys, which nobody sees."""
+    B, Hq, Hk, T, C, D = sizes
+    stride, select_block, keys = 4, 4 * step, 4 * (C + reach - 1)
     q, k = rng.standard_normal((B, Hq, T, D)).astype(TYPES[kind]), rng.standard_normal((B, Hk, C, D)).astype(TYPES[kind])
-    lse, keys, scale = (rng.standard_normal((B, Hq, T)) + 3).astype(np.float32), 4 * (C + 1), D ** -0.5
+    lse, scale, blocks = (rng.standard_normal((B, Hq, T)) + 3).astype(np.float32), D ** -0.5, -(-keys // select_block)
     k[:, :, C - 3:] = np.nan
     key_end = np.broadcast_to(rng.integers(0, max(C - 2, 1), (B, 1, T)), (B, Hk, T)).astype(np.int32)
-    block_end = np.broadcast_to(rng.integers(0, keys // 12 + 2, (B, 1, T)), (B, Hk, T)).astype(np.int32)
-    blocks = -(-keys // 12)
-    p = Problem.of("importance_topk", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=keys, C=C, D=D, K=K), dict(q=kind, k=kind), "sm_80", (), 1.0, 12)
-    assert importance_topk.supports(p) is None
-    truth, measure = (importances(shares(q, k[:, :, :max(C - 3, 0)], lse, scale, x), key_end, 8, 4, 12, keys) for x in (np.float64, np.float32))
+    block_end = np.broadcast_to(rng.integers(0, blocks + 2, (B, 1, T)), (B, Hk, T)).astype(np.int32)
+    p = Problem.of("importance_topk", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=keys, C=C, D=D, K=K), dict(q=kind, k=kind), place.arch, (), 1.0, select_block)
+    config = {**importance_topk.default_config(p), "path": path}
+    assert importance_topk.supports(p) is None and not isinstance(importance_topk.resources(p, config), str)
+    truth, measure = (importances(shares(q, k[:, :, :max(C - 3, 0)], lse, scale, x), key_end, stride * reach, stride, select_block, keys) for x in (np.float64, np.float32))
     j = np.arange(blocks)
     for first, last, return_scores in ((1, 2, False), (0, 0, True)):
-        indices, lengths, chosen = importance_topk.run(*map(place.put, (q, k, lse)), K, place=place, config=importance_topk.default_config(p), key_end=place.put(key_end.copy()),
-                                                       block_end=place.put(block_end.copy()), blocks=blocks, reach=2, step=3, scale=scale, force_first=first, force_last=last,
+        indices, lengths, chosen = importance_topk.run(*map(place.put, (q, k, lse)), K, place=place, config=config, key_end=place.put(key_end.copy()),
+                                                       block_end=place.put(block_end.copy()), blocks=blocks, reach=reach, step=step, scale=scale, force_first=first, force_last=last,
                                                        return_scores=return_scores)
         seen = j < np.minimum(block_end, blocks)[..., None]
         forced = (j < first) | (j >= np.minimum(block_end, blocks)[..., None] - last)
@@ -179,6 +198,20 @@ def test_importance_topk(kind, B, Hq, Hk, T, C, D, K, pieces, rng, place, monkey
         if return_scores:
             picked = lambda x: np.where(found >= 0, np.take_along_axis(x, np.maximum(found, 0).astype(np.int64), -1), x.dtype.type(-np.inf))  # noqa: E731
             assert_close("importance", place.get(chosen), picked(truth), picked(measure), reduction=Hq // Hk * D)
+
+
+@pytest.mark.parametrize("path", ("fused", "scratch"))
+def test_equal_importances_go_to_the_smaller_block(path):
+    """Shares alike in every key and NaN where nobody looks: blocks 1 to 15 tie, block 0 lacks a stride, block 17 is forced; NaN in one head of one query takes that query's blocks only."""
+    place = HopperPlace()
+    q, k, lse = np.zeros((1, 16, 9, 64), np.float16), np.ones((1, 1, 70, 64), np.float16), np.full((1, 16, 9), np.log(64), np.float32)
+    k[:, :, 66:], q[0, 3, 4] = np.nan, np.nan
+    ends = [place.put(np.full((1, 1, 9), n, np.int32)) for n in (66, 18)]
+    p = Problem.of("importance_topk", dict(B=1, Hq=16, Hk=1, T=9, S=284, C=70, D=64, K=4), dict(q="float16", k="float16"), "sm_90a", (), 1.0, 16)
+    indices, lengths, _ = importance_topk.run(*map(place.put, (q, k, lse)), 4, place=place, config={**importance_topk.default_config(p), "path": path}, key_end=ends[0], block_end=ends[1], blocks=18,
+                                              reach=2, step=4, scale=1.0, force_last=1)
+    expected = np.where(np.arange(9)[:, None] == 4, [17, -1, -1, -1], [1, 2, 3, 17])
+    assert np.array_equal(place.get(indices)[0, 0], expected) and np.array_equal(place.get(lengths)[0, 0], (expected >= 0).sum(1))
 
 
 @pytest.mark.parametrize("B, T, S, token_major", [(1, 4, 256, False), (2, 7, 1000, False), (3, 9, 700, True), (1, 1, 129, True)])
@@ -192,6 +225,14 @@ def test_indexer_scores_on_hopper(B, T, S, token_major, rng):
         got = indexer_scores.run(*map(place.put, (q, k, w)), place=place, config={}, k_scale=place.put(scale), activation=activation, **{name: place.put(x) for name, x in bounds.items()})
         given = dict(k_scale=scale, activation=activation)
         assert_close(f"hopper {activation}", place.get(got), oracle.indexer_scores(q, k, w, seen=seen, **given), plain.indexer_scores(q, k, w, visible=seen, **given), reduction=64 * 128)
+
+
+def test_one_query_alone_has_the_scores_it_has_among_others(rng):
+    """A quarter of the products, the same bits: what selects by fours agrees with what scores one by one."""
+    place = HopperPlace()
+    q, k, w, scale = inputs(rng, "float8_e4m3fn", 2, 64, 3, 200, 128)
+    run = lambda q, w: place.get(indexer_scores.run(*map(place.put, (np.ascontiguousarray(q), k, np.ascontiguousarray(w))), place=place, config={}, k_scale=place.put(scale), causal=False))  # noqa: E731
+    assert_same_bits("scores", np.concatenate([run(q[:, :, t:t + 1], w[:, :, t:t + 1]) for t in range(3)], 1), run(q, w))
 
 
 FUSED = [("normal", 2, 5, 1500, 100), ("NaN and inf", 1, 3, 5000, 300), ("ascending", 1, 4, 9000, 200), ("equal", 1, 4, 6000, 128), ("zeros", 1, 4, 6000, 128), ("trap", 1, 2, 9000, 512)]

@@ -1,4 +1,5 @@
 """Choosing a backend and a config: argument, environment, profiles; a named backend never falls back; explain says why."""
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from sparsetile.autotune import store
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
-from sparsetile.profiles import lookup
+from sparsetile.ops.latent import latent_cost
+from sparsetile.profiles import lookup, schema
 
 DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
 
@@ -45,6 +47,21 @@ def test_auto_takes_the_first_that_supports_it(qkv):
     assert set(found.reasons) == {"triton", "cupy", "reference"} and all(found.reasons.values())
 
 
+def test_auto_takes_the_profiles_winner(qkv, monkeypatch, tmp_path):
+    """Of two backends that run here it is the one that was faster, not the one that is preferred; a winner that refuses leaves the order."""
+    pytest.importorskip("triton")
+    plain, runs = st.explain(st.sparse_attention, *qkv), ["triton", "numba"]
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, problem, device: None if backend in runs else f"{backend} is not here")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+    write(tmp_path, plain, {"block_q": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.backend == "numba" and found.config["block_q"] == 32 and found.reasons["triton"].startswith("numba comes first: user profile")
+    assert st.explain(st.sparse_attention, *qkv, backend="triton").backend == "triton"
+    runs.remove("numba")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+
+
 def test_precedence_of_backend(qkv, monkeypatch):
     monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
     assert st.explain("sparse_attention", *qkv).backend == "reference"
@@ -77,6 +94,34 @@ def test_unknown_backend_is_an_error(qkv, monkeypatch):
     monkeypatch.setenv("SPARSETILE_BACKEND", "cuda")
     with pytest.raises(ValueError, match="SPARSETILE_BACKEND: expected one of"):
         st.sparse_attention(*qkv)
+
+
+@pytest.mark.parametrize("name, call", [
+    ("SPARSE_ATTENTION", lambda x: st.sparse_attention(x, x, x)), ("MERGE_ATTENTION", lambda x: st.merge_attention([x], [x[..., 0]])), ("TOPK", lambda x: st.topk(x[0], 3)),
+    ("INDEXER_SCORES", lambda x: st.indexer_scores(x, x[:, 0], x[..., 0])), ("INDEXER_TOPK", lambda x: st.indexer_topk(x, x[:, 0], x[..., 0], 3)),
+    ("IMPORTANCE_TOPK", lambda x: st.importance_topk(x, x, x[..., 0], 3)), ("LATENT_DECOMPRESS", lambda x: st.latent_decompress(x[0], x.swapaxes(2, 3)[0], x.swapaxes(2, 3)[0])),
+    ("LATENT_ATTENTION", lambda x: st.latent_attention(x, None, x[:, 0], None, *[np.zeros((2, 16, 16), np.float32)] * 2))], ids=lambda x: x if isinstance(x, str) else "")
+def test_every_op_has_a_variable_of_its_own(qkv, monkeypatch, name, call):
+    variable = f"SPARSETILE_BACKEND_{name}"
+    assert st.explain(call, qkv[0]).backend == "numba"
+    monkeypatch.setenv(variable, "reference")
+    assert st.explain(call, qkv[0]).backend == "reference"
+    for value in ("cuda", "NUMBA", " numba"):
+        monkeypatch.setenv(variable, value)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"^{variable}: expected one of auto, triton.*got '{value}'; choose"):
+                call(qkv[0])
+    monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("SPARSETILE_TUNE", "yes")
+    with pytest.raises(ValueError, match="^SPARSETILE_TUNE: expected off, cache or on, got 'yes'; choose"):
+        call(qkv[0])
+
+
+def test_a_profile_directory_that_is_not_there_is_said_once(qkv, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "none"))
+    for _ in range(2):
+        assert st.explain(st.sparse_attention, *qkv).source == st.explain(st.topk, qkv[0][0], 3).source == "the kernel's heuristic"
+    assert len([r for r in caplog.records if "SPARSETILE_PROFILE_DIR: expected a directory" in r.getMessage()]) == 1
 
 
 def test_unknown_knob_and_value(qkv):
@@ -133,6 +178,35 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
     assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
 
 
+def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv, st.Window(3))
+    write(tmp_path, plain, {"block_q": 32})
+    p = plain.problem
+    found = lambda density, dims=p.dims: lookup.find(Problem(p.op, dims, p.dtypes, p.arch, p.features, density, p.granularity), DEVICE["name"], "numba", user=str(tmp_path))
+    assert [found(p.density * times) is not None for times in (1 / 4, 1 / 2, 1, 2, 4)] == [False, True, True, True, False]
+    longer = tuple((axis, size * 2 if axis == "S" else size) for axis, size in p.dims)
+    assert found(p.density, longer) is not None and found(p.density * 2, longer) is None  # one axis at a time
+
+
+def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
+    """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
+    mine = arrays.device_info(None)
+    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    monkeypatch.setitem(DEVICE, "arch", "sm_90a")
+    plain = st.explain(st.sparse_attention, *qkv)
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
+    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "sm_90a"}, entry(plain, {"block_q": 32}), {}, {})
+    for _ in range(3):
+        lookup.forget(), dispatch.clear_plans()
+        found = st.explain(st.sparse_attention, *qkv)
+        assert found.config["block_q"] == 32 and "shipped profile of Sibling (same architecture)" in found.source
+    said = [r.getMessage() for r in caplog.records if "Sibling" in r.getMessage()]
+    assert len(said) == 1 and f"is used for {DEVICE['name']}; run `sparsetile tune`" in said[0]
+    write(lookup.SHIPPED, plain, {"block_q": 128})
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.config["block_q"] == 128 and found.source.startswith("shipped profile " + lookup.slug(DEVICE["name"]))
+
+
 def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     plain = st.explain(st.sparse_attention, *qkv)
     path = write(tmp_path, plain, {"block_q": 32})
@@ -140,6 +214,19 @@ def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
     lookup.forget(), dispatch.clear_plans()
     assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+@pytest.mark.parametrize("arch, inherits", [("sm_90a", True), ("cpu", False)])
+def test_a_gpu_inherits_from_another_of_its_architecture_and_a_cpu_from_none(arch, inherits, qkv, tmp_path, monkeypatch):
+    problem = dataclasses.replace(st.explain(st.sparse_attention, *qkv).problem, arch=arch)
+    path = tmp_path / "other" / "block_attention.yaml"
+    entry = {"key": lookup.key_of(problem), "backend": "numba", "config": {"block_q": 32}}
+    store.write(path, store.dump({"schema": schema.VERSION, "op": "block_attention", "device": {"name": "Other", "arch": arch}, "dims": dict(lookup.DIMS), "entries": [entry]}))
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path)
+    lookup.forget()
+    found = lookup.find(problem, "Mine")
+    assert (found is not None and found.inherited) == inherits and lookup.find(problem, "Other").source.startswith("shipped profile ")
+    lookup.forget()
 
 
 def test_a_bad_file_is_one_error_and_the_call_runs(qkv, tmp_path, monkeypatch, caplog):
@@ -170,6 +257,21 @@ def test_explain_computes_nothing_and_names_unknown_ops(qkv):
     found = st.explain("latent_attention", *(np.zeros(s, np.float32) for s in ((1, 2, 3, 8), (1, 2, 3, 4), (1, 5, 16), (1, 5, 4), (2, 16, 8), (2, 16, 8))), mode="absorbed")
     assert found.kernel == "block_attention" and dict(found.problem.dims)["D"] == 20
     json.dumps({"config": found.config, "reasons": found.reasons})
+
+
+@pytest.mark.parametrize("T, S, pattern, mode", [(1, 4096, None, "absorbed"), (512, 512, None, "decompressed"), (512, 512, st.Causal(), "decompressed"), (64, 4096, st.Window(7), "absorbed"),
+                                                 (4, 512, st.Selection(np.zeros((1, 1, 4, 16), np.int32)), "absorbed")])
+def test_a_latents_mode_is_the_cheaper(T, S, pattern, mode):
+    """Few queries make it dear to rebuild every key, many make the wide products dear. Counted by hand on DeepSeek's widths; the figures of latent_cost are the same."""
+    B, H, R, Dn, Dv, P = 1, 4, 512, 128, 128, 64
+    pairs = T * S if pattern is None else int(pattern.mask(T, S).sum())
+    absorbed, rebuilt = 2 * H * (T * R * (Dn + Dv) + pairs * (2 * R + P)), 2 * H * (S * R * (Dn + Dv) + pairs * (Dn + P + Dv))
+    assert (absorbed < rebuilt) == (mode == "absorbed")
+    cost = latent_cost(T, S, H, R, Dn, Dv, P, pairs)
+    assert (cost["absorbed"]["flops"], cost["decompressed"]["flops"]) == (absorbed, rebuilt)
+    call = [np.zeros(s, np.float32) for s in ((B, H, T, Dn), (B, H, T, P), (B, S, R), (B, S, P), (H, R, Dn), (H, R, Dv))]
+    kernel = st.explain("latent_attention", *call, pattern).kernel
+    assert kernel == ("latent_decompress" if mode == "decompressed" else "gather_attention" if isinstance(pattern, st.Selection) else "block_attention")
 
 
 def test_choice_is_cached_and_cheap(qkv):

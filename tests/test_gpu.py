@@ -9,6 +9,10 @@ from numeric import assert_close, assert_same_bits, plain, to_numpy
 import sparsetile as st
 
 torch = pytest.importorskip("torch")
+
+from sparsetile.backends import tape  # noqa: E402
+from sparsetile.ops import dispatch, ready  # noqa: E402
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 both = pytest.mark.parametrize("backend", ["triton", "cupy"])
@@ -240,6 +244,37 @@ def test_jax_arrays(backend, name, rng):
         assert_same_bits(f"result {n}", np.asarray(a), b)
 
 
+@pytest.mark.parametrize("caller, of_caller", [("cupy", False), ("cupy", True), ("jax", False)])
+def test_torch_works_on_the_stream_of_other_frameworks(caller, of_caller):
+    """Also where that is the default stream, whose pointer is 0: results came back before they were written while torch had made a stream of its own there."""
+    from sparsetile.backends import arrays
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) if of_caller else cupy.cuda.Stream.null as stream:
+        place = arrays.place_for("torch", caller, 0)
+        with place.guard():
+            assert torch.cuda.current_stream(0).cuda_stream == place.stream == stream.ptr
+            assert torch.empty(1, device="cuda").device.index == 0
+
+
+@pytest.mark.parametrize("caller", ["cupy", "jax"])
+def test_results_for_other_frameworks_wait_for_the_default_stream(caller, rng):
+    """Other work stands before ours on the default stream, and the caller reads at once."""
+    cupy, jax = pytest.importorskip("cupy"), pytest.importorskip("jax")
+    if caller == "jax" and jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU")
+    torch.cuda.set_device(0)
+    case = cases(Make(rng))["strided"]
+    inputs = [make().half() for make in case[0]]
+    wanted = run(case, "triton", inputs)
+    torch.cuda.synchronize()
+    given = [from_torch(x, cupy if caller == "cupy" else jax.dlpack) for x in inputs]
+    for _ in range(2):  # the second call goes straight to compiled kernels
+        torch.cuda._sleep(200_000_000)
+        got = [np.asarray(x) if caller == "jax" else cupy.asnumpy(x) for x in case[1]("triton", *given)]
+        for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            assert_same_bits(f"result {n}", a, b)
+
+
 @both
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CACHED])
 def test_compiled_whole(backend, name, rng):
@@ -283,6 +318,24 @@ def judge_row(got, q, k, v):
     q, k, v = (to_numpy(x) for x in (q[None, :, None], k[None, None], v[None, None]))
     count, how = np.ones((1, q.shape[1], 1, k.shape[2])), dict(scale=q.shape[-1] ** -0.5)
     assert_close("row", to_numpy(got)[None, :, None], oracle.attention(q, k, v, count, **how)[0], plain.attention(q, k, v, count, **how)[0], reduction=k.shape[2] + q.shape[-1])
+
+
+@pytest.mark.parametrize("B, S", [(3, 1000), (66, 66000)])
+def test_deepseeks_scores_are_the_same_alone_and_in_pages(B, S, rng):
+    """The bits of a score depend neither on the queries beside it nor on where its key lies, and what is chosen without scores agrees with them (S 66000: in one kernel)."""
+    make, pages = Make(rng), -(-S // 64)
+    q, w = make.normal(B, 64, 2, 128)().to(torch.float8_e4m3fn), make.normal(B, 64, 2, dtype=torch.float32)()
+    pool = torch.randint(0, 120, (B * pages, 64 * 132), dtype=torch.uint8, device="cuda", generator=make.generator)
+    pool[:, 64 * 128:].view(torch.float32).uniform_(0.05, 0.15, generator=make.generator)
+    table = torch.randperm(B * pages, device="cuda", generator=make.generator).view(B, pages).to(torch.int32)
+    cache = st.IndexerKeys(pool, table, torch.full((B,), S, dtype=torch.int32, device="cuda"))
+    k, scale = cache.gather()
+    k, scale = k[:, :S].contiguous(), scale[:, :S].contiguous()
+    one = torch.cat([st.indexer_scores(q[:, :, t:t + 1], k, w[:, :, t:t + 1], k_scale=scale, causal=False, backend="cupy") for t in range(2)], 1)
+    assert torch.equal(one, st.indexer_scores(q, k, w, k_scale=scale, causal=False, backend="cupy"))
+    assert torch.equal(one[:, 1:], st.indexer_scores(q[:, :, 1:], cache, w[:, :, 1:], backend="cupy")[:, :, :S])
+    chosen, known = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy"), st.topk(one, 2048, backend="cupy")
+    assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
 
 
 @both
@@ -391,3 +444,48 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
     summed = lambda dk, dv: np.concatenate(((dk[..., :512].astype(np.promote_types(dk.dtype, np.float32)) + dv).astype(dk.dtype), dk[..., 512:]), -1)  # noqa: E731
     assert_close("dq", to_numpy(first[0]), truth[0], formula[0], reduction=S + 576 + 512)
     assert_close("dk + dv", to_numpy(first[1]), summed(*truth[1:3]), summed(*formula[1:3]), reduction=T * Hq + 576 + 512)
+
+
+# ------------------------------------------------------------------------------------------------------------------ ready calls
+READY = {"tiny": ((1, 2, 16, 64), (1, 2, 16, 64)), "one-query": ((2, 16, 1, 128), (2, 4, 1500, 128))}
+
+
+@both
+@pytest.mark.parametrize("name", READY)
+def test_a_repeated_run_is_the_run(backend, name, rng, monkeypatch):
+    """Launches from notes (backends/tape.py): the same bits as the long way's, on the caller's stream, in a graph."""
+    make, (rows, keys) = Make(rng), READY[name]
+    draw = lambda: [make.normal(*shape)() for shape in (rows, keys, keys)]  # noqa: E731
+    call = lambda x, length: st.sparse_attention(*x, st.Window(900), kv_length=length, backend=backend, return_lse=True)  # noqa: E731
+    lengths = [torch.full((rows[0],), n, dtype=torch.int32, device="cuda") for n in (keys[2], keys[2] // 2, 7)]
+    repeated, play = [], tape.Tape.__call__
+    monkeypatch.setattr(tape.Tape, "__call__", lambda *a: repeated.append(play(*a)) or repeated[-1])
+    dispatch.clear_plans()
+
+    def same(got, x, length):
+        with monkeypatch.context() as patch:
+            patch.setattr(ready, "key_of", lambda *a: None)
+            for n, (a, b) in enumerate(zip(got, call(x, length))):
+                assert_same_bits(f"result {n}", a, b)
+
+    for n in range(6):
+        x, length = draw(), lengths[n % 3]
+        same(call(x, length), x, length)
+    assert len(repeated) == 4 and all(repeated)  # the first takes the long way, the second is noted
+    x, y, side = draw(), draw(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for a, b in zip(x, y):
+            a.copy_(b)
+        got = call(x, lengths[0])
+    side.synchronize()
+    same(got, y, lengths[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(x, lengths[1])
+    for a, b in zip(x, draw()):
+        a.copy_(b)
+    graph.replay()
+    same(got, x, lengths[1])
+    assert len(repeated) == 6 and all(repeated)

@@ -37,7 +37,14 @@ def test_indices_alone(on, backend, dtype, sizes, top_k, cut, features, rng):
     judged(on, dtype, sizes, top_k, cut, features, False, rng)
 
 
-def judged(on, dtype, sizes, top_k, cut, features, return_scores, rng):
+@pytest.mark.parametrize("backend, path", [pytest.param("triton", "select", id="triton-select", marks=pytest.mark.interp), pytest.param("cupy", "fused", id="cupy-fused")])
+@pytest.mark.parametrize("return_scores", (False, True))
+@pytest.mark.parametrize("dtype, sizes, top_k, cut, features", CASES[1:2] + CASES[8:9])
+def test_the_path_that_small_calls_do_not_take(on, backend, path, dtype, sizes, top_k, cut, features, return_scores, rng):
+    judged(on, dtype, sizes, top_k, cut, features, return_scores, rng, config=dict(path=path))
+
+
+def judged(on, dtype, sizes, top_k, cut, features, return_scores, rng, config=None):
     (B, Hq, Hk, T, S, D), (block, stride, select_block) = sizes, cut
     C = max(0, (S - block) // stride + 1)
     q, k = normal(rng, (B, Hq, T, D), numpy_dtype(dtype)), normal(rng, (B, Hk, C, D), numpy_dtype(dtype))
@@ -48,7 +55,8 @@ def judged(on, dtype, sizes, top_k, cut, features, return_scores, rng):
     _, lse = oracle.attention(q, k, k, np.broadcast_to(seen, (B, Hq, T, C)), scale=D ** -0.5)
     lse = lse.astype(np.float32)
     first, last = features.get("force_first", 1), features.get("force_last", 2)
-    got = on.importance_topk(q, k, lse, top_k, block=block, stride=stride, select_block=select_block, keys=S, force_first=first, force_last=last, return_scores=return_scores, **where)
+    got = on.importance_topk(q, k, lse, top_k, block=block, stride=stride, select_block=select_block, keys=S, force_first=first, force_last=last, return_scores=return_scores,
+                             config=config, **where)
     selection, best = got if return_scores else (got, None)
     assert selection.granularity == select_block and selection.causal
     truth, plain = (importances(shares(q, k, lse, D ** -0.5, kind), key_end, block, stride, select_block, S) for kind in (np.float64, np.float32))

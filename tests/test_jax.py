@@ -37,6 +37,23 @@ def test_indexer_to_attention(make):
     both(pipeline, make(1, 2, 12, 8), make(1, 2, 30, 8), make(1, 2, 30, 8), make(1, 3, 12, 16), make(1, 30, 16), make(1, 3, 12))
 
 
+def test_a_selection_alone_is_traced(make):
+    """q, k and v are known when tracing, the entries are not."""
+    q, k, v, entries = make(1, 2, 6, 8), make(1, 2, 20, 8), make(1, 2, 20, 8), np.arange(18, dtype=np.int32).reshape(1, 1, 6, 3)
+    both(lambda i: st.sparse_attention(*(map(jnp.asarray, (q, k, v)) if not isinstance(i, np.ndarray) else (q, k, v)), st.Selection(i, causal=True) & st.Window(9)), entries)
+
+
+def test_a_layout_of_a_traced_mask(make):
+    call, given = lambda q, k, m: st.sparse_attention(q, k, k, st.Layout.from_block_mask(m, 32, 32)), (make(1, 2, 40, 8), make(1, 2, 50, 8), np.array([[True, False], [True, True]]))  # noqa: E731
+    numeric.assert_same_bits("jit", call(*given), np.asarray(jax.jit(call)(*map(jnp.asarray, given))))
+
+
+def test_vmap_is_a_loop(make):
+    q, k = make(3, 1, 2, 6, 8), make(3, 1, 2, 9, 8)
+    got = jax.vmap(lambda q, k: st.sparse_attention(q, k, k, st.Causal()))(jnp.asarray(q), jnp.asarray(k))
+    numeric.assert_same_bits("vmap", np.stack([st.sparse_attention(a, b, b, st.Causal()) for a, b in zip(q, k)]), np.asarray(got))
+
+
 def test_scores_and_topk(make):
     both(lambda q, k, w: st.topk(st.indexer_scores(q, k, w), 5).indices, make(1, 3, 12, 16), make(1, 30, 16), make(1, 3, 12))
 
@@ -47,6 +64,7 @@ def test_latent(make):
     for mode in ("absorbed", "decompressed"):
         both(lambda qn, qr, c, r, uk, uv: st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode),
              make(1, 2, 7, 8), make(1, 2, 7, 4), make(1, 10, 24), make(1, 10, 4), *weights)
+        both(lambda qn, c, uk, uv, i: st.latent_attention(qn, None, c, None, uk, uv, st.Selection(i), mode=mode), make(1, 2, 7, 8), make(1, 10, 24), *weights, np.arange(14, dtype=np.int32).reshape(1, 1, 7, 2))
 
 
 def test_merge(make):

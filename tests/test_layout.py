@@ -195,6 +195,21 @@ def test_packed_sequences_the_short_way(lengths, others, size, shape):
     for other in others:
         rule = rule & other
     check(rule, size, shape)
+    assert rule.pairs(*size) == rule.mask(*size).sum()
+
+
+@pytest.mark.parametrize("lengths, window, block_q", [
+    ([40, 400], Window(56), 32),       # in one block rows that begin 8 keys behind its first, all of them; in another the first of them, the next one a key later
+    ([5, 26, 6, 63], Full(), 8),       # keys 5 .. 30 of a block, and 5 .. 31 of the next
+    ([64, 64, 128], Causal(), 64),
+])
+def test_pictures_of_packed_sequences_are_told_apart(lengths, window, block_q):
+    N = sum(lengths)
+    part, = lower(Documents(lengths) & window, 0, N, N, block_q, 32)
+    assert np.array_equal(decode(part, N, N, 0)[0], (Documents(lengths) & window).mask(N, N))
+    assert len({picture.tobytes() for picture in part.intervals}) == len(part.intervals)
+    empty = part.intervals[..., 0] >= part.intervals[..., 1]
+    assert not part.intervals[empty].any()
 
 
 # ------------------------------------------------------------------------------------------------ made where the data lies

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from drivers import EVERY, arrays, numpy_dtype
+from drivers import EVERY, LARGE, arrays, numpy_dtype
 from numeric import assert_close, assert_same_bits, plain
 
 import sparsetile as st
@@ -92,6 +92,28 @@ def test_every_backend_within_the_policy(on, backend, dtype, heads, rng):
     assert_close("out", out, truth, measure, reduction=S + D)
 
 
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("heads, separate", [((7, 1), False), ((4, 2), True)], ids=["one array, group of 7", "three arrays, group of 2"])
+def test_gradients_on_every_backend(on, backend, heads, separate, rng):
+    """float32 against float64, by the blocks that this backend chose; what is chosen is judged above."""
+    (Hq, Hk), sizes = heads, (6, 70, 16, 12)
+    q, k, v, gates = made(rng, 1, Hq, Hk, *sizes, separate=separate, dtype=torch.float32)
+    place = lambda x: on.tensor(x.detach().numpy(), True)  # noqa: E731
+    mine = [place(x) for x in ((q, *k, *v, gates) if separate else (q, k[0], v[0], gates))]
+    q_, k_, v_ = mine[0], mine[1:4] if separate else mine[1], mine[4:7] if separate else mine[2]
+    out, chosen = st.native_sparse_attention(q_, k_, v_, mine[-1], return_selection=True, backend=backend, **SMALL)
+    dout = rng.standard_normal(tuple(out.shape)).astype(np.float32)
+    got = [out, *torch.autograd.grad(out, mine, on.tensor(dout))]
+
+    def by_the_paper(dtype):
+        leaves = [x.detach().cpu().to(dtype).requires_grad_() for x in mine]
+        parts = (leaves[1:4], leaves[4:7]) if separate else ([leaves[1]] * 3, [leaves[2]] * 3)
+        out, _ = naive_nsa.nsa(leaves[0], *parts, leaves[-1], mean, mean, blocks=blocks_of(chosen), **naive_names(SMALL))
+        return [out, *torch.autograd.grad(out, leaves, torch.from_numpy(dout).to(dtype))]
+    for n, (one, truth, measure) in enumerate(zip(got, by_the_paper(torch.float64), by_the_paper(torch.float32))):
+        assert_close(["out", "dq", *["dk"] * len(k[:1 + 2 * separate]), *["dv"] * len(v[:1 + 2 * separate]), "dgates"][n], *arrays(one, truth, measure), reduction=70 + 16 + 12)
+
+
 # ---------------------------------------------------------------------------------------------------------------- conventions
 def test_the_defaults_are_the_papers(rng):
     """Block 32, stride 16, 16 blocks of 64 with the first and two local ones, window 512; separate keys and values, learned compression; gradients of its weights."""
@@ -144,32 +166,40 @@ def test_branches_that_are_left_out(rng):
 
 
 def test_flash_linear_attentions_convention(rng):
-    """Block = stride = selection block, mean pooling, shared keys and values, blocks {0, own, previous} forced, against its own plain code."""
+    """Block = stride = selection block, mean pooling, shared keys and values, blocks {0, own, previous} forced, against its own plain code: blocks, output, all gradients."""
     naive = pytest.importorskip("fla.ops.nsa.naive", reason="flash-linear-attention's plain code is not installed (pip install fla-core)")
-    S = 150
-    q, k, v, gates = made(rng, 1, 32, 2, S, S, 24, 24, dtype=torch.float32)
-    q, k, v, gates = (x.detach() for x in (q, k[0], v[0], gates))
-    out, chosen = st.native_sparse_attention(q, k, v, [gates[..., 0], gates[..., 1], None], block=16, stride=16, select_block=16, top_k=5, window=0, return_selection=True, backend="numba")
-    last = lambda x: x.transpose(1, 2)  # noqa: E731
-    pooled = [torch.stack([part.mean(2) for part in x.split(16, 2)], 1) for x in (k, v)]           # [B,C,Hk,D], the last one of fewer keys
-    coarse, _ = naive.naive_nsa_compression(last(q), *pooled, 16, 24 ** -0.5)
-    theirs = naive.naive_nsa_topk(last(q), pooled[0], 5, 16, 24 ** -0.5)                            # [B,T,Hk,5]
+    S, first = 70, lambda x: x.transpose(1, 2)
+    q, k, v, gates = (x.detach().requires_grad_() for x in (lambda m: (m[0], m[1][0], m[2][0], m[3][..., :2]))(made(rng, 1, 16, 1, S, S, 12, 12, dtype=torch.float32)))
+    dout = torch.from_numpy(rng.standard_normal((1, 16, S, 12)).astype(np.float32))
+    grad = lambda out, x: [out, *torch.autograd.grad(out, x, dout.to(out.dtype))]  # noqa: E731
+    out, chosen = st.native_sparse_attention(q, k, v, [gates[..., 0], gates[..., 1], None], block=8, stride=8, select_block=8, top_k=5, window=0, return_selection=True, backend="numba")
+    ours = grad(out, (q, k, v, gates))
+    pooled = [torch.stack([part.mean(2) for part in x.split(8, 2)], 1) for x in (k, v)]           # [B,C,Hk,D], the last one of fewer keys
+    coarse, _ = naive.naive_nsa_compression(first(q), *pooled, 8, 12 ** -0.5)
+    with torch.no_grad():
+        theirs = naive.naive_nsa_topk(first(q), pooled[0], 5, 8, 12 ** -0.5)                       # [B,T,Hk,5]
     assert_same_bits("blocks", torch.sort(torch.where(theirs < 0, S, theirs), -1).values.transpose(1, 2).int(), torch.where(chosen.indices < 0, S, chosen.indices))
-    truth = coarse * last(gates[..., 0])[..., None] + naive.naive_nsa_selection(last(q), last(k), last(v), theirs, 16) * last(gates[..., 1])[..., None]
-    wide = naive_nsa.nsa(q.double(), [k.double()] * 3, [v.double()] * 3, torch.cat([gates[..., :2], torch.zeros_like(gates[..., 2:])], -1).double(), mean, mean, l=16, d=16, l2=16,
-                         window=1, blocks=blocks_of(chosen))[0]
-    assert_close("out", out, wide.numpy(), truth.transpose(1, 2).contiguous(), reduction=S + 24)
+    published = grad(first(coarse * first(gates[..., 0])[..., None] + naive.naive_nsa_selection(first(q), first(k), first(v), theirs, 8) * first(gates[..., 1])[..., None]), (q, k, v, gates))
+
+    def by_the_paper(dtype):
+        q_, k_, v_, g = (x.detach().to(dtype).requires_grad_() for x in (q, k, v, gates))
+        three = torch.cat([g, torch.zeros_like(g[..., :1])], -1)
+        return grad(naive_nsa.nsa(q_, [k_] * 3, [v_] * 3, three, mean, mean, l=8, d=8, l2=8, window=1, blocks=blocks_of(chosen))[0], (q_, k_, v_, g))
+    for name, mine, other, truth, measure in zip(("out", "dq", "dk", "dv", "dgates"), ours, published, by_the_paper(torch.float64), by_the_paper(torch.float32)):
+        truth, measure = arrays(truth, measure)
+        assert_close(name, *arrays(mine), truth, measure, reduction=S + 24), assert_close("published " + name, *arrays(other), truth, measure, reduction=S + 24)
 
 
 # ----------------------------------------------------------------------------------------------------------------- anti-cheat
-@cpu
+@every
 def test_all_blocks_are_causal_attention_and_few_are_not(on, backend, rng):
-    q, k, v, gates = (x.detach() if torch.is_tensor(x) else x[0].detach() for x in made(rng, 2, 6, 2, 40, 90, 16, 16))
-    gates = [None, torch.ones(2, 6, 40, dtype=torch.float64), None]
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=torch.ones(40, 90, dtype=torch.bool).tril(50))
-    close(st.native_sparse_attention(q, k, v, gates, backend=backend, **SMALL | dict(top_k=6)), dense)
-    few = st.native_sparse_attention(q, k, v, gates, backend=backend, **SMALL)
-    assert (few - dense).abs().max() > 0.1
+    """The selected branch alone, gates of one: with every block it is dense attention."""
+    q, k, v = (rng.standard_normal((1, heads, n, 16)).astype(np.float32) for heads, n in ((6, 4), (2, 70), (2, 70)))
+    call = lambda **o: arrays(on.native_sparse_attention(q, k, v, [None, on.put(np.ones((1, 6, 4), np.float32)), None], **SMALL | o))[0]  # noqa: E731
+    dense, causal = call(top_k=5), oracle.visible(1, 4, 70, rule=lambda p, s: s <= p)
+    truth, measure = oracle.attention(q, k, v, causal, scale=0.25)[0], plain.attention(q, k, v, causal, scale=0.25)[0]
+    assert_close("all", dense, truth, measure, reduction=70 + 16)
+    assert np.abs(call() - truth).max() > 0.1
 
 
 # --------------------------------------------------------------------------------------------------------------------- caches
@@ -198,6 +228,40 @@ def test_a_cache_answers_as_the_whole_does(on, backend, framework, rng):
         at = [n + step for n in at]
     with pytest.raises(ValueError, match="at most 0 more positions, got 1"):
         cache.append(put(k[:, :, :1]), put(v[:, :, :1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+def test_append_and_attend_stand_in_a_cuda_graph(backend, rng):
+    """Prefill, then tokens by replays of one graph: each answers as the whole call on all keys so far does, by the blocks that were chosen."""
+    B, Hq, Hk, D, steps = 2, 6, 2, 16, 6
+    total = 50 + steps + 1
+    q, k, v, gates = (x.detach().cuda() if torch.is_tensor(x) else x[0].detach().cuda() for x in made(rng, B, Hq, Hk, total, total, D, D, dtype=torch.float32))
+    cache, knobs = st.NativeSparseCache(k, v, total, block=8, stride=4), dict(select_block=16, top_k=3, window=12, return_selection=True, backend=backend)
+    cache.append(k[:, :, :49], v[:, :, :49])
+    inputs = [x[:, :, 49:50].clone() for x in (q, k, v, gates)]
+
+    def step():
+        cache.append(inputs[1], inputs[2])
+        return cache.attend(inputs[0], inputs[3], **knobs)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, chosen = step()
+    for n in range(50, total):
+        for held, x in zip(inputs, (q, k, v, gates)):
+            held.copy_(x[:, :, n:n + 1])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert cache.lengths.tolist() == [n + 1] * B
+        past = lambda dtype: [x[:, :, :n + 1].cpu().to(dtype) for x in (k, v)]  # noqa: E731, B023
+        answers = [naive_nsa.nsa(inputs[0].cpu().to(dtype), *([x] * 3 for x in past(dtype)), inputs[3].cpu().to(dtype), mean, mean, blocks=blocks_of(chosen), **naive_names(SMALL | dict(top_k=3)))[0]
+                   for dtype in (torch.float64, torch.float32)]
+        assert_close(f"token {n}", *arrays(out, *answers), reduction=total + D)
 
 
 @pytest.mark.parametrize("framework", ["torch", "numpy"])

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="g++ compiles the kernels fo
 
 class Lists(HopperPlace):
     """Makes the lists and nothing else, and keeps what was allocated."""
+    device = 1  # compiled functions are kept by device: other tests' whole backward would run here, for seconds, and theirs must not be these
 
     def __init__(self):
         super().__init__()

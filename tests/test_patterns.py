@@ -132,6 +132,7 @@ def test_pairs_density_flops_at_any_length():
     assert Causal().pairs(N, N) == N * (N + 1) // 2 and Full().pairs(3, N) == 3 * N
     assert Window(1023).pairs(N, N) == 1024 * N - 1023 * 1024 // 2
     assert (Causal() & Strided(1000)).pairs(N, N) == sum(N - d for d in range(0, N, 1000))
+    assert (Documents([N, 5]) & Causal()).pairs(N + 5, N + 5) == N * (N + 1) // 2 + 15  # position by position no longer
     assert Full().density(5, 7) == 1.0 and Causal().density(0, 7) == 0.0 and Causal().density(1, 8) == 1.0
     assert Causal().flops(4, 4, Hq=3, D=8, Dv=2) == 2 * 10 * 3 * 10
     heads = PerHead([Causal(), Full()])
@@ -177,16 +178,21 @@ GOLDEN = [[4, 5, 8], [1, 5, 12], [1, 2, 13], [0, 9, 12], [1, 9, 14]]
 
 
 @quick
-@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 2 ** 63 - 1), st.booleans(), st.sampled_from([(), (Window(1, 1, block=6),), (Global(range(12)), Window(0, 0, block=4))]))
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 2 ** 63 - 1), st.booleans(), st.sampled_from([(), (Window(1, 1, block=6),), (Global(range(12)), Window(0, 0, block=4)), (Window(8),)]))
 def test_random_blocks_are_distinct_and_outside_what_is_excluded(count, block, seed, causal, exclude):
+    """What is free by definition: not every pair of the block (if causal: that is not later than its query) is excluded already."""
     rule, S = RandomBlocks(count, block, seed, causal, exclude), 96
-    mask = rule.mask(S, S)
+    mask, n = rule.mask(S, S), -(-S // block)
+    covered = np.zeros((n * block, n * block), bool)
+    for part in exclude:
+        covered |= part.mask(n * block, n * block)
+    covered = (covered | causal & (np.tri(n * block) == 0)).reshape(n, block, n, block).all((1, 3))
     for i in range(0, S // block):
         seen = mask[i * block]
         blocks = {s // block for s in np.flatnonzero(seen).tolist()}
         assert all(seen[s] == (s // block in blocks) for s in range(S)) and (mask[i * block:(i + 1) * block] == seen).all()
-        free = drawn(RandomBlocks(10 ** 3, block, seed, causal, exclude), i, S)
-        assert len(blocks) == min(count, len(free)) and blocks <= free and (not causal or max(blocks, default=0) <= i)
+        free = {j for j in range(i + 1 if causal else n) if not covered[i, j]}
+        assert len(blocks) == min(count, len(free)) and blocks <= free
 
 
 def test_random_blocks_do_not_depend_on_keys_they_do_not_hold():

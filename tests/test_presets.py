@@ -43,7 +43,7 @@ def test_bigbird():
     assert (blocks >= fixed).all() and ((blocks & ~fixed)[2:].sum(1) == 3).all()  # random blocks fall on nothing that is there already
     layers = [presets.bigbird(b, seed=5, layer=layer) for layer in range(12)]
     assert len(set(layers)) == 12 and len({layer.mask(64, 64).tobytes() for layer in layers}) == 12 and presets.bigbird(b, seed=5) == layers[0]
-    assert presets.bigbird(b, seed=1, layer=0) != presets.bigbird(b, seed=0, layer=1)
+    assert presets.bigbird(b, seed=1, layer=0) != presets.bigbird(b, seed=0, layer=1) and presets.bigbird(b, seed=1) != presets.bigbird(b, seed=0)
     etc = presets.bigbird(b, globals=5, mode="etc").mask(64, 64)
     assert etc[:5].all() and etc[:, :5].all() and not etc[8:, 5:8].any(1).all()
     assert presets.bigbird(b, random=0).mask(64, 64).sum() == np.repeat(np.repeat(fixed, b, 0), b, 1).sum()
@@ -91,6 +91,8 @@ def test_torch_causality_is_top_left():
 
 
 def test_conventions_by_name():
+    import sparsetile
+    assert all(getattr(sparsetile, name) is getattr(convert, name) for name in vars(convert) if name.startswith("from_"))
     T, S = 6, 10
     assert np.array_equal(convert.from_flash_attention(3, 1).mask(T, S), mask_of(lambda i, j: i + S - T - 3 <= j <= i + S - T + 1, T, S))
     assert convert.from_flash_attention() == Full() and convert.from_flash_attention(causal=True) == Causal() and convert.from_flash_attention(7, 3, causal=True) == Window(7) and convert.from_flash_attention(-1, 2) == Window(None, 2)
@@ -109,6 +111,7 @@ def test_layer_plan():
     assert plan[11].arguments() == dict(top_k=64, pool=4, force_first=0, force_last=2, causal=True)
     T = 600
     assert plan.pairs(T, T) == 21 * plan[0].pairs(T, T) + T * T + 10 * sum(min(256, t + 1) for t in range(T))
+    assert LayerPlan.of([(0, PerHead([Full(), Causal(), Window(0), Window(0)])), (1, Full())]).pairs(10, 10) == (100 + 55 + 10 + 10) // 4 + 100  # of one head each
     assert LayerPlan.of([(0, PerHead([Full(), Causal()]) & Blocks(np.eye(2, dtype=bool), 4, 4)), (1, presets.bigbird(8, layer=1))]) == LayerPlan.from_yaml(
         LayerPlan.of([(0, PerHead([Full(), Causal()]) & Blocks(np.eye(2, dtype=bool), 4, 4)), (1, presets.bigbird(8, layer=1))]).to_yaml())
 

@@ -69,7 +69,7 @@ def test_aliases_and_tags_are_what_is_refused(tmp_path):
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    data = profile(entries=[entry(note=value) for value in (1, -2.5, 1e-7, "1e3x", "true", "1", "2026-11-24", True, None, "a: b", "", "~", "ü")])
+    data = profile(entries=[entry(note=value) for value in (1, -2.5, 1e-7, 1e22, "1e3x", "12e45678", "08912345", "true", "1", "2026-11-24", True, None, "a: b", "", "~", "ü")])
     path = tmp_path / "topk.yaml"
     store.write(path, store.dump(data))
     assert schema.load(path) == data
@@ -178,6 +178,7 @@ def test_shipped_profiles_are_valid_and_none_is_slower_than_its_default(path):
     jsonschema.Draft202012Validator(schema.json_schema()).validate(json.loads(json.dumps(data)))
     assert path.stem == data["op"] and path.parent.name == lookup.slug(data["device"]["name"])
     for e in data["entries"]:
+        assert isinstance(e.get("code", ""), str) and len(e.get("unit", "8 digits")) == 8, e
         if e["status"] == "manual" and "time_us" not in e:
             assert e["note"], "who writes an entry by hand says why"
         else:

@@ -82,7 +82,9 @@ def test_errors_gradients_and_explanations_take_the_long_way(monkeypatch):
         st.sparse_attention(q, k, v, RULE, return_lse=1)
     with pytest.raises(st.Unsupported, match="float8"):
         st.sparse_attention(q, k, v, RULE, return_lse=True, q_scale=torch.ones(2, 4, 9))
-    assert st.sparse_attention(q.requires_grad_(), k, v, RULE).requires_grad
+    assert st.sparse_attention(q.requires_grad_(), k, v, RULE, return_lse=True)[0].requires_grad
+    with torch.no_grad():
+        assert not st.sparse_attention(q, k, v, RULE, return_lse=True)[0].requires_grad
     q = q.detach()
     assert st.explain("sparse_attention", q, k, v, RULE).kernel == "block_attention"
 

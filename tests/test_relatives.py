@@ -12,17 +12,30 @@ import sparsetile as st
 from sparsetile.relatives import linear, performer
 
 KINDS = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
-FRAMEWORKS = ("numpy", "torch", "jax")
+FRAMEWORKS = ("numpy", "torch", "jax", *(pytest.param(name, marks=pytest.mark.gpu, id=name) for name in ("torch on a gpu", "cupy")))
 # B, Hq, Hk, T, S, chunk: ragged ends, grouped heads, more keys than queries and the other way round, one query, chunks longer than all
 SHAPES = {"ragged": (2, 4, 2, 37, 37, 8), "whole": (1, 2, 2, 32, 32, 16), "prefix": (1, 3, 1, 9, 50, 4), "blind": (1, 2, 1, 30, 11, 8), "decode": (2, 6, 3, 1, 40, 16), "one chunk": (1, 1, 1, 20, 20, 128)}
+
+
+def needed(framework):
+    """Skips where the framework is not installed, or its device is not there. Returns the element types that are tried: those of the framework's own tests."""
+    pytest.importorskip(framework.partition(" ")[0], reason=f"{framework} is not installed")
+    if framework in ("torch on a gpu", "cupy"):
+        import torch
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+    return ("float32",) if framework == "jax" else ("float32", "float64") if framework == "cupy" else KINDS
 
 
 def put(x, framework):
     if framework == "numpy":
         return x
-    if framework == "torch":
+    if framework.startswith("torch"):
         from drivers import to_torch
-        return to_torch(x)
+        return to_torch(x, "cuda" if framework.endswith("gpu") else "cpu")
+    if framework == "cupy":
+        import cupy
+        return cupy.asarray(x)
     import jax.numpy as jnp
     return jnp.asarray(x)
 
@@ -74,8 +87,7 @@ def work_types(kind):
 @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_attention(shape, causal, framework, rng):
-    pytest.importorskip(framework, reason=f"{framework} is not installed")
-    for kind in ("float32",) if framework == "jax" else KINDS:
+    for kind in needed(framework):
         q, k, v = inputs(rng, shape, KINDS[kind])
         got, = arrays(st.linear_attention(*(put(x, framework) for x in (q, k, v)), causal=causal, chunk=SHAPES[shape][-1]))
         true, plain = work_types(kind)
@@ -87,8 +99,7 @@ def test_linear_attention(shape, causal, framework, rng):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_performer_attention(shape, causal, framework, rng):
     """The chunked sums equal the quadratic ones over the same features, whatever the features approximate."""
-    pytest.importorskip(framework, reason=f"{framework} is not installed")
-    for kind in ("float32",) if framework == "jax" else KINDS:
+    for kind in needed(framework):
         q, k, v = inputs(rng, shape, KINDS[kind])
         w = performer.orthogonal_features(20, 8, 3)
         w = w if kind == "float64" else w.astype(np.float32)
@@ -100,8 +111,7 @@ def test_performer_attention(shape, causal, framework, rng):
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linformer_attention(shape, framework, rng):
-    pytest.importorskip(framework, reason=f"{framework} is not installed")
-    for kind in ("float32",) if framework == "jax" else KINDS:
+    for kind in needed(framework):
         q, k, v = inputs(rng, shape, KINDS[kind])
         Hk, S = k.shape[1:3]
         e, f = normal(rng, (Hk, 6, S), KINDS[kind], S ** -0.5), normal(rng, (6, S), KINDS[kind], S ** -0.5)

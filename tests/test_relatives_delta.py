@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 from judge import normal
+from numeric import assert_close
 
 import sparsetile as st
 from sparsetile.relatives import delta
@@ -18,8 +19,8 @@ def inputs(rng, axes, dtype=np.float32):
 
 
 def recurrence(q, k, v, decay, beta, scale):
-    """The papers' equations, one token after the other, arrays [B,H,T,...] in float64."""
-    out, state = np.zeros((*q.shape[:3], v.shape[-1])), np.zeros((*q.shape[:2], q.shape[-1], v.shape[-1]))
+    """The papers' equations, one token after the other, arrays [B,H,T,...] in their own type."""
+    out, state = np.zeros((*q.shape[:3], v.shape[-1]), q.dtype), np.zeros((*q.shape[:2], q.shape[-1], v.shape[-1]), q.dtype)
     for t in range(q.shape[2]):
         key, forget = k[:, :, t, :, None], np.exp(decay[:, :, t])
         state = state * (forget[..., None] if decay.ndim == 4 else forget[..., None, None])
@@ -52,6 +53,41 @@ def test_called_as_the_package_wants_it(folder, rng, monkeypatch):
     assert seen["shapes"] == [(2, 7, 3, 4), (2, 7, 3, 4), (2, 7, 3, 5), (2, 7, 3, 4)[:axes], (2, 7, 3)]
     call(*map(torch.from_numpy, arrays))
     assert seen["normalized"] is True
+
+
+@pytest.mark.parametrize("folder", CALLS)
+def test_the_recurrence_is_the_published_one(folder, rng):
+    """The package's own plain code, float32, says what these tests hold its kernels against."""
+    torch = pytest.importorskip("torch")
+    naive = pytest.importorskip(f"fla.ops.{folder}.naive", reason="flash-linear-attention's plain code is not installed (pip install fla-core)")
+    q, k, v, decay, beta = inputs(rng, CALLS[folder][2])
+    published = naive.naive_recurrent_kda if folder == "kda" else naive.naive_recurrent_gated_delta_rule
+    first = lambda x: torch.from_numpy(x).transpose(1, 2)  # noqa: E731
+    got = published(first(q), first(k), first(v), g=first(decay), beta=first(beta), scale=0.7)[0].transpose(1, 2).contiguous()
+    truth, measure = (recurrence(*(x.astype(kind) for x in (q, k, v, decay, beta)), kind(0.7)) for kind in (np.float64, np.float32))
+    assert_close("out", got, truth, measure, reduction=7 * 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("folder", CALLS)
+def test_the_packages_kernels_on_a_gpu(folder, rng):
+    """Of the recurrence and what a convention mistaken would make of it, the kernel's answer is nearest to the recurrence: its rounding is the package's own business."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or delta.unavailable():
+        pytest.skip(delta.unavailable() or "no CUDA device")
+    call, _, axes = CALLS[folder]
+    shapes = [(1, 2, 70, 64)] * 3 + [(1, 2, 70, 64)[:axes], (1, 2, 70)]
+    given = [rng.standard_normal(shape) / 8 for shape in shapes[:3]] + [-np.abs(rng.standard_normal(shapes[3])) / 8, rng.random(shapes[4])]
+    leaves = [torch.from_numpy(x).to("cuda", torch.bfloat16).requires_grad_() for x in given]
+    q, k, v, decay, beta = (x.detach().double().cpu().numpy() for x in leaves)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    answers = {"right": (q, k, v, decay, beta, 1 / 8), "no decay": (q, k, v, 0 * decay, beta, 1 / 8), "decay turned": (q, k, v, decay[:, ::-1], beta, 1 / 8), "beta of one": (q, k, v, decay, 0 * beta + 1, 1 / 8),
+               "lengths of one": (unit(q), unit(k), v, decay, beta, 1 / 8), "no scale": (q, k, v, decay, beta, 1.0)}
+    for normalize, right in ((False, "right"), (True, "lengths of one")):
+        out = call(*leaves, normalize=normalize)
+        far = {name: np.abs(out.detach().double().cpu().numpy() - recurrence(*how)).max() for name, how in answers.items()}
+        assert min(far, key=far.get) == right, far
+        assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 
 @pytest.mark.parametrize("folder", CALLS)

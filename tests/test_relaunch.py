@@ -6,13 +6,14 @@ pytest.importorskip("triton")
 
 from triton import knobs  # noqa: E402
 
+from sparsetile.backends import arrays  # noqa: E402
 from sparsetile.backends.triton import relaunch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not relaunch._KNOWN, reason="another Triton: every launch takes Triton's own way")
 
 
-class Place:
-    device, stream = 0, 77
+class Place(arrays.Place):
+    device, stream, address = 0, 77, staticmethod(torch.Tensor.data_ptr)
 
 
 class Fn:
@@ -41,8 +42,8 @@ def fn(monkeypatch):
 def test_the_same_again_goes_to_the_compiled_kernel_with_its_own_pointers(fn):
     constants = relaunch.Constants(W=4, num=2)
     x, y = torch.zeros(64), torch.zeros(64)
-    relaunch.launch(fn, (3,), Place, (x, None), (5,), constants)
-    relaunch.launch(fn, (6, 2), Place, (y, None), (5,), constants)
+    relaunch.launch(fn, (3,), Place(), (x, None), (5,), constants)
+    relaunch.launch(fn, (6, 2), Place(), (y, None), (5,), constants)
     assert fn.bound == 1
     assert fn.calls == [(6, 2, 1, 77, "function", "metadata", None, None, None, y.data_ptr(), None, 5, 4, 2)]
 
@@ -51,11 +52,11 @@ def test_the_same_again_goes_to_the_compiled_kernel_with_its_own_pointers(fn):
 def test_what_triton_would_specialise_makes_another_launch(fn, what):
     constants = relaunch.Constants(W=4, num=2)
     x = torch.zeros(64)
-    relaunch.launch(fn, (3,), Place, (x, x), (5,), constants, ("a",))
+    relaunch.launch(fn, (3,), Place(), (x, x), (5,), constants, ("a",))
     other = dict(number=((x, x), (1,), constants, ("a",)), alignment=((x[1:], x), (5,), constants, ("a",)), absence=((x, None), (5,), constants, ("a",)),
                  constants=((x, x), (5,), relaunch.Constants(constants), ("a",)), kinds=((x, x), (5,), constants, ("b",)), function=((x, x), (5,), constants, ("a",)))[what]
     second = Fn() if what == "function" else fn
-    relaunch.launch(second, (3,), Place, *other)
+    relaunch.launch(second, (3,), Place(), *other)
     assert not fn.calls and (fn.bound, second.bound) == ((1, 1) if what == "function" else (2, 2))
 
 
@@ -64,7 +65,7 @@ def test_profilers_see_every_launch(fn):
     knobs.runtime.launch_enter_hook.add(seen.append)
     try:
         for _ in range(3):
-            relaunch.launch(fn, (3,), Place, (x, x), (5,), constants)
+            relaunch.launch(fn, (3,), Place(), (x, x), (5,), constants)
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
     assert fn.bound == 3 and not fn.calls

@@ -9,10 +9,11 @@ import ml_dtypes
 import naive_systems as naive
 import numpy as np
 import oracle
+import published_moba
 import pytest
 from drivers import EVERY, LARGE, arrays
 from judge import normal
-from numeric import assert_close, plain
+from numeric import assert_close, assert_same_bits, plain
 
 import sparsetile as st
 
@@ -70,6 +71,14 @@ def test_types(on, backend, system, kind, rng):
 
 
 @pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("system", [system for system in SMALL if system != "moba"])
+def test_the_choice_is_by_scaled_products(on, backend, system, rng):
+    """A scale below zero turns the order around."""
+    q, k, v, _ = made(rng, "ragged")
+    judge.attention(on, q, k, v, None, getattr(naive, system)(q, k, scale=-0.7, **SMALL[system]), op=system, scale=-0.7, **SMALL[system])
+
+
+@pytest.mark.parametrize("backend", LARGE)
 @pytest.mark.parametrize("system", SMALL)
 def test_gradients(on, backend, system, rng):
     pytest.importorskip("torch")
@@ -85,6 +94,36 @@ def test_all_is_dense_and_few_are_not(on, backend, system, rng):
     dense, _ = judge.attention(on, q, k, v, None, causal, op=system, **ALL[system])
     few = arrays(getattr(on, system)(q, k, v, **SMALL[system]))[0]
     assert np.abs(few - dense).max() > 0.01
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_moba_of_one_block_sees_its_own_alone(on, backend, rng):
+    """k = 1 is no dense attention (as published code has it): position 13 of chunks of 8 sees 8 to 13."""
+    q, k, v = normal(rng, (1, 2, 6, 8), np.float32), normal(rng, (1, 1, 19, 8), np.float32), normal(rng, (1, 1, 19, 8), np.float32)
+    own = oracle.visible(1, 6, 19, rule=lambda p, s: (s <= p) & (s // 8 == p // 8))
+    judge.attention(on, q, k, v, None, own, op="moba", block=8, top_k=1)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 9])
+def test_moba_equals_flash_linear_attentions(top_k, rng, monkeypatch):
+    """Published code on two packed sequences; out and gradients of both within the policy of the same definition."""
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("fla.ops.moba.parallel", reason="flash-linear-attention's code is not installed (pip install fla-core einops)")
+    lengths, (H, D, block) = (27, 14), (2, 8, 4)
+    q, k, v, dout = (normal(rng, (1, sum(lengths), H, D), np.float32) for _ in range(4))
+    theirs = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    out = published_moba.moba(monkeypatch, module, *theirs, lengths, block=block, top_k=top_k)
+    published = [out, *torch.autograd.grad(out, theirs, torch.from_numpy(dout))]
+    for a, b in ((0, 27), (27, 41)):
+        cut = lambda x: np.ascontiguousarray(x[:, a:b].swapaxes(1, 2))  # noqa: E731, B023
+        leaves, dy = [torch.from_numpy(cut(x)).requires_grad_() for x in (q, k, v)], cut(dout)
+        mine = st.moba(*leaves, block=block, top_k=top_k, backend="numba")
+        count = naive.moba(cut(q), cut(k), block=block, top_k=top_k)
+        given, how = (cut(q), cut(k), cut(v), count), dict(scale=D ** -0.5)
+        truths = oracle.attention(*given, **how)[0], *oracle.attention_gradients(*given, dy, **how)[:3]
+        measures = plain.attention(*given, **how)[0], *plain.attention_gradients(*given, dy, **how)[:3]
+        for name, one, two, truth, measure in zip(("out", "dq", "dk", "dv"), [mine, *torch.autograd.grad(mine, leaves, torch.from_numpy(dy))], published, truths, measures):
+            assert_close(name, *arrays(one), truth, measure, reduction=b - a + 2 * D), assert_close("published " + name, cut(*arrays(two)), truth, measure, reduction=b - a + 2 * D)
 
 
 @pytest.mark.parametrize("backend", LARGE)
@@ -261,37 +300,42 @@ def test_nothing_in_is_nothing_out(system, B, T, S):
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_buckets(on, backend, rng):
-    q, rotations = normal(rng, (1, 2, 5, 8), np.float32), normal(rng, (2, 8, 2, 3), np.float32)
+    q, rotations = normal(rng, (1, 2, 3, 8), np.float32), normal(rng, (2, 8, 2, 3), np.float32)
     turned = np.einsum("bhtd,hdrn->bhrtn", q.astype(np.float64), rotations)
     assert np.array_equal(arrays(on.lsh_buckets(q, rotations=rotations))[0], np.concatenate([turned, -turned], -1).argmax(-1))
     first, again, other = (arrays(on.lsh_buckets(q, n_buckets=16, seed=seed))[0] for seed in (1, 1, 2))
-    assert np.array_equal(first, again) and (first != other).any() and first.shape == (1, 2, 1, 5)
+    assert np.array_equal(first, again) and (first != other).any() and first.shape == (1, 2, 1, 3)
 
 
-@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("same_bucket", [False, True])
 def test_one_bucket_is_dense_and_more_are_not(on, backend, same_bucket, rng):
-    q, v = normal(rng, (1, 2, 20, 8), np.float32), normal(rng, (1, 2, 20, 8), np.float32)
+    q, v = normal(rng, (1, 1, 8, 8), np.float32), normal(rng, (1, 1, 8, 8), np.float32)
     k = q / np.sqrt((q * q).mean(-1, keepdims=True) + np.float32(1e-6)) / np.float32(8 ** 0.5)
-    seen = oracle.visible(1, 20, 20, rule=lambda p, s: (s < p) | ((s == 0) & (p == 0)))
-    buckets = np.zeros((1, 2, 1, 20), np.int32)
+    seen = oracle.visible(1, 8, 8, rule=lambda p, s: (s < p) | ((s == 0) & (p == 0)))
+    buckets = np.zeros((1, 1, 1, 8), np.int32)
     call = lambda **options: arrays(*on.reformer(q, None, v, same_bucket=same_bucket, return_lse=True, **options))  # noqa: E731
-    out, lse = call(buckets=buckets, chunk=20)
+    out, lse = call(buckets=buckets, chunk=8)
     judge.answer(out, lse, q, k, v, seen, scale=1.0)
-    assert np.abs(call(n_buckets=4, chunk=5, rounds=2)[0] - out).max() > 0.01
+    assert np.abs(call(buckets=rng.integers(0, 4, (1, 1, 2, 8)).astype(np.int32), chunk=2)[0] - out).max() > 0.01
 
 
 LONG = {"moba": dict(block=64, top_k=4), "exact_topk": dict(top_k=32), "infllm_v2": dict(top_k=12, force_last=2), "vertical_slash": dict(vertical=16, slash=16), "pooled_blocks": dict(top_k=8),
-        "routing": dict(centroids=np.random.default_rng(0).standard_normal((1, 64, 16)).astype(np.float32)), "reformer": dict(chunk=16)}
+        "routing": dict(centroids=np.random.default_rng(0).standard_normal((1, 64, 16)).astype(np.float32)), "reformer": dict(chunk=16),
+        # as many blocks and compressed keys as half the keys
+        "native_sparse_attention": dict(gates=np.ones((1, 1, 6144, 3), np.float32), block=4, stride=2, select_block=2, top_k=8, window=8)}
 
 
 @pytest.mark.parametrize("system", LONG)
 def test_memory_is_less_than_one_byte_a_pair(system, rng, monkeypatch):
+    from sparsetile.backends.numba import importance_topk
     from sparsetile.systems import infllm
     monkeypatch.setattr(infllm, "SCORES", 2 ** 20)
+    monkeypatch.setattr(importance_topk, "SCRATCH", 2 ** 20)
     T = 6144
     q, k, v = (normal(rng, (1, 1, T, 16), np.float32) for _ in range(3))
-    call = lambda n: getattr(st, system)(q[:, :, :n], None if system == "reformer" else k[:, :, :n], v[:, :, :n], backend="numba", **LONG[system])  # noqa: E731
+    cut = lambda x, n: x[:, :, :n] if isinstance(x, np.ndarray) and x.shape[2] == T else x  # noqa: E731
+    call = lambda n: getattr(st, system)(cut(q, n), None if system == "reformer" else cut(k, n), cut(v, n), backend="numba", **{name: cut(x, n) for name, x in LONG[system].items()})  # noqa: E731
     call(256)  # what is compiled or drawn once
     tracemalloc.start()
     try:
@@ -299,6 +343,30 @@ def test_memory_is_less_than_one_byte_a_pair(system, rng, monkeypatch):
         assert tracemalloc.get_traced_memory()[1] < T * T
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+@pytest.mark.parametrize("system", [*SMALL, "pooled_blocks", "routing", "reformer"])
+def test_a_cuda_graph_holds_the_choice(on, backend, system, rng):
+    """Nothing comes back to the host: a replay with other inputs chooses anew, and gives the bits of a call."""
+    import torch
+    q, k, v = (on.tensor(normal(rng, (2, 2, 64, 16), np.float32)) for _ in range(3))
+    more = dict(buckets=on.tensor(rng.integers(0, 4, (2, 2, 1, 64)).astype(np.int32)), chunk=8) if system == "reformer" else \
+        dict(centroids=on.tensor(normal(rng, (1, 4, 16), np.float32))) if system == "routing" else dict(block=32, top_k=1) if system == "pooled_blocks" else SMALL[system]
+    call = lambda: getattr(on, system)(q, None if system == "reformer" else k, v, **more)  # noqa: E731
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for x in (q, k, v):
+        x.copy_(on.tensor(normal(rng, tuple(x.shape), np.float32)))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(system, captured, call())
 
 
 JAX = {**SMALL, "reformer": dict(n_buckets=4, chunk=3, rounds=2, same_bucket=True), "routing": dict(centroids=np.eye(3, 13, dtype=np.float32)[None], cluster_size=4)}

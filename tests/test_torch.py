@@ -5,7 +5,8 @@ import torch
 
 import sparsetile as st
 from sparsetile.autotune import numeric
-from sparsetile.ops import attention, torch_ops
+from sparsetile.ops import attention, dispatch, torch_ops
+from sparsetile.ops import latent as latent_op
 
 B, HQ, HK, T, S, D, DV = 2, 4, 2, 45, 70, 24, 20
 
@@ -68,7 +69,7 @@ def test_opcheck(tensors, rules, name):
 def test_opcheck_of_the_other_operators(rng):
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
     ops = torch.ops.sparsetile
-    torch.library.opcheck(ops.merge.default, ([make(1, 2, 5, 8).requires_grad_(), make(1, 2, 5, 8)], [make(1, 2, 5), make(1, 2, 5)], make(2), ""))
+    torch.library.opcheck(ops.merge.default, ([make(1, 2, 5, 8).requires_grad_(), make(1, 2, 5, 8)], [make(1, 2, 5), make(1, 2, 5)], make(2), "", ""))
     torch.library.opcheck(ops.weighted_sum.default, (leaves([make(1, 2, 5, 8), make(1, 2, 5, 8)]), [make(1, 2, 5).requires_grad_(), make(1, 2, 5, 2)[..., 1]], ""))
     window = (None, True, None, 11, None, None, "relu", "", "")
     torch.library.opcheck(ops.indexer_scores.default, (*leaves([make(1, 2, 5, 8), make(1, 16, 8), make(1, 2, 5)]), *window))
@@ -76,8 +77,8 @@ def test_opcheck_of_the_other_operators(rng):
     torch.library.opcheck(ops.indexer_topk.default, (make(1, 2, 5, 8), make(1, 16, 8), make(1, 2, 5), *select))
     basic = "test_schema", "test_autograd_registration", "test_faketensor"  # the rest of opcheck adds all outputs into the first, an integer here
     torch.library.opcheck(ops.indexer_topk.default, (*leaves([make(1, 2, 5, 8), make(1, 16, 8), make(1, 2, 5)]), *select), test_utils=basic)
-    torch.library.opcheck(ops.topk.default, (make(1, 5, 16), 4, None, None, ""))
-    torch.library.opcheck(ops.latent_decompress.default, (*leaves([make(1, 7, 16), make(2, 16, 8), make(2, 16, 4), make(1, 7, 4)]), None, ""))
+    torch.library.opcheck(ops.topk.default, (make(1, 5, 16), 4, None, None, "", ""))
+    torch.library.opcheck(ops.latent_decompress.default, (*leaves([make(1, 7, 16), make(2, 16, 8), make(2, 16, 4), make(1, 7, 4)]), None, "", ""))
     torch.library.opcheck(ops.grouped_matmul.default, (*leaves([make(1, 2, 5, 8), make(2, 6, 8), make(1, 2, 5, 3)]), ""))
 
 
@@ -168,11 +169,100 @@ def test_merge_gradients_match_autograd_of_the_formula(rng):
         numeric.assert_close(str(n), got, truth.numpy(), plain, reduction=5)
 
 
+def test_gradients_of_a_merge_do_not_read_empty_parts(rng):
+    outs, lses = torch.from_numpy(rng.standard_normal((2, 1, 2, 5, 4)).astype(np.float32)), torch.from_numpy(rng.standard_normal((2, 1, 2, 5)).astype(np.float32))
+    outs[1, :, :, 2:], lses[1, :, :, 2:], lses[0, :, :, 4] = torch.nan, -torch.inf, -torch.inf
+    x = leaves([*outs, *lses])
+    out, lse = st.merge_attention(x[:2], x[2:])
+    (out.square().sum() + torch.where(torch.isfinite(lse), lse, 0).sum()).backward()
+    assert torch.isfinite(out).all() and all(torch.isfinite(g.grad).all() for g in x) and all((g.grad[:, :, 2:] == 0).all() for g in x[1::2])
+
+
 def test_missing_gradients_are_refused_in_words(rng):
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
     scores = st.indexer_scores(make(1, 2, 3, 4).to(torch.float8_e4m3fn), make(1, 5, 4).to(torch.float8_e4m3fn), make(1, 2, 3).requires_grad_(), causal=False)
     with pytest.raises(st.Unsupported, match="gradient"):
         scores.sum().backward()
+
+
+def test_gradients_of_gradients_are_refused_in_words(rng):
+    """torch's answer for an operator without a formula is a warning, and 0."""
+    make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).requires_grad_()  # noqa: E731
+    calls = {"pattern": lambda q: st.sparse_attention(q, q, q, st.Causal()), "selection": lambda q: st.sparse_attention(q, q, q, st.Selection(torch.zeros(1, 1, 5, 2, dtype=torch.int32))),
+             "indexer": lambda q: st.indexer_scores(q, make(1, 7, 8), make(1, 2, 5), causal=False), "chosen": lambda q: st.indexer_topk(q, make(1, 7, 8), make(1, 2, 5), 3, causal=False, return_scores=True)[1],
+             "absorbed": lambda q: st.latent_attention(q, None, make(1, 7, 16), None, make(2, 16, 8), make(2, 16, 8), mode="absorbed"),
+             "decompressed": lambda q: st.latent_attention(make(1, 2, 5, 8), None, q[:, 0].repeat(1, 1, 2), None, make(2, 16, 8), make(2, 16, 8), mode="decompressed")}
+    for name, call in calls.items():
+        q = make(1, 2, 5, 8)
+        once, = torch.autograd.grad(call(q).square().sum(), q, create_graph=True)
+        with pytest.raises(st.Unsupported, match="gradients of gradients.*; leave create_graph"):
+            once.sum().backward()
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_transforms_are_refused_in_words(tensors, transform):
+    q, k, v, _ = tensors
+    call = lambda q: st.sparse_attention(q, k, v, st.Causal()).sum()  # noqa: E731
+    call(q)                                                                            # a call of its like is known already
+    with pytest.raises(st.Unsupported, match=r"torch.func.*not supported.*; batch along B"):
+        torch.func.grad(call)(q) if transform == "grad" else torch.vmap(call)(torch.stack([q, q]))
+
+
+def test_a_config_is_obeyed_where_a_gradient_is_wanted(rng):
+    make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).requires_grad_()  # noqa: E731
+    calls = (lambda **o: st.merge_attention([make(1, 2, 5, 8)], [make(1, 2, 5)], **o), lambda **o: st.topk(make(1, 5, 9), 3, **o),
+             lambda **o: st.latent_decompress(make(1, 7, 16), make(2, 16, 8), make(2, 16, 4), **o), lambda **o: st.indexer_scores(make(1, 2, 5, 8), make(1, 7, 8), make(1, 2, 5), **o),
+             lambda **o: st.indexer_topk(make(1, 2, 5, 8), make(1, 7, 8), make(1, 2, 5), 3, **o), lambda **o: st.sparse_attention(*[make(1, 2, 5, 8)] * 3, **o))
+    for call in calls:
+        assert call(config={}) is not None
+        with pytest.raises(ValueError, match="config: expected knobs of .*'no_such_knob'"):
+            call(config={"no_such_knob": 1})
+
+
+def test_gradients_are_rounded_once(monkeypatch, rng):
+    """Parts of a layout, and both roles of shared keys, are summed in float32."""
+    kernel, asked = dispatch.kernel("reference", "block_attention_backward"), []
+    run = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *a, out_dtype=None, deterministic=None, **o: asked.append((out_dtype, deterministic)) or run(*a, out_dtype=out_dtype, **o))
+    q, k, v = torch.from_numpy(rng.standard_normal((3, 1, 1, 512, 8)).astype(np.float32)).bfloat16()
+    fine = st.Causal() & (st.Window(1) | st.Strided(16))
+    assert len(fine.layout(512, 512, 64, 64).parts) > 1
+    for rule, value, several in ((st.Causal(), v, False), (fine, v, True), (st.Causal(), None, True)):
+        asked.clear()
+        x = leaves([q, k])
+        st.sparse_attention(*x, value, rule, value_width=None if value is not None else 5, deterministic=several, backend="reference").sum().backward()
+        assert set(asked) == {("float32" if several else None, several)} and x[0].grad.dtype == torch.bfloat16, rule
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_memory_that_does_not_hold_the_values_is_refused(tensors):
+    q, k, v, sink = tensors
+    call = lambda q, **options: st.sparse_attention(q, k, v, st.Causal(), **options)  # noqa: E731
+    call(q, sink_logits=sink)                                                          # a call of its like is known already
+    negated = torch.complex(q, -q).conj().imag
+    numeric.assert_same_bits("resolved", call(negated.resolve_neg()), call(q))
+    for bad in (negated, torch._neg_view(q)):
+        with pytest.raises(TypeError, match=r"^q: expected .* negated view; call resolve_neg\(\)"):
+            call(bad)
+    with pytest.raises(TypeError, match=r"^sink_logits: expected .* negated view; call resolve_neg\(\)"):
+        call(q, sink_logits=torch._neg_view(sink))
+    for layout in (torch.strided, torch.jagged):
+        with pytest.raises(TypeError, match="^q: expected a dense array"):
+            call(torch.nested.nested_tensor(list(q), layout=layout))
+
+
+@pytest.mark.parametrize("where", ["side by side", "apart", "overlapping"])
+def test_latents_beside_their_rotary_parts_are_read_in_place(rng, where):
+    """One array may hold both, in any strides: taken for one only where it is one."""
+    make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    q, rope, w_uk, w_uv, memory = make(1, 2, 5, 8), make(1, 2, 5, 4), make(2, 16, 8), make(2, 16, 6), make(1, 7, 20)
+    latent, k_rope = {"side by side": (memory[..., :16], memory[..., 16:]), "apart": (make(1, 7, 16), make(1, 7, 4)),
+                      "overlapping": (memory.view(-1)[:112].view(1, 7, 16), memory.view(-1)[16:44].view(1, 7, 4))}[where]
+    joined = latent_op._joined(latent, k_rope, "torch", None)
+    assert torch.equal(joined, torch.cat((latent, k_rope), -1)) and (joined.data_ptr() == latent.data_ptr()) == (where == "side by side")
+    call = lambda c, r: st.latent_attention(q, rope, c, r, w_uk, w_uv, st.Causal(), mode="absorbed")  # noqa: E731
+    numeric.assert_same_bits(where, call(latent, k_rope), call(latent.clone(), k_rope.clone()))
 
 
 def test_transposed_views_are_read_in_place(tensors):

@@ -161,6 +161,19 @@ def test_lse_and_sink_gradients_together(on, backend, rng):
 
 
 @every
+def test_an_lse_far_below_the_sink_has_no_gradient(on, backend, rng):
+    """Where the sink holds all but exp(-80) of a row, every P is 0 in float32: nothing is left to carry the gradient, and 0 times anything stays 0."""
+    q, k, v = qkv(rng, Hq=8, Hk=8, T=8, dtype=np.float32)
+    pytest.importorskip("torch")
+    for rule in (st.Causal(), st.Selection(on.tensor(rng.integers(-1, 50, (1, 1, 8, 9)).astype(np.int32)))):
+        x = [on.tensor(a, True) for a in (q, k, v)]
+        out, lse = st.sparse_attention(*x, rule, sink_logits=on.tensor(np.array(SINKS, np.float32)), return_lse=True, backend=backend)
+        lse.nan_to_num(0, 0, 0).sum().backward()
+        grads = arrays(*(a.grad for a in x))
+        assert all(np.isfinite(g).all() for g in grads) and (grads[0][:, [0, 1, 3]] == 0).all() and (grads[0][:, [2, 4, 5, 7]] != 0).any((0, 2, 3)).all()
+
+
+@every
 def test_merging_two_empty_halves(on, backend, rng):
     outs, lses = [np.zeros((1, 2, 5, 32), np.float16) for _ in range(2)], [np.full((1, 2, 5), -np.inf, np.float32) for _ in range(2)]
     for sinks in (None, np.array([1.0, -np.inf], np.float32), np.array([np.inf, 3e38], np.float32)):
@@ -274,6 +287,21 @@ def test_offsets_past_two_to_the_31(on, backend, rng):
         count[0, 0, t, t * 40:t * 40 + 40] = 1
     how = dict(scale=D ** -0.5)
     assert_close("out", out, oracle.attention(q, small, small[..., :Dv], count, **how)[0], plain.attention(q, small, small[..., :Dv], count, **how)[0], reduction=40 + D)
+
+
+@pytest.mark.parametrize("way", ["selection", "window"])
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_offsets_past_two_to_the_31_on_the_cpu(on, backend, way, rng, tmp_path):
+    """The same in a file of holes: only the pages that are touched exist."""
+    S, D, Dv, seen = 3_800_000, 576, 512, 40
+    k = np.memmap(tmp_path / "keys", np.float16, "w+", shape=(1, 1, S, D))
+    rows = np.sort(np.append(rng.choice(S, seen // 2, replace=False), np.arange(S - seen // 2, S))) if way == "selection" else np.arange(S - seen, S)
+    small, q = normal(rng, (1, 1, seen, D), np.float16), normal(rng, (1, 16, 1, D), np.float16)
+    k[0, 0, rows] = small[0, 0]
+    rule = st.Selection(rows.astype(np.int32)[None, None, None]) if way == "selection" else st.Window(seen - 1)
+    out = on.sparse_attention(q, k, None, rule, value_width=Dv)
+    how = dict(scale=D ** -0.5)
+    assert_close("out", out, oracle.attention(q, small, small[..., :Dv], 1, **how)[0], plain.attention(q, small, small[..., :Dv], 1, **how)[0], reduction=seen + D)
 
 
 @every

@@ -29,7 +29,8 @@ def rows(seed=0):
         us = 100 + abs(np.log2(config["tile"] / 32)) * 20 + abs(np.log2(config["block"] / 64)) * 15 * (config["path"] == "fast") + abs(config["stages"] - 3) * 9 + 40 * (config["path"] == "plain") + \
             (config["warps"] != 8) * 25 * (config["tile"] > 16)
         fails = config != {t.name: t.values[0] for t in KNOBS} and rng.random() < 0.1
-        found.append(dict(config=config, samples=None if fails else list(us * (1 + 0.002 * rng.standard_normal(5))), failure="hang: no answer" if fails else None, seconds=0.5))
+        samples = None if fails else list(us * (1 + 0.002 * rng.standard_normal(5)))
+        found.append(dict(config=config, samples=samples, time_us=samples and float(np.median(samples)), failure="hang: no answer" if fails else None, seconds=0.5))
     return found
 
 
@@ -42,7 +43,7 @@ def table(tmp_path_factory):
 
 
 def test_a_table_is_what_was_timed(table):
-    made = {table.key(r["config"]): r["samples"] and float(np.median(r["samples"])) for r in rows()}
+    made = {table.key(r["config"]): r["time_us"] for r in rows()}
     assert {key: us for key, (us, _) in table.results.items()} == {key: us and pytest.approx(us, rel=1e-3) for key, us in made.items()}
     assert table.pool[0] == table.default and len(table.pool) == len(made) and all(seconds == pytest.approx(0.5, rel=1e-3) for _, seconds in table.results.values())
 
@@ -52,6 +53,11 @@ def test_a_course_descends_and_ends_at_the_best_when_everything_was_tried(table,
     course = replay.run(table, sampler, len(table.results) if sampler != "tpe-plain" else 20, 0)
     regret = [r for r, _ in course]
     assert regret == sorted(regret, reverse=True) and (regret[-1] == 0 or sampler == "tpe-plain") and [s for _, s in course] == sorted(s for _, s in course)
+
+
+def test_a_blind_replay_begins_with_a_config_of_chance(table):
+    begun = {replay.run(table, "pool", 1, seed, blind=True)[0][0] for seed in range(8)}
+    assert len(begun) > 4 and {replay.run(table, "pool", 1, seed)[0][0] for seed in range(8)} == {table.results[table.key(table.default)][0] / table.best - 1}
 
 
 def test_ours_beats_random_and_plain_tpe(table):
@@ -64,7 +70,7 @@ def test_ours_beats_random_and_plain_tpe(table):
 def test_a_verdict_says_what_is_missed():
     row = lambda sampler, trials, median, p90: {"table": "x", "size": 999, "sampler": sampler, "trials": trials, "median": median, "p90": p90, "seconds": 1.0}
     said = replay.verdict([row("pool", 50, 0.0, 0.5), row("pool", 150, 0.004, 0.07), row("random", 50, 0.0, 0.2), row("random", 150, 0.001, 0.2), row("pool", None, 0, 0)])
-    assert "after 150 trials median 0.40%, 90th percentile 7.00%: missed by 2.00%" in said and "against random: better after none, worse after 150" in said
+    assert "after 150 trials median 0.40%, 90th percentile 7.00%: missed by 2.00%" in said and "against random: better after none, worse after 50, 150" in said
     assert "reached" in replay.verdict([row("pool", 150, 0.01, 0.05)])
 
 

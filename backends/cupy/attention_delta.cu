@@ -1,5 +1,5 @@
-// What the backward of attention needs of each row: one warp a row; and the gradient of the sinks, one block a head, in a fixed order.
-// Defines: KIND (out), DOUT_KIND, VECTOR (elements a lane loads at once).
+// What the backward of attention needs of each row: LANES threads a row; and the gradient of the sinks, one block a head, in a fixed order.
+// Defines: KIND (out), DOUT_KIND, VECTOR (elements a lane loads at once), LANES (a power of two, at most 32).
 #include "vectors.cuh"
 
 struct Params {
@@ -13,22 +13,22 @@ constexpr int WARPS = 8, THREADS = 256;
 
 // lse_total = logaddexp(lse, sink); delta = sum(dout * out) - dlse * exp(lse_total - lse); term = exp(sink - lse_total) * sum(dout * out)
 extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Params p) {
-  const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (row >= (i64)p.B * p.H * p.T) return;
-  const int t = row % p.T, h = row / p.T % p.H, b = row / p.T / p.H, lane = threadIdx.x & 31;
+  const u32 rows = (u32)p.B * p.H * p.T, mine = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, row = mine < rows ? mine : rows - 1;  // 32 bits: a division of 64 takes longer than the row
+  const u32 t = row % (u32)p.T, bh = row / (u32)p.T, h = bh % (u32)p.H, b = bh / (u32)p.H, lane = threadIdx.x % LANES;
+  const float lse = p.lse[row], sink = p.sink ? p.sink[h] : -inf();
   const Element<KIND>* out = (const Element<KIND>*)p.out + b * p.ob + h * p.oh + t * p.ot;
   const Element<DOUT_KIND>* dout = (const Element<DOUT_KIND>*)p.dout + b * p.db + h * p.dh + t * p.dt;
   float sum = 0.f;
-  for (int c = lane * VECTOR; c < p.Dv; c += 32 * VECTOR) {
+  for (int c = lane * VECTOR; c < p.Dv; c += LANES * VECTOR) {
     float x[VECTOR], y[VECTOR];
     load_floats<KIND, VECTOR>(x, out, c, p.od);
     load_floats<DOUT_KIND, VECTOR>(y, dout, c, p.dd);
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) sum = fmaf(x[i], y[i], sum);
   }
-  sum = warp_sum(sum);
-  if (lane) return;
-  const float lse = p.lse[row], sink = p.sink ? p.sink[h] : -inf();
+#pragma unroll
+  for (int m = LANES / 2; m; m /= 2) sum += __shfl_xor_sync(~0u, sum, m);
+  if (lane || mine >= rows) return;
   const float high = fmaxf(lse, sink), low = fminf(lse, sink);
   const float total = high == -inf() || high == inf() ? high : high + log1pf(expf(low - high));
   // The keys' share of the whole is exp(lse - total). Where a huge sink makes it vanish, P = exp(s - total) would underflow and with it what dlse brings:

@@ -13,6 +13,8 @@ FIELDS = "9Q11q4i"
 
 def supports(problem: Problem) -> str | None:
     kinds = {kind for _, kind in problem.dtypes}
+    if problem["B"] * problem["Hq"] * problem["T"] >= 2 ** 32:
+        return "CuPy's attention_delta takes fewer than 2^32 rows; differentiate some batch entries or heads at a time"
     return None if kinds <= set(KINDS) - {"float8_e4m3fn"} else f"CuPy's attention_delta takes float32, float16 and bfloat16, not {'/'.join(sorted(kinds))}; cast the arrays"
 
 
@@ -26,7 +28,13 @@ def default_config(problem: Problem) -> dict:
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("out") or problem.dtype("q")
-    return [dict(source="attention_delta", defines=dict(KIND=KINDS[kind], DOUT_KIND=KINDS[kind], VECTOR=4), names=["rows", "sinks"])]
+    return [dict(source="attention_delta", defines=_defines(kind, kind, 16 // (4 if kind == "float32" else 2), problem["Dv"]), names=["rows", "sinks"])]
+
+
+def _defines(kind: str, dout_kind: str, vector: int, Dv: int) -> dict:
+    """16 bytes a lane, as many lanes as a row needs."""
+    lanes = min(32, 1 << max(0, (ceil_div(Dv, vector) - 1).bit_length()))
+    return dict(KIND=KINDS[kind], DOUT_KIND=KINDS[dout_kind], VECTOR=vector, LANES=lanes)
 
 
 def run(out, dout, lse, *, place, config=None, sink_logits=None, dlse=None):
@@ -35,10 +43,9 @@ def run(out, dout, lse, *, place, config=None, sink_logits=None, dlse=None):
     term, dsink = (None, None) if sink_logits is None else (place.empty((B, H, T), "float32"), place.full((H,), "float32", 0.0))
     if B * H * T == 0:
         return total, delta, dsink
-    n = min(copy_bytes(out, dout) // max(out.itemsize, dout.itemsize), 4) if out.dtype == dout.dtype else 1
-    defines = dict(KIND=KINDS[out.dtype], DOUT_KIND=KINDS[dout.dtype], VECTOR=max(n, 1))
+    defines = _defines(out.dtype, dout.dtype, copy_bytes(out, dout) // out.itemsize if out.dtype == dout.dtype else 1, Dv)
     values = (out.ptr, dout.ptr, lse.ptr, nvrtc.ptr(dlse), nvrtc.ptr(sink_logits), total.ptr, delta.ptr, nvrtc.ptr(term), nvrtc.ptr(dsink), *out.strides, *dout.strides, *(dlse.strides if dlse is not None else (0, 0, 0)), B, H, T, Dv)
-    nvrtc.function("attention_delta", "rows", FIELDS, defines, place)(ceil_div(B * H * T, 8), 256, 0, place.stream, *values)
+    nvrtc.function("attention_delta", "rows", FIELDS, defines, place)(ceil_div(B * H * T, 256 // defines["LANES"]), 256, 0, place.stream, *values)
     if dsink is not None:
         nvrtc.function("attention_delta", "sinks", FIELDS, defines, place)(H, 256, 64 if hasattr(place, "compile") else 0, place.stream, *values)
     return total, delta, dsink

@@ -17,7 +17,7 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, split
-from sparsetile.backends.cupy.hopper_axes import Axes, axes_of
+from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, first_fitting, fp8_defines, latent_shape, lists_values,
                                                padded, page_defines, position_values, problem_copy_bytes, query_tiles, sliced, through_pages)
 
@@ -118,16 +118,11 @@ def _threads(config: dict, float32: bool) -> int:
     return 4 * config["block_q"] if float32 else config["block_q"] // config["row_tiles"] * 2
 
 
-def in_classes(problem: Problem) -> bool:
-    """Whether rows or keys stand in residue classes, which seldom fill 192 rows: of stride 128 at 16k such tiles would be half as much work again."""
-    return any(word in ("strided", "fixed", "dilated", "order") for feature in problem.features for word in feature.split("+"))
-
-
 def default_config(problem: Problem) -> dict:
     D, T = problem["D"], problem["T"]
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
-        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k
+        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k; classes seldom fill 192 rows: of stride 128 at 16k half as much work again
         return first_fitting(problem, resources, [dict(path="hopper", block_q=bq, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
     if rows == 32 and problem.dtype("q") in HALVES and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
         few = first_fitting(problem, resources, split.candidates(problem))

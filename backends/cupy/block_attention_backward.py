@@ -5,14 +5,16 @@ infinite; dS = P * (dout . v - delta) * d(softcap). dQ goes by the lists of quer
 twice the same call gives the same bits. dK and dV are summed over the group's heads; keys that nobody sees get 0.
 
 Two paths are for sm_90a and blocks of 128. "hopper" (block_attention_backward_hopper.cu): one pass, dQ added in the order in which items are taken. "two_pass"
-(block_attention_backward_two_pass.cu, two_pass.py): dS is kept, dQ is its product with K; also for D up to 192. Calls that they do not know (softcap, orders, scales that are not
-positive, outputs of another type, arrays that the copy engine cannot address) take the portable one with the same blocks.
+(block_attention_backward_two_pass.cu, two_pass.py): dS is kept, dQ is its product with K; also for D up to 192, and for layouts of several parts. Calls that they do not know (softcap,
+orders that are not residue classes or summaries, of path hopper any, scales that are not positive, outputs of another type, arrays that the copy engine cannot address) take the portable one
+with the same blocks.
 """
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, two_pass, walks
+from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
 from sparsetile.backends.cupy.operands import HALVES, KINDS, LISTS, POSITIONS, ceil_div, column_slices, copy_bytes, lists_values, padded, position_values, problem_copy_bytes, query_tiles, sliced
 
 TUNABLES = (
@@ -22,11 +24,11 @@ TUNABLES = (
     Tunable("tile_k", (32, 64, 128), "keys a step of dQ, and keys of a CTA of dK and dV; divides block_k"),
     Tunable("tile_q", (32, 16, 64), "queries a step of dK and dV"),
     Tunable("stages", (1, 2), "2: the next tiles arrive while these are multiplied"),
-    Tunable("heads", (1, 2, 4, 8, 16, 32), "paths hopper and two_pass: key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache"),
-    Tunable("sums", (1, 2), "path hopper: float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones"),
-    Tunable("section", (0, 8, 16, 32), "path hopper: query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others"),
-    Tunable("walk", ("descending", "freest"), "path hopper: rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)"),
-    Tunable("scratch", (2, 1, 4, 8), "path two_pass: GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it"),
+    Tunable("heads", (1, 2, 4, 8, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("hopper", "two_pass")),
+    Tunable("sums", (1, 2), "float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones", ("hopper",)),
+    Tunable("section", (0, 8, 16, 32), "query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others", ("hopper",)),
+    Tunable("walk", ("descending", "freest"), "rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)", ("hopper",)),
+    Tunable("scratch", (2, 1, 4, 8), "GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it", ("two_pass",)),
 )
 LOG2E = 1.4426950408889634
 HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
@@ -68,8 +70,8 @@ def no_hopper(problem: Problem, path: str) -> str | None:
     return None
 
 
-def hopper_defines(kind: str, D: int, Dv: int) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128)
+def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128, PARTED=int(parted))
 
 
 def hopper_bytes(D: int, Dv: int, path: str) -> int:
@@ -117,7 +119,7 @@ def waits(problem: Problem) -> bool:
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run on an H200: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296; window 1024 389 / 395, causal 32k 287 / 277 and D 64 at 16k 371 / 352 on
     a throttled chip; sinks as globals, not measured. `heads` of hopper as measured on an H100. What a simulation says of `section`, `walk` and `sums` is for the tuner to try."""
-    if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem):
+    if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
         return dict(path="hopper", heads=16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8, scratch=2)
     if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
         return dict(path="two_pass", heads=2 if waits(problem) else 32, scratch=two_pass.default_scratch(problem))
@@ -147,16 +149,16 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
     source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries"])
-    return portable if config["path"] == "portable" else [dict(source=source, defines=hopper_defines(kind, problem["D"], problem["Dv"]), names=names), *portable]
+    builds = (False, True) if order and config["path"] == "two_pass" else (False,)
+    return portable if config["path"] == "portable" else [*(dict(source=source, defines=hopper_defines(kind, problem["D"], problem["Dv"], parted), names=names) for parted in builds), *portable]
 
 
 def _source(kind: str) -> str:
     return "block_attention_backward_float32" if kind == "float32" else "block_attention_backward"
 
 
-def takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) -> bool:
-    return config["path"] != "portable" and softcap is None and lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == q.dtype \
-        and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
+def takes_hopper(q, k, v, dout, config, scale, softcap, out_kind) -> bool:
+    return config["path"] != "portable" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
 def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int, int]:
@@ -188,11 +190,10 @@ def chosen_walk(lists, walk: str, under_way: int, place):
     return lists.extras[key]
 
 
-def maps_of(q, k, v, dout, dk, dv, place) -> tuple:
+def maps_of(q, k, v, dout, dk, dv, place, axes=Axes()) -> tuple:
     """How the copy engine reads queries 64 rows at a time and keys 128, and writes 64 of dK and dV; 64 columns each."""
-    read = lambda x, n: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[1], x.shape[0]), (1, *reversed(hopper.steps(x))), (64, n, 1, 1))  # noqa: E731
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[0] * x.shape[1]), (1, x.shape[3], x.shape[2] * x.shape[3]), (64, 64, 1))  # noqa: E731
-    return read(q, 64), read(k, 128), read(v, 128), read(dout, 64), write(dk), write(dv)
+    return axes.rows(place, q, 64), axes.keys(place, k), axes.keys(place, v), axes.rows(place, dout, 64), write(dk), write(dv)
 
 
 def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
@@ -217,18 +218,41 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     return dq, dk, dv
 
 
+def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True):
+    """(dq, dk, dv) of a layout's parts, their sums made in float32 and rounded once, or None where that is not possible: then they are run apart and added."""
+    (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    kind, start = q.dtype, S - T if q_start is None and kv_length is None else q_start
+    if dout.dtype != kind:
+        dout = place.cast(dout, kind)
+    if config["path"] != "two_pass" or not B * Hq * T or not takes_hopper(q, k, v, dout, config, scale, softcap, kind):
+        return None
+    axes = [axes_of(part, start, T, S) for part in parts]
+    if None in axes or not axes[0].every or any(2 * B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+        return None
+    dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
+    made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
+    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
+                        shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=start)
+
+
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
     (B, Hq, T, D), (Hk, S), Dv = q.shape, k.shape[1:3], v.shape[3]
     kind, out_kind = q.dtype, out_dtype or q.dtype
     if dout.dtype != kind:
         dout = place.cast(dout, kind)
     tiles = query_tiles(lists, T, q_start, S, kv_length)
-    if B * Hq * T and takes_hopper(q, k, v, dout, lists, config, scale, softcap, out_kind) and max(2 * B * Hq * tiles, B * Hk * ceil_div(S, 128)) < 2 ** 31 - place.sms:
+    if lists.q_order is not None or lists.k_order is not None:
+        found = run_parts(q, k, v, (lists,), lse, delta, dout, place=place, config=config, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start) if out_kind == kind else None
+        if found is not None:
+            return found
+    elif B * Hq * T and takes_hopper(q, k, v, dout, config, scale, softcap, out_kind) and max(2 * B * Hq * tiles, B * Hk * ceil_div(S, 128)) < 2 ** 31 - place.sms:
         if config["path"] == "hopper":
             return run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start)
         dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
-        return two_pass.run(maps_of(q, k, v, dout, dk, dv, place), dq, dk, dv, lse, delta, lists, hopper_defines(kind, D, Dv), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
-                            shape=(B, Hq, Hk, T, S, D, Dv), tiles=tiles, scale=scale, kv_length=kv_length, q_start=q_start)
+        start = S - T if q_start is None and kv_length is None else q_start
+        whole = two_pass.Part(lists, maps_of(q, k, v, dout, dk, dv, place), tiles, covered=isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq)
+        return two_pass.run([whole], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
+                            shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=q_start)
     make = place.zeros if lists.k_order is not None or B * Hq * T == 0 else place.empty  # an order may lack keys
     dq, dk, dv = place.empty((B, Hq, T, D), out_kind), make((B, Hk, S, D), out_kind), make((B, Hk, S, Dv), out_kind)
     if B * Hq * T == 0:

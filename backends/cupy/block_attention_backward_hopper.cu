@@ -66,6 +66,8 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   end_row = imax(rows.x, rows.y);
 }
 
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x) { return false; }
+
 // ------------------------------------------------------------------------------------------------------------------- adding
 // dQ of step s of every tile: the first addition stores
 __device__ __forceinline__ void add_sums(const Params& p, const Shared& m, int s) {

@@ -7,9 +7,10 @@
 // dS of everything would be T x S memory. Heads, or key blocks of a head, are worked on in pieces that fit a fixed amount; where a head comes in pieces, dQ stands in float32 between them.
 //
 // Beside block_attention_backward_hopper.cu this reads dS and K once more (64 KB a block of 128 x 128 at D 128), needs no turns, no float32 sums, and has the registers for D up to 192.
-// Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv rounded up to 64 or 128).
+// PARTED: one part of a layout of several (parts.cuh). A piece's dQ, dK and dV stand in float32 between its parts; the last one adds its own and rounds.
+// Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv rounded up to 64 or 128), PARTED.
 #include "wgmma.cuh"
-#include "lists.cuh"
+#include "parts.cuh"
 #include "ordered.cuh"
 
 struct Params {
@@ -19,6 +20,7 @@ struct Params {
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
   unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
   int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
+  int* whole;                       // [L, nk] 1 where whole query tiles see every key of a block
   int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
   int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
@@ -28,7 +30,10 @@ struct Params {
   int together, ahead, ahead_rows;                                // `together` key heads are worked on at a time, once the `ahead` longest items of all are taken
   int pieces, from_head, heads, from_block, piece_blocks, most;   // key heads and key blocks of the piece; most entries of one head in a piece
   int items;                                                      // of `backward`
+  int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
+  int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
+  float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, D], [heads, S, D], [heads, S, Dv] of the piece
 };
 
 constexpr bool ADDS = false;
@@ -58,7 +63,15 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
   first_row = rows.x;
-  end_row = block < p.lists.nk && block * KEYS < limit ? imax(rows.x, rows.y) : first_row;
+  end_row = block < p.lists.nk && (PARTED || block * KEYS < limit) ? imax(rows.x, rows.y) : first_row;  // blocks of a part do not ascend: those behind the last key are masked
+}
+
+// What `arrange` found holds where the call has every row of every tile.
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
+  if (x.first_row > 0 || x.end_row < p.lists.nq || p.at.T % (ROWS * row_step(p)) || (!row_steps(p) && x.start % ROWS)) return false;
+  bool found = false;
+  for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++) found |= p.whole[(i64)x.list(p, r) * p.lists.nk + x.block];
+  return found;
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
@@ -116,6 +129,48 @@ template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
   for (int i = 0; i < N; i++) d[i] = 0.f;
 }
 
+// Of a part: sums of two rows of a lane, of which row 8 h stands in float32 at wide + at[h], or is none where at[h] is negative; columns 8 j + 2 (lane % 4) and the next are d[4 j ..].
+// A part starts from what the parts before it left, in the unit of its own products: asked for before the item's tiles have come, the loads cost no time.
+template <int N> __device__ __forceinline__ void start_part(float (&d)[N], float unit, const float* wide, const i64 (&at)[2], int width) {
+#pragma unroll
+  for (int j = 0; j < N / 2; j++) {
+    const bool inside = at[j & 1] >= 0 && j / 2 * 8 < width;
+    const float2 x = inside ? *(const float2*)(wide + at[j & 1] + j / 2 * 8) : make_float2(0.f, 0.f);
+    d[2 * j] = x.x * unit;
+    d[2 * j + 1] = x.y * unit;
+  }
+}
+template <int N> __device__ __forceinline__ void leave_part(const float (&d)[N], float scale, float* wide, const i64 (&at)[2], int width) {
+#pragma unroll
+  for (int j = 0; j < N / 2; j++)
+    if (at[j & 1] >= 0 && j / 2 * 8 < width) *(float2*)(wide + at[j & 1] + j / 2 * 8) = make_float2(d[2 * j] * scale, d[2 * j + 1] * scale);
+}
+
+// where key c of a block stands, or -1
+__device__ __forceinline__ int key_at(const Params& p, int block, int c) {
+  return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
+}
+
+constexpr u32 NOWHERE = ~0u;
+// Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
+__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int key_head, int block, int w, int tid) {
+  const int n = width / 8;
+#pragma unroll 1
+  for (int i = tid; i < 64 * n; i += 128) {
+    const int c = 64 * w + i / n, column = i % n, key = key_at(p, block, c);
+    if (key < 0) continue;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    float4* there = (float4*)wide + (((i64)(key_head - p.from_head) * p.at.S + key) * n + column) * 2;
+    if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
+    else if (!p.rounds && !(p.adds & 2)) there[0] = there[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+    else if (p.adds & 2) {
+      const float4 a = there[0], b = there[1];
+      x = make_uint4(pack<KIND>(a.x, a.y), pack<KIND>(a.z, a.w), pack<KIND>(b.x, b.y), pack<KIND>(b.z, b.w));
+    }
+    if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
+  }
+}
+
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
   const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
   u32 patience = PATIENCE;
@@ -125,6 +180,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
+  const auto places_of_keys = [&](i64 (&at)[2], int width, bool any) {  // of a part: where this lane's sums stand in float32
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int tid = thread_again() % 128, key = !any ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      at[h] = key < 0 ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 2 * (tid & 3);
+    }
+  };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
@@ -186,13 +248,26 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      if (PARTED) {
+        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      } else {
+        store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
+      }
       named_sync(4 + w, 128);
       release();
       continue;
     }
+    if (PARTED) {
+      i64 at[2];
+      places_of_keys(at, p.D, p.adds & 2);
+      start_part(dk, 1.f / p.scale, p.wide_dk, at, p.D);
+      places_of_keys(at, p.Dv, p.adds & 2);
+      start_part(dv, 1.f, p.wide_dv, at, p.Dv);
+    } else {
+      clear(dk); clear(dv);
+    }
     bar_wait(m.full_keys(), turn_keys, patience);
-    clear(dk); clear(dv);
     multiply_scores(0);
     for (u32 b = 0;;) {
       step(b);
@@ -210,12 +285,27 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.kept(), turn_keys, patience);
     turn_keys ^= 1;
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    write_keys(dk, p.scale, m.k, row, lane);
-    write_keys(dv, 1.f, m.v, row, lane);
+    if (PARTED && !p.rounds) {
+      i64 at[2];
+      places_of_keys(at, p.D, true);
+      leave_part(dk, p.scale, p.wide_dk, at, p.D);
+      places_of_keys(at, p.Dv, true);
+      leave_part(dv, 1.f, p.wide_dv, at, p.Dv);
+    } else {
+      write_keys(dk, p.scale, m.k, row, lane);
+      write_keys(dv, 1.f, m.v, row, lane);
+    }
     shared_to_copy_engine();
     named_sync(4 + w, 128);
     release();
-    if (tid == 0) {
+    if (PARTED) {
+      if (p.rounds) {
+        place_keys(p, m, m.k, p.dk_out, p.wide_dk, p.D, key_head, block, w, tid);
+        place_keys(p, m, m.v, p.dv_out, p.wide_dv, p.Dv, key_head, block, w, tid);
+        named_sync(4 + w, 128);
+      }
+      if (tid == 0) bar_arrive(m.free_keys());
+    } else if (tid == 0) {
       for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
       for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
       tma_store_commit();
@@ -275,7 +365,7 @@ struct Run { int first, n, full, gap; };
 
 __device__ __forceinline__ Run open_run(const Params& p, int list, int i, int limit) {
   const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
-  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), past = imin(p.from_block + p.piece_blocks, limit / KEYS + (limit % KEYS != 0));
+  const int from = __ldg(o), middle = __ldg(o + 1), end = __ldg(o + 2), past = imin(p.from_block + p.piece_blocks, PARTED ? p.key_tiles : limit / KEYS + (limit % KEYS != 0));
   const int first = from + count_below(p.lists.cols + from, middle - from, p.from_block), last = from + count_below(p.lists.cols + from, middle - from, past);
   const int second = middle + count_below(p.lists.cols + middle, end - middle, p.from_block), full = imax(last - first, 0);
   return {first, full + imax(middle + count_below(p.lists.cols + middle, end - middle, past) - second, 0), full, second - first - full};
@@ -287,25 +377,25 @@ __device__ __forceinline__ Rows open_rows(const Params& p, int number, Run& run)
   const int head = p.from_head * p.group + turn.x, b = head / p.Hq, list = __ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h);
   const int start = first_position(p.at, b), skipped = floor_div(start, ROWS);
   const bool listed = turn.y < p.lists.nq, first = p.from_block == 0, last = p.from_block + p.piece_blocks >= p.key_tiles;
-  const i64 i = listed ? __ldg(p.tiles_of + (i64)list * p.lists.nq + turn.y) : (i64)skipped + turn.y - p.lists.nq - p.lists.first, tile = i + p.lists.first - skipped;
+  const i64 i = listed ? __ldg(p.tiles_of + (i64)list * p.lists.nq + turn.y) : (i64)skipped + turn.y - p.lists.nq - p.lists.first, tile = row_steps(p) ? i : i + p.lists.first - skipped;
   const Rows nothing = {head, 0, p.at.T, 0};
   run = {0, 0, 0, 0};
   if (tile < 0 || tile >= p.tiles || (!listed && ((i >= 0 && i < p.lists.nq) || !last))) return nothing;
   if (listed) run = open_run(p, list, (int)i, key_limit(p.at, b));
   if (run.n == 0 && !first && !last) return nothing;
-  return {head, (int)tile, (int)((skipped + tile) * ROWS - start), 2 * run.n};
+  return {head, (int)tile, row_steps(p) ? first_query(p, (int)i, start) : (int)((skipped + tile) * ROWS - start), 2 * run.n};
 }
 
 __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
   u32 patience = PATIENCE, s = 0, turn = 1;
   const int items = p.heads * p.group * (p.lists.nq + p.outside);
   for (u32 i = 0;;) {
+    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);  // before a ticket is drawn: what one block of threads has drawn, no other can take at the end
     const int number = atomicAdd(p.ticket + 1, 1);
     const bool more = number < items && patience;
     Run run = {0, 0, 0, 0};
     const Rows x = more ? open_rows(p, number, run) : Rows{0, 0, 0, -1};
     if (more && x.t >= p.at.T) continue;
-    bar_wait(m.free_item(i % ITEMS), i / ITEMS & 1 ^ 1, patience);
     *m.item(i % ITEMS) = x;
     bar_arrive(m.full_item(i % ITEMS));
     i++;
@@ -343,7 +433,7 @@ __device__ __forceinline__ void write_rows(const Params& p, const Ring& m, const
   named_sync(4 + w, 128);
 #pragma unroll 1
   for (int k = tid; k < STEP * n; k += 128) {
-    const int r = k / n, t = x.t + w * STEP + r;
+    const int r = k / n, t = x.t + (w * STEP + r) * row_step(p);
     if (t >= 0 && t < p.at.T) ((uint4*)p.dq)[((i64)x.head * p.at.T + t) * n + k % n] = *(const uint4*)(out + r * PITCH + k % n * 4);
   }
   named_sync(4 + w, 128);
@@ -362,10 +452,24 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     if (tid == 0) bar_arrive(m.free_item(i % ITEMS));
     if (n < 0) return;
     float4* sums = (float4*)p.sums + (((i64)(x.head - p.from_head * p.group) * p.tiles + x.tile) * 2 + w) * (WIDTH * 16) + tid;
+    const auto places_of_rows = [&](i64 (&at)[2]) {  // of a part: where this lane's sums stand in float32
 #pragma unroll
-    for (int j = 0; j < WIDTH / 8; j++) {
-      const float4 y = first ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[j * 128];
-      dq[4 * j] = y.x; dq[4 * j + 1] = y.y; dq[4 * j + 2] = y.z; dq[4 * j + 3] = y.w;
+      for (int h = 0; h < 2; h++) {
+        const int t = x.t + (w * STEP + tid / 32 * 16 + tid % 32 / 4 + 8 * h) * row_step(p);
+        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * p.D + 2 * (tid & 3);
+      }
+    };
+    i64 at[2];
+    if (PARTED) {
+      places_of_rows(at);
+      if (!(p.adds & 1)) at[0] = at[1] = -1;
+      start_part(dq, 1.f / p.scale, p.wide_dq, at, p.D);
+    } else {
+#pragma unroll
+      for (int j = 0; j < WIDTH / 8; j++) {
+        const float4 y = first ? make_float4(0.f, 0.f, 0.f, 0.f) : sums[j * 128];
+        dq[4 * j] = y.x; dq[4 * j + 1] = y.y; dq[4 * j + 2] = y.z; dq[4 * j + 3] = y.w;
+      }
     }
     hold(dq);
     for (int e = 0; e < n; e++) {
@@ -384,7 +488,10 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     wgmma_wait<0>();
     hold(dq);
     if (n && thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
-    if (last) {
+    if (PARTED && !p.rounds) {
+      places_of_rows(at);
+      leave_part(dq, p.scale, p.wide_dq, at, p.D);
+    } else if (last) {
       write_rows(p, m, x, dq, w, tid);
     } else {
 #pragma unroll
@@ -449,4 +556,15 @@ extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__
     p.place[entry] = e - base;
     p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
   }
+  bool whole = false;
+  u32 seen = 0;  // keys 32 (lane % 4) .. by every eighth row
+  for (int e = __ldg(by_key + 2 * x); e < imin(end, __ldg(by_key + 2 * x) + 16) && !whole; e++) {
+    const int kind = e < middle ? -1 : __ldg(p.by_key_kinds + e);
+#pragma unroll 4
+    for (int y = lane / 4; y < ROWS; y += 8) seen |= kind_word<ROWS, KEYS>(p.lists, kind, y, lane % 4 * 32);
+    u32 all = seen;
+    for (int n = 4; n < 32; n *= 2) all |= __shfl_xor_sync(~0u, all, n);
+    whole = __all_sync(~0u, all == ~0u);
+  }
+  if (lane == 0) p.whole[(i64)list * nk + x] = whole;
 }

@@ -4,11 +4,10 @@
 // engine, one warp clears values that no row of the tile sees, and groups of 64 rows multiply: while the output product of one key block runs, the exponentials
 // of the next are made. Where two query tiles fit, the next item starts while this one's output leaves. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
 //
-// PARTED: one part of a layout of several. Its rows may stand `row_step` apart, its keys in runs of `key_run` every `key_step`: the copy engine sees such an axis
-// as two. An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
+// PARTED: one part of a layout of several (parts.cuh). An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
 // Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED.
 #include "wgmma.cuh"
-#include "lists.cuh"
+#include "parts.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -28,11 +27,8 @@
 #ifndef TILES
 #define TILES 2
 #endif
-#ifndef PARTED
-#define PARTED 0
-#endif
 
-constexpr int KEYS = 128, SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
+constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
 constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
 constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
@@ -95,12 +91,6 @@ struct Shared {
 __device__ __forceinline__ int query(const Params& p, const Item& x, int r) { return x.t + (PARTED ? r * p.row_step : r); }
 __device__ __forceinline__ int first_row(const Item& x) { return imax(-x.t, 0); }
 __device__ __forceinline__ int end_row(const Params& p, const Item& x) { return imin(ROWS, PARTED ? (p.at.T - x.t + p.row_step - 1) / p.row_step : p.at.T - x.t); }
-// the first key of a block, and how many of its keys exist
-__device__ __forceinline__ int first_key(const Params& p, int block) { return PARTED && p.lists.k_order ? __ldg(p.lists.k_order + (i64)block * KEYS) : block * KEYS; }
-__device__ __forceinline__ int existing_keys(const Params& p, int block, int limit) {
-  const int left = limit - first_key(p, block);
-  return PARTED && left > 0 ? left / p.key_step * p.key_run + imin(left % p.key_step, p.key_run) : left;
-}
 
 // ---------------------------------------------------------------------------------------------------------------- taking items
 __device__ __forceinline__ Item open_item(const Params& p, int number) {
@@ -141,11 +131,11 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
   for (u32 i = 0;; i++) {
     Item& x = *m.item(i % ITEMS);
     bar_wait(m.free_item(i % ITEMS), parity<ITEMS>(i) ^ 1, patience);
+    if (i) number = p.ticket ? gridDim.x + atomicAdd(p.ticket, 1) : p.items;  // not before there is room: what one block of threads has drawn, no other can take at the end
     const bool more = number < p.items && patience;
     if (more) x = open_item(p, number); else x.n = -1;
     bar_arrive(m.full_item(i % ITEMS));
     if (!more) return;
-    number = p.ticket ? gridDim.x + atomicAdd(p.ticket, 1) : p.items;
   }
 }
 
@@ -153,14 +143,12 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
 template <int Slabs, int Bytes = SLAB> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int at, int step, int h, int b) {
   bar_expect(bar, Slabs * Bytes);
 #pragma unroll
-  for (int c = 0; c < Slabs; c++)
-    if (PARTED) tma_load(to + c * Bytes, map, bar, 64 * c, step ? at % step : at, step ? at / step : 0, h, b);
-    else tma_load(to + c * Bytes, map, bar, 64 * c, at, h, b);
+  for (int c = 0; c < Slabs; c++) load_box(to + c * Bytes, map, bar, 64 * c, at, step, h, b);
 }
 
 // K of a block, then V of the block before: values are wanted one product later
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32& patience) {
-  const int row_step = PARTED && p.row_step > 1 ? p.row_step : 0, key_step = PARTED && p.key_run < KEYS ? p.key_step : 0;
+  const int q_steps = row_steps(p), k_steps = key_steps(p);
   u32 k = 0, v = 0;
   for (u32 i = 0;; i++) {
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
@@ -169,19 +157,19 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
     if (x.n < 0 || !patience) return;
     const int b = x.head / p.Hq, h = x.head % p.Hq, hk = h / p.group;
     bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
-    if (x.n) load_slabs<K_SLABS, Q_SLAB>(m.q + i % TILES * Q_BYTES, &p.q, m.full_q(i % TILES), x.t, row_step, h, b);
+    if (x.n) load_slabs<K_SLABS, Q_SLAB>(m.q + i % TILES * Q_BYTES, &p.q, m.full_q(i % TILES), x.t, q_steps, h, b);
     else bar_arrive(m.full_q(i % TILES));
     for (int e = 0, last = 0; e <= x.n && x.n; e++) {
       int row = 0;
       if (e < x.n) {
         row = first_key(p, __ldg(p.lists.cols + x.entry(e)));
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
-        load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.k, m.full_k(k % STAGES), row, key_step, hk, b);
+        load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.k, m.full_k(k % STAGES), row, k_steps, hk, b);
         k++;
       }
       if (e > 0) {
         bar_wait(m.free_v(v % STAGES), parity<STAGES>(v) ^ 1, patience);
-        load_slabs<V_SLABS>(m.v + v % STAGES * V_BYTES, &p.v, e - 1 < x.plain ? m.full_v(v % STAGES) : m.landed(v % STAGES), last, key_step, hk, b);
+        load_slabs<V_SLABS>(m.v + v % STAGES * V_BYTES, &p.v, e - 1 < x.plain ? m.full_v(v % STAGES) : m.landed(v % STAGES), last, k_steps, hk, b);
         v++;
       }
       last = row;

@@ -3,7 +3,7 @@
 // Defines: KIND, WIDTH (D rounded up to 64, 128 or 192), VALUES (Dv likewise, at most 128).
 #pragma once
 #include "wgmma.cuh"
-#include "lists.cuh"
+#include "parts.cuh"
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -15,7 +15,7 @@
 #define VALUES 128
 #endif
 
-constexpr int KEYS = 128, ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a slab: 64 columns of a key block; a part: 64 columns of 64 queries
+constexpr int ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a slab: 64 columns of a key block; a part: 64 columns of 64 queries
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64;
 constexpr int SUMS = ADDS ? STEP * WIDTH * 4 : 0, LINE = 3 * STEP + 4;               // bytes of a step's dQ; floats of a step's rows
 constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                     // of a plan: the loading thread, two adding threads or one that stores dS, two groups
@@ -53,8 +53,16 @@ struct Shared {
 };
 
 // ------------------------------------------------------------------------------------------------------------------- planning
+// of query tile i of the lists: the query of its row 0, its place among the tiles of the call, and how many rows come before the call's last query
+__device__ __forceinline__ int first_query(const Params& p, int i, int start) {
+  return row_steps(p) ? __ldg(p.lists.q_order + (i64)i * ROWS) - start : (p.lists.first + i) * ROWS - start;
+}
+__device__ __forceinline__ int tile_of(const Params& p, int i, int start) { return row_steps(p) ? i : p.lists.first + i - floor_div(start, ROWS); }
+__device__ __forceinline__ int end_row(const Params& p, int t) { return imin(ROWS, PARTED ? (p.at.T - t + row_step(p) - 1) / row_step(p) : p.at.T - t); }
+
 // of the lists' query tiles, those that hold queries of the call: first .. end - 1
 __device__ __forceinline__ int2 rows_of_call(const Params& p, int start) {
+  if (row_steps(p)) return make_int2(0, p.lists.nq);
   const i64 low = (i64)start - (i64)p.lists.first * ROWS, high = low + p.at.T, all = (i64)p.lists.nq * ROWS;
   return low >= all || high <= 0 ? make_int2(0, 0) : make_int2((int)((low < 0 ? 0 : low) / ROWS), (int)(((high < all ? high : all) + ROWS - 1) / ROWS));
 }
@@ -65,6 +73,8 @@ struct Item {
   __device__ __forceinline__ Item(const Params& p, int number);
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
+
+__device__ __forceinline__ bool known_whole(const Params& p, const Item& x);  // is every key of the block seen by some query of the call? The kernel's own; false: not known
 
 struct Planner {
   const Params& p;
@@ -92,7 +102,7 @@ struct Planner {
   // Makes K and V zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys. Once the item's first
   // plan is out: then the loading thread loads.
   __device__ __forceinline__ void clear(const Item& x, bool whole);
-  __device__ __forceinline__ bool whole(const Item& x);  // does some query tile see all keys?
+  __device__ __forceinline__ bool whole(const Item& x);  // is every key seen, as far as that is known without looking at masks?
   __device__ __forceinline__ void item(int number);
 };
 
@@ -119,6 +129,7 @@ struct Entries {
 };
 
 __device__ __forceinline__ bool Planner::whole(const Item& x) {
+  if (known_whole(p, x)) return true;
   int4 w;
   for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++)
     for (Entries all(p, x, r); all.next(p, x, lane, w);)
@@ -128,20 +139,25 @@ __device__ __forceinline__ bool Planner::whole(const Item& x) {
 
 __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   u32 word = whole ? ~0u : 0u;  // keys 32 (lane % 4) .. of the block, by every eighth row
+  const auto together = [](u32 word) {
+    for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
+    return word;
+  };
   int4 w;
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
-    for (Entries all(p, x, r); all.next(p, x, lane, w);) {
-      const int t = (p.lists.first + w.x) * ROWS - x.start;
+    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w);) {
+      const int t = first_query(p, w.x, x.start);
 #pragma unroll 1
-      for (int y = imax(-t, 0) + lane / 4; y < imin(ROWS, p.at.T - t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
+      for (int y = imax(-t, 0) + lane / 4; y < end_row(p, t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
+      whole = __all_sync(~0u, together(word) == ~0u);  // global keys are seen by hundreds of tiles
     }
   }
-  for (int n = 4; n < 32; n *= 2) word |= __shfl_xor_sync(~0u, word, n);
+  word = together(word);
   bar_wait(m.landed(), turn, patience);
   turn ^= 1;
 #pragma unroll 1
   for (int n = 0; n < 4; n++) {
-    const u32 seen = __shfl_sync(~0u, word, n) & range_bits(0, x.limit - x.block * KEYS - 32 * n);
+    const u32 seen = __shfl_sync(~0u, word, n) & range_bits(0, existing_keys(p, x.block, x.limit) - 32 * n);
 #pragma unroll 1
     for (int y = lane / 8; y < 32 && seen != ~0u; y += 4)
       if (!(seen >> y & 1))
@@ -158,7 +174,7 @@ __device__ __forceinline__ void Planner::item(int number) {
   if (lane == 0) x = Item(p, number);
   __syncwarp();
   if (x.block < 0) return;
-  const int left = imin(x.limit - x.block * KEYS, KEYS);
+  const int left = imin(PARTED ? imax(existing_keys(p, x.block, x.limit), 0) : existing_keys(p, x.block, x.limit), KEYS);
   const bool all = whole(x), clears = !all || (left < KEYS && x.limit < p.at.S);
   Entries some(p, x, 0);
   for (int made = 0, r = 0;; made++) {
@@ -172,8 +188,8 @@ __device__ __forceinline__ void Planner::item(int number) {
     publish(found ? 0 : LAST);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
-    const int head = x.b * p.Hq + x.hk * p.group + r, tile = p.lists.first + w.x;
-    write({head * p.tiles + tile - floor_div(x.start, ROWS), tile * ROWS - x.start, head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
+    const int head = x.b * p.Hq + x.hk * p.group + r;
+    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
            (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
   }
 }
@@ -211,15 +227,16 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
       bar_wait(m.free_keys(), turn_keys, patience);
       turn_keys ^= 1;
       bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
-      for (int c = 0; c < Q_PARTS; c++) tma_load(m.k + c * SLAB, &p.k, bar, 64 * c, x.block * KEYS, h / p.group, b);
-      for (int c = 0; c < V_PARTS; c++) tma_load(m.v + c * SLAB, &p.v, bar, 64 * c, x.block * KEYS, h / p.group, b);
+      const int key = first_key(p, x.block);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.k + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(m.v + c * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
       bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
-      for (int c = 0; c < Q_PARTS; c++) tma_load(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP, h, b);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
       bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));
-      for (int c = 0; c < V_PARTS; c++) tma_load(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + s * STEP, h, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
     }
     turn ^= 1;
   }
@@ -289,7 +306,7 @@ template <int N> __device__ __forceinline__ void write_keys(const float (&d)[N],
 // or see no key is 0. A block of STEP threads each.
 __device__ __forceinline__ void start_rows(const Params& p) {
   const int half = blockIdx.x & 1, tile = blockIdx.x / 2 % p.tiles, head = blockIdx.x / 2 / p.tiles, start = first_position(p.at, head / p.Hq);
-  const int t = (floor_div(start, ROWS) + tile) * ROWS - start + half * STEP + threadIdx.x;
+  const int t = (row_steps(p) ? first_query(p, tile, start) : (floor_div(start, ROWS) + tile) * ROWS - start) + (half * STEP + threadIdx.x) * row_step(p);
   const i64 at = (i64)head * p.at.T + t;
   const bool exists = t >= 0 && t < p.at.T;
   float lse = exists ? __ldg(p.lse + at) : inf();

@@ -227,7 +227,7 @@ def function(source: str, name: str, fields: str, defines: dict, place) -> Funct
             found = _FUNCTIONS.get(key)
             if found is None:
                 found = _FUNCTIONS[key] = make(source, name, fields, defines, place)
-    return found
+    return place.noted(found)
 
 
 def make(source: str, name: str, fields: str, defines: dict, place):

@@ -2,32 +2,32 @@
 
 Entry e stands for keys e * granularity ... + granularity - 1; what is no key (negative, past kv_length, past the query when causal) is a hole wherever
 it stands, entries past `lengths` are not read, an entry given twice counts twice. Holes are never read. A row without keys: out 0, lse -inf.
-latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values; path portable.
+latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values; paths portable and hopper.
 Where v is the first columns of k (the latent of MLA: same pointer and strides) each key is read once. The paths "hopper" (gather_attention_hopper.cu) and "tokens"
 (gather_tokens_hopper.py, few heads) are for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values, the path "union" (gather_union.py) for sm_90a and blocks of keys,
 as Native Sparse Attention selects them; calls that their copies cannot serve (`hopper_takes`, `gather_union.takes`) run on the portable one.
 """
 import math
+import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import gather_tokens_hopper, gather_union, split
+from sparsetile.backends.cupy import gather_tokens_hopper, gather_union, hopper, split
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTED, ceil_div, copy_bytes, first_fitting, fp8_defines, head_groups, latent_shape, padded,
                                                position_values, problem_copy_bytes, same_memory, selected_values, sliced)
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "union", "tokens"), "hopper, tokens: warpgroup products with 64 heads of one query as rows, with up to 32 as columns; 16-bit latents of width 576 whose first "
             "512 columns are the values. union: neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable"),
-    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys"),
-    Tunable("tile_k", (32, 64, 128), "keys gathered a step"),
-    Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys"),
-    Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied"),
-    Tunable("split", (0, 1), "path hopper: 1 splits the lists of few queries over the chip where whole ones would leave a sixth of it idle"),
+    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share list and keys", ("portable",)),
+    Tunable("tile_k", (32, 64, 128), "keys gathered a step", ("portable",)),
+    Tunable("key_warps", (1, 2, 4), "warps that share 16 heads and divide a step's keys", ("portable",)),
+    Tunable("stages", (1, 2), "2: the next keys arrive while these are multiplied", ("portable",)),
+    Tunable("split", (0, 1), "1 splits the lists of few queries over the chip where whole ones would leave a sixth of it idle", ("hopper",)),
 )
 FIELDS = "6Q" + SELECTED + POSITIONS + "12q6i2f"
-HOPPER_FIELDS = "5Q" + SELECTED + POSITIONS + split.SPLIT + "4q3iI2f"
+HOPPER_FIELDS = "4Q" + SELECTED + POSITIONS + split.SPLIT + "4q3iI2f"
 HOPPER_HEADS, HOPPER_THREADS = 64, 512
-HOPPER_SHARED = 6 * 9 * 32 * 128 + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 
 
 def supports(problem: Problem) -> str | None:
@@ -52,8 +52,8 @@ def shared_bytes(D: int, Dv: int, config: dict, float32: bool, shared_kv: bool) 
 
 def no_hopper(problem: Problem, path: str = "hopper") -> str | None:
     """Why a path of warpgroup products is not for this problem."""
-    if latent_shape(problem) is not None:
-        return f"path {path} reads latents of 16 bits, not the fp8 layout of a latent cache; take portable"
+    if path != "hopper" and latent_shape(problem) is not None:
+        return f"path {path} reads latents of 16 bits, not the fp8 layout of a latent cache; take hopper or portable"
     if problem.arch != "sm_90a":
         return f"path {path}: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem.dtype("out", problem.dtype("q")) != problem.dtype("q"):
@@ -63,15 +63,17 @@ def no_hopper(problem: Problem, path: str = "hopper") -> str | None:
     return None
 
 
-def hopper_takes(q, k, v, indices, granularity: int, scale: float, softcap, out_kind: str) -> bool:
+def hopper_takes(q, k, v, indices, granularity: int, scale: float, softcap, out_kind: str, latent=None) -> bool:
     """The same for arrays: aligned rows that 32 bits can count, one list for all heads, and a scale that keeps the order of scores."""
-    fits = (q.shape[3], v.shape[3], k.shape[1], indices.shape[1], granularity) == (576, 512, 1, 1, 1) and same_memory(k, v) and out_kind == q.dtype and softcap is None
-    return fits and 0 < scale <= 2 ** 64 and copy_bytes(q, k) == 16 and 0 <= k.strides[2] < 2 ** 31
+    fits = (q.shape[3], v.shape[3], k.shape[1], indices.shape[1], granularity) == (576, 512, 1, 1, 1) and same_memory(k, v) and out_kind == q.dtype and softcap is None and 0 < scale <= 2 ** 64
+    if latent is not None:
+        return fits and latent == (512, 64) and hopper.can_map(q) and k.ptr % 16 == 0 and all(s % 16 == 0 for s in (k.strides[0], k.strides[2])) and 0 <= k.strides[2] < 2 ** 31
+    return fits and copy_bytes(q, k) == 16 and 0 <= k.strides[2] < 2 ** 31
 
 
 def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
-        return no_hopper(problem) or Resources(HOPPER_THREADS, HOPPER_SHARED, 128)
+        return no_hopper(problem) or Resources(HOPPER_THREADS, split.latent_shared(latent_shape(problem)), 128)
     if config["path"] == "union" and not config.get("split"):
         return gather_union.resources(problem)
     if config.get("split"):
@@ -107,7 +109,7 @@ def default_config(problem: Problem) -> dict:
         return {**tiles, "path": "union"}
     if no_hopper(problem):
         return tiles
-    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
+    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool, latent) -> dict:
@@ -120,7 +122,7 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
     if config["path"] == "hopper":
-        return [*(dict(source="gather_attention_hopper", defines=dict(KIND=KINDS[kind], SPLIT=n), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
+        return [*(dict(source="gather_attention_hopper", defines=hopper_defines(kind, n, latent_shape(problem)), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
                 dict(source="merge_split", defines=split.latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
     if config["path"] == "tokens":
         return gather_tokens_hopper.artifacts(kind, problem["Hq"])
@@ -133,8 +135,12 @@ def _source(kind: str) -> str:
     return "gather_attention_float32" if kind == "float32" else "gather_attention"
 
 
-def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start):
-    (B, Hq, T, _), S = q.shape, k.shape[2]
+def hopper_defines(kind: str, is_split: int, latent) -> dict:
+    return dict(KIND=KINDS[kind], SPLIT=is_split, **fp8_defines(latent))
+
+
+def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, sink_logits, kv_length, q_start, latent):
+    (B, Hq, T, D), S = q.shape, k.shape[2]
     parts = ceil_div(Hq, HOPPER_HEADS)
     items = B * T * parts
     if items >= 2 ** 31:
@@ -143,10 +149,17 @@ def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, s
     at, scratch, values = position_values(T, S, kv_length, q_start), None, split.NO_SPLIT
     if shares:
         scratch, values = split.split_values(place, 2 * shares * parts, HOPPER_HEADS, 512, B * T, 1, shares)
-    function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", HOPPER_FIELDS, dict(KIND=KINDS[q.dtype], SPLIT=int(shares > 0)), place)
-    strides = [2 * s for s in (*q.strides[:3], k.strides[0])]
-    function(shares * parts or min(items, max(place.sms, 1)), HOPPER_THREADS, HOPPER_SHARED, place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
-             *selected_values(indices, lengths, 1, causal), *at, *values, *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
+    if latent is None:
+        fields, queries, size = "Q" + HOPPER_FIELDS, q.ptr, 2
+    else:
+        (qb, qh, qt), size = hopper.steps(q), 1
+        queries = hopper.tensor_map(place, q, (64, Hq, D // 64, T, B), (1, qh, 64, qt, qb), (64, 32, D // 64, 1, 1))
+        fields = "128s" + HOPPER_FIELDS
+        fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
+    function = nvrtc.function("gather_attention_hopper", "gather_attention_hopper", fields, hopper_defines(q.dtype, int(shares > 0), latent), place)
+    strides = *(2 * s for s in q.strides[:3]), size * k.strides[0]
+    function(shares * parts or min(items, max(place.sms, 1)), HOPPER_THREADS, split.latent_shared(latent), place.stream, queries, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+             *selected_values(indices, lengths, 1, causal), *at, *values, *strides, Hq, parts, items, size * k.strides[2], scale, scale * math.log2(math.e))
     if shares:
         split.merge(place, split.latent_merge_defines(q.dtype, B * Hq * T), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts))
     return out, lse
@@ -166,9 +179,12 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     if B * Hq * T == 0:
         return out, lse
-    if config["path"] in ("hopper", "tokens") and latent is None and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind):
+    if config["path"] in ("hopper", "tokens") and hopper_takes(q, k, v, indices, granularity, scale, softcap, out_kind, latent):
         given = (lengths, causal, scale, sink_logits, kv_length, q_start)
-        return gather_tokens_hopper.run(q, k, indices, out, lse, place, *given) if config["path"] == "tokens" else run_hopper(q, k, indices, out, lse, place, config, *given)
+        if config["path"] == "hopper":
+            return run_hopper(q, k, indices, out, lse, place, config, *given, latent)
+        if latent is None:
+            return gather_tokens_hopper.run(q, k, indices, out, lse, place, *given)
     if config["path"] == "union" and latent is None and gather_union.takes(q, k, v, indices, out_kind):
         return gather_union.run(q, k, v, indices, out, lse, place=place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
                                 kv_length=kv_length, q_start=q_start)

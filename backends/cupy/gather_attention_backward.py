@@ -20,11 +20,11 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, POSITIONS, SELECTE
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "union"), "hopper: warpgroup products, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. "
             "union: dQ where neighbouring queries read the blocks of keys that they share once; 16-bit, D and Dv up to 128. The rest is for portable, and for dK and dV"),
-    Tunable("heads", (16, 32, 64), "rows of a tile of dQ: heads that share list and keys"),
-    Tunable("tile_k", (32, 64), "keys a step of dQ, and keys of a CTA of dK and dV"),
-    Tunable("key_warps", (1, 2, 4), "warps of dQ that share 16 heads and divide a step's keys"),
-    Tunable("tile_q", (16, 32, 64), "rows (query and head) a step of dK and dV"),
-    Tunable("chunk", (256, 128, 512, 1024), "queries of a bin"),
+    Tunable("heads", (16, 32, 64), "rows of a tile of dQ: heads that share list and keys", ("portable",)),
+    Tunable("tile_k", (32, 64), "keys a step of dQ, and keys of a CTA of dK and dV", ("portable", "union")),
+    Tunable("key_warps", (1, 2, 4), "warps of dQ that share 16 heads and divide a step's keys", ("portable",)),
+    Tunable("tile_q", (16, 32, 64), "rows (query and head) a step of dK and dV", ("portable", "union")),
+    Tunable("chunk", (256, 128, 512, 1024), "queries of a bin", ("portable", "union")),
 )
 FIELDS = "14Q" + SELECTED + POSITIONS + "16q10i2f"
 BIN_FIELDS = SELECTED + POSITIONS + "4Q2q4i"

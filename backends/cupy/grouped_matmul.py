@@ -7,12 +7,14 @@ float16 and bfloat16 run on tensor cores, other types and mixes by fused multipl
 that it cannot address (rows or heads that overlap) take the portable path, and so does a call that a CUDA graph records: CuPy's binding refuses those. Decoding is
 what graphs are for, so the default asks for cuBLAS from 256 queries on. With inner_heads products are summed over heads too: path "sum" (grouped_sum.py).
 """
+from dataclasses import replace
+
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import cublas, gemm, grouped_sum
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, copy_bytes
 
-TUNABLES = (Tunable("path", ("portable", "cublas", "sum"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel. sum: the one of products that are summed over heads"), *gemm.TUNABLES)
+TUNABLES = (Tunable("path", ("portable", "cublas", "sum"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel. sum: the one of products that are summed over heads"), *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES))
 FIELDS = "4Q" + "8q" + "8i"
 ROW_BYTES = 3 * 8  # struct Rows
 

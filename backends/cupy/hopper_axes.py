@@ -21,6 +21,7 @@ class Axes:
     complete: bool = True     # every tile has entries
     first: int | None = None  # contiguous rows although there is an order: the first tile
     parted: bool = False
+    every: bool = True        # every key of the call stands in a block
 
     def rows(self, place, q, block_q: int):
         return self._map(place, q, self.row_step, 1 if self.row_step > 1 else block_q, block_q)
@@ -38,7 +39,18 @@ class Axes:
         return hopper.tensor_map(place, x, (D, step, n // step, H, B), (1, row, row * step, h, b), (64, run, block // run, 1, 1))
 
     def applied(self, lists):
-        return lists if self.first is None else replace(lists, first=self.first)
+        """The lists with their first tile where rows are contiguous although there is an order; what is kept with them is not shared: other paths read the order."""
+        if self.first is None or self.first == lists.first:
+            return lists
+        key = "cupy.contiguous", self.first
+        if key not in lists.extras:
+            lists.extras[key] = replace(lists, first=self.first, extras={name: x for name, x in lists.extras.items() if isinstance(name, str) and "." not in name})
+        return lists.extras[key]
+
+
+def in_classes(problem) -> bool:
+    """Whether rows or keys of the problem's pattern may stand in residue classes or be summaries: a layout of several parts."""
+    return any(word in ("strided", "fixed", "dilated", "order") for feature in problem.features for word in feature.split("+"))
 
 
 def axes_of(lists, q_start, T: int, S: int) -> Axes | None:
@@ -56,7 +68,9 @@ def _axes(lists, q_start, T, S):
     offsets = lists.extras["offsets"]
     if rows is None or keys is None:
         return None
-    return Axes(rows[0], *keys, bool((offsets[2::2] > offsets[:-2:2]).all()), rows[1], True)
+    order = lists.extras.get("k_order")
+    every = order is None or int((order >= 0).sum()) == S
+    return Axes(rows[0], *keys, bool((offsets[2::2] > offsets[:-2:2]).all()), rows[1], True, every)
 
 
 def _rows(lists, q_start, T):

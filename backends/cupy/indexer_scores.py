@@ -4,9 +4,10 @@
 
 score[t,s] = k_scale[s] * sum_h weights[h,t] * relu(q[h,t] . k[s]); exactly -inf outside [key_start, key_end) and, if causal, past q_start + t.
 With table [B,pages] int32, k [N,page,D] and k_scale [N,page] are pages, read where they lie; keys in a page that is not one of 0 .. N - 1 score -inf.
-On sm_90a e4m3 with 64 heads of width 128 (DeepSeek's) takes Hopper's own instructions (indexer_scores_hopper.cu): which one runs is decided by the arrays, not by
+On sm_90a e4m3 with 64 heads of width 128 (DeepSeek's) takes Hopper's own instructions (indexer_scores_hopper.cu), of pages those that fit its tiles: which one runs is decided by the arrays, not by
 a knob, because their sums differ in the last bits. `launch` writes any rows of [B * T] into any float32 memory: indexer_topk selects from there, so both see the same bits. The knobs below move tiles, never sums.
 """
+import struct
 from functools import lru_cache
 
 from sparsetile.backends.contract import Resources, Tunable
@@ -22,9 +23,8 @@ TUNABLES = (
 FIELDS = "8Q" + "11q" + "7i4i" + "f"
 
 
-HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i48x"  # the struct is as long as its alignment, 64, asks
-HOPPER_STAGES, HOPPER_THREADS = 6, 384
-HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
+HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i"
+HOPPER_THREADS = 384
 
 
 def supports(problem):
@@ -98,7 +98,21 @@ def hopper_problem(kind: str, H: int, D: int, arch: str) -> bool:
 
 
 def takes_hopper(q, k, place, table=None) -> bool:
-    return table is None and hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k)
+    return hopper_problem(q.dtype, q.shape[1], q.shape[3], place.arch) and hopper.can_map(q) and hopper.can_map(k) and (table is None or fits_tiles(k.shape[1]))
+
+
+def fits_tiles(page: int) -> bool:
+    """Whether copies of whole pages, or of equal parts of one, fill tiles of 128 keys."""
+    return page % 128 == 0 or page >= 8 and 128 % page == 0
+
+
+def hopper_defines(activation, queries: int, page: dict) -> dict:
+    """One query alone takes a quarter of the products of four, and waits for memory: more of it is on its way."""
+    return dict(RELU=int(activation == "relu"), **(dict(STAGES=12, QUERIES=1) if queries == 1 else dict(STAGES=6, QUERIES=4)), **page)
+
+
+def hopper_shared(d: dict) -> int:
+    return 1024 + d["QUERIES"] * 64 * 128 + d["STAGES"] * (128 * 128 + 16) + 16
 
 
 def artifacts(problem, config, activation="relu"):
@@ -106,8 +120,8 @@ def artifacts(problem, config, activation="relu"):
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
     copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
     portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, activation, copy, config, problem.arch, page_defines(problem)), names=["indexer_scores"])]
-    own = [dict(source="indexer_scores_hopper", defines=dict(RELU=1, STAGES=HOPPER_STAGES), names=["indexer_scores_hopper"])]
-    return portable + own if "paged" not in problem.features and hopper_problem(kind, problem["H"], D, problem.arch) else portable
+    own = [dict(source="indexer_scores_hopper", defines=hopper_defines("relu", problem["T"], page_defines(problem)), names=["indexer_scores_hopper"])]
+    return portable + own if hopper_problem(kind, problem["H"], D, problem.arch) else portable
 
 
 def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, out, out_row, enough=-1, fill=True, factor=0.0, table=None):
@@ -116,7 +130,7 @@ def launch(q, k, weights, *, place, config, k_scale, bounds, activation, rows, o
     (B, H, T, D), (b0, nb, t0, nt) = q.shape, rows
     start, end, q_starts, q_start, causal = bounds
     if takes_hopper(q, k, place, table):
-        return launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill)
+        return launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill, table)
     d = defines(q.dtype, H, D, activation, copy_bytes(q, k), config, place.arch, page)
     function = nvrtc.function("indexer_scores", "indexer_scores", PAGES * bool(page) + FIELDS, d, place)
     tiles, groups = ceil_div(S, 16 * config["row_tiles"] * config["warps"]), ceil_div(nt, config["queries"]) * nb
@@ -134,19 +148,22 @@ def split(groups: int, tiles: int, sms: int) -> int:
     return ceil_div(tiles, best)
 
 
-def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill):
-    (B, H, T, D), S = q.shape, k.shape[1]
+def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, out_row, enough, fill, table):
+    (B, H, T, D), (S, pages, page) = q.shape, pages_of(table, k)
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
-    (qb, qh, qt), (kb, ks) = hopper.steps(q), hopper.steps(k)
-    maps = hopper.tensor_map(place, q, (D, H, T, B), (1, qh, qt, qb), (D, H, 4, 1)), hopper.tensor_map(place, k, (D, S, B), (1, ks, kb), (D, 128, 1))
-    groups, tiles, sms = ceil_div(nt, 4) * nb, ceil_div(S, 128), max(place.sms, 1)
+    (qb, qh, qt), (kb, ks), d = hopper.steps(q), hopper.steps(k), hopper_defines(activation, nt, page)
+    maps = (hopper.tensor_map(place, q, (D, H, T, B), (1, qh, qt, qb), (D, H, d["QUERIES"], 1)),
+            hopper.tensor_map(place, k, (D, k.shape[1], k.shape[0]), (1, ks, kb), (D, min(page.get("PAGE", 128), 128), 1)))
+    groups, tiles, sms = ceil_div(nt, d["QUERIES"]) * nb, ceil_div(S, 128), max(place.sms, 1)
     per = split(groups, tiles, sms)
     items = groups * ceil_div(tiles, per)
-    function = nvrtc.function("indexer_scores_hopper", "indexer_scores_hopper", HOPPER_FIELDS, dict(RELU=int(activation == "relu"), STAGES=HOPPER_STAGES), place)
+    fields = HOPPER_FIELDS + PAGES * bool(page)
+    fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
+    function = nvrtc.function("indexer_scores_hopper", "indexer_scores_hopper", fields, d, place)
     scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
-    function(min(items, sms), HOPPER_THREADS, HOPPER_SHARED, place.stream, *maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
-             out, *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, items, q_start, int(causal), enough, int(fill))
+    function(min(items, sms), HOPPER_THREADS, hopper_shared(d), place.stream, *maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
+             out, *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, items, q_start, int(causal), enough, int(fill), *pages)
 
 
 def bounds_of(key_start, key_end, causal, q_start) -> tuple:

@@ -1,21 +1,28 @@
 // indexer_scores for e4m3, 64 heads of width 128, on Hopper's own matrix instructions. Same meaning, same arguments; its sums have an order of their own, the
-// same for every call with such inputs. Persistent: one producer thread, two consumer groups of 64 keys each, four queries (256 columns) at a time.
+// same for every call with such inputs. Persistent: one producer thread, two consumer groups of 64 keys each, four queries (256 columns) at a time, or one.
+// With PAGE (a divisor or a multiple of a tile's 128 keys) keys and scales stand in pages of a cache, steps of the map and scale_b apart (pages.cuh); what lies in no page scores -inf.
 #include "indexer_hopper.cuh"
+#include "pages.cuh"
 
 #ifndef STAGES
 #define STAGES 6
 #endif
 
+constexpr int BOX = PAGE && PAGE < KB ? PAGE : KB;  // keys of one copy
+
 struct Params {
-  TensorMap q, k;                               // [B, T, H, 128] (boxes of 4 queries), [B, S, 128] (boxes of 128 keys)
+  TensorMap q, k;                               // [B, T, H, 128] (boxes of QB queries), [B, S, 128] or [pages, PAGE, 128] (boxes of BOX keys)
   const float* weights; const float* k_scale; const int* starts; const int* ends; const int* q_starts;
   float* out;                                   // row (b - b0) * nt + (t - t0), `out_row` elements apart
   i64 w_b, w_h, w_t, scale_b, scale_s, out_row;
   int T, S, b0, nb, t0, nt, per, items;         // per: key tiles of one item
   int q_start, causal, enough, fill;
+#if PAGE
+  Pages pages;
+#endif
 };
 
-// One piece of work: four queries and a run of key tiles.
+// One piece of work: QB queries and a run of key tiles.
 struct Item { int b, t, nt, v0, v1, begin, end, lo, hi; i64 row; };
 
 __device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
@@ -35,6 +42,30 @@ __device__ __forceinline__ Item open_item(const Params& p, int number, int me) {
   x.v0 = first < last ? imax(x.begin, first / KB) : x.end;
   x.v1 = first < last ? imin(x.end, (last - 1) / KB + 1) : x.end;
   return x;
+}
+
+__device__ __forceinline__ void load_keys(const Params& p, u32 to, u32 bar, int key, int b) {
+#if PAGE
+#pragma unroll
+  for (int i = 0; i < KB / BOX; i++) {
+    const int s = key + i * BOX;
+    const i64 row = s < p.S ? p.pages.row(b, s) : -1;
+    tma_load(to + i * BOX * 128, &p.k, bar, 0, row < 0 ? 0 : (int)(row % PAGE), row < 0 ? p.pages.count : (int)(row / PAGE));  // past the last page: zeros
+  }
+#else
+  tma_load(to, &p.k, bar, 0, key, b);
+#endif
+}
+
+// Of a key: its scale, and whether there is such a key.
+struct Scale { float x; bool exists; };
+__device__ __forceinline__ Scale scale_of(const Params& p, int b, int key) {
+#if PAGE
+  const i64 at = key < p.S ? p.pages.place(b, key, p.scale_b, p.scale_s) : -1;
+  return {p.k_scale && at >= 0 ? __ldg(p.k_scale + at) : 1.f, at >= 0};
+#else
+  return {p.k_scale && key < p.S ? __ldg(p.k_scale + b * p.scale_b + key * p.scale_s) : 1.f, true};
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const __grid_constant__ Params p) {
@@ -64,36 +95,50 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
           const int s = n % STAGES;
           bar_wait(free_(s), ((n / STAGES) & 1) ^ 1, patience);
           bar_expect(full(s), KEY_BYTES);
-          tma_load(keys + s * KEY_BYTES, &p.k, full(s), 0, tile * KB, x.b);
+          load_keys(p, keys + s * KEY_BYTES, full(s), tile * KB, x.b);
         }
       }
   } else {
     more_registers<232>();
     const int g = group - 1, lane = tid & 31, row = g * 64 + (tid / 32) * 16 + lane / 4, me = lane & 3;
-    float a[64], b[64], w[64], r[4][2];
-    const u64 dq0 = descriptor(queries), dq1 = descriptor(queries + 128 * 128);
+    float a[SUMS], w[16 * QB], r[QB][2];
+    const u64 dq0 = descriptor(queries);
+#if QUERIES == 4
+    float b[SUMS];
+    const u64 dq1 = descriptor(queries + 128 * 128);
+#endif
     for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
       const Item x = open_item(p, number, me);
       float* out = p.out + (x.row + me) * p.out_row;
-      const bool mine = me < x.nt;
+      const bool mine = me < imin(x.nt, QB);
       if (p.fill)
         for (int tile = x.begin; tile < x.end; tile++)
           if ((tile < x.v0 || tile >= x.v1) && mine)
             for (int e = 0; e < 2; e++) if (tile * KB + row + 8 * e < p.S) out[tile * KB + row + 8 * e] = -inf();
       if (x.v0 >= x.v1) continue;
-load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
-      const float* scales = p.k_scale ? p.k_scale + x.b * p.scale_b : nullptr;
+      load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
+#if QUERIES == 1  // the products are short: scales are asked for a tile ahead
+      Scale next[2] = {scale_of(p, x.b, x.v0 * KB + row), scale_of(p, x.b, x.v0 * KB + row + 8)};
+#endif
       bar_wait(full_q, m & 1, patience); m++;
       for (int tile = x.v0; tile < x.v1; tile++, n++) {
         const int s = n % STAGES, key = tile * KB + row;
-        float2 scale = make_float2(1.f, 1.f);
-        if (scales) { if (key < p.S) scale.x = __ldg(scales + key * p.scale_s); if (key + 8 < p.S) scale.y = __ldg(scales + (key + 8) * p.scale_s); }
+#if QUERIES == 1
+        const Scale scale[2] = {next[0], next[1]};
+        if (tile + 1 < x.v1) { next[0] = scale_of(p, x.b, key + KB); next[1] = scale_of(p, x.b, key + KB + 8); }
+#else
+        const Scale scale[2] = {scale_of(p, x.b, key), scale_of(p, x.b, key + 8)};
+#endif
         bar_wait(full(s), (n / STAGES) & 1, patience);
         const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
-        hold(a); hold(b); wgmma_fence();
+#if QUERIES == 4
+        hold(b);
+#endif
+        hold(a); wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma_e4m3(a, dk + 2 * k, dq0 + 2 * k, k != 0);
         wgmma_commit();
+#if QUERIES == 4
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma_e4m3(b, dk + 2 * k, dq1 + 2 * k, k != 0);
         wgmma_commit();
@@ -102,10 +147,18 @@ load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
         wgmma_wait<0>(); hold(b);
         if (tid == 0) bar_arrive(free_(s));
         sum_heads(b, w, 2, r);
+#else
+        wgmma_wait<0>(); hold(a);
+        if (tid == 0) bar_arrive(free_(s));
+        sum_heads(a, w, 0, r);
+#endif
         float z[2];
         exchange(r, me, z);
-        if (mine && key < p.S) out[key] = key >= x.lo && key < x.hi ? z[0] * scale.x : -inf();
-        if (mine && key + 8 < p.S) out[key + 8] = key + 8 >= x.lo && key + 8 < x.hi ? z[1] * scale.y : -inf();
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int at = key + 8 * e;
+          if (mine && at < p.S) out[at] = at >= x.lo && at < x.hi && scale[e].exists ? z[e] * scale[e].x : -inf();
+        }
       }
       if (tid == 0) bar_arrive(free_q);
     }

@@ -12,13 +12,15 @@ With table [B,pages] int32 keys and scales are pages, read where they lie (index
 The path "fused" (indexer_topk_hopper.cu: sm_90a, e4m3, 64 heads of width 128, top_k up to 2048, plain selection) scores and selects in one kernel without
 any scratch; arrays that its copy engine cannot address take the other path. Both give the same bits.
 """
+from dataclasses import replace
+
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.operands import PAGES, ceil_div, page_defines, pages_of
 
-TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: scores and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES,
-            Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))
+TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: scores and selection in one kernel"),
+            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))))
 FUSED_FIELDS = "128s128s" + "7Q5q6i8x"
 FUSED_STAGES, FUSED_CAP, FUSED_MOST = 3, 4096, 2048
 FUSED_SHARED = 1024 + 4 * 64 * 128 + FUSED_STAGES * (128 * 128 + 16) + 32 + 4 * FUSED_CAP * 8 + 2 * 2048 * 4 + 256

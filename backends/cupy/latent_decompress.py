@@ -8,6 +8,8 @@ either of their last two axes may be the contiguous one. latent_scale multiplies
 float8_e4m3fn run on tensor cores, every other mix by fused multiply-adds in float32. The path "hopper" (latent_decompress_hopper.cu) is for sm_90a and DeepSeek's
 sizes; arrays that its copy engine cannot address (odd strides, w_uk and w_uv standing differently) take the portable one.
 """
+from dataclasses import replace
+
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import gemm, hopper
@@ -15,9 +17,9 @@ from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, copy_byte
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper"), "hopper: latents in registers, weights shared by clusters; 16-bit types, R 512, Dn = Dv = 128, P up to 64"),
-    *gemm.TUNABLES,
-    Tunable("cluster", (2, 1), "hopper: blocks that share weight tiles"),
-    Tunable("windows", (4, 8, 2, 1), "hopper: parts that the heads are taken in, so that a part's weights stay in L2"),
+    *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES),
+    Tunable("cluster", (2, 1), "blocks that share weight tiles", ("hopper",)),
+    Tunable("windows", (4, 8, 2, 1), "parts that the heads are taken in, so that a part's weights stay in L2", ("hopper",)),
 )
 FIELDS = "7Q" + "8q" + "12i"
 ROW_BYTES = 4 * 8 + 4  # struct Rows

@@ -37,6 +37,12 @@ struct Item {
   }
 };
 
+// Through a map of boxes of 32 rows x 9 chunks of 64 columns
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int row, int y, int z) {
+  bar_expect(bar, TILE);
+  tma_load(to, map, bar, 0, row, 0, y, z);
+}
+
 // Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
 struct Rows { float top[2], m[2], sum[2]; bool wide; };
 

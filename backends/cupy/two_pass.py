@@ -9,7 +9,7 @@ from sparsetile.backends.cupy.operands import LISTS, POSITIONS, ceil_div, lists_
 
 SLOPES, GIB = 128 * 128 * 2, 2 ** 30
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 6 + "17Q" + LISTS + POSITIONS + "17i2f"
+FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f3Q"
 FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -56,34 +56,74 @@ def far_longer(lists, name: str, lines: int) -> int:
     return lists.extras[key]
 
 
-def run(maps, dq, dk, dv, lse, delta, lists, d, *, place, config, first_bytes, shape, tiles, scale, kv_length, q_start):
-    """shape: (B, Hq, Hk, T, S, D, Dv); d: defines; first_bytes: shared memory of `backward`."""
+def pieces_of_parts(parts, shape, width: int, most_bytes: int) -> tuple[int, int, int] | None:
+    """(key heads, key blocks, entries of a head at most) of a piece of a layout of several parts: heads stay whole, and their gradients stand in float32 beside dS.
+    None where one head alone would need twice the room."""
     B, Hq, Hk, T, S, D, Dv = shape
-    group, key_heads, key_tiles, width = Hq // Hk, B * Hk, ceil_div(S, 128), d["WIDTH"]
-    heads, blocks, most = pieces(lists, key_heads, group, key_tiles, min(config["scratch"] * GIB, room(B, Hq, T, D, group)))
-    cuts = [(head, min(heads, key_heads - head), block, min(blocks, key_tiles - block)) for head in range(0, key_heads, heads) for block in range(0, key_tiles, blocks)]
-    whole, count = blocks >= key_tiles, max(lists.offsets.shape[0] // 2 // max(lists.nq, 1), lists.by_key_offsets.shape[0] // 2 // max(lists.nk, 1))
-    rows, ticket = place.empty((2 * B * Hq * tiles, 196), "float32"), place.empty((2 * len(cuts),), "int32")
-    sums = None if whole else place.empty((heads * group, tiles, 128, width), "float32")
+    most = max(int((known[2 * lists.nk::2 * lists.nk] - known[:-1:2 * lists.nk]).max()) for lists, known in ((part.lists, part.lists.extras["by_key_offsets"]) for part in parts))
+    blocks = max(part.lists.nk for part in parts)
+    each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * D + S * (D + Dv))
+    return (ceil_div(B * Hk, ceil_div(B * Hk, max(most_bytes // each, 1))), blocks, most) if each <= 2 * room(B, Hq, T, D, Hq // Hk) else None
+
+
+class Part:
+    """All of a layout, or one of its parts (with axes: hopper_axes.Axes), and what `prepare` and `arrange` make of it."""
+
+    def __init__(self, lists, maps, tiles: int, axes=None, covered: bool = True):
+        """covered: the host knows that the lists hold every query tile of the call."""
+        self.lists, self.maps, self.tiles, self.axes, self.outside = lists, maps, tiles, axes, 0 if covered else tiles
+
+    def allocate(self, place, heads: int, key_tiles: int, cuts: int):
+        lists = self.lists
+        self.key_tiles, self.count = key_tiles, max(lists.offsets.shape[0] // 2 // max(lists.nq, 1), lists.by_key_offsets.shape[0] // 2 // max(lists.nk, 1))
+        self.rows, self.ticket = place.empty((2 * heads * self.tiles, 196), "float32"), place.empty((2 * cuts,), "int32")
+        self.order, self.order_rows, self.whole = (place.empty((self.count, n), "int32") for n in (key_tiles, lists.nq, lists.nk))
+        self.walk, self.at = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((lists.cols.shape[0],), "int32")
+
+    def pointers(self):
+        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
+
+
+def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, scale, kv_length, q_start):
+    """parts: of type Part, in the order in which they are added; shape: (B, Hq, Hk, T, S, D, Dv); d: defines; first_bytes: shared memory of `backward`.
+    None where parts of a layout do not fit (pieces_of_parts)."""
+    B, Hq, Hk, T, S, D, Dv = shape
+    group, key_heads, width, parted = Hq // Hk, B * Hk, d["WIDTH"], parts[0].axes is not None
+    most_bytes, tiles = min(config["scratch"] * GIB, room(B, Hq, T, D, group)), ceil_div(S, 128)
+    piece = pieces_of_parts(parts, shape, width, most_bytes) if parted else pieces(parts[0].lists, key_heads, group, tiles, most_bytes)
+    if piece is None:
+        return None
+    heads, blocks, most = piece
+    tiles = blocks if parted else tiles
+    cuts = [(head, min(heads, key_heads - head), block, min(blocks, tiles - block)) for head in range(0, key_heads, heads) for block in range(0, tiles, blocks)]
+    whole = blocks >= tiles
+    for part in parts:
+        part.allocate(place, B * Hq, part.lists.nk if parted else tiles, len(cuts))
+    sums = None if whole else place.empty((heads * group, parts[0].tiles, 128, width), "float32")
     slopes, keys = place.empty((heads * group * most, SLOPES // 2), dq.dtype), place.empty((heads * blocks, 128, width), dq.dtype)
-    order, order_rows = place.empty((count, key_tiles), "int32"), place.empty((count, lists.nq), "int32")
-    walk, at = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((lists.cols.shape[0],), "int32")
-    start = S - T if q_start is None and kv_length is None else q_start
-    covered = isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq
-    outside = 0 if covered else tiles
-    ahead = min(far_longer(lists, "by_key_offsets", lists.nk), key_tiles) if whole else 0
-    ahead_rows = far_longer(lists, "offsets", lists.nq)
+    wide = (0, 0, 0)
 
-    def launch(name, grid, threads, shared, n=0):
-        head, n_heads, block, n_blocks = cuts[n]
+    def launch(part, name, grid, threads, shared, n=0, adds=0, rounds=1):
+        (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
+        n_blocks = part.key_tiles if parted else n_blocks
+        ahead = min(far_longer(lists, "by_key_offsets", lists.nk), part.key_tiles) if whole else 0
         nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
-            grid, threads, shared, place.stream, *maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, ticket.ptr + 8 * n, order.ptr, order_rows.ptr, walk.ptr, at.ptr,
-            lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, *lists_values(lists), *position_values(T, S, kv_length, q_start),
-            Hq, group, D, Dv, tiles, key_tiles, outside, min(config["heads"], n_heads), ahead, ahead_rows, len(cuts), head, n_heads, block, blocks, most, n_heads * n_blocks, scale, scale * LOG2E)
+            grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
+            *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
+            far_longer(lists, "offsets", lists.nq), len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * n_blocks,
+            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, *wide)
 
-    launch("prepare", 2 * B * Hq * tiles, 64, 0)
-    launch("arrange", count * max(key_tiles, lists.nq), 32, 0)
-    for n, (_, n_heads, _, n_blocks) in enumerate(cuts):
-        launch("backward", min(n_heads * n_blocks, max(place.sms, 1)), 384, first_bytes, n)
-        launch("queries", min(n_heads * group * (lists.nq + outside), max(place.sms, 1)), 384, query_bytes(width), n)
+    for part in parts:
+        launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles, 64, 0)
+        launch(part, "arrange", lambda *_, part=part: part.count * max(part.key_tiles, part.lists.nq), 32, 0)
+    sms = max(place.sms, 1)
+    for n, (_, n_heads, _, _) in enumerate(cuts):
+        if len(parts) > 1:  # what the first part does not hold of the keys is nothing
+            make = place.empty if parts[0].axes.every else place.zeros
+            between = place.empty((n_heads * group, T, D), "float32"), make((n_heads, S, D), "float32"), make((n_heads, S, Dv), "float32")
+            wide = tuple(x.ptr for x in between)
+        for i, part in enumerate(parts):
+            adds, rounds = (1 if i else 0) | (2 if i or parted and not part.axes.every else 0), int(i == len(parts) - 1)
+            launch(part, "backward", lambda heads, blocks: min(heads * blocks, sms), 384, first_bytes, n, adds, rounds)
+            launch(part, "queries", lambda heads, _, part=part: min(heads * group * (part.lists.nq + part.outside), sms), 384, query_bytes(width), n, adds, rounds)
     return dq, dk, dv

@@ -34,6 +34,7 @@ enum Major : bool { K_MAJOR, N_MAJOR, M_MAJOR = true };
 template <int Kind, Major B, Major A = K_MAJOR, int Sums> inline void wgmma(float (&d)[Sums], u64 a, u64 b, int acc) { emulate_wgmma<2 * Sums>(d, nullptr, a, b, acc, Kind == BFLOAT16, B, A); }
 template <int Kind, Major B, int Sums> inline void wgmma(float (&d)[Sums], const u32* a, u64 b, int acc) { emulate_wgmma<2 * Sums>(d, a, 0, b, acc, Kind == BFLOAT16, B); }
 inline void wgmma_e4m3(float (&d)[64], u64 a, u64 b, int acc) { emulate_wgmma_e4m3<128>(d, a, b, acc); }
+inline void wgmma_e4m3(float (&d)[32], u64 a, u64 b, int acc) { emulate_wgmma_e4m3<64>(d, a, b, acc); }
 #else
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
@@ -64,6 +65,7 @@ PRODUCTS(32, D16(0), LIST16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCTS(64, D32(0), LIST32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCTS(128, D64, LIST64, 64, 65, 66, 67, 68, 69, 70)
 PRODUCTS(192, D96, LIST96, 96, 97, 98, 99, 100, 101, 102)
-// A 64 x 32, B 128 x 32, both e4m3 in shared memory and K-major
+// A 64 x 32, B 128 x 32 or 64 x 32, both e4m3 in shared memory and K-major
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], u64 a, u64 b, int acc) { asm volatile(WGMMA("m64n128k32", "e4m3", 66, LIST64, "%64", 65, "") : D64 : "l"(a), "l"(b), "r"(acc)); }
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[32], u64 a, u64 b, int acc) { asm volatile(WGMMA("m64n64k32", "e4m3", 34, LIST32, "%32", 33, "") : D32(0) : "l"(a), "l"(b), "r"(acc)); }
 #endif

@@ -256,7 +256,7 @@ def portable_config(problem: Problem) -> dict:
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
-    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and "paged" not in problem.features
+    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and "paged" not in problem.features and problem["S"] > 128  # each costs the host more than so few keys
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:

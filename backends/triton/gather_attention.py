@@ -3,6 +3,7 @@
 q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  indices [B,G,T,K] int32, G in {1, Hk, Hq}  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
 Entry e >= 0 stands for keys e * granularity ... + granularity - 1. What is no key of the call (below 0, at or past the end, at or past `lengths`, past the
 query with causal) is a hole: it is read as zeros and never reaches a sum. An entry given twice counts twice. Empty row: out 0, lse -inf.
+The path "gluon" (gather_attention_gluon.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`takes`) run on the portable one.
 """
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, re
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
+    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
+            "The rest is for portable"),
     Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded"),
     Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time"),
     Tunable("num_warps", (4, 8), "warps of a program"),
@@ -123,10 +126,28 @@ def supports(problem: Problem) -> str | None:
     return no_latents(problem) or refusal(problem)
 
 
+def no_gluon(problem: Problem) -> str | None:
+    """Why the path "gluon" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path gluon: {problem.arch} lacks its instructions; take portable"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
+        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    kind = problem.dtype("q")
+    if latent_of(problem) is not None or kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
+        return f"path gluon reads latents of 16 bits and answers in their type, not {problem.dtype('k')} for {kind} to {problem.dtype('out', kind)}; take portable"
+    if (problem["D"], problem["Dv"], problem["Hk"], problem.granularity) != (576, 512, 1, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
+        return "path gluon takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
+    return None
+
+
 def default_config(problem: Problem) -> dict:
+    return portable_config(problem) | ({} if no_gluon(problem) else dict(path="gluon"))
+
+
+def portable_config(problem: Problem) -> dict:
     group, single = problem["Hq"] // problem["Hk"], problem.dtype("q") == "float32"
     wide, heads = power(max(problem["D"], problem["Dv"])), min(64, power(group))
-    config = dict(heads=heads, block_k=64 if wide <= 128 else 32, num_warps=8 if heads * wide > 64 * 128 else 4, num_stages=2, value_block=0)
+    config = dict(path="portable", heads=heads, block_k=64 if wide <= 128 else 32, num_warps=8 if heads * wide > 64 * 128 else 4, num_stages=2, value_block=0)
     if single:
         config.update(heads=16, block_k=32 if wide <= 128 else 16, num_stages=1, value_block=128 if wide > 128 else 0)
     if problem.arch in ("gfx942", "sm_86", "sm_89", "sm_80") and wide > 256:
@@ -148,6 +169,13 @@ def _widths(D, DV, config, latent=None):
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] == "gluon":
+        refused = no_gluon(problem)
+        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        if isinstance(portable, str):
+            return portable
+        from sparsetile.backends.triton import gather_attention_gluon
+        return gather_attention_gluon.resources()
     D0, D1, V0, slices = _widths(problem["D"], problem["Dv"], config, latent_of(problem))
     if latent_of(problem) is not None and slices > 1:
         return "tiles of the fp8 layout of a latent cache hold whole rows: value_block is 0"
@@ -190,6 +218,11 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     if not B * Hq * T or not S or not K:
         return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
     out, lse = place.empty((B, Hq, T, DV), kind), place.empty((B, Hq, T), "float32") if return_lse else None
+    if config["path"] == "gluon" and latent is None:
+        from sparsetile.backends.triton import gather_attention_gluon
+        if gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
+            gather_attention_gluon.launch(q, k, indices, out, lse, place, lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
+            return out, lse
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
@@ -200,6 +233,9 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import gather_attention_gluon
+        return gather_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), shared_kv=has("shared_kv"),

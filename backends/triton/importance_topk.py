@@ -3,10 +3,12 @@
     q [B,Hq,T,D]  k [B,Hk,C,D]  lse [B,Hq,T]  key_end, block_end [B,Hk,T] int32  ->  indices [B,Hk,T,top_k] int32 ascending, then -1; lengths [B,Hk,T]; scores or None
 
 importance[j] = sum over the group's heads h, m < step, n < reach of exp(scale * q_h . k_i - lse_h) with i = step * j + m - n, 0 <= i < key_end.
-As many rows (a query and a key head) as fit a bounded scratch at a time: what each compressed key got, summed over the group, by the kernel of `indexer_scores`; sums over
-blocks; the exact choice of `topk`. A row with no more than top_k blocks is answered with all of them, unless scores are asked for. Forced blocks count in top_k.
+As many rows (a query and a key head) as fit a bounded scratch at a time: what each compressed key got, summed over the group, by the kernel of `indexer_scores`; then, path "row",
+a row's blocks are summed in registers and the cut among them found by halving; or, path "select", sums over blocks go through memory into the exact choice of `topk`.
+A row with no more than top_k blocks is answered with all of them, unless scores are asked for. Forced blocks count in top_k.
 """
 import math
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -15,8 +17,9 @@ from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import index_score, indexer_scores, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
 
-TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "shares held at a time"),)
-BLOCKS = 256
+TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES,
+            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
+BLOCKS, ROW_BLOCKS = 256, 4096  # of a program of sum_blocks; that a row's registers hold
 
 
 @triton.jit
@@ -37,6 +40,49 @@ def sum_blocks(shares, ends, out, T, T_all, blocks, reach, step, in_b, in_t, out
         tl.store(answer + j, total, mask=j < blocks)
 
 
+@triton.jit
+def choose_row(shares, key_ends, block_ends, out, lengths, values, T, T_all, k, force_first, force_last, in_b, in_t,
+               STEP: tl.constexpr, REACH: tl.constexpr, BLOCKS: tl.constexpr, ALL: tl.constexpr):
+    """Program r: the sums of a row's blocks as in sum_blocks, and its choice among them."""
+    r = tl.program_id(0)
+    b, t = r // T, r % T
+    item = b.to(tl.int64) * T_all + t
+    end, hi = tl.load(key_ends + item), tl.load(block_ends + item)
+    row = shares + b.to(tl.int64) * in_b + t.to(tl.int64) * in_t
+    j = tl.arange(0, BLOCKS)
+    total = tl.zeros((BLOCKS,), tl.float32)
+    for n in range(STEP + REACH - 1):
+        i = j * STEP + (n - REACH + 1)
+        times = tl.minimum(tl.minimum(n + 1, STEP + REACH - 1 - n), min(STEP, REACH))
+        total += times.to(tl.float32) * tl.load(row + i, mask=(i >= 0) & (i < end), other=0.0)
+    first = tl.minimum(force_first, hi)
+    if ALL:
+        first = tl.where(hi <= k, hi, first)
+    forced = (j < first) | ((j >= hi - force_last) & (j < hi))
+    # sums are not negative: their bits sort as they do, and NaN is none of them
+    key = tl.where((j < hi) & (forced == 0) & (total >= 0), total.to(tl.int32, bitcast=True), -1)
+    need = k - tl.sum(forced.to(tl.int32), axis=0)
+    # the largest bound that `need` of them reach, by halving; over where exactly so many do, or where it lies between neighbours: equal ones at the cut
+    low, high = need * 0, tl.max(key, axis=0) + 1
+    reach = tl.sum((key >= 0).to(tl.int32), axis=0)
+    while (reach > need) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = tl.sum((key >= middle).to(tl.int32), axis=0)
+        enough = count >= need
+        low, reach, high = tl.where(enough, middle, low), tl.where(enough, count, reach), tl.where(enough, high, middle)
+    alike = (key == low).to(tl.int32)
+    above = reach - tl.sum(alike, axis=0)
+    forced = forced | (key > low) | ((alike > 0) & ((reach <= need) | (tl.cumsum(alike, axis=0) <= need - above)))
+    place = tl.cumsum(forced.to(tl.int32), axis=0) - 1
+    written = tl.sum(forced.to(tl.int32), axis=0)
+    tl.store(out + item * k + place, j, mask=forced)
+    tl.store(lengths + item, written)
+    tl.store(out + item * k + j, -1, mask=(j >= written) & (j < k))
+    if values is not None:
+        tl.store(values + item * k + place, total, mask=forced)
+        tl.store(values + item * k + j, float("-inf"), mask=(j >= written) & (j < k))
+
+
 def group_problem(problem) -> Problem:
     """The scores inside: a group's heads are the indexer's, batches and key heads its batches."""
     dims = dict(B=problem["B"] * problem["Hk"], H=problem["Hq"] // problem["Hk"], T=problem["T"], S=problem["C"], D=problem["D"])
@@ -48,8 +94,13 @@ def supports(problem):
     return None if kind in ("float32", "float16", "bfloat16") else f"importance_topk takes float32, float16 or bfloat16 on a GPU, not {kind}; cast q and k, or move them to the CPU"
 
 
+def no_row(blocks: int, top_k: int) -> str | None:
+    """Why the path "row" is not for this problem."""
+    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds up to {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
+
+
 def resources(problem, config):
-    refused = select_rows.refusal(config)
+    refused = no_row(triton.cdiv(problem["S"], problem.granularity), problem["K"]) if config["path"] == "row" else select_rows.refusal(config)
     return refused or indexer_scores.resources(group_problem(problem), config)
 
 
@@ -60,17 +111,34 @@ def rows_at_once(C, blocks, scratch_mb) -> int:
 def default_config(problem):
     blocks = -(-problem["S"] // problem.granularity)
     rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 64))
-    return {**indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 64}
+    return {"path": "select" if no_row(blocks, problem["K"]) else "row", **indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 64}
 
 
 def artifacts(problem, config):
     has = problem.features
     scores = "return_scores" in has
     found = [index_score.score_artifact(group_problem(problem), queries=config["queries"], stages=config["stages"], fill=False, activation="share")]
+    if config["path"] == "row":
+        return found + [row_artifact(triton.cdiv(problem["S"], problem.granularity), problem["K"], scores)]
     found += select_rows.row_artifacts(config, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
     arrays, numbers = {"shares": "*fp32", "ends": "*i32", "out": "*fp32"}, ("T", "T_all", "blocks", "reach", "step", "in_b", "in_t", "out_b", "out_t")
     return found + [{"fn": sum_blocks, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": {"BLOCKS": BLOCKS}, "options": {"num_warps": 4},
                      "div16": tuple(arrays) + ("in_b", "in_t", "out_b", "out_t")}]
+
+
+def row_artifact(blocks, top_k, scores):
+    """For the paper's blocks."""
+    arrays, numbers = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}, ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
+    constexprs, options = row_constants(blocks, top_k, 4, 2, not scores)
+    if not scores:
+        arrays.pop("values")
+        constexprs["values"] = None
+    return {"fn": choose_row, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": constexprs, "options": options, "div16": tuple(arrays) + ("in_b", "in_t")}
+
+
+def row_constants(blocks, top_k, step, reach, everything) -> tuple[dict, dict]:
+    held = triton.next_power_of_2(max(blocks, top_k, 32))
+    return dict(STEP=step, REACH=reach, BLOCKS=held, ALL=everything), dict(num_warps=max(1, held // 1024))
 
 
 def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, step, scale, force_first=0, force_last=0, return_scores=False):
@@ -83,17 +151,23 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
     answer = [None if x is None else x.view(rows, *x.shape[2:]) for x in (indices, lengths, values)]
     at_once = min(rows * T, rows_at_once(C, blocks, config["scratch_mb"]))
     batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
-    shares, sums = (place.empty((batches * queries * row_stride(n),), "float32") for n in (C, blocks))
-    kept = select_rows.buffers(batches * queries, place, config)
+    by_row = config["path"] == "row"
+    shares, sums = (place.empty((n,), "float32") for n in (batches * queries * row_stride(C), 0 if by_row else batches * queries * row_stride(blocks)))
+    kept = None if by_row else select_rows.buffers(batches * queries, place, config)
+    constants, options = row_constants(blocks, top_k, step, reach, not return_scores)
     for b in range(0, rows, batches):
         for t in range(0, T, queries):
             part = slice(b, min(rows, b + batches)), slice(t, min(T, t + queries))
             shape = part[0].stop - b, part[1].stop - t
-            given, found = (x[:shape[0] * shape[1] * row_stride(n)].view(*shape, row_stride(n)) for x, n in ((shares, C), (sums, blocks)))
+            programs = shape[0] * shape[1]
+            given, into = shares[:programs * row_stride(C)].view(*shape, row_stride(C)), [None if x is None else x[part] for x in answer]
             index_score.score(q[part[0], :, part[1]], k[part[0]], weights[part[0], :, part[1]], given, place=place, queries=config["queries"], stages=config["stages"],
                               T_all=T, ends=key_end[part], causal=False, activation="share", factor=scale * log2e, fill=False)
-            sum_blocks[(shape[0] * shape[1], min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
-                                                                                    *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
-            select_rows.select_rows(found, top_k, *(None if x is None else x[part] for x in answer), place=place, config=config, T_all=T, ends=block_end[part], width=blocks,
-                                    force_first=force_first, force_last=force_last, everything=not return_scores, scratch=kept)
+            if by_row:
+                choose_row[(programs,)](given, key_end[part], block_end[part], *into, shape[1], T, top_k, force_first, force_last, *given.stride()[:2], **constants, **options)
+                continue
+            found = sums[:programs * row_stride(blocks)].view(*shape, row_stride(blocks))
+            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2], *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
+            select_rows.select_rows(found, top_k, *into, place=place, config=config, T_all=T, ends=block_end[part], width=blocks, force_first=force_first, force_last=force_last,
+                                    everything=not return_scores, scratch=kept)
     return indices, lengths, values

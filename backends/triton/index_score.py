@@ -15,6 +15,9 @@ from sparsetile.backends.triton import pages
 from sparsetile.backends.triton.float8 import native, passed, pointer, product_dtype, widen
 
 
+ALONE = 2  # queries of a call up to which each goes through the keys for itself
+
+
 @triton.jit
 def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: tl.constexpr, mask):
     """Keys lo <= s < hi that query t (number or tile) of batch b may see; (S, 0) where there is nothing to compute."""
@@ -111,6 +114,51 @@ def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all
 
 
 @triton.jit
+def score_alone(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor, table, table_b, pool_pages, splits,
+                H: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+                DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr, PAGE: tl.constexpr):
+    """score_by_heads where heads and D are one tile each, for few queries: a program keeps its query and goes through a share of the keys, which are pipelined."""
+    pid = tl.program_id(0)
+    t = pid // splits % T
+    b = pid // splits // T
+    tiles = (S + BLOCK_S - 1) // BLOCK_S
+    each = (tiles + splits - 1) // splits
+    begin = pid % splits * each
+    end = tl.minimum(begin + each, tiles)
+    lo, hi = key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+    first = tl.minimum(tl.maximum(begin, lo // BLOCK_S), end)
+    last = tl.maximum(tl.minimum(end, (hi + BLOCK_S - 1) // BLOCK_S), first)
+    h, d, i = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    out += b.to(tl.int64) * out_b + t.to(tl.int64) * out_t
+    if FILL:
+        for tile in range(begin, first):
+            tl.store(out + tile * BLOCK_S + i, tl.full((BLOCK_S,), float("-inf"), tl.float32), mask=tile * BLOCK_S + i < S)
+        for tile in range(last, end):
+            tl.store(out + tile * BLOCK_S + i, tl.full((BLOCK_S,), float("-inf"), tl.float32), mask=tile * BLOCK_S + i < S)
+    if first < last:
+        queries = q + b.to(tl.int64) * q_b + h.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + d[None, :]  # [BLOCK_H, BLOCK_D]
+        query = widen(tl.load(queries, mask=(h < H)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+        weight = tl.load(weights + b.to(tl.int64) * w_b + h.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=h < H, other=0.0)
+        for tile in range(first, last):
+            s = tile * BLOCK_S + i
+            if PAGE:
+                page, exists = pages.page_of(table + b.to(tl.int64) * table_b, s, hi, pool_pages, PAGE)
+                keys = k + (page * k_b + s % PAGE * k_s)[:, None] + d[None, :]
+            else:
+                keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]              # [BLOCK_S, BLOCK_D]
+                exists = s < S
+            held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
+            product = tl.dot(held, tl.trans(query), input_precision="ieee")
+            part = weigh(product, weight[None, :], factor, ACT)
+            if H % BLOCK_H:
+                part = tl.where((h < H)[None, :], part, 0.0)
+            score = tl.zeros((BLOCK_S,), tl.float32) + tl.sum(part, axis=1)
+            if k_scale is not None:
+                score = score * tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)
+            tl.store(out + s, tl.where((s >= lo) & (s < hi) & exists, score, float("-inf")), mask=s < S)
+
+
+@triton.jit
 def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor, table, table_b, pool_pages,
                      H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
                      DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr, PAGE: tl.constexpr):
@@ -188,6 +236,11 @@ def plan(H, D, q_dtype, k_dtype, arch):
     return score_by_heads, constants, 4
 
 
+def is_alone(kernel, constants, T) -> bool:
+    """Whether a call's queries go one by one (`score_alone`): too few to share tiles of keys, which then come in fewer, longer streams. Decided by the whole call's T: the same for all of its parts."""
+    return kernel is score_by_heads and T <= ALONE and constants["H"] <= constants["BLOCK_H"] and constants["D"] <= constants["BLOCK_D"]
+
+
 def share_plan(H, D, T, q_dtype, k_dtype, arch):
     """As `plan`, for the shares of importance_topk, which no other kernel has to repeat: many queries take a tile of them for one head after the other, with few heads or many."""
     kernel, constants, warps = plan(H, D, q_dtype, k_dtype, arch)
@@ -195,6 +248,11 @@ def share_plan(H, D, T, q_dtype, k_dtype, arch):
         return kernel, constants, warps
     constants.pop("BLOCK_H")
     return score_by_queries, {**constants, "BLOCK_S": 128}, 8
+
+
+def launch_options(constants, warps, stages, arch) -> dict:
+    """Tiles of eight warps (share_plan) take 161 registers and then a whole multiprocessor of Hopper's; with 128, which spill nothing, two programs share one."""
+    return dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=128) if warps == 8 and arch == "sm_90a" and constants["BLOCK_D"] <= 128 else {})
 
 
 def near_heads(weights):
@@ -219,11 +277,14 @@ def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, st
     kernel, constants, warps = plan(H, D, *names, place.arch) if activation != "share" else share_plan(H, D, T_all, *names, place.arch)
     block = queries_per_program(kernel, constants, queries)
     grid = (B * triton.cdiv(T, block) * triton.cdiv(S, constants["BLOCK_S"]),)
-    q, k = passed(q, place.arch), passed(k, place.arch)
+    q, k, more = passed(q, place.arch), passed(k, place.arch), dict(BLOCK_T=block)
+    if is_alone(kernel, constants, T_all):
+        splits = max(1, min(4 * place.sms // (B * T), triton.cdiv(S, constants["BLOCK_S"])))
+        kernel, grid, more = score_alone, (B * T * splits,), dict(splits=splits)
     kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
                  0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor,
-                 table, None if table is None else table.stride(0), count, PAGE=page, **constants, BLOCK_T=block, ACT=activation,
-                 CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
+                 table, None if table is None else table.stride(0), count, PAGE=page, **constants, **more, ACT=activation,
+                 CAUSAL=causal, FILL=fill, **launch_options(constants, warps, stages, place.arch))
 
 
 def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict:
@@ -237,11 +298,14 @@ def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict
     absent = {name: None for name, there in (("k_scale", "scale" in has or "k_scale" in has), ("starts", windows), ("ends", windows or activation == "share"),
                                            ("q_starts", "q_start" in has), ("factor", activation == "share"), ("table", "paged" in has), ("table_b", "paged" in has), ("pool_pages", "paged" in has)) if not there}
     near = "w_h" if kernel is score_by_heads else "w_t"
-    constants = {**absent, **constants, near: 1, "BLOCK_T": queries_per_program(kernel, constants, queries), "ACT": activation, "CAUSAL": "causal" in has, "FILL": fill, "PAGE": pages.DEFAULT * ("paged" in has)}
-    numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short", "table_b", "pool_pages")
+    block = {"BLOCK_T": queries_per_program(kernel, constants, queries)}
+    if is_alone(kernel, constants, problem["T"]):
+        kernel, block = score_alone, {}
+    constants = {**absent, **constants, near: 1, **block, "ACT": activation, "CAUSAL": "causal" in has, "FILL": fill, "PAGE": pages.DEFAULT * ("paged" in has)}
+    numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short", "table_b", "pool_pages") + ("splits",) * (not block)
     signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near and name not in absent}, **({"factor": "fp32"} if activation == "share" else {})}
     aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + (("w_t",) if near == "w_h" and H % 16 == 0 else ()) + ("out_t", "out_b")
-    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": {"num_warps": warps, "num_stages": stages}, "div16": aligned}
+    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": launch_options(constants, warps, stages, arch), "div16": aligned}
 
 
 def shared_bytes(problem, stages) -> int:

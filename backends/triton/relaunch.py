@@ -1,6 +1,8 @@
 """Launching a Triton kernel again on like arguments. Triton binds and specialises each argument at each launch, 57 us of host time for forty of them;
 a launch whose numbers, constants and alignments were seen before goes to the compiled kernel in 9 us.
 """
+from functools import partial
+
 import triton
 from triton import knobs
 
@@ -18,15 +20,23 @@ class Constants(dict):
 
 def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=(), maps: tuple = ()) -> None:
     """fn[grid](*maps, *pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
-    addresses = [None if x is None else x.data_ptr() for x in pointers]
+    address = place.address
+    addresses = [None if x is None else address(x) for x in pointers]
     key = fn, place.device, tuple([None if x is None else x % 16 == 0 for x in addresses]), numbers, constants, kinds
     found = _compiled.get(key)
-    if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to know of every launch
-        kernel = fn[grid](*maps, *pointers, *numbers, **constants)
+    if found is None:
+        kernel = place.noted(fn[grid])(*maps, *pointers, *numbers, **constants)
         if _KNOWN and kernel is not None and place.device is not None:
             if len(_compiled) >= 4096:  # shapes come and go
                 _compiled.clear()
-            _compiled[key] = kernel, [constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):]]
+            _compiled[key] = partial(again, kernel), [constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):]]
         return
-    kernel, rest = found
-    kernel.run(*grid, *(1,) * (3 - len(grid)), place.stream, kernel.function, kernel.packed_metadata, None, None, None, *maps, *addresses, *numbers, *rest)
+    run, rest = found
+    place.noted(run)(*grid, *(1,) * (3 - len(grid)), place.stream, *maps, *addresses, *numbers, *rest)
+
+
+def again(kernel, x: int, y: int, z: int, stream: int, *values) -> None:
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler wants to know of every launch
+        kernel[x, y, z](*values, stream=stream)
+    else:
+        kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
