@@ -70,9 +70,11 @@ def choose_row(shares, key_ends, block_ends, out, lengths, values, T, T_all, k, 
         count = tl.sum((key >= middle).to(tl.int32), axis=0)
         enough = count >= need
         low, reach, high = tl.where(enough, middle, low), tl.where(enough, count, reach), tl.where(enough, high, middle)
-    alike = (key == low).to(tl.int32)
-    above = reach - tl.sum(alike, axis=0)
-    forced = forced | (key > low) | ((alike > 0) & ((reach <= need) | (tl.cumsum(alike, axis=0) <= need - above)))
+    taken = key >= low
+    if reach > need:
+        alike = (key == low).to(tl.int32)
+        taken = taken & ((key > low) | (tl.cumsum(alike, axis=0) <= need - reach + tl.sum(alike, axis=0)))
+    forced = forced | taken
     place = tl.cumsum(forced.to(tl.int32), axis=0) - 1
     written = tl.sum(forced.to(tl.int32), axis=0)
     tl.store(out + item * k + place, j, mask=forced)
