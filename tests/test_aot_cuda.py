@@ -94,6 +94,13 @@ def test_budget(op, name, case, arch):
 
 
 @pytest.mark.parametrize("kind", [HALF, "float16"])
+def test_a_sum_over_heads_is_within_budget(kind):
+    kernel = importlib.import_module("sparsetile.backends.cupy.grouped_matmul")
+    problem = Problem.of("grouped_matmul", dict(B=1, H=128, T=4096, N=128, M=512, P=0), dict(x=kind, w=kind, out=SINGLE), "sm_90a", ["inner_heads"])
+    within_budget(kernel, problem, kernel.default_config(problem), "sm_90a")
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
 @pytest.mark.parametrize("D, Dv, features", [(64, 64, ()), (128, 128, ()), (192, 128, ("order",)), (136, 64, ())])
 def test_two_passes_are_within_budget(D, Dv, features, kind):
     """The default of the backward from D 129 on and for layouts of several parts, and a value of its path below."""
