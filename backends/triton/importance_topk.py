@@ -98,7 +98,7 @@ def supports(problem):
 
 def no_row(blocks: int, top_k: int) -> str | None:
     """Why the path "row" is not for this problem."""
-    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds up to {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
+    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
 
 
 def resources(problem, config):
@@ -130,7 +130,8 @@ def artifacts(problem, config):
 
 def row_artifact(blocks, top_k, scores):
     """For the paper's blocks."""
-    arrays, numbers = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}, ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
+    arrays = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}
+    numbers = ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
     constexprs, options = row_constants(blocks, top_k, 4, 2, not scores)
     if not scores:
         arrays.pop("values")
@@ -169,7 +170,8 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
                 choose_row[(programs,)](given, key_end[part], block_end[part], *into, shape[1], T, top_k, force_first, force_last, *given.stride()[:2], **constants, **options)
                 continue
             found = sums[:programs * row_stride(blocks)].view(*shape, row_stride(blocks))
-            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2], *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
+            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
+                                                                         *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
             select_rows.select_rows(found, top_k, *into, place=place, config=config, T_all=T, ends=block_end[part], width=blocks, force_first=force_first, force_last=force_last,
                                     everything=not return_scores, scratch=kept)
     return indices, lengths, values
