@@ -28,11 +28,11 @@ def shape_of(device: int | None):
     return CPU if device is None else GPU
 
 
-def lacking(device: int | None, tokens, systems=SYSTEMS, known=()) -> list[tuple]:
+def lacking(device: int | None, tokens, systems=SYSTEMS, known=(), passes=PASSES) -> list[tuple]:
     """(system, tokens, pass, backend) of what has no time among the rows `known`. What failed or was refused before comes last, after what another package computes, which
     tunes itself at its first call."""
     found, tried = {store.key(row) for row in known if not store.why_not(row)}, {store.key(row) for row in known}
-    every = [(s.name, N, what, backend) for N in tokens for what in PASSES for s in systems if s.run for backend in backends(s, device)]
+    every = [(s.name, N, what, backend) for N in tokens for what in passes for s in systems if s.run for backend in backends(s, device)]
     late = {s.name for s in systems if s.run and s.works(None)}
     return sorted((one for one in every if one not in found), key=lambda one: (one in tried, one[0] in late))
 

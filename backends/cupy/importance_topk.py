@@ -57,11 +57,14 @@ def queries_of(G: int) -> int:
 
 
 def fused_shape(G: int, D: int, blocks: int) -> tuple[int, int, int]:
-    """(warpgroups of a block of threads, stages, shared bytes): two groups that share what they load, else one and two blocks a multiprocessor, else what fits at all."""
-    slab, limit = ceil_div(D, 64) * 128, nvrtc.shared_limit("sm_90a")
+    """(warpgroups of a block of threads, stages, shared bytes): one group and two blocks a multiprocessor, where one chooses while the other multiplies (up to D 128: wider lacks the
+    registers); else two groups that share what they load; else what fits at all."""
+    slab = ceil_div(D, 64) * 128
     group = 128 * slab + 16 + 4 * queries_of(G) * (4 * FUSED_KEYS + 9 + sums_row(blocks))
-    shapes = [(groups, stages, groups * group + stages * (FUSED_KEYS * slab + 16)) for groups in (2, 1) for stages in (6, 5, 4, 3, 2)]
-    return next((x for x in shapes if x[2] <= (limit if x[0] == 2 else FUSED_HALF)), None) or next((x for x in shapes[5:] if x[2] <= limit), shapes[-1])
+    limit = nvrtc.shared_limit("sm_90a")
+    shapes = [(groups, stages, groups * group + stages * (FUSED_KEYS * slab + 16)) for groups in (1, 2) for stages in (6, 5, 4, 3, 2)]
+    fitting = [x for x in shapes[:5] if x[2] <= FUSED_HALF and D <= 128] + [x for x in shapes[5:] + shapes[:5] if x[2] <= limit]
+    return fitting[0] if fitting else shapes[4]
 
 
 def sums_row(blocks: int) -> int:

@@ -19,11 +19,11 @@ from sparsetile.backends.triton.tiles import capped, finish, load, load_at, nega
 TUNABLES = (
     Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
             "The rest is for portable"),
-    Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded"),
-    Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time"),
-    Tunable("num_warps", (4, 8), "warps of a program"),
-    Tunable("num_stages", (1, 2, 3), "blocks of keys in flight"),
-    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
+    Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
+    Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time", ("portable",)),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
+    Tunable("num_stages", (1, 2, 3), "blocks of keys in flight", ("portable",)),
+    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable",), "Dv"),
 )
 
 
