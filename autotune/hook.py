@@ -31,8 +31,8 @@ def on_miss(problem, device, backend, rule=None):
 
 
 def _capturing(device) -> bool:
-    torch = sys.modules.get("torch")
-    return device is not None and torch is not None and torch.cuda.is_current_stream_capturing()
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    return device is not None and bool(torch is not None and torch.cuda.is_current_stream_capturing() or cupy is not None and cupy.cuda.get_current_stream().is_capturing())
 
 
 def install():

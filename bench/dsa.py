@@ -3,6 +3,7 @@
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
 the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, recorded in CUDA graphs.
+Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 656 bytes a token and in bfloat16, the translation of tokens to rows of the pool included.
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
 FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row, which is printed as soon as it is measured; what --minutes
@@ -21,10 +22,14 @@ if __name__ == "__main__" and not __package__:
 import numpy as np  # noqa: E402
 
 from sparsetile.autotune import graphs, numeric, plain, timing  # noqa: E402
+from sparsetile.backends.reference.positions import latents  # noqa: E402
 from sparsetile.bench import gpu_table  # noqa: E402
 from sparsetile.bench.spot import host, wide  # noqa: E402
+from sparsetile.ops.attention import sparse_attention  # noqa: E402
+from sparsetile.ops.caches.latent import PagedLatent  # noqa: E402
 from sparsetile.ops.latent import latent_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal  # noqa: E402
+from sparsetile.ops.selection import Selection  # noqa: E402
 from sparsetile.systems.dsa import dsa_latent_attention  # noqa: E402
 
 TABLES = {
@@ -127,6 +132,51 @@ def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, unt
     return lines + ([f"{kind}: {crossover(ratios)}"] if ratios else [])
 
 
+def latent_cache(torch, device, B, S, fp8, page=64):
+    """A PagedLatent of B full sequences whose pages lie in any order."""
+    pages = B * S // page
+    pool = torch.empty((pages, page, 656), dtype=torch.uint8, device=device) if fp8 else torch.empty((pages, page, 576), dtype=torch.bfloat16, device=device)
+    for part in pool.split(2 ** 13):
+        x = torch.randn(*part.shape[:2], 576, device=device, dtype=torch.bfloat16)
+        if fp8:
+            part[..., :512] = x[..., :512].to(torch.float8_e4m3fn).view(torch.uint8)
+            part[..., 512:528] = (torch.rand(*part.shape[:2], 4, device=device) + 0.5).view(torch.uint8)
+            part[..., 528:] = x[..., 512:].contiguous().view(torch.uint8)
+        else:
+            part[:] = x
+    table = torch.randperm(pages, device=device).view(B, -1).to(torch.int32)
+    return PagedLatent(pool, table, torch.full((B,), S, dtype=torch.int32, device=device), rank=512, rotary=64)
+
+
+def check_cached(q, cache, indices, out):
+    """The first and the last head of the first and the last sequence by the policy."""
+    for b in (0, len(q) - 1):
+        keys = indices[b, 0, 0].long()
+        rows = cache.pools[0].flatten(0, 1)[cache.page_table[b, keys // cache.page_size].long() * cache.page_size + keys % cache.page_size]
+        x = host(rows).astype(float) if not cache.quantised else latents(host(rows), cache.rank, cache.rotary)[0]
+        query, count = host(q[b:b + 1, ::q.shape[1] - 1]), np.ones((1, 1, 1, len(keys)), int)
+        truth, formula = (plain.attention(one, c[None, None], c[None, None, :, :512], count, scale=576 ** -0.5)[0] for one, c in ((query.astype(float), x), (query, x.astype(query.dtype))))
+        numeric.assert_close(f"cached decode, sequence {b}", host(out[b:b + 1, ::q.shape[1] - 1]), truth, formula, reduction=len(keys) + 576)
+
+
+def cached(torch, given, backends, B=128, S=32768, K=2048) -> list:
+    """One line for each kind of cache and head count: milliseconds of every backend in CUDA graphs; floors and stored peers of the fp8 layout."""
+    watch, lines = timing.Stopwatch(0, flush_mb=FLUSH_MB), []
+    indices = torch.rand(B, S, device="cuda").topk(K, dim=1).indices[:, torch.randperm(K, device="cuda")].to(torch.int32)[:, None, None]
+    for fp8, known in ((True, {128: "floor 0.185, FlashMLA* 0.194", 64: "floor 0.105, FlashMLA* 0.123"}), (False, {128: "FlashInfer* 0.151", 64: ""})):
+        cache = latent_cache(torch, "cuda", B, S, fp8)
+        for heads, others in known.items():
+            q = torch.randn(B, heads, 1, 576, device="cuda", dtype=torch.bfloat16)
+            ours = usable(torch, {name: lambda name=name: sparse_attention(q, cache, None, Selection(indices), value_width=512, backend=name) for name in backends})
+            for call in ours.values():
+                check_cached(q, cache, indices, call())
+            samples = timing.finals(watch, graphs.record(list(ours.values()), 0)[0] or list(ours.values()), given.seconds)
+            times = " ".join(f"{name} {watch.centre(x) / 1e3:.3f}" for name, x in zip(ours, samples))
+            lines.append(f"decode of chosen tokens, {'fp8' if fp8 else 'bfloat16'} pages of 64, B {B}, S {S}, h {heads}: {times} ms{clock(torch, 'cuda')} {others}")
+            print(lines[-1], flush=True)
+    return lines
+
+
 def clock(torch, device) -> str:
     if device == "cpu":
         return ""
@@ -179,6 +229,12 @@ def main(arguments=None) -> int:
         except AssertionError as error:
             wrong += 1
             lines.append(f"{kind}: WRONG: {str(error)[:200]}")
+    if cuda and not given.no_calls:
+        try:
+            lines += cached(torch, given, backends)
+        except AssertionError as error:
+            wrong += 1
+            lines.append(f"cached decode: WRONG: {str(error)[:200]}")
     print("\n" + "\n".join(lines))
     if cuda and not given.no_tables:
         tables(given, until)

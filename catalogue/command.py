@@ -19,7 +19,9 @@ def add(command, count, seconds, device):
     p.add_argument("--again", action="store_true", help="measure those too")
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--tokens", type=count, nargs="+", help="lengths to measure (default: 1024 4096 on a CPU, 4096 16384 on a GPU)")
+    p.add_argument("--passes", nargs="+", choices=("forward", "training"), default=("forward", "training"), help="what to measure (default: both; training is forward and backward)")
     p.add_argument("--seconds", type=seconds, default=0.3, help="time for the rounds of each system, length and pass (default: 0.3; six rounds at least, three of slow calls)")
+    p.add_argument("--note", help="words about the run that the page shows, such as what else the machine did")
     p.add_argument("--commit", help="what is measured (default: git describe)")
     p.add_argument("--into", help="directory for the file (default: the user cache; catalogue/measured in a checkout ships it)")
     p.add_argument("--pictures", help="directory for a PNG of each pattern")
@@ -77,8 +79,8 @@ def _catalogue(args, device):
 def _measure(args, device, systems):
     speed, store = _part("speed"), _part("store")
     path = store.file_of(device, Path(args.into) if args.into else store.user_folder())
-    data = store.begun(path, device, speed.shape_of(device))
-    wanted = speed.lacking(device, args.tokens or ((1024, 4096) if device is None else (4096, 16384)), systems, () if args.again else data["rows"])
+    data = store.begun(path, device, speed.shape_of(device), args.note)
+    wanted = speed.lacking(device, args.tokens or ((1024, 4096) if device is None else (4096, 16384)), systems, () if args.again else data["rows"], args.passes)
     say = (lambda **event: print(json.dumps(event), flush=True)) if args.json else lambda **event: print(*event.values(), flush=True)
     if device is not None and wanted:
         begun = time.monotonic()

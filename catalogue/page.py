@@ -118,7 +118,7 @@ def measured(data: dict) -> list[str]:
     commits = ", ".join(dict.fromkeys(str(row.get("commit", "unknown")) for row in data["rows"]))
     beside = ", ".join(f"{name} {version}" for name, version in data["measured_with"].items() if name in BESIDE)
     cores = f", {device['sms']} cores" if device["arch"] == "cpu" else ""
-    lines, told = ["", f"### {device['name']}{cores}", "", f"`{asked}` at {commits}; {beside}. {shape['dtype']}, {sizes}."], {}
+    lines, told = ["", f"### {device['name']}{cores}", "", f"`{asked}` at {commits}; {beside}. {shape['dtype']}, {sizes}.{' ' * bool(data.get('note'))}{data.get('note', '')}"], {}
     for what in speed.PASSES:
         rows = [(system.name, backend or "-", *(_cell(found.get((system.name, N, what, backend)), told) for N in lengths))
                 for system in OURS for backend in speed.backends(system, None if device["arch"] == "cpu" else 0)]

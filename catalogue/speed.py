@@ -28,11 +28,11 @@ def shape_of(device: int | None):
     return CPU if device is None else GPU
 
 
-def lacking(device: int | None, tokens, systems=SYSTEMS, known=()) -> list[tuple]:
+def lacking(device: int | None, tokens, systems=SYSTEMS, known=(), passes=PASSES) -> list[tuple]:
     """(system, tokens, pass, backend) of what has no time among the rows `known`. What failed or was refused before comes last, after what another package computes, which
     tunes itself at its first call."""
     found, tried = {store.key(row) for row in known if not store.why_not(row)}, {store.key(row) for row in known}
-    every = [(s.name, N, what, backend) for N in tokens for what in PASSES for s in systems if s.run for backend in backends(s, device)]
+    every = [(s.name, N, what, backend) for N in tokens for what in passes for s in systems if s.run for backend in backends(s, device)]
     late = {s.name for s in systems if s.run and s.works(None)}
     return sorted((one for one in every if one not in found), key=lambda one: (one in tried, one[0] in late))
 
@@ -47,11 +47,14 @@ def backends(system: System, device: int | None) -> tuple:
 
 
 def rows(device: int | None, wanted: list[tuple], seconds: float = 0.3, commit: str | None = None):
-    """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three of slow calls, one of very slow ones."""
+    """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three
+    of slow calls, one of very slow ones."""
     watch, x, commit = timing.Stopwatch(device), None, commit or provenance.commit()
     for (name, N, what), some in groupby(wanted, lambda one: one[:3]):
         if x is None or (x.tokens, x.gradient) != (N, what == "training"):
             x = Inputs(shape_of(device), N, device, what == "training")
+        if device is not None:
+            watch.torch.cuda.empty_cache()  # what the system before held is no room in pieces
         for backend, found in _timed(watch, x, find(name), [one[3] for one in some], seconds):
             yield dict(zip(store.KEY, (name, N, what, backend))) | {"commit": commit} | found
 

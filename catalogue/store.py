@@ -35,13 +35,12 @@ def key(row: dict) -> tuple:
     return tuple(row.get(name) for name in KEY)
 
 
-def begun(path: Path, device: int | None, shape: Shape) -> dict:
-    """A file's content to go on with: its rows, if they were measured with these sizes; else none."""
-    rows = []
-    if path.is_file():
-        old = load(path)
-        rows = old["rows"] if old["shape"] == asdict(shape) else []
-    return {"schema": SCHEMA, "device": provenance.device(device), "measured_with": provenance.versions(), "shape": asdict(shape), "rows": rows}
+def begun(path: Path, device: int | None, shape: Shape, note: str | None = None) -> dict:
+    """A file's content to go on with: its rows, if they were measured with these sizes; else none. note: words that the page shows, kept where none are given."""
+    old = load(path) if path.is_file() else {"rows": [], "shape": None}
+    note = note or old.get("note")
+    return {"schema": SCHEMA, "device": provenance.device(device), "measured_with": provenance.versions(), "shape": asdict(shape),
+            **({"note": note} if note else {}), "rows": old["rows"] if old["shape"] == asdict(shape) else []}
 
 
 def put(data: dict, row: dict) -> None:

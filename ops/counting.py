@@ -1,20 +1,24 @@
 """Exact counts without a mask: pairs by refinement of rectangles, layers to full reach on a graph of bits."""
 import numpy as np
 
-from sparsetile.ops import regions
+from sparsetile.ops import packed, regions
 
 _LEAF = (64, 64)  # rectangles of these sides are looked at pair by pair
 _FAN = 4
 _TOP = 1024   # rectangles of the first step
+_SHORT = 2 ** 20  # positions that are asked one by one
 
 
 def pairs(rule, first_pos: int, last_pos: int, S: int) -> int:
     """Pairs (p, s) with first_pos <= p < last_pos, 0 <= s < S that the rule (without heads) shows.
 
     Rectangles are halved twice until they are full, empty or of 64 x 64; equal ones (same signature) are followed once and multiplied, so regular
-    patterns cost next to nothing at any length.
+    patterns cost next to nothing at any length. Packed sequences are new with every batch and seldom regular: their positions are asked for their intervals.
     """
     rule, total = regions.plain(rule), 0
+    if packed.applies(rule) and max(last_pos - first_pos, packed.extent(rule)) <= _SHORT:
+        lo, hi = packed.intervals(rule, np.arange(first_pos, last_pos))
+        return int(np.maximum(np.minimum(hi, S) - lo, 0).sum())
     for tiles, times, states in _refined(rule, first_pos, last_pos, S, _LEAF):
         area = (tiles.p_hi - tiles.p_lo + 1) * (tiles.s_hi - tiles.s_lo + 1) * times
         total += int(area[states == 2].sum())

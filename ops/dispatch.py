@@ -219,7 +219,9 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     found = None
     if not fixed and tune_mode() != "off":
         found = _lookup(problem, device, backend)
-        if found is None and tune_mode() == "on" and tune_hook is not None:
+        if found is None and tune_mode() == "on" and tune_hook is None:
+            _once("SPARSETILE_TUNE=on: expected before the first op of sparsetile is loaded, came after it, and nothing is tuned; set it earlier, or call sparsetile.autotune.hook.install()")
+        elif found is None and tune_mode() == "on":
             tune_hook(problem, device, backend, rule)
             found = _lookup(problem, device, backend)
         if found is None and not is_explaining() and module.TUNABLES:

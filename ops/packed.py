@@ -19,6 +19,11 @@ def applies(rule) -> bool:
         isinstance(a, (pt.Documents, pt.Sink)) or isinstance(a, pt.Window) and a.block == 1 for a in atoms)
 
 
+def extent(rule) -> int:
+    """How many positions its documents have."""
+    return max(a.total for a in (rule.parts if isinstance(rule, pt.And) else (rule,)) if isinstance(a, pt.Documents))
+
+
 def intervals(rule, p):
     """(lo, hi) int64 per position: keys lo <= s < hi are seen; lo = hi = 0 where none is."""
     lo, hi = np.zeros(len(p), np.int64), np.full(len(p), 2 ** 62)

@@ -113,7 +113,8 @@ def cells(pattern, first: int, last: int, S: int):
 
 
 def visible(pattern, p, s, S):
-    """Elementwise answer. On a device (PyTorch, CuPy, JAX) queries at or past S see nothing: the table of draws is made for positions 0..S-1."""
+    """Elementwise answer. PyTorch, CuPy and JAX do not say where queries stand: the table of draws is made for positions from 0 to S and as many more as the longest axis
+    of p has, which holds every query that begins at S or before; those farther out see nothing."""
     if S is None and not pattern.causal:
         raise ValueError("visible: RandomBlocks that are not causal are drawn from all blocks of S keys; give S=")
     blocks = 0 if S is None else -(-S // pattern.block)
@@ -123,7 +124,7 @@ def visible(pattern, p, s, S):
     elif S is None:
         raise ValueError("visible: RandomBlocks on device arrays needs the number of keys; give S=")
     else:
-        first, last = 0, blocks
+        first, last = 0, -(-(S + max(p.shape, default=0)) // pattern.block)
     seen = (i != i) | (j != j)
     if last <= first:
         return seen

@@ -1,4 +1,4 @@
-"""Which config a problem gets: pinned > user profile directory > user cache > shipped for this device > shipped for its architecture.
+"""Which config a problem gets: pinned > user profile directory > user cache > shipped for this device > shipped for its architecture (a CPU inherits from none: "cpu" is no architecture).
 
 A problem falls into a bucket by the rule of each axis; if the bucket has no entry, the nearest one at most one bucket away along the axes with a rule of
 their own serves, else the answer is None and the kernel's heuristic runs. Never across architectures. Files are read once per process.
@@ -111,7 +111,7 @@ def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -
         file = _file(root / slug(device) / f"{op}.yaml")
         if file and file.device["arch"] == arch:
             found.append((file, source, False))
-    for path in sorted(SHIPPED.glob(f"*/{op}.yaml")):
+    for path in sorted(SHIPPED.glob(f"*/{op}.yaml")) if arch != "cpu" else ():
         file = _file(path)
         if file and file.device["arch"] == arch and path.parent.name != slug(device):
             found.append((file, f"shipped profile of {file.device['name']} (same architecture)", True))

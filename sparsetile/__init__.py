@@ -21,6 +21,7 @@ _HOME = {
     "Strided": "ops.patterns", "Compressed": "ops.patterns", "Fixed": "ops.patterns", "Global": "ops.patterns", "Sink": "ops.patterns", "RandomBlocks": "ops.patterns",
     "Blocks": "ops.patterns", "Documents": "ops.patterns", "PerHead": "ops.patterns",
     "sparse_transformer_strided": "ops.presets", "sparse_transformer_fixed": "ops.presets", "longformer": "ops.presets",
+    **dict.fromkeys(("from_flash_attention", "from_jax", "from_torch_sdpa", "from_huggingface", "from_huggingface_longformer", "from_longformer_code", "from_sparse_transformer"), "ops.convert"),
     "bigbird": "ops.presets", "mistral": "ops.presets", "streaming_llm": "ops.presets", "dense": "ops.presets",
     "linear_attention": "relatives.linear", "performer_attention": "relatives.performer", "linformer_attention": "relatives.linformer",
     "gated_delta_net": "relatives.delta", "kimi_delta_attention": "relatives.delta",

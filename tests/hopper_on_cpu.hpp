@@ -5,7 +5,10 @@
 struct EmulatedMap { const unsigned char* base; int rank, size; unsigned extent[5], box[5]; long long step[5]; };  // steps in bytes, axes innermost first
 struct EmulatedBarrier { short arrivals, pending; int phase_and_bytes; };                                          // bit 0: the phase under way; above: bytes to come
 
-static inline EmulatedBarrier& emulate_barrier(uint32_t at) { return *(EmulatedBarrier*)(emulate_shared() + at); }
+static inline EmulatedBarrier& emulate_barrier(uint32_t at) {
+  if (at % 8) { fprintf(stderr, "barrier: not at a multiple of 8\n"); abort(); }
+  return *(EmulatedBarrier*)(emulate_shared() + at);
+}
 static inline void emulate_barrier_settle(EmulatedBarrier& b) {
   if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
 }

@@ -171,7 +171,7 @@ ATTENTION = [
     *[("value_width", dict(v=None, value_width=x)) for x in (0, -1, 17, 2.5, "8", True, HUGE)], ("value_width", dict(value_width=7)), ("value_width", dict(value_width="8")),
     *[("pattern", dict(pattern=x)) for x in ("causal", 3, st.Causal, np.ones((6, 10), bool), [st.Causal()], lambda q, k: q >= k, {"window": 3})],
     *[("pattern", dict(pattern=st.PerHead([st.Causal()] * n))) for n in (1, 3, 8)], ("pattern", dict(pattern=st.Blocks(np.ones((3, 1, 1), bool)))),
-    ("pattern", dict(pattern=st.Causal().layout(6, 9))), ("pattern", dict(pattern=st.Causal().layout(5, 10))), ("pattern", dict(pattern=st.Causal().layout(6, 10), q_start=5)),
+    ("pattern", dict(pattern=st.Causal().layout(6, 9))), ("pattern", dict(pattern=st.Causal().layout(6, 9, q_start=4))), ("pattern", dict(pattern=st.Causal().layout(5, 10))), ("pattern", dict(pattern=st.Causal().layout(6, 10), q_start=5)),
     ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 1, 1), bool)))), ("pattern", dict(pattern=st.Layout.from_block_mask(np.ones((3, 4, 1, 1), bool)))),
     *[("scale", dict(scale=x)) for x in ("1", None, NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)[:1] + (NAN, INF, -INF, True, [1.0], real(2), 1j, HUGE)],
     *[("softcap", dict(softcap=x)) for x in (0, -1.0, NAN, INF, "30", True, real(4), HUGE)],

@@ -347,3 +347,15 @@ def test_the_small_model_learns_what_each_phase_says():
     assert look() < 0.8 * first and all(torch.equal(kept[name], p) for name, p in model.named_parameters() if name in kept)
     train_dsa.train(model, "training", train_dsa.source("facts", 1), 1, lambda n: (2, 32), 1e-2, "cpu")
     assert not any(torch.equal(kept[name], p) for name, p in model.named_parameters() if name in kept)
+
+
+@pytest.mark.parametrize("fp8", (True, False))
+def test_the_check_of_cached_decoding_notices(fp8):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    cache, indices = dsa.latent_cache(torch, "cpu", 2, 128, fp8), torch.stack([torch.randperm(128)[:40] for _ in range(2)]).int()[:, None, None]
+    q = torch.randn(2, 3, 1, 576, dtype=torch.bfloat16)
+    out = dsa.sparse_attention(q, cache, None, dsa.Selection(indices), value_width=512, backend="reference")
+    dsa.check_cached(q, cache, indices, out)
+    with pytest.raises(AssertionError, match="cached decode"):
+        dsa.check_cached(q, cache, indices, out.roll(1, -1))

@@ -127,10 +127,10 @@ def test_pictures():
 
 
 # ------------------------------------------------------------------------------------------------------------- measurements
-def measured(path, tokens, names, **more):
+def measured(path, tokens, names, passes=("forward",), **more):
     """What the command does, without its words."""
     data = store.begun(path, None, speed.shape_of(None))
-    wanted = speed.lacking(None, tokens, [entries.find(name) for name in names], data["rows"])
+    wanted = speed.lacking(None, tokens, [entries.find(name) for name in names], data["rows"], passes)
     for row in speed.rows(None, wanted, 0.0, **more):
         store.put(data, row)
         store.write(data, path)
@@ -140,7 +140,6 @@ def measured(path, tokens, names, **more):
 def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path, monkeypatch):
     """A pass that is cut keeps its rows; the next one goes on, tries again what was refused, last, and changes nothing else."""
     path, names = store.file_of(None, tmp_path), ("gqa", "mistral", "gated-deltanet", "longformer", "linear")
-    monkeypatch.setattr(speed, "PASSES", ("forward",))
     cut = measured(path, [16, 48], names, commit="one")
     first = [next(cut) for _ in range(3)]
     assert store.load(path)["rows"] == first and [row["system"] for row in first] == ["gqa", "mistral", "longformer"]
@@ -155,6 +154,8 @@ def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path,
     again = [*measured(path, [16, 48, 24], names, commit="three")]
     assert [row["tokens"] for row in again[:4]] == [24] * 4 and [(row["system"], row["tokens"]) for row in again[4:]] == [("gated-deltanet", N) for N in (24, 16, 48)]
     assert store.load(path)["rows"][:8] == whole[:8]
+    store.write(store.begun(path, None, speed.shape_of(None), "Beside others."), path)
+    assert store.begun(path, None, speed.shape_of(None)) == data | {"note": "Beside others.", "rows": store.load(path)["rows"]}
     monkeypatch.setattr(speed, "CPU", dataclasses.replace(speed.CPU, D=32))
     assert store.begun(path, None, speed.shape_of(None))["rows"] == [], "other sizes: measured afresh"
 
@@ -162,7 +163,7 @@ def test_rows_are_written_as_they_come_and_only_what_lacks_is_measured(tmp_path,
 def test_what_fails_is_a_row_that_says_so_and_the_others_are_measured(tmp_path, monkeypatch):
     path, found = store.file_of(None, tmp_path), entries.find("moba")
     monkeypatch.setitem(found.__dict__, "run", lambda x, rule: 1 / 0)
-    rows = [*measured(path, [16], ("moba", "gqa"))]
+    rows = [*measured(path, [16], ("moba", "gqa"), speed.PASSES)]
     assert [row.get("failed") for row in rows] == ["ZeroDivisionError: division by zero", None] * 2
     assert store.load(path)["rows"] == rows and [one[0] for one in speed.lacking(None, [16], [found, entries.find("gqa")], rows)] == ["moba"] * 2
 
@@ -205,9 +206,8 @@ def error_of(call):
 
 def test_the_page_says_where_a_row_lacks():
     rows = [{"system": "gqa", "tokens": 64, "pass": "forward", "backend": "cupy", "commit": "abc", "time_us": 1500.0, "times_dense": 1.0}, {"system": "gqa", "tokens": 64, "pass": "forward", "backend": "triton", "commit": "abd", "failed": "out of memory"}]
-    lines = page.measured({"device": {"name": "A GPU", "arch": "sm_90a"}, "measured_with": {"torch": "2"}, "shape": dataclasses.asdict(GPU), "rows": rows})
-    text = "\n".join(lines)
-    assert "`sparsetile catalogue --measure --device 0 --tokens 64` at abc, abd; torch 2" in text and "1. failed: out of memory" in lines
+    lines = page.measured({"device": {"name": "A GPU", "arch": "sm_90a"}, "measured_with": {"torch": "2"}, "note": "Cold.", "shape": dataclasses.asdict(GPU), "rows": rows})
+    assert "`sparsetile catalogue --measure --device 0 --tokens 64` at abc, abd; torch 2. bfloat16, B 1, Hq 32, Hk 8, D 128, R 512, top_k 2048, M 256. Cold." in lines and "1. failed: out of memory" in lines
     assert "| gqa | cupy | 1.00 x (1.50 ms) |" in lines and "| gqa | triton | [1] |" in lines and "| nsa | triton | not measured |" in lines and lines.count("| nsa | cupy | not measured |") == 2
 
 
@@ -257,6 +257,18 @@ def test_advice_follows_the_measurements(asked, taken):
     assert {*answer["reasons"]} == {system.name for system in entries.SYSTEMS} and all(answer["reasons"].values())
 
 
+def test_shipped_measurements_advise():
+    """What a device that was measured is told: by its own rows, and the exact one where giving up exactness brings too little."""
+    needs_every_kernel()
+    for data in store.shipped():
+        device = None if data["device"]["arch"] == "cpu" else 0
+        for find in ("chosen", "nearby"):
+            answer = recommend.recommend(recommend.Need(16384, find=find), device, data)
+            at = {name: store.row(data, name, 16384)["times_dense"] for name, sentence in answer["reasons"].items() if "(forward, measured by" in sentence}
+            exact = max((name for name in at if entries.find(name).finds == "all"), key=at.get)
+            assert f"measured on {data['device']['name']}" in answer["basis"] and answer["system"] == (max(at, key=at.get) if max(at.values()) >= 1.5 * at[exact] else exact)
+
+
 def test_reasons_say_what_kept_a_system_out():
     needs_every_kernel()
     reasons = recommend.recommend(recommend.Need(131072, memory_gib=8), None, MEASURED)["reasons"]
@@ -294,7 +306,7 @@ def test_commands(capsys, tmp_path):
     assert found["kernels"] == ["block_attention"] and found["backends"]["numba"] == "f32 f16 bf16 f64" and len(found["picture"]) == page.SIDE
     assert cli.main(["catalogue", "jamba"]) == 0 and "out of scope" in capsys.readouterr().out
     assert cli.main(["catalogue", "nothing"]) == 1 and "expected one of dense" in capsys.readouterr().err
-    assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--seconds", "0", "--json"]) == 0
+    assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--passes", "forward", "--seconds", "0", "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["path"])
     assert path.parent == tmp_path / "catalogue" and store.load(path) == store.of(None)
     assert cli.main(["recommend", "--length", "512", "--find", "nearby", "--json"]) == 0

@@ -15,8 +15,9 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention, two_pass
+from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention, split, two_pass
 from sparsetile.backends.cupy.hopper_axes import axes_of
+from sparsetile.backends.cupy.operands import position_values
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Causal, Fixed, Strided, Window
 
@@ -348,6 +349,33 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
     config = dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1)
     place.refused = "block_attention_decode"
     attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
+
+
+@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("parts, sink", [(1, None), (2, 19.0), (33, None), (300, 25.0)])
+def test_parts_of_one_item_are_merged(place, parts, sink, lines, rng, monkeypatch):
+    """One query of 5 heads with a part in every share, some of them empty; nothing is written where there is one part: it stood there already."""
+    H, Dv, jobs = 5, 512, 1
+    monkeypatch.setattr(split, "merged_lines", lambda rows: lines)
+    split_of = split.split_values(place, 2 * parts, split.LATENT_HEADS, Dv, jobs, 1, parts)
+    sums, rows, starts = (x.owner for x in split_of[0])
+    sums, rows = sums.reshape(parts, 2, split.LATENT_HEADS, Dv), rows.reshape(parts, 2, split.LATENT_HEADS, 2)
+    starts[:] = 0, parts  # a unit each
+    outs, lses = rng.standard_normal((parts, 1, H, 1, Dv)).astype(np.float32), (5 * rng.standard_normal((parts, 1, H, 1)) + 20).astype(np.float32)
+    empty = rng.random((parts, 1, H, 1)) < 0.3
+    empty[:, :, 2] = True
+    outs[empty], lses[empty] = 0, -np.inf
+    top = np.where(empty, 0, lses - 0.7).astype(np.float32)
+    total = np.where(empty, 0, np.exp(lses.astype(float) - top)).astype(np.float32)
+    rows[:, 0, :H] = np.stack([np.where(empty, -np.inf, top), total], -1)[:, 0, :, 0]
+    sums[:, 0, :H] = (outs * total[..., None])[:, 0, :, 0]
+    out, lse, sinks = place.empty((1, H, 1, Dv), "bfloat16"), place.empty((1, H, 1), "float32"), None if sink is None else np.full(H, sink, np.float32)
+    split.merge(place, split.latent_merge_defines("bfloat16", H), Dv, out, lse, place.put(sinks), split_of[1], position_values(1, 64, None, 0), (H, Dv, H, 1, 1, 1, 1))
+    if parts == 1:
+        assert np.isnan(out.owner.astype(float)).all()
+        return
+    for name, x, true, one in zip(("out", "lse"), (out, lse), *(f.merge_attention(outs, lses, sink_logits=sinks) for f in (oracle, plain))):
+        assert_close(name, x.owner, true, one.astype(TYPES["bfloat16"]) if name == "out" else one, reduction=parts)
 
 
 BACKWARD_CASES = [dataclasses.replace(c, B=16) if c.T * c.S < 100 else c for c in HOPPER_CASES if max(c.D, c.Dv) <= 128] + [  # fifteen rounded gradients of scores are chance

@@ -1,4 +1,5 @@
 """Choosing a backend and a config: argument, environment, profiles; a named backend never falls back; explain says why."""
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from sparsetile.backends import arrays
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
-from sparsetile.profiles import lookup
+from sparsetile.profiles import lookup, schema
 
 DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
 
@@ -44,6 +45,21 @@ def test_auto_takes_the_first_that_supports_it(qkv):
     found = st.explain(st.sparse_attention, *qkv)
     assert found.backend == "numba" and found.source == "the kernel's heuristic"
     assert set(found.reasons) == {"triton", "cupy", "reference"} and all(found.reasons.values())
+
+
+def test_auto_takes_the_profiles_winner(qkv, monkeypatch, tmp_path):
+    """Of two backends that run here it is the one that was faster, not the one that is preferred; a winner that refuses leaves the order."""
+    pytest.importorskip("triton")
+    plain, runs = st.explain(st.sparse_attention, *qkv), ["triton", "numba"]
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, problem, device: None if backend in runs else f"{backend} is not here")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
+    write(tmp_path, plain, {"block_q": 32})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    found = st.explain(st.sparse_attention, *qkv)
+    assert found.backend == "numba" and found.config["block_q"] == 32 and found.reasons["triton"].startswith("numba comes first: user profile")
+    assert st.explain(st.sparse_attention, *qkv, backend="triton").backend == "triton"
+    runs.remove("numba")
+    assert st.explain(st.sparse_attention, *qkv).backend == "triton"
 
 
 def test_precedence_of_backend(qkv, monkeypatch):
@@ -162,11 +178,24 @@ def test_a_bucket_away_serves_and_two_do_not(qkv, tmp_path, monkeypatch, rng):
     assert "user profile" in st.explain(st.sparse_attention, qkv[0], x, x).source  # along S alone
 
 
+def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
+    plain = st.explain(st.sparse_attention, *qkv, st.Window(3))
+    write(tmp_path, plain, {"block_q": 32})
+    p = plain.problem
+    found = lambda density, dims=p.dims: lookup.find(Problem(p.op, dims, p.dtypes, p.arch, p.features, density, p.granularity), DEVICE["name"], "numba", user=str(tmp_path))
+    assert [found(p.density * times) is not None for times in (1 / 4, 1 / 2, 1, 2, 4)] == [False, True, True, True, False]
+    longer = tuple((axis, size * 2 if axis == "S" else size) for axis, size in p.dims)
+    assert found(p.density, longer) is not None and found(p.density * 2, longer) is None  # one axis at a time
+
+
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
-    """It comes after everything of this very device, and the log says that it is another's."""
+    """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
+    mine = arrays.device_info(None)
+    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    monkeypatch.setitem(DEVICE, "arch", "sm_90a")
     plain = st.explain(st.sparse_attention, *qkv)
     monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
-    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "cpu"}, entry(plain, {"block_q": 32}), {}, {})
+    store.add(lookup.SHIPPED, plain.kernel, {"name": "Sibling", "arch": "sm_90a"}, entry(plain, {"block_q": 32}), {}, {})
     for _ in range(3):
         lookup.forget(), dispatch.clear_plans()
         found = st.explain(st.sparse_attention, *qkv)
@@ -185,6 +214,19 @@ def test_never_across_architectures(qkv, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
     lookup.forget(), dispatch.clear_plans()
     assert st.explain(st.sparse_attention, *qkv).source == "the kernel's heuristic"
+
+
+@pytest.mark.parametrize("arch, inherits", [("sm_90a", True), ("cpu", False)])
+def test_a_gpu_inherits_from_another_of_its_architecture_and_a_cpu_from_none(arch, inherits, qkv, tmp_path, monkeypatch):
+    problem = dataclasses.replace(st.explain(st.sparse_attention, *qkv).problem, arch=arch)
+    path = tmp_path / "other" / "block_attention.yaml"
+    entry = {"key": lookup.key_of(problem), "backend": "numba", "config": {"block_q": 32}}
+    store.write(path, store.dump({"schema": schema.VERSION, "op": "block_attention", "device": {"name": "Other", "arch": arch}, "dims": dict(lookup.DIMS), "entries": [entry]}))
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path)
+    lookup.forget()
+    found = lookup.find(problem, "Mine")
+    assert (found is not None and found.inherited) == inherits and lookup.find(problem, "Other").source.startswith("shipped profile ")
+    lookup.forget()
 
 
 def test_a_bad_file_is_one_error_and_the_call_runs(qkv, tmp_path, monkeypatch, caplog):

@@ -272,6 +272,31 @@ def test_indexer_topk_is_topk_of_the_scores(on, backend, dtype, case, top_k, fea
 
 
 # -------------------------------------------------------------------------------------------------------------------- latent
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_float64_of_the_other_ops_on_the_cpu(on, backend, rng):
+    """Selections, both modes of a latent, decompression with scales and a rotary part, and a merge whose empty parts hold NaN."""
+    made64 = lambda *shape: normal(rng, shape, np.float64)  # noqa: E731
+    q, k, v, entries = made64(1, 4, 30, 24), made64(1, 2, 50, 24), made64(1, 2, 50, 16), rng.integers(-2, 52, (1, 2, 30, 9)).astype(np.int32)
+    count = oracle.selection_count(entries, 50, 4, causal=True)
+    attention(on, q, k, v, on.selection(entries, causal=True), count, sink_logits=normal(rng, 4, np.float32))
+    gradients(on, q, k, v, st.Selection(on.tensor(entries), causal=True), count, rng, with_lse=True)
+    outs, lses, sinks = [made64(1, 3, 17, 8) for _ in range(3)], [made64(1, 3, 17) for _ in range(3)], np.array([0.5, -np.inf, 30.0], np.float32)
+    for n in range(3):
+        empty = (np.arange(17) % 4 == n) | (np.arange(17) > 12)
+        outs[n][:, :, empty], lses[n][:, :, empty] = np.nan, -np.inf
+    got, how = on.merge_attention([on.put(x) for x in outs], [on.put(x) for x in lses], sink_logits=sinks), dict(sink_logits=sinks)
+    for name, g, truth, measure in zip(("out", "lse"), arrays(*got), oracle.merge_attention(outs, lses, **how), plain.merge_attention(outs, lses, **how)):
+        assert_close(name, g, truth, measure, reduction=3)
+    latent, rope, w_uk, w_uv, scale = made64(2, 50, 200), made64(2, 50, 6), made64(3, 200, 12) * 200 ** -0.5, made64(3, 200, 10) * 200 ** -0.5, (rng.random((2, 50, 2)) + 0.3).astype(np.float32)
+    for how in (dict(k_rope=rope, latent_scale=scale), {}):
+        for name, g, truth, measure in zip("kv", arrays(*on.latent_decompress(latent, w_uk, w_uv, **how)), oracle.latent_decompress(latent, w_uk, w_uv, **how), plain.latent_decompress(latent, w_uk, w_uv, **how)):
+            assert_close(name, g, truth, measure, reduction=200)
+    nope, rotary, count, how = made64(2, 3, 9, 12), made64(2, 3, 9, 6), oracle.visible(2, 9, 50, rule=RULES["causal"][1]), dict(scale=18 ** -0.5)
+    for mode in ("absorbed", "decompressed"):
+        out, = arrays(on.latent_attention(nope, rotary, latent, rope, w_uk, w_uv, st.Causal(), mode=mode))
+        assert_close(mode, out, oracle.latent_attention(nope, rotary, latent, rope, w_uk, w_uv, count, **how)[0], plain.latent_attention(nope, rotary, latent, rope, w_uk, w_uv, count, mode=mode, **how)[0], reduction=250)
+
+
 LATENTS = [pytest.param(dtype, sizes, scaled, id=f"{dtype}-{'x'.join(map(str, sizes))}{'-scaled' if scaled else ''}") for dtype, sizes, scaled in (
     ("float32", (2, 37, 3, 40, 24, 20, 8), False), ("bfloat16", (1, 70, 4, 128, 64, 64, 32), False), ("float16", (2, 33, 5, 64, 32, 48, 0), False),
     ("bfloat16", (1, 50, 2, 512, 128, 128, 64), False), ("bfloat16", (1, 40, 2, 256, 32, 32, 16), True), ("float16", (1, 20, 3, 200, 16, 24, 8), True))]

@@ -195,6 +195,7 @@ def test_packed_sequences_the_short_way(lengths, others, size, shape):
     for other in others:
         rule = rule & other
     check(rule, size, shape)
+    assert rule.pairs(*size) == rule.mask(*size).sum()
 
 
 @pytest.mark.parametrize("lengths, window, block_q", [

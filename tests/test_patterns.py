@@ -132,6 +132,7 @@ def test_pairs_density_flops_at_any_length():
     assert Causal().pairs(N, N) == N * (N + 1) // 2 and Full().pairs(3, N) == 3 * N
     assert Window(1023).pairs(N, N) == 1024 * N - 1023 * 1024 // 2
     assert (Causal() & Strided(1000)).pairs(N, N) == sum(N - d for d in range(0, N, 1000))
+    assert (Documents([N, 5]) & Causal()).pairs(N + 5, N + 5) == N * (N + 1) // 2 + 15  # position by position no longer
     assert Full().density(5, 7) == 1.0 and Causal().density(0, 7) == 0.0 and Causal().density(1, 8) == 1.0
     assert Causal().flops(4, 4, Hq=3, D=8, Dv=2) == 2 * 10 * 3 * 10
     heads = PerHead([Causal(), Full()])

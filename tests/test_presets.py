@@ -91,6 +91,8 @@ def test_torch_causality_is_top_left():
 
 
 def test_conventions_by_name():
+    import sparsetile
+    assert all(getattr(sparsetile, name) is getattr(convert, name) for name in vars(convert) if name.startswith("from_"))
     T, S = 6, 10
     assert np.array_equal(convert.from_flash_attention(3, 1).mask(T, S), mask_of(lambda i, j: i + S - T - 3 <= j <= i + S - T + 1, T, S))
     assert convert.from_flash_attention() == Full() and convert.from_flash_attention(causal=True) == Causal() and convert.from_flash_attention(7, 3, causal=True) == Window(7) and convert.from_flash_attention(-1, 2) == Window(None, 2)

@@ -159,7 +159,17 @@ def test_orthogonal_features_are_orthogonal_and_as_long_as_gaussian_ones():
         assert np.abs(gram - np.diag(np.diag(gram))).max() < EPS["float64"] * 8 * gram.max()
     lengths = (performer.orthogonal_features(8000, 8, 1) ** 2).sum(1)  # chi-square of D: mean D, variance 2 D
     assert abs(lengths.mean() - 8) < 5 * (16 / 8000) ** 0.5
+    assert abs(lengths.var() - 16) < 5 * ((1152 - 16 ** 2) / 8000) ** 0.5  # its fourth moment is 12 D (D + 4)
     assert not np.array_equal(w, performer.orthogonal_features(20, 8, 1)) and np.array_equal(w, performer.orthogonal_features(20, 8, 0))
+
+
+@pytest.mark.parametrize("axis", [0, 7])
+def test_no_direction_is_preferred(axis):
+    """A basis whose diagonal has one sign, as a bare QR decomposition gives it, estimates too little along an axis."""
+    M, draws, x = 8, 3000, np.eye(8)[axis] / 2 ** 0.5
+    found = weights_estimated(x, x, M, draws)
+    variance = (np.exp(np.sum((2 * x) ** 2)) - 1) * np.exp(2 * x @ x) / M
+    assert abs(found.mean() - np.exp(x @ x)) < 5 * (variance / draws) ** 0.5
 
 
 def test_performer_comes_near_to_attention_as_features_grow(rng):

@@ -71,6 +71,14 @@ def test_types(on, backend, system, kind, rng):
 
 
 @pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize("system", [system for system in SMALL if system != "moba"])
+def test_the_choice_is_by_scaled_products(on, backend, system, rng):
+    """A scale below zero turns the order around."""
+    q, k, v, _ = made(rng, "ragged")
+    judge.attention(on, q, k, v, None, getattr(naive, system)(q, k, scale=-0.7, **SMALL[system]), op=system, scale=-0.7, **SMALL[system])
+
+
+@pytest.mark.parametrize("backend", LARGE)
 @pytest.mark.parametrize("system", SMALL)
 def test_gradients(on, backend, system, rng):
     pytest.importorskip("torch")
@@ -314,15 +322,17 @@ def test_one_bucket_is_dense_and_more_are_not(on, backend, same_bucket, rng):
 
 LONG = {"moba": dict(block=64, top_k=4), "exact_topk": dict(top_k=32), "infllm_v2": dict(top_k=12, force_last=2), "vertical_slash": dict(vertical=16, slash=16), "pooled_blocks": dict(top_k=8),
         "routing": dict(centroids=np.random.default_rng(0).standard_normal((1, 64, 16)).astype(np.float32)), "reformer": dict(chunk=16),
-        # as many blocks and compressed keys as half the keys, beside a scratch of 64 MB
-        "native_sparse_attention": dict(gates=np.ones((1, 1, 12288, 3), np.float32), block=4, stride=2, select_block=2, top_k=8, window=8)}
+        # as many blocks and compressed keys as half the keys
+        "native_sparse_attention": dict(gates=np.ones((1, 1, 6144, 3), np.float32), block=4, stride=2, select_block=2, top_k=8, window=8)}
 
 
 @pytest.mark.parametrize("system", LONG)
 def test_memory_is_less_than_one_byte_a_pair(system, rng, monkeypatch):
+    from sparsetile.backends.numba import importance_topk
     from sparsetile.systems import infllm
     monkeypatch.setattr(infllm, "SCORES", 2 ** 20)
-    T = 12288 if system == "native_sparse_attention" else 6144
+    monkeypatch.setattr(importance_topk, "SCRATCH", 2 ** 20)
+    T = 6144
     q, k, v = (normal(rng, (1, 1, T, 16), np.float32) for _ in range(3))
     cut = lambda x, n: x[:, :, :n] if isinstance(x, np.ndarray) and x.shape[2] == T else x  # noqa: E731
     call = lambda n: getattr(st, system)(cut(q, n), None if system == "reformer" else cut(k, n), cut(v, n), backend="numba", **{name: cut(x, n) for name, x in LONG[system].items()})  # noqa: E731

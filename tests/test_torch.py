@@ -169,6 +169,15 @@ def test_merge_gradients_match_autograd_of_the_formula(rng):
         numeric.assert_close(str(n), got, truth.numpy(), plain, reduction=5)
 
 
+def test_gradients_of_a_merge_do_not_read_empty_parts(rng):
+    outs, lses = torch.from_numpy(rng.standard_normal((2, 1, 2, 5, 4)).astype(np.float32)), torch.from_numpy(rng.standard_normal((2, 1, 2, 5)).astype(np.float32))
+    outs[1, :, :, 2:], lses[1, :, :, 2:], lses[0, :, :, 4] = torch.nan, -torch.inf, -torch.inf
+    x = leaves([*outs, *lses])
+    out, lse = st.merge_attention(x[:2], x[2:])
+    (out.square().sum() + torch.where(torch.isfinite(lse), lse, 0).sum()).backward()
+    assert torch.isfinite(out).all() and all(torch.isfinite(g.grad).all() for g in x) and all((g.grad[:, :, 2:] == 0).all() for g in x[1::2])
+
+
 def test_missing_gradients_are_refused_in_words(rng):
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
     scores = st.indexer_scores(make(1, 2, 3, 4).to(torch.float8_e4m3fn), make(1, 5, 4).to(torch.float8_e4m3fn), make(1, 2, 3).requires_grad_(), causal=False)
@@ -215,15 +224,15 @@ def test_gradients_are_rounded_once(monkeypatch, rng):
     """Parts of a layout, and both roles of shared keys, are summed in float32."""
     kernel, asked = dispatch.kernel("reference", "block_attention_backward"), []
     run = kernel.run
-    monkeypatch.setattr(kernel, "run", lambda *a, out_dtype=None, **o: asked.append(out_dtype) or run(*a, out_dtype=out_dtype, **o))
+    monkeypatch.setattr(kernel, "run", lambda *a, out_dtype=None, deterministic=None, **o: asked.append((out_dtype, deterministic)) or run(*a, out_dtype=out_dtype, **o))
     q, k, v = torch.from_numpy(rng.standard_normal((3, 1, 1, 512, 8)).astype(np.float32)).bfloat16()
     fine = st.Causal() & (st.Window(1) | st.Strided(16))
     assert len(fine.layout(512, 512, 64, 64).parts) > 1
     for rule, value, several in ((st.Causal(), v, False), (fine, v, True), (st.Causal(), None, True)):
         asked.clear()
         x = leaves([q, k])
-        st.sparse_attention(*x, value, rule, value_width=None if value is not None else 5, backend="reference").sum().backward()
-        assert set(asked) == {"float32" if several else None} and x[0].grad.dtype == torch.bfloat16, rule
+        st.sparse_attention(*x, value, rule, value_width=None if value is not None else 5, deterministic=several, backend="reference").sum().backward()
+        assert set(asked) == {("float32" if several else None, several)} and x[0].grad.dtype == torch.bfloat16, rule
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")

@@ -39,6 +39,33 @@ def test_scores_that_share_their_top_bits_in_wide_rows(on, backend, shape, width
     check(on, np.stack([NARROW[shape](rng, width) for _ in range(2)])[None].astype(np.float32), 2048)
 
 
+def sprinkled(rng, shape):
+    x = rng.standard_normal(shape)
+    x[rng.random(shape) < 0.1] = np.nan
+    x[rng.random(shape) < 0.02] = np.inf
+    x[rng.random(shape) < 0.1] = -np.inf
+    return x
+
+
+ROWS = {"normal": lambda rng, n: rng.standard_normal(n), "most are zero": lambda rng, n: np.maximum(rng.standard_normal(n) - 1.5, 0), "narrow band": lambda rng, n: rng.uniform(10, 10.2, n),
+        "equal": lambda rng, n: np.full(n, 2.5), "sorted up": lambda rng, n: np.sort(rng.standard_normal(n), -1), "sorted down": lambda rng, n: -np.sort(rng.standard_normal(n), -1),
+        "blocks alike": lambda rng, n: np.repeat(rng.standard_normal((*n[:2], n[2] // 50)) * 3, 50, -1) + rng.standard_normal(n) * 0.01, "huge": lambda rng, n: rng.normal(0, 1e37, n),
+        "tiny": lambda rng, n: rng.normal(0, 1e-38, n), "NaN and inf": sprinkled}
+
+
+@pytest.mark.parametrize("backend", LARGE[1:])
+@pytest.mark.parametrize("shape", ROWS)
+def test_a_thousand_rows(on, backend, shape, rng):
+    """One answer is right, ties included: all backends give it."""
+    x, k = ROWS[shape](rng, (1, 1000, 3000)).astype(np.float32), 133
+    order = np.argsort(-np.where(x > -np.inf, x, -np.inf), axis=-1, kind="stable")[..., :k]  # NaN is above nothing
+    chosen = np.take_along_axis(x > -np.inf, order, -1)
+    best = np.sort(np.where(chosen, order, x.shape[-1]), -1)
+    indices, lengths = selection_arrays(on.topk(x, k))
+    np.testing.assert_array_equal(lengths, chosen.sum(-1))
+    np.testing.assert_array_equal(indices, np.where(best < x.shape[-1], best, -1))
+
+
 @large
 def test_a_narrow_band_of_256k_columns(on, backend, rng):
     check(on, rng.uniform(10, 10.2, (1, 2, 262_144)).astype(np.float32), 2048)

@@ -2,7 +2,7 @@
 
 With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart (pages.cuh); keys in a page that is not one of 0 .. N - 1
 do not exist. latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.cuh), whose first R columns are the values. The paths portable and decode read
-both where they lie.
+both where they lie, and so does latent where a page holds whole tiles of 32 keys.
 
 A row that sees no key: out 0, lse -inf. The sink stands in the denominator only. Keys at or past kv_length (clamped to 0..S) do not exist; what no row of
 a tile sees is never read into a product. Tiles stand at absolute positions, so q_start and kv_length may change under a replayed graph.

@@ -123,7 +123,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
     if config["path"] == "hopper":
         return [*(dict(source="gather_attention_hopper", defines=hopper_defines(kind, n, latent_shape(problem)), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
-                dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
+                dict(source="merge_split", defines=split.latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
     if config["path"] == "tokens":
         return gather_tokens_hopper.artifacts(kind, problem["Hq"])
     own = gather_union.artifacts(problem) if config["path"] == "union" else []
@@ -161,7 +161,7 @@ def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, s
     function(shares * parts or min(items, max(place.sms, 1)), HOPPER_THREADS, split.latent_shared(latent), place.stream, queries, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
              *selected_values(indices, lengths, 1, causal), *at, *values, *strides, Hq, parts, items, size * k.strides[2], scale, scale * math.log2(math.e))
     if shares:
-        split.merge(place, split.latent_merge_defines(q.dtype), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts, 0))
+        split.merge(place, split.latent_merge_defines(q.dtype, B * Hq * T), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts))
     return out, lse
 
 

@@ -11,6 +11,7 @@ The path "fused" (importance_topk_hopper.cu: sm_90a, float16 and bfloat16, group
 launch without any scratch; arrays that its copy engine cannot address, and blocks of more than 64 strides, take the other path.
 """
 import math
+from dataclasses import replace
 
 from sparsetile.backends.arrays import View
 from sparsetile.backends.contract import Problem, Resources, Tunable
@@ -19,10 +20,12 @@ from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.indexer_topk import chunks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, padded
 
-TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"), *indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))
+TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"),
+            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))))
 FIELDS, THREADS = "3Q3q4i", 256
 FUSED_FIELDS = "128s128s" + "6Q10if20x"  # the struct is as long as its alignment, 64, asks
-FUSED_THREADS, FUSED_KEYS, FUSED_MOST = 256, 64, 32
+FUSED_KEYS, FUSED_MOST = 64, 32
+FUSED_HALF = 113 * 1024  # bytes of shared memory that let two blocks of threads share a multiprocessor
 
 
 def group_problem(problem) -> Problem:
@@ -42,26 +45,26 @@ def no_fused(problem) -> str | None:
     G, kind = problem["Hq"] // problem["Hk"], problem.dtype("q")
     if problem.arch != "sm_90a" or kind not in HALVES or G > 32 or problem["D"] > 192 or problem["K"] > FUSED_MOST:
         return f"path fused takes float16 or bfloat16, groups of up to 32 heads, D up to 192 and top_k up to {FUSED_MOST} on sm_90a; take scratch"
-    shared = fused_shape(G, problem["D"], ceil_div(problem["S"], problem.granularity))[1]
+    shared = fused_shape(G, problem["D"], ceil_div(problem["S"], problem.granularity))[2]
     if shared > nvrtc.shared_limit(problem.arch):
         return f"path fused keeps the sums of {problem['S']} keys' blocks in shared memory, {shared} bytes, {problem.arch} has {nvrtc.shared_limit(problem.arch)}; take scratch"
     return None
 
 
 def queries_of(G: int) -> int:
-    """Queries of an item of the path "fused": their heads, padded to 8, 16 or 32, are 128 columns."""
+    """Queries of a warpgroup of the path "fused": their heads, padded to 8, 16 or 32, are 128 columns."""
     return 16 if G <= 8 else 8 if G <= 16 else 4
 
 
 def fused_shape(G: int, D: int, blocks: int) -> tuple[int, int, int]:
-    """(stages, shared bytes, blocks of threads on a multiprocessor): two blocks of threads before more than two stages."""
-    slab, queries = ceil_div(D, 64) * 128, queries_of(G)
-    fixed = 128 * slab + 16 + 4 * queries * (4 * FUSED_KEYS + 9 + sums_row(blocks))
-    at = {stages: fixed + stages * (FUSED_KEYS * slab + 16) for stages in (4, 3, 2)}
-    for stages, shared in at.items():
-        if shared <= 114 * 1024 - 1024:  # half of a multiprocessor's, less what the system keeps of it
-            return stages, shared, 2
-    return next(((stages, shared, 1) for stages, shared in at.items() if shared <= nvrtc.shared_limit("sm_90a")), (2, at[2], 1))
+    """(warpgroups of a block of threads, stages, shared bytes): one group and two blocks a multiprocessor, where one chooses while the other multiplies (up to D 128: wider lacks the
+    registers); else two groups that share what they load; else what fits at all."""
+    slab = ceil_div(D, 64) * 128
+    group = 128 * slab + 16 + 4 * queries_of(G) * (4 * FUSED_KEYS + 9 + sums_row(blocks))
+    limit = nvrtc.shared_limit("sm_90a")
+    shapes = [(groups, stages, groups * group + stages * (FUSED_KEYS * slab + 16)) for groups in (1, 2) for stages in (6, 5, 4, 3, 2)]
+    fitting = [x for x in shapes[:5] if x[2] <= FUSED_HALF and D <= 128] + [x for x in shapes[5:] + shapes[:5] if x[2] <= limit]
+    return fitting[0] if fitting else shapes[4]
 
 
 def sums_row(blocks: int) -> int:
@@ -71,7 +74,8 @@ def sums_row(blocks: int) -> int:
 
 def resources(problem, config):
     if config["path"] == "fused":
-        return no_fused(problem) or Resources(FUSED_THREADS, fused_shape(problem["Hq"] // problem["Hk"], problem["D"], ceil_div(problem["S"], problem.granularity))[1], 128)
+        groups, _, shared = fused_shape(problem["Hq"] // problem["Hk"], problem["D"], ceil_div(problem["S"], problem.granularity))
+        return no_fused(problem) or Resources(128 * (groups + 1), shared, 168 if groups == 2 else 128)
     scores, select = indexer_scores.resources(group_problem(problem), config), topk.resources(problem, config)
     for part in (scores, select):
         if isinstance(part, str):
@@ -81,8 +85,9 @@ def resources(problem, config):
 
 def default_config(problem):
     config, blocks = dict(indexer_scores.default_config(group_problem(problem)), scratch_mb=64), ceil_div(problem["S"], problem.granularity)
-    rows, each = problem["B"] * problem["Hk"] * problem["T"], queries_of(problem["Hq"] // problem["Hk"])
-    busy = problem["B"] * problem["Hk"] * ceil_div(problem["T"], each) >= 66  # half of an H200: fewer groups of queries leave it idle, the other path splits the keys too
+    rows, G = problem["B"] * problem["Hk"] * problem["T"], problem["Hq"] // problem["Hk"]
+    each = queries_of(G) * fused_shape(G, problem["D"], blocks)[0]
+    busy = problem["B"] * problem["Hk"] * ceil_div(problem["T"], each) >= 66  # half of an H200: fewer items leave it idle, the other path splits the keys too
     config["path"] = "fused" if busy and not no_fused(problem) else "scratch"
     return {**config, **topk.heuristic(min(rows, rows_held(problem["C"], blocks, config)), blocks, problem["K"])}
 
@@ -92,12 +97,12 @@ def artifacts(problem, config):
     if no_fused(problem):
         return scratch
     G, D = problem["Hq"] // problem["Hk"], problem["D"]
-    d = fused_defines(problem.dtype("q"), G, D, 4, 2, fused_shape(G, D, ceil_div(problem["S"], problem.granularity))[0])  # the paper's blocks
+    d = fused_defines(problem.dtype("q"), G, D, 4, 2, *fused_shape(G, D, ceil_div(problem["S"], problem.granularity))[:2])  # the paper's blocks
     return scratch + [dict(source="importance_topk_hopper", defines=d, names=["importance_topk_hopper"])]
 
 
-def fused_defines(kind, G, D, step, reach, stages) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), HEADS=G, STEP=step, REACH=reach, STAGES=stages)
+def fused_defines(kind, G, D, step, reach, groups, stages) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), HEADS=G, STEP=step, REACH=reach, GROUPS=groups, STAGES=stages)
 
 
 def row(n: int) -> int:
@@ -119,18 +124,18 @@ def by_group(place, q, k):
 
 
 def takes_fused(q, k, blocks, reach, step) -> bool:
-    shared = fused_shape(q.shape[1] // k.shape[1], q.shape[3], blocks)[1]
+    shared = fused_shape(q.shape[1] // k.shape[1], q.shape[3], blocks)[2]
     return k.shape[2] > 0 and step + reach <= FUSED_KEYS + 2 and shared <= nvrtc.shared_limit("sm_90a") and hopper.can_map(q) and hopper.can_map(k)
 
 
 def run_fused(q, k, lse, top_k, place, key_end, block_end, blocks, reach, step, scale, force_first, force_last, indices, lengths, chosen):
     (B, Hq, T, D), (Hk, C) = q.shape, k.shape[1:3]
     G, (qb, qh, qt), (kb, kh, ks) = Hq // Hk, hopper.steps(q), hopper.steps(k)
-    stages, shared, ctas = fused_shape(G, D, blocks)
-    each, items = queries_of(G), B * Hk * ceil_div(T, queries_of(G))
+    groups, stages, shared = fused_shape(G, D, blocks)
+    each, items, resident = queries_of(G), B * Hk * ceil_div(T, groups * queries_of(G)), 2 if groups == 1 and shared <= FUSED_HALF else 1
     maps = (hopper.tensor_map(place, q, (D, G, T, Hk, B), (1, qh, qt, G * qh, qb), (64, 128 // each, each, 1, 1)), hopper.tensor_map(place, k, (D, C, Hk, B), (1, ks, kh, kb), (64, FUSED_KEYS, 1, 1)))
-    function = nvrtc.function("importance_topk_hopper", "importance_topk_hopper", FUSED_FIELDS, fused_defines(q.dtype, G, D, step, reach, stages), place)
-    function(min(items, ctas * max(place.sms, 1)), FUSED_THREADS, shared, place.stream, *maps, lse.ptr, key_end.ptr, block_end.ptr, indices.ptr, lengths.ptr, nvrtc.ptr(chosen),
+    function = nvrtc.function("importance_topk_hopper", "importance_topk_hopper", FUSED_FIELDS, fused_defines(q.dtype, G, D, step, reach, groups, stages), place)
+    function(min(items, resident * max(place.sms, 1)), 128 * (groups + 1), shared, place.stream, *maps, lse.ptr, key_end.ptr, block_end.ptr, indices.ptr, lengths.ptr, nvrtc.ptr(chosen),
              Hk, T, C, blocks, sums_row(blocks), items, top_k, force_first, force_last, int(chosen is None), scale * math.log2(math.e))
 
 

@@ -1,10 +1,11 @@
 // importance_topk in one launch on Hopper's own instructions: shares, sums over blocks and the choice; nothing of it but the answer is ever in device memory.
 //
 // A product holds 64 compressed keys (rows) x the heads of a few neighbouring queries (128 columns), so that a share's sum over heads stays in a thread's registers
-// and ends in exchanges over four lanes; what a key that nobody sees holds stays in its own row. One warpgroup walks the keys of an item once: while a tile is
+// and ends in exchanges over four lanes; what a key that nobody sees holds stays in its own row. A warpgroup walks the keys of its queries once: while a tile is
 // multiplied, the exponentials of the one before are made. Shares pass through a ring in shared memory, where each thread sums some of the blocks that are complete; the
-// sums of all blocks stay there until each warp has chosen for its queries. Two blocks of threads share a multiprocessor: one chooses while the other multiplies.
-// Defines: KIND, WIDTH (D rounded up to 16), HEADS (of a group, at most 32), STEP and REACH (strides of a block and of a compressed key, STEP + REACH at most 66), STAGES.
+// sums of all blocks stay there until each warp has chosen for its queries. Two warpgroups are at work on a multiprocessor, so that one chooses while the other multiplies: two blocks
+// of threads, or, where queries and sums leave no room for that, one whose groups share each tile of keys.
+// Defines: KIND, WIDTH (D rounded up to 16), HEADS (of a group, at most 32), STEP and REACH (strides of a block and of a compressed key, STEP + REACH at most 66), STAGES, GROUPS (1 or 2).
 #include "quad.cuh"
 #include "select.cuh"
 #include "wgmma.cuh"
@@ -25,13 +26,16 @@
 #define REACH 2
 #endif
 #ifndef STAGES
-#define STAGES 2
+#define STAGES 4
+#endif
+#ifndef GROUPS
+#define GROUPS 2
 #endif
 
-constexpr int HP = HEADS > 16 ? 32 : HEADS > 8 ? 16 : 8, QB = 128 / HP, KEYS = 64;  // columns of a query, queries of an item, keys of a tile
+constexpr int HP = HEADS > 16 ? 32 : HEADS > 8 ? 16 : 8, QB = 128 / HP, KEYS = 64;  // columns of a query, queries of a warpgroup, keys of a tile
 constexpr int SLABS = (WIDTH + 63) / 64, Q_SLAB = 128 * 128, K_SLAB = KEYS * 128, QUERY_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * K_SLAB;
 constexpr int RING = 4 * KEYS, RING_ROW = RING + 9;  // shares: the tile being written, the one being summed and the one before; rows spread over the banks
-constexpr int WIDE = STEP + REACH - 1, EACH = QB / 4, PAIR = EACH < 2 ? 1 : 2;  // compressed keys of a block; queries of a warp, and those it chooses for at once
+constexpr int EACH = QB / 4, PAIR = EACH < 2 ? 1 : 2;   // queries of a warp, and those it chooses for at once
 constexpr u32 TAKEN = ~0u;                            // in place of a sum: the block has been chosen
 
 struct Params {
@@ -42,12 +46,13 @@ struct Params {
   float factor;        // the scale, for base 2
 };
 
-// n queries of a key head; late ones first, because they see most
+// n queries of a key head, QB for each warpgroup; late ones first, because they see most
 struct Place {
   int head, t, n;
   __device__ __forceinline__ Place(const Params& p, int number) {
-    const int groups = (p.T + QB - 1) / QB, heads = p.items / groups;
-    head = number % heads; t = (groups - 1 - number / heads) * QB; n = imin(QB, p.T - t);
+    constexpr int ALL = GROUPS * QB;
+    const int pieces = (p.T + ALL - 1) / ALL, heads = p.items / pieces;
+    head = number % heads; t = (pieces - 1 - number / heads) * ALL; n = imin(ALL, p.T - t);
   }
 };
 // Lane i < n keeps what query i asks for: blocks and compressed keys before these (no keys where all blocks are taken); tiles and most: what the queries together ask for
@@ -71,20 +76,20 @@ __device__ __forceinline__ Item open_item(const Params& p, int number) {
   return x;
 }
 
-// This lane's lse of all columns: heads 8 c + 2 me and the next of each query
-__device__ __forceinline__ void load_lse(const Params& p, int number, float (&w)[32]) {
+// This lane's lse of a warpgroup's columns: heads 8 c + 2 me and the next of each query
+__device__ __forceinline__ void load_lse(const Params& p, int number, int group, float (&w)[32]) {
   const Place x(p, number);
   const int me = threadIdx.x & 3;
 #pragma unroll
   for (int c = 0; c < 16; c++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const int query = imin(8 * c / HP, x.n - 1), head = imin(8 * c % HP + 2 * me + e, HEADS - 1);
+      const int query = imin(group * QB + 8 * c / HP, x.n - 1), head = imin(8 * c % HP + 2 * me + e, HEADS - 1);
       w[2 * c + e] = __ldg(p.lse + ((i64)x.head * HEADS + head) * p.T + x.t + query);
     }
 }
 
-// Shares of a tile's keys, summed over heads, into the ring at `to` (this lane's first key, query 0)
+// Shares of a tile's keys, summed over heads, into the ring; `key` is this lane's first
 __device__ __forceinline__ void store_shares(const float (&a)[64], const float (&w)[32], float factor, float* ring, int key) {
   const int me = threadIdx.x & 3;
 #pragma unroll
@@ -92,16 +97,16 @@ __device__ __forceinline__ void store_shares(const float (&a)[64], const float (
     float r[4][2], z[2];
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      r[q][0] = r[q][1] = 0.f;
 #pragma unroll
-      for (int c = 0; c < HP / 8; c++)
+      for (int i = 0; i < HP / 4; i++) {
+        const int column = (4 * g + q) * (HP / 8) + i / 2, e = i % 2;
+        const bool there = HEADS % HP == 0 || 8 * (i / 2) + 2 * me + e < HEADS;  // a padded head must not turn an infinite key into NaN
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int column = (4 * g + q) * (HP / 8) + c;
-          if (HEADS % HP && 8 * c + 2 * me + e >= HEADS) continue;  // a padded head must not turn an infinite key into NaN
-          r[q][0] += ex2(fmaf(a[4 * column + e], factor, -w[2 * column + e]));
-          r[q][1] += ex2(fmaf(a[4 * column + 2 + e], factor, -w[2 * column + e]));
+        for (int h = 0; h < 2; h++) {
+          const float part = there ? ex2(fmaf(a[4 * column + 2 * h + e], factor, -w[2 * column + e])) : 0.f;
+          r[q][h] = i ? r[q][h] + part : part;
         }
+      }
     }
     exchange(r, me, z);
     float* to = ring + (4 * g + me) * RING_ROW;
@@ -115,11 +120,13 @@ __device__ __forceinline__ void sum_blocks(const float* ring, float* sums, int r
   const float* shares = ring + thread % QB * RING_ROW;
 #pragma unroll 1
   for (int j = first + thread / QB; j < last; j += 128 / QB) {
-    const int key = j * STEP - REACH + 1;
+    const int key = j * STEP, at = key & (RING - 1);
     float total = 0.f;
 #pragma unroll
-    for (int n = 0; n < WIDE; n++)
-      if (key + n >= 0 && key + n < end) total = fmaf((float)imin(imin(n + 1, WIDE - n), imin(STEP, REACH)), shares[(key + n) & (RING - 1)], total);
+    for (int i = 1 - REACH; i < STEP; i++) {
+      const int where = RING % STEP || i < 0 ? (key + i) & (RING - 1) : at + i;
+      if ((i >= 0 || key + i >= 0) && key + i < end) total = fmaf((float)imin(imin(i + REACH, STEP - i), imin(STEP, REACH)), shares[where], total);
+    }
     sums[thread % QB * row + j] = total >= 0.f ? total : nan_();
   }
 }
@@ -146,7 +153,7 @@ __device__ __forceinline__ void write_choice(const Params& p, const Choice& c, i
 }
 
 // A warp chooses for PAIR queries at once: each lane knows the best of a run of blocks; the best of all is taken and its run looked through again, at most 32 times.
-__device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums, int first) {
+__device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums, int group, int first) {
   const int lane = threadIdx.x & 31, rows = (x.most + 31) / 32, words = (rows + 31) / 32;  // a run is `words` rows of 32 blocks
   Choice c[PAIR];
   u32 best[PAIR], kept[PAIR], *mine[PAIR];  // kept, at: what round number `lane` took
@@ -154,7 +161,7 @@ __device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums
 #pragma unroll
   for (int u = 0; u < PAIR; u++) {
     mine[u] = sums + (first + u) * p.row;
-    c[u] = choice_of(0, __shfl_sync(~0u, x.blocks, first + u), p.top_k, p.force_first, p.force_last, p.take_all);
+    c[u] = choice_of(0, __shfl_sync(~0u, x.blocks, group * QB + first + u), p.top_k, p.force_first, p.force_last, p.take_all);
     if (c[u].lo < c[u].hi) rounds = imax(rounds, c[u].k);
     best[u] = kept[u] = at[u] = 0;
   }
@@ -196,46 +203,53 @@ __device__ __forceinline__ void choose(const Params& p, const Item& x, u32* sums
   }
 #pragma unroll
   for (int u = 0; u < PAIR; u++)
-    if (first + u < x.n) write_choice(p, c[u], ((i64)x.head * p.T + x.t) + first + u, mine[u], at[u], kept[u], rounds);
+    if (group * QB + first + u < x.n) write_choice(p, c[u], (i64)x.head * p.T + x.t + group * QB + first + u, mine[u], at[u], kept[u], rounds);
 }
 
 struct Bars {
   u32 at;
   __device__ __forceinline__ u32 full(int s) const { return at + 8 * s; }
   __device__ __forceinline__ u32 free(int s) const { return at + 8 * (STAGES + s); }
-  __device__ __forceinline__ u32 full_q() const { return at + 16 * STAGES; }
-  __device__ __forceinline__ u32 free_q() const { return at + 16 * STAGES + 8; }
+  __device__ __forceinline__ u32 full_q(int g) const { return at + 16 * STAGES + 8 * g; }
+  __device__ __forceinline__ u32 free_q(int g) const { return at + 16 * STAGES + 8 * (GROUPS + g); }
 };
 
-__device__ __forceinline__ void load_items(const Params& p, u32 queries, u32 keys, Bars bars) {
-  u32 patience = PATIENCE, s = 0, phase = 0, m = 0;
+// One warp brings the keys of all items, one for each warpgroup its queries: no group waits for what another still multiplies.
+__device__ __forceinline__ void load_keys(const Params& p, u32 keys, Bars bars) {
+  u32 patience = PATIENCE, s = 0, phase = 0;
   for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
     const Item x = open_item(p, number);
-    if (threadIdx.x % 32 || !x.tiles) continue;
-    const int b = x.head / p.Hk, h = x.head % p.Hk;
-    bar_wait(bars.free_q(), (m++ & 1) ^ 1, patience);
-    bar_expect(bars.full_q(), QUERY_BYTES);
-#pragma unroll
-    for (int c = 0; c < SLABS; c++) tma_load(queries + c * Q_SLAB, &p.q, bars.full_q(), 64 * c, 0, x.t, h, b);
+    if (threadIdx.x % 32) continue;
     for (int tile = 0; tile < x.tiles; tile++) {
       bar_wait(bars.free(s), phase ^ 1, patience);
       bar_expect(bars.full(s), KEY_BYTES);
 #pragma unroll
-      for (int c = 0; c < SLABS; c++) tma_load(keys + s * KEY_BYTES + c * K_SLAB, &p.k, bars.full(s), 64 * c, tile * KEYS, h, b);
+      for (int c = 0; c < SLABS; c++) tma_load(keys + s * KEY_BYTES + c * K_SLAB, &p.k, bars.full(s), 64 * c, tile * KEYS, x.head % p.Hk, x.head / p.Hk);
       advance<STAGES>(s, phase);
     }
   }
 }
+__device__ __forceinline__ void load_queries(const Params& p, u32 queries, Bars bars, int group) {
+  u32 patience = PATIENCE, m = 0;
+  for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
+    const Item x = open_item(p, number);
+    if (threadIdx.x % 32 || !x.tiles) continue;
+    bar_wait(bars.free_q(group), (m++ & 1) ^ 1, patience);
+    bar_expect(bars.full_q(group), QUERY_BYTES);
+#pragma unroll
+    for (int c = 0; c < SLABS; c++) tma_load(queries + c * Q_SLAB, &p.q, bars.full_q(group), 64 * c, 0, x.t + group * QB, x.head % p.Hk, x.head / p.Hk);
+  }
+}
 
-__device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32 keys, Bars bars, float* ring, float* sums) {
-  const int tid = threadIdx.x, warp = uniform(tid / 32), lane = tid & 31, first = warp * 16 + lane / 4;
+__device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32 keys, Bars bars, float* ring, float* sums, int group) {
+  const int tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid & 31, first = warp * 16 + lane / 4;
   const u64 dq = descriptor(queries), dk = descriptor(keys);
   float a[64], b[64], w[32];
   u32 patience = PATIENCE, s = 0, phase = 0, done = 0, m = 0;  // stage of the next product, stage of the one before
-  load_lse(p, blockIdx.x, w);
+  load_lse(p, blockIdx.x, group, w);
   Item x = open_item(p, blockIdx.x);
   for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
-    const int end = __shfl_sync(~0u, x.keys, tid % QB);
+    const int end = __shfl_sync(~0u, x.keys, group * QB + tid % QB);
     int summed = 0;
     const auto multiply = [&](float (&d)[64]) {
       bar_wait(bars.full(s), phase, patience);
@@ -251,9 +265,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
       hold(d);
       if (tid == 0) bar_arrive(bars.free(done));
       if (++done == STAGES) done = 0;
-      if (tid == 0 && tile + 1 == x.tiles) bar_arrive(bars.free_q());
+      if (tid == 0 && tile + 1 == x.tiles) bar_arrive(bars.free_q(group));
       store_shares(d, w, p.factor, ring, tile * KEYS + first);
-      named_sync(1, 128);
+      named_sync(1 + group, 128);
       const int complete = imin((tile + 1) * KEYS / STEP, x.most);
       sum_blocks(ring, sums, p.row, summed, complete, end, tid);
       summed = complete;
@@ -261,7 +275,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
     if (x.tiles) {
 #pragma unroll
       for (int i = 0; i < 32; i++) w[i] *= LOG2E;
-      bar_wait(bars.full_q(), m++ & 1, patience);
+      bar_wait(bars.full_q(group), m++ & 1, patience);
       multiply(a);
       for (int tile = 0;;) {
         if (tile + 1 == x.tiles) { wgmma_wait<0>(); share(a, tile); break; }
@@ -276,32 +290,34 @@ __device__ __forceinline__ void multiply_items(const Params& p, u32 queries, u32
     }
     sum_blocks(ring, sums, p.row, summed, x.most, end, tid);
     const int next = imin(number + (int)gridDim.x, p.items - 1);
-    load_lse(p, next, w);  // on its way while this item's blocks are chosen
+    load_lse(p, next, group, w);  // on its way while this item's blocks are chosen
     const Item then = open_item(p, next);
-    named_sync(1, 128);
+    named_sync(1 + group, 128);
 #pragma unroll 1
-    for (int query = EACH * warp; query < EACH * (warp + 1); query += PAIR) choose(p, x, (u32*)sums, query);
-    named_sync(1, 128);
+    for (int query = EACH * warp; query < EACH * (warp + 1); query += PAIR) choose(p, x, (u32*)sums, group, query);
+    named_sync(1 + group, 128);
     x = then;
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) importance_topk_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 3 - GROUPS) importance_topk_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
-  const u32 base = uniform(shared_address(raw)), keys = base + QUERY_BYTES;
+  const u32 base = uniform(shared_address(raw)), keys = base + GROUPS * QUERY_BYTES;
   const Bars bars = {keys + STAGES * KEY_BYTES};
-  float* ring = (float*)(raw + QUERY_BYTES + STAGES * KEY_BYTES + 16 * STAGES + 16);
+  const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 - 4 * GROUPS);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) { bar_init(bars.full(s), 1); bar_init(bars.free(s), 1); }
-    bar_init(bars.full_q(), 1); bar_init(bars.free_q(), 1);
+    for (int s = 0; s < STAGES; s++) { bar_init(bars.full(s), 1); bar_init(bars.free(s), GROUPS); }
+    for (int g = 0; g < GROUPS; g++) { bar_init(bars.full_q(g), 1); bar_init(bars.free_q(g), 1); }
     bar_fence();
   }
   __syncthreads();
-  if (uniform(threadIdx.x / 128)) {
+  if (group == GROUPS) {
     fewer_registers<40>();
-    if (threadIdx.x < 160) load_items(p, base, keys, bars);
+    if (warp == 0) load_keys(p, keys, bars);
+    else if (warp <= GROUPS) load_queries(p, base + (warp - 1) * QUERY_BYTES, bars, warp - 1);
   } else {
-    more_registers<216>();
-    multiply_items(p, base, keys, bars, ring, ring + QB * RING_ROW);
+    more_registers<GROUPS == 2 ? 232 : 216>();
+    float* ring = (float*)(raw + GROUPS * QUERY_BYTES + STAGES * KEY_BYTES + 16 * (STAGES + GROUPS)) + group * QB * (RING_ROW + p.row);
+    multiply_items(p, base + group * QUERY_BYTES, keys, bars, ring, ring + QB * RING_ROW, group);
   }
 }

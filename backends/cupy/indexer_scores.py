@@ -24,8 +24,7 @@ FIELDS = "8Q" + "11q" + "7i4i" + "f"
 
 
 HOPPER_FIELDS = "128s128s" + "6Q6q" + "12i"
-HOPPER_STAGES, HOPPER_THREADS = 6, 384
-HOPPER_SHARED = 1024 + 4 * 64 * 128 + HOPPER_STAGES * (128 * 128 + 16) + 16
+HOPPER_THREADS = 384
 
 
 def supports(problem):
@@ -108,8 +107,12 @@ def fits_tiles(page: int) -> bool:
 
 
 def hopper_defines(activation, queries: int, page: dict) -> dict:
-    """One query alone takes a quarter of the products of four."""
-    return dict(RELU=int(activation == "relu"), STAGES=HOPPER_STAGES, QUERIES=1 if queries == 1 else 4, **page)
+    """One query alone takes a quarter of the products of four, and waits for memory: more of it is on its way."""
+    return dict(RELU=int(activation == "relu"), **(dict(STAGES=12, QUERIES=1) if queries == 1 else dict(STAGES=6, QUERIES=4)), **page)
+
+
+def hopper_shared(d: dict) -> int:
+    return 1024 + d["QUERIES"] * 64 * 128 + d["STAGES"] * (128 * 128 + 16) + 16
 
 
 def artifacts(problem, config, activation="relu"):
@@ -159,7 +162,7 @@ def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, 
     fields += f"{-struct.calcsize(fields) % 64}x"  # the struct is as long as its alignment asks
     function = nvrtc.function("indexer_scores_hopper", "indexer_scores_hopper", fields, d, place)
     scale_b, scale_s = k_scale.strides if k_scale is not None else (0, 0)
-    function(min(items, sms), HOPPER_THREADS, HOPPER_SHARED, place.stream, *maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
+    function(min(items, sms), HOPPER_THREADS, hopper_shared(d), place.stream, *maps, weights.ptr, nvrtc.ptr(k_scale), nvrtc.ptr(start), nvrtc.ptr(end), nvrtc.ptr(q_starts),
              out, *weights.strides, scale_b, scale_s, out_row, T, S, b0, nb, t0, nt, per, items, q_start, int(causal), enough, int(fill), *pages)
 
 

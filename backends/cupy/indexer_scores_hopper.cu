@@ -117,12 +117,18 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
             for (int e = 0; e < 2; e++) if (tile * KB + row + 8 * e < p.S) out[tile * KB + row + 8 * e] = -inf();
       if (x.v0 >= x.v1) continue;
       load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
-      Scale next[2] = {scale_of(p, x.b, x.v0 * KB + row), scale_of(p, x.b, x.v0 * KB + row + 8)};  // asked for a tile ahead
+#if QUERIES == 1  // the products are short: scales are asked for a tile ahead
+      Scale next[2] = {scale_of(p, x.b, x.v0 * KB + row), scale_of(p, x.b, x.v0 * KB + row + 8)};
+#endif
       bar_wait(full_q, m & 1, patience); m++;
       for (int tile = x.v0; tile < x.v1; tile++, n++) {
         const int s = n % STAGES, key = tile * KB + row;
+#if QUERIES == 1
         const Scale scale[2] = {next[0], next[1]};
         if (tile + 1 < x.v1) { next[0] = scale_of(p, x.b, key + KB); next[1] = scale_of(p, x.b, key + KB + 8); }
+#else
+        const Scale scale[2] = {scale_of(p, x.b, key), scale_of(p, x.b, key + 8)};
+#endif
         bar_wait(full(s), (n / STAGES) & 1, patience);
         const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
 #if QUERIES == 4

@@ -15,7 +15,7 @@
 #define BRING_REGISTERS 24  // of a thread of the group that brings tiles
 #endif
 constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, LEFT = HELD == 31 ? 8 : HELD / 4;  // from chunk LEFT on the query stays in shared memory
-constexpr int QUERY = SLOTS * TILE, STEP31 = QUERY + (9 - LEFT) * BH * 128, FACTORS = STEP31 + (HELD == 31) * BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = MOVED + SLOTS * 4;
+constexpr int QUERY = SLOTS * TILE, STEP31 = QUERY + (9 - LEFT) * BH * 128, FACTORS = STEP31 + (HELD == 31) * BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = (MOVED + SLOTS * 4 + 7) / 8 * 8;
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f;  // the reference of a row moves to its maximum when that has grown by 2^8: nothing is rescaled otherwise
 constexpr float WIDE = 1024.f;                        // from here on a fused product is too far from its rounded twin: the largest has to give 1 in 16 bits
 #define FULL(s) (bars + 8 * (s))

@@ -4,10 +4,11 @@
 
 importance[j] = sum over the group's heads h, m < step, n < reach of exp(scale * q_h . k_i - lse_h) with i = step * j + m - n, 0 <= i < key_end.
 As many rows (a query and a key head) as fit a bounded scratch at a time: what each compressed key got, summed over the group, by the kernel of `indexer_scores`; then, path "row",
-a row's blocks are summed in registers and the largest taken one after the other; or, path "select", sums over blocks go through memory into the exact choice of `topk`.
+a row's blocks are summed in registers and the cut among them found by halving; or, path "select", sums over blocks go through memory into the exact choice of `topk`.
 A row with no more than top_k blocks is answered with all of them, unless scores are asked for. Forced blocks count in top_k.
 """
 import math
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -16,9 +17,9 @@ from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import index_score, indexer_scores, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
 
-TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES, *select_rows.TUNABLES,
-            Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
-BLOCKS, ROW_BLOCKS, ROW_MOST = 256, 4096, 64  # of a program of sum_blocks; blocks and choices that a row's registers hold
+TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES,
+            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
+BLOCKS, ROW_BLOCKS = 256, 4096  # of a program of sum_blocks; that a row's registers hold
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def supports(problem):
 
 def no_row(blocks: int, top_k: int) -> str | None:
     """Why the path "row" is not for this problem."""
-    return None if blocks <= ROW_BLOCKS and top_k <= ROW_MOST else f"path row holds up to {ROW_BLOCKS} blocks in registers and takes top_k up to {ROW_MOST}, not {blocks} and {top_k}; take select"
+    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds up to {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
 
 
 def resources(problem, config):
