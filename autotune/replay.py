@@ -76,10 +76,11 @@ class _Plain:
         self.optuna, self.table = search.engine(), table
         self.study = self.optuna.create_study(sampler=self.optuna.samplers.TPESampler(seed=seed))
         self.space = {t.name: self.optuna.distributions.CategoricalDistribution(list(t.values)) for t in table.tunables}
+        self.calls = {space.call_of(_Module(table.tunables), None, config): config for config in table.pool}
 
     def ask(self):
         self.trial = self.study.ask(self.space)
-        return space.essential(_Module(self.table.tunables), dict(self.trial.params), self.table.default)  # what it runs, though the model knows it by another name
+        return self.calls.get(space.call_of(_Module(self.table.tunables), None, self.trial.params), dict(self.trial.params))  # the same call, though the model knows it by another name
 
     def tell(self, config, time_us):
         self.study.tell(self.trial, search.BAD if time_us is None else time_us)
@@ -202,7 +203,7 @@ def record(workload, device, backend, path, *, rounds: int = 20, seconds: float 
         rows[n] |= {"samples": found, "time_us": statistics.median(found)}
     near = [timing.error(found) for found in samples if len(found) > rounds]
     about = {"workload": workload.name, "kernel": workload.kernel, "backend": backend, "device": facts["device"], "versions": facts["versions"], "code": provenance.code(module),
-             "tunables": {t.name: [v for v in t.values if v in (only or {}).get(t.name, t.values) or v == pool[0][t.name]] for t in module.TUNABLES}, "paths": {t.name: list(t.paths) for t in module.TUNABLES if t.paths},
+             "tunables": {t.name: [v for v in t.values if any(config[t.name] == v for config in pool)] for t in module.TUNABLES}, "paths": {t.name: list(t.paths) for t in module.TUNABLES if t.paths},
              "default": pool[0], "samples": rounds, "launch": launch, "noise": round(statistics.median(near), 4), "legal": len(pool), "recorded_in_s": round(time.monotonic() - start, 1)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(t4(about, rows))

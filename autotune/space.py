@@ -1,5 +1,4 @@
-"""The legal configs of a kernel for a problem: every combination of its tunables whose resources fit, known before anything is compiled. Of combinations that differ only in
-knobs which do nothing on their path there is one: those knobs are as in the default config."""
+"""The legal configs of a kernel for a problem: every combination of its tunables whose resources fit, known before anything is compiled. Of combinations that make the same call there is one."""
 import itertools
 import math
 import random
@@ -20,21 +19,30 @@ def legal(module, problem: Problem, seed: int = 0, only: dict | None = None) -> 
     else:
         rng = random.Random(seed)
         points = ([rng.choice(v) for v in values] for _ in range(MOST))
-    found, seen = [default], {tuple(default.get(n) for n in names)}
+    found, seen = [default], {call_of(module, problem, default)}
     for point in points:
-        config = essential(module, dict(zip(names, point)), default)
-        point = tuple(config.values())
-        if point not in seen:
-            seen.add(point)
-            if isinstance(module.resources(problem, config), Resources):
-                found.append(config)
+        config = dict(zip(names, point))
+        call = call_of(module, problem, config)
+        if call not in seen and isinstance(module.resources(problem, config), Resources):
+            seen.add(call)
+            found.append(config)
     return found, total
 
 
-def essential(module, config: dict, default: dict) -> dict:
-    """The same call's config with the knobs that do nothing on its path as the default config has them."""
-    idle = [t.name for t in module.TUNABLES if t.paths and config["path"] not in t.paths]
-    return {**config, **{name: default[name] for name in idle}} if idle else config
+def call_of(module, problem: Problem, config: dict) -> tuple:
+    """What of a config a call knows: knobs that do nothing on its path are None, parts that are all of an axis 0."""
+    def word(t):
+        if t.paths and config["path"] not in t.paths:
+            return None
+        value = config.get(t.name)
+        return 0 if t.part_of and value and value >= 1 << (problem[t.part_of] - 1).bit_length() else value
+    return tuple(map(word, module.TUNABLES))
+
+
+def member(module, problem: Problem, pool: list[dict], config: dict) -> dict | None:
+    """The legal config that makes the same call."""
+    call = call_of(module, problem, {**pool[0], **config})
+    return next((c for c in pool if call_of(module, problem, c) == call), None)
 
 
 def neighbours(config: dict, module) -> list[dict]:

@@ -77,11 +77,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tunable:
-    """One knob: its name, its values (the first is the safe one), what it means, and on which paths (values of the kernel's knob "path") it does anything; (): on each."""
+    """One knob: its name, its values (the first is the safe one), what it means; on which paths (values of the kernel's knob "path") it does anything, (): on each; and the axis of whose
+    columns it is a part, if one: a part of at least all of them, rounded up to a power of two, is the same as 0."""
     name: str
     values: tuple
     doc: str = ""
     paths: tuple = ()
+    part_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,20 @@ SHAPE, QUERY, KEYS = (1, 2, 16, 64), (1, 32, 1, 128), (1, 8, 4096, 128)
 
 
 def host_us(calls: dict, wait=lambda: None, rounds: int = 15, count: int = 100) -> dict:
-    """Microseconds of the host for each call: (least, median) of rounds in turn, `count` calls a round; `wait` empties the device's queue between rounds."""
+    """Microseconds of the host for each call: (least, median) of rounds in turn, `count` calls a round (fewer of one that takes a millisecond); `wait` empties the device's queue between
+    rounds."""
+    def each_us(call, count):
+        wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count * 1e6
+
+    counts = {name: max(1, min(count, int(5e4 / min(each_us(call, 1) for _ in range(3))))) for name, call in calls.items()}  # and warms up
     found = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            if turn:  # the first round warms up
-                found[name].append((time.perf_counter() - start) / count * 1e6)
+            found[name].append(each_us(call, counts[name]))
     wait()
     return {name: (round(min(times), 2), round(statistics.median(times), 2)) for name, times in found.items()}
 

@@ -62,8 +62,8 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     kv_length     [B] int32: keys at or past it do not exist (values are clamped to 0..S)
     q_start       int, or [B] int32 on the device; kv_length - T by default, S - T without lengths (bottom-right). With a pattern, values on the device reach
                   from -T to S: queries that stand farther out may see nothing
-    return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); its gradient is 0 in rows
-                  whose sink exceeds it by more than 80
+    return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); in rows whose sink exceeds it by
+                  more than 80 its gradient is 0 on the CPU
     deterministic False permits another order of additions in the backward
     allow_tf32    permits TF32 products of float32 inputs where a backend has them
 

@@ -150,19 +150,24 @@ def absorb(x, w, tail, backend):
     return matmul(x, w, tail, backend, caller, device)
 
 
-def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None):
-    """absorb of checked arguments."""
-    B, H, T, N = x.shape
-    M, P = w.shape[1], 0 if tail is None else tail.shape[3]
-    kind = arrays.dtype_name(x)
-    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind) | ({} if out_dtype in (None, kind) else dict(out=out_dtype)), arrays.device_info(device).arch, ["tail"] * (P > 0))
+def product_problem(x, w, tail, device, out_dtype=None, inner_heads=False) -> Problem:
+    """The problem of `matmul`."""
+    (B, H, T, N), M, P, kind = x.shape, w.shape[1], 0 if tail is None else tail.shape[3], arrays.dtype_name(x)
+    return Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind) | ({} if out_dtype in (None, kind) else dict(out=out_dtype)),
+                      arrays.device_info(device).arch, ["tail"] * (P > 0) + ["inner_heads"] * inner_heads)
+
+
+def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inner_heads=False):
+    """absorb of checked arguments. inner_heads: summed over heads too, [B,1,T,M] without a tail."""
+    (B, H, T, _), M, P = x.shape, w.shape[1], 0 if tail is None else tail.shape[3]
+    problem = product_problem(x, w, tail, device, out_dtype, inner_heads)
     choice = dispatch.choose("latent_attention", problem, device, backend, config)
     place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * H * T == 0:
-            return place.give(place.zeros((B, H, T, M + P), out_dtype or kind))
+            return place.give(place.zeros((B, 1 if inner_heads else H, T, M + P), out_dtype or arrays.dtype_name(x)))
         return place.give(choice.kernel.run(place.native(x), place.weights(w), place=place, config=choice.config, tail=None if tail is None else place.native(tail),
-                                            out_dtype=out_dtype))
+                                            out_dtype=out_dtype, **({"inner_heads": True} if inner_heads else {})))
 
 
 def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import torch
 
 from sparsetile.backends.contract import Unsupported
-from sparsetile.ops import indexer, latent
+from sparsetile.ops import dispatch, indexer, latent
 
 RUN = 4096          # rows, or inner elements, of one product: its operands stay small; sums over runs are made in order
 ROWS = 2 ** 15      # tokens of a product of latents: more of them, and rounding in the sums of tensor cores would begin to show
@@ -38,12 +38,12 @@ def grouped_matmul(dout, x, w, backend):
 def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
     """dk [B,H,S,Dn+P], dv [B,H,S,Dv] -> gradients of latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv], k_rope [B,S,P].
 
-    Heads are inner elements of one product for dlatent, whose operand [dk, dv] [rows, H*(Dn+Dv)] is the one copy; the weights' gradients are a product for each head, read in place.
+    Heads are inner elements of one product for dlatent; the weights' gradients are a product for each head. Both are read in place where a kernel sums over heads.
     """
     (B, S, R), (H, _, Dn), Dv = c.shape, w_uk.shape, w_uv.shape[2]
     place, kind, once = c.device.index if c.is_cuda else None, w_uk.dtype, B == 1 and 0 < S <= ROWS
     product = lambda x, w, dtype: latent.matmul(x, w, None, backend, "torch", place, out_dtype=str(dtype).removeprefix("torch."))[0]  # noqa: E731
-    both = torch.cat((w_uk, w_uv), -1).transpose(0, 1).reshape(R, -1)                       # [R, H*(Dn+Dv)]
+    dk, dv = dk.contiguous(), dv.contiguous()
     dlatent = torch.empty(c.shape, dtype=kind, device=c.device)
     dw = [torch.zeros(w.shape, dtype=_wide(w), device=w.device) for w in (w_uk, w_uv) if not once]
     for b in range(B):
@@ -51,18 +51,36 @@ def latent_decompress(dk, dv, c, w_uk, w_uv, k_rope, latent_scale, backend):
             rows, scale, parts = c[b, s:s + ROWS], None, (dk[b, :, s:s + ROWS, :Dn], dv[b, :, s:s + ROWS])
             if latent_scale is not None:
                 scale = latent_scale[b, s:s + ROWS].repeat_interleave(128, -1)[:, :R]
-                rows = (rows.to(_wide(both)) * scale).to(kind)
+                rows = (rows.to(_wide(w_uk)) * scale).to(kind)
             columns = rows.t().contiguous().expand(1, H, R, -1)
-            made = [product(columns, part.transpose(1, 2), kind if once else _wide(both)) for part in parts]
+            made = [product(columns, part.transpose(1, 2), kind if once else _wide(w_uk)) for part in parts]
             dw = made if once else [total.add_(part) for total, part in zip(dw, made)]
-            g = torch.empty(len(rows), H, Dn + Dv, dtype=kind, device=c.device)
-            for to, part in zip(g.split((Dn, Dv), -1), parts):
-                to, part = _in_words(to, part.transpose(0, 1))
-                to.copy_(part)
-            d = product(g.view(1, 1, len(rows), -1), both[None], kind if scale is None else _wide(both))[0]
+            d = _over_heads(parts, (w_uk, w_uv), backend, place)
             dlatent[b, s:s + ROWS] = d if scale is None else d * scale
     drope = None if k_rope is None else dk[..., Dn:].sum(1, dtype=_wide(dk)).to(k_rope.dtype)
     return dlatent, *(x.to(kind) for x in dw), drope
+
+
+def _over_heads(parts, weights, backend, place):
+    """Sum over heads and parts of part [H,T,N] w [H,R,N]^T -> [T,R] float32 or wider: by a kernel that sums over heads, else heads are set side by side, which copies every part."""
+    wide = str(_wide(parts[0])).removeprefix("torch.")
+    how = dict(out_dtype=wide, inner_heads=True)
+    asked = dispatch.requested_backend("latent_attention", backend)
+    problems = [latent.product_problem(part[None], w, None, place, **how) for part, w in zip(parts, weights)]
+    if place is not None and any(all(dispatch.refusal(name, problem, place) is None for problem in problems) for name in (dispatch.BACKENDS if asked == "auto" else (asked,))):
+        a, b = (latent.matmul(_in_lines(part)[None], _in_lines(w), None, backend, "torch", place, **how)[0, 0] for part, w in zip(parts, weights))
+        return a.add_(b)
+    (H, T, _), R, widths = parts[0].shape, weights[0].shape[1], [part.shape[2] for part in parts]
+    g, both = parts[0].new_empty(T, H, sum(widths)), torch.cat(weights, -1).transpose(0, 1).reshape(R, -1)
+    for to, part in zip(g.split(widths, -1), parts):
+        to, part = _in_words(to, part.transpose(0, 1))
+        to.copy_(part)
+    return latent.matmul(g.view(1, 1, T, -1), both[None], None, backend, "torch", place, out_dtype=wide)[0, 0]
+
+
+def _in_lines(x):
+    """Itself where its rows start at multiples of 16 bytes, as copy engines ask, else a copy."""
+    return x if x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1]))) else x.contiguous()
 
 
 def _in_words(*views):

@@ -20,6 +20,7 @@ SPILLS = {  # source -> bytes that a thread may store and load: registers that p
     "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
     "block_attention_backward_two_pass": 352,  # the same warp; beside 160 sums of dK and dV fifteen words a step
     ("block_attention_backward_two_pass", "PARTED"): 464,  # and where a part's rows and keys stand
+    "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
 }
@@ -64,7 +65,7 @@ def cases():
     for op, more in (("indexer_scores", {}), ("indexer_topk", dict(K=2048))):
         yield op, "paged", (dict(B=8, H=64, T=1, S=32768, D=128, **more), dict(q="float8_e4m3fn", k="float8_e4m3fn"), ("causal", "scale", "window", "q_start", "paged"))
     yield "indexer_scores", "decode", (dict(B=128, H=64, T=1, S=32768, D=128), dict(q="float8_e4m3fn", k="float8_e4m3fn"), ("causal", "scale"))
-    for kind, Hq, D, S in ((HALF, 64, 128, 8192), (HALF, 64, 192, 65536), (HALF, 64, 128, 131072), ("float16", 28, 72, 8192), ("float16", 128, 192, 8192), (SINGLE, 64, 128, 8192)):
+    for kind, Hq, D, S in ((HALF, 64, 128, 8192), (HALF, 64, 192, 65536), (HALF, 64, 192, 131072), ("float16", 28, 72, 8192), ("float16", 128, 192, 8192), (SINGLE, 64, 128, 8192)):
         yield "importance_topk", f"{kind}-h{Hq}:4-d{D}-{S}", (dict(B=1, Hq=Hq, Hk=4, T=8192, S=S, C=S // 16 - 1, D=D, K=16), dict(q=kind, k=kind), ("force_first", "force_last"), 64)
     yield "topk", "float32", (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
@@ -90,6 +91,13 @@ def test_budget(op, name, case, arch):
     problem = Problem.of(op, dims, dtypes, arch, features, 1.0, *granularity)
     assert kernel.supports(problem) is None
     within_budget(kernel, problem, kernel.default_config(problem), arch)
+
+
+@pytest.mark.parametrize("kind", [HALF, "float16"])
+def test_a_sum_over_heads_is_within_budget(kind):
+    kernel = importlib.import_module("sparsetile.backends.cupy.grouped_matmul")
+    problem = Problem.of("grouped_matmul", dict(B=1, H=128, T=4096, N=128, M=512, P=0), dict(x=kind, w=kind, out=SINGLE), "sm_90a", ["inner_heads"])
+    within_budget(kernel, problem, kernel.default_config(problem), "sm_90a")
 
 
 @pytest.mark.parametrize("kind", [HALF, "float16"])

@@ -351,10 +351,12 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
     attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
 
 
+@pytest.mark.parametrize("lines", [1, 4])
 @pytest.mark.parametrize("parts, sink", [(1, None), (2, 19.0), (33, None), (300, 25.0)])
-def test_parts_of_one_item_are_merged(place, parts, sink, rng):
+def test_parts_of_one_item_are_merged(place, parts, sink, lines, rng, monkeypatch):
     """One query of 5 heads with a part in every share, some of them empty; nothing is written where there is one part: it stood there already."""
     H, Dv, jobs = 5, 512, 1
+    monkeypatch.setattr(split, "merged_lines", lambda rows: lines)
     split_of = split.split_values(place, 2 * parts, split.LATENT_HEADS, Dv, jobs, 1, parts)
     sums, rows, starts = (x.owner for x in split_of[0])
     sums, rows = sums.reshape(parts, 2, split.LATENT_HEADS, Dv), rows.reshape(parts, 2, split.LATENT_HEADS, 2)
@@ -368,7 +370,7 @@ def test_parts_of_one_item_are_merged(place, parts, sink, rng):
     rows[:, 0, :H] = np.stack([np.where(empty, -np.inf, top), total], -1)[:, 0, :, 0]
     sums[:, 0, :H] = (outs * total[..., None])[:, 0, :, 0]
     out, lse, sinks = place.empty((1, H, 1, Dv), "bfloat16"), place.empty((1, H, 1), "float32"), None if sink is None else np.full(H, sink, np.float32)
-    split.merge(place, split.latent_merge_defines("bfloat16"), Dv, out, lse, place.put(sinks), split_of[1], position_values(1, 64, None, 0), (H, Dv, H, 1, 1, 1, 1, 0))
+    split.merge(place, split.latent_merge_defines("bfloat16", H), Dv, out, lse, place.put(sinks), split_of[1], position_values(1, 64, None, 0), (H, Dv, H, 1, 1, 1, 1))
     if parts == 1:
         assert np.isnan(out.owner.astype(float)).all()
         return

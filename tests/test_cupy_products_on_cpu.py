@@ -70,6 +70,20 @@ PRODUCTS = [  # x, w, B, H, T, N, M, P, turned, out
 ]
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("B, H, T, N, M", [(2, 3, 150, 64, 256), (1, 2, 300, 128, 512)])
+def test_products_summed_over_heads(kind, B, H, T, N, M, rng):
+    """Rows that stand apart, as the non-rotary columns of keys' gradients do; more rows than a block has, and fewer."""
+    place = HopperPlace()
+    place.cluster = 1
+    x, w = normal(rng, kind, B, H, T, N + 64)[..., :N], normal(rng, kind, H, M, N)
+    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=0), dict(x=kind, w=kind, out="float32"), "sm_90a", ["inner_heads"])
+    assert grouped_matmul.supports(problem) is None and "side by side" in grouped_matmul.supports(replace(problem, arch="sm_80"))
+    got = place.get(grouped_matmul.run(place.put(x), place.put(w), place=place, config=grouped_matmul.default_config(problem), out_dtype="float32", inner_heads=True))
+    formula = plain.grouped_matmul(x, w, out_dtype=np.float32).sum(1, keepdims=True)
+    assert_close("product", got, oracle.grouped_matmul(x, w).sum(1, keepdims=True), formula, reduction=H * N)
+
+
 @pytest.mark.parametrize("a, w, B, H, T, N, M, P, is_turned, out", PRODUCTS)
 def test_grouped_matmul(a, w, B, H, T, N, M, P, is_turned, out, rng, place):
     x, weight, tail = normal(rng, a, B, H, T, N), (turned if is_turned else normal)(rng, w, H, M, N), normal(rng, a, B, H, T, P) if P else None

@@ -162,12 +162,12 @@ def test_importance_topk(kind, B, Hq, Hk, T, C, D, K, pieces, rng, place, monkey
 
 
 FUSED_IMPORTANCE = [("bfloat16", (2, 16, 1, 11, 200, 128), 4, 4, 2), ("float16", (1, 28, 2, 5, 150, 72), 6, 3, 2), ("float16", (1, 3, 1, 20, 141, 40), 3, 1, 1), ("bfloat16", (1, 32, 1, 6, 300, 16), 32, 1, 4),
-                    ("bfloat16", (1, 17, 1, 6, 300, 136), 3, 40, 20), ("bfloat16", (1, 2, 2, 1, 4, 32), 5, 4, 2), ("bfloat16", (1, 16, 1, 3, 1300, 16), 9, 1, 2), ("bfloat16", (1, 16, 1, 10, 3300, 16), 9, 1, 1)]
+                    ("bfloat16", (1, 17, 1, 6, 300, 136), 3, 40, 20), ("bfloat16", (1, 2, 2, 1, 4, 32), 5, 4, 2), ("bfloat16", (1, 16, 1, 3, 1300, 16), 9, 1, 2), ("bfloat16", (1, 16, 1, 10, 3300, 16), 9, 1, 1), ("float16", (1, 16, 1, 20, 1000, 136), 5, 1, 1)]
 
 
 @pytest.mark.parametrize("kind, sizes, K, step, reach", FUSED_IMPORTANCE)
 def test_importance_topk_on_hopper(kind, sizes, K, step, reach, rng):
-    """Shares, sums and the choice in one kernel: padded heads, ragged queries and tiles, blocks that begin in the tile before, runs of more than 32 blocks, one query; one warpgroup where rows are long."""
+    """Shares, sums and the choice in one kernel: padded heads, ragged queries and tiles, blocks that begin in the tile before, runs of more than 32 blocks, one query; two warpgroups to a block of threads, or one."""
     place = HopperPlace()
     place.refused = "indexer_scores"
     chosen_as_defined(place, "fused", kind, sizes, K, step, reach, rng)

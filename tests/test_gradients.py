@@ -84,10 +84,11 @@ def test_chosen_scores(on, backend, pool, forced, rng, monkeypatch):
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("kind", [*KINDS, "float64"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_latent_decompress(on, backend, kind, scaled, rng, monkeypatch):
+@pytest.mark.parametrize("sizes", [(2, 29, 3, 140, 12, 20, 6), (1, 50, 3, 256, 64, 128, 8)], ids=["odd", "in-place"])  # the second: heads are summed in place where a kernel does
+def test_latent_decompress(on, backend, kind, scaled, sizes, rng, monkeypatch):
     from sparsetile.ops import torch_gradients
     monkeypatch.setattr(torch_gradients, "ROWS", 24)  # sums in several runs
-    B, S, H, R, Dn, Dv, P = 2, 29, 3, 140, 12, 20, 6
+    B, S, H, R, Dn, Dv, P = sizes
     made = KINDS.get(kind, np.float64)
     inputs = normal(rng, (B, S, R), made), normal(rng, (H, R, Dn), made), normal(rng, (H, R, Dv), made), normal(rng, (B, S, P), made)
     scale = np.abs(normal(rng, (B, S, 2), np.float32)) if scaled else None

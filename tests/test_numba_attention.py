@@ -7,7 +7,7 @@ numba = pytest.importorskip("numba")
 
 from drivers import Driver  # noqa: E402
 from judge import attention, gradients  # noqa: E402
-from oracle import visible  # noqa: E402
+from oracle import selection_count, visible  # noqa: E402
 
 import sparsetile as st  # noqa: E402
 
@@ -45,6 +45,19 @@ def test_every_finite_input(size, scale, value):
     q, k, v = tensors(1)
     q, k, v = np.float32(size / 8) * q, np.float32(size / 8) * k, np.float32(value) * v
     attention(Driver("numba"), q, k, v, st.Causal(), visible(2, 150, 150, rule=lambda p, s: s <= p), scale=scale)
+    entries = np.random.default_rng(2).integers(0, 150, (2, 4, 150, 9)).astype(np.int32)
+    entries[:, :, ::2, 1:] = -1  # one key, whatever its score
+    attention(Driver("numba"), q, k, v, st.Selection(entries), selection_count(entries, 150, 4), scale=scale, name="selection: ")
+
+
+def test_scores_that_float32_holds_beside_some_below_it():
+    """Products of -4e39 that the scale makes -1: in float32 their share of the row would be 0, and nothing else of the row looks odd."""
+    q, k, v = tensors(4)
+    q, k = np.abs(q) * np.float32(1.25e19), -np.abs(k) * np.float32(1.25e19)
+    k[:, :, ::2] *= np.float32(1e-20)
+    entries = np.random.default_rng(2).integers(0, 150, (2, 4, 150, 9)).astype(np.int32)
+    for name, rule, count in (("pattern: ", st.Causal(), visible(2, 150, 150, rule=lambda p, s: s <= p)), ("selection: ", st.Selection(entries), selection_count(entries, 150, 4))):
+        attention(Driver("numba"), q, k, v, rule, count, scale=2.5e-40, name=name)
 
 
 @pytest.mark.parametrize("T", [1, 3, 20])

@@ -113,6 +113,29 @@ def test_empty_rows_have_no_gradient_and_no_nan(on, backend, rng):
         assert (dq[:, :, :10] == 0).all() and all(np.isfinite(g.astype(np.float32)).all() for g in rest if g is not None)
 
 
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("rule", ["pattern", "selection"])
+def test_what_stands_in_an_empty_row_stays_there(on, backend, rule, rng):
+    """NaN in the queries and in the gradients of rows without keys, beside a sink and an LSE that is asked for: it meets no product."""
+    pytest.importorskip("torch")
+    q, k, v = qkv(rng, T=20)
+    q[:, :, :7] = np.nan
+    entries = np.where(np.arange(20)[:, None] < 7, -1, rng.integers(0, 50, (20, 9)))[None, None].astype(np.int32)
+    chosen = (st.Causal(), dict(q_start=-7)) if rule == "pattern" else (st.Selection(on.tensor(entries)), {})
+    x, sink = [on.tensor(a, True) for a in (q, k, v)], on.tensor(np.array([0.5, -2.0], np.float32), True)
+    try:
+        out, lse = st.sparse_attention(*x, chosen[0], sink_logits=sink, return_lse=True, backend=backend, **chosen[1])
+    except st.Unsupported as refusal:
+        pytest.skip(f"{backend}: {refusal}")
+    dout, dlse = normal(rng, q.shape[:3] + v.shape[3:], np.float16), normal(rng, q.shape[:3], np.float32)
+    dout[:, :, :7], dlse[:, :, :7] = np.nan, np.nan
+    import torch
+    torch.autograd.backward([out, lse], [on.tensor(dout), on.tensor(dlse)])
+    out, lse, dq, *others = arrays(out, lse, *(a.grad for a in (*x, sink)))
+    assert (out[:, :, :7] == 0).all() and np.isneginf(lse[:, :, :7]).all() and (dq[:, :, :7] == 0).all()
+    assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in (out, lse[:, :, 7:], dq, *others))
+
+
 @every
 def test_no_query_sees_any_key(on, backend, rng):
     q, k, v = qkv(rng, T=5)
@@ -160,7 +183,7 @@ def test_lse_and_sink_gradients_together(on, backend, rng):
     gradients(on, q, k, v, st.Causal(), oracle.visible(1, 20, 50, rule=lambda p, s: s <= p), rng, sink_logits=np.array([3.0, -np.inf, 12.0, -2.0], np.float32), with_lse=True)
 
 
-@every
+@pytest.mark.parametrize("backend", ["numba", "reference"])
 def test_an_lse_far_below_the_sink_has_no_gradient(on, backend, rng):
     """Where the sink holds all but exp(-80) of a row, every P is 0 in float32: nothing is left to carry the gradient, and 0 times anything stays 0."""
     q, k, v = qkv(rng, Hq=8, Hk=8, T=8, dtype=np.float32)

@@ -54,19 +54,23 @@ def test_legal_configs_start_with_the_default_and_fit():
         assert all(isinstance(module.resources(problem, c), Resources) for c in pool)
 
 
-@pytest.mark.parametrize("kernel, sizes, options, paths", [
-    ("latent_decompress", dict(B=1, S=4096, H=128, R=512, Dn=128, Dv=128, P=64), {}, {"hopper": ("cluster", "windows"), "portable": ("block_m", "block_n", "depth", "stages")}),
-    ("gather_attention", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "hopper": ("split",), "portable": ("heads", "tile_k", "key_warps", "stages")}),
+@pytest.mark.parametrize("backend, kernel, sizes, options, paths", [
+    ("cupy", "latent_decompress", dict(B=1, S=4096, H=128, R=512, Dn=128, Dv=128, P=64), {}, {"hopper": ("cluster", "windows"), "portable": ("block_m", "block_n", "depth", "stages")}),
+    ("cupy", "gather_attention", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "hopper": ("split",), "portable": ("heads", "tile_k", "key_warps", "stages")}),
+    ("triton", "gather_attention", dict(B=1, Hq=16, Hk=4, T=64, S=4096, D=128, Dv=128, K=16), dict(granularity=64, causal=True, G=4), {"portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),
 ])
-def test_of_configs_that_make_the_same_call_one_is_legal(kernel, sizes, options, paths):
-    """Which knobs each path has, by hand: the pool holds no two configs that differ in others only, and every config that resources allow has one there that makes its call."""
-    module = dispatch.kernel("cupy", kernel)
+def test_of_configs_that_make_the_same_call_one_is_legal(backend, kernel, sizes, options, paths):
+    """Which knobs each path has, by hand, and that 128 columns of 128 are all: the pool holds no two configs that differ in others only, and every config that resources allow has one there that makes
+    its call."""
+    module = dispatch.kernel(backend, kernel)
     problem = dataclasses.replace(tasks.Task(W("test/x", kernel, "bfloat16", options, **sizes), None, hollow=True).problem, arch="sm_90a")
     pool, default = space.legal(module, problem)[0], module.default_config(problem)
-    calls = [(c["path"], *(c[knob] for knob in paths[c["path"]])) for c in pool]
+    words = lambda c: (c["path"], *(0 if knob == "value_block" and c[knob] >= 128 else c[knob] for knob in paths[c["path"]]))  # noqa: E731
+    calls = [words(c) for c in pool]
     every = [dict(zip((t.name for t in module.TUNABLES), values)) for values in itertools.product(*(t.values for t in module.TUNABLES))]
-    asked = {(c["path"], *(c[knob] for knob in paths[c["path"]])) for c in every if c["path"] in paths and isinstance(module.resources(problem, c), Resources)}
+    asked = {words(c) for c in every if c["path"] in paths and isinstance(module.resources(problem, c), Resources)}
     assert len(set(calls)) == len(calls) and set(calls) == asked and pool[0] == default and {path for path, *_ in calls} == set(paths)
+    assert all(words(space.member(module, problem, pool, c)) == words(c) for c in every[::7] if c["path"] in paths and words(c) in asked) and space.member(module, problem, pool, {"path": "none"}) is None
 
 
 @pytest.mark.parametrize("sampler", search.SAMPLERS)

@@ -109,7 +109,10 @@ def default_config(problem: Problem) -> dict:
         return {**tiles, "path": "union"}
     if no_hopper(problem):
         return tiles
-    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
+    if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None:
+        return {**tiles, "path": "tokens"}
+    few = problem["B"] * problem["T"] * ceil_div(problem["Hq"], HOPPER_HEADS) <= 32  # of 132: 16 items of 2048 keys in 38 us where whole ones take 71, but 64 in 78 for 73
+    return {**tiles, "path": "hopper", "split": int(few)}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool, latent) -> dict:
@@ -123,7 +126,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind = problem.dtype("q")
     if config["path"] == "hopper":
         return [*(dict(source="gather_attention_hopper", defines=hopper_defines(kind, n, latent_shape(problem)), names=["gather_attention_hopper"]) for n in range(1 + config.get("split", 0))),
-                dict(source="merge_split", defines=split.latent_merge_defines(kind), names=["merge"])]
+                dict(source="merge_split", defines=split.latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
     if config["path"] == "tokens":
         return gather_tokens_hopper.artifacts(kind, problem["Hq"])
     own = gather_union.artifacts(problem) if config["path"] == "union" else []
@@ -161,7 +164,7 @@ def run_hopper(q, k, indices, out, lse, place, config, lengths, causal, scale, s
     function(shares * parts or min(items, max(place.sms, 1)), HOPPER_THREADS, split.latent_shared(latent), place.stream, queries, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
              *selected_values(indices, lengths, 1, causal), *at, *values, *strides, Hq, parts, items, size * k.strides[2], scale, scale * math.log2(math.e))
     if shares:
-        split.merge(place, split.latent_merge_defines(q.dtype), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts, 0))
+        split.merge(place, split.latent_merge_defines(q.dtype, B * Hq * T), 512, out, lse, sink_logits, values, at, (Hq, 512, Hq, 1, T, parts, parts))
     return out, lse
 
 

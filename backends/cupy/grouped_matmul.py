@@ -5,21 +5,23 @@
 out[..., :M] = sum_n x w in float32, rounded once to out_dtype (x's by default); out[..., M:] is the tail, bit for bit where the types are equal.
 float16 and bfloat16 run on tensor cores, other types and mixes by fused multiply-adds in float32. The path "cublas" is one call of cuBLAS and a copy of the tail; arrays
 that it cannot address (rows or heads that overlap) take the portable path, and so does a call that a CUDA graph records: CuPy's binding refuses those. Decoding is
-what graphs are for, so the default asks for cuBLAS from 256 queries on.
+what graphs are for, so the default asks for cuBLAS from 256 queries on. With inner_heads products are summed over heads too: path "sum" (grouped_sum.py).
 """
 from dataclasses import replace
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import cublas, gemm
+from sparsetile.backends.cupy import cublas, gemm, grouped_sum
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, copy_bytes
 
-TUNABLES = (Tunable("path", ("portable", "cublas"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel"), *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES))
+TUNABLES = (Tunable("path", ("portable", "cublas", "sum"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel. sum: the one of products that are summed over heads"), *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES))
 FIELDS = "4Q" + "8q" + "8i"
 ROW_BYTES = 3 * 8  # struct Rows
 
 
 def supports(problem):
+    if "inner_heads" in problem.features:
+        return grouped_sum.refusal(problem)
     kinds = {problem.dtype("x"), problem.dtype("w")}
     if not kinds <= KINDS.keys() or problem.dtype("w") == "float8_e4m3fn":
         return f"CuPy multiplies float32, float16, bfloat16 (x also float8_e4m3fn), not {'/'.join(sorted(map(str, kinds)))}; cast to bfloat16"
@@ -40,12 +42,18 @@ def no_cublas(problem) -> str | None:
 
 
 def resources(problem, config):
+    if (config["path"] == "sum") != ("inner_heads" in problem.features):
+        return "path sum is for products that are summed over heads, and only it"
+    if config["path"] == "sum":
+        return grouped_sum.resources()
     if config["path"] == "cublas" and (refused := no_cublas(problem)):
         return refused
     return gemm.resources(problem.arch, problem.dtype("x"), problem.dtype("w"), _out(problem), False, config, ROW_BYTES)
 
 
 def default_config(problem):
+    if "inner_heads" in problem.features:
+        return dict(path="sum", **{t.name: t.values[0] for t in gemm.TUNABLES})
     tiles = gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, dict(config, path="portable")))
     return dict(tiles, path="portable" if problem["T"] < 256 or no_cublas(problem) else "cublas")
 
@@ -56,11 +64,15 @@ def captures(config):
 
 
 def artifacts(problem, config):
+    if config["path"] == "sum":
+        return grouped_sum.artifacts(problem.dtype("x"))
     out = _out(problem)
     return [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul", "copy_tails"]) for rows in (0, 1)]
 
 
-def run(x, w, *, place, config, tail=None, out_dtype=None):
+def run(x, w, *, place, config, tail=None, out_dtype=None, inner_heads=False):
+    if inner_heads:
+        return grouped_sum.run(x, w, place)
     (B, H, T, N), M = x.shape, w.shape[1]
     P = 0 if tail is None else tail.shape[3]
     out = place.empty((B, H, T, M + P), out_dtype or (x.dtype if x.dtype != "float8_e4m3fn" else "bfloat16"))

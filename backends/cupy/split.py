@@ -53,8 +53,8 @@ class Tiles:
         return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
                     SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **self.more, **pages)
 
-    def merge_defines(self, kind: str, block_q: int) -> dict:
-        return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns)
+    def merge_defines(self, kind: str, block_q: int, rows: int) -> dict:
+        return dict(KIND=KINDS[kind], BQ=block_q, ROWS=self.rows, COLUMNS=self.columns, LINES=merged_lines(rows))
 
 
 def tiles_of(problem: Problem, config: dict) -> Tiles:
@@ -99,8 +99,13 @@ def latent_defines(kind: str, lists: tuple, pages: dict, latent) -> dict:
     return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], **pages, **fp8_defines(latent))
 
 
-def latent_merge_defines(kind: str) -> dict:
-    return dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512)
+def latent_merge_defines(kind: str, rows: int) -> dict:
+    return dict(KIND=KINDS[kind], BQ=0, ROWS=LATENT_HEADS, COLUMNS=512, LINES=merged_lines(rows))
+
+
+def merged_lines(rows: int) -> int:
+    """Rows of the output that a block of threads merges: many rows have few parts each."""
+    return 4 if rows >= 2048 else 1
 
 
 def candidates(problem: Problem) -> list[dict]:
@@ -117,9 +122,9 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
     copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem), latent_shape(problem)), names=["attend_latent"]),
-           dict(source="merge_split", defines=latent_merge_defines(kind), names=["merge"])] if config["path"] == "latent" else []
+           dict(source="merge_split", defines=latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])] if config["path"] == "latent" else []
     return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
-            dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"]), names=["merge"])]
+            dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"], problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
 
 
 def takes(q, lists, config: dict, out_kind: str) -> bool:
@@ -156,7 +161,7 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     attend = nvrtc.function("block_attention_latent", "attend_latent", fields, latent_defines(q.dtype, (lists.block_q, lists.block_k), page, latent), place)
     attend(shares * parts, LATENT_THREADS, latent_shared(latent), place.stream, tiles(q, Hq, (T, B), (qh, qt, qb)), keys[1], out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
            *lists_values(lists), *at, *split, Hq, parts, scale, scale * math.log2(math.e), *pages)
-    merge(place, latent_merge_defines(q.dtype), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts, 0))
+    merge(place, latent_merge_defines(q.dtype, B * Hq * T), Dv, out, lse, sink_logits, split, at, (Hq, Dv, Hq, 1, T, parts, parts))
     return out, lse
 
 
@@ -179,12 +184,13 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
     attend = nvrtc.function("block_attention_decode", "attend", PAGES * bool(page) + FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None, page), place)
     attend(shares, t.threads, t.shared, place.stream, *pages, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
            *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0)
-    merge(place, t.merge_defines(q.dtype, lists.block_q), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1, 0))
+    merge(place, t.merge_defines(q.dtype, lists.block_q, B * Hq * T), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1))
     return out, lse
 
 
 def merge(place, defines: dict, columns: int, out, lse, sink_logits, split: tuple, at: tuple, sizes: tuple):
     B, Hq, T, _ = out.shape
     function = nvrtc.function("merge_split", "merge", MERGE_FIELDS, defines, place)
-    groups, shares = 256 // (columns // 4), split[5]
-    function(B * Hq * T, 256, groups * (columns * 4 + 4) + 32 + 8 + 8 * shares, place.stream, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *split, *at, *sizes)
+    groups, shares, lines = 256 // (columns // 4), split[5], defines["LINES"]
+    shared = groups * (columns * 4 + 4) + 32 + 8 + 8 * shares if lines == 1 else 0
+    function(ceil_div(B * Hq * T, lines), 256, shared, place.stream, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *split, *at, *sizes, B * Hq * T)

@@ -13,6 +13,8 @@ TUNABLES = ()
 
 
 def supports(problem):
+    if "inner_heads" in problem.features:
+        return "Numba multiplies heads one by one; set them side by side as inner elements of one"
     return None
 
 

@@ -31,11 +31,11 @@ TUNABLES = (
             "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
-    Tunable("num_warps", (4, 8), "warps of a program"),
-    Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight"),
-    Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept"),
-    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all"),
-    Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses"),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable", "decode")),
+    Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight", ("portable", "decode")),
+    Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept", ("portable", "decode")),
+    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable", "decode"), "Dv"),
+    Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses", ("portable", "decode")),
 )
 
 

@@ -30,6 +30,8 @@ def head_products(x, w, tail, out, H, T, x_b, x_h, x_t, w_h, w_m, w_n, tail_b, t
 
 
 def supports(problem):
+    if "inner_heads" in problem.features:
+        return "Triton multiplies heads one by one; set them side by side as inner elements of one"
     kinds = {problem.dtype("x"), problem.dtype("w")}
     if not kinds <= {*FLOATS, "float8_e4m3fn"}:
         return f"the product takes float32, float16, bfloat16 and float8_e4m3fn, not {', '.join(sorted(kinds))}; cast x and w"
