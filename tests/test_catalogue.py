@@ -278,8 +278,9 @@ def test_reasons_say_what_kept_a_system_out():
     assert "not measured on a device" in recommend.recommend(recommend.Need(4096, find="gist"), None, MEASURED)["reasons"]["performer"]
 
 
-def test_without_measurements_nothing_is_invented():
+def test_without_measurements_nothing_is_invented(monkeypatch, tmp_path):
     needs_every_kernel()
+    monkeypatch.setattr(store, "SHIPPED", tmp_path)  # this machine's may be among them
     answer = recommend.recommend(recommend.Need(65536, find="nearby"), None)
     assert answer["basis"].startswith("counted operations and bytes only: nothing was measured") and not any("measured" in sentence for sentence in answer["reasons"].values())
     assert "as fast" not in answer["because"] and "counts" in answer["because"] and "counts the fewest operations" in recommend.recommend(recommend.Need(65536, find="all"), None)["because"]
