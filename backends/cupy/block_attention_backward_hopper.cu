@@ -39,10 +39,6 @@ struct Params {
 constexpr bool ADDS = true;
 #include "block_backward_hopper.cuh"
 
-#ifndef AHEAD_SCORES
-#define AHEAD_SCORES 0
-#endif
-constexpr bool SCORES_AHEAD = AHEAD_SCORES;
 constexpr int COLUMNS = WIDTH / 2;                                                   // of dQ, a group's
 constexpr int AHEAD = 16;                                                            // key blocks by which sections precede their rows: as many of a head as are under way
 
@@ -130,27 +126,21 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++) shared_store(sums_at + b * SUMS + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   };
-  const auto multiply_scores = [&](u32 b) __attribute__((always_inline)) {
+  // One step is 64 queries; b is its stage, and which half of the tile it is. dQ is that of the step before: the groups may drift apart by a step.
+  const auto step = [&](const bool first, bool more) __attribute__((always_inline)) {
+    const u32 b = n & 1, turn = n >> 1 & 1, before = (n - 1) >> 1 & 1;
     hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
-  };
-  // One step is 64 queries; b is its stage, and which half of the tile it is. dQ is that of the step before: the groups may drift apart by a step.
-  const auto step = [&](const bool first, bool more) __attribute__((always_inline)) {
-    const u32 b = n & 1, turn = n >> 1 & 1, before = (n - 1) >> 1 & 1;
-    if (first || !SCORES_AHEAD) multiply_scores(b);
     const int kind = field(KIND_OF), left = field(STATE) >> 8;
     const int4 rows = load_mask(p.lists, kind, b * STEP);
-    if (SCORES_AHEAD) { wgmma_wait<0>(); hold(s); }
     if (!first) multiply_dq(b ^ 1, before);
     const int far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
-    if (!SCORES_AHEAD) {
-      if (first) wgmma_wait<0>(); else wgmma_wait<1>();
-      hold(s);
-    }
+    if (first) wgmma_wait<0>(); else wgmma_wait<1>();
+    hold(s);
     float c = p.exponent;
     if (far) {  // the score is rounded as in the forward, so that score - lse is right however large both are
       c = 1.f;
@@ -203,13 +193,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     __syncwarp();
     if (thread_again() % 32 == 0) { bar_arrive(m.full_ds(b)); if (!first) bar_arrive(m.full_sums(b ^ 1)); }
     if (more) begin(b ^ 1, (n + 1) >> 1 & 1);
-    if (SCORES_AHEAD) {
-      multiply_scores(b ^ 1);  // of stale rows behind an item's last: no branch may stand between products
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-      hold(dk); hold(dv);
-    }
+    wgmma_wait<0>();
+    hold(dk); hold(dv);
     if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
     n++;
   };
@@ -240,7 +225,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     multiply_dq(1, (n - 1) >> 1 & 1);
     bar_wait(m.free_sums(1), ((n - 1) >> 1 & 1) ^ 1, patience);
     wgmma_wait<0>();
-    hold(dq); hold(dk); hold(dv);
+    hold(dq);
     write_dq(1);
     shared_to_copy_engine();
     __syncwarp();
