@@ -9,6 +9,7 @@ import numpy as np
 from sparsetile.autotune.surface import Surface
 
 STARTUP, DRAWN = 8, 200  # an arm's first configs: of so many drawn at random the one that has most values that none before had
+FAR = 0.4
 SURFACE = 0.6        # the share of the surface; of the rest:
 PARZEN, NEIGHBOUR = 0.65, 0.25
 INCUMBENTS, TOP = 5, 24
@@ -92,10 +93,10 @@ class Pool:
         return left[self.rng.choice(best, p=weight / weight.sum())]
 
     def _other(self, left) -> int:
-        """One that is unlike all that were given: the most knobs of other values, then the largest steps."""
+        """One that is unlike all that were given: the most knobs of other values, then the largest steps up to FAR of a knob's range (without a bound it would be the corners of the space)."""
         some, span = self.rng.choice(left, min(len(left), DRAWN), replace=False), np.maximum(1, self.points.max(0))
         away = np.abs(self.points[some][:, None] - self.points[list(self.of) or [0]][None])
-        return some[np.argmax(((away > 0) + 0.5 * away / span).sum(-1).min(1))]
+        return some[np.argmax(((away > 0) + 0.5 * np.minimum(away / span, FAR)).sum(-1).min(1))]
 
     def _score(self, arm, order):
         """[N]: log of (density of the good configs / density of the others)."""

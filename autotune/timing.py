@@ -9,6 +9,7 @@ import time
 from sparsetile.autotune import graphs
 
 POLISH = 4  # passes over rows and columns
+WIDE = 0.02  # a band of ties that says more of the timing than of the configs
 ENOUGH = 0.01  # an error of the best one's centre at which the finals may end
 
 class Stopwatch:
@@ -78,15 +79,17 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (three times on a CPU). What is left of a round whose clock is not the others' is
-    taken out. Samples of a CPU are `levelled`.
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (on a CPU three times, and five where it is over WIDE). What is left of a round whose clock
+    is not the others' is taken out. Samples of a CPU are `levelled`.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
-    level, longest = (levelled, 3) if watch.device is None else (list, 2)
+    level = levelled if watch.device is None else list
     while True:
         turn, spent = len(clocks), time.monotonic() - start
-        if turn >= 5 and (turn >= 40 or spent >= seconds) and (turn >= 160 or spent >= longest * seconds or _error(level(samples)) <= ENOUGH):
-            break
+        if turn >= 5 and (turn >= 40 or spent >= seconds):
+            over = _error(level(samples))
+            if turn >= 160 or over <= ENOUGH or spent >= (2 if watch.device is not None else 3 if over <= WIDE else 5) * seconds:
+                break
         for n in range(len(inside)):
             at = inside[(n + turn) % len(inside)]
             samples[at] += watch.samples(calls[at], 1)

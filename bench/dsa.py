@@ -2,7 +2,7 @@
 
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
-the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, recorded in CUDA graphs.
+the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, latents and the indexer's keys in caches of pages of 64, recorded in CUDA graphs.
 Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 656 bytes a token and in bfloat16, the translation of tokens to rows of the pool included.
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
@@ -26,6 +26,7 @@ from sparsetile.backends.reference.positions import latents  # noqa: E402
 from sparsetile.bench import gpu_table  # noqa: E402
 from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops.attention import sparse_attention  # noqa: E402
+from sparsetile.ops.caches.indexer import IndexerKeys  # noqa: E402
 from sparsetile.ops.caches.latent import PagedLatent  # noqa: E402
 from sparsetile.ops.latent import latent_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal  # noqa: E402
@@ -51,6 +52,19 @@ def inputs(torch, device, B, T, S, H, R, P, Dn, Dv, Hi, Di, seed=0):
     return model, dict(index_q=normal(B, Hi, T, Di, kind=eight), index_k=normal(B, S, Di, kind=eight), index_scale=scale, index_weights=normal(B, Hi, T, kind=torch.float32))
 
 
+def in_pages(torch, model, index, page=64) -> tuple:
+    """The same arguments with latents and the indexer's keys in caches, whose pages lie in any order."""
+    (B, S, R), P, D = model[2].shape, model[3].shape[2], index["index_k"].shape[2]
+    table = torch.randperm(B * S // page, device=model[2].device)
+    length = torch.full((B,), S, dtype=torch.int32, device=table.device)
+    latents, keys = torch.empty((len(table), page, R + P), dtype=model[2].dtype, device=table.device), torch.empty((len(table), page * (D + 4)), dtype=torch.uint8, device=table.device)
+    latents[table] = torch.cat(model[2:4], -1).view(-1, page, R + P)
+    keys[table] = torch.cat((index["index_k"].view(torch.uint8).view(-1, page * D), index["index_scale"].view(torch.uint8).view(-1, page * 4)), -1)
+    table = table.view(B, -1).to(torch.int32)
+    cached = dict(index_q=index["index_q"], index_weights=index["index_weights"], index_k=IndexerKeys(keys, table, length, width=D))
+    return (*model[:2], PagedLatent(latents, table, length, rank=R, rotary=P), None, *model[4:]), cached
+
+
 def known(model, index) -> tuple:
     """The first, the last and a middle query of the last sequence; their scores in float64 and by the plain formula, and what they see, [1,rows,S]."""
     T, S = model[0].shape[2], model[2].shape[1]
@@ -62,9 +76,10 @@ def known(model, index) -> tuple:
     return rows, np.where(seen, dots * scale[:, None].astype(float), -np.inf), plain.indexer_scores(iq, ik, iw, k_scale=scale, visible=seen), seen
 
 
-def check(model, index, top_k, backend, truths):
-    """The choice of the `known` queries by their float64 scores; one head's output on the chosen keys by the policy."""
-    out, chosen = dsa_latent_attention(*model, **index, top_k=top_k, return_selection=True, backend=backend)
+def check(model, index, top_k, backend, truths, cached=None):
+    """The choice of the `known` queries by their float64 scores; one head's output on the chosen keys by the policy. cached: what the call takes, where not these arrays."""
+    given = cached or (model, index)
+    out, chosen = dsa_latent_attention(*given[0], **given[1], top_k=top_k, return_selection=True, backend=backend)
     assert bool(out.isfinite().all()), "dsa_latent_attention: the answer is not finite everywhere"
     (_, heads, _, width), S, h = index["index_q"].shape, model[2].shape[1], model[0].shape[1] - 1
     rows, truth, measure, seen = truths
@@ -73,7 +88,7 @@ def check(model, index, top_k, backend, truths):
     for n, t in enumerate(rows):
         keys = found[n, :lengths[n]].tolist()
         held = [host(x) for x in (model[0][-1:, h:, [t]], model[1][-1:, h:, [t]], model[2][-1:, keys], model[3][-1:, keys], model[4][h:], model[5][h:])]
-        how = dict(mode="absorbed" if S > top_k else "decompressed", scale=(held[0].shape[3] + held[1].shape[3]) ** -0.5)
+        how = dict(mode="absorbed" if S > top_k or cached else "decompressed", scale=(held[0].shape[3] + held[1].shape[3]) ** -0.5)
         count = np.ones((1, 1, 1, len(keys)), int)
         first = lambda got: got[0] if isinstance(got, tuple) else got  # noqa: E731
         numeric.assert_close(f"out of query {t}", host(out[-1:, h:, [t]]), first(plain.latent_attention(*wide(*held), count, **how)), first(plain.latent_attention(*held, count, **how)),
@@ -115,9 +130,11 @@ def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, unt
             lines.append(f"{kind:8}{S:7} not measured: out of time")
             continue
         model, index = inputs(torch, device, B, min(T, S), S, **sizes)
-        truths = known(model, index)
+        truths, cached = known(model, index), in_pages(torch, model, index) if kind == "decode" else None
         for backend in backends:
-            check(model, index, top_k, backend, truths)
+            check(model, index, top_k, backend, truths, cached)
+        if cached:
+            model, index = cached
         ours = usable(torch, calls(torch, model, index, top_k, backends, "decompressed" if kind == "prefill" else "absorbed"))
         recorded, how = graphs.record(list(ours.values()), 0) if kind == "decode" and device != "cpu" else (None, "events")
         samples = timing.finals(watch, recorded or list(ours.values()), given.seconds)
@@ -126,7 +143,7 @@ def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, unt
         ratios.append((S, best[False] / best[True]))
         lines.append(f"{kind:8}{S:7} B {B:3} {how[:6]:7}" + " ".join(f"{name} {ms:.3f}" for name, ms in times.items()) + f" ms: {ratios[-1][1]:.2f} x{clock(torch, device)}")
         print(lines[-1], flush=True)
-        del model, index, ours, recorded
+        del model, index, ours, recorded, cached
         if device != "cpu":
             torch.cuda.empty_cache()
     return lines + ([f"{kind}: {crossover(ratios)}"] if ratios else [])

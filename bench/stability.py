@@ -22,7 +22,6 @@ from sparsetile.backends import arrays  # noqa: E402
 from sparsetile.profiles import schema  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDEST = 0.02
 
 
 def one(workload: str, backend: str, device: str, seconds: float, seed: int, beside: int = 1) -> dict:
@@ -55,7 +54,7 @@ def summary(entries: list, picks: list, times: list, band: float) -> dict:
     apart = [time_us / min(times) - 1 for time_us in times]
     bands = [e["band"] for e in entries]
     return {"runs": len(entries), "picks": [{"config": config, "runs": n, "time_us": round(t, 2), "behind": round(a, 4)} for config, n, t, a in zip(picks, counts, times, apart)], "band": round(band, 4),
-            "ties": [e["ties"] for e in entries], "bands": bands, "same": max(apart) <= band, "timing_ok": max(bands) <= WIDEST and band <= WIDEST}
+            "ties": [e["ties"] for e in entries], "bands": bands, "same": max(apart) <= band, "timing_ok": max(bands) <= timing.WIDE and band <= timing.WIDE}
 
 
 def text(found: dict) -> str:

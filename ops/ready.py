@@ -4,8 +4,6 @@ What the checks, the choice of backend and the lists depend on is the key (shape
 call that finds its key has nothing left to ask; only pointers are read anew. On a GPU the second call notes its kernel's launches, and later ones repeat them (backends/tape.py).
 Calls that need a gradient, selections, layouts, configs and positions on the device take the long way.
 """
-import sys
-
 from sparsetile.backends import arrays
 from sparsetile.ops import dispatch
 from sparsetile.ops.pattern import Pattern
@@ -19,8 +17,10 @@ dispatch.PLAN_CACHES.append(_calls)
 
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32):
     """What makes two calls alike, or None for a call that takes the long way."""
-    torch = sys.modules.get("torch")
-    if torch is None or type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(q).__module__ != "torch":
+        return None
+    import torch  # not looked for in sys.modules: torch.compile would walk over all of them, while they grow
+    if type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or not (type(return_lse) is type(deterministic) is type(allow_tf32) is bool):  # 1 == True, and is refused
         return None

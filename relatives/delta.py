@@ -19,7 +19,7 @@ def gated_delta_net(q, k, v, decay, beta, *, scale=None, normalize: bool = True)
 
     q, k [B,H,T,D], v [B,H,T,Dv] float16 or bfloat16, PyTorch on a GPU; decay [B,H,T] <= 0 (float32 or as q), beta [B,H,T] in 0..1; causal by nature.
     scale      None is D^-0.5; normalize: queries and keys are brought to length 1 first, as the paper does
-    Returns [B,H,T,Dv]. Differentiable. Unsupported with the reason where the package is missing or does not take the arrays. Source: arXiv 2412.06464, equation 10.
+    Returns [B,H,T,Dv]. Differentiable (on Hopper the package refuses it with Triton 3.4 to 3.7.0). Unsupported with the reason where the package is missing or does not take the arrays. Source: arXiv 2412.06464, equation 10.
     """
     return _run("gated_delta_rule", "chunk_gated_delta_rule", q, k, v, decay, beta, 3, scale, normalize)
 

@@ -310,21 +310,22 @@ def test_the_crossover(ratios, words):
     assert words in dsa.crossover(ratios)
 
 
-def test_the_check_of_whole_calls_notices(monkeypatch):
+@pytest.mark.parametrize("in_pages", (False, True))
+def test_the_check_of_whole_calls_notices(in_pages, monkeypatch):
     torch = pytest.importorskip("torch")
     from sparsetile.bench import dsa
     right = dsa.dsa_latent_attention
     model, index = dsa.inputs(torch, "cpu", 2, 9, 40, **dsa.SMALL)
-    truths = dsa.known(model, index)
+    truths, cached = dsa.known(model, index), dsa.in_pages(torch, model, index, 8) if in_pages else None
     for top_k in (6, 40):
-        dsa.check(model, index, top_k, "numba", truths)
-        monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: right(*x, **dict(o, index_scale=o["index_scale"].flip(-1))))  # another choice
+        dsa.check(model, index, top_k, "numba", truths, cached)
+        monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: right(*x, **dict(o, index_weights=o["index_weights"].flip(1))))  # another choice
         if top_k == 6:
             with pytest.raises(AssertionError, match="choice"):
-                dsa.check(model, index, top_k, "numba", truths)
+                dsa.check(model, index, top_k, "numba", truths, cached)
         monkeypatch.setattr(dsa, "dsa_latent_attention", lambda *x, **o: (lambda out, chosen: (out.roll(1, -1), chosen))(*right(*x, **o)))
         with pytest.raises(AssertionError, match="out of query"):
-            dsa.check(model, index, top_k, "numba", truths)
+            dsa.check(model, index, top_k, "numba", truths, cached)
         monkeypatch.setattr(dsa, "dsa_latent_attention", right)
 
 

@@ -178,7 +178,7 @@ def test_the_backend_named_is_the_one_that_is_called_and_the_fastest_is_the_base
     monkeypatch.setattr(speed, "asked", lambda name: names.append(name) or asked(name))
     monkeypatch.setattr(speed.timing.Stopwatch, "samples", lambda self, call, count: (call(), [1000.0 if names[-1] == "reference" else 10.0])[1])
     dispatch.clear_plans()
-    rows = [*speed.rows(None, speed.lacking(None, [64], [CHOSEN, entries.find("gqa")]), 0.0)]
+    rows = [*speed.rows(None, speed.lacking(None, [16], [CHOSEN, entries.find("gqa")]), 0.0)]
     assert [(row["pass"], row["backend"]) for row in rows] == [(what, name) for what in speed.PASSES for _ in range(2) for name in ("reference", "numba")]
     kernels = {(choice.backend, choice.kernel.__name__.rpartition(".")[2]) for choice in taken}
     assert kernels == {(name, kernel) for name in ("reference", "numba") for system in (CHOSEN, entries.find("gqa")) for kernel in (*system.kernels, *system.backward)}

@@ -75,6 +75,7 @@ def test_the_packages_kernels_on_a_gpu(folder, rng):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available() or delta.unavailable():
         pytest.skip(delta.unavailable() or "no CUDA device")
+    triton = pytest.importorskip("triton")
     call, _, axes = CALLS[folder]
     shapes = [(1, 2, 70, 64)] * 3 + [(1, 2, 70, 64)[:axes], (1, 2, 70)]
     given = [rng.standard_normal(shape) / 8 for shape in shapes[:3]] + [-np.abs(rng.standard_normal(shapes[3])) / 8, rng.random(shapes[4])]
@@ -87,6 +88,10 @@ def test_the_packages_kernels_on_a_gpu(folder, rng):
         out = call(*leaves, normalize=normalize)
         far = {name: np.abs(out.detach().double().cpu().numpy() - recurrence(*how)).max() for name, how in answers.items()}
         assert min(far, key=far.get) == right, far
+        if folder == "gated_delta_rule" and torch.cuda.get_device_capability()[0] == 9 and (3, 4) <= tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) < (3, 7, 1):
+            with pytest.raises(RuntimeError, match="upgrade Triton"):  # these compile its backward wrongly on Hopper, and the package says so instead
+                torch.autograd.grad(out, leaves, torch.ones_like(out))
+            continue
         assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 

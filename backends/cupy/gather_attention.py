@@ -109,7 +109,10 @@ def default_config(problem: Problem) -> dict:
         return {**tiles, "path": "union"}
     if no_hopper(problem):
         return tiles
-    return {**tiles, "path": "tokens" if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None else "hopper"}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
+    if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None:
+        return {**tiles, "path": "tokens"}
+    few = problem["B"] * problem["T"] * ceil_div(problem["Hq"], HOPPER_HEADS) <= 32  # of 132: 16 items of 2048 keys in 38 us where whole ones take 71, but 64 in 78 for 73
+    return {**tiles, "path": "hopper", "split": int(few)}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 
 def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, softcap: bool, shared_kv: bool, latent) -> dict:

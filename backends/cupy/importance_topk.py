@@ -4,8 +4,8 @@
 
 importance[j] = sum over the group's heads h, m < step, n < reach of exp(scale * q_h . k_i - lse_h) with i = step * j + m - n, 0 <= i < key_end.
 Rows are queries of a key head. Some at a time: the score kernel of indexer_scores, with a group's heads for its heads, puts each compressed key's share into a scratch of at
-most `scratch_mb` (one row where a row is longer), importance_topk.cu sums them over blocks, and the exact selection of topk.cu reads those. A row of no more than top_k blocks is answered
-with all of them, unless scores are asked for. Forced blocks are always taken. Everything is queued on the stream; nothing comes back to the host.
+most `scratch_mb` (one row where a row is longer), importance_topk.cu sums them over blocks, and the exact selection of topk.cu reads those. A row of no more than top_k blocks is
+answered with all of them, unless scores are asked for. Forced blocks are always taken. Everything is queued on the stream; nothing comes back to the host.
 
 The path "fused" (importance_topk_hopper.cu: sm_90a, float16 and bfloat16, groups of up to 32 heads, D up to 192, rows of blocks that fit shared memory) does all of it in one
 launch without any scratch; arrays that its copy engine cannot address, and blocks of more than 64 strides, take the other path.
@@ -21,7 +21,8 @@ from sparsetile.backends.cupy.indexer_topk import chunks
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, padded
 
 TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: shares, sums and selection in one kernel"),
-            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))))
+            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES,
+                                                             Tunable("scratch_mb", (64, 16, 32), "MiB of shares and importances held at a time"))))
 FIELDS, THREADS = "3Q3q4i", 256
 FUSED_FIELDS = "128s128s" + "6Q10if20x"  # the struct is as long as its alignment, 64, asks
 FUSED_KEYS, FUSED_MOST = 64, 32
@@ -47,7 +48,7 @@ def no_fused(problem) -> str | None:
         return f"path fused takes float16 or bfloat16, groups of up to 32 heads, D up to 192 and top_k up to {FUSED_MOST} on sm_90a; take scratch"
     shared = fused_shape(G, problem["D"], ceil_div(problem["S"], problem.granularity))[2]
     if shared > nvrtc.shared_limit(problem.arch):
-        return f"path fused keeps the sums of {problem['S']} keys' blocks in shared memory, {shared} bytes, {problem.arch} has {nvrtc.shared_limit(problem.arch)}; take scratch"
+        return f"path fused keeps the sums of all blocks in shared memory, {shared} bytes, {problem.arch} has {nvrtc.shared_limit(problem.arch)}; take scratch"
     return None
 
 
@@ -93,7 +94,8 @@ def default_config(problem):
 
 
 def artifacts(problem, config):
-    scratch = indexer_scores.artifacts(group_problem(problem), config, "share") + topk.artifacts(problem, config) + [dict(source="importance_topk", defines=dict(THREADS=THREADS), names=["sum_blocks"])]
+    scratch = indexer_scores.artifacts(group_problem(problem), config, "share") + topk.artifacts(problem, config)
+    scratch += [dict(source="importance_topk", defines=dict(THREADS=THREADS), names=["sum_blocks"])]
     if no_fused(problem):
         return scratch
     G, D = problem["Hq"] // problem["Hk"], problem["D"]
@@ -133,7 +135,8 @@ def run_fused(q, k, lse, top_k, place, key_end, block_end, blocks, reach, step, 
     G, (qb, qh, qt), (kb, kh, ks) = Hq // Hk, hopper.steps(q), hopper.steps(k)
     groups, stages, shared = fused_shape(G, D, blocks)
     each, items, resident = queries_of(G), B * Hk * ceil_div(T, groups * queries_of(G)), 2 if groups == 1 and shared <= FUSED_HALF else 1
-    maps = (hopper.tensor_map(place, q, (D, G, T, Hk, B), (1, qh, qt, G * qh, qb), (64, 128 // each, each, 1, 1)), hopper.tensor_map(place, k, (D, C, Hk, B), (1, ks, kh, kb), (64, FUSED_KEYS, 1, 1)))
+    maps = (hopper.tensor_map(place, q, (D, G, T, Hk, B), (1, qh, qt, G * qh, qb), (64, 128 // each, each, 1, 1)),
+            hopper.tensor_map(place, k, (D, C, Hk, B), (1, ks, kh, kb), (64, FUSED_KEYS, 1, 1)))
     function = nvrtc.function("importance_topk_hopper", "importance_topk_hopper", FUSED_FIELDS, fused_defines(q.dtype, G, D, step, reach, groups, stages), place)
     function(min(items, resident * max(place.sms, 1)), 128 * (groups + 1), shared, place.stream, *maps, lse.ptr, key_end.ptr, block_end.ptr, indices.ptr, lengths.ptr, nvrtc.ptr(chosen),
              Hk, T, C, blocks, sums_row(blocks), items, top_k, force_first, force_last, int(chosen is None), scale * math.log2(math.e))

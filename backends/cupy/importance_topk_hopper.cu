@@ -3,9 +3,10 @@
 // A product holds 64 compressed keys (rows) x the heads of a few neighbouring queries (128 columns), so that a share's sum over heads stays in a thread's registers
 // and ends in exchanges over four lanes; what a key that nobody sees holds stays in its own row. A warpgroup walks the keys of its queries once: while a tile is
 // multiplied, the exponentials of the one before are made. Shares pass through a ring in shared memory, where each thread sums some of the blocks that are complete; the
-// sums of all blocks stay there until each warp has chosen for its queries. Two warpgroups are at work on a multiprocessor, so that one chooses while the other multiplies: two blocks
-// of threads, or, where queries and sums leave no room for that, one whose groups share each tile of keys.
-// Defines: KIND, WIDTH (D rounded up to 16), HEADS (of a group, at most 32), STEP and REACH (strides of a block and of a compressed key, STEP + REACH at most 66), STAGES, GROUPS (1 or 2).
+// sums of all blocks stay there until each warp has chosen for its queries. Two warpgroups are at work on a multiprocessor, so that one chooses while the other multiplies:
+// two blocks of threads, or, where queries and sums leave no room for that, one whose groups share each tile of keys.
+// Defines: KIND, WIDTH (D rounded up to 16), HEADS (of a group, at most 32), STEP and REACH (strides of a block and of a compressed key, together at most 66), STAGES,
+// GROUPS (1 or 2).
 #include "quad.cuh"
 #include "select.cuh"
 #include "wgmma.cuh"

@@ -70,9 +70,11 @@ def choose_row(shares, key_ends, block_ends, out, lengths, values, T, T_all, k, 
         count = tl.sum((key >= middle).to(tl.int32), axis=0)
         enough = count >= need
         low, reach, high = tl.where(enough, middle, low), tl.where(enough, count, reach), tl.where(enough, high, middle)
-    alike = (key == low).to(tl.int32)
-    above = reach - tl.sum(alike, axis=0)
-    forced = forced | (key > low) | ((alike > 0) & ((reach <= need) | (tl.cumsum(alike, axis=0) <= need - above)))
+    taken = key >= low
+    if reach > need:
+        alike = (key == low).to(tl.int32)
+        taken = taken & ((key > low) | (tl.cumsum(alike, axis=0) <= need - reach + tl.sum(alike, axis=0)))
+    forced = forced | taken
     place = tl.cumsum(forced.to(tl.int32), axis=0) - 1
     written = tl.sum(forced.to(tl.int32), axis=0)
     tl.store(out + item * k + place, j, mask=forced)
@@ -96,7 +98,7 @@ def supports(problem):
 
 def no_row(blocks: int, top_k: int) -> str | None:
     """Why the path "row" is not for this problem."""
-    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds up to {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
+    return None if max(blocks, top_k) <= ROW_BLOCKS else f"path row holds {ROW_BLOCKS} blocks in registers, not {blocks} of which {top_k} are taken; take select"
 
 
 def resources(problem, config):
@@ -128,7 +130,8 @@ def artifacts(problem, config):
 
 def row_artifact(blocks, top_k, scores):
     """For the paper's blocks."""
-    arrays, numbers = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}, ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
+    arrays = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}
+    numbers = ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
     constexprs, options = row_constants(blocks, top_k, 4, 2, not scores)
     if not scores:
         arrays.pop("values")
@@ -167,7 +170,8 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
                 choose_row[(programs,)](given, key_end[part], block_end[part], *into, shape[1], T, top_k, force_first, force_last, *given.stride()[:2], **constants, **options)
                 continue
             found = sums[:programs * row_stride(blocks)].view(*shape, row_stride(blocks))
-            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2], *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
+            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
+                                                                         *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
             select_rows.select_rows(found, top_k, *into, place=place, config=config, T_all=T, ends=block_end[part], width=blocks, force_first=force_first, force_last=force_last,
                                     everything=not return_scores, scratch=kept)
     return indices, lengths, values
