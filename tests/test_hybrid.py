@@ -86,6 +86,7 @@ def test_cost_and_reach_before_running(monkeypatch):
     key = 2 * SMALL.Hk * SMALL.D * 4
     reads = [9 * key, 20 * key + N * (SMALL.Di + 4), 4 * SMALL.Hk * 8 * (SMALL.D + 1), 20 * key + N * key // 2, N * key]
     assert [row["reads"] for row in report["layers"]] == reads and report["reads"] == reads[0] + sum(reads)
+    assert plans.reads(st.Selector(top_k=3, pool=8), N, SMALL) == 24 * key + N * (SMALL.Di + 4)  # blocks of keys
     assert report["reach"] == {"positions": N, "surely": 6, "at_best": 3}
     monkeypatch.setattr(plans, "FARTHEST", 64)
     assert plans.report(plan, N, SMALL)["reach"] == {"positions": 64, "surely": 6, "at_best": 3}
