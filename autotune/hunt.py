@@ -37,7 +37,7 @@ class Hunt:
         """The legal configs and the study; the first of them go to the compilers."""
         w, self.trials = self.workload, trials
         self.pool, self.total = space.legal(self.module, self.problem, seed, only)
-        seeds = [c for c in (space.member(self.module, self.problem, self.pool, seed) for seed in seeds) if c]
+        seeds = space.members(self.module, self.problem, self.pool, seeds)
         self.study = search.searcher(self.module, self.pool, f"{w.kernel}/{self.backend}/{self.problem.arch}/{w.name}/{provenance.code(self.module)}", storage, sampler, seed, seeds)
         self.sampler, self.seed = self.study.name, seed
         self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(self.study, "history", {}).values()]
@@ -128,7 +128,7 @@ class Hunt:
     def entry(self, incumbent: dict | None = None) -> dict | None:
         """The finals, interleaved in one process, and what is written of them. incumbent: what a profile of this device says now; it stays among ties."""
         default = self.pool[0]
-        incumbent = incumbent and space.member(self.module, self.problem, self.pool, incumbent)
+        incumbent = next(iter(space.members(self.module, self.problem, self.pool, [incumbent] if incumbent else [])), None)
         always = [default, *[incumbent] * (incumbent is not None)]
         chosen = finalists(self.backend, self.tried, always)
         answer = self._finals(chosen, [n for n, t in enumerate(chosen) if t.config in always])

@@ -39,10 +39,11 @@ def call_of(module, problem: Problem, config: dict) -> tuple:
     return tuple(map(word, module.TUNABLES))
 
 
-def member(module, problem: Problem, pool: list[dict], config: dict) -> dict | None:
-    """The legal config that makes the same call."""
-    call = call_of(module, problem, {**pool[0], **config})
-    return next((c for c in pool if call_of(module, problem, c) == call), None)
+def members(module, problem: Problem, pool: list[dict], configs) -> list[dict]:
+    """The legal configs that make the calls of these; of those that are not legal today there is none."""
+    wanted = [call_of(module, problem, {**pool[0], **config}) for config in configs]
+    found = {call: c for c in pool if (call := call_of(module, problem, c)) in wanted} if wanted else {}
+    return [found[call] for call in wanted if call in found]
 
 
 def neighbours(config: dict, module) -> list[dict]:

@@ -449,6 +449,17 @@ def test_two_passes_keep_their_scratch_small(Hq, Hk, T, D):
     assert heads * group * most * two_pass.SLOPES + sums + heads * blocks * 128 * D * 2 + 2 * Hq * tiles * 196 * 4 <= 2.2 * 4 * Hq * T * D
 
 
+@pytest.mark.parametrize("Hq, Hk, T", [(32, 32, 32768), (32, 8, 32768), (32, 32, 131072)])
+@pytest.mark.parametrize("rule", [Causal() & (Window(127) | Strided(128)), Causal() & Fixed(128, 8)], ids=str)
+def test_parts_in_two_passes_keep_their_scratch_small(rule, Hq, Hk, T):
+    """Of the Sparse Transformer's patterns: dS, K's copy and the gradients in float32 of a piece, and both parts' rows, stay under 2.2 times dQ in float32."""
+    parts = [two_pass.Part(dataclasses.replace(part, extras=dict(by_key_offsets=part.by_key_offsets)), (), part.nq) for part in lower(rule, 0, T, T, 128, 128)]
+    D, group = 128, Hq // Hk
+    heads, blocks, most = two_pass.pieces_of_parts(parts, (1, Hq, Hk, T, T, D, D), D, two_pass.room(1, Hq, T, D, group))
+    piece = heads * (group * most * two_pass.SLOPES + blocks * 128 * D * 2 + 4 * D * T * (group + 2))
+    assert len(parts) == 2 and piece + sum(2 * Hq * part.tiles * 196 * 4 for part in parts) <= 2.2 * 4 * Hq * T * D
+
+
 STEPS = {"rising": (-3e30, -1e6, -300, 3, 250, 260, 1e6, 2e30), "falling": (2e30, 1e6, 3, -1e6), "huge": (1e36, 1e36), "dominant": (4, 4), "small": (-3e-30, 2e-30)}
 
 

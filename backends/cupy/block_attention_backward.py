@@ -118,11 +118,12 @@ def waits(problem: Problem) -> bool:
 
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run on an H200: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296; window 1024 389 / 395, causal 32k 287 / 277 and D 64 at 16k 371 / 352 on
-    a throttled chip; sinks as globals, not measured. `heads` of hopper as measured on an H100. What a simulation says of `section`, `walk` and `sums` is for the tuner to try."""
+    a throttled chip; sinks as globals, not measured. `heads` as measured on an H100 (two_pass, 1 / 2 / 4: BigBird 386 / 371 / 362). What a simulation says of `section`, `walk` and `sums` is for the
+    tuner to try. Layouts of several parts have two_pass only (strided 128 at heads 2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
         return dict(path="hopper", heads=16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8, scratch=2)
     if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
-        return dict(path="two_pass", heads=2 if waits(problem) else 32, scratch=two_pass.default_scratch(problem))
+        return dict(path="two_pass", heads=1 if waits(problem) else 2 if in_classes(problem) else 32, scratch=two_pass.default_scratch(problem))
     return None
 
 

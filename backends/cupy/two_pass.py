@@ -101,7 +101,7 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
         part.allocate(place, B * Hq, part.lists.nk if parted else tiles, len(cuts))
     sums = None if whole else place.empty((heads * group, parts[0].tiles, 128, width), "float32")
     slopes, keys = place.empty((heads * group * most, SLOPES // 2), dq.dtype), place.empty((heads * blocks, 128, width), dq.dtype)
-    wide = (0, 0, 0)
+    wide, between = (0, 0, 0), None
 
     def launch(part, name, grid, threads, shared, n=0, adds=0, rounds=1):
         (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
@@ -119,7 +119,7 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     sms = max(place.sms, 1)
     for n, (_, n_heads, _, _) in enumerate(cuts):
         if len(parts) > 1:  # what the first part does not hold of the keys is nothing
-            make = place.empty if parts[0].axes.every else place.zeros
+            make, between = place.empty if parts[0].axes.every else place.zeros, None  # the last piece's memory serves again
             between = place.empty((n_heads * group, T, D), "float32"), make((n_heads, S, D), "float32"), make((n_heads, S, Dv), "float32")
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):

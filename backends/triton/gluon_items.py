@@ -49,7 +49,7 @@ def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constex
 
 @gluon.jit
 def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
-    """A warp that opens items, one ahead of their readers."""
+    """A warp that opens items, two ahead of their readers."""
     slots, slot_full, slot_free = queue
     place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
     number = gl.program_id(0)
@@ -60,14 +60,15 @@ def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.const
         x = place * 0
         for f in gl.static_range(8):
             x = gl.where(place == f, fields[f], x)
+        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
         slots.index(j % 2).store(x)
         mbarrier.arrive(slot_full.index(j % 2))
         j += 1
-        mbarrier.wait(slot_free.index((j - 1) % 2), ((j - 1) // 2) & 1)  # all readers have begun it, only then the next ticket: what one program has drawn, no other can take at the end
         number = items
         if ticket is not None:
             number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
         more = number < items
+    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
     slots.index(j % 2).store(place * 0 - 1)
     mbarrier.arrive(slot_full.index(j % 2))
 
