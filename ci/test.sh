@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# The tests, on a machine without a GPU: install, then three processes: the CPU backends; Triton in its interpreter; every GPU kernel compiled ahead of time.
+# The tests, on a machine without a GPU: install, then the CPU backends in one process; in another Triton in its interpreter, then every GPU kernel compiled ahead of time.
 # Arguments go to pytest. A GPU machine runs ci/gpu.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install -e ".[test]"
 install --no-deps triton==3.6.0
-"$venv/bin/python" -m pytest tests -m "not interp and not aot and not gpu and not slow" "$@"
-TRITON_INTERPRET=1 "$venv/bin/python" -m pytest tests -m "interp and not slow" "$@"
-"$venv/bin/python" -m pytest tests -m "aot and not slow" "$@"
+tests=("$venv/bin/python" -m pytest tests) log="$(mktemp)" status=0
+{ TRITON_INTERPRET=1 "${tests[@]}" -m "interp and not slow" "$@" && "${tests[@]}" -m "aot and not slow" "$@"; } > "$log" 2>&1 &  # beside the CPU's, which seldom keep two cores busy; shown after them
+"${tests[@]}" -m "not interp and not aot and not gpu and not slow" "$@" || status=$?
+wait $! || status=$?
+cat "$log"
+exit "$status"
