@@ -8,5 +8,5 @@ tests=("$venv/bin/python" -m pytest tests) log="$(mktemp)" status=0
 { TRITON_INTERPRET=1 "${tests[@]}" -m "interp and not slow" "$@" && "${tests[@]}" -m "aot and not slow" "$@"; } > "$log" 2>&1 &  # beside the CPU's, which seldom keep two cores busy; shown after them
 "${tests[@]}" -m "not interp and not aot and not gpu and not slow" "$@" || status=$?
 wait $! || status=$?
-cat "$log"
+cat "$log"; rm "$log"
 exit "$status"

@@ -68,7 +68,7 @@ def _over_heads(parts, weights, backend, place):
     asked = dispatch.requested_backend("latent_attention", backend)
     problems = [latent.product_problem(part[None], w, None, place, **how) for part, w in zip(parts, weights)]
     if place is not None and any(all(dispatch.refusal(name, problem, place) is None for problem in problems) for name in (dispatch.BACKENDS if asked == "auto" else (asked,))):
-        a, b = (latent.matmul(_in_lines(part)[None], _in_lines(w), None, backend, "torch", place, **how)[0, 0] for part, w in zip(parts, weights))
+        a, b = (latent.matmul(_aligned(part)[None], _aligned(w), None, backend, "torch", place, **how)[0, 0] for part, w in zip(parts, weights))
         return a.add_(b)
     (H, T, _), R, widths = parts[0].shape, weights[0].shape[1], [part.shape[2] for part in parts]
     g, both = parts[0].new_empty(T, H, sum(widths)), torch.cat(weights, -1).transpose(0, 1).reshape(R, -1)
@@ -78,7 +78,7 @@ def _over_heads(parts, weights, backend, place):
     return latent.matmul(g.view(1, 1, T, -1), both[None], None, backend, "torch", place, out_dtype=wide)[0, 0]
 
 
-def _in_lines(x):
+def _aligned(x):
     """Itself where its rows start at multiples of 16 bytes, as copy engines ask, else a copy."""
     return x if x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1]))) else x.contiguous()
 
