@@ -8,6 +8,7 @@
 #define STAGES 6
 #endif
 
+constexpr int AHEAD = 3;
 constexpr int BOX = PAGE && PAGE < KB ? PAGE : KB;  // keys of one copy
 
 struct Params {
@@ -68,6 +69,14 @@ __device__ __forceinline__ Scale scale_of(const Params& p, int b, int key) {
 #endif
 }
 
+__device__ __forceinline__ void store(float* out, const Item& x, int key, const float (&z)[2], const Scale (&scale)[2], bool mine, int S) {
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int at = key + 8 * e;
+    if (mine && at < S) out[at] = at >= x.lo && at < x.hi && scale[e].exists ? z[e] * scale[e].x : -inf();
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
   const u32 base = (shared_address(raw) + 1023) & ~1023u, queries = base, keys = base + QUERY_BYTES, bars = keys + STAGES * KEY_BYTES;
@@ -101,10 +110,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
   } else {
     more_registers<232>();
     const int g = group - 1, lane = tid & 31, row = g * 64 + (tid / 32) * 16 + lane / 4, me = lane & 3;
-    float a[SUMS], w[16 * QB], r[QB][2];
+    float a[SUMS], b[SUMS], w[16 * QB], r[QB][2];
     const u64 dq0 = descriptor(queries);
 #if QUERIES == 4
-    float b[SUMS];
     const u64 dq1 = descriptor(queries + 128 * 128);
 #endif
     for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
@@ -117,28 +125,56 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
             for (int e = 0; e < 2; e++) if (tile * KB + row + 8 * e < p.S) out[tile * KB + row + 8 * e] = -inf();
       if (x.v0 >= x.v1) continue;
       load_weights(w, p.weights + x.b * p.w_b + x.t * p.w_t, p.w_h, p.w_t, x.nt, me);
-#if QUERIES == 1  // the products are short: scales are asked for a tile ahead
-      Scale next[2] = {scale_of(p, x.b, x.v0 * KB + row), scale_of(p, x.b, x.v0 * KB + row + 8)};
-#endif
       bar_wait(full_q, m & 1, patience); m++;
+#if QUERIES == 1  // the products are short: a tile's run while the sums of the one before are made, and scales are asked for AHEAD tiles early
+      Scale next[AHEAD][2];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) next[i][e] = scale_of(p, x.b, (x.v0 + i) * KB + row + 8 * e);
+      const auto multiply = [&](float (&y)[SUMS], bool there) {  // without a tile they are nobody's
+        const int s = n % STAGES;
+        if (there) bar_wait(full(s), (n / STAGES) & 1, patience);
+        const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
+        hold(y); wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++) wgmma_e4m3(y, dk + 2 * k, dq0 + 2 * k, k != 0);
+        wgmma_commit();
+      };
+      const auto await = [&](float (&y)[SUMS], bool there) {
+        wgmma_wait<0>(); hold(y);
+        if (there && tid == 0) bar_arrive(free_(n % STAGES));
+        n += there;
+      };
+      const auto step = [&](float (&y)[SUMS], float (&after)[SUMS], int tile) {
+        const int key = tile * KB + row;
+        const Scale scale[2] = {next[0][0], next[0][1]};
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) next[i][e] = i + 1 < AHEAD ? next[i + 1][e] : scale_of(p, x.b, key + AHEAD * KB + 8 * e);
+        multiply(after, tile + 1 < x.v1);
+        float z[2];
+        sum_heads(y, w, 0, r);
+        exchange(r, me, z);
+        await(after, tile + 1 < x.v1);
+        store(out, x, key, z, scale, mine, p.S);
+      };
+      multiply(a, true); await(a, true);
+      for (int tile = x.v0; tile < x.v1; tile += 2) {
+        step(a, b, tile);
+        if (tile + 1 < x.v1) step(b, a, tile + 1);
+      }
+#else
       for (int tile = x.v0; tile < x.v1; tile++, n++) {
         const int s = n % STAGES, key = tile * KB + row;
-#if QUERIES == 1
-        const Scale scale[2] = {next[0], next[1]};
-        if (tile + 1 < x.v1) { next[0] = scale_of(p, x.b, key + KB); next[1] = scale_of(p, x.b, key + KB + 8); }
-#else
         const Scale scale[2] = {scale_of(p, x.b, key), scale_of(p, x.b, key + 8)};
-#endif
         bar_wait(full(s), (n / STAGES) & 1, patience);
         const u64 dk = descriptor(keys + s * KEY_BYTES + g * 64 * 128);
-#if QUERIES == 4
-        hold(b);
-#endif
-        hold(a); wgmma_fence();
+        hold(b); hold(a); wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma_e4m3(a, dk + 2 * k, dq0 + 2 * k, k != 0);
         wgmma_commit();
-#if QUERIES == 4
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma_e4m3(b, dk + 2 * k, dq1 + 2 * k, k != 0);
         wgmma_commit();
@@ -147,19 +183,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
         wgmma_wait<0>(); hold(b);
         if (tid == 0) bar_arrive(free_(s));
         sum_heads(b, w, 2, r);
-#else
-        wgmma_wait<0>(); hold(a);
-        if (tid == 0) bar_arrive(free_(s));
-        sum_heads(a, w, 0, r);
-#endif
         float z[2];
         exchange(r, me, z);
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int at = key + 8 * e;
-          if (mine && at < p.S) out[at] = at >= x.lo && at < x.hi && scale[e].exists ? z[e] * scale[e].x : -inf();
-        }
+        store(out, x, key, z, scale, mine, p.S);
       }
+#endif
       if (tid == 0) bar_arrive(free_q);
     }
   }
