@@ -27,9 +27,11 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
   const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
   unsigned char *even = to + r * 128 + (2 * piece ^ r) * 16, *odd = to + r * 128 + ((2 * piece + 1) ^ r) * 16;
   row += piece * 16;
+  uint4 next = *(const uint4*)row;  // a chunk ahead
 #pragma unroll
   for (int c = 0; c < 8; c++) {
-    const uint4 x = *(const uint4*)(row + c * 64);
+    const uint4 x = next;
+    if (c < 7) next = *(const uint4*)(row + c * 64 + 64);
     const u32 four[4] = {x.x, x.y, x.z, x.w};
     u32 e[8];
 #pragma unroll
@@ -47,20 +49,24 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
   *(uint4*)(odd + 8 * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
 }
 
-// The oldest tile that was asked for; the queries of its item before its first.
+// The queries of an item, as two tiles of the ring.
+__device__ __forceinline__ void bring_queries(const Params& p, u32 base, u32 bars, Bytes& b, int item) {
+  const Item x(p, item);
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    bar_wait(FREE(b.slot), b.phase, b.patience);
+    if (threadIdx.x == 0) load_tile(base + b.slot * TILE, &p.q, FULL(b.slot), x.head + half * N, x.t, x.b);
+    else if (threadIdx.x % 32 == 0) bar_arrive(FULL(b.slot));
+    advance<SLOTS>(b.slot, b.phase);
+  }
+  b.begins = false;
+}
+
+// The oldest tile that was asked for.
 __device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b) {
   const int lane = threadIdx.x & 31, stage = b.stage(b.made);
   const Found found = ((const Found*)(raw + COMING))[stage];
-  if (b.begins) {
-    const Item x(p, found.item);
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-      bar_wait(FREE(b.slot), b.phase, b.patience);
-      if (threadIdx.x == 0) load_tile(base + b.slot * TILE, &p.q, FULL(b.slot), x.head + half * N, x.t, x.b);
-      else if (lane == 0) bar_arrive(FULL(b.slot));
-      advance<SLOTS>(b.slot, b.phase);
-    }
-  }
+  if (b.begins) bring_queries(p, base, bars, b, found.item);
   bar_wait(LOADED(stage), b.made / STAGES & 1, b.patience);
   bar_wait(FREE(b.slot), b.phase, b.patience);
   const bool seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
@@ -77,6 +83,7 @@ __device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u
 // Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them.
 template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, int bytes, const Load& load) {
   if (b.asked - b.made == STAGES) make_tile(p, raw, base, bars, b);
+  else if (b.asked == 0) bring_queries(p, base, bars, b, found.item);  // beside the first keys
   const int stage = b.stage(b.asked++);
   if (threadIdx.x % 32 == 0) {
     ((Found*)(raw + COMING))[stage] = found;
