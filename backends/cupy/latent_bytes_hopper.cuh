@@ -9,23 +9,33 @@
 #include "latent_hopper.cuh"
 
 // Behind the barriers of the tiles, for each warp: barriers of its stages, what is to be known of their tiles, the bytes of its rows; and a row of zeros for keys that are not seen.
-constexpr int STAGES = 2, ROW = LATENT + LATENT / 32 + 128, OWN = 8 * ROW, STAGE_BARS = BARS + 8 * (4 * SLOTS + 1), COMING = (STAGE_BARS + 4 * STAGES * 8 + 15) / 16 * 16;
-constexpr int ZEROS = COMING + 4 * STAGES * 16, STAGED = (ZEROS + ROW + 127) / 128 * 128;
+constexpr int STAGES = 2, AHEAD = PAIR * STAGES, ROW = LATENT + LATENT / 32 + 128, OWN = 8 * ROW, STAGE_BARS = BARS + 8 * (4 * SLOTS + 1), COMING = (STAGE_BARS + 4 * STAGES * 8 + 15) / 16 * 16;
+constexpr int ZEROS = COMING + 4 * AHEAD * 16, STAGED = (ZEROS + ROW + 127) / 128 * 128;
 #define LOADED(i) (base + STAGE_BARS + 8 * (i))
 
 struct Bytes {
   u32 slot, phase, patience, asked, made;  // the ring of tiles; tiles that were asked for, and those that were made
-  int warp;
+  int warp, rank;
   bool begins;                             // an item
-  __device__ __forceinline__ int stage(u32 n) const { return warp * STAGES + n % STAGES; }
+  __device__ __forceinline__ int known(u32 n) const { return warp * AHEAD + n % AHEAD; }
+  __device__ __forceinline__ int stage(u32 n) const { return warp * STAGES + n / PAIR % STAGES; }
+  __device__ __forceinline__ bool own(u32 n) const { return PAIR == 1 || n % PAIR == rank; }
 };
 
+__device__ __forceinline__ void put(unsigned char* to, u32 a, u32 b, u32 c, u32 d, u32 beyond, u32 full) {
+  *(uint4*)to = make_uint4(a, b, c, d);
+#if PAIR > 1
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" :: "r"(beyond), "r"(a), "r"(b), "r"(c), "r"(d), "r"(full) : "memory");
+#endif
+}
+
 // Sixteen bytes of a row are two units of 16 bytes of a chunk: lanes are eight rows by four of them, so that neither reads nor swizzled writes meet in a bank.
-__device__ __forceinline__ void convert(unsigned char* to, const unsigned char* row, int lane) {
+// In a pair they go to the other block as well, whose barrier `full` counts the bytes.
+__device__ __forceinline__ void convert(unsigned char* to, const unsigned char* row, int lane, u32 beyond, u32 full) {
   const int r = lane & 7, piece = lane / 8;
   const float4 scales = *(const float4*)(row + LATENT);
   const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
-  unsigned char *even = to + r * 128 + (2 * piece ^ r) * 16, *odd = to + r * 128 + ((2 * piece + 1) ^ r) * 16;
+  const int even = r * 128 + (2 * piece ^ r) * 16, odd = r * 128 + ((2 * piece + 1) ^ r) * 16;
   row += piece * 16;
   uint4 next = *(const uint4*)row;  // a chunk ahead
 #pragma unroll
@@ -36,8 +46,8 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
     u32 e[8];
 #pragma unroll
     for (int i = 0; i < 4; i++) scaled_four<KIND>(four[i], scale[c / 2], e[2 * i], e[2 * i + 1]);
-    *(uint4*)(even + c * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
-    *(uint4*)(odd + c * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
+    put(to + even + c * CHUNK, e[0], e[1], e[2], e[3], beyond + even + c * CHUNK, full);
+    put(to + odd + c * CHUNK, e[4], e[5], e[6], e[7], beyond + odd + c * CHUNK, full);
   }
   row += LATENT + LATENT / 32 + piece * 16;
   const uint4 x = *(const uint4*)row, y = *(const uint4*)(row + 16);
@@ -45,8 +55,8 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
   u32 e[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) e[i] = KIND == BFLOAT16 ? eight[i] : pack<FLOAT16>(to_float<BFLOAT16>((u16)eight[i]), to_float<BFLOAT16>((u16)(eight[i] >> 16)));
-  *(uint4*)(even + 8 * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
-  *(uint4*)(odd + 8 * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
+  put(to + even + 8 * CHUNK, e[0], e[1], e[2], e[3], beyond + even + 8 * CHUNK, full);
+  put(to + odd + 8 * CHUNK, e[4], e[5], e[6], e[7], beyond + odd + 8 * CHUNK, full);
 }
 
 // The queries of an item, as two tiles of the ring.
@@ -65,16 +75,25 @@ __device__ __forceinline__ void bring_queries(const Params& p, u32 base, u32 bar
 // The oldest tile that was asked for.
 __device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b) {
   const int lane = threadIdx.x & 31, stage = b.stage(b.made);
-  const Found found = ((const Found*)(raw + COMING))[stage];
+  const Found found = ((const Found*)(raw + COMING))[b.known(b.made)];
   if (b.begins) bring_queries(p, base, bars, b, found.item);
-  bar_wait(LOADED(stage), b.made / STAGES & 1, b.patience);
+  const bool own = b.own(b.made), seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
+  if (own) bar_wait(LOADED(stage), b.made / AHEAD & 1, b.patience);
   bar_wait(FREE(b.slot), b.phase, b.patience);
-  const bool seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
-  convert(raw + b.slot * TILE + b.warp * 1024, raw + (seen ? STAGED + stage * OWN + (lane & 7) * ROW : ZEROS), lane);
+  if (own) {
+    const u32 at = b.slot * TILE + b.warp * 1024;
+#if PAIR > 1
+    const u32 beyond = peer(base + at), full = peer(FULL(b.slot));
+#else
+    const u32 beyond = 0, full = 0;
+#endif
+    convert(raw + at, raw + (seen ? STAGED + stage * OWN + (lane & 7) * ROW : ZEROS), lane, beyond, full);
+  }
   if (threadIdx.x == 0) ((Found*)(raw + FOUND))[b.slot] = found;
   shared_to_copy_engine();
   __syncwarp();
-  if (lane == 0) bar_arrive(FULL(b.slot));
+  if (!own && threadIdx.x == 0) bar_expect(FULL(b.slot), TILE);
+  else if (lane == 0) bar_arrive(FULL(b.slot));
   advance<SLOTS>(b.slot, b.phase);
   b.made++;
   b.begins = found.left == 0;
@@ -82,15 +101,17 @@ __device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u
 
 // Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them.
 template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, int bytes, const Load& load) {
-  if (b.asked - b.made == STAGES) make_tile(p, raw, base, bars, b);
+  if (b.asked - b.made == AHEAD) make_tile(p, raw, base, bars, b);
   else if (b.asked == 0) bring_queries(p, base, bars, b, found.item);  // beside the first keys
-  const int stage = b.stage(b.asked++);
+  const int stage = b.stage(b.asked);
+  const bool own = b.own(b.asked);
   if (threadIdx.x % 32 == 0) {
-    ((Found*)(raw + COMING))[stage] = found;
-    bar_expect(LOADED(stage), bytes);
+    ((Found*)(raw + COMING))[b.known(b.asked)] = found;
+    if (own) bar_expect(LOADED(stage), bytes);
   }
   __syncwarp();
-  load(base + STAGED + stage * OWN, LOADED(stage));
+  if (own) load(base + STAGED + stage * OWN, LOADED(stage));
+  b.asked++;
 }
 
 template <class Stream> __device__ __forceinline__ void run_roles_on_bytes(const Params& p, unsigned char* raw, u32 base, u32 bars, const Stream& stream) {
@@ -98,7 +119,7 @@ template <class Stream> __device__ __forceinline__ void run_roles_on_bytes(const
     for (int i = 0; i < 4 * STAGES; i++) bar_init(LOADED(i), 1);
   if (threadIdx.x < ROW / 16) ((uint4*)(raw + ZEROS))[threadIdx.x] = make_uint4(0, 0, 0, 0);
   run_roles(p, raw, base, bars, 4, [&] {
-    Bytes b = {0, 1, PATIENCE, 0, 0, uniform(threadIdx.x / 32), true};
+    Bytes b = {0, 1, PATIENCE, 0, 0, uniform(threadIdx.x / 32), (int)blockIdx.x % PAIR, true};
     stream(b);
     while (b.made != b.asked) make_tile(p, raw, base, bars, b);
   });
