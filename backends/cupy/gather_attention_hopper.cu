@@ -49,7 +49,6 @@ __device__ __forceinline__ int tiles_of(i64 slots) { return imax(((int)slots + N
 
 #if LATENT
 using Ring = Bytes;
-constexpr int PREFETCHED = 6;  // tiles whose rows are on their way into the L2 at least: the stages hold too few bytes to hide the latency of memory
 #else
 struct Ring { u32 slot, phase, patience; };
 #endif
@@ -74,9 +73,7 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
 #endif
   const Entries list(p.list, p.at, x.b, 0, x.t);
   const int *next = list.entries + at * N + tid % 32, limit = list.limit;
-  int to_come = (int)list.slots - at * N - tid % 32, left = uniform(tiles_of(list.slots)) - at;
-  const auto entry_of = [&](int later) { return to_come > later * N ? __ldg(next + later * N) : -1; };  // of this lane's key, so many tiles later
-  int entry = entry_of(0);
+  int to_come = (int)list.slots - at * N - tid % 32, left = uniform(tiles_of(list.slots)) - at, entry = to_come > 0 ? __ldg(next) : -1;
   if (SPLIT) {
     if (at == 0 && left <= most) scratch = -1;
     more = left < most;
@@ -85,10 +82,6 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
 #if LATENT
   const char* from = (const char*)p.k + x.b * p.kb;
   const bool mine = lane / 8 == ring.warp;
-  const auto prefetch = [&](int key) { if (mine && (u32)key < (u32)limit) bulk_prefetch(from + (u64)(u32)key * p.kt, ROW); };
-#pragma unroll
-  for (int i = 1; i < PREFETCHED; i++) prefetch(i < left ? entry_of(i) : -1);
-  int later = PREFETCHED < left ? entry_of(PREFETCHED) : -1;
 #else
   from = (const char*)p.k + x.b * p.kb + column;
 #endif
@@ -97,11 +90,9 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
     const int key = (u32)entry < (u32)limit ? entry : -1;
     const u32 word = __ballot_sync(~0u, key >= 0);
     next += N; to_come -= N; left--;
-    entry = entry_of(0);  // asked for a tile ahead
+    entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
     const Found found = {word, left || more ? left : -1, number, scratch};
 #if LATENT
-    prefetch(later);
-    later = PREFETCHED < left ? entry_of(PREFETCHED) : -1;
     ask(p, raw, base, bars, ring, found, __popc(word >> 8 * ring.warp & 255) * ROW, [&](u32 to, u32 loaded) {
       if (mine && key >= 0) bulk_load(to + lane % 8 * ROW, from + (u64)(u32)key * p.kt, ROW, loaded);
     });

@@ -89,7 +89,6 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x,
 // Bulk copies without a map: 16-byte aligned, and additions by the copy engine. Stores and additions end with the groups of tma_store_commit.
 #ifdef SPARSETILE_EMULATE
 inline void bulk_load(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
-inline void bulk_prefetch(const void* from, int bytes) {}
 inline void bulk_store(void* to, u32 from, int bytes) { emulate_bulk_store((char*)to, from, bytes, false); }
 inline void bulk_add(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
 inline void bulk_add(int* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
@@ -110,7 +109,6 @@ template <int N> inline void more_registers() {}
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }  // into the L2
 __device__ __forceinline__ void bulk_store(void* to, u32 from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
 }

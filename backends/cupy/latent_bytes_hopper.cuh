@@ -73,10 +73,8 @@ __device__ __forceinline__ void bring_queries(const Params& p, u32 base, u32 bar
 }
 
 // The oldest tile that was asked for.
-__device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b) {
+__device__ __forceinline__ void make_tile(unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found) {
   const int lane = threadIdx.x & 31, stage = b.stage(b.made);
-  const Found found = ((const Found*)(raw + COMING))[b.known(b.made)];
-  if (b.begins) bring_queries(p, base, bars, b, found.item);
   const bool own = b.own(b.made), seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
   if (own) bar_wait(LOADED(stage), b.made / AHEAD & 1, b.patience);
   bar_wait(FREE(b.slot), b.phase, b.patience);
@@ -99,10 +97,8 @@ __device__ __forceinline__ void make_tile(const Params& p, unsigned char* raw, u
   b.begins = found.left == 0;
 }
 
-// Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them.
+// Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them. Then the oldest tile is made where no stage is left, behind the last tile all are.
 template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, int bytes, const Load& load) {
-  if (b.asked - b.made == AHEAD) make_tile(p, raw, base, bars, b);
-  else if (b.asked == 0) bring_queries(p, base, bars, b, found.item);  // beside the first keys
   const int stage = b.stage(b.asked);
   const bool own = b.own(b.asked);
   if (threadIdx.x % 32 == 0) {
@@ -112,6 +108,13 @@ template <class Load> __device__ __forceinline__ void ask(const Params& p, unsig
   __syncwarp();
   if (own) load(base + STAGED + stage * OWN, LOADED(stage));
   b.asked++;
+  const bool last = found.left < 0;
+#pragma unroll 1
+  do {
+    const Found oldest = ((const Found*)(raw + COMING))[b.known(b.made)];
+    if (b.begins) bring_queries(p, base, bars, b, oldest.item);  // the first beside the first keys
+    if (last || b.asked - b.made == AHEAD) make_tile(raw, base, bars, b, oldest);
+  } while (last && b.made != b.asked);
 }
 
 template <class Stream> __device__ __forceinline__ void run_roles_on_bytes(const Params& p, unsigned char* raw, u32 base, u32 bars, const Stream& stream) {
@@ -121,6 +124,5 @@ template <class Stream> __device__ __forceinline__ void run_roles_on_bytes(const
   run_roles(p, raw, base, bars, 4, [&] {
     Bytes b = {0, 1, PATIENCE, 0, 0, uniform(threadIdx.x / 32), (int)blockIdx.x % PAIR, true};
     stream(b);
-    while (b.made != b.asked) make_tile(p, raw, base, bars, b);
   });
 }
