@@ -3,7 +3,7 @@
 #include "pages.cuh"
 #include "selections.cuh"
 
-constexpr int CHUNK = 1024;
+constexpr int CHUNK = 256;
 
 struct Params : Pages {
   Selected list;
@@ -12,13 +12,9 @@ struct Params : Pages {
   int slots, chunks;
 };
 
-extern "C" __global__ void __launch_bounds__(256) page_rows(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(CHUNK) page_rows(const __grid_constant__ Params p) {
   const int x = blockIdx.x / p.chunks, first = blockIdx.x % p.chunks * CHUNK, t = x % p.at.T, g = x / p.at.T % p.list.G, b = x / p.at.T / p.list.G;
   const Entries list(p.list, p.at, b, g, t);
-  int* to = p.rows + (i64)x * p.slots;
-#pragma unroll
-  for (int i = 0; i < CHUNK; i += 256) {
-    const int slot = first + i + threadIdx.x;
-    if (slot < p.slots) to[slot] = (int)p.row(b, list.key(slot));
-  }
+  const int slot = first + threadIdx.x;
+  if (slot < p.slots) p.rows[(i64)x * p.slots + slot] = (int)p.row(b, list.key(slot));
 }

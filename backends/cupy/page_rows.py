@@ -10,7 +10,7 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import PAGES, POSITIONS, SELECTED, ceil_div, position_values, selected_values
 
 TUNABLES = ()
-FIELDS, CHUNK = PAGES + SELECTED + POSITIONS + "Q2i", 1024
+FIELDS, CHUNK = PAGES + SELECTED + POSITIONS + "Q2i", 256
 
 
 def supports(problem):
@@ -18,7 +18,7 @@ def supports(problem):
 
 
 def resources(problem, config):
-    return Resources(threads=256, shared=0)
+    return Resources(threads=CHUNK, shared=0)
 
 
 def default_config(problem):
@@ -34,9 +34,9 @@ def run(indices, table, kv_length, *, place, config, page_size, pages_of_pool, l
     slots = K * granularity
     rows, chunks = place.empty((B, G, T, slots), "int32"), ceil_div(slots, CHUNK)
     if slots >= 2 ** 31 or B * G * T * chunks >= 2 ** 31:
-        raise Unsupported(f"CuPy finds the rows of fewer than 2^31 keys of a list and 2^31 parts of 1024 keys, not {slots} and {B * G * T * chunks}; split the batch")
+        raise Unsupported(f"CuPy finds the rows of fewer than 2^31 keys of a list and 2^31 parts of 256 keys, not {slots} and {B * G * T * chunks}; split the batch")
     if B * G * T * slots:
         function = nvrtc.function("page_rows", "page_rows", FIELDS, dict(PAGE=page_size), place)
-        function(B * G * T * chunks, 256, 0, place.stream, table.ptr, pages, pages_of_pool, *selected_values(indices, lengths, granularity, causal),
+        function(B * G * T * chunks, CHUNK, 0, place.stream, table.ptr, pages, pages_of_pool, *selected_values(indices, lengths, granularity, causal),
                  *position_values(T, pages * page_size, kv_length, q_start), rows.ptr, slots, chunks)
     return rows
