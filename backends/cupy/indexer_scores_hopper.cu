@@ -79,11 +79,13 @@ __device__ __forceinline__ Scale scale_of(const Params& p, int b, int key) {
 #endif
 }
 
-__device__ __forceinline__ void store(float* out, const Item& x, int key, const float (&z)[2], const Scale (&scale)[2], bool mine, int S) {
+// Two keys of this lane's query. One query alone is all four lanes': two of them store a key each.
+__device__ __forceinline__ void store(float* out, const Item& x, int key, const float (&z)[2], const Scale (&scale)[2], bool mine, int me, int S) {
 #pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const int at = key + 8 * e;
-    if (mine && at < S) out[at] = at >= x.lo && at < x.hi && scale[e].exists ? z[e] * scale[e].x : -inf();
+  for (int i = 0; i < (QB == 1 ? 1 : 2); i++) {
+    const int e = QB == 1 ? me & 1 : i, at = key + 8 * e;
+    const Scale s = e ? scale[1] : scale[0];
+    if (mine && at < S) out[at] = at >= x.lo && at < x.hi && s.exists ? (e ? z[1] : z[0]) * s.x : -inf();
   }
 }
 
@@ -151,9 +153,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
     const u64 dq1 = descriptor(queries + 128 * 128);
 #endif
     for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
-      const Item x = open_item(p, number, me);
-      float* out = p.out + (x.row + me) * p.out_row;
-      const bool mine = me < imin(x.nt, QB);
+      const int query = QB == 1 ? 0 : me;
+      const Item x = open_item(p, number, query);
+      float* out = p.out + (x.row + query) * p.out_row;
+      const bool mine = QB == 1 ? me < 2 : me < imin(x.nt, QB);
       if (p.fill)
         for (int tile = x.begin; tile < x.end; tile++)
           if ((tile < x.v0 || tile >= x.v1) && mine)
@@ -188,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
         sum_heads(y, w, 0, r);
         exchange(r, me, z);
         await(after, tile + 1);
-        store(out, x, tile * KB + row, z, scale, mine, p.S);
+        store(out, x, tile * KB + row, z, scale, mine, me, p.S);
       };
       multiply(a, true); await(a, x.v0);
       for (int tile = x.v0; tile < x.v1; tile += 2) {
@@ -221,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) indexer_scores_hopper(const
         sum_heads(b, w, 2, r);
         float z[2];
         exchange(r, me, z);
-        store(out, x, key, z, scale, mine, p.S);
+        store(out, x, key, z, scale, mine, me, p.S);
       }
 #endif
       if (tid == 0) bar_arrive(free_q);
