@@ -124,11 +124,7 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-#if LATENT && PAIR > 1
-__cluster_dims__(PAIR, 1, 1)
-#endif
-gather_attention_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   Share share = {0, 0, 0};

@@ -9,33 +9,23 @@
 #include "latent_hopper.cuh"
 
 // Behind the barriers of the tiles, for each warp: barriers of its stages, what is to be known of their tiles, the bytes of its rows; and a row of zeros for keys that are not seen.
-constexpr int STAGES = 2, AHEAD = PAIR * STAGES, ROW = LATENT + LATENT / 32 + 128, OWN = 8 * ROW, STAGE_BARS = BARS + 8 * (4 * SLOTS + 1), COMING = (STAGE_BARS + 4 * STAGES * 8 + 15) / 16 * 16;
-constexpr int ZEROS = COMING + 4 * AHEAD * 16, STAGED = (ZEROS + ROW + 127) / 128 * 128;
+constexpr int STAGES = 2, ROW = LATENT + LATENT / 32 + 128, OWN = 8 * ROW, STAGE_BARS = BARS + 8 * (4 * SLOTS + 1), COMING = (STAGE_BARS + 4 * STAGES * 8 + 15) / 16 * 16;
+constexpr int ZEROS = COMING + 4 * STAGES * 16, STAGED = (ZEROS + ROW + 127) / 128 * 128;
 #define LOADED(i) (base + STAGE_BARS + 8 * (i))
 
 struct Bytes {
   u32 slot, phase, patience, asked, made;  // the ring of tiles; tiles that were asked for, and those that were made
-  int warp, rank;
+  int warp;
   bool begins;                             // an item
-  __device__ __forceinline__ int known(u32 n) const { return warp * AHEAD + n % AHEAD; }
-  __device__ __forceinline__ int stage(u32 n) const { return warp * STAGES + n / PAIR % STAGES; }
-  __device__ __forceinline__ bool own(u32 n) const { return PAIR == 1 || n % PAIR == rank; }
+  __device__ __forceinline__ int stage(u32 n) const { return warp * STAGES + n % STAGES; }
 };
 
-__device__ __forceinline__ void put(unsigned char* to, u32 a, u32 b, u32 c, u32 d, u32 beyond, u32 full) {
-  *(uint4*)to = make_uint4(a, b, c, d);
-#if PAIR > 1
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" :: "r"(beyond), "r"(a), "r"(b), "r"(c), "r"(d), "r"(full) : "memory");
-#endif
-}
-
 // Sixteen bytes of a row are two units of 16 bytes of a chunk: lanes are eight rows by four of them, so that neither reads nor swizzled writes meet in a bank.
-// In a pair they go to the other block as well, whose barrier `full` counts the bytes.
-__device__ __forceinline__ void convert(unsigned char* to, const unsigned char* row, int lane, u32 beyond, u32 full) {
+__device__ __forceinline__ void convert(unsigned char* to, const unsigned char* row, int lane) {
   const int r = lane & 7, piece = lane / 8;
   const float4 scales = *(const float4*)(row + LATENT);
   const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
-  const int even = r * 128 + (2 * piece ^ r) * 16, odd = r * 128 + ((2 * piece + 1) ^ r) * 16;
+  unsigned char *even = to + r * 128 + (2 * piece ^ r) * 16, *odd = to + r * 128 + ((2 * piece + 1) ^ r) * 16;
   row += piece * 16;
   uint4 next = *(const uint4*)row;  // a chunk ahead
 #pragma unroll
@@ -46,8 +36,8 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
     u32 e[8];
 #pragma unroll
     for (int i = 0; i < 4; i++) scaled_four<KIND>(four[i], scale[c / 2], e[2 * i], e[2 * i + 1]);
-    put(to + even + c * CHUNK, e[0], e[1], e[2], e[3], beyond + even + c * CHUNK, full);
-    put(to + odd + c * CHUNK, e[4], e[5], e[6], e[7], beyond + odd + c * CHUNK, full);
+    *(uint4*)(even + c * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
+    *(uint4*)(odd + c * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
   }
   row += LATENT + LATENT / 32 + piece * 16;
   const uint4 x = *(const uint4*)row, y = *(const uint4*)(row + 16);
@@ -55,8 +45,8 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
   u32 e[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) e[i] = KIND == BFLOAT16 ? eight[i] : pack<FLOAT16>(to_float<BFLOAT16>((u16)eight[i]), to_float<BFLOAT16>((u16)(eight[i] >> 16)));
-  put(to + even + 8 * CHUNK, e[0], e[1], e[2], e[3], beyond + even + 8 * CHUNK, full);
-  put(to + odd + 8 * CHUNK, e[4], e[5], e[6], e[7], beyond + odd + 8 * CHUNK, full);
+  *(uint4*)(even + 8 * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
+  *(uint4*)(odd + 8 * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
 }
 
 // The queries of an item, as two tiles of the ring.
@@ -75,23 +65,14 @@ __device__ __forceinline__ void bring_queries(const Params& p, u32 base, u32 bar
 // The oldest tile that was asked for.
 __device__ __forceinline__ void make_tile(unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found) {
   const int lane = threadIdx.x & 31, stage = b.stage(b.made);
-  const bool own = b.own(b.made), seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
-  if (own) bar_wait(LOADED(stage), b.made / AHEAD & 1, b.patience);
+  const bool seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
+  bar_wait(LOADED(stage), b.made / STAGES & 1, b.patience);
   bar_wait(FREE(b.slot), b.phase, b.patience);
-  if (own) {
-    const u32 at = b.slot * TILE + b.warp * 1024;
-#if PAIR > 1
-    const u32 beyond = peer(base + at), full = peer(FULL(b.slot));
-#else
-    const u32 beyond = 0, full = 0;
-#endif
-    convert(raw + at, raw + (seen ? STAGED + stage * OWN + (lane & 7) * ROW : ZEROS), lane, beyond, full);
-  }
+  convert(raw + b.slot * TILE + b.warp * 1024, raw + (seen ? STAGED + stage * OWN + (lane & 7) * ROW : ZEROS), lane);
   if (threadIdx.x == 0) ((Found*)(raw + FOUND))[b.slot] = found;
   shared_to_copy_engine();
   __syncwarp();
-  if (!own && threadIdx.x == 0) bar_expect(FULL(b.slot), TILE);
-  else if (lane == 0) bar_arrive(FULL(b.slot));
+  if (lane == 0) bar_arrive(FULL(b.slot));
   advance<SLOTS>(b.slot, b.phase);
   b.made++;
   b.begins = found.left == 0;
@@ -100,20 +81,19 @@ __device__ __forceinline__ void make_tile(unsigned char* raw, u32 base, u32 bars
 // Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them. Then the oldest tile is made where no stage is left, behind the last tile all are.
 template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, int bytes, const Load& load) {
   const int stage = b.stage(b.asked);
-  const bool own = b.own(b.asked);
   if (threadIdx.x % 32 == 0) {
-    ((Found*)(raw + COMING))[b.known(b.asked)] = found;
-    if (own) bar_expect(LOADED(stage), bytes);
+    ((Found*)(raw + COMING))[stage] = found;
+    bar_expect(LOADED(stage), bytes);
   }
   __syncwarp();
-  if (own) load(base + STAGED + stage * OWN, LOADED(stage));
+  load(base + STAGED + stage * OWN, LOADED(stage));
   b.asked++;
   const bool last = found.left < 0;
 #pragma unroll 1
   do {
-    const Found oldest = ((const Found*)(raw + COMING))[b.known(b.made)];
+    const Found oldest = ((const Found*)(raw + COMING))[b.stage(b.made)];
     if (b.begins) bring_queries(p, base, bars, b, oldest.item);  // the first beside the first keys
-    if (last || b.asked - b.made == AHEAD) make_tile(raw, base, bars, b, oldest);
+    if (last || b.asked - b.made == STAGES) make_tile(raw, base, bars, b, oldest);
   } while (last && b.made != b.asked);
 }
 
@@ -122,7 +102,7 @@ template <class Stream> __device__ __forceinline__ void run_roles_on_bytes(const
     for (int i = 0; i < 4 * STAGES; i++) bar_init(LOADED(i), 1);
   if (threadIdx.x < ROW / 16) ((uint4*)(raw + ZEROS))[threadIdx.x] = make_uint4(0, 0, 0, 0);
   run_roles(p, raw, base, bars, 4, [&] {
-    Bytes b = {0, 1, PATIENCE, 0, 0, uniform(threadIdx.x / 32), (int)blockIdx.x % PAIR, true};
+    Bytes b = {0, 1, PATIENCE, 0, 0, uniform(threadIdx.x / 32), true};
     stream(b);
   });
 }
