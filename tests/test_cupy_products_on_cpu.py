@@ -75,7 +75,7 @@ PRODUCTS = [  # x, w, B, H, T, N, M, P, turned, out
 def test_products_summed_over_heads(kind, B, H, T, N, M, sms, rng):
     """Rows that stand apart, as the non-rotary columns of keys' gradients do; more rows than a block has, and fewer; heads in one part and in two that are not equal."""
     place = HopperPlace()
-    place.cluster, place.sms = 1, sms
+    place.sms = sms
     x, w = normal(rng, kind, B, H, T, N + 64)[..., :N], normal(rng, kind, H, M, N)
     problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=0), dict(x=kind, w=kind, out="float32"), "sm_90a", ["inner_heads"])
     assert grouped_matmul.supports(problem) is None and "side by side" in grouped_matmul.supports(replace(problem, arch="sm_80"))

@@ -2,6 +2,7 @@
 // A cluster of two blocks takes 128 rows each and the same 256 columns: each loads half of the weights' rows for both. N is a multiple of 64, M of 256; 16-bit x and w.
 // Where rows are few, heads are taken in two parts that are added to zeros: 0 + a + b has the same bits in either order, which three would not have.
 // Defines: KIND, CLUSTER (2, or 1: a block by itself).
+#include "cluster.cuh"
 #include "wgmma.cuh"
 
 struct Params {
@@ -13,27 +14,14 @@ struct Params {
 
 constexpr int STAGES = 4, A = 128 * 128, STAGE = 3 * A;  // a stage: 128 rows of x, 256 of w
 
+// one read-modify-write in memory: parts may end at the same time
+__device__ __forceinline__ void add_pair(float* to, float2 x) {
 #ifdef SPARSETILE_EMULATE
-inline void arrive_at(u32 bar, u32, bool doit) { if (doit) emulate_barrier_arrive(bar); }
-inline void load_for_all(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) { tma_load(to, map, bar, x, y, z); }
-inline void cluster_sync() { __syncthreads(); }
-inline u32 cluster_rank() { return 0; }
-inline void add_pair(float* to, float2 x) { to[0] += x.x; to[1] += x.y; }
+  to[0] += x.x; to[1] += x.y;
 #else
-// at `bar` of block `cta` of the cluster, by the threads that say so; predicated inside, so that ptxas sees no divergent branch between products
-__device__ __forceinline__ void arrive_at(u32 bar, u32 cta, bool doit) {
-  asm volatile("{.reg .b32 r; .reg .pred p; setp.ne.b32 p, %2, 0; mapa.shared::cluster.u32 r, %0, %1; @p mbarrier.arrive.shared::cluster.b64 _, [r];}" :: "r"(bar), "r"(cta), "r"((int)doit) : "memory");
-}
-__device__ __forceinline__ void load_for_all(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) {  // to every block of the cluster
-  if constexpr (CLUSTER == 1) tma_load(to, map, bar, x, y, z);
-  else asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
-    :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-__device__ __forceinline__ void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 cluster_rank() { u32 x; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
-__device__ __forceinline__ void add_pair(float* to, float2 x) { asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x.x), "f"(x.y) : "memory"); }
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x.x), "f"(x.y) : "memory");
 #endif
-
+}
 __device__ __forceinline__ void put_pair(float* to, float2 x, int adds) {
   if (adds) add_pair(to, x);
   else *(float2*)to = x;
@@ -51,11 +39,7 @@ struct Item {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
-grouped_sum_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(384, 1) grouped_sum_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 ring = shared_address(raw), bars = ring + STAGES * STAGE, rank = cluster_rank();
 #define FULL(s) (bars + 8 * (s))
@@ -121,5 +105,5 @@ grouped_sum_hopper(const __grid_constant__ Params p) {
     }
   }
   __syncwarp();
-  cluster_sync();  // nobody leaves while a peer may still arrive at its barriers
+  cluster_sync();
 }
