@@ -25,7 +25,7 @@ from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops import latent  # noqa: E402
 
 SIZES, SMALL = dict(H=128, R=512, P=64, Dn=128, Dv=128), dict(H=3, R=48, P=8, Dn=16, Dv=24)
-FLUSH_MB = 4096  # about a millisecond of writing: longer than the host needs to launch all of a backward
+FLUSH_MB = 8192  # two milliseconds of writing: longer than a busy host needs to launch all of a backward
 LONG = ("B 128 128k", "B 8 128k", "decompress 128k")  # not with --quick
 
 
