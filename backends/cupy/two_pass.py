@@ -62,7 +62,7 @@ def pieces_of_parts(parts, shape, width: int, most_bytes: int) -> tuple[int, int
     B, Hq, Hk, T, S, D, Dv = shape
     most = max(int((known[2 * lists.nk::2 * lists.nk] - known[:-1:2 * lists.nk]).max()) for lists, known in ((part.lists, part.lists.extras["by_key_offsets"]) for part in parts))
     blocks = max(part.lists.nk for part in parts)
-    each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * D + S * (D + Dv))
+    each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * width + S * (width + Dv))
     return (ceil_div(B * Hk, ceil_div(B * Hk, max(most_bytes // each, 1))), blocks, most) if each <= 2 * room(B, Hq, T, D, Hq // Hk) else None
 
 
@@ -120,7 +120,7 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     for n, (_, n_heads, _, _) in enumerate(cuts):
         if len(parts) > 1:  # what the first part does not hold of the keys is nothing
             make, between = place.empty if parts[0].axes.every else place.zeros, None  # the last piece's memory serves again
-            between = place.empty((n_heads * group, T, D), "float32"), make((n_heads, S, D), "float32"), make((n_heads, S, Dv), "float32")
+            between = place.empty((n_heads * group, T, width), "float32"), make((n_heads, S, width), "float32"), make((n_heads, S, d["VALUES"]), "float32")
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):
             adds, rounds = (1 if i else 0) | (2 if i or parted and not part.axes.every else 0), int(i == len(parts) - 1)
