@@ -342,7 +342,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
   u32 at_q, at_k, at_v;
-  const auto aim = [&] {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
+  const auto aim = [&](u32 i) {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
     at_q = uniform(i % TILES) * (Q_BYTES >> 4);
     at_k = uniform(k % STAGES) * (K_BYTES >> 4);
     at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
@@ -389,34 +389,53 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   const auto free_keys = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
   float before[2];
-  const auto open = [&] {  // item i, once it is known, and its first scores; the sums that it starts from come meanwhile
+  const auto know = [&](u32 i) -> const Item& {  // item i
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     const Item& x = *m.item(i % ITEMS);
     n = uniform(x.n);
     plain = uniform(x.plain);
-    aim();
-    if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
-    if (n <= 0) return;
-    before[0] = before[1] = -inf();
-    if (x.wait >= 0) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int t = query(p, x, row() + 8 * h);
-        if (in_call(p, t)) before[h] = fresh(p.lse + (i64)x.head * p.T + t);
-      }
-      for_quads(p, x, row(), [&](int j, const float4* from, bool there) {
-        const float4 y = there ? fresh(from) : make_float4(0.f, 0.f, 0.f, 0.f);
-        o[j] = y.x; o[j + 1] = y.y; o[j + 4] = y.z; o[j + 5] = y.w;
-      });
-    }
+    return x;
+  };
+  const auto await_tiles = [&](u32 i) {  // item i's queries, and with them the sums that it starts from; its first keys
+    bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+  };
+  const auto ask_before = [&](const Item& x) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int t = query(p, x, row() + 8 * h);
+      before[h] = x.wait >= 0 && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
+    }
+  };
+  const auto ask_sums = [&](const Item& x) {
+    if (x.wait < 0) return;
+    for_quads(p, x, row(), [&](int j, const float4* from, bool there) {
+      const float4 y = there ? fresh(from) : make_float4(0.f, 0.f, 0.f, 0.f);
+      o[j] = y.x; o[j + 1] = y.y; o[j + 4] = y.z; o[j + 5] = y.w;
+    });
+  };
+  const auto see_first = [&] {
+    clears_next = clearing_next = false;
+    if (plain == 0) see();
+  };
+  const auto open = [&] {  // item i, once it is known, and its first scores; the sums that it starts from come meanwhile
+    const Item& x = know(i);
+    if (n == 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
+    if (n <= 0) return;
+    aim(i);
+    await_tiles(i);
+    ask_before(x);
+    ask_sums(x);
     hold(s);
     wgmma_fence();
     multiply_scores();
-    clears_next = clearing_next = false;
-    if (plain == 0) see();
+    see_first();
     wgmma_wait<0>();
     hold(s);
+  };
+  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: groups wait for earlier ones alone.
+  const auto goes_along = [&](const Item& x, const Item& y) {
+    return TILES == 2 && n > 0 && (x.raise < 0 || y.wait < 0 || (i64)y.head * p.groups + y.wait < (i64)x.head * p.groups + x.raise);
   };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
   const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
@@ -449,7 +468,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
     }
     for (int e = 1; e < n; e++, k++) {
-      aim();
+      aim(i);
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
@@ -476,16 +495,34 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       round();
       pass_on();
     }
-    aim();
-    bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
-    clear_values();
-    hold(o);
-    wgmma_fence();
-    multiply_output(more);
-    const Item& x = *m.item(i % ITEMS);
-    finish(p, x, most, sum, factor, row());
-    wgmma_wait<0>();
-    hold(o);
+    const Item &x = *m.item(i % ITEMS), &y = know(i + 1);
+    const bool along = goes_along(x, y);
+    if (along) {
+      aim(i + 1);
+      await_tiles(i + 1);
+      ask_before(y);
+      hold(s); hold(o);
+      wgmma_fence();
+      multiply_scores();
+      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
+      clear_values();
+      wgmma_fence();
+      multiply_output(more);
+      see_first();
+      finish(p, x, most, sum, factor, row());
+      wgmma_wait<0>();
+      hold(s); hold(o);
+    } else {
+      aim(i);
+      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
+      clear_values();
+      hold(o);
+      wgmma_fence();
+      multiply_output(more);
+      finish(p, x, most, sum, factor, row());
+      wgmma_wait<0>();
+      hold(o);
+    }
     if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
     if (x.raise >= 0) {
       for_quads(p, x, row(), [&](int j, float4* to, bool there) {
@@ -498,7 +535,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     close(i);
     if (TILES == 1) settle(i); else owed = true;
     i++;
-    open();
+    if (along) ask_sums(y); else open();
   }
   if (leader) tma_store_wait();
 }
