@@ -6,7 +6,8 @@
 // it waits for were taken before.
 //
 // What an item is was laid down on the host (hopper_parts.py): 32 bytes an item and 32 an entry, fetched ahead; a block has no more to look up than its row of the table of masks.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 128), VALUES (Dv rounded up to 64 or 128), STAGES, TILES, PARTS.
+// Groups of 64 rows go through a block's keys by 128 or by 64 a step; by 64 they leave out the half that none of their rows sees.
+// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), STAGES, TILES, PARTS, STEP (keys a step: 128 or 64).
 #include "wgmma.cuh"
 #include "ordered.cuh"
 #include "lists.cuh"
@@ -28,6 +29,9 @@
 #endif
 #ifndef PARTS
 #define PARTS 2
+#endif
+#ifndef STEP
+#define STEP 128
 #endif
 
 constexpr int ROWS = 128, KEYS = 128, SLAB = 128 * 128;  // a slab: rows of 64 columns, as the copy engine writes them
@@ -54,8 +58,14 @@ struct Params {
   float scale, exponent;   // exponent = scale * log2(e)
 };
 
-// Entry of a list: the first key, kind, how many keys of the block exist, part; and which keys some row of the tile sees
-struct Entry { int key, kind, left, part; uint4 seen; };
+enum { BOTH, LOW, HIGH };  // halves of a block's keys
+// Entry of a list: the first key, kind, how many keys of the block exist; its part, and from bit 8 on, two bits each, the halves that a group's rows see; which keys some row sees
+struct Entry {
+  int key, kind, left, part_and_halves;
+  uint4 seen;
+  __device__ __forceinline__ int part() const { return part_and_halves & 255; }
+  __device__ __forceinline__ int halves(int w) const { return part_and_halves >> (8 + 2 * w) & 3; }
+};
 // A query tile: t is the query of its row 0, negative where it starts before the call; of n entries the first `plain` need no mask. wait: the group (and how often it is raised) whose
 // sums it starts from, or -1; raise: the group whose sums it leaves, or -1. n = -1: no more items.
 struct Item {
@@ -144,7 +154,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
       const int before = key, part_before = part;
       if (e < n) {
         const Entry y = e < INLINE ? x.entries[e] : fetch_entry(p, first + e);
-        key = y.key; part = y.part;
+        key = y.key; part = y.part();
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
         *m.entry(k % STAGES) = y;
         load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.keys[part].k, m.full_k(k % STAGES), key, p.key_steps[part], hk, b);
@@ -180,11 +190,11 @@ __device__ __forceinline__ u32 seen_word(const Params& p, int kind, int2 range, 
   return kind >= 0 && kind & 1 ? word & __ldg(p.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
 }
 
-// keys 8 j + 2 (lane % 4) and the next are s[4 j ..]
-__device__ __forceinline__ void mask(float (&s)[64], const Params& p, const Sight& y, int row) {
+// keys 8 j + 2 (lane % 4) and the next of a step are s[4 j ..]; its first keys are those of word `first` of the block
+__device__ __forceinline__ void mask(float (&s)[STEP / 2], const Params& p, const Sight& y, int row, int first) {
 #pragma unroll
-  for (int n = 0; n < 4; n++) {
-    u32 a = seen_word(p, y.kind, y.range[0], row, n), b = seen_word(p, y.kind, y.range[1], row + 8, n);
+  for (int n = 0; n < STEP / 32; n++) {
+    u32 a = seen_word(p, y.kind, y.range[0], row, first + n), b = seen_word(p, y.kind, y.range[1], row + 8, first + n);
     if (__all_sync(~0u, (a & b) == ~0u)) continue;
     a >>= 2 * (thread_again() & 3);
     b >>= 2 * (thread_again() & 3);
@@ -204,10 +214,10 @@ __device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != 
 // Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
 // multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
 // 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-__device__ __forceinline__ void soften(float (&s)[64], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
+__device__ __forceinline__ void soften(float (&s)[STEP / 2], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
   float top[2] = {most[0], most[1]}, z[2];
 #pragma unroll
-  for (int j = 0; j < 64; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
+  for (int j = 0; j < STEP / 2; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
   bool some_far = false;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -226,12 +236,12 @@ __device__ __forceinline__ void soften(float (&s)[64], float (&most)[2], float (
       if (now != 0.f) z[h] = 0.f;
       factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
 #pragma unroll
-      for (int j = 0; j < 64; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
+      for (int j = 0; j < STEP / 2; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
     }
   }
   float total[2] = {0.f, 0.f};
 #pragma unroll
-  for (int j = 0; j < 64; j += 4)
+  for (int j = 0; j < STEP / 2; j += 4)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], c, -z[h]));
@@ -334,18 +344,20 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
   const auto row = [w, tid] { const int t = tid(); return w * 64 + t / 32 * 16 + t % 32 / 4; };
   const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
-  u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
-  int n, plain;
+  float s[STEP / 2], o[VALUES / 2], most[2], sum[2], factor[2];
+  u32 pr[STEP / 4], i = 0, k = 0, v = 0;  // turns: item, key block of the scores and, a step behind, of the values
+  int n, plain, half = 0, half_before = 0;  // which half of the block the step takes
+  bool ends = true, ends_before = true;     // the step is the block's last
   bool owed = false, clears = false, clears_next = false;  // the output of the item before is on its way; this thread's key of the values at hand, and of those to come, is seen by nobody
   bool clearing = false, clearing_next = false;            // some key is
+  bool ends_alone = false;                                 // the block has one step
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
   u32 at_q, at_k, at_v;
   const auto aim = [&](u32 i) {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
     at_q = uniform(i % TILES) * (Q_BYTES >> 4);
-    at_k = uniform(k % STAGES) * (K_BYTES >> 4);
-    at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
+    at_k = uniform(k % STAGES) * (K_BYTES >> 4) + half * (64 * 128 >> 4);
+    at_v = uniform(v % STAGES) * (V_BYTES >> 4) + half_before * 4 * 128;
   };
   const auto multiply_scores = [&] {
     const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
@@ -356,30 +368,44 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto multiply_output = [&](bool more) {
     const u64 dv = dv0 + (u64)at_v;
 #pragma unroll
-    for (int c = 0; c < 8; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
+    for (int c = 0; c < STEP / 16; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
     wgmma_commit();
   };
   const auto round = [&] {
 #pragma unroll
-    for (int c = 0; c < 32; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
+    for (int c = 0; c < STEP / 4; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
   };
   const auto see = [&] {  // of the masked block that stands at this turn; before its stage is given back
     const Entry& y = *m.entry(k % STAGES);
     sight = look(p, y.kind, y.left, row());
     const u32 word = tid() / 32 == 0 ? y.seen.x : tid() / 32 == 1 ? y.seen.y : tid() / 32 == 2 ? y.seen.z : y.seen.w;
-    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u;
+    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u && (half == 0 || ends_alone);
     clears_next = !(word >> (tid() & 31) & 1);
   };
   // Values that no row of the tile sees are made zero: what nobody sees must not reach a product (0 * NaN). Both groups do, so that neither waits for the other.
   const auto clear_values = [&] {
     if (clearing) {
       if (clears)
-        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + (k - 1) % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + v % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
       shared_to_copy_engine();
       named_sync(4 + w, 128);
     }
   };
-  const auto pass_on = [&] { clears = clears_next; clearing = clearing_next; clears_next = clearing_next = false; };
+  // The step's scores are made: its keys may go, and its values are next.
+  const auto pass_on = [&] {
+    clears = clears_next; clearing = clearing_next; clears_next = clearing_next = false;
+    half_before = half; ends_before = ends; v = k;
+    k += ends;
+  };
+  const auto begin_block = [&] {  // block k has come: its first step
+    if (STEP == KEYS) return;
+    const int halves = uniform(m.entry(k % STAGES)->halves(w));
+    half = halves == HIGH;
+    ends = halves != BOTH;
+    ends_alone = ends;
+  };
+  const auto free_values = [&] { if (leader && ends_before) bar_arrive(m.free_v(v % STAGES)); };
+  const auto await_values = [&] { bar_wait(m.full_v(v % STAGES), parity<STAGES>(v), patience); };
   const auto begin = [&](const float (&before)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -387,7 +413,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       sum[h] = most[h] != -inf() && (thread_again() & 3) == 0 ? 1.f : 0.f;
     }
   };
-  const auto free_keys = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
+  const auto free_keys = [&] { __syncwarp(); if (ends && tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
   float before[2];
   const auto know = [&](u32 i) -> const Item& {  // item i
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
@@ -422,8 +448,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const Item& x = know(i);
     if (n == 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     if (n <= 0) return;
-    aim(i);
     await_tiles(i);
+    begin_block();
+    aim(i);
     ask_before(x);
     ask_sums(x);
     hold(s);
@@ -455,9 +482,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       continue;
     }
     free_keys();
-    k++;
     begin(before);
-    if (plain == 0) mask(s, p, sight, row());
+    if (plain == 0) mask(s, p, sight, row(), 2 * half);
     soften(s, most, sum, factor, p.exponent);
     round();
     pass_on();
@@ -467,26 +493,33 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
     }
-    for (int e = 1; e < n; e++, k++) {
+    for (int e = 0;;) {
+      if (ends_before) {
+        if (++e >= n) break;
+        bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+        begin_block();
+      } else {
+        half = 1;
+        ends = true;
+      }
       aim(i);
-      bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
-      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
+      await_values();
       clear_values();
       wgmma_fence();
       multiply_output(more);
       if (e >= plain) see();
       wgmma_wait<1>();
       hold(s);
-      if (e >= plain) mask(s, p, sight, row());
+      if (e >= plain) mask(s, p, sight, row(), 2 * half);
       free_keys();
       soften(s, most, sum, factor, p.exponent);
       if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
       wgmma_wait<0>();
       hold(o);
-      if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
+      free_values();
       if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
         for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
@@ -498,13 +531,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const Item &x = *m.item(i % ITEMS), &y = know(i + 1);
     const bool along = goes_along(x, y);
     if (along) {
-      aim(i + 1);
       await_tiles(i + 1);
+      begin_block();
+      aim(i + 1);
       ask_before(y);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
-      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
+      await_values();
       clear_values();
       wgmma_fence();
       multiply_output(more);
@@ -514,7 +548,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       hold(s); hold(o);
     } else {
       aim(i);
-      bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
+      await_values();
       clear_values();
       hold(o);
       wgmma_fence();
@@ -523,7 +557,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       wgmma_wait<0>();
       hold(o);
     }
-    if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
+    free_values();
     if (x.raise >= 0) {
       for_quads(p, x, row(), [&](int j, float4* to, bool there) {
         if (there) *to = make_float4(o[j] * factor[j >> 1 & 1], o[j + 1] * factor[j >> 1 & 1], o[j + 4] * factor[j >> 1 & 1], o[j + 5] * factor[j >> 1 & 1]);

@@ -18,12 +18,12 @@ MOST = 4          # parts
 GROUP = 128       # tiles of a group at least: about what a chip works on at a time
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together where there is one pass
 LOG2E = 1.4426950408889634
-ALL = np.uint32(0xFFFFFFFF)
+BOTH, LOW, HIGH = range(3)  # halves of a key block that 64 rows see
 
 
 @dataclass(frozen=True)
 class Plan:
-    """items [n, 8]: t, pass | times << 1, first, entries, plain, head (0, or -1: of the head before), wait, raise; entries [n, 8]: key, kind, left, part, seen; on the device."""
+    """items [n, 8]: t, pass | times << 1, first, entries, plain, head (0, or -1: of the head before), wait, raise; entries [n, 8]: key, kind, left, part | halves, seen; on the device."""
     items: Any
     entries: Any
     intervals: Any
@@ -31,6 +31,7 @@ class Plan:
     axes: tuple       # of each pass
     groups: int
     first_item: int   # where items begin: those before it are of no head
+    step: int         # keys of a step
 
 
 def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
@@ -64,8 +65,9 @@ def _plan(parts, axes, T, S, start, place):
         return None
     items, groups, first_item = _ordered(items, [axes[members[0]].row_step for members in passes], T)
     entries = np.concatenate([*entries, np.zeros((1, 8), np.int64)])
+    step = KEYS // 2 if (entries[:, 3] > 255).mean() > 0.25 else KEYS  # steps of half a block leave out halves; elsewhere they are twice as many
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
-    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), groups, first_item)
+    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), groups, first_item, step)
 
 
 def _first_rows(part, at, start):
@@ -104,13 +106,16 @@ def _entries(number, part, at, moved, t, step, T, S):
     tile = np.repeat(np.arange(part.nq), np.diff(offsets))
     r = t[tile][:, None] + step * np.arange(ROWS)
     first, end = (r < 0).sum(1), (r < T).sum(1)
-    seen = np.zeros((n, KEYS // 32), np.int64)
+    seen, halves = np.zeros((n, KEYS // 32), np.int64), np.zeros(n, np.int64)
     for kind, a, b in {*zip(kinds.tolist(), first.tolist(), end.tolist())}:
-        seen[(kinds == kind) & (first == a) & (end == b)] = _bits(host, kind)[a:b].any(0).reshape(-1, 32) @ (1 << np.arange(32, dtype=np.int64))
+        these, bits = (kinds == kind) & (first == a) & (end == b), _bits(host, kind) & ((np.arange(ROWS) >= a) & (np.arange(ROWS) < b))[:, None]
+        seen[these] = bits.any(0).reshape(-1, 32) @ (1 << np.arange(32, dtype=np.int64))
+        low, high = bits.reshape(2, ROWS // 2, 2, KEYS // 2).any((1, 3)).T
+        halves[these] = np.where(~high, LOW, np.where(low, BOTH, HIGH)) @ (1 << 8, 1 << 10) if kind >= 0 else 0
     absent = np.arange(KEYS) >= left[:, None]  # zeros already
     seen |= absent.reshape(n, -1, 32) @ (1 << np.arange(32, dtype=np.int64))
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
-    return offsets, np.concatenate([np.stack([key, kinds, left, np.full(n, number)], 1), seen], 1)
+    return offsets, np.concatenate([np.stack([key, kinds, left, number | halves], 1), seen], 1)
 
 
 def _bits(host, kind):
@@ -169,14 +174,14 @@ def shared_bytes(D: int, Dv: int, stages: int, tiles: int) -> int:
     return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 96 + 32 * stages + 4 * 112
 
 
-def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts)
+def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int, step: int = KEYS) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts, STEP=step)
 
 
 def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
     """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
     (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(axes)
-    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n)
+    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n, plan.step)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
     partial = place.empty((B * Hq, T, d["VALUES"]), "float32") if two else None
     counters = place.zeros((1 + heads * plan.groups,), "int32")
