@@ -260,6 +260,7 @@ def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, r
     hide(k, v, count[None, None], Hq)
     if piece == "a head":
         monkeypatch.setattr(two_pass, "GIB", 1)
+        monkeypatch.setattr(two_pass, "SECTIONS", 2)
     at = dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
     config = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, scratch=1)
     forward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)

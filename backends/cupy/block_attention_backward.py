@@ -150,7 +150,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
-    source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries"])
+    source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries", "join"])
     builds = (False, True) if order and config["path"] == "two_pass" else (False,)
     return portable if config["path"] == "portable" else [*(dict(source=source, defines=hopper_defines(kind, problem["D"], problem["Dv"], parted), names=names) for parted in builds), *portable]
 

@@ -33,6 +33,8 @@ struct Params {
   int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
   int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
+  int sections;                                                   // of a part: items of each key block, each with some of the rows; their dK and dV are added up by `join`
+  float* sums_of_keys;                                            // by section, head of the piece and key block: [128, WIDTH], then all the same of dV [128, VALUES]
   float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, WIDTH], [heads, S, WIDTH], [heads, S, VALUES] of the piece (start_part)
 };
 
@@ -56,9 +58,9 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   key_head = p.from_head + turn.x;
   b = key_head / Hk;
   hk = key_head % Hk;
-  block = p.from_block + turn.y;
+  block = p.from_block + (PARTED ? turn.y / p.sections : turn.y);
   if (p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = __ldg(p.blocks + (i64)list(p, 0) * p.key_tiles + block);  // else lists of one group differ: as they come
-  slot = -1;
+  slot = PARTED && p.sections > 1 ? turn.y % p.sections : -1;
   start = first_position(p.at, b);
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
@@ -155,6 +157,18 @@ __device__ __forceinline__ int key_at(const Params& p, int block, int c) {
   return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
 }
 
+// Of a part in sections: where the sums of dK (or of dV) of a section's key block begin
+__device__ __forceinline__ i64 section_at(const Params& p, int section, int key_head, int block, bool values) {
+  const i64 n = (i64)p.heads * p.key_tiles, at = (section * n + (i64)(key_head - p.from_head) * p.key_tiles + block) * KEYS;
+  return values ? p.sections * n * KEYS * WIDTH + at * VALUES : at * WIDTH;
+}
+// no query of the section sees the block: this group's 64 keys
+__device__ __forceinline__ void empty_section(const Params& p, int section, int key_head, int block, int w, int tid) {
+  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, true));
+  for (int i = tid; i < 16 * WIDTH; i += 128) dk[16 * w * WIDTH + i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int i = tid; i < 16 * VALUES; i += 128) dv[16 * w * VALUES + i] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
 constexpr u32 NOWHERE = ~0u;
 // Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
 __device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
@@ -189,6 +203,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       at[h] = key < 0 ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
+  const auto leave_section = [&] {
+    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, section = field(STATE) >> 20;
+    const i64 k = section_at(p, section, field(KEY_HEAD), field(BLOCK), false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, section, field(KEY_HEAD), field(BLOCK), true) + c * VALUES + 4 * (tid & 3);
+    const i64 at_k[2] = {k, k + 8 * WIDTH}, at_v[2] = {v, v + 8 * VALUES};
+    leave_part(dk, p.scale, p.sums_of_keys, at_k);
+    leave_part(dv, 1.f, p.sums_of_keys, at_v);
+  };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
@@ -208,7 +229,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_commit();
   };
   const auto step = [&](const u32 b) __attribute__((always_inline)) {  // its scores are on their way
-    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = is_far(m, b);
+    const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
@@ -250,7 +271,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      if (PARTED) {
+      if (PARTED && p.sections > 1) {
+        empty_section(p, state >> 20, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      } else if (PARTED) {
         place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
         place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
       } else {
@@ -262,9 +285,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (PARTED) {
       i64 at[2];
-      places_of_keys(at, WIDTH, p.adds & 2);
+      places_of_keys(at, WIDTH, p.adds & 2 && p.sections == 1);
       start_part(dk, 1.f / p.scale, p.wide_dk, at);
-      places_of_keys(at, VALUES, p.adds & 2);
+      places_of_keys(at, VALUES, p.adds & 2 && p.sections == 1);
       start_part(dv, 1.f, p.wide_dv, at);
     } else {
       clear(dk); clear(dv);
@@ -289,7 +312,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
     items = (items + 1) % (2 * KEY_STAGES);
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    if (PARTED && !p.rounds) {
+    if (PARTED && p.sections > 1) {
+      leave_section();
+    } else if (PARTED && !p.rounds) {
       i64 at[2];
       places_of_keys(at, WIDTH, true);
       leave_part(dk, p.scale, p.wide_dk, at);
@@ -529,6 +554,22 @@ extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant
   start_rows(p);
   if (blockIdx.x == 0)
     for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
+}
+
+// Of a part in sections: their sums of dK and dV, first to last, to where the keys stand. A block of threads for eight keys of a block.
+extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ Params p) {
+  const int head = blockIdx.x / 16 / p.key_tiles, block = blockIdx.x / 16 % p.key_tiles;
+  for (int i = threadIdx.x; i < 2 * (WIDTH + VALUES); i += 128) {
+    const bool values = i >= 2 * WIDTH;
+    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c);
+    if (key < 0) continue;
+    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = p.adds & 2 ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int s = 0; s < p.sections; s++) {
+      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, s, p.from_head + head, block, values)))[(i64)c * width + n % width];
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    *to = sum;
+  }
 }
 
 // how many of from .. end - 1 are longer than x, or as long and before it; all lanes of a warp together

@@ -23,7 +23,7 @@ constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
 enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
-// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
+// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist and, of a part, from bit 20 on which section it is.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
 
@@ -77,6 +77,8 @@ struct Item {
 
 __device__ __forceinline__ bool known_whole(const Params& p, const Item& x);  // is every key of the block seen by some query of the call? The kernel's own; false: not known
 
+__device__ __forceinline__ int part_of_keys(const Item& x) { return x.slot < 0 ? 0 : PARTED ? x.slot << 20 : SECTION; }
+
 struct Planner {
   const Params& p;
   const Shared& m;
@@ -107,6 +109,12 @@ struct Planner {
   __device__ __forceinline__ void item(int number);
 };
 
+// Of a part with few key blocks, p.sections of each: whether the item walks through this row of the lists. All of its rows say what is seen of its keys.
+template <class P> __device__ __forceinline__ bool in_section(const P& p, const Item& x, int row) {
+  if constexpr (PARTED) return x.slot < 0 || (row >= p.lists.nq * x.slot / p.sections && row < p.lists.nq * (x.slot + 1) / p.sections);
+  return true;
+}
+
 // entries of the walk for head r of an item's group, those whose rows the item has; all lanes of a warp together
 struct Entries {
   int e, until;
@@ -116,11 +124,11 @@ struct Entries {
     e = x.first_row < x.end_row ? __ldg(o) : 0;
     until = x.first_row < x.end_row ? __ldg(o + 2) : 0;
   }
-  __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w) {
+  __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w, bool all = false) {
     while (!found) {
       if (e >= until) return false;
       const int row = e + lane < until ? p.walk[e + lane].x : -1;
-      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row);
+      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row && (all || in_section(p, x, row)));
       e += 32;
     }
     w = p.walk[e - 33 + __ffs(found)];
@@ -133,7 +141,7 @@ __device__ __forceinline__ bool Planner::whole(const Item& x) {
   if (known_whole(p, x)) return true;
   int4 w;
   for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++)
-    for (Entries all(p, x, r); all.next(p, x, lane, w);)
+    for (Entries all(p, x, r); all.next(p, x, lane, w, true);)
       if (w.y < 0) return true;
   return false;
 }
@@ -146,7 +154,7 @@ __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   };
   int4 w;
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
-    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w);) {
+    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w, true);) {
       const int t = first_query(p, w.x, x.start);
 #pragma unroll 1
       for (int y = imax(-t, 0) + lane / 4; y < end_row(p, t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
@@ -186,14 +194,14 @@ __device__ __forceinline__ void Planner::item(int number) {
       some = Entries(p, x, r);
       found = some.next(p, x, lane, w);
     }
-    if (!found && !made && x.slot < 0) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
+    if (!found && !made && (PARTED || x.slot < 0)) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY | (PARTED ? part_of_keys(x) : 0)});
     publish(found ? 0 : LAST);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
     items += !made;
     const int head = x.b * p.Hq + x.hk * p.group + r;
-    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
-           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
+    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, PARTED || x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
+           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | part_of_keys(x) | left << 8});
   }
 }
 
