@@ -37,7 +37,7 @@
 constexpr int ROWS = 128, KEYS = 128, SLAB = 128 * 128;  // a slab: rows of 64 columns, as the copy engine writes them
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * SLAB;
 constexpr int GROUPS = 2, THREADS = 384, ITEMS = 4, INLINE = 2;  // entries that come with their item
-constexpr int READERS = 1 + 4 * GROUPS;                          // of an item: the loading thread, the multiplying warps
+constexpr int READERS = 1 + 5 * GROUPS;                          // of an item: the loading thread, the multiplying warps, those that raise counters
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
 struct KeyAxis { TensorMap k, v; };  // boxes of a block's keys x 64 columns
@@ -90,9 +90,10 @@ struct Shared {
   __device__ __forceinline__ u32 free_q(int s) const { return bars + 32 * STAGES + 16 + 8 * s; }
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 32 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 32 * STAGES + 32 + 8 * (ITEMS + s); }
+  __device__ __forceinline__ u32 written(int w) const { return bars + 32 * STAGES + 32 + 16 * ITEMS + 8 * w; }  // a group's sums for the next pass
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
-  __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 32 + 16 * ITEMS) + s; }  // what stands in stage s of the keys
-  __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 32 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
+  __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 48 + 16 * ITEMS) + s; }  // what stands in stage s of the keys
+  __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 48 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
 };
 
 __device__ __forceinline__ int row_step(const Params& p, const Item& x) { return x.pass ? p.row_step[1] : p.row_step[0]; }
@@ -274,10 +275,20 @@ template <class T> __device__ __forceinline__ T fresh(const T* x) { return __ldc
 __device__ __forceinline__ void raise_counter(int* counter) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" :: "l"(counter) : "memory"); }
 #endif
 
-// this group's rows are written: once all its threads have come here
-__device__ __forceinline__ void raise(const Params& p, const Item& x, int w, int tid) {
-  named_sync(4 + w, 128);
-  if (tid == 0) raise_counter(p.counters + (i64)x.head * p.groups + x.raise);
+// Counts the tiles that group w has written for the next pass. By a thread that does nothing else: until all that was written is seen by the whole chip takes as long as a product.
+__device__ __forceinline__ void raise_counters(const Params& p, const Shared& m, int w, u32& patience) {
+  u32 turn = 0;
+  for (u32 i = 0;; i++) {
+    bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
+    const Item& x = *m.item(i % ITEMS);
+    if (x.n < 0 || !patience) return;
+    if (x.raise >= 0) {
+      bar_wait(m.written(w), turn, patience);
+      turn ^= 1;
+      raise_counter(p.counters + (i64)x.head * p.groups + x.raise);
+    }
+    bar_arrive(m.free_item(i % ITEMS));
+  }
 }
 
 // a tile without keys: this group's 64 rows of the first pass, or of the last
@@ -464,6 +475,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto goes_along = [&](const Item& x, const Item& y) {
     return TILES == 2 && n > 0 && (x.raise < 0 || y.wait < 0 || (i64)y.head * p.groups + y.wait < (i64)x.head * p.groups + x.raise);
   };
+  const auto written = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.written(w)); };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
   const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
     if (leader) { tma_store_wait_read(); bar_arrive(m.free_q(i % TILES)); }
@@ -474,7 +486,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n == 0) {
       const Item& x = *m.item(i % ITEMS);
       store_nothing(p, x, w, tid());
-      if (x.raise >= 0) raise(p, x, w, tid());
+      if (x.raise >= 0) written();
       close(i);
       if (owed) settle(i - 1);
       settle(i++);
@@ -562,7 +574,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       for_quads(p, x, row(), [&](int j, float4* to, bool there) {
         if (there) *to = make_float4(o[j] * factor[j >> 1 & 1], o[j + 1] * factor[j >> 1 & 1], o[j + 4] * factor[j >> 1 & 1], o[j + 5] * factor[j >> 1 & 1]);
       });
-      raise(p, x, w, tid());
+      written();
     } else {
       store(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
     }
@@ -580,6 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) { bar_init(m.full_k(s), 1); bar_init(m.free_k(s), 4 * GROUPS); bar_init(m.full_v(s), 1); bar_init(m.free_v(s), GROUPS); }
     for (int s = 0; s < TILES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), GROUPS); }
+    for (int w = 0; w < GROUPS; w++) bar_init(m.written(w), 4);
     for (int s = 0; s < ITEMS; s++) { bar_init(m.full_item(s), 1); bar_init(m.free_item(s), READERS); }
     bar_fence();
   }
@@ -590,6 +603,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     fewer_registers<40>();
     if (threadIdx.x == 0) load_items(p, m, patience);
     else if (threadIdx.x == 32) take_items(p, m, patience);
+    else if (threadIdx.x == 64 || threadIdx.x == 96) raise_counters(p, m, threadIdx.x / 32 - 2, patience);
   } else {
     more_registers<232>();
     multiply_items(p, m, group - 1, patience);

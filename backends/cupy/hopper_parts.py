@@ -171,7 +171,7 @@ def fields(parts: int) -> str:
 def shared_bytes(D: int, Dv: int, stages: int, tiles: int) -> int:
     """Stages of keys and of values, query tiles; barriers, what stands in the stages, items."""
     keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
-    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 96 + 32 * stages + 4 * 112
+    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 112 + 32 * stages + 4 * 112
 
 
 def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int, step: int = KEYS) -> dict:
