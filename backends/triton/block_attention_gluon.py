@@ -20,6 +20,7 @@ from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish, soften
 
 STAGES = gl.constexpr(2)
+CACHED = 32 << 20  # bytes of keys and values that the second-level cache keeps beside what passes through
 READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 
@@ -76,16 +77,21 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
 
 
 @gluon.jit
-def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; `left` keys of the block exist."""
-    intervals, bitmaps = tables
+def _sight(kind, r, left, tables, INTERVALS: gl.constexpr):
+    """Between which keys of a block the rows r may see, of which `left` exist."""
     lo = r * 0
     hi = lo + left
     if INTERVALS:
-        rule = (kind >= 0) & ((kind & 1) == 0)
-        at = intervals + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
-        lo = gl.load(at, mask=rule & (r >= 0), other=0)
-        hi = gl.minimum(gl.load(at + 1, mask=rule & (r >= 0), other=KEYS), left)
+        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
+        at = tables[0] + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
+        lo = gl.load(at, mask=rule, other=0)
+        hi = gl.minimum(gl.load(at + 1, mask=rule, other=KEYS), left)
+    return lo, hi
+
+
+@gluon.jit
+def _word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
+    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; lo and hi as of `_sight`."""
     lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
     hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
     ones = (r * 0 - 1).to(gl.uint32)
@@ -93,13 +99,13 @@ def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMA
     if BITMAPS:
         if kind >= 0:
             if (kind & 1) == 1:
-                word &= gl.load(bitmaps + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
+                word &= gl.load(tables[1] + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
     return word
 
 
 @gluon.jit
 def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, and zeroes the values of the others."""
+    """A warp that reads which keys of a masked block some row of the tile sees, while its values come, and zeroes those of the others."""
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
     r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
@@ -113,18 +119,21 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
             for e in range(plain, count):
                 entry = first + e + gl.where(e >= kept, gap, 0)
                 kind = gl.load(kinds + entry)
-                left = limit - gl.load(cols + entry) * KEYS
+                lo, hi = _sight(kind, r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS)
+                words = ()
+                for w in gl.static_range(4):
+                    words += (gl.reduce_or(gl.where(exists, _word(kind, lo, hi, r, w, tables, BITMAPS), 0), 0), )
                 s = (n + e) % STAGES
                 mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
                 turns ^= 1 << s
-                for w in gl.static_range(4):
-                    word = gl.reduce_or(gl.where(exists, _word(kind, r, w, left, tables, INTERVALS, BITMAPS), 0), 0)
-                    for c in gl.static_range(4):
-                        bits = (word >> (8 * c)) & 0xFF
-                        if bits != 0xFF:
-                            part = sv.index(s).slice(32 * w + 8 * c, 8)
-                            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
-                fence_async_shared()
+                if (words[0] & words[1] & words[2] & words[3]) != 0xFFFFFFFF:
+                    for w in gl.static_range(4):
+                        for c in gl.static_range(4):
+                            bits = (words[w] >> (8 * c)) & 0xFF
+                            if bits != 0xFF:
+                                part = sv.index(s).slice(32 * w + 8 * c, 8)
+                                part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
+                    fence_async_shared()
                 mbarrier.arrive(v_full.index(s))
             n += count
         turn += 1
@@ -141,18 +150,30 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, kind, r, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+def _kind(e, first, plain, kept, count, gap, limit, cols, kinds, EDGE: gl.constexpr):
+    """(kind, keys that exist) of an item's entry e, if it needs a mask."""
+    entry = first + e + gl.where(e >= kept, gap, 0)
+    rule = (e >= plain) & (e < count)
+    kind = gl.load(kinds + entry, mask=rule, other=-1)
+    left = KEYS
+    if EDGE:
+        left = limit - gl.load(cols + entry, mask=rule, other=0) * KEYS
+    return kind, left
+
+
+@gluon.jit
+def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, r, 0, left, tables, INTERVALS, BITMAPS), 1)
+    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, r, n, left, tables, INTERVALS, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
 
 
 @gluon.jit
 def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer,
              D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
-             MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
+             EDGE: gl.constexpr, MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
     """A group of warps with rows 64 W .. of each item."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
@@ -174,8 +195,14 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
         m = gl.full([64], float("-inf"), gl.float32, R)
         l = gl.zeros([64], gl.float32, R)
         acc = gl.zeros([64, V0], gl.float32, O)
+        factor, logs = l, m
+        h = head - head // Hq * Hq
         u = j % QUERIES
         if count > 0:
+            if MASKED:  # read ahead: what a mask says is known when its scores are
+                kind, left = _kind(0, first, plain, kept, count, gap, limit, cols, kinds, EDGE)
+                lo, hi = _sight(kind, r, left, tables, INTERVALS)
+                next_kind, next_left = _kind(1, first, plain, kept, count, gap, limit, cols, kinds, EDGE)
             mbarrier.wait(q_full.index(u), (j // QUERIES) & 1)
             q0 = sq0.index(2 * u + W)
             q1 = sq1.index(2 * u + W)
@@ -191,8 +218,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 s = capped(s, inner, outer)
             if MASKED:
                 if plain == 0:
-                    entry = first + gl.where(kept == 0, gap, 0)
-                    s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
             x, f, m, l = soften(s, m, l, scale2, MASKED)
             p = gl.convert_layout(x.to(kind_of), P)
             for e in range(1, count):
@@ -200,6 +226,10 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 phase = (n // STAGES) & 1
                 n += 1
                 s1 = n % STAGES
+                if MASKED:
+                    kind = next_kind
+                    lo, hi = _sight(kind, r, next_left, tables, INTERVALS)
+                    next_kind, next_left = _kind(e + 1, first, plain, kept, count, gap, limit, cols, kinds, EDGE)
                 mbarrier.wait(k_full.index(s1), (n // STAGES) & 1)
                 st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
                 mbarrier.wait(v_full.index(s0), phase)
@@ -210,8 +240,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                     s = capped(s, inner, outer)
                 if MASKED:
                     if e >= plain:
-                        entry = first + e + gl.where(e >= kept, gap, 0)
-                        s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                        s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
                 x, f, m, l = soften(s, m, l, scale2, MASKED)
                 p2 = gl.convert_layout(x.to(kind_of), P)
                 acc = warpgroup_mma_wait(0, deps=(ot, ))
@@ -220,11 +249,10 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 p = p2
             mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
             ot = warpgroup_mma(p, sv.index(n % STAGES), acc, is_async=True)
+            factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
             acc = warpgroup_mma_wait(0, deps=(ot, ))
             mbarrier.arrive(v_free.index(n % STAGES))
             n += 1
-        h = head - head // Hq * Hq
-        factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
         query = t + r
         ok = (query >= 0) & (query < T)
         line = head.to(gl.int64) * T
@@ -252,9 +280,9 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
 def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
-            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale, inner, outer,
+            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
             D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
             INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
     """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item."""
@@ -294,12 +322,12 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
     tables = (intervals, bitmaps)
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
-        (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+        (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
-        (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+        (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, queue)),
+        (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [224, 56, 56, 56])
 
@@ -360,6 +388,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
     order = schedule(lists) if covers else None
     items, sms = B * Hq * n, max(place.sms, 1)
+    section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), B * Hq)
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
@@ -368,7 +397,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer)
+               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
@@ -386,6 +415,6 @@ def artifacts(problem) -> list[dict]:
         maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
-    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start")
+    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start")
     signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     return [dict(fn=forward_gluon, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]
