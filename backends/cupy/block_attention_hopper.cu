@@ -32,6 +32,7 @@ constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 col
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
 constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
 constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
+constexpr int LOOKS = GROUPS == 2 ? 4 : 1;  // rows that a lane of the clearing warp reads together
 constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
@@ -202,10 +203,20 @@ __device__ __forceinline__ void clear_values(const Params& p, const Shared& shar
       const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
       u32 seen[KEYS / 32] = {}, mine = 0;  // lane n keeps the word of keys 32 n ..
 #pragma unroll 1
-      for (int r = first_row(x) + lane(); r < end_row(p, x); r += 32) {
-        const int2 range = seen_range(p.lists, kind, left, r);
+      for (int j = 0; j < ROWS; j += 32 * LOOKS) {
+        int2 range[LOOKS];
 #pragma unroll
-        for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range, r, n);
+        for (int i = 0; i < LOOKS; i++) range[i] = make_int2(0, KEYS);
+        if (kind >= 0 && !(kind & 1))
+#pragma unroll
+          for (int i = 0; i < LOOKS; i++) range[i] = __ldg((const int2*)p.lists.intervals + (i64)(kind >> 1) * ROWS + j + 32 * i + lane());
+#pragma unroll
+        for (int i = 0; i < LOOKS; i++) {
+          const int r = j + 32 * i + lane();
+          range[i].y = r >= first_row(x) && r < end_row(p, x) ? imin(range[i].y, left) : 0;
+#pragma unroll
+          for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range[i], r, n);
+        }
       }
 #pragma unroll
       for (int n = 0; n < KEYS / 32; n++) {
@@ -479,14 +490,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (!EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       if (e >= plain) mask(s, p.lists, sight, row());
       soften(s, most, sum, factor, p.exponent);
-      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
       wgmma_wait<0>();
       hold(o);
       if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
-      if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
-        for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
-      }
+      for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       more = true;
       round();
     }
