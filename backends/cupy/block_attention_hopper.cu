@@ -188,8 +188,37 @@ __device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, in
   return make_int2(range.x, imin(range.y, left));
 }
 
+// Lane n of a warp gets the word of keys 32 n ..: which of an item's entry e some row of the tile sees.
+__device__ __forceinline__ u32 seen_by_some(const Params& p, const Item& x, int e, int lane) {
+  const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit), r0 = first_row(x), r1 = end_row(p, x);
+  u32 seen[KEYS / 32] = {}, mine = ~0u;
+  if (kind >= 0 && kind & 1) {
+#pragma unroll 1
+    for (int r = r0 + lane; r < r1; r += 32)
+#pragma unroll
+      for (int n = 0; n < KEYS / 32; n++) seen[n] |= __ldg(p.lists.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n);
+  } else {
+#pragma unroll 1
+    for (int j = lane; j < ROWS; j += 32 * LOOKS) {
+      int2 range[LOOKS];
+#pragma unroll
+      for (int i = 0; i < LOOKS; i++) range[i] = kind < 0 ? make_int2(0, KEYS) : __ldg((const int2*)p.lists.intervals + (i64)(kind >> 1) * ROWS + j + 32 * i);
+#pragma unroll
+      for (int i = 0; i < LOOKS; i++)
+#pragma unroll
+        for (int n = 0; n < KEYS / 32; n++) seen[n] |= j + 32 * i >= r0 && j + 32 * i < r1 ? range_bits(range[i].x - 32 * n, range[i].y - 32 * n) : 0;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < KEYS / 32; n++) {
+    seen[n] = __reduce_or_sync(~0u, seen[n]) & range_bits(-32 * n, left - 32 * n);
+    if (lane == n) mine = seen[n];
+  }
+  return mine;
+}
+
 // A warp makes the values of masked blocks zero where no row of the tile sees the key: what nobody sees must not reach a product (0 * NaN).
-// What is seen is known before the values land, so that most blocks are passed on at once.
+// What is seen of a block is known before the one ahead of it has landed, so that most are passed on at once.
 __device__ __forceinline__ void clear_values(const Params& p, const Shared& shared, u32& patience) {
   const auto lane = [] { return thread_again() & 31; };  // few registers
   u32 turns = 0, s = 0;
@@ -199,39 +228,25 @@ __device__ __forceinline__ void clear_values(const Params& p, const Shared& shar
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
     s = (s + x.plain) % STAGES;
+    u32 seen = x.plain < x.n ? seen_by_some(p, x, x.plain, lane()) : 0;
     for (int e = x.plain; e < x.n; e++, s = (s + 1) % STAGES) {
-      const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
-      u32 seen[KEYS / 32] = {}, mine = 0;  // lane n keeps the word of keys 32 n ..
-#pragma unroll 1
-      for (int j = 0; j < ROWS; j += 32 * LOOKS) {
-        int2 range[LOOKS];
-#pragma unroll
-        for (int i = 0; i < LOOKS; i++) range[i] = make_int2(0, KEYS);
-        if (kind >= 0 && !(kind & 1))
-#pragma unroll
-          for (int i = 0; i < LOOKS; i++) range[i] = __ldg((const int2*)p.lists.intervals + (i64)(kind >> 1) * ROWS + j + 32 * i + lane());
-#pragma unroll
-        for (int i = 0; i < LOOKS; i++) {
-          const int r = j + 32 * i + lane();
-          range[i].y = r >= first_row(x) && r < end_row(p, x) ? imin(range[i].y, left) : 0;
-#pragma unroll
-          for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range[i], r, n);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < KEYS / 32; n++) {
-        seen[n] = __reduce_or_sync(~0u, seen[n]);
-        if (lane() == n) mine = seen[n];
-      }
+      const u32 next = e + 1 < x.n ? seen_by_some(p, x, e + 1, lane()) : 0;
       bar_wait(m.landed(s), turns >> s & 1, patience);
       turns ^= 1u << s;
+      if (__any_sync(~0u, seen != ~0u)) {
 #pragma unroll 1
-      for (int r = lane() / 8; r < KEYS; r += 4)
-        if (!(__shfl_sync(~0u, mine, r / 32) >> r % 32 & 1))
-          for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + r * 128 + lane() % 8 * 16) = make_uint4(0, 0, 0, 0);
-      shared_to_copy_engine();
-      __syncwarp();
+        for (int n = 0; n < KEYS / 32; n++) {
+          const u32 word = __shfl_sync(~0u, seen, n);
+#pragma unroll 1
+          for (int r = lane() / 8; r < 32 && word != ~0u; r += 4)
+            if (!(word >> r & 1))
+              for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + (32 * n + r) * 128 + lane() % 8 * 16) = make_uint4(0, 0, 0, 0);
+        }
+        shared_to_copy_engine();
+        __syncwarp();
+      }
       if (lane() == 0) bar_arrive(m.full_v(s));
+      seen = next;
     }
     __syncwarp();
     if (lane() == 0) bar_arrive(m.free_item(i % ITEMS));
