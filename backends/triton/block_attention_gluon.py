@@ -1,9 +1,9 @@
 """Block attention's forward for Hopper in Gluon, Triton's language of explicit layouts: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 
-A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first, by an atomic ticket), `bring` loads them through the copy engine,
-`clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of `multiply` hold 64 rows each: while
-the output product of one key block runs, the exponentials of the next are made. Full blocks run no mask code. Rows that do not exist are zeros on the way in and
-dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
+A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first among the heads that the cache holds, by an atomic ticket), `bring`
+loads them through the copy engine, `clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of
+`multiply` hold 64 rows each: while one group's products run, the other makes exponentials. Full blocks run no mask code. Rows that do not exist are zeros on the way in
+and dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
 from functools import lru_cache
 
@@ -170,11 +170,18 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, entry, r, limit, cols, kinds, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, L: gl.constexpr):
+def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
+    """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
+    entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry)
     lo, hi = _range(kind, r, tables, INTERVALS)
     if EDGE:
         hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
+    return kind, lo, hi
+
+
+@gluon.jit
+def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
     words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
@@ -224,6 +231,11 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
         else:
             mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
             st = _scores(q0, q1, sk0.index(n % STAGES), sk1.index(n % STAGES), zero, D1)
+            kind = -1
+            lo, hi = r, r
+            if MASKED:  # while the products run
+                if plain == 0:
+                    kind, lo, hi = _look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
             _give_back(turn, u, q_free, QUERIES)
             s = warpgroup_mma_wait(0, deps=(st, ))
             mbarrier.arrive(k_free.index(n % STAGES))
@@ -231,7 +243,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 s = capped(s, inner, outer)
             if MASKED:
                 if plain == 0:
-                    s = _masked(s, first + gl.where(kept == 0, gap, 0), r, limit, cols, kinds, tables, INTERVALS, BITMAPS, EDGE, L)
+                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
             x, f, m, l = soften(s, m, l, scale2, MASKED)
             p = gl.convert_layout(x.to(kind_of), P)
             for e in range(1, count):
@@ -243,13 +255,16 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
                 mbarrier.wait(v_full.index(s0), phase)
                 ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
+                if MASKED:
+                    if e >= plain:
+                        kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
                 s = warpgroup_mma_wait(1, deps=(st, ))
                 mbarrier.arrive(k_free.index(s1))
                 if CAP:
                     s = capped(s, inner, outer)
                 if MASKED:
                     if e >= plain:
-                        s = _masked(s, first + e + gl.where(e >= kept, gap, 0), r, limit, cols, kinds, tables, INTERVALS, BITMAPS, EDGE, L)
+                        s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
                 x, f, m, l = soften(s, m, l, scale2, MASKED)
                 p2 = gl.convert_layout(x.to(kind_of), P)
                 acc = warpgroup_mma_wait(0, deps=(ot, ))
@@ -296,7 +311,8 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
             slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
             D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
             INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
-    """BEFORE: a tile may start before the call's first query. q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item."""
+    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
+    BEFORE: a tile may start before the call's first query."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
@@ -326,6 +342,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         mbarrier.init(v_landed.index(s), count=1)
     fence_async_shared()
     MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
+    FEW: gl.constexpr = 56 if BITMAPS or EDGE else 40 if MASKED or CAP else 24  # registers of a thread that does not multiply; three times four warps share 504
     memory = (sq0, sq1, sk0, sk1, sv)
     q_bars = (q_full, q_free)
     k_bars = (k_full, k_free)
@@ -340,7 +357,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
         (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
-    ], [4, 1, 1, 1], [224, 56, 56, 56] if BITMAPS or EDGE else [232, 40, 40, 40])  # what bitmaps and lengths ask for does not fit 40 registers
+    ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
