@@ -19,6 +19,9 @@ ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m
 _NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
+numpy_name = lru_cache(None)(lambda dtype: np.dtype(dtype).name)  # a dtype takes microseconds to say its name
+
+
 def numpy_dtype(name: str) -> np.dtype:
     return _NUMPY.get(name) or np.dtype(name)
 
@@ -71,7 +74,7 @@ def dtype_name(x) -> str:
     dtype = x.dtype
     if type(dtype) is str:
         return dtype
-    return _torch_name(dtype) if type(dtype).__module__ == "torch" else np.dtype(dtype).name
+    return _torch_name(dtype) if type(dtype).__module__ == "torch" else numpy_name(dtype)
 
 
 def device_of(x) -> int | None:

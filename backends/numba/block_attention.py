@@ -17,11 +17,12 @@ import math
 import numba
 import numpy as np
 
+from sparsetile.backends.arrays import numpy_name
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.numba import few, tiles
 from sparsetile.backends.numba.convert import denormal_rows, fill_zero
 from sparsetile.backends.numba.exact import exact
-from sparsetile.backends.numba.far import far, on_threads, scratch
+from sparsetile.backends.numba.far import far, on_threads, scratch, set_fields
 from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, run_of_keys, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
@@ -197,9 +198,8 @@ def work(jobs, thread):
 def sizes(job, D, Dv, block_q, k, v, k_order):
     """Fill in panels and padded widths; bytes of scratch that forward and backward both need."""
     panels, Dp, width = up(block_q, PANEL) // PANEL, up(D, LANES), up(Dv, LANES)
-    job["panels"], job["Dp"], job["Dq"], job["Dvp"], job["width"] = panels, Dp, Dp, up(Dv, 4), width
-    job["direct_k"] = k.dtype == np.float32 and k_order is None
-    job["direct_v"] = v.dtype == np.float32 and k_order is None and Dv % 4 == 0
+    set_fields(job, panels=panels, Dp=Dp, Dq=Dp, Dvp=up(Dv, 4), width=width, direct_k=k.dtype == np.float32 and k_order is None,
+               direct_v=v.dtype == np.float32 and k_order is None and Dv % 4 == 0)
     return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
                 spans=16 * WORDS * (panels + 1) + 24, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
 
@@ -208,26 +208,27 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         table=None):
     B, Hq, T, D = q.shape
     Dv, wide = v.shape[3], q.dtype == np.float64
-    kind = out_dtype or (q.dtype.name if q.dtype.name != "float8_e4m3fn" else "bfloat16")
+    kind = numpy_name(q.dtype)
+    kind = out_dtype or (kind if kind != "float8_e4m3fn" else "bfloat16")
     make = place.empty if lists.q_order is None else place.zeros  # an order may leave queries out
     out, lse = make((B, Hq, T, Dv), kind), place.full((B, Hq, T), "float64" if wide else "float32", -math.inf)
     if lse.size == 0:
         return out, lse if return_lse else None
     job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits, table=table)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
-    panels, width = int(job["panels"][0]), int(job["width"][0])
-    group, rows = Hq // k.shape[1], min(T, lists.block_q)
+    panels, width, tiles_ = up(lists.block_q, PANEL) // PANEL, up(Dv, LANES), int(job["tiles"][0])
+    group, rows, stack = Hq // k.shape[1], min(T, lists.block_q), 1
     if lists.list_of.shape[1] == 1 and 2 * rows <= panels * PANEL:  # few queries: the heads of a group fill the lanes, and keys are read once for all
-        job["stack"] = min(group, panels * PANEL // rows)
-    units, parts, tasks = B * k.shape[1] * int(job["tiles"][0]), None, B * Hq * int(job["tiles"][0])
-    if job["stack"] == group and group * rows <= few.MOST:
-        parts, tasks = few.prepare(job, lists, group * rows, units)
+        stack = min(group, panels * PANEL // rows)
+    units, parts, tasks = B * k.shape[1] * tiles_, None, B * Hq * tiles_
+    if stack == group and group * rows <= few.MOST:
+        parts, tasks = few.prepare(job, lists, group * rows, units, width)
     if config["pairs"] and table is None and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
         job["pairs"], job["Dq"], job["direct_k"] = 1, up(D // 2, LANES), 1
     threads = min(numba.get_num_threads(), tasks) if lse.size * int(job["S"][0]) * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
-    job["lost"] = address(lost)
+    set_fields(job, lost=address(lost), stack=stack)
     counter = alive[0]["counter"]
     if not wide and parts is not None:
         on_threads(few.work, job, threads)
