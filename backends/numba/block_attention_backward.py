@@ -21,10 +21,10 @@ from sparsetile.backends.numba import gradient_tiles as gt
 from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
 from sparsetile.backends.numba.convert import F32_CODE, fill_zero
 from sparsetile.backends.numba.exact_backward import exact_backward
-from sparsetile.backends.numba.far import far, keep, on_threads, scratch, take
+from sparsetile.backends.numba.far import far, keep, on_threads, scratch, set_fields, take
 from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.job import job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
+from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
 from sparsetile.backends.numba.rows import store_row, store_rows
 from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
@@ -33,7 +33,7 @@ from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_o
 TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
-ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone
+ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone, and most of that in the result
 APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
 ZERO = np.float32(0)
 GRAIN = 32  # keys whose sums are cleared together, when first touched
@@ -103,11 +103,13 @@ def _products(jobs, memory, masked, low, high, where):
 
 @far("iiiiii")
 def _sums(jobs, memory, at, count, bounds, where):
-    """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched, and where rows of Q and dO are."""
+    """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched, where rows of Q and dO are, and its share with where the gradients will stand."""
     job = job_at(jobs)
     sums_k, sums_v, touched, limit = get_i64(where, 4), get_i64(where, 5), get_i64(where, 6), get_i64(where, 7)
     step, padded = STEP * job.panels, (count + 3) & ~3
     sixes, fours = split(padded)
+    if job.owners != 0 and get_i64(job.owners, at // job.block_k) == get_i64(where, 14):
+        sums_k, sums_v = get_i64(where, 15), get_i64(where, 16)
     to_k, to_v = sums_k + 4 * job.Dp * at, sums_v + 4 * job.width * at
     apart = job.k_order != 0 or at + padded > job.S  # register tiles may reach three rows past the keys, and past the sums
     if not apart:
@@ -239,14 +241,6 @@ def _store_queries(jobs, memory, b, h):
         store_panel(dqt, job.Dp, memory + job.flat, memory + job.rows + 8 * PANEL * p, job.dq + b * job.dq_b + h * job.dq_h, 0, job.dq_t, job.T, job.dq_code, job.D)
 
 
-@kernel
-def _sums_of(job, head, share, sums, padded, target):
-    """Where a share of a head adds up: the first where the gradients will stand, if they can be summed there."""
-    if job.direct_sums == 0:
-        return sums + 4 * padded * job.sum_rows * (head * job.shares + share)
-    return target if share == 0 else sums + 4 * padded * job.sum_rows * (head * (job.shares - 1) + share - 1)
-
-
 @far("ii")
 def work(jobs, thread):
     job = job_at(jobs)
@@ -261,12 +255,15 @@ def work(jobs, thread):
         share, head = task % job.shares, job.head + task // job.shares
         b, j = head // job.Hk, head % job.Hk
         limit = key_limit(job, b)
-        put_i64(where, 4, _sums_of(job, task // job.shares, share, job.sums_k, job.Dp, job.dk + b * job.dk_b + j * job.dk_h))
-        put_i64(where, 5, _sums_of(job, task // job.shares, share, job.sums_v, job.width, job.dv + b * job.dv_b + j * job.dv_h))
+        put_i64(where, 4, job.sums_k + 4 * job.Dp * job.sum_rows * task)
+        put_i64(where, 5, job.sums_v + 4 * job.width * job.sum_rows * task)
         put_i64(where, 6, job.touched + job.touched_step * task)
         put_i64(where, 7, limit)
         put_i64(where, 8, job.k + b * job.k_b + j * job.k_h)
         put_i64(where, 9, job.v + b * job.v_b + j * job.v_h)
+        put_i64(where, 14, share)
+        put_i64(where, 15, job.dk + b * job.dk_b + j * job.dk_h)
+        put_i64(where, 16, job.dv + b * job.dv_b + j * job.dv_h)
         for h in range(j * group, (j + 1) * group):
             for tile in range(get_i64(job.cuts, share), get_i64(job.cuts, share + 1)):
                 if tile_rows(jobs, b, tile, memory + job.rows, job.panels * PANEL) == 0:
@@ -284,16 +281,17 @@ def work(jobs, thread):
 @kernel
 def _finish_rows(job, head, grain, sums, padded, code, width, target, step):
     """GRAIN rows: the shares that touched them are added to the first that did, in order."""
-    first, count, place, there = -1, min(GRAIN, job.S - GRAIN * grain), 4 * padded * GRAIN * grain, target + GRAIN * grain * step
+    first, count, there = -1, min(GRAIN, job.S - GRAIN * grain), target + GRAIN * grain * step
+    owner = get_i64(job.owners, GRAIN * grain // job.block_k) if job.owners != 0 else -1
     for share in range(job.shares):
         if get_byte(job.touched + job.touched_step * (head * job.shares + share), grain) != 0:
-            own = _sums_of(job, head, share, sums, padded, target) + place
+            own = there if share == owner else sums + 4 * padded * (job.sum_rows * (head * job.shares + share) + GRAIN * grain)
             if first < 0:
                 first = own
             else:
                 add_row(own, first, padded * count)
     if first < 0:
-        first = _sums_of(job, head, 0, sums, padded, target) + place
+        first = there if owner >= 0 else sums + 4 * padded * (job.sum_rows * head * job.shares + GRAIN * grain)
         fill_zero(first, padded * count)
     if first != there:
         store_rows(code, first, 4 * padded, count, width, there, step)
@@ -314,22 +312,23 @@ def finish(jobs, thread):
         _finish_rows(job, head, grain, job.sums_v, job.width, job.dv_code, job.Dv, job.dv + b * job.dv_b + j * job.dv_h, job.dv_t)
 
 
-def _cuts(lists, job, shares):
-    """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands."""
-    tiles_, offsets = int(job["tiles"][0]), np.asarray(lists.offsets)
+def _cuts(lists, tiles_, shares, start):
+    """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands; start: the block of tile 0."""
+    offsets, cost = np.asarray(lists.offsets), np.ones(tiles_)
     entries = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq).sum(0)
-    cost = np.ones(tiles_)
-    if lists.q_order is not None:
-        cost += entries
-    else:
-        mode, x = int(job["q_start_mode"][0]), job[0]
-        if mode == 0:
-            i = x["q_start"] // lists.block_q - lists.first + np.arange(tiles_)
-        else:
-            i = x["nq"] - tiles_ + np.arange(tiles_)
-        there = (i >= 0) & (i < lists.nq)
-        cost[there] += entries[i[there]]
+    i = start + np.arange(tiles_)
+    there = (i >= 0) & (i < lists.nq)
+    cost[there] += entries[i[there]]
     return np.concatenate([[0], np.searchsorted(np.cumsum(cost), np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
+
+
+def _owners(lists, cuts, start):
+    """Of each key block the share that adds up where the gradients will stand: the first that has it in its part of the first list. Any other would be as right."""
+    offsets, cols, owners = np.asarray(lists.offsets), np.asarray(lists.cols), np.zeros(lists.nk + 1, np.int64)
+    blocks = np.clip(start + cuts, 0, lists.nq)
+    for share in reversed(range(len(cuts) - 1)):
+        owners[cols[offsets[2 * blocks[share]]:offsets[2 * blocks[share + 1]]]] = share
+    return owners
 
 
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
@@ -360,23 +359,23 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     one = 4 * sum_rows * (Dp + width)
     heads = -(-B * Hk // -(-B * Hk // max(1, min(B * Hk, SPARE // one))))  # groups of about the same size
     one *= heads
-    shares = max(1, min(-(-TASKS // heads), int(job["tiles"][0]), ROOM // one))
-    job["direct_sums"] = D == Dp and Dv == width and lists.k_order is None and dk.dtype == dv.dtype == np.float32
-    held = one * (shares - int(job["direct_sums"][0]))
-    sums = take(held)
-    sums_k, sums_v = address(sums), address(sums) + held // (Dp + width) * Dp
-    touched, cuts = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
-    for name, x in dict(shares=shares, cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched),
-                        touched_step=touched.shape[1]).items():
-        job[name] = x
+    tiles_, mode, start = (int(job[name][0]) for name in ("tiles", "q_start_mode", "q_start"))
+    start = 0 if lists.q_order is not None else start // lists.block_q - lists.first if mode == START_FROM_ARGUMENT else lists.nq - tiles_
+    shares = max(1, min(-(-TASKS // heads), tiles_, ROOM // one))
+    sums, cuts = take(shares * one), _cuts(lists, tiles_, shares, start)
+    sums_k, sums_v = address(sums), address(sums) + shares * one // (Dp + width) * Dp
+    # Rows that are as long in the result as in a sum are summed there by one of the shares.
+    direct = D == Dp and Dv == width and lists.k_order is None and lists.block_k % GRAIN == 0 and dk.dtype == dv.dtype == np.float32
+    touched, owners = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _owners(lists, cuts, start) if direct else None
+    set_fields(job, shares=shares, owners=address(owners), cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched), touched_step=touched.shape[1])
     rows, chunk = panels * PANEL, CHUNK + 4
-    shared |= dict(spans=shared["spans"] + 160, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
+    shared |= dict(spans=shared["spans"] + 192, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
                    ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width))
     _memory = scratch(job, threads, **shared)
     for head in range(0, B * Hk, heads):
-        job["head"], job["heads"] = head, min(heads, B * Hk - head)
+        set_fields(job, head=head, heads=min(heads, B * Hk - head))
         touched[:] = alive[0]["counter"][:] = 0
-        on_threads(work, job, min(threads, shares * int(job["heads"][0])))
+        on_threads(work, job, min(threads, shares * min(heads, B * Hk - head)))
         alive[0]["counter"][:] = 0
         on_threads(finish, job)
     keep(sums)

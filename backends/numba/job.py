@@ -24,7 +24,7 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "direct_sums", "touched", "touched_step",
+        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step",
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
