@@ -259,7 +259,7 @@ def _carry(part: Lists, place) -> Lists:
         if x is None:
             return None
         return place.upload(arrays.as_numpy(x)) if arrays.device_of(x) is None else place.native(x)
-    known = ("offsets", "by_key_offsets", "by_key_rows", "q_order", "k_order") if arrays.device_of(part.offsets) is None else ()
+    known = ("offsets", "cols", "kinds", "intervals", "bitmaps", "by_key_offsets", "by_key_rows", "q_order", "k_order") if arrays.device_of(part.offsets) is None else ()
     host = {name: arrays.as_numpy(getattr(part, name)) for name in known if getattr(part, name) is not None}
     return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras=host)
 

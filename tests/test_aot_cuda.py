@@ -20,6 +20,7 @@ SPILLS = {  # source -> bytes that a thread may store and load: registers that p
     "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
     "block_attention_backward_two_pass": 352,  # the same warp; beside 160 sums of dK and dV fifteen words a step
     ("block_attention_backward_two_pass", "PARTED"): 480,  # and where a part's rows and keys stand
+    "block_attention_parts_hopper": 8,  # D 64: a word, once an item
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way

@@ -105,7 +105,7 @@ def latent_merge_defines(kind: str, rows: int) -> dict:
 
 def merged_lines(rows: int) -> int:
     """Rows of the output that a block of threads merges: many rows have few parts each."""
-    return 4 if rows >= 2048 else 1
+    return 8 if rows >= 2048 else 1
 
 
 def candidates(problem: Problem) -> list[dict]:
