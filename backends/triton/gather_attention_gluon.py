@@ -1,4 +1,5 @@
-"""Attention over selected keys for Hopper in Gluon, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16.
+"""Attention over selected keys for Hopper in Gluon, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16, or in the fp8 layout of
+a latent cache, whose rows `gather` converts (LATENT).
 
 A persistent block of threads takes one query and up to 64 heads that share its list at a time. `gather` brings the query, then tiles of 64 keys into two slots; holes are
 zeros there, nothing is read for them. Two groups of `multiply` make the same scores each, for their own 256 value columns: half as much again is multiplied as would
@@ -12,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton import latent_rows, relaunch
+from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.latents import latent_of
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.tiles import finish, soften
@@ -59,14 +60,16 @@ def _bytes(keys, rows, ok, n: gl.constexpr, C: gl.constexpr):
 def _convert(tiles, s, keys, rows, ok, bits, scale, C: gl.constexpr):
     """Such rows as elements into slot s, zeros where not ok: each group is asked for while the one before is converted. `bits` and `scale` are the first one's."""
     kind: gl.constexpr = tiles[0].dtype
+    c = gl.arange(0, ROTARY, gl.SliceLayout(0, C))
+    at = keys.to(gl.pointer_type(gl.bfloat16), bitcast=True) + gl.expand_dims(rows // 2, 1) + (2 * HALF + 16) // 2 + gl.expand_dims(c, 0)
     for n in gl.static_range(4):
         value = (bits.to(gl.float8e4nv, bitcast=True).to(gl.float32) * gl.expand_dims(scale, 1)).to(kind)
         if n < 3:
             bits, scale = _bytes(keys, rows, ok, n + 1, C)
+        else:
+            rotary = gl.load(at, mask=gl.expand_dims(ok, 1), other=0.0)
         tiles[n // 2].index(s).slice(n % 2 * GROUP, GROUP, dim=1).store(value)
-    c = gl.arange(0, ROTARY, gl.SliceLayout(0, C))
-    at = keys.to(gl.pointer_type(gl.bfloat16), bitcast=True) + gl.expand_dims(rows // 2, 1) + (2 * HALF + 16) // 2 + gl.expand_dims(c, 0)
-    tiles[2].index(s).store(gl.load(at, mask=gl.expand_dims(ok, 1), other=0.0).to(kind))
+    tiles[2].index(s).store(rotary.to(kind))
 
 
 @gluon.jit
@@ -207,27 +210,12 @@ def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, s
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
-def takes(q, k, v, indices, granularity: int, scale: float, softcap, kind: str) -> bool:
+def takes(q, k, v, indices, granularity: int, scale: float, softcap, kind: str, latent=None) -> bool:
     """Whether this call is one for `gather_gluon`: one key head of the latent's widths, one list for all heads, a positive scale, rows that 16-byte copies can read."""
     fits = (q.shape[3], v.shape[3], k.shape[1], indices.shape[1], granularity) == (576, 512, 1, 1, 1) and softcap is None and 1e-30 < scale < 1e38 and kind == str(q.dtype)[6:]
+    fits = fits and latent in (None, (512, 64))
     shared = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     return fits and shared and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
-
-
-def takes_bytes(q, k, indices, granularity: int, scale: float, softcap, kind: str, latent) -> bool:
-    """The same for rows in the fp8 layout, of queries so few that the keys of a sequence may be written once more."""
-    fits = (latent, k.shape[1], indices.shape[1], granularity) == ((512, 64), 1, 1, 1) and softcap is None and 1e-30 < scale < 1e38 and kind == str(q.dtype)[6:]
-    return fits and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k)) and latent_rows.sequences(q.shape[2], indices.shape[3], sum(latent)) > 0
-
-
-def launch_on_bytes(q, k, indices, out, lse, place, latent, *, lengths, causal, kv_length, q_start, **given):
-    """The same for rows in the fp8 layout: as many sequences at a time as their keys of 16 bits have room for."""
-    T, K = q.shape[2], indices.shape[3]
-    for b in range(0, len(q), step := latent_rows.sequences(T, K, sum(latent))):
-        few = slice(b, b + step)
-        some = lambda x: x if x is None or isinstance(x, int) else x[few]  # noqa: B023, E731
-        keys, found = latent_rows.launch(k[few], indices[few], str(q.dtype)[6:], place, lengths=some(lengths), causal=causal, kv_length=some(kv_length), q_start=some(q_start), latent=latent)
-        launch(q[few], keys, found, out[few], some(lse), place, lengths=some(lengths), causal=False, kv_length=None, q_start=0, **given)
 
 
 @lru_cache
@@ -252,12 +240,11 @@ def resources() -> Resources:
 
 
 def artifacts(problem) -> list[dict]:
-    before = latent_rows.artifacts(problem) if latent_of(problem) is not None else []
-    has, pointer = (problem.features & {"sink"} if before else problem.features).__contains__, POINTER[problem.dtype("q")]  # of keys that were made for it all else has been said
-    made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
+    has, pointer, latent = problem.features.__contains__, POINTER[problem.dtype("q")], latent_of(problem) is not None
+    made = dict(constants(has("causal"), has("kv_length") and not has("q_start"), latent))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    pointers = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    pointers = dict(q=pointer, k="*u8" if latent else pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "sks")
     signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [*before, dict(fn=gather_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    return [dict(fn=gather_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
