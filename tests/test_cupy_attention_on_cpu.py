@@ -377,7 +377,7 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
     attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
 
 
-@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("lines", [1, 8])
 @pytest.mark.parametrize("parts, sink", [(1, None), (2, 19.0), (33, None), (300, 25.0)])
 def test_parts_of_one_item_are_merged(place, parts, sink, lines, rng, monkeypatch):
     """One query of 5 heads with a part in every share, some of them empty; nothing is written where there is one part: it stood there already."""
