@@ -281,15 +281,17 @@ def test_parts_that_hopper_leaves():
     assert None in ragged
 
 
-def test_tiles_of_parts_follow_each_other(monkeypatch):
+@pytest.mark.parametrize("lead", [1, 2, 3])
+def test_tiles_of_parts_follow_each_other(lead, monkeypatch):
     """Every tile once for every head; a tile that starts from sums stands behind all tiles that leave them, and waits for each of their two groups of threads."""
     monkeypatch.setattr(hopper_parts, "GROUP", 4)
+    monkeypatch.setattr(hopper_parts, "LEAD", lead)
     place, heads = CpuPlace(), 3
     parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
     plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
     assert plan.groups == 2 and len(plan.axes) == 2
     taken, left = [], {}
-    for number in range(plan.first_item, (heads + 1) * len(plan.items.owner)):
+    for number in range(plan.first_item, (heads + plan.behind) * len(plan.items.owner)):
         t, number_of_pass, _, entries, _, head, wait, leaves = plan.items.owner[number % len(plan.items.owner)].tolist()
         head += number // len(plan.items.owner)
         if not 0 <= head < heads:
