@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import _layout, _Map, _word, ahead, clear
+from sparsetile.backends.triton.block_attention_gluon import _layout, _look, _Map, _word, ahead, clear
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
 from sparsetile.backends.triton.launch import POINTER, power, schedule, tiles
 from sparsetile.backends.triton.maps import can_map
@@ -102,12 +102,12 @@ def bring_keys(maps, cols, Hq, group, D0: gl.constexpr, V0: gl.constexpr, queue,
 
 
 @gluon.jit
-def _unseen_out(x, kind, r, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+def _unseen_out(x, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     """0 where a query, a row of x, does not see the key."""
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, r, 0, left, tables, INTERVALS, BITMAPS), 1)
+    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, r, n, left, tables, INTERVALS, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, x, 0.0)
 
 
@@ -150,8 +150,8 @@ def multiply_queries(W: gl.constexpr, dq_map, dq, lse, delta, cols, kinds, table
                 ds = p * (grad - gl.expand_dims(shift, 1))
                 if MASKED:
                     if e >= plain:
-                        entry = first + e + gl.where(e >= kept, gap, 0)
-                        ds = _unseen_out(ds, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                        kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
+                        ds = _unseen_out(ds, kind, lo, hi, r, tables, BITMAPS, L)
                 at = warpgroup_mma(gl.convert_layout(ds.to(kind_of), P), sk.index(s), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(at, ))
                 mbarrier.arrive(k_free.index(s))
@@ -208,7 +208,7 @@ def queries_gluon(q, dout, k, v, dq_map, dq, lse, delta, offsets, cols, kinds, i
         (multiply_queries, (0, dq_map, dq, lse, delta, cols, kinds, tables, T, scale, D, D0, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
         (multiply_queries, (1, dq_map, dq, lse, delta, cols, kinds, tables, T, scale, D, D0, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
         (bring_keys, ((q, dout, k, v), cols, Hq, group, D0, V0, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, queue)),
+        (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hq, T, S, EDGE, FROM_LENGTH, queue)),
         (clear, (cols, kinds, tables, T, D0, INTERVALS, BITMAPS, MASKED, queue, sk, k_full, k_landed)),
     ], [4, 1, 1, 1], [232, 40, 40, 40])
 
@@ -264,15 +264,14 @@ def take_blocks(ticket, items, lists, at, heads, Hk, T, S, tiles, ahead, EDGE: g
         x = place * 0
         for f in gl.static_range(8):
             x = gl.where(place == f, fields[f], x)
-        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
         slots.index(j % 2).store(x)
         mbarrier.arrive(slot_full.index(j % 2))
+        mbarrier.wait(slot_free.index(j % 2), (j // 2) & 1)  # not before all have begun it, as in `take`
         j += 1
         number = items
         if ticket is not None:
             number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
         more = number < items
-    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
     slots.index(j % 2).store(place * 0 - 1)
     mbarrier.arrive(slot_full.index(j % 2))
 

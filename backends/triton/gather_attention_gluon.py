@@ -12,12 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton import relaunch
+from sparsetile.backends.triton import latent_rows, relaunch
+from sparsetile.backends.triton.latents import latent_of
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.tiles import finish, soften
 
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
+GROUP = gl.constexpr(128)  # float8 values with one scale
 HALF = gl.constexpr(256)  # of the values
 ROTARY = gl.constexpr(64)
 STAGES = gl.constexpr(2)
@@ -46,7 +48,30 @@ def _copy(tiles, s, rows, ok, B: gl.constexpr):
 
 
 @gluon.jit
-def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr, q_tiles, k_tiles, found, q_bars, k_bars):
+def _bytes(keys, rows, ok, n: gl.constexpr, C: gl.constexpr):
+    """Group n of 128 float8 values of rows in the fp8 layout of a latent cache, and its scale of each row."""
+    c = n * GROUP + gl.arange(0, GROUP, gl.SliceLayout(0, C))
+    scales = keys.to(gl.pointer_type(gl.float32), bitcast=True) + rows // 4 + (2 * HALF // 4 + n)
+    return gl.load(keys + gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(ok, 1), other=0), gl.load(scales, mask=ok, other=0.0)
+
+
+@gluon.jit
+def _convert(tiles, s, keys, rows, ok, bits, scale, C: gl.constexpr):
+    """Such rows as elements into slot s, zeros where not ok: each group is asked for while the one before is converted. `bits` and `scale` are the first one's."""
+    kind: gl.constexpr = tiles[0].dtype
+    for n in gl.static_range(4):
+        value = (bits.to(gl.float8e4nv, bitcast=True).to(gl.float32) * gl.expand_dims(scale, 1)).to(kind)
+        if n < 3:
+            bits, scale = _bytes(keys, rows, ok, n + 1, C)
+        tiles[n // 2].index(s).slice(n % 2 * GROUP, GROUP, dim=1).store(value)
+    c = gl.arange(0, ROTARY, gl.SliceLayout(0, C))
+    at = keys.to(gl.pointer_type(gl.bfloat16), bitcast=True) + gl.expand_dims(rows // 2, 1) + (2 * HALF + 16) // 2 + gl.expand_dims(c, 0)
+    tiles[2].index(s).store(gl.load(at, mask=gl.expand_dims(ok, 1), other=0.0).to(kind))
+
+
+@gluon.jit
+def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr, LATENT: gl.constexpr, q_tiles, k_tiles, found, q_bars, k_bars):
+    C: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     Hq, parts, T, S, K = sizes
     sqb, sqh, sqt, skb, sks = strides
@@ -80,11 +105,19 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
                 ok = (entry >= 0) & (entry < limit)
                 if CAUSAL:
                     ok = ok & (entry <= start + t)
-                rows = keys + gl.where(ok, entry, 0).to(gl.int64) * sks
+                rows = gl.where(ok, entry, 0).to(gl.int64) * sks
                 entry = gl.load(indices + line + first + KEYS + r, mask=first + KEYS + r < count, other=-1)  # asked for a tile ahead
-                mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
-                _copy(k_tiles, s, rows, ok, B)
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+                if LATENT:
+                    own = gl.convert_layout(rows, gl.SliceLayout(1, C))
+                    there = gl.convert_layout(ok, gl.SliceLayout(1, C))
+                    bits, factor = _bytes(keys, own, there, 0, C)
+                    mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
+                    _convert(k_tiles, s, keys, own, there, bits, factor, C)
+                    fence_async_shared()
+                else:
+                    mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
+                    _copy(k_tiles, s, keys + rows, ok, B)
+                    async_copy.mbarrier_arrive(full.index(s), increment_count=False)
                 found.index(s).store(ok.to(gl.int32))
                 mbarrier.arrive(full.index(s))
                 n += 1
@@ -144,7 +177,7 @@ def multiply(W: gl.constexpr, out, lse, lengths, sinks, sizes, items, scale, q_t
 
 @gluon.jit(do_not_specialize=["Hq", "parts", "T", "S", "K", "items", "q_start"])
 def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
-                 CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
+                 CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr, LATENT: gl.constexpr, MULTIPLY: gl.constexpr, GATHER: gl.constexpr):
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     kind = q.dtype.element_ty
@@ -160,7 +193,7 @@ def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, s
     mbarrier.init(q_full.index(0), count=COPIERS)
     mbarrier.init(q_free.index(0), count=2)
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=COPIERS + 1)
+        mbarrier.init(full.index(s), count=1 if LATENT else COPIERS + 1)
         mbarrier.init(free.index(s), count=2)
     fence_async_shared()
     sizes = (Hq, parts, T, S, K)
@@ -169,8 +202,8 @@ def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, s
     gl.warp_specialize([
         (multiply, (0, out, lse, lengths, sinks, sizes, items, scale, q_tiles, k_tiles, found, q_bars, k_bars)),
         (multiply, (1, out, lse, lengths, sinks, sizes, items, scale, q_tiles, k_tiles, found, q_bars, k_bars)),
-        (gather, (q, k, indices, lengths, (q_start, q_starts, kv_length), sizes, (sqb, sqh, sqt, skb, sks), items, CAUSAL, FROM_LENGTH, q_tiles, k_tiles, found, q_bars, k_bars)),
-    ], [4, 4], [232, 40])
+        (gather, (q, k, indices, lengths, (q_start, q_starts, kv_length), sizes, (sqb, sqh, sqt, skb, sks), items, CAUSAL, FROM_LENGTH, LATENT, q_tiles, k_tiles, found, q_bars, k_bars)),
+    ], [4, 4], [MULTIPLY, GATHER])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -181,19 +214,36 @@ def takes(q, k, v, indices, granularity: int, scale: float, softcap, kind: str) 
     return fits and shared and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
 
 
+def takes_bytes(q, k, indices, granularity: int, scale: float, softcap, kind: str, latent) -> bool:
+    """The same for rows in the fp8 layout, of queries so few that the keys of a sequence may be written once more."""
+    fits = (latent, k.shape[1], indices.shape[1], granularity) == ((512, 64), 1, 1, 1) and softcap is None and 1e-30 < scale < 1e38 and kind == str(q.dtype)[6:]
+    return fits and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k)) and latent_rows.sequences(q.shape[2], indices.shape[3], sum(latent)) > 0
+
+
+def launch_on_bytes(q, k, indices, out, lse, place, latent, *, lengths, causal, kv_length, q_start, **given):
+    """The same for rows in the fp8 layout: as many sequences at a time as their keys of 16 bits have room for."""
+    T, K = q.shape[2], indices.shape[3]
+    for b in range(0, len(q), step := latent_rows.sequences(T, K, sum(latent))):
+        few = slice(b, b + step)
+        some = lambda x: x if x is None or isinstance(x, int) else x[few]  # noqa: B023, E731
+        keys, found = latent_rows.launch(k[few], indices[few], str(q.dtype)[6:], place, lengths=some(lengths), causal=causal, kv_length=some(kv_length), q_start=some(q_start), latent=latent)
+        launch(q[few], keys, found, out[few], some(lse), place, lengths=some(lengths), causal=False, kv_length=None, q_start=0, **given)
+
+
 @lru_cache
-def constants(causal: bool, from_length: bool) -> relaunch.Constants:
-    return relaunch.Constants(CAUSAL=causal, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
+def constants(causal: bool, from_length: bool, latent: bool = False) -> relaunch.Constants:
+    registers = dict(MULTIPLY=208, GATHER=88) if latent else dict(MULTIPLY=232, GATHER=40)
+    return relaunch.Constants(CAUSAL=causal, FROM_LENGTH=from_length, LATENT=latent, **registers, num_warps=4, enable_fp_fusion=False)
 
 
-def launch(q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
-    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None)."""
+def launch(q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start, latent=None):
+    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). latent: keys are rows of bytes."""
     (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
     parts, host = -(-Hq // HEADS.value), q_start if isinstance(q_start, int) else None
     items = B * T * parts
     pointers = (q, k, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
-    relaunch.launch(gather_gluon, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
+    relaunch.launch(gather_gluon, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None, latent is not None), (q.dtype,))
 
 
 def resources() -> Resources:
@@ -202,11 +252,12 @@ def resources() -> Resources:
 
 
 def artifacts(problem) -> list[dict]:
-    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
+    before = latent_rows.artifacts(problem) if latent_of(problem) is not None else []
+    has, pointer = (problem.features & {"sink"} if before else problem.features).__contains__, POINTER[problem.dtype("q")]  # of keys that were made for it all else has been said
     made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     pointers = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "sks")
     signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [dict(fn=gather_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    return [*before, dict(fn=gather_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
