@@ -5,7 +5,8 @@
 // in which an item walks its rows. So of the items not finished the one with the lowest ticket waits for nobody, and some block of threads holds it: no deadlock, however few
 // blocks of threads run at once. No other order has this property: with one block of threads, items are done one after the other. The rank of an addition is the number of
 // earlier items in the query tile's own list: lists made on the device need nothing more. Rows are walked from the last to the first, the order in which neighbouring items of
-// windows and causal patterns come to a row without waiting.
+// windows and causal patterns come to a row without waiting; or `ascending`, its mirror image, key blocks from the last to the first and rows ascending, which spares windows and packed
+// documents what waiting there is, and wants few heads at a time: their key blocks stand at different rows.
 //
 // Where few key blocks are seen by far more rows than others (global tokens, sinks), everybody would wait for them while they walk. They are split: each `section` of rows is an
 // item of its own, taken shortly before the items that stand beside its rows, and its dK and dV are parts in device memory that `join` adds. Rows that far more key blocks

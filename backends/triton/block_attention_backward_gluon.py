@@ -23,7 +23,7 @@ from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import first_from
 
 STAGES = gl.constexpr(2)
-STEP = gl.constexpr(64)  # queries of a step of `keys`
+STEP, KEY_STAGES = gl.constexpr(64), 3  # queries of a step of `keys`, and how many steps' are under way
 READERS = gl.constexpr(4)  # of an item of `queries`: loading, clearing, two groups; one less of `keys`
 
 
@@ -463,7 +463,7 @@ def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edg
     """Of `queries_gluon` and `keys_gluon`. edge_k: some keys of a block may not exist; edge_q: some queries of a tile."""
     w, common = widths(D, DV), dict(INTERVALS=intervals, BITMAPS=bitmaps, FROM_LENGTH=from_length)
     return (relaunch.Constants(dict(D=D, **w, EDGE=edge_k, **common), num_warps=4, enable_fp_fusion=False),
-            relaunch.Constants(dict(D=D, DV=DV, **w, STAGES=3, EDGE=edge_q, **common), num_warps=4, enable_fp_fusion=False))
+            relaunch.Constants(dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, EDGE=edge_q, **common), num_warps=4, enable_fp_fusion=False))
 
 
 def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start):
@@ -534,5 +534,6 @@ def artifacts(problem) -> list[dict]:
 
 
 def resources(D: int, DV: int) -> Resources:
+    """Of `keys`, which asks for more: two items' keys and values, three steps of queries and dout with what is known of their rows, barriers and items."""
     w = widths(D, DV)
-    return Resources(threads=384, shared=256 * (1 + STAGES.value) * (w["D0"] + w["V0"]) + 512, registers=168)
+    return Resources(threads=384, shared=(2 * 256 + KEY_STAGES * 128) * (w["D0"] + w["V0"]) + KEY_STAGES * 512 + 640, registers=168)
