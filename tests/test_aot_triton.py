@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")]
 HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
-SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
-    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 256, ("topk", "keep_rows"): 8, ("importance_topk", "score_by_queries"): 72,
-    ("gather_attention", "gather_gluon"): 136,
+SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, float32 sums of 64 rows, and tiles of 128 x 128 beside path gluon
+    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("topk", "keep_rows"): 8, ("importance_topk", "score_by_queries"): 72,
+    ("gather_attention", "gather_gluon"): 136, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 216,  # in masks, and the warps that load
 }
 
 
@@ -100,7 +100,7 @@ def test_budget(op, case, arch):
         assert used["registers"] <= WIDEST[arch]
         assert used["spills"] <= SPILLS.get((op, name), 0), f"{op}.{name}: {used} with {artifact['constexprs']}"
         assert used["shared"] <= shared_limit(arch), f"{op}.{name}: {used} with {artifact['constexprs']}"
-        if name in ("forward_gluon", "gather_gluon") or name == "forward" and artifact["constexprs"].get("MAPS"):
+        if name.endswith("_gluon") or name == "forward" and artifact["constexprs"].get("MAPS"):
             assert not used["said"], f"{op}.{name}: ptxas serialised products or ignored a register budget: {used['said']}"
 
 

@@ -215,9 +215,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
-  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+  const auto begin = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
     start_from(s, rows_at + b * LINE * 4);
+  };
+  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+    hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
@@ -232,7 +235,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
     wgmma_commit();
   };
-  const auto step = [&](const u32 b) __attribute__((always_inline)) {  // its scores are on their way
+  const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
+    const u32 b = uniform(stage);
     const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
@@ -298,12 +302,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
     bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    begin(0);
     multiply_scores(0);
     for (u32 b = 0;;) {
       step(b);
       if (b && field(STATE) & LAST) break;
       if (b) { release(); turn ^= 1; }
-      b ^= 1;
+      b = uniform(b ^ 1);
+      begin(b);
       wgmma_wait<0>();
       free_step(b ^ 1);
       multiply_scores(b);
