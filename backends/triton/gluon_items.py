@@ -13,19 +13,9 @@ KEYS = gl.constexpr(128)
 
 
 @gluon.jit
-def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
-    how many stand before the gap, how many there are, the gap, keys that exist."""
-    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
+    """(keys that exist, position of query 0) of batch b."""
     q_start, q_starts, kv_length = at
-    before = ahead * heads
-    each = gl.where(number < before, ahead, tiles - ahead)
-    m = gl.where(number < before, number, number - before)
-    head = m // each
-    rank = m - head * each + gl.where(number < before, 0, ahead)
-    b = head // Hq
-    h = head - b * Hq
-    which = gl.load(list_of + b * slb + h * slh)
     limit = S
     if kv_length is not None:
         limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
@@ -34,6 +24,23 @@ def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constex
         start = gl.load(q_starts + b)
     elif FROM_LENGTH:
         start += limit - T
+    return limit, start
+
+
+@gluon.jit
+def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
+    how many stand before the gap, how many there are, the gap, keys that exist."""
+    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+    before = ahead * heads
+    each = gl.where(number < before, ahead, tiles - ahead)
+    m = gl.where(number < before, number, number - before)
+    head = m // each
+    rank = m - head * each + gl.where(number < before, 0, ahead)
+    b = head // Hq
+    h = head - b * Hq
+    which = gl.load(list_of + b * slb + h * slh)
+    limit, start = place_of(b, T, S, at, FROM_LENGTH)
     if schedule is not None:  # the call covers exactly the layout's tiles
         tile = gl.load(schedule + which * nq + rank)
         t = (first + tile) * ROWS - start

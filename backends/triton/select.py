@@ -44,17 +44,41 @@ def load_block(row, block, width, lo, hi, first, last, BLOCK: tl.constexpr, FORC
 
 
 @triton.jit
-def kth_key(keys, k):
-    """A bound t with at least k keys >= t and fewer than k keys > t, or exactly k keys >= t. At least k >= 1 keys are not 0."""
+def probes(lo, hi, above, below, k, step):
+    """Two keys in lo + 1 .. hi that are likely to have the k-th largest between them, of which `above` are >= lo and `below` > hi: where scores lie as an exponential's do, two
+    deviations to either side; after many steps, and where that is no number, thirds of the interval."""
+    x = value_of(lo)
+    width = value_of(hi) - x
+    most = tl.log2(above.to(tl.float32))
+    share = (most - tl.log2(k.to(tl.float32))) / (most - tl.log2(tl.maximum(below, 1).to(tl.float32)))
+    spread = 1.0 / tl.sqrt((above - below).to(tl.float32))
+    third = (hi - lo) // 3
+    near = (step < 8) & (width < float("inf"))  # false for NaN
+    p = tl.where(near, order_keys((x + width * (share - spread)).to(tl.int32, bitcast=True)), lo + third)
+    q = tl.where(near, order_keys((x + width * (share + spread)).to(tl.int32, bitcast=True)), hi - third)
+    p = tl.minimum(tl.maximum(p, lo + 1), hi)
+    return p, tl.minimum(tl.maximum(q, p), hi)
+
+
+@triton.jit
+def kth_key(keys, have, k, slack):
+    """(bound, how many keys are >= it): k to k + slack of them, or at least k with fewer than k > it. `have` >= k >= 1 keys are not 0; at most 32767 keys."""
     lo = tl.min(tl.where(keys == 0, 0xFFFFFFFF, keys), axis=0)
     hi = tl.max(keys, axis=0)
+    above = have
+    below = have * 0
+    step = have * 0
     while lo < hi:
-        gap = hi - lo
-        middle = lo + (gap >> 1) + (gap & 1)
-        count = tl.sum((keys >= middle).to(tl.int32), axis=0)
-        hi = tl.where(count < k, middle - 1, tl.where(count == k, middle, hi))
-        lo = tl.where(count < k, lo, middle)
-    return lo
+        p, q = probes(lo, hi, above, below, k, step)
+        both = tl.sum((keys >= p).to(tl.int32) + ((keys >= q).to(tl.int32) << 16), axis=0)
+        at_p = both & 0xFFFF
+        at_q = both >> 16
+        hi = tl.where(at_q >= k, tl.where(at_q <= k + slack, q, hi), tl.where(at_p >= k, tl.where(at_p <= k + slack, p, q - 1), p - 1))
+        below = tl.where(at_q >= k, below, tl.where(at_p >= k, at_q, at_p))
+        lo = tl.where(at_q >= k, q, tl.where(at_p >= k, p, lo))
+        above = tl.where(at_q >= k, at_q, tl.where(at_p >= k, at_p, above))
+        step += 1
+    return lo, above
 
 
 @triton.jit
@@ -89,10 +113,12 @@ def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.c
     rank = bound_rank(mean).to(tl.int32)
     key = tl.sum(tl.zeros_like(keys), axis=0)
     position = lo * 0 - 1
-    if tl.sum((keys > 0).to(tl.int32), axis=0) >= rank:  # else every entry passes
-        key = kth_key(keys, rank)
+    have = tl.sum((keys > 0).to(tl.int32), axis=0)
+    if have >= rank:  # else every entry passes
+        slack = rank // 32
+        key, passed = kth_key(keys, have, rank, slack)
         position = hi
-        if tl.sum((keys >= key).to(tl.int32), axis=0) > rank:  # equal scores at the bound, as far as they are needed
+        if passed > rank + slack:  # equal scores at the bound, as far as they are needed
             ties = (keys == key).to(tl.int32)
             left = rank - tl.sum((keys > key).to(tl.int32), axis=0)
             position = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, axis=0) <= left), at, -1), axis=0)
@@ -194,16 +220,14 @@ def choose(keys, at, k, row, out, values, VALUES: tl.constexpr):
     """The k best of a tile of candidates whose positions ascend: positions (and values) in ascending order to `out`; returns how many."""
     have = tl.sum((keys > 0).to(tl.int32), axis=0)
     bound = tl.sum(tl.zeros_like(keys), axis=0)
-    left = have * 0
+    passed = have
     if have > k:
-        bound = kth_key(keys, k)
+        bound, passed = kth_key(keys, have, k, 0)
+    chosen = (keys >= bound) & (keys > 0)
+    if passed > k:  # more equal scores at the end than are wanted
+        ties = (keys == bound).to(tl.int32)
         left = k - tl.sum((keys > bound).to(tl.int32), axis=0)
-    ties = ((keys == bound) & (keys > 0)).to(tl.int32)
-    chosen = keys > bound
-    if tl.sum(ties, axis=0) > left:  # more equal scores at the end than are wanted
-        chosen = chosen | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
-    else:
-        chosen = chosen | (ties > 0)
+        chosen = (keys > bound) | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(out + slot, at, mask=chosen)
     if VALUES:

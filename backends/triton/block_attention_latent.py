@@ -1,0 +1,248 @@
+"""Attention over block lists for few queries with DeepSeek's latent, for Hopper in Gluon: the roles of latent_gluon.py over key blocks of 64.
+
+An item is one query, up to 64 heads and one of `splits` equal shares of the blocks that the lengths on the device leave of its list; with more than one, parts are joined as on
+the path "decode". `bring` loads blocks that every query sees through the copy engine; those that have a mask, and pages, by copies of threads, which leave zeros for keys
+that are not seen: 0 * NaN would reach a product.
+"""
+from functools import lru_cache
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+from sparsetile.backends.contract import Problem, Resources
+from sparsetile.backends.triton import latent_gluon, relaunch
+from sparsetile.backends.triton.block_attention_decode import merge, merge_constants
+from sparsetile.backends.triton.gluon_items import place_of
+from sparsetile.backends.triton.gluon_maps import Map, described
+from sparsetile.backends.triton.latent_gluon import COPIERS, HALF, HEADS, KEYS, ROTARY, STAGES, attend, copy_query, copy_rows, make_memory, store
+from sparsetile.backends.triton.launch import FAR, POINTER
+from sparsetile.backends.triton.maps import can_map
+from sparsetile.backends.triton.pages import DEFAULT, one_tensor, page_of
+from sparsetile.backends.triton.tiles import entries_of
+
+SPLITS = 64
+
+
+@gluon.jit
+def item_of(number, lists, at, sizes, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """(batch, query, first head, share, the query's row in its tile, keys that exist, the list, the share's blocks lo .. hi): the programs that run together have the heads
+    of one query, so that keys come from memory once."""
+    offsets, cols, list_of, slb, first, nq = lists
+    Hq, parts, T, S = sizes
+    y = number // parts
+    line = y // SPLIT
+    split = y - line * SPLIT
+    b = line // T
+    t = line - b * T
+    limit, start = place_of(b, T, S, at, FROM_LENGTH)
+    p = start + t
+    row = p & (BQ - 1)
+    run = entries_of((p - row) // BQ - first, gl.load(list_of + b * slb), offsets, cols, limit, nq, KEYS, EDGE)
+    a, n, e, c, edge = run
+    count = n - a + c - e + edge
+    lo = (count.to(gl.int64) * split // SPLIT).to(gl.int32)
+    hi = (count.to(gl.int64) * (split + 1) // SPLIT).to(gl.int32)
+    return b, t, (number - y * parts) * HEADS, split, row, limit, run, lo, hi
+
+
+@gluon.jit
+def seen(kind, row, c, tables, BQ: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """Which of the keys c of a block its picture `kind` shows the row. kind -1: all."""
+    intervals, bitmaps = tables
+    ok = c >= 0
+    if INTERVALS:
+        if (kind >= 0) & ((kind & 1) == 0):
+            at = intervals + (kind >> 1).to(gl.int64) * (2 * BQ) + 2 * row
+            ok = (c >= gl.load(at)) & (c < gl.load(at + 1))
+    if BITMAPS:
+        if (kind >= 0) & ((kind & 1) == 1):
+            words = gl.load(bitmaps + (kind >> 1).to(gl.int64) * (BQ * (KEYS // 32)) + row * (KEYS // 32) + c // 32)
+            ok = ((words >> (c % 32)) & 1) != 0
+    return ok
+
+
+@gluon.jit
+def load_tile(maps, b, first, s, k_tiles, found, bar, B: gl.constexpr):
+    """64 keys that the query sees, through the copy engine, which arrives for every thread."""
+    latents, rotaries = maps
+    found.index(s).store(gl.full([KEYS], 1, gl.int32, gl.SliceLayout(1, B)))
+    mbarrier.arrive(bar, count=COPIERS)
+    mbarrier.expect(bar, KEYS * (2 * HALF + ROTARY) * 2)
+    tma.async_copy_global_to_shared(latents, [b, 0, first, 0], bar, k_tiles[0].index(s))
+    tma.async_copy_global_to_shared(latents, [b, 0, first, HALF], bar, k_tiles[1].index(s))
+    tma.async_copy_global_to_shared(rotaries, [b, 0, first, 2 * HALF], bar, k_tiles[2].index(s))
+
+
+@gluon.jit
+def copy_tile(keys, sks, table, pool, first, limit, ok, s, k_tiles, found, bar, PAGE: gl.constexpr, B: gl.constexpr):
+    """64 keys by copies of threads: zeros past the limit, where there is no page and where not ok."""
+    c = gl.arange(0, KEYS, gl.SliceLayout(1, B))
+    ok = ok & (first + c < limit)
+    key = (first + gl.where(ok, c, 0)).to(gl.int64)
+    if PAGE:
+        page, there = page_of(table, first + c, limit, pool, PAGE)
+        ok = ok & there
+        key = page * PAGE + (first + c) % PAGE
+    copy_rows(k_tiles, s, keys + key * sks, ok, B)
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+    found.index(s).store(ok.to(gl.int32))
+    mbarrier.arrive(bar)
+
+
+@gluon.jit
+def bring(maps, q, k, table, lists, kinds, tables, at, sizes, strides, pages, items, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, INTERVALS: gl.constexpr,
+          BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, MAPS: gl.constexpr, PAGE: gl.constexpr, memory):
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    cols = lists[1]
+    Hq, parts, T, S = sizes
+    sqb, sqh, sqt, skb, sks = strides
+    table_b, pool = pages
+    q_tiles, k_tiles, found, q_bars, k_bars = memory
+    full, free = k_bars
+    c = gl.arange(0, KEYS, gl.SliceLayout(1, B))
+    n = 0
+    j = 0
+    for number in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
+        a, whole, e, end, edge = run
+        if lo < hi:
+            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, q_tiles, q_bars, B)
+            j += 1
+            keys = k + b.to(gl.int64) * skb
+            pages_of = table
+            if PAGE:
+                pages_of = table + b.to(gl.int64) * table_b
+            for x in range(lo, hi):
+                masked = x - (whole - a)  # from 0 on; a full block that the limit cuts stands before the others
+                entry = gl.where(masked < 0, a + x, gl.where(masked < edge, whole, e + masked - edge))
+                first = gl.load(cols + entry) * KEYS
+                s = n % STAGES
+                ok = c >= 0
+                if INTERVALS or BITMAPS:
+                    if masked >= 0:
+                        ok = seen(gl.load(kinds + entry), row, c, tables, BQ, INTERVALS, BITMAPS)
+                mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
+                if MAPS:
+                    if masked < 0:
+                        load_tile(maps, b, first, s, k_tiles, found, full.index(s), B)
+                    else:
+                        copy_tile(keys, sks, pages_of, pool, first, limit, ok, s, k_tiles, found, full.index(s), PAGE, B)
+                else:
+                    copy_tile(keys, sks, pages_of, pool, first, limit, ok, s, k_tiles, found, full.index(s), PAGE, B)
+                n += 1
+
+
+@gluon.jit
+def multiply(W: gl.constexpr, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, memory):
+    Hq, parts, T, S = sizes
+    n = 0
+    j = 0
+    for number in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
+        acc, m, l = attend(W, hi - lo, n, j, scale * 1.4426950408889634, memory)
+        n += hi - lo
+        j += (lo < hi).to(gl.int32)
+        line = b.to(gl.int64) * Hq * T + t
+        if SPLIT == 1:
+            store(W, acc, m, l, out, lse, sinks, line, T, head, Hq, scale)
+        else:
+            store_part(W, acc, m, l, sums, tops, line + split.to(gl.int64) * (items // (parts * SPLIT)) * Hq, T, head, Hq)
+
+
+@gluon.jit
+def store_part(W: gl.constexpr, acc, m, l, sums, tops, line, step, head, Hq):
+    """A share's sums, as they are held."""
+    O: gl.constexpr = acc.type.layout
+    r = gl.arange(0, HEADS, m.type.layout)
+    if W == 0:
+        to = tops + 2 * (line + (head + r).to(gl.int64) * step)
+        gl.store(to, m, mask=r < Hq - head)
+        gl.store(to + 1, l, mask=r < Hq - head)
+    row = gl.arange(0, HEADS, gl.SliceLayout(1, O))
+    to = sums + (line + (head + row).to(gl.int64) * step) * (2 * HALF) + W * HALF
+    gl.store(gl.expand_dims(to, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, O)), 0), acc, mask=gl.expand_dims(row < Hq - head, 1))
+
+
+@gluon.jit(do_not_specialize=["slb", "first", "nq", "Hq", "parts", "T", "S", "items", "q_start", "table_b", "pool"])
+def attend_latent(latents, rotaries, q, k, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
+                  sqb, sqh, sqt, skb, sks, slb, first, nq, Hq, parts, T, S, items, q_start, scale, table_b, pool, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr,
+                  INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, MAPS: gl.constexpr, PAGE: gl.constexpr):
+    memory = make_memory(q.dtype.element_ty)
+    sizes = (Hq, parts, T, S)
+    lists = (offsets, cols, list_of, slb, first, nq)
+    at = (q_start, q_starts, kv_length)
+    gl.warp_specialize([
+        (multiply, (0, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ, SPLIT, EDGE, FROM_LENGTH, memory)),
+        (multiply, (1, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ, SPLIT, EDGE, FROM_LENGTH, memory)),
+        (bring, ((latents, rotaries), q, k, table, lists, kinds, (intervals, bitmaps), at, sizes, (sqb, sqh, sqt, skb, sks), (table_b, pool), items, BQ, SPLIT, EDGE, INTERVALS,
+                 BITMAPS, FROM_LENGTH, MAPS, PAGE, memory)),
+    ], [4, 4], [224, 56])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the host
+def takes(q, k, v, lists, scale: float, softcap, kind: str, latent) -> bool:
+    """Whether this call is one for `attend_latent`: no orders, one list for all heads, and what latent_gluon.fits asks for."""
+    return latent is None and lists.q_order is None and lists.k_order is None and lists.list_of.shape[1] == 1 and latent_gluon.fits(q, k, v, scale, softcap, kind)
+
+
+def resources(problem: Problem, config) -> Resources | str:
+    if config["block_k"] != KEYS.value:
+        return f"path latent takes blocks of {KEYS.value} keys, not {config['block_k']}"
+    return latent_gluon.resources()
+
+
+def splits_of(items: int, blocks: int, ragged: bool, sms: int) -> int:
+    """Shares of a list: as few as leave no multiprocessor idle for more than a tenth of the time, a power of two (few kernels to compile)."""
+    found = 1
+    while found < min(SPLITS, blocks) and (ragged and items * found < 4 * sms or items * found < 0.9 * sms * -(-items * found // sms)):
+        found *= 2
+    return found
+
+
+@lru_cache(1024)
+def constants(block_q: int, splits: int, edge=False, intervals=False, bitmaps=False, from_length=False, mapped=False, page=0) -> relaunch.Constants:
+    return relaunch.Constants(BQ=block_q, SPLIT=splits, EDGE=edge, INTERVALS=intervals, BITMAPS=bitmaps, FROM_LENGTH=from_length, MAPS=mapped, PAGE=page, num_warps=4,
+                              enable_fp_fusion=False)
+
+
+@lru_cache(64)
+def joined(splits: int) -> relaunch.Constants:
+    return relaunch.Constants(merge_constants(2 * HALF.value, splits), num_warps=4, enable_fp_fusion=False)
+
+
+def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, kv_length, q_start, table):
+    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None)."""
+    S, pool, page, _, k, _ = one_tensor(table, k, v)
+    (B, Hq, T, _), parts, lines = q.shape, -(-q.shape[1] // HEADS.value), q.shape[0] * q.shape[1] * q.shape[2]
+    host, sms, list_of = q_start if isinstance(q_start, int) else None, max(place.sms, 1), lists.list_of
+    splits = splits_of(B * T * parts, lists.nk, kv_length is not None, sms)
+    items, mapped = B * T * parts * splits, table is None and can_map(k)
+    made = constants(lists.block_q, splits, kv_length is not None or lists.nk * KEYS.value > S, lists.has_intervals, lists.has_bitmaps, q_start is None, mapped, page)
+    sums = tops = None
+    if splits > 1:
+        sums, tops = place.empty((splits, lines, 2 * HALF.value), "float32"), place.empty((splits, lines, 2), "float32")
+    maps = (Map(k, KEYS.value, HALF.value), Map(k, KEYS.value, ROTARY.value)) if mapped else (None, None)
+    pointers = (q, k, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
+                None if q_start is None or host is not None else q_start, sink_logits, table)
+    numbers = (*q.stride()[:3], k.stride(0), k.stride(2), list_of.stride(0) if list_of.shape[0] > 1 else 0, lists.first, lists.nq, Hq, parts, T, S, items, host or 0, float(scale),
+               None if table is None else table.stride(0), pool)
+    relaunch.launch(attend_latent, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
+    if splits > 1:
+        relaunch.launch(merge, (-(-lines // joined(splits)["ROWS"]),), place, (sums, tops, out, lse, sink_logits), (Hq, T, lines, float(scale)), joined(splits), (kind,))
+
+
+def artifacts(problem: Problem, config) -> list[dict]:
+    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
+    items = problem["B"] * problem["T"] * -(-problem["Hq"] // HEADS.value)
+    splits = splits_of(items, -(-problem["S"] // KEYS.value), has("kv_length"), 132)
+    made = dict(constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
+                          not has("paged"), DEFAULT * has("paged")))
+    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    maps = {} if has("paged") else dict(latents=described(pointer, 4, KEYS.value, HALF.value), rotaries=described(pointer, 4, KEYS.value, ROTARY.value))
+    names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
+    sums = dict.fromkeys(("sums", "tops") * (splits > 1), "*fp32")
+    arrays = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | sums | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    integers = ("sqb", "sqh", "sqt", "skb", "sks", "slb", "first", "nq", "Hq", "parts", "T", "S", "items", "q_start") + ("table_b", "pool") * has("paged")
+    signature = maps | arrays | {name: "i32" for name in integers} | {"scale": "fp32"}
+    return [dict(fn=attend_latent, signature=signature, constexprs=made, options=options, div16=tuple(arrays) + ("sqb", "sqh", "sqt", "skb", "sks"))]
