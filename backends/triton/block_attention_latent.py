@@ -1,4 +1,4 @@
-"""Attention over block lists for few queries with DeepSeek's latent, for Hopper in Gluon: the roles of latent_gluon.py over key blocks of 64.
+"""Attention over block lists for few queries with DeepSeek's latent, for Hopper in Gluon: the roles of latent_gluon.py over key blocks of 32.
 
 An item is one query, up to 64 heads and one of `splits` equal shares of the blocks that the lengths on the device leave of its list; with more than one, parts are joined as on
 the path "decode". `bring` loads blocks that every query sees through the copy engine; those that have a mask, and pages, by copies of threads, which leave zeros for keys
@@ -15,11 +15,11 @@ from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.block_attention_decode import merge, merge_constants
 from sparsetile.backends.triton.gluon_items import place_of
 from sparsetile.backends.triton.gluon_maps import Map, described
-from sparsetile.backends.triton.latent_gluon import COPIERS, HALF, HEADS, KEYS, ROTARY, STAGES, attend, copy_query, copy_rows, make_memory, store
+from sparsetile.backends.triton.latent_gluon import COPIERS, HEADS, KEYS, PIECE, ROTARY, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.launch import FAR, POINTER
 from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, page_of
-from sparsetile.backends.triton.tiles import entries_of
+from sparsetile.backends.triton.tiles import entries_of, finish
 
 SPLITS = 64
 
@@ -64,19 +64,19 @@ def seen(kind, row, c, tables, BQ: gl.constexpr, INTERVALS: gl.constexpr, BITMAP
 
 @gluon.jit
 def load_tile(maps, b, first, s, k_tiles, found, bar, B: gl.constexpr):
-    """64 keys that the query sees, through the copy engine, which arrives for every thread."""
+    """A tile of keys that the query sees, through the copy engine, which arrives for every thread."""
     latents, rotaries = maps
     found.index(s).store(gl.full([KEYS], 1, gl.int32, gl.SliceLayout(1, B)))
     mbarrier.arrive(bar, count=COPIERS)
-    mbarrier.expect(bar, KEYS * (2 * HALF + ROTARY) * 2)
-    tma.async_copy_global_to_shared(latents, [b, 0, first, 0], bar, k_tiles[0].index(s))
-    tma.async_copy_global_to_shared(latents, [b, 0, first, HALF], bar, k_tiles[1].index(s))
-    tma.async_copy_global_to_shared(rotaries, [b, 0, first, 2 * HALF], bar, k_tiles[2].index(s))
+    mbarrier.expect(bar, KEYS * (4 * PIECE + ROTARY) * 2)
+    for n in gl.static_range(4):
+        tma.async_copy_global_to_shared(latents, [b, 0, first, n * PIECE], bar, k_tiles[n].index(s))
+    tma.async_copy_global_to_shared(rotaries, [b, 0, first, 4 * PIECE], bar, k_tiles[4].index(s))
 
 
 @gluon.jit
 def copy_tile(keys, sks, table, pool, first, limit, ok, s, k_tiles, found, bar, PAGE: gl.constexpr, B: gl.constexpr):
-    """64 keys by copies of threads: zeros past the limit, where there is no page and where not ok."""
+    """A tile of keys by copies of threads: zeros past the limit, where there is no page and where not ok."""
     c = gl.arange(0, KEYS, gl.SliceLayout(1, B))
     ok = ok & (first + c < limit)
     key = (first + gl.where(ok, c, 0)).to(gl.int64)
@@ -84,7 +84,7 @@ def copy_tile(keys, sks, table, pool, first, limit, ok, s, k_tiles, found, bar, 
         page, there = page_of(table, first + c, limit, pool, PAGE)
         ok = ok & there
         key = page * PAGE + (first + c) % PAGE
-    copy_rows(k_tiles, s, keys + key * sks, ok, B)
+    copy_rows(k_tiles, s, keys + key * sks, ok, 0, B)
     async_copy.mbarrier_arrive(bar, increment_count=False)
     found.index(s).store(ok.to(gl.int32))
     mbarrier.arrive(bar)
@@ -92,14 +92,13 @@ def copy_tile(keys, sks, table, pool, first, limit, ok, s, k_tiles, found, bar, 
 
 @gluon.jit
 def bring(maps, q, k, table, lists, kinds, tables, at, sizes, strides, pages, items, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, INTERVALS: gl.constexpr,
-          BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, MAPS: gl.constexpr, PAGE: gl.constexpr, memory):
+          BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, MAPS: gl.constexpr, PAGE: gl.constexpr, queries, memory):
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     cols = lists[1]
     Hq, parts, T, S = sizes
     sqb, sqh, sqt, skb, sks = strides
     table_b, pool = pages
-    q_tiles, k_tiles, found, q_bars, k_bars = memory
-    full, free = k_bars
+    k_tiles, found, full, free = memory
     c = gl.arange(0, KEYS, gl.SliceLayout(1, B))
     n = 0
     j = 0
@@ -107,7 +106,7 @@ def bring(maps, q, k, table, lists, kinds, tables, at, sizes, strides, pages, it
         b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
         a, whole, e, end, edge = run
         if lo < hi:
-            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, q_tiles, q_bars, B)
+            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, queries, B)
             j += 1
             keys = k + b.to(gl.int64) * skb
             pages_of = table
@@ -134,50 +133,69 @@ def bring(maps, q, k, table, lists, kinds, tables, at, sizes, strides, pages, it
 
 
 @gluon.jit
-def multiply(W: gl.constexpr, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, memory):
+def probabilities(q, lse, tops, sinks, lists, at, sizes, strides, items, scale, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr,
+                  queries, keys, weights, end):
     Hq, parts, T, S = sizes
+    sqb, sqh, sqt, skb, sks = strides
     n = 0
     j = 0
+    turn = 0
     for number in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
-        acc, m, l = attend(W, hi - lo, n, j, scale * 1.4426950408889634, memory)
+        m, l = score(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, hi - lo, n, j, scale * 1.4426950408889634, queries, keys, weights)
+        r = gl.arange(0, HEADS, m.type.layout)
+        exists = r < Hq - head
+        h = head + gl.where(exists, r, 0)
+        line = (b.to(gl.int64) * Hq + h) * T + t
+        if SPLIT == 1:
+            factor, logs = finish(m, l, scale, scale * 1.4426950408889634, sinks, h, sinks is not None)
+            if lse is not None:
+                gl.store(lse + line, logs, mask=exists)
+        else:  # a share's sums, as they are held
+            factor = gl.full([HEADS], 1.0, gl.float32, m.type.layout)
+            to = tops + 2 * (line + split.to(gl.int64) * (items // (parts * SPLIT)) * Hq)
+            gl.store(to, m, mask=exists)
+            gl.store(to + 1, l, mask=exists)
+        give_last(factor, turn, end)
         n += hi - lo
         j += (lo < hi).to(gl.int32)
-        line = b.to(gl.int64) * Hq * T + t
-        if SPLIT == 1:
-            store(W, acc, m, l, out, lse, sinks, line, T, head, Hq, scale)
-        else:
-            store_part(W, acc, m, l, sums, tops, line + split.to(gl.int64) * (items // (parts * SPLIT)) * Hq, T, head, Hq)
+        turn += 1
 
 
 @gluon.jit
-def store_part(W: gl.constexpr, acc, m, l, sums, tops, line, step, head, Hq):
-    """A share's sums, as they are held."""
-    O: gl.constexpr = acc.type.layout
-    r = gl.arange(0, HEADS, m.type.layout)
-    if W == 0:
-        to = tops + 2 * (line + (head + r).to(gl.int64) * step)
-        gl.store(to, m, mask=r < Hq - head)
-        gl.store(to + 1, l, mask=r < Hq - head)
-    row = gl.arange(0, HEADS, gl.SliceLayout(1, O))
-    to = sums + (line + (head + row).to(gl.int64) * step) * (2 * HALF) + W * HALF
-    gl.store(gl.expand_dims(to, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, O)), 0), acc, mask=gl.expand_dims(row < Hq - head, 1))
+def values(W: gl.constexpr, to, lists, at, sizes, items, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, keys, weights, end):
+    """to: the answer, or sums of shares."""
+    Hq, parts, T, S = sizes
+    n = 0
+    turn = 0
+    for number in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
+        x, y = add_values(W, hi - lo, n, keys, weights)
+        factor = gl.expand_dims(take_last(turn, end, gl.SliceLayout(1, x.type.layout)), 1)
+        here = to + ((b + split * (items // (parts * SPLIT * T))).to(gl.int64) * Hq * T + t) * (4 * PIECE)
+        store(x * factor, here, head, T, Hq, 2 * W * PIECE)
+        store(y * factor, here, head, T, Hq, 2 * W * PIECE + PIECE)
+        n += hi - lo
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=["slb", "first", "nq", "Hq", "parts", "T", "S", "items", "q_start", "table_b", "pool"])
 def attend_latent(latents, rotaries, q, k, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
                   sqb, sqh, sqt, skb, sks, slb, first, nq, Hq, parts, T, S, items, q_start, scale, table_b, pool, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr,
                   INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, MAPS: gl.constexpr, PAGE: gl.constexpr):
-    memory = make_memory(q.dtype.element_ty)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty)
     sizes = (Hq, parts, T, S)
+    strides = (sqb, sqh, sqt, skb, sks)
     lists = (offsets, cols, list_of, slb, first, nq)
     at = (q_start, q_starts, kv_length)
+    to = out if SPLIT == 1 else sums
     gl.warp_specialize([
-        (multiply, (0, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ, SPLIT, EDGE, FROM_LENGTH, memory)),
-        (multiply, (1, out, lse, sums, tops, sinks, lists, at, sizes, items, scale, BQ, SPLIT, EDGE, FROM_LENGTH, memory)),
-        (bring, ((latents, rotaries), q, k, table, lists, kinds, (intervals, bitmaps), at, sizes, (sqb, sqh, sqt, skb, sks), (table_b, pool), items, BQ, SPLIT, EDGE, INTERVALS,
-                 BITMAPS, FROM_LENGTH, MAPS, PAGE, memory)),
-    ], [4, 4], [224, 56])
+        (values, (0, to, lists, at, sizes, items, BQ, SPLIT, EDGE, FROM_LENGTH, keys, weights, end)),
+        (values, (1, to, lists, at, sizes, items, BQ, SPLIT, EDGE, FROM_LENGTH, keys, weights, end)),
+        (probabilities, (q, lse, tops, sinks, lists, at, sizes, strides, items, scale, BQ, SPLIT, EDGE, FROM_LENGTH, queries, keys, weights, end)),
+        (bring, ((latents, rotaries), q, k, table, lists, kinds, (intervals, bitmaps), at, sizes, strides, (table_b, pool), items, BQ, SPLIT, EDGE, INTERVALS,
+                 BITMAPS, FROM_LENGTH, MAPS, PAGE, queries, keys)),
+    ], [4, 4, 4], [160, 160, 32])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -208,7 +226,7 @@ def constants(block_q: int, splits: int, edge=False, intervals=False, bitmaps=Fa
 
 @lru_cache(64)
 def joined(splits: int) -> relaunch.Constants:
-    return relaunch.Constants(merge_constants(2 * HALF.value, splits), num_warps=4, enable_fp_fusion=False)
+    return relaunch.Constants(merge_constants(4 * PIECE.value, splits), num_warps=4, enable_fp_fusion=False)
 
 
 def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, kv_length, q_start, table):
@@ -221,8 +239,8 @@ def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, 
     made = constants(lists.block_q, splits, kv_length is not None or lists.nk * KEYS.value > S, lists.has_intervals, lists.has_bitmaps, q_start is None, mapped, page)
     sums = tops = None
     if splits > 1:
-        sums, tops = place.empty((splits, lines, 2 * HALF.value), "float32"), place.empty((splits, lines, 2), "float32")
-    maps = (Map(k, KEYS.value, HALF.value), Map(k, KEYS.value, ROTARY.value)) if mapped else (None, None)
+        sums, tops = place.empty((splits, lines, 4 * PIECE.value), "float32"), place.empty((splits, lines, 2), "float32")
+    maps = (Map(k, KEYS.value, PIECE.value), Map(k, KEYS.value, ROTARY.value)) if mapped else (None, None)
     pointers = (q, k, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, table)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), list_of.stride(0) if list_of.shape[0] > 1 else 0, lists.first, lists.nq, Hq, parts, T, S, items, host or 0, float(scale),
@@ -239,7 +257,7 @@ def artifacts(problem: Problem, config) -> list[dict]:
     made = dict(constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
                           not has("paged"), DEFAULT * has("paged")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    maps = {} if has("paged") else dict(latents=described(pointer, 4, KEYS.value, HALF.value), rotaries=described(pointer, 4, KEYS.value, ROTARY.value))
+    maps = {} if has("paged") else dict(latents=described(pointer, 4, KEYS.value, PIECE.value), rotaries=described(pointer, 4, KEYS.value, ROTARY.value))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     sums = dict.fromkeys(("sums", "tops") * (splits > 1), "*fp32")
     arrays = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | sums | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})

@@ -10,8 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import HEADS, KEYS, STAGES, attend, copy_query, copy_rows, make_memory, store
+from sparsetile.backends.triton.latent_gluon import HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.tiles import finish
 
 
 @gluon.jit
@@ -28,12 +29,11 @@ def item_of(number, sizes, lengths):
 
 
 @gluon.jit
-def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr, memory):
+def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr, queries, memory):
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     Hq, parts, T, S, K = sizes
     sqb, sqh, sqt, skb, sks = strides
-    q_tiles, k_tiles, found, q_bars, k_bars = memory
-    full, free = k_bars
+    k_tiles, found, full, free = memory
     r = gl.arange(0, KEYS, gl.SliceLayout(1, B))
     n = 0
     j = 0
@@ -41,7 +41,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)  # late queries have long rows: first
         if count > 0:
             limit, start = place_of(b, T, S, at, FROM_LENGTH)
-            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, q_tiles, q_bars, B)
+            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, queries, B)
             j += 1
             keys = k + b.to(gl.int64) * skb
             entry = gl.load(indices + line + r, mask=r < count, other=-1)
@@ -53,7 +53,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
                 rows = keys + gl.where(ok, entry, 0).to(gl.int64) * sks
                 entry = gl.load(indices + line + first + KEYS + r, mask=first + KEYS + r < count, other=-1)  # asked for a tile ahead
                 mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
-                copy_rows(k_tiles, s, rows, ok, B)
+                copy_rows(k_tiles, s, rows, ok, 0, B)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
                 found.index(s).store(ok.to(gl.int32))
                 mbarrier.arrive(full.index(s))
@@ -61,29 +61,56 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
 
 
 @gluon.jit
-def multiply(W: gl.constexpr, out, lse, lengths, sinks, sizes, items, scale, memory):
+def probabilities(q, lse, lengths, sinks, sizes, strides, items, scale, queries, keys, weights, end):
     Hq, parts, T, S, K = sizes
+    sqb, sqh, sqt, skb, sks = strides
     n = 0
     j = 0
+    turn = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
         tiles = (count + KEYS - 1) // KEYS
-        acc, m, l = attend(W, tiles, n, j, scale * 1.4426950408889634, memory)
+        m, l = score(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, tiles, n, j, scale * 1.4426950408889634, queries, keys, weights)
+        r = gl.arange(0, HEADS, m.type.layout)
+        h = head + gl.where(r < Hq - head, r, 0)
+        factor, logs = finish(m, l, scale, scale * 1.4426950408889634, sinks, h, sinks is not None)
+        if lse is not None:
+            gl.store(lse + (b.to(gl.int64) * Hq + h) * T + t, logs, mask=r < Hq - head)
+        give_last(factor, turn, end)
         n += tiles
         j += (tiles > 0).to(gl.int32)
-        store(W, acc, m, l, out, lse, sinks, b.to(gl.int64) * Hq * T + t, T, head, Hq, scale)
+        turn += 1
+
+
+@gluon.jit
+def values(W: gl.constexpr, out, lengths, sizes, items, keys, weights, end):
+    Hq, parts, T, S, K = sizes
+    n = 0
+    turn = 0
+    for it in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
+        tiles = (count + KEYS - 1) // KEYS
+        x, y = add_values(W, tiles, n, keys, weights)
+        factor = gl.expand_dims(take_last(turn, end, gl.SliceLayout(1, x.type.layout)), 1)
+        to = out + (b.to(gl.int64) * Hq * T + t) * (4 * PIECE)
+        store(x * factor, to, head, T, Hq, 2 * W * PIECE)
+        store(y * factor, to, head, T, Hq, 2 * W * PIECE + PIECE)
+        n += tiles
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=["Hq", "parts", "T", "S", "K", "items", "q_start"])
 def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
                  CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    memory = make_memory(q.dtype.element_ty)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty)
     sizes = (Hq, parts, T, S, K)
+    strides = (sqb, sqh, sqt, skb, sks)
     gl.warp_specialize([
-        (multiply, (0, out, lse, lengths, sinks, sizes, items, scale, memory)),
-        (multiply, (1, out, lse, lengths, sinks, sizes, items, scale, memory)),
-        (gather, (q, k, indices, lengths, (q_start, q_starts, kv_length), sizes, (sqb, sqh, sqt, skb, sks), items, CAUSAL, FROM_LENGTH, memory)),
-    ], [4, 4], [232, 40])
+        (values, (0, out, lengths, sizes, items, keys, weights, end)),
+        (values, (1, out, lengths, sizes, items, keys, weights, end)),
+        (probabilities, (q, lse, lengths, sinks, sizes, strides, items, scale, queries, keys, weights, end)),
+        (gather, (q, k, indices, lengths, (q_start, q_starts, kv_length), sizes, strides, items, CAUSAL, FROM_LENGTH, queries, keys)),
+    ], [4, 4, 4], [160, 152, 40])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host

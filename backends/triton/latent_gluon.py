@@ -1,10 +1,9 @@
 """Attention with a latent 576 wide whose first 512 columns are the values (DeepSeek's), for Hopper in Gluon, float16 and bfloat16: what the kernels over selections
-(gather_attention_gluon.py) and over block lists (block_attention_latent.py) share. They differ in who brings a tile's 64 keys.
+(gather_attention_gluon.py) and over block lists (block_attention_latent.py) share. They differ in who brings a tile's 32 keys.
 
-A persistent block of threads takes one query and up to 64 heads that share its keys at a time. A group of warps brings the query, then tiles of 64 keys into two
-slots; keys that nobody sees are zeros there. Two groups make the same scores each, for their own 256 value columns: half as much again is multiplied as would have
-to be, but probabilities never leave registers, the groups never wait for each other, and the exponentials of one run beside the products of the other.
-Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
+A persistent block of threads takes one query and up to 64 heads that share its keys at a time, in four groups of warps: one brings tiles into a ring, `score` makes
+scores and probabilities with 384 columns of the query in registers, two `gather_values` hold 256 value columns each. While values of one tile are multiplied, the
+probabilities of the next are made. Keys that nobody sees are zeros in a tile and -inf in the scores. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -14,104 +13,159 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.tiles import finish, soften
 
 HEADS = gl.constexpr(64)
-KEYS = gl.constexpr(64)
-HALF = gl.constexpr(256)  # of the values
+KEYS = gl.constexpr(32)
+PIECE = gl.constexpr(128)  # columns of a piece of the latent, of which there are four; a fifth are the rotary columns
 ROTARY = gl.constexpr(64)
-STAGES = gl.constexpr(2)
+HELD = gl.constexpr(3)  # pieces of the query in registers
+STAGES = gl.constexpr(5)
 COPIERS = gl.constexpr(128)  # threads of the group that brings tiles, each of which arrives
 
 
 @gluon.jit
 def make_memory(kind: gl.constexpr):
-    """Tiles of the query and of keys, which of a tile's keys are seen, and the barriers that say that a tile is full and that it is free."""
+    """Pieces of the query and of keys, probabilities, which of a tile's keys are seen, what sums are multiplied by before a tile and at the end, barriers."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = (gl.allocate_shared_memory(kind, [1, HEADS, HALF], tile), gl.allocate_shared_memory(kind, [1, HEADS, HALF], tile),
-               gl.allocate_shared_memory(kind, [1, HEADS, ROTARY], tile))
-    k_tiles = (gl.allocate_shared_memory(kind, [STAGES, KEYS, HALF], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, HALF], tile),
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_tiles = (gl.allocate_shared_memory(kind, [1, HEADS, PIECE], tile), gl.allocate_shared_memory(kind, [1, HEADS, ROTARY], tile))
+    k_tiles = (gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile),
+               gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile),
                gl.allocate_shared_memory(kind, [STAGES, KEYS, ROTARY], tile))
-    found = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    p_tiles = gl.allocate_shared_memory(kind, [STAGES, HEADS, KEYS], gl.NVMMASharedLayout(64, 16, 2))
+    found = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], flat)
+    factors = gl.allocate_shared_memory(gl.float32, [STAGES, HEADS], flat)
+    last = gl.allocate_shared_memory(gl.float32, [1, HEADS], flat)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    last_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    last_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     mbarrier.init(q_full.index(0), count=COPIERS)
-    mbarrier.init(q_free.index(0), count=2)
+    mbarrier.init(q_free.index(0), count=1)
+    mbarrier.init(last_full.index(0), count=1)
+    mbarrier.init(last_free.index(0), count=2)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=COPIERS + 1)
+        mbarrier.init(ready.index(s), count=1)
         mbarrier.init(free.index(s), count=2)
     fence_async_shared()
-    return q_tiles, k_tiles, found, (q_full, q_free), (full, free)
+    return (q_tiles, q_full, q_free), (k_tiles, found, full, free), (p_tiles, factors, ready), (last, last_full, last_free)
 
 
 @gluon.jit
-def copy_rows(tiles, s, rows, ok, B: gl.constexpr):
-    """Rows of 576 columns, where `rows` points, into slot s: zeros where not ok."""
-    for n in gl.static_range(3):
-        c = n * HALF + gl.arange(0, tiles[n].shape[2], gl.SliceLayout(0, B))
+def copy_rows(tiles, s, rows, ok, FIRST: gl.constexpr, B: gl.constexpr):
+    """Rows, where `rows` points, from piece FIRST on into slot s: zeros where not ok."""
+    for n in gl.static_range(5 - FIRST):
+        c = (FIRST + n) * PIECE + gl.arange(0, tiles[n].shape[2], gl.SliceLayout(0, B))
         async_copy.async_copy_global_to_shared(tiles[n].index(s), gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(ok, 1), cache_modifier=".cg")
 
 
 @gluon.jit
-def copy_query(q, head, Hq, sqh, j, q_tiles, q_bars, B: gl.constexpr):
-    """Heads head .. of the query where `q` points, the j-th of this block of threads: zeros past the last."""
-    q_full, q_free = q_bars
+def copy_query(q, head, Hq, sqh, j, queries, B: gl.constexpr):
+    """What `score` does not hold of heads head .. of the query where `q` points, the j-th of this block of threads: zeros past the last."""
+    q_tiles, q_full, q_free = queries
     h = gl.arange(0, HEADS, gl.SliceLayout(1, B))
     exists = h < Hq - head
     mbarrier.wait(q_free.index(0), (j & 1) ^ 1)
-    copy_rows(q_tiles, 0, q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh, exists, B)
+    copy_rows(q_tiles, 0, q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh, exists, HELD, B)
     async_copy.mbarrier_arrive(q_full.index(0), increment_count=False)
 
 
 @gluon.jit
-def attend(W: gl.constexpr, count, n, j, scale2, memory):
-    """`count` tiles, from tile n of this block of threads on, with its query j: (sums of value columns 256 W .., maximum and sum of each row). A group of warps."""
+def load_piece(q, head, Hq, sqh, n: gl.constexpr, A: gl.constexpr):
+    h = gl.arange(0, HEADS, gl.SliceLayout(1, A))
+    c = n * PIECE + gl.arange(0, PIECE, gl.SliceLayout(0, A))
+    exists = h < Hq - head
+    rows = q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh
+    return gl.load(gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(exists, 1), other=0.0)
+
+
+@gluon.jit
+def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
+    """Probabilities of `count` tiles, from tile n of this block of threads on, for its query j where `q` points: maximum and sum of each row."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    A: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     R: gl.constexpr = gl.SliceLayout(1, L)
-    q_tiles, k_tiles, found, q_bars, k_bars = memory
-    q_full, q_free = q_bars
-    full, free = k_bars
+    q_tiles, q_full, q_free = queries
+    k_tiles, found, full, free = keys
+    p_tiles, factors, ready = weights
     m = gl.full([HEADS], float("-inf"), gl.float32, R)
     l = gl.zeros([HEADS], gl.float32, R)
-    acc = gl.zeros([HEADS, HALF], gl.float32, O)
     zero = gl.zeros([HEADS, KEYS], gl.float32, L)
+    q0 = load_piece(q, head, Hq, sqh, 0, A)
+    q1 = load_piece(q, head, Hq, sqh, 1, A)
+    q2 = load_piece(q, head, Hq, sqh, 2, A)
     if count > 0:
         mbarrier.wait(q_full.index(0), j & 1)
     for i in range(count):
         s = (n + i) % STAGES
         mbarrier.wait(full.index(s), ((n + i) // STAGES) & 1)
         fence_async_shared()  # copies of threads, read by products
-        st = warpgroup_mma(q_tiles[0].index(0), k_tiles[0].index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        st = warpgroup_mma(q_tiles[1].index(0), k_tiles[1].index(s).permute((1, 0)), st, is_async=True)
-        st = warpgroup_mma(q_tiles[2].index(0), k_tiles[2].index(s).permute((1, 0)), st, is_async=True)
+        st = warpgroup_mma(q0, k_tiles[0].index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        st = warpgroup_mma(q1, k_tiles[1].index(s).permute((1, 0)), st, is_async=True)
+        st = warpgroup_mma(q2, k_tiles[2].index(s).permute((1, 0)), st, is_async=True)
+        st = warpgroup_mma(q_tiles[0].index(0), k_tiles[3].index(s).permute((1, 0)), st, is_async=True)
+        st = warpgroup_mma(q_tiles[1].index(0), k_tiles[4].index(s).permute((1, 0)), st, is_async=True)
         ok = found.index(s).load(gl.SliceLayout(0, L))
         x = warpgroup_mma_wait(0, deps=(st, ))
-        mbarrier.arrive(q_free.index(0), pred=i + 1 == count)
         x = gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf"))
         p, f, m, l = soften(x, m, l, scale2, True)
-        acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
-        ot = warpgroup_mma(gl.convert_layout(p.to(k_tiles[W].dtype), P), k_tiles[W].index(s), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(ot, ))
-        mbarrier.arrive(free.index(s))
-    return acc, m, l
+        p_tiles.index(s).store(p.to(p_tiles.dtype))
+        factors.index(s).store(f)
+        fence_async_shared()
+        mbarrier.arrive(ready.index(s))
+    mbarrier.arrive(q_free.index(0), pred=count > 0)
+    return m, l
 
 
 @gluon.jit
-def store(W: gl.constexpr, acc, m, l, out, lse, sinks, line, step, head, Hq, scale):
-    """An item's answer: head h of out and lse at line + h * step."""
-    O: gl.constexpr = acc.type.layout
-    r = gl.arange(0, HEADS, m.type.layout)
-    h = head + gl.where(r < Hq - head, r, 0)
-    factor, logs = finish(m, l, scale, scale * 1.4426950408889634, sinks, h, sinks is not None)
-    if lse is not None:
-        if W == 0:
-            gl.store(lse + line + h.to(gl.int64) * step, logs, mask=r < Hq - head)
-    y = (acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O)), 1)).to(out.dtype.element_ty)
+def add_values(W: gl.constexpr, count, n, keys, weights):
+    """Sums of value columns 256 W .. over `count` tiles, from tile n of this block of threads on, as two halves."""
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
+    k_tiles, found, full, free = keys
+    p_tiles, factors, ready = weights
+    a = gl.zeros([HEADS, PIECE], gl.float32, O)
+    b = gl.zeros([HEADS, PIECE], gl.float32, O)
+    for i in range(count):
+        s = (n + i) % STAGES
+        mbarrier.wait(ready.index(s), ((n + i) // STAGES) & 1)
+        f = gl.expand_dims(factors.index(s).load(gl.SliceLayout(1, O)), 1)
+        a = a * f
+        b = b * f
+        a = warpgroup_mma(p_tiles.index(s), k_tiles[2 * W].index(s), a, is_async=True)
+        b = warpgroup_mma(p_tiles.index(s), k_tiles[2 * W + 1].index(s), b, is_async=True)
+        a, b = warpgroup_mma_wait(0, deps=(a, b))
+        mbarrier.arrive(free.index(s))
+    return a, b
+
+
+@gluon.jit
+def give_last(factor, turn, end):
+    """From `score`: what sums of this block's item `turn` are multiplied by."""
+    last, last_full, last_free = end
+    mbarrier.wait(last_free.index(0), (turn & 1) ^ 1)
+    last.index(0).store(factor)
+    mbarrier.arrive(last_full.index(0))
+
+
+@gluon.jit
+def take_last(turn, end, layout: gl.constexpr):
+    last, last_full, last_free = end
+    mbarrier.wait(last_full.index(0), turn & 1)
+    factor = last.index(0).load(layout)
+    mbarrier.arrive(last_free.index(0))
+    return factor
+
+
+@gluon.jit
+def store(sums, to, head, step, Hq, FIRST: gl.constexpr):
+    """[64, 128] for heads head .. and value columns FIRST .., where head h of 512 columns stands at to + 512 h step."""
+    O: gl.constexpr = sums.type.layout
     row = gl.arange(0, HEADS, gl.SliceLayout(1, O))
-    at = out + (line + (head + row).to(gl.int64) * step) * (2 * HALF) + W * HALF
-    gl.store(gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, O)), 0), y, mask=gl.expand_dims(row < Hq - head, 1))
+    at = to + (head + row).to(gl.int64) * step * (4 * PIECE) + FIRST
+    gl.store(gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, PIECE, gl.SliceLayout(0, O)), 0), sums.to(to.dtype.element_ty), mask=gl.expand_dims(row < Hq - head, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -123,5 +177,5 @@ def fits(q, k, v, scale: float, softcap, kind: str) -> bool:
 
 
 def resources() -> Resources:
-    slots, row = 1 + STAGES.value, 2 * (2 * HALF.value + ROTARY.value)
-    return Resources(threads=384, shared=slots * KEYS.value * row + 4 * STAGES.value * KEYS.value + 512, registers=168)
+    held, tile = 2 * HEADS.value * ((4 - HELD.value) * PIECE.value + ROTARY.value), 2 * KEYS.value * (4 * PIECE.value + ROTARY.value) + 2 * HEADS.value * KEYS.value
+    return Resources(threads=512, shared=held + STAGES.value * (tile + 4 * KEYS.value + 4 * HEADS.value) + 1024, registers=128)
