@@ -260,7 +260,7 @@ def default_config(problem: Problem) -> dict:
         for few in block_attention_decode.candidates(problem):
             if not isinstance(resources(problem, few), str):
                 fast = few | dict(path="latent", block_k=32)
-                return fast if problem["Hq"] > 16 and not isinstance(resources(problem, fast), str) else few  # rows of 64 that are padding cost a decode of up to 16 heads more
+                return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
     if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)

@@ -10,13 +10,13 @@ from functools import lru_cache
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
-from sparsetile.backends.triton.gluon_maps import Map, described
 from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
-from sparsetile.backends.triton.maps import can_map
+from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish, soften
 
 STAGES = gl.constexpr(2)
@@ -321,6 +321,19 @@ def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
     return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
+class _Map(TensorDescriptor):
+    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
+
+    def __init__(self, x, rows: int, columns: int):
+        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
+        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
+
+
+@lru_cache
+def _layout(rank: int):
+    return gl.NVMMASharedLayout(128, 16, rank)
+
+
 def _ahead(lists) -> int:
     """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
     found = lists.extras.get("triton.ahead")
@@ -350,8 +363,8 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
-    maps = (Map(q, 64, D0), Map(q, 64, D1) if D1 else None, Map(k, KEYS.value, D0), Map(k, KEYS.value, D1) if D1 else None,
-            Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
+    maps = (_Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None,
+            _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0))
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
@@ -365,9 +378,12 @@ def artifacts(problem) -> list[dict]:
                           has("kv_length") and not has("q_start")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     pointer = POINTER[kind]
-    maps = dict(q0=described(pointer, 4, 64, made["D0"]), k0=described(pointer, 4, KEYS.value, made["D0"]), v=described(pointer, 4, KEYS.value, made["V0"]), out_map=described(pointer, 3, 64, made["V0"]))
+
+    def mapped(rank, rows, columns):
+        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank)!r}>"
+    maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
     if made["D1"]:
-        maps |= dict(q1=described(pointer, 4, 64, made["D1"]), k1=described(pointer, 4, KEYS.value, made["D1"]))
+        maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start")
