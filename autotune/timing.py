@@ -79,16 +79,17 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (on a CPU three times, and five where it is over WIDE). What is left of a round whose clock
-    is not the others' is taken out. Samples of a CPU are `levelled`.
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (on a CPU 640 and three times, and fifteen where it is over WIDE, for its neighbours' work
+    scatters more and only more rounds tell). What is left of a round whose clock is not the others' is taken out. Samples of a CPU are `levelled`.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
     level = levelled if watch.device is None else list
+    most = 160 if watch.device is not None else 640
     while True:
         turn, spent = len(clocks), time.monotonic() - start
         if turn >= 5 and (turn >= 40 or spent >= seconds):
             over = _error(level(samples))
-            if turn >= 160 or over <= ENOUGH or spent >= (2 if watch.device is not None else 3 if over <= WIDE else 5) * seconds:
+            if turn >= most or over <= ENOUGH or spent >= (2 if watch.device is not None else 3 if over <= WIDE else 15) * seconds:
                 break
         for n in range(len(inside)):
             at = inside[(n + turn) % len(inside)]
