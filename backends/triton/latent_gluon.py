@@ -83,6 +83,34 @@ def load_piece(q, head, Hq, sqh, n: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
+def products(q0, q1, q2, q_tiles, n, k_tiles, full, L: gl.constexpr):
+    """Scores of tile n, on their way."""
+    s = n % STAGES
+    zero = gl.zeros([HEADS, KEYS], gl.float32, L)
+    mbarrier.wait(full.index(s), (n // STAGES) & 1)
+    fence_async_shared()  # copies of threads, read by products
+    x = warpgroup_mma(q0, k_tiles[0].index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma(q1, k_tiles[1].index(s).permute((1, 0)), x, is_async=True)
+    x = warpgroup_mma(q2, k_tiles[2].index(s).permute((1, 0)), x, is_async=True)
+    x = warpgroup_mma(q_tiles[0].index(0), k_tiles[3].index(s).permute((1, 0)), x, is_async=True)
+    return warpgroup_mma(q_tiles[1].index(0), k_tiles[4].index(s).permute((1, 0)), x, is_async=True)
+
+
+@gluon.jit
+def weigh(x, n, m, l, scale2, found, weights):
+    """Scores of tile n become probabilities for `add_values`."""
+    p_tiles, factors, ready = weights
+    s = n % STAGES
+    ok = found.index(s).load(gl.SliceLayout(0, x.type.layout))
+    p, f, m, l = soften(gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf")), m, l, scale2, True)
+    p_tiles.index(s).store(p.to(p_tiles.dtype))
+    factors.index(s).store(f)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(s))
+    return m, l
+
+
+@gluon.jit
 def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
     """Probabilities of `count` tiles, from tile n of this block of threads on, for its query j where `q` points: maximum and sum of each row."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -90,33 +118,20 @@ def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
     R: gl.constexpr = gl.SliceLayout(1, L)
     q_tiles, q_full, q_free = queries
     k_tiles, found, full, free = keys
-    p_tiles, factors, ready = weights
     m = gl.full([HEADS], float("-inf"), gl.float32, R)
     l = gl.zeros([HEADS], gl.float32, R)
-    zero = gl.zeros([HEADS, KEYS], gl.float32, L)
     q0 = load_piece(q, head, Hq, sqh, 0, A)
     q1 = load_piece(q, head, Hq, sqh, 1, A)
     q2 = load_piece(q, head, Hq, sqh, 2, A)
     if count > 0:
         mbarrier.wait(q_full.index(0), j & 1)
-    for i in range(count):
-        s = (n + i) % STAGES
-        mbarrier.wait(full.index(s), ((n + i) // STAGES) & 1)
-        fence_async_shared()  # copies of threads, read by products
-        st = warpgroup_mma(q0, k_tiles[0].index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        st = warpgroup_mma(q1, k_tiles[1].index(s).permute((1, 0)), st, is_async=True)
-        st = warpgroup_mma(q2, k_tiles[2].index(s).permute((1, 0)), st, is_async=True)
-        st = warpgroup_mma(q_tiles[0].index(0), k_tiles[3].index(s).permute((1, 0)), st, is_async=True)
-        st = warpgroup_mma(q_tiles[1].index(0), k_tiles[4].index(s).permute((1, 0)), st, is_async=True)
-        ok = found.index(s).load(gl.SliceLayout(0, L))
-        x = warpgroup_mma_wait(0, deps=(st, ))
-        x = gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf"))
-        p, f, m, l = soften(x, m, l, scale2, True)
-        p_tiles.index(s).store(p.to(p_tiles.dtype))
-        factors.index(s).store(f)
-        fence_async_shared()
-        mbarrier.arrive(ready.index(s))
-    mbarrier.arrive(q_free.index(0), pred=count > 0)
+        x = warpgroup_mma_wait(0, deps=(products(q0, q1, q2, q_tiles, n, k_tiles, full, L), ))
+        for i in range(n, n + count - 1):
+            following = products(q0, q1, q2, q_tiles, i + 1, k_tiles, full, L)
+            m, l = weigh(x, i, m, l, scale2, found, weights)
+            x = warpgroup_mma_wait(0, deps=(following, ))
+        mbarrier.arrive(q_free.index(0))
+        m, l = weigh(x, n + count - 1, m, l, scale2, found, weights)
     return m, l
 
 
