@@ -19,7 +19,7 @@ from sparsetile.backends.triton.indexer_topk import row_stride
 from sparsetile.backends.triton.select import kth_key, order_keys
 
 TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES,
-            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
+            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64, 256), "shares held at a time"))
 BLOCKS, ROW_BLOCKS = 256, 4096  # of a program of sum_blocks; that a row's registers hold
 
 
@@ -108,8 +108,8 @@ def rows_at_once(C, blocks, scratch_mb) -> int:
 
 def default_config(problem):
     blocks = -(-problem["S"] // problem.granularity)
-    rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 64))
-    return {"path": "select" if no_row(blocks, problem["K"]) else "row", **indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 64}
+    rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 256))
+    return {"path": "select" if no_row(blocks, problem["K"]) else "row", **indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 256}
 
 
 def artifacts(problem, config):
@@ -118,7 +118,7 @@ def artifacts(problem, config):
     found = [index_score.score_artifact(group_problem(problem), queries=config["queries"], stages=config["stages"], fill=False, activation="share")]
     if config["path"] == "row":
         return found + [row_artifact(triton.cdiv(problem["S"], problem.granularity), problem["K"], scores)]
-    found += select_rows.row_artifacts(config, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
+    found += select_rows.row_artifacts(config, problem.arch, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
     arrays, numbers = {"shares": "*fp32", "ends": "*i32", "out": "*fp32"}, ("T", "T_all", "blocks", "reach", "step", "in_b", "in_t", "out_b", "out_t")
     return found + [{"fn": sum_blocks, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": {"BLOCKS": BLOCKS}, "options": {"num_warps": 4},
                      "div16": tuple(arrays) + ("in_b", "in_t", "out_b", "out_t")}]

@@ -185,6 +185,7 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
         if D_CHUNKS == 1:
             held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
         shares = weights + b.to(tl.int64) * w_b + t.to(tl.int64) * w_t
+        weight = tl.load(shares, mask=t < T, other=0.0)
         total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         for j in range(H * D_CHUNKS):
@@ -198,9 +199,10 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
                 key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=exists[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
-                total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], factor, ACT)
+                total += weigh(product, weight[:, None], factor, ACT)
                 queries += q_h
                 shares += w_h
+                weight = tl.load(shares, mask=(t < T) & (j < (H - 1) * D_CHUNKS), other=0.0)  # a head ahead: behind the product it would be waited for
         if k_scale is not None:
             total = total * tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)[None, :]
         seen = (s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None])

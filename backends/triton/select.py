@@ -47,13 +47,13 @@ def load_block(row, block, width, lo, hi, first, last, BLOCK: tl.constexpr, FORC
 
 @triton.jit
 def probes(lo, hi, above, below, k, step):
-    """Two keys in lo + 1 .. hi that are likely to have the k-th largest between them, of which `above` are >= lo and `below` > hi: where scores lie as an exponential's do, two
-    deviations to either side; after many steps, and where that is no number, thirds of the interval."""
+    """Two keys in lo + 1 .. hi, of whose keys `above` are >= lo and `below` > hi, near the k-th largest: where it were if scores lay as an exponential's do, less and plus three
+    eighths of the root of their number, with which five passes find the 2048th of normal scores (with the root itself ten). After many steps, and where that is no number, thirds."""
     x = value_of(lo)
     width = value_of(hi) - x
     most = tl.log2(above.to(tl.float32))
     share = (most - tl.log2(k.to(tl.float32))) / (most - tl.log2(tl.maximum(below, 1).to(tl.float32)))
-    spread = 1.0 / tl.sqrt((above - below).to(tl.float32))
+    spread = 0.375 / tl.sqrt((above - below).to(tl.float32))
     third = (hi - lo) // 3
     near = (step < 8) & (width < float("inf"))  # false for NaN
     p = tl.where(near, order_keys((x + width * (share - spread)).to(tl.int32, bitcast=True)), lo + third)

@@ -15,7 +15,7 @@ from sparsetile.backends.triton.select import LINE, bound_rank, choose, choose_b
 TUNABLES = (
     Tunable("capacity", (4096, 8192, 16384, 2048, 1024, 512), "candidates of a row that are sorted out in registers; rows with more take five passes"),
     Tunable("sample", (4096, 8192, 2048, 1024, 512, 16384), "scores looked at for the bound that candidates must pass"),
-    Tunable("select_warps", (8, 4, 16), "warps of a program that samples or chooses"),
+    Tunable("select_warps", (8, 4, 16), "warps of a program that chooses"),
     Tunable("splits", (1, 2, 4, 8, 16), "programs that read one row (few long rows)"),
 )
 SCRATCH = 256 << 20  # bytes of candidates held at a time
@@ -170,8 +170,6 @@ def candidates(S: int, k: int, sample: int) -> float:
 
 
 def refusal(config) -> str | None:
-    if config["sample"] > 2048 * config["select_warps"]:
-        return f"{config['select_warps']} warps hold a sample of at most {2048 * config['select_warps']}; take more warps or a smaller sample"
     if config["capacity"] > 1024 * config["select_warps"]:
         return f"{config['select_warps']} warps hold at most {1024 * config['select_warps']} candidates in registers; take more warps"
     return None
@@ -184,6 +182,14 @@ def constants(config, causal, forced, everything, values) -> tuple[dict, dict, d
     return {**all_, **sample}, {**all_, **sample, **splits}, {**all_, **splits, "ROOM": config["capacity"] + LINE.value, "BLOCK": 2048, "VALUES": values}
 
 
+def options(config, arch) -> tuple[dict, dict, dict]:
+    """How the three kernels are compiled. A warp samples 1024 scores. Of Hopper's registers a thread gets 80, not 120, where that spills next to nothing: three blocks of eight
+    warps share a multiprocessor then, not two, and most of their time is waiting for one another."""
+    fewer = dict(maxnreg=80) if arch == "sm_90a" else {}
+    few = config["capacity"] <= 512 * config["select_warps"]
+    return dict(num_warps=max(4, config["sample"] // 1024), **fewer), dict(num_warps=1), dict(num_warps=config["select_warps"], **fewer if few else {})
+
+
 def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_all, starts=None, ends=None, q_starts=None, causal=False, position=0, width=None,
                 pool=1, force_first=0, force_last=0, everything=False, scratch=None):
     """Launch. scores [B,T,>= columns]; out, lengths, values, starts and ends begin at the first row's element of arrays [B,T_all,..]; `width` keys (not blocks).
@@ -194,12 +200,13 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
     S = scores.shape[2] * pool if width is None else width
     bounds, kept, counts = scratch if scratch is not None else buffers(B * T, place, config)
     sample, keep, choose_ = constants(config, causal, bool(force_first or force_last), everything, values is not None)
+    sampling, keeping, choosing = options(config, place.arch)
     window = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last)
-    sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, num_warps=config["select_warps"])
+    sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, **sampling)
     for first in range(0, B * T, kept.shape[0]):
         rows = min(kept.shape[0], B * T - first)
-        keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, bounds, kept, counts, first, *window, **keep, num_warps=1)
-        choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, num_warps=config["select_warps"])
+        keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, bounds, kept, counts, first, *window, **keep, **keeping)
+        choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, **choosing)
 
 
 def buffers(rows, place, config):
@@ -209,15 +216,15 @@ def buffers(rows, place, config):
     return place.empty((every, 2), "int32"), place.empty((rows, splits, room), "int64"), place.empty((rows, splits), "int32")
 
 
-def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values, ends=False) -> list[dict]:
+def row_artifacts(config, arch, *, causal, forced, everything, windows, q_starts, values, ends=False) -> list[dict]:
     """What `select_rows` launches, to compile ahead. windows: starts and ends; ends: they alone."""
     arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32", "bounds": "*i32", "buffer": "*i64", "counts": "*i32"}
     numbers = {name: "i32" for name in ("first_row", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
     absent = {name: None for name, there in (("starts", windows), ("ends", windows or ends), ("q_starts", q_starts), ("values", values)) if not there}
     found = []
-    for fn, fixed in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values)):
+    for fn, fixed, how in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values), options(config, arch)):
         fixed = {**{name: value for name, value in absent.items() if name in fn.arg_names}, "pool": 1, **fixed}
         signature = {name: kind for name, kind in {**arrays, **numbers}.items() if name in fn.arg_names and name not in fixed}
-        found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": {"num_warps": 1 if fn is keep_rows else config["select_warps"]},
+        found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": how,
                       "div16": tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")})
     return found
