@@ -32,6 +32,7 @@ constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 col
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
 constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
 constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
+constexpr int LOOKS = GROUPS == 2 ? 4 : 1;  // rows that a lane of the clearing warp reads together
 constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
@@ -187,8 +188,37 @@ __device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, in
   return make_int2(range.x, imin(range.y, left));
 }
 
+// Lane n of a warp gets the word of keys 32 n ..: which of an item's entry e some row of the tile sees.
+__device__ __forceinline__ u32 seen_by_some(const Params& p, const Item& x, int e, int lane) {
+  const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit), r0 = first_row(x), r1 = end_row(p, x);
+  u32 seen[KEYS / 32] = {}, mine = ~0u;
+  if (kind >= 0 && kind & 1) {
+#pragma unroll 1
+    for (int r = r0 + lane; r < r1; r += 32)
+#pragma unroll
+      for (int n = 0; n < KEYS / 32; n++) seen[n] |= __ldg(p.lists.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n);
+  } else {
+#pragma unroll 1
+    for (int j = lane; j < ROWS; j += 32 * LOOKS) {
+      int2 range[LOOKS];
+#pragma unroll
+      for (int i = 0; i < LOOKS; i++) range[i] = kind < 0 ? make_int2(0, KEYS) : __ldg((const int2*)p.lists.intervals + (i64)(kind >> 1) * ROWS + j + 32 * i);
+#pragma unroll
+      for (int i = 0; i < LOOKS; i++)
+#pragma unroll
+        for (int n = 0; n < KEYS / 32; n++) seen[n] |= j + 32 * i >= r0 && j + 32 * i < r1 ? range_bits(range[i].x - 32 * n, range[i].y - 32 * n) : 0;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < KEYS / 32; n++) {
+    seen[n] = __reduce_or_sync(~0u, seen[n]) & range_bits(-32 * n, left - 32 * n);
+    if (lane == n) mine = seen[n];
+  }
+  return mine;
+}
+
 // A warp makes the values of masked blocks zero where no row of the tile sees the key: what nobody sees must not reach a product (0 * NaN).
-// What is seen is known before the values land, so that most blocks are passed on at once.
+// What is seen of a block is known before the one ahead of it has landed, so that most are passed on at once.
 __device__ __forceinline__ void clear_values(const Params& p, const Shared& shared, u32& patience) {
   const auto lane = [] { return thread_again() & 31; };  // few registers
   u32 turns = 0, s = 0;
@@ -198,29 +228,25 @@ __device__ __forceinline__ void clear_values(const Params& p, const Shared& shar
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
     s = (s + x.plain) % STAGES;
+    u32 seen = x.plain < x.n ? seen_by_some(p, x, x.plain, lane()) : 0;
     for (int e = x.plain; e < x.n; e++, s = (s + 1) % STAGES) {
-      const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
-      u32 seen[KEYS / 32] = {}, mine = 0;  // lane n keeps the word of keys 32 n ..
-#pragma unroll 1
-      for (int r = first_row(x) + lane(); r < end_row(p, x); r += 32) {
-        const int2 range = seen_range(p.lists, kind, left, r);
-#pragma unroll
-        for (int n = 0; n < KEYS / 32; n++) seen[n] |= seen_word(p.lists, kind, range, r, n);
-      }
-#pragma unroll
-      for (int n = 0; n < KEYS / 32; n++) {
-        seen[n] = __reduce_or_sync(~0u, seen[n]);
-        if (lane() == n) mine = seen[n];
-      }
+      const u32 next = e + 1 < x.n ? seen_by_some(p, x, e + 1, lane()) : 0;
       bar_wait(m.landed(s), turns >> s & 1, patience);
       turns ^= 1u << s;
+      if (__any_sync(~0u, seen != ~0u)) {
 #pragma unroll 1
-      for (int r = lane() / 8; r < KEYS; r += 4)
-        if (!(__shfl_sync(~0u, mine, r / 32) >> r % 32 & 1))
-          for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + r * 128 + lane() % 8 * 16) = make_uint4(0, 0, 0, 0);
-      shared_to_copy_engine();
-      __syncwarp();
+        for (int n = 0; n < KEYS / 32; n++) {
+          const u32 word = __shfl_sync(~0u, seen, n);
+#pragma unroll 1
+          for (int r = lane() / 8; r < 32 && word != ~0u; r += 4)
+            if (!(word >> r & 1))
+              for (int c = 0; c < V_SLABS; c++) *m.at<uint4>(m.v + s * V_BYTES + c * SLAB + (32 * n + r) * 128 + lane() % 8 * 16) = make_uint4(0, 0, 0, 0);
+        }
+        shared_to_copy_engine();
+        __syncwarp();
+      }
       if (lane() == 0) bar_arrive(m.full_v(s));
+      seen = next;
     }
     __syncwarp();
     if (lane() == 0) bar_arrive(m.free_item(i % ITEMS));
@@ -479,14 +505,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (!EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       if (e >= plain) mask(s, p.lists, sight, row());
       soften(s, most, sum, factor, p.exponent);
-      if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
       wgmma_wait<0>();
       hold(o);
       if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
-      if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
-        for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
-      }
+      for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       more = true;
       round();
     }

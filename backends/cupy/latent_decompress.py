@@ -68,10 +68,6 @@ def artifacts(problem, config):
     return [dict(source="latent_decompress", defines=gemm.defines(a, w, w, w, (16, 16, 16, 16), rows, "scale" in problem.features, config), names=["latent_decompress"]) for rows in (0, 1)]
 
 
-def can_map_weight(w, k_axis: int, n_axis: int) -> bool:
-    return w.ptr % 16 == 0 and all(s > 0 and s % 8 == 0 for s in (w.strides[0], *(s for s in (w.strides[k_axis], w.strides[n_axis]) if s != 1)))
-
-
 def run_hopper(latent, w_uk, w_uv, k_rope, k, v, place, config, w_rows):
     (B, S, R), H, P = latent.shape, w_uk.shape[0], 0 if k_rope is None else k_rope.shape[2]
     rows = lambda x: hopper.tensor_map(place, x, (x.shape[2], S, B), (1, *reversed(hopper.steps(x))), (64, 128, 1))  # noqa: E731
@@ -94,7 +90,7 @@ def run(latent, w_uk, w_uv, *, place, config, k_rope=None, latent_scale=None):
         return k, v
     uk, uv = gemm.orientation(w_uk, 1, 2), gemm.orientation(w_uv, 1, 2)
     if config["path"] == "hopper" and uk[0] == uv[0] and hopper.can_map(latent) and (k_rope is None or hopper.can_map(k_rope) and k_rope.dtype == latent.dtype) \
-            and can_map_weight(w_uk, 1, 2) and can_map_weight(w_uv, 1, 2):
+            and hopper.can_map_weight(w_uk, 1, 2) and hopper.can_map_weight(w_uv, 1, 2):
         return run_hopper(latent, w_uk, w_uv, k_rope, k, v, place, config, uk[0])
     whole = ceil_div(max(Dn, 1), config["block_n"]), ceil_div(Dv, config["block_n"])
     parts = [(uk[0], *whole)] if uk[0] == uv[0] else [(uk[0], whole[0], 0), (uv[0], 0, whole[1])]  # weights that stand differently: one launch for each

@@ -1,9 +1,9 @@
 """Block attention's forward for Hopper in Gluon, Triton's language of explicit layouts: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 
-A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first, by an atomic ticket), `bring` loads them through the copy engine,
-`clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of `multiply` hold 64 rows each: while
-the output product of one key block runs, the exponentials of the next are made. Full blocks run no mask code. Rows that do not exist are zeros on the way in and
-dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
+A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first among the heads that the cache holds, by an atomic ticket), `bring`
+loads them through the copy engine, `clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of
+`multiply` hold 64 rows each: while one group's products run, the other makes exponentials. Full blocks run no mask code. Rows that do not exist are zeros on the way in
+and dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish, soften
 
 STAGES = gl.constexpr(2)
+CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
 READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 
@@ -40,20 +41,20 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
     k_full, k_free = k_bars
     v_full, v_free, v_landed = v_bars
     n = 0
-    j = 0
     turn = 0
     head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
     while head >= 0:
         b = head // Hq
         h = head - b * Hq
         hk = h // group
-        if count > 0:
-            u = j % QUERIES
-            mbarrier.wait(q_free.index(u), ((j // QUERIES) & 1) ^ 1)
+        u = turn % QUERIES
+        mbarrier.wait(q_free.index(u), ((turn // QUERIES) & 1) ^ 1)
+        if count == 0:
+            mbarrier.arrive(q_full.index(u))
+        else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + D1))
             for w in gl.static_range(2):
                 _bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
-            j += 1
             following = gl.load(cols + first + gl.where(kept == 0, gap, 0))
             for e in range(count):
                 row = following * KEYS
@@ -76,16 +77,21 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
 
 
 @gluon.jit
-def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; `left` keys of the block exist."""
-    intervals, bitmaps = tables
+def _range(kind, r, tables, INTERVALS: gl.constexpr):
+    """Between which keys of a block the rows r may see."""
     lo = r * 0
-    hi = lo + left
+    hi = lo + KEYS
     if INTERVALS:
-        rule = (kind >= 0) & ((kind & 1) == 0)
-        at = intervals + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
-        lo = gl.load(at, mask=rule & (r >= 0), other=0)
-        hi = gl.minimum(gl.load(at + 1, mask=rule & (r >= 0), other=KEYS), left)
+        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
+        at = tables[0] + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
+        lo = gl.load(at, mask=rule, other=0)
+        hi = gl.load(at + 1, mask=rule, other=KEYS)
+    return lo, hi
+
+
+@gluon.jit
+def _word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
+    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; it sees lo .. hi - 1 at most."""
     lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
     hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
     ones = (r * 0 - 1).to(gl.uint32)
@@ -93,15 +99,40 @@ def _word(kind, r, n: gl.constexpr, left, tables, INTERVALS: gl.constexpr, BITMA
     if BITMAPS:
         if kind >= 0:
             if (kind & 1) == 1:
-                word &= gl.load(bitmaps + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
+                word &= gl.load(tables[1] + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
     return word
 
 
 @gluon.jit
-def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, and zeroes the values of the others."""
+def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """Four words: which keys of an item's entry e some row of the tile sees."""
+    entry = first + e + gl.where(e >= kept, gap, 0)
+    kind = gl.load(kinds + entry, mask=e < count, other=-1)
+    left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
+    lo, hi = _range(kind, r, tables, INTERVALS)
+    hi = gl.where(exists, gl.minimum(hi, left), 0)
+    w0 = gl.reduce_or(_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
+    w1 = gl.reduce_or(_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
+    w2 = gl.reduce_or(_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
+    w3 = gl.reduce_or(_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+    return w0, w1, w2, w3
+
+
+@gluon.jit
+def _clear_word(word, n: gl.constexpr, v):
+    """Zeroes the values of those of the keys 32 n .. that have no bit."""
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
+    for c in gl.static_range(4):
+        bits = (word >> (8 * c)) & 0xFF
+        if bits != 0xFF:
+            part = v.slice(32 * n + 8 * c, 8)
+            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
+
+
+@gluon.jit
+def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
+    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes the values of the others when they have landed."""
     r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
     n = 0
     turns = 0
@@ -110,22 +141,20 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
     while head >= 0:
         if MASKED:
             exists = (r + t >= 0) & (r + t < T)
+            w0, w1, w2, w3 = _seen_by_some(plain, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
             for e in range(plain, count):
-                entry = first + e + gl.where(e >= kept, gap, 0)
-                kind = gl.load(kinds + entry)
-                left = limit - gl.load(cols + entry) * KEYS
+                x0, x1, x2, x3 = _seen_by_some(e + 1, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
                 s = (n + e) % STAGES
                 mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
                 turns ^= 1 << s
-                for w in gl.static_range(4):
-                    word = gl.reduce_or(gl.where(exists, _word(kind, r, w, left, tables, INTERVALS, BITMAPS), 0), 0)
-                    for c in gl.static_range(4):
-                        bits = (word >> (8 * c)) & 0xFF
-                        if bits != 0xFF:
-                            part = sv.index(s).slice(32 * w + 8 * c, 8)
-                            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
-                fence_async_shared()
+                if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
+                    _clear_word(w0, 0, sv.index(s))
+                    _clear_word(w1, 1, sv.index(s))
+                    _clear_word(w2, 2, sv.index(s))
+                    _clear_word(w3, 3, sv.index(s))
+                    fence_async_shared()
                 mbarrier.arrive(v_full.index(s))
+                w0, w1, w2, w3 = x0, x1, x2, x3
             n += count
         turn += 1
         head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
@@ -141,18 +170,38 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, kind, r, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
+    """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
+    entry = first + e + gl.where(e >= kept, gap, 0)
+    kind = gl.load(kinds + entry)
+    lo, hi = _range(kind, r, tables, INTERVALS)
+    if EDGE:
+        hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
+    return kind, lo, hi
+
+
+@gluon.jit
+def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, r, 0, left, tables, INTERVALS, BITMAPS), 1)
+    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, r, n, left, tables, INTERVALS, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
+
+
+@gluon.jit
+def _give_back(turn, u, q_free, QUERIES: gl.constexpr):
+    """The query tile of the item before: its output has left shared memory by now."""
+    if QUERIES == 2:
+        if turn > 0:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(1 - u))
 
 
 @gluon.jit
 def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer,
              D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
-             MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
+             EDGE: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
     """A group of warps with rows 64 W .. of each item."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
@@ -167,32 +216,34 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
     zero = gl.zeros([64, KEYS], gl.float32, L)
     r = W * 64 + gl.arange(0, 64, R)
     n = 0
-    j = 0
     turn = 0
     head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 4)
     while head >= 0:
         m = gl.full([64], float("-inf"), gl.float32, R)
         l = gl.zeros([64], gl.float32, R)
         acc = gl.zeros([64, V0], gl.float32, O)
-        u = j % QUERIES
-        if count > 0:
-            mbarrier.wait(q_full.index(u), (j // QUERIES) & 1)
-            q0 = sq0.index(2 * u + W)
-            q1 = sq1.index(2 * u + W)
+        u = turn % QUERIES
+        q0 = sq0.index(2 * u + W)
+        q1 = sq1.index(2 * u + W)
+        mbarrier.wait(q_full.index(u), (turn // QUERIES) & 1)
+        if count == 0:
+            _give_back(turn, u, q_free, QUERIES)
+        else:
             mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
             st = _scores(q0, q1, sk0.index(n % STAGES), sk1.index(n % STAGES), zero, D1)
-            if QUERIES == 2:  # the item before: its output has left shared memory by now
-                if j > 0:
-                    tma.store_wait(0)
-                    mbarrier.arrive(q_free.index(1 - u))
+            kind = -1
+            lo, hi = r, r
+            if MASKED:  # while the products run
+                if plain == 0:
+                    kind, lo, hi = _look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+            _give_back(turn, u, q_free, QUERIES)
             s = warpgroup_mma_wait(0, deps=(st, ))
             mbarrier.arrive(k_free.index(n % STAGES))
             if CAP:
                 s = capped(s, inner, outer)
             if MASKED:
                 if plain == 0:
-                    entry = first + gl.where(kept == 0, gap, 0)
-                    s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
             x, f, m, l = soften(s, m, l, scale2, MASKED)
             p = gl.convert_layout(x.to(kind_of), P)
             for e in range(1, count):
@@ -204,14 +255,16 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
                 mbarrier.wait(v_full.index(s0), phase)
                 ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
+                if MASKED:
+                    if e >= plain:
+                        kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
                 s = warpgroup_mma_wait(1, deps=(st, ))
                 mbarrier.arrive(k_free.index(s1))
                 if CAP:
                     s = capped(s, inner, outer)
                 if MASKED:
                     if e >= plain:
-                        entry = first + e + gl.where(e >= kept, gap, 0)
-                        s = _masked(s, gl.load(kinds + entry), r, limit - gl.load(cols + entry) * KEYS, tables, INTERVALS, BITMAPS, L)
+                        s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
                 x, f, m, l = soften(s, m, l, scale2, MASKED)
                 p2 = gl.convert_layout(x.to(kind_of), P)
                 acc = warpgroup_mma_wait(0, deps=(ot, ))
@@ -231,33 +284,35 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
         if lse is not None:
             gl.store(lse + line + query, logs, mask=ok)
         y = (acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O)), 1)).to(kind_of)
+        to = q0._reinterpret(kind_of, [64, V0], sq0.layout)
+        to.store(y)
+        fence_async_shared()
         # the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
-        if (count == 0) | (t + W * 64 < 0):
-            rows = t + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
-            c = gl.arange(0, V0, gl.SliceLayout(0, O))
-            inside = gl.expand_dims((rows >= 0) & (rows < T), 1) & gl.expand_dims(c < DV, 0)
-            gl.store(out + line * DV + gl.expand_dims(rows.to(gl.int64) * DV, 1) + gl.expand_dims(c, 0), y, mask=inside)
+        if BEFORE:
+            if t + W * 64 < 0:
+                rows = t + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
+                c = gl.arange(0, V0, gl.SliceLayout(0, O))
+                inside = gl.expand_dims((rows >= 0) & (rows < T), 1) & gl.expand_dims(c < DV, 0)
+                gl.store(out + line * DV + gl.expand_dims(rows.to(gl.int64) * DV, 1) + gl.expand_dims(c, 0), y, mask=inside)
+            else:
+                tma.async_copy_shared_to_global(out_map, [head, t + W * 64, 0], to)
         else:
-            to = sq0.index(2 * u + W)._reinterpret(kind_of, [64, V0], sq0.layout)
-            to.store(y)
-            fence_async_shared()
             tma.async_copy_shared_to_global(out_map, [head, t + W * 64, 0], to)
-        if count > 0:
-            if QUERIES == 1:
-                tma.store_wait(0)
-                mbarrier.arrive(q_free.index(0))
-            j += 1
+        if QUERIES == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(0))
         turn += 1
         head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 4)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
 def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
-            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale, inner, outer,
+            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
             D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
-            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item."""
+            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
+    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
+    BEFORE: a tile may start before the call's first query."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
@@ -287,6 +342,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         mbarrier.init(v_landed.index(s), count=1)
     fence_async_shared()
     MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
+    FEW: gl.constexpr = 56 if BITMAPS or EDGE else 40 if MASKED or CAP else 24  # registers of a thread that does not multiply; three times four warps share 504
     memory = (sq0, sq1, sk0, sk1, sv)
     q_bars = (q_full, q_free)
     k_bars = (k_full, k_free)
@@ -294,14 +350,14 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
     tables = (intervals, bitmaps)
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
-        (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+        (multiply, (0, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, BEFORE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
-        (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, MASKED,
+        (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, BEFORE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH, queue)),
+        (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
-    ], [4, 1, 1, 1], [224, 56, 56, 56])
+    ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -347,8 +403,8 @@ def _ahead(lists) -> int:
 
 
 @lru_cache(1024)
-def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False) -> relaunch.Constants:
-    made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length)
+def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, before=True) -> relaunch.Constants:
+    made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, BEFORE=before)
     return relaunch.Constants(made, num_warps=4, enable_fp_fusion=False)
 
 
@@ -360,7 +416,9 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
     order = schedule(lists) if covers else None
     items, sms = B * Hq * n, max(place.sms, 1)
-    made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None)
+    section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), B * Hq)
+    made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None,
+                     host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
     maps = (_Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None,
@@ -368,14 +426,14 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               _ahead(lists) if order is not None else 0, items, host or 0, size, inner, outer)
+               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
 def artifacts(problem) -> list[dict]:
     has, kind = problem.features.__contains__, problem.dtype("q")
     made = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
-                          has("kv_length") and not has("q_start")))
+                          has("kv_length") and not has("q_start"), has("kv_length") or has("q_start")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     pointer = POINTER[kind]
 
@@ -386,6 +444,6 @@ def artifacts(problem) -> list[dict]:
         maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
-    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start")
+    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start")
     signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     return [dict(fn=forward_gluon, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]

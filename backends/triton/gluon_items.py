@@ -28,15 +28,19 @@ def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
 
 
 @gluon.jit
-def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
     """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
     how many stand before the gap, how many there are, the gap, keys that exist."""
     offsets, cols, list_of, slb, slh, first, nq, schedule = lists
-    before = ahead * heads
-    each = gl.where(number < before, ahead, tiles - ahead)
-    m = gl.where(number < before, number, number - before)
-    head = m // each
-    rank = m - head * each + gl.where(number < before, 0, ahead)
+    heads, tiles, ahead, section = order
+    m = number - ahead * heads
+    each = tiles - ahead
+    begin = gl.where(m < 0, 0, m // gl.maximum(section * each, 1) * section)
+    width = gl.where(m < 0, heads, gl.minimum(section, heads - begin))
+    m = gl.where(m < 0, number, m - begin * each)
+    rank = m // width
+    head = begin + m - rank * width
+    rank += gl.where(number < ahead * heads, 0, ahead)
     b = head // Hq
     h = head - b * Hq
     which = gl.load(list_of + b * slb + h * slh)
@@ -55,27 +59,26 @@ def open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constex
 
 
 @gluon.jit
-def take(ticket, items, lists, at, heads, Hq, T, S, tiles, ahead, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
-    """A warp that opens items, two ahead of their readers."""
+def take(ticket, items, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
+    """A warp that opens items, one ahead of their readers."""
     slots, slot_full, slot_free = queue
     place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
     number = gl.program_id(0)
     j = 0
     more = number < items
     while more:
-        fields = open_item(number, lists, at, heads, Hq, T, S, tiles, ahead, EDGE, FROM_LENGTH)
+        fields = open_item(number, lists, at, order, Hq, T, S, EDGE, FROM_LENGTH)
         x = place * 0
         for f in gl.static_range(8):
             x = gl.where(place == f, fields[f], x)
-        mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
         slots.index(j % 2).store(x)
         mbarrier.arrive(slot_full.index(j % 2))
+        mbarrier.wait(slot_free.index(j % 2), (j // 2) & 1)  # not before all have begun it: what one program has drawn, no other can take at the end
         j += 1
         number = items
         if ticket is not None:
             number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
         more = number < items
-    mbarrier.wait(slot_free.index(j % 2), ((j // 2) & 1) ^ 1)
     slots.index(j % 2).store(place * 0 - 1)
     mbarrier.arrive(slot_full.index(j % 2))
 
