@@ -176,10 +176,12 @@ def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPA
     byte = quarter.to(tl.uint32) * 8
     places = tl.arange(0, 32)[:, None] * 4 + quarter * 128
     begin = tl.multiple_of(lo // 16 * 16, 16)
-    ahead = load_lines(row, begin, width)
+    following = load_lines(row, begin, width)
+    ahead = load_lines(row, begin + LINE, width)
     for block in range(begin, hi, LINE):
-        even, odd = tl.split(tl.reshape(ahead, (32, 4, 2, 2)))
-        ahead = load_lines(row, block + LINE, width)  # in flight while these are looked at
+        even, odd = tl.split(tl.reshape(following, (32, 4, 2, 2)))
+        following = ahead
+        ahead = load_lines(row, block + 2 * LINE, width)  # two lines are in flight while one is looked at
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         at = block + places
