@@ -281,15 +281,17 @@ def test_parts_that_hopper_leaves():
     assert None in ragged
 
 
-def test_tiles_of_parts_follow_each_other(monkeypatch):
+@pytest.mark.parametrize("lead", [1, 2, 3])
+def test_tiles_of_parts_follow_each_other(lead, monkeypatch):
     """Every tile once for every head; a tile that starts from sums stands behind all tiles that leave them, and waits for each of their two groups of threads."""
     monkeypatch.setattr(hopper_parts, "GROUP", 4)
+    monkeypatch.setattr(hopper_parts, "LEAD", lead)
     place, heads = CpuPlace(), 3
     parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
     plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
     assert plan.groups == 2 and len(plan.axes) == 2
     taken, left = [], {}
-    for number in range(plan.first_item, (heads + 1) * len(plan.items.owner)):
+    for number in range(plan.first_item, (heads + plan.behind) * len(plan.items.owner)):
         t, number_of_pass, _, entries, _, head, wait, leaves = plan.items.owner[number % len(plan.items.owner)].tolist()
         head += number // len(plan.items.owner)
         if not 0 <= head < heads:
@@ -419,7 +421,7 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
     place.refused = "block_attention_backward"
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest")
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest" if kind == "bfloat16" else "ascending")
     operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
     forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),

@@ -126,3 +126,17 @@ def test_rows_without_gradient_beside_memory_that_results_left():
     for rule in (st.Full(), st.Blocks(mask, 64, 64)):
         dq, = torch.autograd.grad(st.sparse_attention(q, k, v, rule, backend="numba").sum(), q)
     assert (dq[:, :, 128:192] == 0).all() and (dq[:, :, :128] != 0).any()
+
+
+@pytest.mark.parametrize("left, right, T", [(7, 0, 130), (33, 77, 257), (64, 64, 192)])
+def test_gradients_do_not_depend_on_what_memory_held(monkeypatch, left, right, T):
+    """Register tiles reach past the keys of a block, into keys that another share adds up."""
+    pytest.importorskip("torch")
+    from sparsetile.backends import arrays
+    from sparsetile.backends.numba import block_attention_backward
+    poison = lambda self, shape, dtype: np.full(shape, np.nan, arrays.numpy_dtype(dtype))
+    monkeypatch.setattr(arrays.NumpyPlace, "empty", poison)
+    monkeypatch.setattr(block_attention_backward, "take", lambda size: np.full(size // 4, np.nan, np.float32))
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.normal(size=(1, h, T, 64)).astype(np.float32) for h in (2, 1, 1))
+    gradients(Driver("numba"), q, k, v, st.Window(left, right), visible(1, T, T, rule=lambda p, s: (s <= p + right) & (s >= p - left)), rng)

@@ -35,6 +35,7 @@ struct Params {
   float scale, exponent;                                          // exponent = scale * log2(e)
   int sections;                                                   // of a part: items of each key block, each with some of the rows; their dK and dV are added up by `join`
   float* sums_of_keys;                                            // by section, head of the piece and key block: [128, WIDTH], then all the same of dV [128, VALUES]
+  const u32* held;                                                // bits of the keys whose dK and dV the wide ones hold, or null: all
   float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, WIDTH], [heads, S, WIDTH], [heads, S, VALUES] of the piece (start_part)
 };
 
@@ -169,6 +170,9 @@ __device__ __forceinline__ void empty_section(const Params& p, int section, int 
   for (int i = tid; i < 16 * VALUES; i += 128) dv[16 * w * VALUES + i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
+// Have the parts before this one left sums of dK and dV for the key?
+__device__ __forceinline__ bool is_held(const Params& p, int key) { return p.adds & 2 && (!p.held || __ldg(p.held + key / 32) >> key % 32 & 1); }
+
 constexpr u32 NOWHERE = ~0u;
 // Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
 __device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
@@ -180,8 +184,8 @@ __device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32
     uint4 x = make_uint4(0, 0, 0, 0);
     float2* there = (float2*)wide + ((i64)(key_head - p.from_head) * p.at.S + key) * (padded / 2) + column / 2 * 8 + column % 2;
     if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
-    else if (!p.rounds && !(p.adds & 2)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
-    else if (p.adds & 2) x = make_uint4(pack<KIND>(there[0].x, there[0].y), pack<KIND>(there[2].x, there[2].y), pack<KIND>(there[4].x, there[4].y), pack<KIND>(there[6].x, there[6].y));
+    else if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
+    else if (is_held(p, key)) x = make_uint4(pack<KIND>(there[0].x, there[0].y), pack<KIND>(there[2].x, there[2].y), pack<KIND>(there[4].x, there[4].y), pack<KIND>(there[6].x, there[6].y));
     if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
   }
 }
@@ -196,11 +200,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
-  const auto places_of_keys = [&](i64 (&at)[2], int width, bool any) {  // of a part: where this lane's sums stand in float32
+  const auto places_of_keys = [&](i64 (&at)[2], int width, bool starts) {  // of a part: where this lane's sums stand in float32; of those that it starts from, where there are any
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int tid = thread_again() % 128, key = !any ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
-      at[h] = key < 0 ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
+      const int tid = thread_again() % 128, key = starts && p.sections > 1 ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
   const auto leave_section = [&] {
@@ -211,9 +215,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
-  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+  const auto begin = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
     start_from(s, rows_at + b * LINE * 4);
+  };
+  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+    hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
@@ -228,7 +235,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
     wgmma_commit();
   };
-  const auto step = [&](const u32 b) __attribute__((always_inline)) {  // its scores are on their way
+  const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
+    const u32 b = uniform(stage);
     const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
@@ -285,21 +293,23 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (PARTED) {
       i64 at[2];
-      places_of_keys(at, WIDTH, p.adds & 2 && p.sections == 1);
+      places_of_keys(at, WIDTH, true);
       start_part(dk, 1.f / p.scale, p.wide_dk, at);
-      places_of_keys(at, VALUES, p.adds & 2 && p.sections == 1);
+      places_of_keys(at, VALUES, true);
       start_part(dv, 1.f, p.wide_dv, at);
     } else {
       clear(dk); clear(dv);
     }
     if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
     bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    begin(0);
     multiply_scores(0);
     for (u32 b = 0;;) {
       step(b);
       if (b && field(STATE) & LAST) break;
       if (b) { release(); turn ^= 1; }
-      b ^= 1;
+      b = uniform(b ^ 1);
+      begin(b);
       wgmma_wait<0>();
       free_step(b ^ 1);
       multiply_scores(b);
@@ -316,9 +326,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
-      places_of_keys(at, WIDTH, true);
+      places_of_keys(at, WIDTH, false);
       leave_part(dk, p.scale, p.wide_dk, at);
-      places_of_keys(at, VALUES, true);
+      places_of_keys(at, VALUES, false);
       leave_part(dv, 1.f, p.wide_dv, at);
     } else {
       write_keys(dk, p.scale, keys, row, lane);
@@ -563,7 +573,7 @@ extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ P
     const bool values = i >= 2 * WIDTH;
     const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c);
     if (key < 0) continue;
-    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = p.adds & 2 ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = is_held(p, key) ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
     for (int s = 0; s < p.sections; s++) {
       const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, s, p.from_head + head, block, values)))[(i64)c * width + n % width];
       sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);

@@ -16,6 +16,7 @@ from sparsetile.backends.cupy.operands import KINDS, ceil_div, padded
 ROWS = KEYS = 128
 MOST = 4          # parts
 GROUP = 128       # tiles of a group at least: about what a chip works on at a time
+LEAD = 1          # groups that the first pass is ahead
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together where there is one pass
 LOG2E = 1.4426950408889634
 BOTH, LOW, HIGH = range(3)  # halves of a key block that 64 rows see
@@ -23,7 +24,7 @@ BOTH, LOW, HIGH = range(3)  # halves of a key block that 64 rows see
 
 @dataclass(frozen=True)
 class Plan:
-    """items [n, 8]: t, pass | times << 1, first, entries, plain, head (0, or -1: of the head before), wait, raise; entries [n, 8]: key, kind, left, part | halves, seen; on the device."""
+    """items [n, 8]: t, pass | times << 1, first, entries, plain, head (how many behind), wait, raise; entries [n, 8]: key, kind, left, part | halves, seen; on the device."""
     items: Any
     entries: Any
     intervals: Any
@@ -31,6 +32,7 @@ class Plan:
     axes: tuple       # of each pass
     groups: int
     first_item: int   # where items begin: those before it are of no head
+    behind: int       # heads between the passes at most
     step: int         # keys of a step
 
 
@@ -63,11 +65,11 @@ def _plan(parts, axes, T, S, start, place):
     items = np.asarray(items, np.int64)
     if len(passes) == 2 and (items[items[:, 1] == 1, 3] == 0).any():
         return None
-    items, groups, first_item = _ordered(items, [axes[members[0]].row_step for members in passes], T)
+    items, groups, first_item, behind = _ordered(items, [axes[members[0]].row_step for members in passes], T)
     entries = np.concatenate([*entries, np.zeros((1, 8), np.int64)])
     step = KEYS // 2 if (entries[:, 3] > 255).mean() > 0.25 else KEYS  # steps of half a block leave out halves; elsewhere they are twice as many
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
-    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), groups, first_item, step)
+    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), groups, first_item, behind, step)
 
 
 def _first_rows(part, at, start):
@@ -130,20 +132,21 @@ def _bits(host, kind):
 
 
 def _ordered(items, steps, T):
-    """(items in the order in which they are taken, groups, where they begin). One pass: the longest first. Two: groups in turn, each pass's longest first."""
+    """(items in the order in which they are taken, groups, where they begin, how many heads the second pass lies behind). One pass: the longest first. Two: groups in turn, each pass's longest first."""
     longest = lambda x: x[np.argsort(-x[:, 3], kind="stable")]  # noqa: E731
     record = lambda x, head, wait, raises, times: np.concatenate([x[:, :1], x[:, 1:2] | times << 1, x[:, 2:], np.broadcast_to([head, wait, raises], (len(x), 3))], 1)  # noqa: E731
     if len(steps) == 1:
-        return record(longest(items), 0, -1, -1, 0), 0, 0
+        return record(longest(items), 0, -1, -1, 0), 0, 0, 0
     first, second = (items[items[:, 1] == n] for n in (0, 1))
     firsts, seconds = _groups(first, second, steps, T)
     n, out, begin = len(firsts), [], 0
-    for g in range(n):  # behind group g of the first pass comes its group of the second, once the next one of the first has been taken
-        after = (g + 1) % n
-        begin = sum(map(len, out)) if after == 0 else begin
-        out.append(record(longest(firsts[after]), (g + 1) // n - 1, -1, after, 0))
-        out.append(record(longest(seconds[g]), -1, g, -1, 2 * len(firsts[g])))
-    return np.concatenate(out), n, begin
+    behind = -(-LEAD // n)  # heads
+    for g in range(n):  # group g of the second pass comes once LEAD more groups of the first have been taken than it waits for
+        heads, after = divmod(g + LEAD, n)
+        begin = sum(map(len, out)) if after == 0 and heads == behind else begin
+        out.append(record(longest(firsts[after]), heads - behind, -1, after, 0))
+        out.append(record(longest(seconds[g]), -behind, g, -1, 2 * len(firsts[g])))
+    return np.concatenate(out), n, begin, behind
 
 
 def _groups(first, second, steps, T):
@@ -168,27 +171,32 @@ def fields(parts: int) -> str:
     return text + f"{-struct.calcsize(text) % 64}x"  # the struct is as long as its alignment asks
 
 
+def tiles_of(D: int, Dv: int, stages: int) -> int:
+    """Query tiles held: with three the next item's is there before this one's output has left."""
+    return next(n for n in (3, 2, 1) if shared_bytes(D, Dv, stages, n) <= nvrtc.shared_limit("sm_90a"))
+
+
 def shared_bytes(D: int, Dv: int, stages: int, tiles: int) -> int:
     """Stages of keys and of values, query tiles; barriers, what stands in the stages, items."""
     keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
-    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 112 + 32 * stages + 4 * 112
+    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 64 * stages + 16 * tiles + 144 + 4 * 112
 
 
-def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int, step: int = KEYS) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts, STEP=step)
+def defines(kind: str, D: int, Dv: int, stages: int, parts: int, step: int = KEYS) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles_of(D, Dv, stages), PARTS=parts, STEP=step)
 
 
-def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
-    """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
+def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, stages):
+    """out and lse of all parts; axes: of each part."""
     (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(axes)
-    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n, plan.step)
+    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, stages, n, plan.step)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
     partial = place.empty((B * Hq, T, d["VALUES"]), "float32") if two else None
     counters = place.zeros((1 + heads * plan.groups,), "int32")
-    steps = heads + 1 if two else heads
+    steps = heads + plan.behind
     queries = [plan.axes[min(i, len(plan.axes) - 1)].rows(place, q, ROWS) for i in range(2)]
     maps = (*queries, hopper.tensor_map(place, out, (Dv, T, heads), (1, Dv, T * Dv), (64, 64, 1)), *(at.keys(place, x) for at in axes for x in (k, v)))
     function = nvrtc.function("block_attention_parts_hopper", "forward", fields(n), d, place)
-    function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, *depth), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
+    function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, stages, d["TILES"]), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
              counters.ptr, counters.ptr + 4, plan.items.ptr, plan.entries.ptr, plan.intervals.ptr, plan.bitmaps.ptr, *(plan.axes[min(i, len(plan.axes) - 1)].row_step for i in range(2)),
              *(at.key_step if at.key_run < KEYS else 0 for at in axes), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, plan.first_item, steps * tiles, plan.groups, 0, scale, scale * LOG2E)

@@ -56,7 +56,7 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    portable = dict(path="portable", cluster=2, windows=4 if problem["B"] * problem["S"] >= 8192 else 8)
+    portable = dict(path="portable", cluster=2, windows=4)
     tiles = gemm.default_config(problem["B"] * problem["S"], max(problem["Dn"], problem["Dv"]), lambda config: resources(problem, {**portable, **config}))
     return {**portable, **tiles, "path": "portable" if no_hopper(problem) or problem["S"] < 256 else "hopper"}
 

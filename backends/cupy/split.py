@@ -17,6 +17,7 @@ SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
 LATENT_FIELDS = "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
 LATENT_HEADS, LATENT_KEYS, LATENT_THREADS, LATENT_TILE = 64, 32, 512, 9 * 32 * 128
+# of six tiles, for gather_attention_hopper.cu; this path has five
 LATENT_SHARED = 6 * LATENT_TILE + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 LATENT_ROW = 512 + 4 * 4 + 2 * 64  # bytes of the fp8 layout
 LATENT_FP8_SHARED = 4 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 4 * (16 + 4 + 4 * 8) + 2 * (32 * LATENT_ROW + 4 * (8 + 16)) + LATENT_ROW + 8 + 8 + 128  # bytes stand at multiples of 128

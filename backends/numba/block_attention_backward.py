@@ -11,6 +11,7 @@ they are cut, follows from the problem alone: results do not depend on the numbe
 float64 inputs are done one query at a time (exact_backward.py).
 """
 import math
+import weakref
 
 import numba
 import numpy as np
@@ -26,7 +27,7 @@ from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
-from sparsetile.backends.numba.rows import store_row, store_rows
+from sparsetile.backends.numba.rows import store_rows
 from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
 from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
 
@@ -111,7 +112,8 @@ def _sums(jobs, memory, at, count, bounds, where):
     if job.owners != 0 and get_i64(job.owners, at // job.block_k) == get_i64(where, 14):
         sums_k, sums_v = get_i64(where, 15), get_i64(where, 16)
     to_k, to_v = sums_k + 4 * job.Dp * at, sums_v + 4 * job.width * at
-    apart = job.k_order != 0 or at + padded > job.S  # register tiles may reach three rows past the keys, and past the sums
+    # Register tiles may reach three rows past the keys: past the sums, or to keys that another share adds up.
+    apart = job.k_order != 0 or at + padded > job.S or (at + padded - 1) // job.block_k != (at + count - 1) // job.block_k
     if not apart:
         for grain in range(at // GRAIN, (at + padded - 1) // GRAIN + 1):
             _clear(job, sums_k, sums_v, touched, grain)
@@ -178,7 +180,7 @@ def _block(jobs, memory, kind, slot, limit, where):
 @kernel
 def _no_gradient(job, memory, b, h, t):
     """dQ of a row that has none. The tile's dQ^T is still 0."""
-    store_row(job.dq_code, memory + job.dqt, job.D, job.dq + b * job.dq_b + h * job.dq_h + t * job.dq_t)
+    store_rows(job.dq_code, memory + job.dqt, 0, 1, job.D, job.dq + b * job.dq_b + h * job.dq_h + t * job.dq_t, 0)
 
 
 @kernel
@@ -312,6 +314,18 @@ def finish(jobs, thread):
         _finish_rows(job, head, grain, job.sums_v, job.width, job.dv_code, job.Dv, job.dv + b * job.dv_b + j * job.dv_h, job.dv_t)
 
 
+_PLANS = weakref.WeakKeyDictionary()
+
+
+def _plan(lists, *how):
+    """Cuts and owners of a layout's lists, as the last call had them."""
+    found = _PLANS.get(lists)
+    if found is None or found[0] != how:
+        cuts = _cuts(lists, *how)
+        found = _PLANS[lists] = how, cuts, _owners(lists, cuts, how[-1])
+    return found[1:]
+
+
 def _cuts(lists, tiles_, shares, start):
     """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands; start: the block of tile 0."""
     offsets, cost = np.asarray(lists.offsets), np.ones(tiles_)
@@ -362,12 +376,12 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     tiles_, mode, start = (int(job[name][0]) for name in ("tiles", "q_start_mode", "q_start"))
     start = 0 if lists.q_order is not None else start // lists.block_q - lists.first if mode == START_FROM_ARGUMENT else lists.nq - tiles_
     shares = max(1, min(-(-TASKS // heads), tiles_, ROOM // one))
-    sums, cuts = take(shares * one), _cuts(lists, tiles_, shares, start)
+    sums, (cuts, owners) = take(shares * one), _plan(lists, tiles_, shares, start)
     sums_k, sums_v = address(sums), address(sums) + shares * one // (Dp + width) * Dp
     # Rows that are as long in the result as in a sum are summed there by one of the shares.
     direct = D == Dp and Dv == width and lists.k_order is None and lists.block_k % GRAIN == 0 and dk.dtype == dv.dtype == np.float32
-    touched, owners = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _owners(lists, cuts, start) if direct else None
-    set_fields(job, shares=shares, owners=address(owners), cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched), touched_step=touched.shape[1])
+    touched = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8)
+    set_fields(job, shares=shares, owners=address(owners if direct else None), cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched), touched_step=touched.shape[1])
     rows, chunk = panels * PANEL, CHUNK + 4
     shared |= dict(spans=shared["spans"] + 192, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
                    ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width))

@@ -7,7 +7,7 @@ A row's lse, in powers of two, is the sum of two float32 (`high`, `low`): scores
 from llvmlite import ir
 
 from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
-from sparsetile.backends.numba.tiles import HALF, PANEL, STEP, WIDTH, _groups, _panel, _seen
+from sparsetile.backends.numba.tiles import HALF, PANEL, STEP, STEPS, WIDTH, _groups, _panel, _seen
 
 
 def _probability(masked, capped, cols=VECTORS):
@@ -18,7 +18,7 @@ def _probability(masked, capped, cols=VECTORS):
         high, low = [b.fneg(x) for x in _panel(e, pl, cols=cols)], _panel(e, pl, STEP, cols=cols)
 
         def group(rows, first, _):
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D)
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
                 seen = _seen(e, more[0], e.add(more[1], e.add(first, r)), cols) if masked else None
@@ -53,7 +53,7 @@ def _score_gradient(capped, cols=VECTORS):
         b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px, cols=cols)
 
         def group(rows, first, _):
-            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv)
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
                 for n in range(cols):
@@ -73,7 +73,7 @@ def _queries(cols):
     def queries(e, pk, k_step, pd, p_step, keys, po, sixes, fours):
         """dQ^T += K^T dS"""
         def group(rows, first, _):
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys)
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
                 at = i // cols * STEP + i % cols * WIDTH

@@ -20,6 +20,7 @@ PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
 WIDTH = LANES * 4
 HALF, HALF_STEP, BOTH = VECTORS // 2, STEP // 2, 3  # of the lanes of a panel: in a corner of a window one half sees nothing of half of the keys
+STEPS = {VECTORS: 4, HALF: 2}  # of a product in one turn of its loop: half of the lanes come seldom, and every step is compiled
 TAU = 8.0  # a maximum in use may lag behind by so many powers of two
 
 
@@ -62,7 +63,7 @@ def _score(masked, pairs=False, cols=VECTORS):
     def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs)
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS[cols])
             if masked:
                 words, first_key = mask
                 for r in range(rows):
@@ -169,7 +170,7 @@ def _values(pairs, cols=VECTORS):
     def values(e, pv, v_step, ps, keys, po, sixes, fours):
         """O^T += V^T P over any number of keys."""
         def group(rows, first, _):
-            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs)
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
                 at = i // cols * STEP + i % cols * WIDTH

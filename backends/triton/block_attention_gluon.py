@@ -17,7 +17,7 @@ from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
 from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
 from sparsetile.backends.triton.maps import can_map, steps
-from sparsetile.backends.triton.tiles import capped, finish, soften
+from sparsetile.backends.triton.tiles import capped, finish
 
 STAGES = gl.constexpr(2)
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
@@ -190,6 +190,19 @@ def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
+def _soften(s, m, l, scale, GUARD: gl.constexpr, R: gl.constexpr):
+    """tiles.soften, but with the maxima of pairs first: the compiler's reduction is one chain of 32 maxima a row, while the matrix unit waits."""
+    a, b = gl.split(gl.reshape(s, [64, KEYS // 2, 2]))
+    new = gl.maximum(m, gl.convert_layout(gl.max(gl.maximum(a, b), 1), R))
+    z = new * scale
+    if GUARD:
+        z = gl.where(new == float("-inf"), 0.0, z)
+    p = gl.exp2(gl.fma(s, scale, gl.expand_dims(-z, 1)))
+    f = gl.exp2(m * scale - z)
+    return p, f, new, l * f + gl.sum(p, 1)
+
+
+@gluon.jit
 def _give_back(turn, u, q_free, QUERIES: gl.constexpr):
     """The query tile of the item before: its output has left shared memory by now."""
     if QUERIES == 2:
@@ -244,7 +257,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
             if MASKED:
                 if plain == 0:
                     s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
-            x, f, m, l = soften(s, m, l, scale2, MASKED)
+            x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
             p = gl.convert_layout(x.to(kind_of), P)
             for e in range(1, count):
                 s0 = n % STAGES  # of the block before
@@ -265,7 +278,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 if MASKED:
                     if e >= plain:
                         s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
-                x, f, m, l = soften(s, m, l, scale2, MASKED)
+                x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
                 p2 = gl.convert_layout(x.to(kind_of), P)
                 acc = warpgroup_mma_wait(0, deps=(ot, ))
                 mbarrier.arrive(v_free.index(s0))
@@ -390,15 +403,15 @@ def _layout(rank: int):
     return gl.NVMMASharedLayout(128, 16, rank)
 
 
-def _ahead(lists) -> int:
-    """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get("triton.ahead")
+def ahead(lists, name: str = "offsets") -> int:
+    """How many tiles of a list (key blocks, by "by_key_offsets") are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
+    found = lists.extras.get(f"triton.ahead.{name}")
     if found is None:
-        offsets, found = lists.extras.get("offsets"), 0
+        offsets, found = lists.extras.get(name), 0
         if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
-            found = int((length > 4 * length.mean()).sum(axis=1).max())
-        lists.extras["triton.ahead"] = found
+            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
+            found = int((length > 4 * length.mean()).sum(axis=1).max(initial=0))
+        lists.extras[f"triton.ahead.{name}"] = found
     return found
 
 
@@ -426,7 +439,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 

@@ -4,6 +4,7 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  indices [B,G,T,K] 
 Entry e >= 0 stands for keys e * granularity ... + granularity - 1. What is no key of the call (below 0, at or past the end, at or past `lengths`, past the
 query with causal) is a hole: it is read as zeros and never reaches a sum. An entry given twice counts twice. Empty row: out 0, lse -inf.
 The path "gluon" (gather_attention_gluon.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`takes`) run on the portable one.
+In the fp8 layout of a latent cache the selected rows of few queries become keys of 16 bits before it (latent_rows.py).
 """
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, re
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions with 64 heads of one query as rows; latents of width 576 whose first 512 columns are the values, in 16 bits or the fp8 layout. "
+    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
             "The rest is for portable"),
     Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
     Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time", ("portable",)),
@@ -223,8 +224,12 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     out, lse = place.empty((B, Hq, T, DV), kind), place.empty((B, Hq, T), "float32") if return_lse else None
     if config["path"] == "gluon":
         from sparsetile.backends.triton import gather_attention_gluon
-        if gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind, latent):
-            gather_attention_gluon.launch(q, k, indices, out, lse, place, lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start, latent=latent)
+        given = dict(lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
+        if latent is None and gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
+            gather_attention_gluon.launch(q, k, indices, out, lse, place, **given)
+            return out, lse
+        if latent is not None and gather_attention_gluon.takes_bytes(q, k, indices, granularity, scale, softcap, kind, latent):
+            gather_attention_gluon.launch_on_bytes(q, k, indices, out, lse, place, latent, **given)
             return out, lse
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
