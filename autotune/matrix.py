@@ -15,7 +15,7 @@ from sparsetile.ops import attention, dispatch, indexer, latent
 
 MARKS = "<!-- matrix: written by python -m sparsetile.autotune.matrix README.md -->", "<!-- matrix: end -->"
 ARCHES_OF = {"triton": ARCHES, "cupy": tuple(a for a in ARCHES if a.startswith("sm_")), "numba": ("cpu",), "reference": ("cpu",)}
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "float8_e4m3fn": "fp8", "boolean": "bool"}
+SHORT = {"int32": "int32", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "float8_e4m3fn": "fp8", "boolean": "bool"}
 FLOATS, FLOAT8, LONGEST = ("float32", "float16", "bfloat16"), "float8_e4m3fn", 2 ** 31 - 1
 WIDTHS = ((128, 128, ""), (256, 256, ""), (576, 512, "shared_kv"), (576, 576, ""))  # D, Dv, what else; the first is what the table says
 
@@ -66,6 +66,8 @@ def cases(kernel: str):
         for kind in FLOATS:
             for form, width in (("latent_fp8", 512), ("indexer_fp8", 128)):
                 yield kind, form, dict(B=1, T=4096, D=width), dict(rows=kind, pool="uint8"), [form]
+    elif kernel == "page_rows":
+        yield "int32", "", dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), []
     else:
         assert kernel == "layout", f"{kernel}: say here what it is asked about"
         yield "boolean", "", dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), []

@@ -337,7 +337,7 @@ def of_problem(problem, pattern=None) -> Workload | None:
         plain |= {options["pattern"].kind}
     if problem.op == "importance_topk":  # what is forced changes nothing of its cost
         plain |= {"force_first", "force_last"}
-    if set(problem.features) - plain or problem.op in ("attention_delta", "layout", "append"):
+    if set(problem.features) - plain or problem.op in ("attention_delta", "layout", "append", "page_rows"):
         return None
     if problem.op == "importance_topk" and (problem.granularity != 64 or sizes.pop("C") != (sizes["S"] - 32) // 16 + 1):
         return None

@@ -21,7 +21,7 @@ from typing import Any, Mapping
 KERNELS = (
     "block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward",
     "attention_delta", "merge_attention", "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul", "layout",
-    "append",
+    "append", "page_rows",
 )
 BACKENDS = ("triton", "cupy", "numba", "reference")  # in order of preference
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "gfx942")

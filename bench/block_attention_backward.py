@@ -23,7 +23,7 @@ from sparsetile.ops import attention  # noqa: E402
 LARGE = ("causal/32768", "window-1024/32768", "bigbird-128/32768", "random-10pct/32768", "window-4096/32768", "causal-d64/16384", "longformer-512/32768", "documents/32768", "causal/8192",
          "causal-d192/16384")
 CONFIGS = {"default": {}, "two pass": dict(path="two_pass"), "two pass 2": dict(path="two_pass", heads=2), **{f"{heads}, {sums}": dict(path="hopper", heads=heads, sums=sums) for heads in (2, 8, 32) for sums in (1, 2)}, "section 0": dict(path="hopper", section=0, heads=32),
-           **{f"section {n}": dict(path="hopper", section=n, heads=8) for n in (8, 16)}, **{f"freest {n}": dict(path="hopper", walk="freest", heads=n) for n in (1, 2, 4)}, "portable": dict(path="portable", block_q=64)}
+           **{f"section {n}": dict(path="hopper", section=n, heads=8) for n in (8, 16)}, **{f"{walk} {n}": dict(path="hopper", walk=walk, heads=n) for walk in ("freest", "ascending") for n in (1, 2, 4)}, "portable": dict(path="portable", block_q=64)}
 
 
 def wrong(config, pattern, B, Hq, Hk, T, S, D, Dv, options) -> str | None:

@@ -11,6 +11,7 @@ Without a GPU: products and backward at a small size on the CPU. Leaves with 1 i
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -24,7 +25,7 @@ from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops import latent  # noqa: E402
 
 SIZES, SMALL = dict(H=128, R=512, P=64, Dn=128, Dv=128), dict(H=3, R=48, P=8, Dn=16, Dv=24)
-FLUSH_MB = 4096  # about a millisecond of writing: longer than the host needs to launch all of a backward
+FLUSH_MB = 8192  # two milliseconds of writing: longer than a busy host needs to launch all of a backward
 LONG = ("B 128 128k", "B 8 128k", "decompress 128k")  # not with --quick
 
 
@@ -137,6 +138,11 @@ def lines(found, backends) -> str:
     return "\n".join(text)
 
 
+def absent(modules: dict) -> list[str]:
+    """A sentence for each peer that is not installed here."""
+    return [f"{who}: not installed (no module {module}), so no row of latent decode has it" for who, module in modules.items() if find_spec(module) is None]
+
+
 def table_rows(given) -> list[str]:
     names = [row.name for row in gpu_rows.selected(["latent decode", "decompress"]) if not (given.quick and row.name.endswith(LONG))]
     full = {"latent decode h 128": "B 128 32k", "latent decode h 16": "B 128 32k"}
@@ -162,6 +168,10 @@ def main(arguments=None) -> int:
     print(torch.cuda.get_device_name() if cuda else "CPU", flush=True)
     wrong = here(torch, device, given, found, made, until)
     if cuda:
+        from sparsetile.bench import peers
+        if any("decode" in name for name in table_rows(given)):
+            for who in absent(peers.OF_LATENTS):
+                print(who, flush=True)
         for names, compiled in (([n for n in table_rows(given) if "decode" in n], False), ([n for n in table_rows(given) if "decompress" in n], not given.quick)):
             gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=compiled), found, 180 if compiled else 60, until)
     print(f"\n{lines(found, backends)}")

@@ -14,6 +14,9 @@ from sparsetile.autotune import tasks
 from sparsetile.ops import patterns as P
 
 
+OF_LATENTS = {"FlashMLA": "flash_mla", "FlashInfer": "flashinfer"}  # who else decodes on latents, and the module that makes it
+
+
 @dataclass(frozen=True)
 class Peer:
     """make() prepares what is not timed and returns the call to time; judged: its answer has our shapes and is checked like ours."""
@@ -36,7 +39,7 @@ def peers(task, compiled: bool) -> list[Peer]:
     elif w.kernel == "block_attention" and task.inputs[3] == P.Full():
         found.append(Peer("torch", lambda: _few(task)))
         if w["D"] == 576 and w.option("shared_kv"):
-            found += [Peer(name, lambda make=make: make(task)) for name, module, make in (("FlashMLA", "flash_mla", _flash_mla_dense), ("FlashInfer", "flashinfer", _flashinfer_latent)) if find_spec(module)]
+            found += [Peer(name, lambda make=make: make(task)) for name, make in (("FlashMLA", _flash_mla_dense), ("FlashInfer", _flashinfer_latent)) if find_spec(OF_LATENTS[name])]
     elif w.kernel == "gather_attention" and w["D"] == 576 and find_spec("flash_mla"):
         found.append(Peer("FlashMLA", lambda: _flash_mla(task)))
     elif w.kernel == "indexer_scores" and w["B"] == 1 and find_spec("deep_gemm"):

@@ -102,7 +102,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     checks.array("q", q, 4, "[B,Hq,T,D]")
     table = latent = None
     if isinstance(k, Cache):
-        k, v, pattern, kv_length, q_start, value_width, table, latent = _cached(q, k, v, pattern, kv_length, q_start, value_width)
+        k, v, pattern, kv_length, q_start, value_width, table, latent = _cached(q, k, v, pattern, kv_length, q_start, value_width, backend)
     checks.array("k", k, 4, "[B,Hk,S,D]")
     checks.array("v", v, 4, "[B,Hk,S,Dv]", optional=True)
     B, Hq, T, D = q.shape
@@ -153,7 +153,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table, latent)
 
 
-def _cached(q, cache, v, pattern, kv_length, q_start, value_width):
+def _cached(q, cache, v, pattern, kv_length, q_start, value_width, backend):
     """A cache in the place of k: (k, v, pattern, kv_length, q_start, value_width, table, latent)."""
     if v is not None:
         raise ValueError("v: expected None, got an array; a cache holds its own values")
@@ -163,7 +163,7 @@ def _cached(q, cache, v, pattern, kv_length, q_start, value_width):
     if not isinstance(rule, (Pattern, Layout, Selection)):
         raise TypeError(f"pattern: expected a Pattern, a Layout, a Selection or None, got {type(rule).__name__}; see sparsetile.Causal(), Window(left), Selection(indices)")
     checks.together({"q": q, "k.lengths": cache.lengths})
-    k, v, rule, kv_length, q_start, table, latent = cache.keys(q.shape[2], rule, kv_length, q_start)
+    k, v, rule, kv_length, q_start, table, latent = cache.keys(q.shape[2], rule, kv_length, q_start, backend)
     return k, v, rule, kv_length, q_start, cache.rank if v is None and value_width is None else value_width, table, latent
 
 
@@ -259,7 +259,7 @@ def _carry(part: Lists, place) -> Lists:
         if x is None:
             return None
         return place.upload(arrays.as_numpy(x)) if arrays.device_of(x) is None else place.native(x)
-    known = ("offsets", "by_key_offsets", "by_key_rows", "q_order", "k_order") if arrays.device_of(part.offsets) is None else ()
+    known = ("offsets", "cols", "kinds", "intervals", "bitmaps", "by_key_offsets", "by_key_rows", "q_order", "k_order") if arrays.device_of(part.offsets) is None else ()
     host = {name: arrays.as_numpy(getattr(part, name)) for name in known if getattr(part, name) is not None}
     return replace(part, **{name: one(getattr(part, name)) for name in _ARRAYS}, extras=host)
 

@@ -71,14 +71,19 @@ static inline void emulate_tma_load(uint32_t to, const void* map, uint32_t bar, 
   emulate_barrier_bytes(bar, -(int)(row * 128));
 }
 
-static inline void emulate_tma_store(const void* map, uint32_t from, const int* at) {
+static inline void emulate_tma_store(const void* map, uint32_t from, const int* at, int rank = 3) {
   const EmulatedMap& m = *(const EmulatedMap*)map;
-  for (unsigned z = 0, row = 0; z < m.box[2]; z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
-    if (at[1] + (int)y < 0 || at[1] + (int)y >= (int)m.extent[1] || at[2] + z >= m.extent[2]) continue;
+  if (m.rank != rank || from % 128 || m.box[0] * m.size != 128) { fprintf(stderr, "tensor copy: wrong rank, box or address\n"); abort(); }
+  uint32_t row = 0;
+  for (unsigned w = 0; w < (rank > 3 ? m.box[3] : 1); w++) for (unsigned z = 0; z < m.box[2]; z++) for (unsigned y = 0; y < m.box[1]; y++, row++) {
+    const long long c[4] = {at[0], at[1] + y, at[2] + z, rank > 3 ? at[3] + w : 0};
+    bool inside = true;
+    for (int i = 1; i < rank; i++) inside &= c[i] >= 0 && c[i] < m.extent[i];
+    if (!inside) continue;
     const uint32_t first = from / 128 % 8;  // the pattern follows the address
     for (unsigned x = 0; x < 128; x++)
-      if (at[0] + x / m.size < m.extent[0])
-        ((unsigned char*)m.base)[at[0] * m.size + x + (at[1] + y) * m.step[1] + (at[2] + z) * m.step[2]] = emulate_shared()[from - first * 128 + emulate_swizzle(first + row, x)];
+      if (c[0] + x / m.size < m.extent[0])
+        ((unsigned char*)m.base)[c[0] * m.size + x + c[1] * m.step[1] + c[2] * m.step[2] + c[3] * m.step[3]] = emulate_shared()[from - first * 128 + emulate_swizzle(first + row, x)];
   }
 }
 static inline void emulate_stmatrix(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -7,7 +7,7 @@ from sparsetile.backends.cupy.hopper import BYTES
 
 
 class HopperPlace(CpuPlace):
-    arch, sms = "sm_90a", 3
+    arch, sms, cluster = "sm_90a", 3, 1
 
     def tensor_map(self, ptr, dtype, shape, strides, box):
         five = lambda x: (*x, *(1,) * (5 - len(x)))  # noqa: E731

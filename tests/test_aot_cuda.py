@@ -17,9 +17,10 @@ HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
-    "block_attention_backward_hopper": 288,  # the planning warp has 24 registers; in the loop of products two words a step
-    "block_attention_backward_two_pass": 352,  # the same warp; beside 160 sums of dK and dV fifteen words a step
-    ("block_attention_backward_two_pass", "PARTED"): 480,  # and where a part's rows and keys stand
+    "block_attention_backward_hopper": 224,  # the planning warp has 24 registers
+    "block_attention_backward_two_pass": 224,  # the same warp
+    ("block_attention_backward_two_pass", "PARTED"): 256,  # and where a part's rows and keys stand
+    "block_attention_parts_hopper": 8,  # D 64: a word, once an item
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
@@ -72,6 +73,7 @@ def cases():
     yield "append", "copy", (dict(B=8, T=1, D=128), dict(rows=HALF, pool=HALF), ("copy", "ring"))
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
     yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=SINGLE, pool="uint8"), ("indexer_fp8",))
+    yield "page_rows", "selection", (dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), ())
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 

@@ -293,6 +293,12 @@ def test_rows_of_latents_that_are_measured_in_workers():
     assert latent.table_rows(Namespace(quick=True, only=["32k"])) == [name for name in names if "32k" in name or name in ("latent decode h 128", "latent decode h 16")]
 
 
+def test_peers_that_are_not_installed_are_said():
+    pytest.importorskip("torch")
+    from sparsetile.bench import latent
+    assert latent.absent({"ours": "sparsetile", "theirs": "no_such_module"}) == ["theirs: not installed (no module no_such_module), so no row of latent decode has it"]
+
+
 # ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")

@@ -15,7 +15,8 @@ from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
-from sparsetile.backends.cupy import attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, merge_attention, split, two_pass
+from sparsetile.backends.cupy import (attention_delta, block_attention, block_attention_backward, gather_attention, gather_attention_backward, gather_backward_hopper, gather_union, hopper_parts, merge_attention,
+                                      split, two_pass)
 from sparsetile.backends.cupy.hopper_axes import axes_of
 from sparsetile.backends.cupy.operands import position_values
 from sparsetile.ops.lowering import lower
@@ -222,14 +223,15 @@ PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
 
 def parts_of(made, place):
     """On the place, with what the host knows of them."""
-    names = ("offsets", "by_key_offsets", "by_key_rows", "q_order", "k_order")
+    names = ("offsets", "cols", "kinds", "intervals", "bitmaps", "by_key_offsets", "by_key_rows", "q_order", "k_order")
     return [dataclasses.replace(part, **{f.name: place.put(np.ascontiguousarray(getattr(part, f.name))) for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)},
                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
 
 
 @pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
-    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before."""
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng, monkeypatch):
+    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before; in one launch where the keys that exist are known."""
+    monkeypatch.setattr(hopper_parts, "GROUP", 4)
     place = HopperPlace()
     place.refused = "block_attention"
     q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
@@ -258,6 +260,7 @@ def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, r
     hide(k, v, count[None, None], Hq)
     if piece == "a head":
         monkeypatch.setattr(two_pass, "GIB", 1)
+        monkeypatch.setattr(two_pass, "SECTIONS", 2)
     at = dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
     config = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, scratch=1)
     forward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
@@ -276,6 +279,29 @@ def test_parts_that_hopper_leaves():
     assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
     ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
     assert None in ragged
+
+
+@pytest.mark.parametrize("lead", [1, 2, 3])
+def test_tiles_of_parts_follow_each_other(lead, monkeypatch):
+    """Every tile once for every head; a tile that starts from sums stands behind all tiles that leave them, and waits for each of their two groups of threads."""
+    monkeypatch.setattr(hopper_parts, "GROUP", 4)
+    monkeypatch.setattr(hopper_parts, "LEAD", lead)
+    place, heads = CpuPlace(), 3
+    parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
+    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
+    assert plan.groups == 2 and len(plan.axes) == 2
+    taken, left = [], {}
+    for number in range(plan.first_item, (heads + plan.behind) * len(plan.items.owner)):
+        t, number_of_pass, _, entries, _, head, wait, leaves = plan.items.owner[number % len(plan.items.owner)].tolist()
+        head += number // len(plan.items.owner)
+        if not 0 <= head < heads:
+            continue
+        taken.append((head, number_of_pass & 1, t))
+        if leaves >= 0:
+            left.setdefault((head, leaves), []).append(t + 8 * np.arange(128))
+        else:
+            assert number_of_pass >> 1 == 2 * len(left[head, wait]) and np.isin(t + np.arange(128), left[head, wait]).all() and entries
+    assert len(taken) == len(set(taken)) == heads * 32
 
 
 DECODE_CASES = [
@@ -351,7 +377,7 @@ def test_few_queries_of_a_latent_on_hopper(case, kind, rng):
     attended(place, q, k, k[..., :512], lists(config), config, sink=np.resize(SINK, case.Hq) if case.sink else None, count=count, at=at, reduction=case.S + case.D)
 
 
-@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("lines", [1, 8])
 @pytest.mark.parametrize("parts, sink", [(1, None), (2, 19.0), (33, None), (300, 25.0)])
 def test_parts_of_one_item_are_merged(place, parts, sink, lines, rng, monkeypatch):
     """One query of 5 heads with a part in every share, some of them empty; nothing is written where there is one part: it stood there already."""
@@ -395,7 +421,7 @@ def test_block_attention_backward_on_hopper(case, kind, rng):
     place.refused = "block_attention_backward"
     q, k, v, count, at, lists = scene(case, kind, rng, place)
     q, k, v = (token_major(x) for x in (q, k, v))
-    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest")
+    backward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, sums=2 if case.T > 2000 else 1, section=8, walk="freest" if kind == "bfloat16" else "ascending")
     operands, made = tuple(map(place.put, (q, k, v))), lists(backward)
     forward = dict(path="portable", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     judge(place, lambda sink: block_attention.run(*operands, made, config=forward, sink_logits=place.put(sink), **{**at, "place": at_portable}),

@@ -11,7 +11,7 @@ from cuda_on_cpu import BFLOAT16, CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
 
-from sparsetile.backends.cupy import block_attention, gather_attention, indexer_scores, indexer_topk
+from sparsetile.backends.cupy import block_attention, gather_attention, indexer_scores, indexer_topk, page_rows
 from sparsetile.backends.reference import indexer_topk as reference
 from sparsetile.backends.reference.positions import latents
 from sparsetile.ops.lowering import lower
@@ -144,6 +144,27 @@ def test_indexer_topk(case, top_k, pool, scored, rng):
     for name, x, want in zip(("indices", "lengths", "scores"), got, reference.run(q, keys, weights, top_k, k_scale=scales, table=table, q_start=start, key_end=end, **rest)):
         if want is not None:
             assert_same_bits(name, x.owner, want)
+
+
+# ------------------------------------------------------------------------------------------------------------------ selections
+@pytest.mark.parametrize("granularity, causal, start, page", [(1, False, None, 6), (1, True, None, 64), (4, True, 37, 5), (3, True, "device", 1)])
+def test_rows_of_selections(granularity, causal, start, page, rng):
+    """Garbage among the entries, holes in the table, lengths of sequences and of lists that are out of range; more slots than one block of threads takes."""
+    place, B, G, T, K, pages, pool, bad = CpuPlace(), 3, 2, 2, 1030 // granularity, 12, 29, np.array([-1, -2 ** 31, 2 ** 31 - 1, 2 ** 30], np.int32)
+    table, entries = rng.permutation(B * pages).reshape(B, pages).astype(np.int32), rng.integers(0, pages * page // granularity + 2, (B, G, T, K)).astype(np.int32)
+    table[1, 3], table[2, 0], entries[..., ::7] = -5, 2 ** 31 - 1, bad[rng.integers(0, 4, entries[..., ::7].shape)]
+    lengths, counts = np.array([pages * page + 9, pages * page - 3, -2], np.int32), rng.integers(-3, K + 3, (B, G, T)).astype(np.int32)
+    starts = np.array([5, 2 ** 31 - 1, -9], np.int32) if start == "device" else start
+    got = page_rows.run(place.put(entries), place.put(table), place.put(lengths), place=place, config={}, page_size=page, pages_of_pool=pool, lengths=place.put(counts), granularity=granularity,
+                        causal=causal, q_start=place.put(starts) if start == "device" else starts).owner
+    expected = np.full((B, G, T, K * granularity), -1, np.int64)
+    for b, g, t, slot in np.ndindex(expected.shape):
+        held = min(max(int(lengths[b]), 0), pages * page)
+        key, at = int(entries[b, g, t, slot // granularity]) * granularity + slot % granularity, t + (held - T if start is None else int(np.resize(starts, B)[b]))
+        if slot // granularity < counts[b, g, t] and 0 <= key < held and (key <= at or not causal) and 0 <= table[b, key // page] < pool:
+            expected[b, g, t, slot] = table[b, key // page] * page + key % page
+    assert (expected >= 0).any() and (expected < 0).any()
+    assert_same_bits("rows", got, expected.astype(np.int32))
 
 
 # ------------------------------------------------------------------------------------------------------------- float8 latents

@@ -71,11 +71,11 @@ PRODUCTS = [  # x, w, B, H, T, N, M, P, turned, out
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-@pytest.mark.parametrize("B, H, T, N, M", [(2, 3, 150, 64, 256), (1, 2, 300, 128, 512)])
-def test_products_summed_over_heads(kind, B, H, T, N, M, rng):
-    """Rows that stand apart, as the non-rotary columns of keys' gradients do; more rows than a block has, and fewer."""
+@pytest.mark.parametrize("B, H, T, N, M, sms", [(2, 3, 150, 64, 256, 3), (1, 2, 300, 128, 512, 3), (1, 3, 70, 64, 256, 2)])
+def test_products_summed_over_heads(kind, B, H, T, N, M, sms, rng):
+    """Rows that stand apart, as the non-rotary columns of keys' gradients do; more rows than a block has, and fewer; heads in one part and in two that are not equal."""
     place = HopperPlace()
-    place.cluster = 1
+    place.sms = sms
     x, w = normal(rng, kind, B, H, T, N + 64)[..., :N], normal(rng, kind, H, M, N)
     problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=0), dict(x=kind, w=kind, out="float32"), "sm_90a", ["inner_heads"])
     assert grouped_matmul.supports(problem) is None and "side by side" in grouped_matmul.supports(replace(problem, arch="sm_80"))
@@ -95,6 +95,27 @@ def test_grouped_matmul(a, w, B, H, T, N, M, P, is_turned, out, rng, place):
     assert_close("product", np.ascontiguousarray(got[..., :M]), oracle.grouped_matmul(x, weight), formula, reduction=N)
     if P:
         assert np.array_equal(got[..., M:], tail.astype(TYPES[kind]))
+
+
+FEW = [  # x, B, H, T, N, M, P, turned, sms: more rows than a tile; queries that do not fill one; a span of several column tiles and a last one that is not full
+    ("bfloat16", 130, 2, 1, 64, 320, 16, False, 8), ("float16", 3, 1, 50, 128, 136, 0, True, 1), ("bfloat16", 1, 2, 140, 72, 64, 64, True, 8), ("float16", 2, 3, 1, 512, 64, 8, False, 3),
+]
+
+
+@pytest.mark.parametrize("kind, B, H, T, N, M, P, is_turned, sms", FEW)
+def test_few_rows_on_hopper(kind, B, H, T, N, M, P, is_turned, sms, rng):
+    """Queries and tail stand between others, as halves of one array do; nothing of the copy engine's boxes reaches neighbours."""
+    place = HopperPlace()
+    place.sms, place.refused = sms, "grouped_matmul"
+    x, tail = normal(rng, kind, B, H, T, N + P + 8)[..., :N], normal(rng, kind, B, H, T, P + 8)[..., 8:] if P else None
+    weight = (turned if is_turned else normal)(rng, kind, H, M, N)
+    problem = Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind), "sm_90a", ["tail"] * (P > 0))
+    config = grouped_matmul.default_config(problem)
+    assert config["path"] == "hopper" and not isinstance(grouped_matmul.resources(problem, config), str)
+    got = place.get(grouped_matmul.run(place.put(x), place.put(weight), place=place, config=config, tail=place.put(tail)))
+    assert_close("product", np.ascontiguousarray(got[..., :M]), oracle.grouped_matmul(x, weight), plain.grouped_matmul(x, weight, out_dtype=TYPES[kind]), reduction=N)
+    if P:
+        assert np.array_equal(got[..., M:], tail)
 
 
 @pytest.mark.parametrize("L, nq, nk, share", [(1, 1, 1, 1), (2, 5, 7, 0.5), (3, 40, 33, 0.3), (1, 70, 100, 0.1), (2, 33, 64, 0), (1, 1, 65, 1), (1, 65, 1, 0.5)])

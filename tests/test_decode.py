@@ -96,3 +96,14 @@ def test_the_default_is_what_was_fastest(dims, arch, features, path, tile_k):
     sizes = dict(B=1, Hk=1, T=1, S=32768, D=576, Dv=512) | dims
     config = dispatch.kernel("cupy", "block_attention").default_config(Problem.of("block_attention", sizes, dict.fromkeys("qkv", "bfloat16"), arch, features))
     assert (config["path"], config["tile_k"]) == (path, tile_k), config
+
+
+@pytest.mark.parametrize("dims, arch, features, path", [
+    (dict(Hq=128), "sm_90a", ["shared_kv"], "latent"), (dict(Hq=16, T=2), "sm_90a", ["shared_kv", "paged"], "latent"), (dict(Hq=8), "sm_90a", ["shared_kv"], "decode"),
+    (dict(Hq=16), "sm_90a", ["shared_kv", "softcap"], "decode"), (dict(Hq=16), "sm_90a", [], "decode"), (dict(Hq=16), "sm_80", ["shared_kv"], "decode"), (dict(Hq=16, T=33), "sm_90a", ["shared_kv"], "portable"),
+], ids=lambda x: "-".join(f"{a}{n}" for a, n in x.items()) if isinstance(x, dict) else "-".join(x) or "plain" if isinstance(x, list) else x)
+def test_tritons_default(dims, arch, features, path):
+    """Sixteen and more heads of the latent are read at full speed by Hopper's own instructions: 16 heads 1.61 ms where path decode takes 1.72, 32 heads 1.60 and 3.00."""
+    sizes = dict(B=1, Hk=1, T=1, S=32768, D=576, Dv=512) | dims
+    config = dispatch.kernel("triton", "block_attention").default_config(Problem.of("block_attention", sizes, dict.fromkeys("qkv", "bfloat16"), arch, features))
+    assert config["path"] == path, config

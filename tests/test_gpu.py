@@ -360,16 +360,19 @@ def test_offsets_past_two_to_the_31(backend, rng):
         judge_row(window[0, :, t], q[0, :, t], keys, keys[:, :Dv])
 
 
+@pytest.mark.parametrize("path", ["cublas", "hopper"])
 @pytest.mark.parametrize("B, T, is_turned", [(1, 300, False), (3, 1, True), (2, 70, False)])
-def test_products_by_cublas_and_in_a_graph(B, T, is_turned, rng):
-    """The same call alone, by cuBLAS, and recorded, where the portable path stands for it."""
-    from sparsetile.backends.cupy import cublas
+def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
+    """The same call alone and recorded, where the portable path stands for cuBLAS."""
+    from sparsetile.backends.cupy import grouped_matmul
     from sparsetile.ops import latent
-    if (missing := cublas.missing()) is not None:
-        pytest.skip(missing)
     make = Make(rng)
     x, tail, w = make.normal(B, 4, T, 128)(), make.normal(B, 4, T, 64)(), make.normal(4, 128, 512)().transpose(1, 2) if is_turned else make.normal(4, 512, 128)()
-    call = lambda: latent.matmul(x, w, tail, "cupy", "torch", 0, dict(path="cublas"))  # noqa: E731
+    problem = latent.product_problem(x, w, tail, 0)
+    config = {**grouped_matmul.default_config(problem), "path": path}
+    if isinstance(refused := grouped_matmul.resources(problem, config), str):
+        pytest.skip(refused)
+    call = lambda: latent.matmul(x, w, tail, "cupy", "torch", 0, config)  # noqa: E731
     alone = call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

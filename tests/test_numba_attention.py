@@ -104,3 +104,39 @@ def test_gradients_of_heads_in_groups(monkeypatch):
     q, k, v = (rng.normal(size=(2, h, n, d)).astype(np.float32) for h, n, d in ((6, 150, 40), (3, 170, 40), (3, 170, 24)))
     monkeypatch.setattr(block_attention_backward, "SPARE", 2 * 4 * (192 + 32) * (48 + 32))
     gradients(Driver("numba"), q, k, v, st.Window(30), visible(2, 150, 170, rule=lambda p, s: (s <= p) & (s >= p - 30)), rng)
+
+
+@pytest.mark.parametrize("left, right, T, D, Dv", [(33, 77, 130, 64, 64), (64, 64, 192, 40, 24), (32, 31, 160, 128, 64)])
+def test_corners_that_half_of_the_lanes_sees(left, right, T, D, Dv):
+    """Some keys of a block are seen by the first or the last queries of a panel only; gradients are summed where they will stand (widths in whole vectors), or apart."""
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(1, h, T, d)).astype(np.float32) for h, d in ((2, D), (1, D), (1, Dv)))
+    rule, seen = st.Window(left, right), visible(1, T, T, rule=lambda p, s: (s <= p + right) & (s >= p - left))
+    attention(Driver("numba"), q, k, v, rule, seen)
+    gradients(Driver("numba"), q, k, v, rule, seen, rng)
+
+
+def test_rows_without_gradient_beside_memory_that_results_left():
+    """Rows without keys, and rows in no block of the layout, in memory that held something else before."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(1, 2, 320, 64).requires_grad_() for _ in range(3))
+    mask = np.ones((5, 5), bool)
+    mask[2] = False
+    for rule in (st.Full(), st.Blocks(mask, 64, 64)):
+        dq, = torch.autograd.grad(st.sparse_attention(q, k, v, rule, backend="numba").sum(), q)
+    assert (dq[:, :, 128:192] == 0).all() and (dq[:, :, :128] != 0).any()
+
+
+@pytest.mark.parametrize("left, right, T", [(7, 0, 130), (33, 77, 257), (64, 64, 192)])
+def test_gradients_do_not_depend_on_what_memory_held(monkeypatch, left, right, T):
+    """Register tiles reach past the keys of a block, into keys that another share adds up."""
+    pytest.importorskip("torch")
+    from sparsetile.backends import arrays
+    from sparsetile.backends.numba import block_attention_backward
+    poison = lambda self, shape, dtype: np.full(shape, np.nan, arrays.numpy_dtype(dtype))
+    monkeypatch.setattr(arrays.NumpyPlace, "empty", poison)
+    monkeypatch.setattr(block_attention_backward, "take", lambda size: np.full(size // 4, np.nan, np.float32))
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.normal(size=(1, h, T, 64)).astype(np.float32) for h in (2, 1, 1))
+    gradients(Driver("numba"), q, k, v, st.Window(left, right), visible(1, T, T, rule=lambda p, s: (s <= p + right) & (s >= p - left)), rng)

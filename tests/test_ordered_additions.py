@@ -55,7 +55,7 @@ CASES = {  # lists, nq, nk, global blocks, first, queries from position, queries
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("section, walk", [(0, "descending"), (8, "descending"), (0, "freest"), (8, "freest")])
+@pytest.mark.parametrize("section, walk", [(0, "descending"), (8, "descending"), (0, "ascending"), (8, "ascending"), (0, "freest"), (8, "freest")])
 def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng):
     L, nq, nk, globals_, first, start, T, S, sums, static = CASES[case]
     kinds, place = grids(rng, L, nq, nk, globals_), Lists()
@@ -67,11 +67,12 @@ def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng)
     q, k, row = place.put(np.zeros((1, L, T, 8), np.float16)), place.put(np.zeros((1, L, S, 8), np.float16)), place.put(np.zeros((1, L, T), np.float32))
     config = dict(path="hopper", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1, heads=8, sums=sums, section=section, walk=walk)
     block_attention_backward.run(q, k, k, lists, row, row, q, place=place, config=config, scale=1.0, q_start=start)
+    backwards = -1 if walk == "ascending" else 1  # the sequence is taken from its end
     walk = next(x.owner for x in place.made if x.owner.shape == (len(made.by_key_rows), 4))
     sequence = next(x.owner for x in place.made if x.owner.ndim == 3 and x.owner.shape[2] == 2)
     long = [[j for j in range(nk) if (n := (kinds[l, :, j] > -2).sum()) > 16 and n * nk > 4 * (kinds[l] > -2).sum()] for l in range(L)]
     for l in range(L):
-        items = [tuple(x) for x in sequence[l].tolist() if x[0] >= 0]
+        items = [tuple(x) for x in sequence[l, ::backwards].tolist() if x[0] >= 0]
         split = {j for j, g in items if g >= 0}
         if section and case != "too many to split":
             assert split == set(long[l]) and (split or not globals_)

@@ -16,7 +16,7 @@ import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper, split
+from sparsetile.backends.cupy import hopper, hopper_parts, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, first_fitting, fp8_defines, latent_shape, lists_values,
                                                padded, page_defines, position_values, problem_copy_bytes, query_tiles, sliced, through_pages)
@@ -152,6 +152,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
         return split.artifacts(problem, config) + portable
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"], parted), names=["forward"])
            for parted in ((False, True) if order else (False,))]
+    if order and config["block_q"] == hopper_parts.ROWS:
+        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], hopper_depth(problem["D"], problem["Dv"], 128)[0], n, step), names=["forward"]) for n, step in ((1, 128), (2, 64))]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -202,6 +204,10 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
         return None
     out = place.empty((B, Hq, T, Dv), q.dtype)
     lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
+    plan = hopper_parts.plan_of(parts, axes, T, S, start, place) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
+    if plan is not None:
+        hopper_parts.run(q, k, v, plan, axes, out, lse, place=place, scale=scale, sink_logits=sink_logits, stages=hopper_depth(q.shape[3], Dv, hopper_parts.ROWS)[0])
+        return out, lse
     partial = place.empty((B, Hq, T, Dv), "float32") if len(parts) > 1 else None
     before = None, None
     for n in reversed(range(len(parts))):  # the plain part comes last: its rows leave through the copy engine

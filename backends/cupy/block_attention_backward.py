@@ -27,11 +27,11 @@ TUNABLES = (
     Tunable("heads", (1, 2, 4, 8, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("hopper", "two_pass")),
     Tunable("sums", (1, 2), "float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones", ("hopper",)),
     Tunable("section", (0, 8, 16, 32), "query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others", ("hopper",)),
-    Tunable("walk", ("descending", "freest"), "rows of an item from the last to the first, or, in static layouts, as a simulation of the queues finds them free (walks.py)", ("hopper",)),
+    Tunable("walk", ("descending", "ascending", "freest"), "rows of an item from the last to the first and key blocks ascending, or both the other way, or, in static layouts, rows as a simulation of the queues finds them free (walks.py)", ("hopper",)),
     Tunable("scratch", (2, 1, 4, 8), "GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it", ("two_pass",)),
 )
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "14i2f"
+HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "15i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -74,10 +74,11 @@ def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
     return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128, PARTED=int(parted))
 
 
-def hopper_bytes(D: int, Dv: int, path: str) -> int:
-    """Keys and values; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
+def hopper_bytes(D: int, Dv: int, path: str, parted: bool = False) -> int:
+    """Keys and values, of parts up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 40
+    more = 256 * (width + values) + 24 if parted and width + values <= 256 else 0
+    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 40
 
 
 def resources(problem: Problem, config: dict):
@@ -90,7 +91,7 @@ def resources(problem: Problem, config: dict):
         if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
             return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        shared = hopper_bytes(problem["D"], problem["Dv"], path)
+        shared = hopper_bytes(problem["D"], problem["Dv"], path, path == "two_pass" and in_classes(problem))
         return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
@@ -117,11 +118,16 @@ def waits(problem: Problem) -> bool:
 
 
 def hopper_default(problem: Problem) -> dict | None:
-    """TFLOP/s of hopper / two_pass in one run on an H200: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296; window 1024 389 / 395, causal 32k 287 / 277 and D 64 at 16k 371 / 352 on
-    a throttled chip; sinks as globals, not measured. `heads` as measured on an H100 (two_pass, 1 / 2 / 4: BigBird 386 / 371 / 362). What a simulation says of `section`, `walk` and `sums` is for the
-    tuner to try. Layouts of several parts have two_pass only (strided 128 at heads 2 / 8 / 32: 84 / 83 / 82)."""
+    """TFLOP/s of hopper / two_pass in one run: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296 on an H200; window 1024 433 / 375, window 4096 557 / 461 on an H100; sinks as globals, not measured.
+    Of hopper on H100s, 8 heads / 8 and two sums / 2 and ascending: window 1024 419 / 429 (4 heads) / 432, documents 498 / 536 / 596, causal 8k 564 / 570 / 564, causal 32k 588 / 582 / 571 (1 head), causal 16k of D 64
+    424 / 434 (16 heads 429). Of two_pass, 1 / 2 / 4 heads: BigBird 386 / 371 / 362. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Layouts of several parts have two_pass only (strided 128 at heads
+    2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
-        return dict(path="hopper", heads=16 if problem["D"] <= 64 or any("documents" in word for word in problem.features) else 8, scratch=2)
+        kinds = {word for feature in problem.features for word in feature.split("+")}
+        if kinds & {"window", "documents"} and "kv_length" not in kinds:  # where keys end early, key blocks past them would come first, with every key masked
+            return dict(path="hopper", heads=2, walk="ascending", scratch=2)
+        short = "causal" in kinds and problem["T"] <= 16384
+        return dict(path="hopper", heads=16 if problem["D"] <= 64 and not short else 8, sums=2 if short else 1, scratch=2)
     if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
         return dict(path="two_pass", heads=1 if waits(problem) else 2 if in_classes(problem) else 32, scratch=two_pass.default_scratch(problem))
     return None
@@ -149,7 +155,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
     d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order)
     portable = [dict(source=_source(kind), defines=d, names=["rows", "columns"])]
-    source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries"])
+    source, names = ("block_attention_backward_hopper", ["prepare", "classify", "order", "backward", "join", "finish"]) if config["path"] == "hopper" else ("block_attention_backward_two_pass", ["prepare", "arrange", "backward", "queries", "join"])
     builds = (False, True) if order and config["path"] == "two_pass" else (False,)
     return portable if config["path"] == "portable" else [*(dict(source=source, defines=hopper_defines(kind, problem["D"], problem["Dv"], parted), names=names) for parted in builds), *portable]
 
@@ -183,7 +189,7 @@ def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int,
 def chosen_walk(lists, walk: str, under_way: int, place):
     """Where each entry of the lists by key stands in its walk, or None: descending. Made once for a static layout that is not too large."""
     offsets, rows = lists.extras.get("by_key_offsets"), lists.extras.get("by_key_rows")
-    if walk == "descending" or offsets is None or len(rows) > walks.MOST:
+    if walk != "freest" or offsets is None or len(rows) > walks.MOST:
         return None
     key = ("cupy.walk", under_way)
     if key not in lists.extras:
@@ -212,7 +218,7 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     chosen = chosen_walk(lists, config["walk"], max(place.sms // together, 1), place)
     values = (*maps_of(q, k, v, dout, dk, dv, place), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
               lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, nvrtc.ptr(chosen), *lists_values(lists), *position_values(T, S, kv_length, q_start),
-              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, scale, scale * LOG2E)
+              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, int(config["walk"] == "ascending"), scale, scale * LOG2E)
     for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv, "hopper")),
                                        ("join", 2 * B * Hk * splits * (d["WIDTH"] + d["VALUES"]) // 64, 128, 0), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)
@@ -232,7 +238,7 @@ def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap
         return None
     dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
     made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
-    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
+    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass", True),
                         shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=start)
 
 

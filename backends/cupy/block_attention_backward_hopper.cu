@@ -5,7 +5,8 @@
 // in which an item walks its rows. So of the items not finished the one with the lowest ticket waits for nobody, and some block of threads holds it: no deadlock, however few
 // blocks of threads run at once. No other order has this property: with one block of threads, items are done one after the other. The rank of an addition is the number of
 // earlier items in the query tile's own list: lists made on the device need nothing more. Rows are walked from the last to the first, the order in which neighbouring items of
-// windows and causal patterns come to a row without waiting.
+// windows and causal patterns come to a row without waiting; or `ascending`, its mirror image, key blocks from the last to the first and rows ascending, which spares windows and packed
+// documents what waiting there is, and wants few heads at a time: their key blocks stand at different rows.
 //
 // Where few key blocks are seen by far more rows than others (global tokens, sinks), everybody would wait for them while they walk. They are split: each `section` of rows is an
 // item of its own, taken shortly before the items that stand beside its rows, and its dK and dV are parts in device memory that `join` adds. Rows that far more key blocks
@@ -32,7 +33,7 @@ struct Params {
   const int* chosen;                // where in its key block's walk each entry stands (walks.py), or null: rows descending
   ListArrays lists;
   Positions at;
-  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list
+  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places, ascending;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list; whether the sequence and all walks are taken from their end
   float scale, exponent;                                               // exponent = scale * log2(e)
 };
 
@@ -42,10 +43,13 @@ constexpr bool ADDS = true;
 constexpr int COLUMNS = WIDTH / 2;                                                   // of dQ, a group's
 constexpr int AHEAD = 16;                                                            // key blocks by which sections precede their rows: as many of a head as are under way
 
-// Nobody waits for key blocks past the last key, which have no queries; with split ones they may precede sections, and take their turns with every key masked.
+// Nobody waits for key blocks past the last key, which have no queries, unless they precede others: all do where rows ascend, some where key blocks are split. Then they take their turns with
+// every key masked. `before`: of the list.
+__device__ __forceinline__ bool all_take_turns(const Params& p, const int* before) { return p.ascending || before[p.lists.nk] > 0; }
+
 __device__ __forceinline__ Item::Item(const Params& p, int number) {
   const int team = number / (p.together * p.places), from = team * p.together, size = imin(p.together, p.key_heads - from), rest = number - from * p.places, Hk = p.Hq / p.group;
-  int2 what = make_int2(rest / size, -1);
+  int2 what = make_int2(p.ascending ? p.places - 1 - rest / size : rest / size, -1);
   key_head = from + rest % size;
   b = key_head / Hk;
   hk = key_head % Hk;
@@ -59,7 +63,7 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   if (what.y >= 0) {
     slot = (key_head * p.splits + before[block]) * p.sections + what.y;
     rows = make_int2(imax(rows.x, what.y * p.section), imin(rows.y, what.y * p.section + p.section));
-  } else if (block < 0 || block >= p.lists.nk || (block * KEYS >= limit && before[p.lists.nk] == 0)) {
+  } else if (block < 0 || block >= p.lists.nk || (block * KEYS >= limit && !all_take_turns(p, before))) {
     rows.y = 0;
   }
   first_row = rows.x;
@@ -105,11 +109,16 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   float s[32], dp[32], own[WIDTH == 128 ? 1 : COLUMNS / 2], dk[WIDTH / 2], dv[VALUES / 2];
   float (&dq)[COLUMNS / 2] = *(float(*)[COLUMNS / 2])(WIDTH == 128 ? dp : own);  // of the step before: done with before dP begins, so they may share registers
   u32 pr[16], ds[16], turn_keys = 0, n = 0, plan = 0;                     // n: steps
-  const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128), b_k = descriptor_columns<SLAB>(m.k + w * COLUMNS / 64 * SLAB + w * COLUMNS % 64 * 2);
+  int kind = 0, state = 0;                                                // of the tile: read while the products of the step before run
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
   const u32 sums_at = m.sums + w * (SUMS / 2) + tid * 16, rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
+  const auto open = [&] {
+    bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+    kind = field(KIND_OF);
+    state = field(STATE);
+  };
   const auto begin = [&](u32 b, u32 turn) {
     bar_wait(m.full_q(b), turn, patience);
     start_from(s, rows_at + b * LINE * 4);
@@ -117,7 +126,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto multiply_dq = [&](u32 b, u32 turn) {
     bar_wait(m.full_ds(b), turn, patience);
     wgmma_fence();
-    const u64 a = descriptor(m.ds + b * 2 * PART);
+    const u32 first = uniform(w) * COLUMNS;
+    const u64 a = descriptor(m.ds + b * 2 * PART), b_k = descriptor_columns<SLAB>(m.k + first / 64 * SLAB + first % 64 * 2);
 #pragma unroll
     for (int c = 0; c < 8; c++) wgmma<KIND, N_MAJOR>(dq, a + c / 4 * (PART >> 4) + c % 4 * 2, b_k + c * 128, c != 0);
     wgmma_commit();
@@ -127,18 +137,19 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int j = 0; j < COLUMNS / 8; j++) shared_store(sums_at + b * SUMS + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   };
   // One step is 64 queries; b is its stage, and which half of the tile it is. dQ is that of the step before: the groups may drift apart by a step.
-  const auto step = [&](const bool first, bool more) __attribute__((always_inline)) {
-    const u32 b = n & 1, turn = n >> 1 & 1, before = (n - 1) >> 1 & 1;
+  const auto step = [&](const bool first) __attribute__((always_inline)) {
+    const u32 b = uniform(n & 1), own = uniform(w) * 64 * 128, turn = n >> 1 & 1, before = (n - 1) >> 1 & 1;  // uniform here: what is kept from before the loop is not, and costs two instructions a product
     hold(s);
     wgmma_fence();
-    const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
+    const u64 a_k = descriptor(m.k + own), a_v = descriptor(m.v + own), b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
     for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
-    const int kind = field(KIND_OF), left = field(STATE) >> 8;
+    const int left = state >> 8;
+    const bool more = !(b && state & LAST);
     const int4 rows = load_mask(p.lists, kind, b * STEP);
     if (!first) multiply_dq(b ^ 1, before);
-    const int far = __shfl_sync(~0u, shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4), 0);
+    const int far = uniform(shared_int(m.rows + b * LINE * 4 + 3 * STEP * 4));
     if (first) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(s);
     float c = p.exponent;
@@ -192,15 +203,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     shared_to_copy_engine();  // dS, and dQ of the step before
     __syncwarp();
     if (thread_again() % 32 == 0) { bar_arrive(m.full_ds(b)); if (!first) bar_arrive(m.full_sums(b ^ 1)); }
-    if (more) begin(b ^ 1, (n + 1) >> 1 & 1);
+    if (more) {
+      if (b) { release(); open(); }
+      begin(b ^ 1, (n + 1) >> 1 & 1);
+    }
     wgmma_wait<0>();
     hold(dk); hold(dv);
     if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
     n++;
+    return more;
   };
   for (;;) {
-    bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-    const int state = field(STATE);
+    open();
     if (state & STOP) break;
     if (state & EMPTY) {
       store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
@@ -211,16 +225,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.full_keys(), turn_keys, patience);
     turn_keys ^= 1;
     begin(0, n >> 1 & 1);
-    step(true, true);
-    for (;;) {
-      const bool ends = n & 1 && field(STATE) & LAST;
-      step(false, !ends);
-      if (ends) break;
-      if (!(n & 1)) {
-        release();
-        bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-      }
-    }
+    step(true);
+    while (step(false)) {}
     hold(dq);
     multiply_dq(1, (n - 1) >> 1 & 1);
     bar_wait(m.free_sums(1), ((n - 1) >> 1 & 1) ^ 1, patience);
@@ -232,7 +238,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (thread_again() % 32 == 0) bar_arrive(m.full_sums(1));
     named_sync(1, 256);  // neither group reads the key tile any more
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    const bool section = field(STATE) & SECTION;
+    const bool section = state & SECTION;
     if (section) {
       write_part(p, key_head, w, dk, dv);
     } else {
@@ -359,9 +365,11 @@ extern "C" __global__ void __launch_bounds__(128) order(const __grid_constant__ 
     int rank = 0;
     for (int x = __ldg(rows + 2 * i), y = __ldg(rows + 2 * i + 2); x < y; x++) {
       const int c = __ldg(cols + x), its = turn(c, i);
-      rank += (its < mine || (its == mine && c < j)) && sum_of(p, list, c) == sum;
+      const bool earlier = its < mine || (its == mine && c < j);
+      rank += c != j && earlier != (p.ascending != 0) && c < p.key_tiles && sum_of(p, list, c) == sum;
     }
     if (p.chosen) after = __ldg(p.chosen + e);
+    if (p.ascending) after = end - from - 1 - after;
     p.walk[from + after] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), rank, sum);
   }
 }
@@ -414,9 +422,10 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
     const int list = __ldg(p.lists.list_of + b * p.lists.list_b + head % p.Hq * p.lists.list_h);
     const int* o = p.lists.offsets + 2 * ((i64)list * p.lists.nq + i);
     const int end = __ldg(o + 2);
+    const bool all = all_take_turns(p, p.before + (i64)list * (p.lists.nk + 1));
     for (int e = __ldg(o) + threadIdx.x; e < end; e += 256) {
       const int c = __ldg(p.lists.cols + e);
-      if (c < p.key_tiles && (c * KEYS < limit || p.before[(i64)list * (p.lists.nk + 1) + p.lists.nk])) some |= 1 << sum_of(p, list, c);
+      if (c < p.key_tiles && (c * KEYS < limit || all)) some |= 1 << sum_of(p, list, c);
     }
   }
   const bool first_sum = __syncthreads_or(some & 1), second_sum = __syncthreads_or(some & 2);

@@ -33,7 +33,10 @@ struct Params {
   int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
   int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
-  float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, D], [heads, S, D], [heads, S, Dv] of the piece
+  int sections;                                                   // of a part: items of each key block, each with some of the rows; their dK and dV are added up by `join`
+  float* sums_of_keys;                                            // by section, head of the piece and key block: [128, WIDTH], then all the same of dV [128, VALUES]
+  const u32* held;                                                // bits of the keys whose dK and dV the wide ones hold, or null: all
+  float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, WIDTH], [heads, S, WIDTH], [heads, S, VALUES] of the piece (start_part)
 };
 
 constexpr bool ADDS = false;
@@ -56,9 +59,9 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   key_head = p.from_head + turn.x;
   b = key_head / Hk;
   hk = key_head % Hk;
-  block = p.from_block + turn.y;
+  block = p.from_block + (PARTED ? turn.y / p.sections : turn.y);
   if (p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = __ldg(p.blocks + (i64)list(p, 0) * p.key_tiles + block);  // else lists of one group differ: as they come
-  slot = -1;
+  slot = PARTED && p.sections > 1 ? turn.y % p.sections : -1;
   start = first_position(p.at, b);
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
@@ -77,15 +80,14 @@ __device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
 // Keys of each item and dS of each step, as they stand in shared memory.
 __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
-  u32 patience = PATIENCE, n = 0, turn = 0, turn_keys = 0;
+  u32 patience = PATIENCE, n = 0, turn = 0, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
     if (x.state & FIRST) {
-      bar_wait(m.full_keys(), turn_keys, patience);
-      turn_keys ^= 1;
-      bulk_store(p.keys + ((i64)(x.key_head - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k, KEY_BYTES);
+      bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+      bulk_store(p.keys + ((i64)(x.key_head - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + items % KEY_STAGES * KEY_STAGE, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
@@ -95,7 +97,10 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
       tma_store_wait_read();
       bar_arrive(m.free_ds(s));
     }
-    if (x.state & FIRST) bar_arrive(m.kept());
+    if (x.state & FIRST) {
+      bar_arrive(m.kept(items % KEY_STAGES));
+      items = (items + 1) % (2 * KEY_STAGES);
+    }
     turn ^= 1;
   }
   tma_store_wait();
@@ -129,21 +134,23 @@ template <int N> __device__ __forceinline__ void clear(float (&d)[N]) {
   for (int i = 0; i < N; i++) d[i] = 0.f;
 }
 
-// Of a part: sums of two rows of a lane, of which row 8 h stands in float32 at wide + at[h], or is none where at[h] is negative; columns 8 j + 2 (lane % 4) and the next are d[4 j ..].
+// Of a part: sums of two rows of a lane, of which row 8 h stands in float32 at wide + at[h], or is none where at[h] is negative. Columns stand as lanes hold them: 16 bytes are columns
+// 16 j + 2 (lane % 4), the next, and both 8 further on, d[8 j + 2 h ..].
 // A part starts from what the parts before it left, in the unit of its own products: asked for before the item's tiles have come, the loads cost no time.
-template <int N> __device__ __forceinline__ void start_part(float (&d)[N], float unit, const float* wide, const i64 (&at)[2], int width) {
+template <int N> __device__ __forceinline__ void start_part(float (&d)[N], float unit, const float* wide, const i64 (&at)[2]) {
 #pragma unroll
-  for (int j = 0; j < N / 2; j++) {
-    const bool inside = at[j & 1] >= 0 && j / 2 * 8 < width;
-    const float2 x = inside ? *(const float2*)(wide + at[j & 1] + j / 2 * 8) : make_float2(0.f, 0.f);
-    d[2 * j] = x.x * unit;
-    d[2 * j + 1] = x.y * unit;
+  for (int j = 0; j < N / 4; j++) {
+    float* x = d + j / 2 * 8 + j % 2 * 2;
+    const float4 y = at[j & 1] >= 0 ? *(const float4*)(wide + at[j & 1] + j / 2 * 16) : make_float4(0.f, 0.f, 0.f, 0.f);
+    x[0] = y.x * unit; x[1] = y.y * unit; x[4] = y.z * unit; x[5] = y.w * unit;
   }
 }
-template <int N> __device__ __forceinline__ void leave_part(const float (&d)[N], float scale, float* wide, const i64 (&at)[2], int width) {
+template <int N> __device__ __forceinline__ void leave_part(const float (&d)[N], float scale, float* wide, const i64 (&at)[2]) {
 #pragma unroll
-  for (int j = 0; j < N / 2; j++)
-    if (at[j & 1] >= 0 && j / 2 * 8 < width) *(float2*)(wide + at[j & 1] + j / 2 * 8) = make_float2(d[2 * j] * scale, d[2 * j + 1] * scale);
+  for (int j = 0; j < N / 4; j++) {
+    const float* x = d + j / 2 * 8 + j % 2 * 2;
+    if (at[j & 1] >= 0) *(float4*)(wide + at[j & 1] + j / 2 * 16) = make_float4(x[0] * scale, x[1] * scale, x[4] * scale, x[5] * scale);
+  }
 }
 
 // where key c of a block stands, or -1
@@ -151,22 +158,34 @@ __device__ __forceinline__ int key_at(const Params& p, int block, int c) {
   return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
 }
 
+// Of a part in sections: where the sums of dK (or of dV) of a section's key block begin
+__device__ __forceinline__ i64 section_at(const Params& p, int section, int key_head, int block, bool values) {
+  const i64 n = (i64)p.heads * p.key_tiles, at = (section * n + (i64)(key_head - p.from_head) * p.key_tiles + block) * KEYS;
+  return values ? p.sections * n * KEYS * WIDTH + at * VALUES : at * WIDTH;
+}
+// no query of the section sees the block: this group's 64 keys
+__device__ __forceinline__ void empty_section(const Params& p, int section, int key_head, int block, int w, int tid) {
+  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, true));
+  for (int i = tid; i < 16 * WIDTH; i += 128) dk[16 * w * WIDTH + i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int i = tid; i < 16 * VALUES; i += 128) dv[16 * w * VALUES + i] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+// Have the parts before this one left sums of dK and dV for the key?
+__device__ __forceinline__ bool is_held(const Params& p, int key) { return p.adds & 2 && (!p.held || __ldg(p.held + key / 32) >> key % 32 & 1); }
+
 constexpr u32 NOWHERE = ~0u;
 // Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
-__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int key_head, int block, int w, int tid) {
+__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
   const int n = width / 8;
 #pragma unroll 1
   for (int i = tid; i < 64 * n; i += 128) {
     const int c = 64 * w + i / n, column = i % n, key = key_at(p, block, c);
     if (key < 0) continue;
     uint4 x = make_uint4(0, 0, 0, 0);
-    float4* there = (float4*)wide + (((i64)(key_head - p.from_head) * p.at.S + key) * n + column) * 2;
+    float2* there = (float2*)wide + ((i64)(key_head - p.from_head) * p.at.S + key) * (padded / 2) + column / 2 * 8 + column % 2;
     if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
-    else if (!p.rounds && !(p.adds & 2)) there[0] = there[1] = make_float4(0.f, 0.f, 0.f, 0.f);
-    else if (p.adds & 2) {
-      const float4 a = there[0], b = there[1];
-      x = make_uint4(pack<KIND>(a.x, a.y), pack<KIND>(a.z, a.w), pack<KIND>(b.x, b.y), pack<KIND>(b.z, b.w));
-    }
+    else if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
+    else if (is_held(p, key)) x = make_uint4(pack<KIND>(there[0].x, there[0].y), pack<KIND>(there[2].x, there[2].y), pack<KIND>(there[4].x, there[4].y), pack<KIND>(there[6].x, there[6].y));
     if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
   }
 }
@@ -175,26 +194,37 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
   u32 patience = PATIENCE;
   float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
-  u32 pr[16], ds[16], turn = 0, turn_keys = 0, plan = 0;
+  u32 pr[16], ds[16], turn = 0, items = 0, plan = 0;
   const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
+  u32 next = 0;  // how far behind the first ones the item's keys stand
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
-  const auto places_of_keys = [&](i64 (&at)[2], int width, bool any) {  // of a part: where this lane's sums stand in float32
+  const auto places_of_keys = [&](i64 (&at)[2], int width, bool starts) {  // of a part: where this lane's sums stand in float32; of those that it starts from, where there are any
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int tid = thread_again() % 128, key = !any ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
-      at[h] = key < 0 ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 2 * (tid & 3);
+      const int tid = thread_again() % 128, key = starts && p.sections > 1 ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
+  const auto leave_section = [&] {
+    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, section = field(STATE) >> 20;
+    const i64 k = section_at(p, section, field(KEY_HEAD), field(BLOCK), false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, section, field(KEY_HEAD), field(BLOCK), true) + c * VALUES + 4 * (tid & 3);
+    const i64 at_k[2] = {k, k + 8 * WIDTH}, at_v[2] = {v, v + 8 * VALUES};
+    leave_part(dk, p.scale, p.sums_of_keys, at_k);
+    leave_part(dv, 1.f, p.sums_of_keys, at_v);
+  };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
-  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+  const auto begin = [&](const u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
     start_from(s, rows_at + b * LINE * 4);
+  };
+  const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
+    hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
   };
   const auto multiply_dv = [&](const u32 b) __attribute__((always_inline)) {
@@ -205,8 +235,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
     wgmma_commit();
   };
-  const auto step = [&](const u32 b) __attribute__((always_inline)) {  // its scores are on their way
-    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = is_far(m, b);
+  const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
+    const u32 b = uniform(stage);
+    const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
@@ -220,7 +251,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
     if (!WIDE) multiply_dv(b);
     if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
@@ -248,9 +279,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      if (PARTED) {
-        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
-        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      if (PARTED && p.sections > 1) {
+        empty_section(p, state >> 20, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      } else if (PARTED) {
+        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
       } else {
         store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
       }
@@ -260,20 +293,23 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (PARTED) {
       i64 at[2];
-      places_of_keys(at, p.D, p.adds & 2);
-      start_part(dk, 1.f / p.scale, p.wide_dk, at, p.D);
-      places_of_keys(at, p.Dv, p.adds & 2);
-      start_part(dv, 1.f, p.wide_dv, at, p.Dv);
+      places_of_keys(at, WIDTH, true);
+      start_part(dk, 1.f / p.scale, p.wide_dk, at);
+      places_of_keys(at, VALUES, true);
+      start_part(dv, 1.f, p.wide_dv, at);
     } else {
       clear(dk); clear(dv);
     }
-    bar_wait(m.full_keys(), turn_keys, patience);
+    if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
+    bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    begin(0);
     multiply_scores(0);
     for (u32 b = 0;;) {
       step(b);
       if (b && field(STATE) & LAST) break;
       if (b) { release(); turn ^= 1; }
-      b ^= 1;
+      b = uniform(b ^ 1);
+      begin(b);
       wgmma_wait<0>();
       free_step(b ^ 1);
       multiply_scores(b);
@@ -282,35 +318,38 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     turn ^= 1;
     wgmma_wait<0>();
     free_step(1);
-    bar_wait(m.kept(), turn_keys, patience);
-    turn_keys ^= 1;
+    bar_wait(m.kept(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
+    items = (items + 1) % (2 * KEY_STAGES);
     const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    if (PARTED && !p.rounds) {
+    if (PARTED && p.sections > 1) {
+      leave_section();
+    } else if (PARTED && !p.rounds) {
       i64 at[2];
-      places_of_keys(at, p.D, true);
-      leave_part(dk, p.scale, p.wide_dk, at, p.D);
-      places_of_keys(at, p.Dv, true);
-      leave_part(dv, 1.f, p.wide_dv, at, p.Dv);
+      places_of_keys(at, WIDTH, false);
+      leave_part(dk, p.scale, p.wide_dk, at);
+      places_of_keys(at, VALUES, false);
+      leave_part(dv, 1.f, p.wide_dv, at);
     } else {
-      write_keys(dk, p.scale, m.k, row, lane);
-      write_keys(dv, 1.f, m.v, row, lane);
+      write_keys(dk, p.scale, keys, row, lane);
+      write_keys(dv, 1.f, values, row, lane);
     }
     shared_to_copy_engine();
     named_sync(4 + w, 128);
     release();
     if (PARTED) {
       if (p.rounds) {
-        place_keys(p, m, m.k, p.dk_out, p.wide_dk, p.D, key_head, block, w, tid);
-        place_keys(p, m, m.v, p.dv_out, p.wide_dv, p.Dv, key_head, block, w, tid);
+        place_keys(p, m, keys, p.dk_out, p.wide_dk, p.D, WIDTH, key_head, block, w, tid);
+        place_keys(p, m, values, p.dv_out, p.wide_dv, p.Dv, VALUES, key_head, block, w, tid);
         named_sync(4 + w, 128);
       }
-      if (tid == 0) bar_arrive(m.free_keys());
+      if (tid == 0) bar_arrive(m.free_keys(stage));
     } else if (tid == 0) {
-      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, keys + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
+      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, values + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
       tma_store_commit();
       tma_store_wait_read();
-      bar_arrive(m.free_keys());
+      bar_arrive(m.free_keys(stage));
     }
   }
   if (thread_again() % 128 == 0) tma_store_wait();
@@ -325,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_const
       bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1);
     }
     for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
-    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1); bar_init(m.kept(), 1);
+    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 2); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); }
     bar_fence();
   }
   __syncthreads();
@@ -456,14 +495,14 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int t = x.t + (w * STEP + tid / 32 * 16 + tid % 32 / 4 + 8 * h) * row_step(p);
-        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * p.D + 2 * (tid & 3);
+        at[h] = t < 0 || t >= p.at.T ? -1 : ((i64)(x.head - p.from_head * p.group) * p.at.T + t) * WIDTH + 4 * (tid & 3);
       }
     };
     i64 at[2];
     if (PARTED) {
       places_of_rows(at);
       if (!(p.adds & 1)) at[0] = at[1] = -1;
-      start_part(dq, 1.f / p.scale, p.wide_dq, at, p.D);
+      start_part(dq, 1.f / p.scale, p.wide_dq, at);
     } else {
 #pragma unroll
       for (int j = 0; j < WIDTH / 8; j++) {
@@ -490,7 +529,7 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     if (n && thread_again() % 128 == 0) bar_arrive(m.free((s + STAGES - 1) % STAGES));
     if (PARTED && !p.rounds) {
       places_of_rows(at);
-      leave_part(dq, p.scale, p.wide_dq, at, p.D);
+      leave_part(dq, p.scale, p.wide_dq, at);
     } else if (last) {
       write_rows(p, m, x, dq, w, tid);
     } else {
@@ -525,6 +564,22 @@ extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant
   start_rows(p);
   if (blockIdx.x == 0)
     for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
+}
+
+// Of a part in sections: their sums of dK and dV, first to last, to where the keys stand. A block of threads for eight keys of a block.
+extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ Params p) {
+  const int head = blockIdx.x / 16 / p.key_tiles, block = blockIdx.x / 16 % p.key_tiles;
+  for (int i = threadIdx.x; i < 2 * (WIDTH + VALUES); i += 128) {
+    const bool values = i >= 2 * WIDTH;
+    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c);
+    if (key < 0) continue;
+    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = is_held(p, key) ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int s = 0; s < p.sections; s++) {
+      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, s, p.from_head + head, block, values)))[(i64)c * width + n % width];
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    *to = sum;
+  }
 }
 
 // how many of from .. end - 1 are longer than x, or as long and before it; all lanes of a warp together

@@ -1,7 +1,7 @@
 // Attention over block lists for few queries with a latent 576 wide whose first 512 columns are the values, by Hopper's own instructions (latent_hopper.cuh): an item is one
 // query and up to 64 heads, its keys are split over the chip (split.cuh). The blocks of threads of a row of `parts` take the same share, each for its own 64 heads, so that keys
 // come from memory once. One warp loads tiles of 32 keys through the copy engine, and makes zeros where the query does not see the key: 0 * NaN would reach a product.
-// Of the fp8 layout (latents.cuh) it loads bytes, which the three warps beside it make elements of: those that multiply have no time to.
+// Of the fp8 layout (latents.cuh) the group's four warps load the bytes of eight keys each and make elements of them: those that multiply have no time to.
 // Defines: KIND, BQ, BK (blocks of the lists), PAGE (pages.cuh; a multiple of 32, so that a page holds all keys of a tile), LATENT (0, or 512: the fp8 layout, behind pages only).
 #include "hopper.cuh"
 #include "latents.cuh"
@@ -29,6 +29,7 @@ struct Params {
 #if LATENT
 #include "latent_bytes_hopper.cuh"
 #else
+#define SLOTS 5  // six are 1-2 % slower
 #include "latent_hopper.cuh"
 #endif
 
@@ -45,14 +46,15 @@ struct Job {
   }
 };
 
-// the first warp
+// the first warp; on bytes each warp of the group
+#if LATENT
+__device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share, Bytes& bytes) {
+#else
 __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share) {
-  u32 slot = 0, phase = 1, patience = PATIENCE;
+  u32 slot = 0, phase = 1, patience = PATIENCE, landed = 0;
+#endif
   const int part = (int)blockIdx.x % p.parts;
   int scratch = 2 * (blockIdx.x - part) + part;
-#if !LATENT
-  u32 landed = 0;
-#endif
   for (; share.units > 0; scratch = 2 * (blockIdx.x - part) + p.parts + part, share.job++, share.at = 0) {
     const Job job(p, share.job);
     const int take = imin(share.units, job.run.n - share.at);
@@ -83,13 +85,9 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
       const int left = take * (BK / N) - 1 - i;
       const Found found = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
 #if LATENT
-      bar_wait(EMPTY(slot), phase, patience);
-      if (threadIdx.x == 0) {
-        ((Found*)(raw + COMING))[slot] = found;
-        bar_expect(LOADED(slot), BYTES);
-        bulk_load(base + STAGED + slot * BYTES, p.k + (i64)imax(row, 0) * ROW, BYTES, LOADED(slot));
-      }
-      advance<STAGES>(slot, phase);
+      ask(p, raw, base, bars, bytes, found, OWN, [&](u32 to, u32 loaded) {
+        if (threadIdx.x % 32 == 0) bulk_load(to, p.k + ((i64)imax(row, 0) + 8 * bytes.warp) * ROW, OWN, loaded);
+      });
 #else
       bar_wait(FREE(slot), phase, patience);
       if (threadIdx.x == 0) {
@@ -125,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend_latent(const __grid_
   const Share share = share_of_rows<512>(p.split, p.parts, (int*)raw, [&](int job) { return Job(p, job).run.n; });
   if (share.units <= 0) return;
 #if LATENT
-  run_roles_on_bytes(p, raw, base, bars, [&] { stream(p, raw, base, bars, share); });
+  run_roles_on_bytes(p, raw, base, bars, [&](Bytes& bytes) { stream(p, raw, base, bars, share, bytes); });
 #else
   run_roles(p, raw, base, bars, 1, [&] { if (threadIdx.x < 32) stream(p, raw, base, bars, share); });
 #endif

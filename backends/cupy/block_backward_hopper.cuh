@@ -18,11 +18,12 @@
 constexpr int ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a slab: 64 columns of a key block; a part: 64 columns of 64 queries
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64;
 constexpr int SUMS = ADDS ? STEP * WIDTH * 4 : 0, LINE = 3 * STEP + 4;               // bytes of a step's dQ; floats of a step's rows
+constexpr int KEY_STAGES = PARTED && WIDTH + VALUES <= 256 ? 2 : 1, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB;  // a part's items have a query tile or two: the next one's keys come while these leave
 constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                     // of a plan: the loading thread, two adding threads or one that stores dS, two groups
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
 enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
-// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
+// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist and, of a part, from bit 20 on which section it is.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
 
@@ -31,7 +32,7 @@ struct Shared {
   unsigned char* raw;
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     k = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    v = k + Q_PARTS * SLAB; q = v + V_PARTS * SLAB; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
+    v = k + Q_PARTS * SLAB; q = k + KEY_STAGES * KEY_STAGE; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
     rows = sums + 2 * SUMS; plans = rows + 2 * LINE * 4; bars = plans + PLANS * sizeof(Plan);
   }
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 8 * s; }
@@ -40,13 +41,13 @@ struct Shared {
   __device__ __forceinline__ u32 full_sums(int s) const { return bars + 48 + 8 * s; }
   __device__ __forceinline__ u32 free_sums(int s) const { return bars + 64 + 8 * s; }
   __device__ __forceinline__ u32 free_ds(int s) const { return full_sums(s); }  // where dS leaves instead of sums
-  __device__ __forceinline__ u32 kept() const { return free_sums(0); }          // the item's keys have left
+  __device__ __forceinline__ u32 kept(int s = 0) const { return free_sums(s); }  // the item's keys have left
   __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 80 + 8 * (n % PLANS); }  // of plan n
   __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 80 + 8 * (PLANS + n % PLANS); }
-  __device__ __forceinline__ u32 full_keys() const { return bars + 80 + 16 * PLANS; }
-  __device__ __forceinline__ u32 free_keys() const { return bars + 88 + 16 * PLANS; }
-  __device__ __forceinline__ u32 landed() const { return bars + 96 + 16 * PLANS; }  // keys and values of which some must be cleared
-  __device__ __forceinline__ u32 item() const { return bars + 104 + 16 * PLANS; }
+  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 80 + 16 * PLANS + 24 * s; }
+  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 88 + 16 * PLANS + 24 * s; }
+  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 96 + 16 * PLANS + 24 * s; }  // keys and values of which some must be cleared
+  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + 24 * KEY_STAGES; }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ u32 plan_at(u32 n, int field) const { return plans + n % PLANS * sizeof(Plan) + 4 * field; }
   __device__ __forceinline__ Plan* plan(u32 n) const { return at<Plan>(plan_at(n, 0)); }
@@ -76,11 +77,13 @@ struct Item {
 
 __device__ __forceinline__ bool known_whole(const Params& p, const Item& x);  // is every key of the block seen by some query of the call? The kernel's own; false: not known
 
+__device__ __forceinline__ int part_of_keys(const Item& x) { return x.slot < 0 ? 0 : PARTED ? x.slot << 20 : SECTION; }
+
 struct Planner {
   const Params& p;
   const Shared& m;
   const int lane;
-  u32 patience = PATIENCE, n = 0, turn = 0;  // plans made; parity of `landed`
+  u32 patience = PATIENCE, n = 0, turn = 0, items = 0;  // plans made; parities of `landed`; items with keys
   bool open = false;
 
   __device__ __forceinline__ void publish(int flags) {
@@ -106,6 +109,12 @@ struct Planner {
   __device__ __forceinline__ void item(int number);
 };
 
+// Of a part with few key blocks, p.sections of each: whether the item walks through this row of the lists. All of its rows say what is seen of its keys.
+template <class P> __device__ __forceinline__ bool in_section(const P& p, const Item& x, int row) {
+  if constexpr (PARTED) return x.slot < 0 || (row >= p.lists.nq * x.slot / p.sections && row < p.lists.nq * (x.slot + 1) / p.sections);
+  return true;
+}
+
 // entries of the walk for head r of an item's group, those whose rows the item has; all lanes of a warp together
 struct Entries {
   int e, until;
@@ -115,11 +124,11 @@ struct Entries {
     e = x.first_row < x.end_row ? __ldg(o) : 0;
     until = x.first_row < x.end_row ? __ldg(o + 2) : 0;
   }
-  __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w) {
+  __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w, bool all = false) {
     while (!found) {
       if (e >= until) return false;
       const int row = e + lane < until ? p.walk[e + lane].x : -1;
-      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row);
+      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row && (all || in_section(p, x, row)));
       e += 32;
     }
     w = p.walk[e - 33 + __ffs(found)];
@@ -132,7 +141,7 @@ __device__ __forceinline__ bool Planner::whole(const Item& x) {
   if (known_whole(p, x)) return true;
   int4 w;
   for (int r = 0; r < (p.lists.list_h ? p.group : 1); r++)
-    for (Entries all(p, x, r); all.next(p, x, lane, w);)
+    for (Entries all(p, x, r); all.next(p, x, lane, w, true);)
       if (w.y < 0) return true;
   return false;
 }
@@ -145,7 +154,7 @@ __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
   };
   int4 w;
   for (int r = 0; !whole && r < (p.lists.list_h ? p.group : 1); r++) {
-    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w);) {
+    for (Entries all(p, x, r); !whole && all.next(p, x, lane, w, true);) {
       const int t = first_query(p, w.x, x.start);
 #pragma unroll 1
       for (int y = imax(-t, 0) + lane / 4; y < end_row(p, t); y += 8) word |= kind_word<ROWS, KEYS>(p.lists, w.y, y, lane % 4 * 32);
@@ -153,19 +162,20 @@ __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
     }
   }
   word = together(word);
-  bar_wait(m.landed(), turn, patience);
-  turn ^= 1;
+  const u32 s = (items - 1) % KEY_STAGES;
+  bar_wait(m.landed(s), turn >> s & 1, patience);
+  turn ^= 1 << s;
 #pragma unroll 1
   for (int n = 0; n < 4; n++) {
     const u32 seen = __shfl_sync(~0u, word, n) & range_bits(0, existing_keys(p, x.block, x.limit) - 32 * n);
 #pragma unroll 1
     for (int y = lane / 8; y < 32 && seen != ~0u; y += 4)
       if (!(seen >> y & 1))
-        for (int c = 0; c < Q_PARTS + V_PARTS; c++) *m.at<uint4>(m.k + c * SLAB + (32 * n + y) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < Q_PARTS + V_PARTS; c++) *m.at<uint4>(m.k + s * KEY_STAGE + c * SLAB + (32 * n + y) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
   }
   shared_to_copy_engine();
   __syncwarp();
-  if (lane == 0) bar_arrive(m.full_keys());
+  if (lane == 0) bar_arrive(m.full_keys(s));
 }
 
 __device__ __forceinline__ void Planner::item(int number) {
@@ -184,13 +194,14 @@ __device__ __forceinline__ void Planner::item(int number) {
       some = Entries(p, x, r);
       found = some.next(p, x, lane, w);
     }
-    if (!found && !made && x.slot < 0) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY});
+    if (!found && !made && (PARTED || x.slot < 0)) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY | (PARTED ? part_of_keys(x) : 0)});
     publish(found ? 0 : LAST);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
+    items += !made;
     const int head = x.b * p.Hq + x.hk * p.group + r;
-    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
-           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
+    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, PARTED || x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
+           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | part_of_keys(x) | left << 8});
   }
 }
 
@@ -216,20 +227,20 @@ __device__ __forceinline__ Plan next_plan(const Shared& m, u32& n, u32& patience
 
 // ------------------------------------------------------------------------------------------------------------ loading, adding
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
-  u32 patience = PATIENCE, n = 0, turn = 1, turn_keys = 1;
+  u32 patience = PATIENCE, n = 0, turn = 1, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) return;
     if (x.state & EMPTY) continue;
     const int b = x.head / p.Hq, h = x.head % p.Hq;
     if (x.state & FIRST) {
-      const u32 bar = x.state & CLEAR ? m.landed() : m.full_keys();
-      bar_wait(m.free_keys(), turn_keys, patience);
-      turn_keys ^= 1;
+      const u32 s = items % KEY_STAGES, bar = x.state & CLEAR ? m.landed(s) : m.full_keys(s), to = m.k + s * KEY_STAGE;
+      bar_wait(m.free_keys(s), items / KEY_STAGES & 1 ^ 1, patience);
+      items = (items + 1) % (2 * KEY_STAGES);
       bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
       const int key = first_key(p, x.block);
-      for (int c = 0; c < Q_PARTS; c++) load_box(m.k + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
-      for (int c = 0; c < V_PARTS; c++) load_box(m.v + c * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < Q_PARTS; c++) load_box(to + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(to + (Q_PARTS + c) * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);

@@ -1,6 +1,6 @@
 // Attention over selected keys by Hopper's own instructions, for keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16:
 // an item is one query and up to 64 heads that share its list (latent_hopper.cuh). A warpgroup gathers its keys; holes are zeros in the tile: nothing is read for them.
-// LATENT 512: keys are rows of bytes, the fp8 layout of a latent cache (latent_bytes_hopper.cuh): one warp gathers. SPLIT: for few queries their lists are split over the chip (split.cuh), the blocks of threads of a row of `parts` take the same share.
+// LATENT 512: keys are rows of bytes, the fp8 layout of a latent cache (latent_bytes_hopper.cuh): each warp of it goes through all lists and gathers its eight rows of a tile. SPLIT: for few queries their lists are split over the chip (split.cuh), the blocks of threads of a row of `parts` take the same share.
 #include "hopper.cuh"
 #include "selections.cuh"
 #include "split.cuh"
@@ -47,13 +47,19 @@ __device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b,
 #endif
 __device__ __forceinline__ int tiles_of(i64 slots) { return imax(((int)slots + N - 1) / N, 1); }  // a query without keys has one tile of holes
 
+#if LATENT
+using Ring = Bytes;
+#else
 struct Ring { u32 slot, phase, patience; };
+#endif
 
 // The query of an item and at most `most` tiles of its keys, from tile `at`. How many they were; `more`: another item comes, or units of this share are left.
 __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, u32 base, u32 here, u32 bars, Ring& ring, int number, int at, int most, int scratch, bool more) {
   const int tid = threadIdx.x % 128;
   const Item x(p, number);
-#if !LATENT
+#if LATENT
+  const int lane = tid % 32;
+#else
   const int r = tid / 8, column = tid % 8 * 16;
   const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
 #pragma unroll 1
@@ -75,6 +81,7 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
   }
 #if LATENT
   const char* from = (const char*)p.k + x.b * p.kb;
+  const bool mine = lane / 8 == ring.warp;
 #else
   from = (const char*)p.k + x.b * p.kb + column;
 #endif
@@ -86,14 +93,9 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
     entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
     const Found found = {word, left || more ? left : -1, number, scratch};
 #if LATENT
-    bar_wait(EMPTY(ring.slot), ring.phase, ring.patience);
-    if (tid == 0) {
-      ((Found*)(raw + COMING))[ring.slot] = found;
-      bar_expect(LOADED(ring.slot), __popc(word) * ROW);
-    }
-    __syncwarp();
-    if (key >= 0) bulk_load(base + STAGED + ring.slot * BYTES + tid * ROW, from + (u64)(u32)key * p.kt, ROW, LOADED(ring.slot));
-    advance<STAGES>(ring.slot, ring.phase);
+    ask(p, raw, base, bars, ring, found, __popc(word >> 8 * ring.warp & 255) * ROW, [&](u32 to, u32 loaded) {
+      if (mine && key >= 0) bulk_load(to + lane % 8 * ROW, from + (u64)(u32)key * p.kt, ROW, loaded);
+    });
 #else
     const int a = __shfl_sync(~0u, key, r), b = __shfl_sync(~0u, key, r + 16);
     bar_wait(FREE(ring.slot), ring.phase, ring.patience);
@@ -109,10 +111,9 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
   return most;
 }
 
-__device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share) {
+__device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars, Share share, Ring& ring) {
   const int tid = threadIdx.x % 128, r = tid / 8;
   const u32 here = base + r * 128 + (tid % 8 * 16 ^ (r & 7) << 4);
-  Ring ring = {0, 1, PATIENCE};
 #if SPLIT
   const int part = (int)blockIdx.x % p.parts;
   for (int scratch = 2 * (blockIdx.x - part) + part; share.units > 0; scratch = 2 * (blockIdx.x - part) + p.parts + part, share.job++, share.at = 0)
@@ -123,7 +124,11 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(512, 1)
+#if LATENT && PAIR > 1
+__cluster_dims__(PAIR, 1, 1)
+#endif
+gather_attention_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   Share share = {0, 0, 0};
@@ -132,8 +137,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_attention_hopper(con
   if (share.units <= 0) return;
 #endif
 #if LATENT
-  run_roles_on_bytes(p, raw, base, bars, [&] { gather(p, raw, base, bars, share); });
+  run_roles_on_bytes(p, raw, base, bars, [&](Ring& ring) { gather(p, raw, base, bars, share, ring); });
 #else
-  run_roles(p, raw, base, bars, 129, [&] { gather(p, raw, base, bars, share); });
+  run_roles(p, raw, base, bars, 129, [&] {
+    Ring ring = {0, 1, PATIENCE};
+    gather(p, raw, base, bars, share, ring);
+  });
 #endif
 }

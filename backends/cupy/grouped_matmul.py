@@ -5,16 +5,18 @@
 out[..., :M] = sum_n x w in float32, rounded once to out_dtype (x's by default); out[..., M:] is the tail, bit for bit where the types are equal.
 float16 and bfloat16 run on tensor cores, other types and mixes by fused multiply-adds in float32. The path "cublas" is one call of cuBLAS and a copy of the tail; arrays
 that it cannot address (rows or heads that overlap) take the portable path, and so does a call that a CUDA graph records: CuPy's binding refuses those. Decoding is
-what graphs are for, so the default asks for cuBLAS from 256 queries on. With inner_heads products are summed over heads too: path "sum" (grouped_sum.py).
+what graphs are for, so the default asks for cuBLAS from 256 queries on, and below, on sm_90a, for the path "hopper" (grouped_matmul_hopper.py), which reads weights once.
+With inner_heads products are summed over heads too: path "sum" (grouped_sum.py).
 """
 from dataclasses import replace
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import cublas, gemm, grouped_sum
+from sparsetile.backends.cupy import cublas, gemm, grouped_matmul_hopper, grouped_sum
 from sparsetile.backends.cupy.operands import HALVES, KINDS, ceil_div, copy_bytes
 
-TUNABLES = (Tunable("path", ("portable", "cublas", "sum"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel. sum: the one of products that are summed over heads"), *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES))
+TUNABLES = (Tunable("path", ("portable", "cublas", "sum", "hopper"), "cublas: cuBLAS for 16-bit types, the tail copied by a kernel. sum: the one of products that are summed over heads. "
+                    "hopper: few rows on sm_90a, weights read once"), *(replace(knob, paths=("portable",)) for knob in gemm.TUNABLES))
 FIELDS = "4Q" + "8q" + "8i"
 ROW_BYTES = 3 * 8  # struct Rows
 
@@ -46,6 +48,8 @@ def resources(problem, config):
         return "path sum is for products that are summed over heads, and only it"
     if config["path"] == "sum":
         return grouped_sum.resources()
+    if config["path"] == "hopper":
+        return grouped_matmul_hopper.refusal(problem, _out(problem)) or grouped_matmul_hopper.resources(problem)
     if config["path"] == "cublas" and (refused := no_cublas(problem)):
         return refused
     return gemm.resources(problem.arch, problem.dtype("x"), problem.dtype("w"), _out(problem), False, config, ROW_BYTES)
@@ -55,7 +59,8 @@ def default_config(problem):
     if "inner_heads" in problem.features:
         return dict(path="sum", **{t.name: t.values[0] for t in gemm.TUNABLES})
     tiles = gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, dict(config, path="portable")))
-    return dict(tiles, path="portable" if problem["T"] < 256 or no_cublas(problem) else "cublas")
+    few = "portable" if grouped_matmul_hopper.refusal(problem, _out(problem)) else "hopper"
+    return dict(tiles, path=few if problem["T"] < 256 else "portable" if no_cublas(problem) else "cublas")
 
 
 def captures(config):
@@ -67,7 +72,8 @@ def artifacts(problem, config):
     if config["path"] == "sum":
         return grouped_sum.artifacts(problem.dtype("x"))
     out = _out(problem)
-    return [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul", "copy_tails"]) for rows in (0, 1)]
+    own = grouped_matmul_hopper.artifacts(problem) if config["path"] == "hopper" else []
+    return own + [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul", "copy_tails"]) for rows in (0, 1)]
 
 
 def run(x, w, *, place, config, tail=None, out_dtype=None, inner_heads=False):
@@ -79,6 +85,8 @@ def run(x, w, *, place, config, tail=None, out_dtype=None, inner_heads=False):
     if B * H * T * (M + P) == 0:
         return out
     w_rows, stride = gemm.orientation(w, 2, 1)
+    if config["path"] == "hopper" and grouped_matmul_hopper.takes(x, w, tail):
+        return grouped_matmul_hopper.run(x, w, tail, out, w_rows, place)
     copies = copy_bytes(x), gemm.weight_copy(w, w_rows, 2, 1), gemm.out_copy(out, M + P), gemm.tail_copy(tail, out, M, M + P)
     d = gemm.defines(x.dtype, w.dtype, out.dtype, None if tail is None else tail.dtype, copies, w_rows, False, config)
     m_tiles, n_tiles = ceil_div(B * T, config["block_m"]), ceil_div(M, config["block_n"])

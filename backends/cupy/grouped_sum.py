@@ -32,10 +32,13 @@ def run(x, w, place):
     if not (hopper.can_map(x) and hopper.can_map(w)):
         raise Unsupported("CuPy sums products over heads whose rows start at multiples of 16 bytes and do not overlap; make x and w contiguous")
     cluster = getattr(place, "cluster", CLUSTER)  # tests bring a place without clusters
-    out, blocks = place.empty((B, 1, T, M), "float32"), ceil_div(T, 128 * cluster)
-    items = B * blocks * (M // 256)
+    clusters, blocks = max(place.sms // cluster, 1), ceil_div(T, 128 * cluster)
+    items, parts = B * blocks * (M // 256), 1
+    if H > 1 and ceil_div(2 * items, clusters) < 2 * ceil_div(items, clusters):
+        parts = 2  # rounds of half as many heads
+    out = (place.zeros if parts > 1 else place.empty)((B, 1, T, M), "float32")
     (xb, xh, xt), (wh, wm) = hopper.steps(x), hopper.steps(w)
     maps = hopper.tensor_map(place, x, (N, T, H, B), (1, xt, xh, xb), (64, 128, 1, 1)), hopper.tensor_map(place, w, (N, M, H), (1, wm, wh), (64, 128, 1))
     function = nvrtc.function(SOURCE, SOURCE, FIELDS, dict(KIND=KINDS[x.dtype], CLUSTER=cluster), place)
-    function(min(items, max(place.sms // cluster, 1)) * cluster, THREADS, SHARED, place.stream, *maps, out.ptr, T, H, M, N // 64, blocks, items, 0, 0)
+    function(min(parts * items, clusters) * cluster, THREADS, SHARED, place.stream, *maps, out.ptr, T, H, M, N // 64, blocks, parts * items, ceil_div(H, parts), parts > 1)
     return out

@@ -1,56 +1,50 @@
 // out [B,T,M] float32 = sum over heads of x[h] [T,N] w[h]^T [N,M], by warpgroup products: heads are inner elements of one product, read where they lie.
 // A cluster of two blocks takes 128 rows each and the same 256 columns: each loads half of the weights' rows for both. N is a multiple of 64, M of 256; 16-bit x and w.
+// Where rows are few, heads are taken in two parts that are added to zeros: 0 + a + b has the same bits in either order, which three would not have.
 // Defines: KIND, CLUSTER (2, or 1: a block by itself).
+#include "cluster.cuh"
 #include "wgmma.cuh"
 
 struct Params {
   TensorMap x, w;  // boxes of 128 rows x 64: x by N, T, H, B; w by N, M, H
   float* out;
-  int T, H, M, steps;   // steps: of 64 values of N
-  int blocks, items, unused[2];  // blocks of CLUSTER * 128 rows of one batch entry; items: B * blocks * M / 256
+  int T, H, M, steps;            // steps: of 64 values of N
+  int blocks, items, each, adds; // blocks of CLUSTER * 128 rows of one batch entry; items: H / each * B * blocks * M / 256, of `each` heads; adds: out is zeros
 };
 
 constexpr int STAGES = 4, A = 128 * 128, STAGE = 3 * A;  // a stage: 128 rows of x, 256 of w
 
+// one read-modify-write in memory: parts may end at the same time
+__device__ __forceinline__ void add_pair(float* to, float2 x) {
 #ifdef SPARSETILE_EMULATE
-inline void arrive_at(u32 bar, u32, bool doit) { if (doit) emulate_barrier_arrive(bar); }
-inline void load_for_all(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) { tma_load(to, map, bar, x, y, z); }
-inline void cluster_sync() { __syncthreads(); }
-inline u32 cluster_rank() { return 0; }
+  to[0] += x.x; to[1] += x.y;
 #else
-// at `bar` of block `cta` of the cluster, by the threads that say so; predicated inside, so that ptxas sees no divergent branch between products
-__device__ __forceinline__ void arrive_at(u32 bar, u32 cta, bool doit) {
-  asm volatile("{.reg .b32 r; .reg .pred p; setp.ne.b32 p, %2, 0; mapa.shared::cluster.u32 r, %0, %1; @p mbarrier.arrive.shared::cluster.b64 _, [r];}" :: "r"(bar), "r"(cta), "r"((int)doit) : "memory");
-}
-__device__ __forceinline__ void load_for_all(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) {  // to every block of the cluster
-  if constexpr (CLUSTER == 1) tma_load(to, map, bar, x, y, z);
-  else asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
-    :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-__device__ __forceinline__ void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 cluster_rank() { u32 x; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x.x), "f"(x.y) : "memory");
 #endif
+}
+__device__ __forceinline__ void put_pair(float* to, float2 x, int adds) {
+  if (adds) add_pair(to, x);
+  else *(float2*)to = x;
+}
 
 struct Item {
-  int b, row, column;  // the first ones of this block
+  int b, row, column, head, steps;  // the first ones of this block
   __device__ __forceinline__ Item(const Params& p, int item, u32 rank) {
-    const int columns = p.M / 256, m = item / columns;
-    column = (item - m * columns) * 256;
+    const int parts = (p.H + p.each - 1) / p.each, columns = p.M / 256, part = item % parts, m = item / parts / columns;
+    column = (item / parts - m * columns) * 256;
     b = m / p.blocks;
     row = ((m - b * p.blocks) * CLUSTER + rank) * 128;
+    head = part * p.each;
+    steps = imin(p.each, p.H - head) * p.steps;
   }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
-grouped_sum_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(384, 1) grouped_sum_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 ring = shared_address(raw), bars = ring + STAGES * STAGE, rank = cluster_rank();
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (STAGES + (s)))
-  const int group = uniform(threadIdx.x / 128), tid = threadIdx.x % 128, clusters = gridDim.x / CLUSTER, steps = p.H * p.steps;
+  const int group = uniform(threadIdx.x / 128), tid = threadIdx.x % 128, clusters = gridDim.x / CLUSTER;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) { bar_init(FULL(s), 1); bar_init(FREE(s), 2 * CLUSTER); }
     bar_fence();
@@ -64,7 +58,7 @@ grouped_sum_hopper(const __grid_constant__ Params p) {
     for (int item = blockIdx.x / CLUSTER; threadIdx.x == 0 && item < p.items; item += clusters) {
       const Item x(p, item, rank);
 #pragma unroll 1
-      for (int i = 0, head = 0, c = 0; i < steps; i++) {
+      for (int i = 0, head = x.head, c = 0; i < x.steps; i++) {
         bar_wait(FREE(slot), phase, patience);
         bar_expect(FULL(slot), STAGE);
         tma_load(ring + slot * STAGE, &p.x, FULL(slot), c * 64, x.row, head, x.b);
@@ -82,7 +76,7 @@ grouped_sum_hopper(const __grid_constant__ Params p) {
       const Item x(p, item, rank);
       u32 last = 0;
 #pragma unroll 1
-      for (int i = 0; i < steps; i++) {
+      for (int i = 0; i < x.steps; i++) {
         bar_wait(FULL(slot), phase, patience);
         const u64 a = descriptor(ring + slot * STAGE + half * A / 2), b = descriptor(ring + slot * STAGE + A);
         hold(o[0]); hold(o[1]); wgmma_fence();
@@ -105,11 +99,11 @@ grouped_sum_hopper(const __grid_constant__ Params p) {
 #pragma unroll
         for (int j = 0; j < 16; j++) {
           const float* y = &o[e][4 * j];
-          if (row < p.T) *(float2*)(out + e * 128 + 8 * j) = make_float2(y[0], y[1]);
-          if (row + 8 < p.T) *(float2*)(out + (i64)8 * p.M + e * 128 + 8 * j) = make_float2(y[2], y[3]);
+          if (row < p.T) put_pair(out + e * 128 + 8 * j, make_float2(y[0], y[1]), p.adds);
+          if (row + 8 < p.T) put_pair(out + (i64)8 * p.M + e * 128 + 8 * j, make_float2(y[2], y[3]), p.adds);
         }
     }
   }
   __syncwarp();
-  cluster_sync();  // nobody leaves while a peer may still arrive at its barriers
+  cluster_sync();
 }

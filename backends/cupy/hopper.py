@@ -43,6 +43,11 @@ def can_map(x) -> bool:
     return size is not None and x.ptr % 16 == 0 and (x.strides[-1] == 1 or x.shape[-1] == 1) and all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:-1], x.strides))
 
 
+def can_map_weight(w, k_axis: int, n_axis: int) -> bool:
+    """The same for a matrix of each head, whichever of its axes is contiguous."""
+    return w.ptr % 16 == 0 and all(s > 0 and s % 8 == 0 for s in (w.strides[0], *(s for s in (w.strides[k_axis], w.strides[n_axis]) if s != 1)))
+
+
 def steps(x) -> tuple:
     """Strides of x for a tensor map: where an axis has one element its stride counts for nothing, but has to be legal."""
     legal = max(16, -(-x.shape[-1] // 16) * 16)

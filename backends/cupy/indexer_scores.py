@@ -106,13 +106,18 @@ def fits_tiles(page: int) -> bool:
     return page % 128 == 0 or page >= 8 and 128 % page == 0
 
 
-def hopper_defines(activation, queries: int, page: dict) -> dict:
+def hopper_defines(activation, queries: int, page: dict, scales: bool) -> dict:
     """One query alone takes a quarter of the products of four, and waits for memory: more of it is on its way."""
-    return dict(RELU=int(activation == "relu"), **(dict(STAGES=12, QUERIES=1) if queries == 1 else dict(STAGES=6, QUERIES=4)), **page)
+    return dict(RELU=int(activation == "relu"), SCALES=int(scales), **(dict(STAGES=12, QUERIES=1) if queries == 1 else dict(STAGES=6, QUERIES=4)), **page)
+
+
+def copied_scales(k_scale, S: int, page: dict) -> bool:
+    """Whether the copy engine can bring scales: neighbours, at multiples of 16 bytes."""
+    return k_scale is not None and k_scale.ptr % 16 == 0 and k_scale.strides[1] == 1 and k_scale.strides[0] % 4 == 0 and (bool(page) or S % 4 == 0)
 
 
 def hopper_shared(d: dict) -> int:
-    return 1024 + d["QUERIES"] * 64 * 128 + d["STAGES"] * (128 * 128 + 16) + 16
+    return 1024 + d["QUERIES"] * 64 * 128 + d["STAGES"] * (128 * 128 + 128 * 4 + 4 + 16) + 16
 
 
 def artifacts(problem, config, activation="relu"):
@@ -120,7 +125,7 @@ def artifacts(problem, config, activation="relu"):
     size = {"float32": 4, "float8_e4m3fn": 1}.get(kind, 2)
     copy = next(c for c in (16, 8, 4, size) if D * size % c == 0 and c >= size)
     portable = [dict(source="indexer_scores", defines=defines(kind, problem["H"], D, activation, copy, config, problem.arch, page_defines(problem)), names=["indexer_scores"])]
-    own = [dict(source="indexer_scores_hopper", defines=hopper_defines("relu", problem["T"], page_defines(problem)), names=["indexer_scores_hopper"])]
+    own = [dict(source="indexer_scores_hopper", defines=hopper_defines("relu", problem["T"], page_defines(problem), "scale" in problem.features), names=["indexer_scores_hopper"])]
     return portable + own if hopper_problem(kind, problem["H"], D, problem.arch) else portable
 
 
@@ -152,7 +157,7 @@ def launch_hopper(q, k, weights, place, k_scale, bounds, activation, rows, out, 
     (B, H, T, D), (S, pages, page) = q.shape, pages_of(table, k)
     b0, nb, t0, nt = rows
     start, end, q_starts, q_start, causal = bounds
-    (qb, qh, qt), (kb, ks), d = hopper.steps(q), hopper.steps(k), hopper_defines(activation, nt, page)
+    (qb, qh, qt), (kb, ks), d = hopper.steps(q), hopper.steps(k), hopper_defines(activation, nt, page, copied_scales(k_scale, S, page))
     maps = (hopper.tensor_map(place, q, (D, H, T, B), (1, qh, qt, qb), (D, H, d["QUERIES"], 1)),
             hopper.tensor_map(place, k, (D, k.shape[1], k.shape[0]), (1, ks, kb), (D, min(page.get("PAGE", 128), 128), 1)))
     groups, tiles, sms = ceil_div(nt, d["QUERIES"]) * nb, ceil_div(S, 128), max(place.sms, 1)

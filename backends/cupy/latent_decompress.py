@@ -56,7 +56,7 @@ def resources(problem, config):
 
 
 def default_config(problem):
-    portable = dict(path="portable", cluster=2, windows=4 if problem["B"] * problem["S"] >= 8192 else 8)
+    portable = dict(path="portable", cluster=2, windows=4)
     tiles = gemm.default_config(problem["B"] * problem["S"], max(problem["Dn"], problem["Dv"]), lambda config: resources(problem, {**portable, **config}))
     return {**portable, **tiles, "path": "portable" if no_hopper(problem) or problem["S"] < 256 else "hopper"}
 
@@ -66,10 +66,6 @@ def artifacts(problem, config):
     if config["path"] == "hopper":
         return [dict(source="latent_decompress_hopper", defines=dict(KIND=KINDS[w], CLUSTER=config["cluster"], STAGES=HOPPER_STAGES, W_ROWS=rows), names=["latent_decompress_hopper"]) for rows in (0, 1)]
     return [dict(source="latent_decompress", defines=gemm.defines(a, w, w, w, (16, 16, 16, 16), rows, "scale" in problem.features, config), names=["latent_decompress"]) for rows in (0, 1)]
-
-
-def can_map_weight(w, k_axis: int, n_axis: int) -> bool:
-    return w.ptr % 16 == 0 and all(s > 0 and s % 8 == 0 for s in (w.strides[0], *(s for s in (w.strides[k_axis], w.strides[n_axis]) if s != 1)))
 
 
 def run_hopper(latent, w_uk, w_uv, k_rope, k, v, place, config, w_rows):
@@ -94,7 +90,7 @@ def run(latent, w_uk, w_uv, *, place, config, k_rope=None, latent_scale=None):
         return k, v
     uk, uv = gemm.orientation(w_uk, 1, 2), gemm.orientation(w_uv, 1, 2)
     if config["path"] == "hopper" and uk[0] == uv[0] and hopper.can_map(latent) and (k_rope is None or hopper.can_map(k_rope) and k_rope.dtype == latent.dtype) \
-            and can_map_weight(w_uk, 1, 2) and can_map_weight(w_uv, 1, 2):
+            and hopper.can_map_weight(w_uk, 1, 2) and hopper.can_map_weight(w_uv, 1, 2):
         return run_hopper(latent, w_uk, w_uv, k_rope, k, v, place, config, uk[0])
     whole = ceil_div(max(Dn, 1), config["block_n"]), ceil_div(Dv, config["block_n"])
     parts = [(uk[0], *whole)] if uk[0] == uv[0] else [(uk[0], whole[0], 0), (uv[0], 0, whole[1])]  # weights that stand differently: one launch for each

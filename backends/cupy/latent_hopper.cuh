@@ -4,15 +4,20 @@
 // Persistent, four warpgroups: one brings tiles of 32 keys into a ring, one makes scores and probabilities with most of the query's 36 k-steps in registers, two hold
 // 64 x 256 sums of values each. The query itself arrives as two more tiles of the ring, and the probabilities of a tile overwrite its last 64 columns, which no value needs.
 // Keys that nobody sees are zeros in the tile and -inf in the scores. The order of waits is the speed: values of tile i are multiplied while the probabilities of tile
-// i + 1 are made. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
+// i + 1 are made, not beside its scores. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
 #pragma once
 #include "wgmma.cuh"
 #include "split.cuh"
 
 #ifndef SLOTS
 #define SLOTS 6             // tiles in shared memory
+#endif
+#ifndef HELD
 #define HELD 31             // k-steps of the query in registers: 31, or whole chunks of four
 #define BRING_REGISTERS 24  // of a thread of the group that brings tiles
+#endif
+#ifndef PAIR
+#define PAIR 1  // 2: the blocks of threads of a cluster go through the same tiles for different heads, and each makes every other tile for both
 #endif
 constexpr int BH = 64, N = 32, CHUNK = N * 128, TILE = 9 * CHUNK, LEFT = HELD == 31 ? 8 : HELD / 4;  // from chunk LEFT on the query stays in shared memory
 constexpr int QUERY = SLOTS * TILE, STEP31 = QUERY + (9 - LEFT) * BH * 128, FACTORS = STEP31 + (HELD == 31) * BH * 32, INVERSE = FACTORS + BH * 4, FOUND = INVERSE + BH * 4, MOVED = FOUND + SLOTS * 16, BARS = (MOVED + SLOTS * 4 + 7) / 8 * 8;
@@ -23,6 +28,22 @@ constexpr float WIDE = 1024.f;                        // from here on a fused pr
 #define READY(s) (bars + 8 * (2 * SLOTS + (s)))
 #define START(s) (bars + 8 * (3 * SLOTS + (s)))
 #define LANDED (bars + 8 * 4 * SLOTS)  // block lists: a tile with a mask, not yet cleared
+
+#if PAIR == 1
+__device__ __forceinline__ void free_slot(u32 bar) { bar_arrive(bar); }
+__device__ __forceinline__ void sync_blocks() { __syncthreads(); }
+#else
+__device__ __forceinline__ u32 peer(u32 at) {  // the same place in the other block
+  u32 there;
+  asm("{.reg .u32 r; mov.u32 r, %%cluster_ctarank; xor.b32 r, r, 1; mapa.shared::cluster.u32 %0, %1, r;}" : "=r"(there) : "r"(at));
+  return there;
+}
+__device__ __forceinline__ void free_slot(u32 bar) {
+  bar_arrive(bar);
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(peer(bar)) : "memory");
+}
+__device__ __forceinline__ void sync_blocks() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#endif
 
 struct Found { u32 word; int left, item, slot; };  // which of a tile's 32 keys are seen; how many tiles of the item follow, -1: no tile at all; the item; its slot of scratch, or -1: it is whole
 
@@ -105,6 +126,16 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
+// By one thread of the group, behind the last of its products: values that start nine products earlier slow both down by a quarter, and when the products have ended 4 % are lost.
+// Predicated inside, so that ptxas sees no divergent branch between products.
+__device__ __forceinline__ void start_values(u32 bar, bool doit) {
+#ifdef SPARSETILE_EMULATE
+  if (doit && threadIdx.x % 128 == 0) bar_arrive(bar);
+#else
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0];}" :: "r"(bar), "r"((int)(doit && thread_again() % 128 == 0)) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const u64 query = descriptor(base + QUERY), step31 = descriptor_of(base + STEP31, 16, 256, SWIZZLE_32);
   u32 q[HELD][4], slot = 0, phase = 0, patience = PATIENCE;
@@ -144,9 +175,10 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         if (k < HELD) wgmma<KIND, K_MAJOR>(s, q[k], b, k != 0);
         else wgmma<KIND, K_MAJOR>(s, k < 4 * LEFT ? step31 : query + (k & 3) * 2 + ((k >> 2) - LEFT) * (2 * CHUNK >> 4), b, 1);
       }
-      wgmma_commit(); wgmma_wait<0>(); hold(s);
+      wgmma_commit();
+      start_values(START(before), !first);
+      wgmma_wait<0>(); hold(s);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
-      if (tid == 0 && !first) bar_arrive(START(before));
       left = uniform(found.left);
       if (found.word != ~0u) {
         const u32 word = found.word >> 2 * (lane & 3);
@@ -234,7 +266,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
   for (int left = 0; left >= 0;) {
     for (int t = 0; t < 2; t++) {  // the query's tiles pass by
       bar_wait(READY(slot), phase, patience);
-      if (lane == 0) bar_arrive(FREE(slot));
+      if (lane == 0) free_slot(FREE(slot));
       advance<SLOTS>(slot, phase);
     }
     bool first = true;
@@ -259,7 +291,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
         else if (tid / 32 * 16 < x.rows) store_part(p, raw, o, last.slot, half, tid);  // a warp has 16 rows
         shared_to_copy_engine();  // which may write this tile next
       }
-      if (lane == 0) bar_arrive(FREE(slot));
+      if (lane == 0) free_slot(FREE(slot));
       first = false;
       advance<SLOTS>(slot, phase);
     } while (left > 0);
@@ -270,11 +302,11 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
 template <class Bring> __device__ __forceinline__ void run_roles(const Params& p, unsigned char* raw, u32 base, u32 bars, int bringers, const Bring& bring) {
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), bringers); bar_init(FREE(s), 8); bar_init(READY(s), 128); bar_init(START(s), 1); }
+    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), bringers); bar_init(FREE(s), 8 * PAIR); bar_init(READY(s), 128); bar_init(START(s), 1); }
     bar_init(LANDED, 1);
     bar_fence();
   }
-  __syncthreads();
+  sync_blocks();
   if (group == 0) {
     fewer_registers<BRING_REGISTERS>();
     bring();
@@ -285,4 +317,5 @@ template <class Bring> __device__ __forceinline__ void run_roles(const Params& p
     more_registers<160>();
     values(p, raw, base, bars, group - 2);
   }
+  if (PAIR > 1) sync_blocks();  // nobody leaves while the other may write to it
 }

@@ -6,15 +6,16 @@
 #define LATENT 0
 #endif
 
-// Two e4m3 times the scale of their group, as two elements.
-template <int Kind> __device__ __forceinline__ u32 scaled_pair(u32 x, float scale) {
+// Four e4m3 times the scale of their group, as two pairs of elements.
+template <int Kind> __device__ __forceinline__ void scaled_four(u32 x, float scale, u32& lo, u32& hi) {
 #if !defined(SPARSETILE_EMULATE) && __CUDA_ARCH__ >= 890
-  u32 r;
-  const u16 both = (u16)x;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(both));
-  return pack<Kind>(half_to_float((u16)r) * scale, half_to_float((u16)(r >> 16)) * scale);
+  u32 a, b;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}" : "=r"(a), "=r"(b) : "r"(x));
+  lo = pack<Kind>(half_to_float((u16)a) * scale, half_to_float((u16)(a >> 16)) * scale);
+  hi = pack<Kind>(half_to_float((u16)b) * scale, half_to_float((u16)(b >> 16)) * scale);
 #else
-  return pack<Kind>(e4m3_to_float((u8)x) * scale, e4m3_to_float((u8)(x >> 8)) * scale);
+  lo = pack<Kind>(e4m3_to_float((u8)x) * scale, e4m3_to_float((u8)(x >> 8)) * scale);
+  hi = pack<Kind>(e4m3_to_float((u8)(x >> 16)) * scale, e4m3_to_float((u8)(x >> 24)) * scale);
 #endif
 }
 
@@ -44,7 +45,8 @@ __device__ __forceinline__ void copy_latents(u16* to, int stride, int first, int
       u32* at = (u32*)(to + x / CHUNKS * stride + x % CHUNKS * N);
 #pragma unroll
       for (int e = 0; e < N / 4; e++) {
-        const u32 lo = scaled_pair<Kind>(raw[f][e], scale[f]), hi = scaled_pair<Kind>(raw[f][e] >> 16, scale[f]);
+        u32 lo, hi;
+        scaled_four<Kind>(raw[f][e], scale[f], lo, hi);
         *(uint2*)(at + 2 * e) = make_uint2(lo, hi);
       }
     }

@@ -1,6 +1,6 @@
 // The parts that shares of a split left in scratch (split.cuh), added in the order of their keys. Rows whose item was one share's alone are there already; rows of items
 // without keys become out 0, lse -inf. Few rows (LINES 1): a block of threads each, because one sequence may have a part in every share: weights are a thread's each.
-// Many rows (LINES 4): 64 threads each, for their parts are few and what counts is how many rows are under way.
+// Many rows (LINES 8): a warp each, for their parts are few and what counts is how many bytes are under way.
 // Defines: KIND, BQ (queries of a job, 0: each is its own), ROWS, COLUMNS of a slot, LINES of a block of threads.
 #include "mma.cuh"
 #include "split.cuh"
@@ -61,6 +61,8 @@ __device__ __forceinline__ void store(const Params& p, const Line& x, int quad, 
 }
 
 #if LINES > 1
+constexpr int EACH = (QUADS + WIDTH - 1) / WIDTH;  // quads of a thread
+
 extern "C" __global__ void __launch_bounds__(THREADS) merge(const __grid_constant__ Params p) {
   const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / WIDTH;
   if (line >= p.total) return;
@@ -69,19 +71,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge(const __grid_constan
   float top = -inf();
 #pragma unroll 4
   for (int i = 0; i < x.count; i++) top = fmaxf(top, x.part(p, i).x);
+  float4 sum[EACH] = {};
+  float total = 0.f;
+#pragma unroll 1
+  for (int i = 0; i < x.count; i++) {
+    const float2 part = x.part(p, i);
+    const float weight = weight_of(part, top);
+    total = fmaf(weight, part.y, total);
 #pragma unroll
-  for (int quad = threadIdx.x % WIDTH; quad < QUADS; quad += WIDTH) {
-    float4 sum = {0.f, 0.f, 0.f, 0.f};
-    float total = 0.f;
-#pragma unroll 4
-    for (int i = 0; i < x.count; i++) {
-      const float2 part = x.part(p, i);
-      const float weight = weight_of(part, top);
-      total = fmaf(weight, part.y, total);
-      add(sum, weight, x.values(p, i, quad));
-    }
-    store(p, x, quad, top, total, sum);
+    for (int e = 0, quad = threadIdx.x % WIDTH; e < EACH; e++, quad += WIDTH)
+      if (quad < QUADS) add(sum[e], weight, x.values(p, i, quad));
   }
+#pragma unroll
+  for (int e = 0, quad = threadIdx.x % WIDTH; e < EACH; e++, quad += WIDTH)
+    if (quad < QUADS) store(p, x, quad, top, total, sum[e]);
 }
 #else
 constexpr int GROUPS = THREADS / QUADS;  // groups of threads take parts in turn

@@ -17,9 +17,10 @@ SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
 LATENT_FIELDS = "3Q" + LISTS + POSITIONS + SPLIT + "2i2f"
 LATENT_HEADS, LATENT_KEYS, LATENT_THREADS, LATENT_TILE = 64, 32, 512, 9 * 32 * 128
+# of six tiles, for gather_attention_hopper.cu; this path has five
 LATENT_SHARED = 6 * LATENT_TILE + 64 * (128 + 32 + 4 + 4) + 6 * (16 + 4 + 4 * 8) + 8
 LATENT_ROW = 512 + 4 * 4 + 2 * 64  # bytes of the fp8 layout
-LATENT_FP8_SHARED = 3 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 3 * (16 + 4 + 4 * 8) + 4 * (32 * LATENT_ROW + 2 * 8 + 16) + 8 + 4 + 8 + 128  # barriers stand at multiples of 8, bytes of 128
+LATENT_FP8_SHARED = 4 * LATENT_TILE + 64 * (3 * 128 + 4 + 4) + 4 * (16 + 4 + 4 * 8) + 2 * (32 * LATENT_ROW + 4 * (8 + 16)) + LATENT_ROW + 8 + 8 + 128  # bytes stand at multiples of 128
 FIELDS = "6Q" + LISTS + POSITIONS + SPLIT + "12q8i2f"
 MERGE_FIELDS = "3Q" + SPLIT + POSITIONS + "8i"
 MOST_STAGES = 8
@@ -105,7 +106,7 @@ def latent_merge_defines(kind: str, rows: int) -> dict:
 
 def merged_lines(rows: int) -> int:
     """Rows of the output that a block of threads merges: many rows have few parts each."""
-    return 4 if rows >= 2048 else 1
+    return 8 if rows >= 2048 else 1
 
 
 def candidates(problem: Problem) -> list[dict]:

@@ -4,12 +4,16 @@ dS of a block of 128 x 128 is 32 KiB. Key heads, or key blocks of one, are worke
 """
 import struct
 
+import numpy as np
+
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import LISTS, POSITIONS, ceil_div, lists_values, position_values
 
 SLOPES, GIB = 128 * 128 * 2, 2 ** 30
+SECTIONS = 4  # of the rows, where a part has far fewer key blocks than query tiles
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f3Q"
+FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f"
+FIELDS += "i5Q"
 FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -62,8 +66,23 @@ def pieces_of_parts(parts, shape, width: int, most_bytes: int) -> tuple[int, int
     B, Hq, Hk, T, S, D, Dv = shape
     most = max(int((known[2 * lists.nk::2 * lists.nk] - known[:-1:2 * lists.nk]).max()) for lists, known in ((part.lists, part.lists.extras["by_key_offsets"]) for part in parts))
     blocks = max(part.lists.nk for part in parts)
-    each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * D + S * (D + Dv))
+    sums = max(part.sections * part.lists.nk for part in parts if part.sections > 1) if any(part.sections > 1 for part in parts) else 0
+    each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * width + (S + 128 * sums) * (width + Dv))
     return (ceil_div(B * Hk, ceil_div(B * Hk, max(most_bytes // each, 1))), blocks, most) if each <= 2 * room(B, Hq, T, D, Hq // Hk) else None
+
+
+def held_before(parts, i: int, S: int, place):
+    """Bits of the keys that stand in the parts before part i, or None: all of them. Kept with the part's lists."""
+    if any(part.axes.every for part in parts[:i]) or not i:
+        return None
+    extras, key = parts[i].lists.extras, ("cupy.held", S)
+    if key not in extras:
+        seen = np.zeros(-(-S // 32) * 32, bool)
+        for part in parts[:i]:
+            order = part.lists.extras["k_order"]
+            seen[order[order >= 0]] = True
+        extras[key] = place.upload(np.packbits(seen, bitorder="little").view(np.int32))
+    return extras[key]
 
 
 class Part:
@@ -72,6 +91,8 @@ class Part:
     def __init__(self, lists, maps, tiles: int, axes=None, covered: bool = True):
         """covered: the host knows that the lists hold every query tile of the call."""
         self.lists, self.maps, self.tiles, self.axes, self.outside = lists, maps, tiles, axes, 0 if covered else tiles
+        self.sections = 1  # items of each key block
+        self.held = None   # keys of the parts before, or None: all
 
     def allocate(self, place, heads: int, key_tiles: int, cuts: int):
         lists = self.lists
@@ -90,6 +111,10 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     B, Hq, Hk, T, S, D, Dv = shape
     group, key_heads, width, parted = Hq // Hk, B * Hk, d["WIDTH"], parts[0].axes is not None
     most_bytes, tiles = min(config["scratch"] * GIB, room(B, Hq, T, D, group)), ceil_div(S, 128)
+    for i, part in enumerate(parts):
+        part.held = held_before(parts, i, S, place) if parted else None
+    for part in parts[:-1]:  # a few long items for all multiprocessors: the longest of 128 (fixed 128 + 8 at 32k) took twice the mean
+        part.sections = SECTIONS if part.lists.nk * SECTIONS <= part.lists.nq else 1
     piece = pieces_of_parts(parts, shape, width, most_bytes) if parted else pieces(parts[0].lists, key_heads, group, tiles, most_bytes)
     if piece is None:
         return None
@@ -101,29 +126,32 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
         part.allocate(place, B * Hq, part.lists.nk if parted else tiles, len(cuts))
     sums = None if whole else place.empty((heads * group, parts[0].tiles, 128, width), "float32")
     slopes, keys = place.empty((heads * group * most, SLOPES // 2), dq.dtype), place.empty((heads * blocks, 128, width), dq.dtype)
-    wide, between = (0, 0, 0), None
+    wide, between, sums_of_keys = (0, 0, 0), None, None
 
     def launch(part, name, grid, threads, shared, n=0, adds=0, rounds=1):
         (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
         n_blocks = part.key_tiles if parted else n_blocks
-        ahead = min(far_longer(lists, "by_key_offsets", lists.nk), part.key_tiles) if whole else 0
+        ahead = min(far_longer(lists, "by_key_offsets", lists.nk), part.key_tiles) * part.sections if whole else 0
         nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
             grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
             *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
-            far_longer(lists, "offsets", lists.nq), len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * n_blocks,
-            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, *wide)
+            far_longer(lists, "offsets", lists.nq), len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * n_blocks * part.sections,
+            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, part.sections, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
 
     for part in parts:
         launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles, 64, 0)
         launch(part, "arrange", lambda *_, part=part: part.count * max(part.key_tiles, part.lists.nq), 32, 0)
     sms = max(place.sms, 1)
     for n, (_, n_heads, _, _) in enumerate(cuts):
-        if len(parts) > 1:  # what the first part does not hold of the keys is nothing
-            make, between = place.empty if parts[0].axes.every else place.zeros, None  # the last piece's memory serves again
-            between = place.empty((n_heads * group, T, D), "float32"), make((n_heads, S, D), "float32"), make((n_heads, S, Dv), "float32")
+        if len(parts) > 1:
+            between = None  # the last piece's memory serves again
+            between = place.empty((n_heads * group, T, width), "float32"), place.empty((n_heads, S, width), "float32"), place.empty((n_heads, S, d["VALUES"]), "float32")
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):
-            adds, rounds = (1 if i else 0) | (2 if i or parted and not part.axes.every else 0), int(i == len(parts) - 1)
-            launch(part, "backward", lambda heads, blocks: min(heads * blocks, sms), 384, first_bytes, n, adds, rounds)
+            adds, rounds = 3 if i else 0, int(i == len(parts) - 1)
+            sums_of_keys = place.empty((part.sections * n_heads * part.key_tiles, 128, width + d["VALUES"]), "float32") if part.sections > 1 else None
+            launch(part, "backward", lambda heads, blocks, part=part: min(heads * blocks * part.sections, sms), 384, first_bytes, n, adds, rounds)
+            if part.sections > 1:
+                launch(part, "join", lambda heads, blocks: 16 * heads * blocks, 128, 0, n, adds, rounds)
             launch(part, "queries", lambda heads, _, part=part: min(heads * group * (part.lists.nq + part.outside), sms), 384, query_bytes(width), n, adds, rounds)
     return dq, dk, dv

@@ -10,9 +10,9 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.far import far, on_threads, record_at, scratch
+from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at, scratch
 from sparsetile.backends.numba.convert import F32_CODE
-from sparsetile.backends.numba.job import CODES
+from sparsetile.backends.numba.job import code_of
 from sparsetile.backends.numba.rows import load_row
 from sparsetile.backends.numba.simd import LANES, address, next_task, op, put_f32
 
@@ -74,9 +74,8 @@ def _row_sums(out, dout):
     if sums.size:
         values = dict(H=H, T=T, Dv=Dv, rows=sums.size, sums=address(sums), counter=address(counter))
         for name, x in (("out", out), ("dout", dout)):
-            values |= {name: address(x), f"{name}_code": CODES[x.dtype.name], **{f"{name}_{axis}": step for axis, step in zip("bht", x.strides)}}
-        for name, x in values.items():
-            job[name] = x
+            values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", x.strides)}}
+        fill_record(job, values)
         _memory = scratch(job, numba.get_num_threads(), left=4 * (Dv + LANES), right=4 * (Dv + LANES))
         on_threads(work, job)
     return sums

@@ -17,17 +17,18 @@ import math
 import numba
 import numpy as np
 
+from sparsetile.backends.arrays import numpy_name
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.numba import few, tiles
 from sparsetile.backends.numba.convert import denormal_rows, fill_zero
 from sparsetile.backends.numba.exact import exact
-from sparsetile.backends.numba.far import far, on_threads, scratch
+from sparsetile.backends.numba.far import far, on_threads, scratch, set_fields
 from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, run_of_keys, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, span_of, up, whole
 from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
-from sparsetile.backends.numba.tiles import PANEL, STEP, split
+from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
 
 TUNABLES = (Tunable("block_q", (64, 16, 32, 48, 96, 128, 160, 192, 224, 256, 320, 384), "queries per task"),
             Tunable("block_k", (64, 32, 96, 128, 160, 192, 256, 384, 512), "keys per block of the layout"),
@@ -55,8 +56,13 @@ def default_config(problem):
 
 
 @kernel
-def scores_of(job, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain):
-    """Scores of a run of keys. plain: no mask is needed. What a softcap makes of them is masked later, and its maxima are others."""
+def scores_of(job, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain, half):
+    """Scores of a run of keys. plain: no mask is needed. half: which lanes see any of them. What a softcap makes of them is masked later, and its maxima are others."""
+    if half != BOTH:
+        own = HALF_STEP * (half >> 1)
+        tiles.fill_half(ps + HALF_STEP - own, STEP, 6 * sixes + 4 * fours, NOTHING)
+        tiles.score_half(pk, k_step, qt + own, D, ps + own, top + own, sixes, fours, words + own, low)
+        return
     if job.capped != 0:
         top, plain = top + 3 * STEP, True
     if job.pairs != 0:
@@ -115,20 +121,32 @@ def _block(jobs, memory, kind, slot, limit, bases):
                     tiles.merge_words(saw, words + STEP * w)
             else:
                 put_i64(rows, job.panels * (PANEL + 1) + p, 1)
-            padded = (high - low + 3) & ~3
-            sixes, fours = split(padded)
             if job.capped != 0 and not masked:
                 tiles.every_word(words, WORDS)
-            scores_of(job, pk + low * k_step, k_step, qt, D, ps, top, sixes, fours, words, low, dense and padded == high - low)
+            cut, halves = runs_of(words, low, high) if masked and job.capped == 0 and job.pairs == 0 else (high, BOTH)
+            padded = (high - low + 3) & ~3
+            for run in range(1 if cut == high else 2):
+                first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
+                count = (end - first_key + 3) & ~3
+                sixes, fours = split(count)
+                scores_of(job, pk + first_key * k_step, k_step, qt, D, ps + STEP * (first_key - low), top, sixes, fours, words, first_key, dense and count == high - low, half)
+            written = cut - low + ((high - cut + 3) & ~3)
+            tiles.fill(ps + STEP * written, PANEL * (padded - written), NOTHING)  # two runs may end before what one would have filled up
             if job.capped != 0:
                 tiles.softcap(ps, top, words, low, padded, pc)
             tiles.rescale(top, top + STEP, top + 2 * STEP, po, Dvp, pc)
             if job.pairs != 0:
                 tiles.exponent_pairs(ps, padded, top + STEP, top + 2 * STEP, pc)
                 tiles.add_values_pairs(pv + (low >> 1) * v_step, v_step, ps, (high - low + 1) >> 1, po, sixes_v, fours_v)
-            else:
-                tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
-                tiles.add_values(pv + low * v_step, v_step, ps, high - low, po, sixes_v, fours_v)
+                continue
+            tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
+            for run in range(1 if cut == high else 2):
+                first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
+                own, other = ps + STEP * (first_key - low), HALF_STEP * (half >> 1)
+                if half == BOTH:
+                    tiles.add_values(pv + first_key * v_step, v_step, own, end - first_key, po, sixes_v, fours_v)
+                else:
+                    tiles.add_values_half(pv + first_key * v_step, v_step, own + other, end - first_key, po + other, sixes_v, fours_v)
 
 
 @far("iiiiii")
@@ -180,9 +198,8 @@ def work(jobs, thread):
 def sizes(job, D, Dv, block_q, k, v, k_order):
     """Fill in panels and padded widths; bytes of scratch that forward and backward both need."""
     panels, Dp, width = up(block_q, PANEL) // PANEL, up(D, LANES), up(Dv, LANES)
-    job["panels"], job["Dp"], job["Dq"], job["Dvp"], job["width"] = panels, Dp, Dp, up(Dv, 4), width
-    job["direct_k"] = k.dtype == np.float32 and k_order is None
-    job["direct_v"] = v.dtype == np.float32 and k_order is None and Dv % 4 == 0
+    set_fields(job, panels=panels, Dp=Dp, Dq=Dp, Dvp=up(Dv, 4), width=width, direct_k=k.dtype == np.float32 and k_order is None,
+               direct_v=v.dtype == np.float32 and k_order is None and Dv % 4 == 0)
     return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
                 spans=16 * WORDS * (panels + 1) + 24, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
 
@@ -191,26 +208,27 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         table=None):
     B, Hq, T, D = q.shape
     Dv, wide = v.shape[3], q.dtype == np.float64
-    kind = out_dtype or (q.dtype.name if q.dtype.name != "float8_e4m3fn" else "bfloat16")
+    kind = numpy_name(q.dtype)
+    kind = out_dtype or (kind if kind != "float8_e4m3fn" else "bfloat16")
     make = place.empty if lists.q_order is None else place.zeros  # an order may leave queries out
     out, lse = make((B, Hq, T, Dv), kind), place.full((B, Hq, T), "float64" if wide else "float32", -math.inf)
     if lse.size == 0:
         return out, lse if return_lse else None
     job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits, table=table)
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
-    panels, width = int(job["panels"][0]), int(job["width"][0])
-    group, rows = Hq // k.shape[1], min(T, lists.block_q)
+    panels, width, tiles_ = up(lists.block_q, PANEL) // PANEL, up(Dv, LANES), int(job["tiles"][0])
+    group, rows, stack = Hq // k.shape[1], min(T, lists.block_q), 1
     if lists.list_of.shape[1] == 1 and 2 * rows <= panels * PANEL:  # few queries: the heads of a group fill the lanes, and keys are read once for all
-        job["stack"] = min(group, panels * PANEL // rows)
-    units, parts, tasks = B * k.shape[1] * int(job["tiles"][0]), None, B * Hq * int(job["tiles"][0])
-    if job["stack"] == group and group * rows <= few.MOST:
-        parts, tasks = few.prepare(job, lists, group * rows, units)
+        stack = min(group, panels * PANEL // rows)
+    units, parts, tasks = B * k.shape[1] * tiles_, None, B * Hq * tiles_
+    if stack == group and group * rows <= few.MOST:
+        parts, tasks = few.prepare(job, lists, group * rows, units, width)
     if config["pairs"] and table is None and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
         job["pairs"], job["Dq"], job["direct_k"] = 1, up(D // 2, LANES), 1
     threads = min(numba.get_num_threads(), tasks) if lse.size * int(job["S"][0]) * (D + Dv) > SMALL else 1
     _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
     lost = np.full(lse.shape, wide, np.uint8)
-    job["lost"] = address(lost)
+    set_fields(job, lost=address(lost), stack=stack)
     counter = alive[0]["counter"]
     if not wide and parts is not None:
         on_threads(few.work, job, threads)

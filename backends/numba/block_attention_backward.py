@@ -11,6 +11,7 @@ they are cut, follows from the problem alone: results do not depend on the numbe
 float64 inputs are done one query at a time (exact_backward.py).
 """
 import math
+import weakref
 
 import numba
 import numpy as np
@@ -19,22 +20,23 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba import block_attention, tiles
 from sparsetile.backends.numba import gradient_tiles as gt
 from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
-from sparsetile.backends.numba.convert import fill_zero
+from sparsetile.backends.numba.convert import F32_CODE, fill_zero
 from sparsetile.backends.numba.exact_backward import exact_backward
-from sparsetile.backends.numba.far import far, keep, on_threads, scratch, take
+from sparsetile.backends.numba.far import far, keep, on_threads, scratch, set_fields, take
 from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.job import job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, store_panel, up, whole
+from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
 from sparsetile.backends.numba.rows import store_rows
 from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
-from sparsetile.backends.numba.tiles import PANEL, STEP, split
+from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
 
 TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
-ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone
+ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone, and most of that in the result
 APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
+ZERO = np.float32(0)
 GRAIN = 32  # keys whose sums are cleared together, when first touched
 
 
@@ -47,37 +49,54 @@ def default_config(problem):
     return {knob.name: config[knob.name] for knob in TUNABLES}
 
 
+@kernel
+def _gradients(job, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, half):
+    """P, dS and dQ of one panel against a run of keys, for the half of its lanes that sees any of them (or BOTH)."""
+    D, Dv, pc, step = job.D, job.Dv, job.constants, STEP * job.panels
+    sixes, fours = split((keys + 3) & ~3)
+    sixes_d, fours_d = split((D + 3) & ~3)
+    if half != BOTH:
+        own = HALF_STEP * (half >> 1)
+        tiles.fill_half(P + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
+        tiles.fill_half(dS + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
+        gt.probability_half(pk, k_step, qt, D, P + own, step, lse, pc, sixes, fours, words + own, first)
+        gt.score_gradient_half(pv, v_step, g, Dv, P + own, dS + own, step, lse + 2 * STEP, pc, sixes, fours)
+        gt.add_queries_half(pk, k_step, dS + own, step, keys, dqt, sixes_d, fours_d)
+        return
+    if job.capped != 0:
+        gt.probability_capped(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first, dS)
+        gt.score_gradient_capped(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+    else:
+        if masked != 0:
+            gt.probability_masked(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
+        else:
+            gt.probability(pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
+        gt.score_gradient(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+    gt.add_queries(pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
+
+
 @far("iiiiii")
 def _products(jobs, memory, masked, low, high, where):
     """P, dS and dQ of all panels against keys low .. high - 1 of a chunk. where: addresses and row steps of K and V."""
     job = job_at(jobs)
     pk, k_step, pv, v_step = get_i64(where, 0), get_i64(where, 1), get_i64(where, 2), get_i64(where, 3)
-    D, Dv, pc, step, spans = job.D, job.Dv, job.constants, STEP * job.panels, memory + job.spans
-    padded = (high - low + 3) & ~3
-    sixes, fours = split(padded)
-    sixes_d, fours_d = split((D + 3) & ~3)
-    pk, pv = pk + low * k_step, pv + low * v_step
+    step, spans, padded = STEP * job.panels, memory + job.spans, (high - low + 3) & ~3
     for p in range(job.panels):
-        P, dS = memory + job.p + STEP * p, memory + job.ds + STEP * p
+        P, dS, words = memory + job.p + STEP * p, memory + job.ds + STEP * p, memory + job.words + STEP * WORDS * p
         if get_i64(memory + job.rows, job.panels * PANEL + p) == 0 or span_of(spans + 16 * WORDS * p)[1] == 0:
             for r in range(padded):
                 fill_zero(P + r * step, PANEL)
                 fill_zero(dS + r * step, PANEL)
             continue
-        qt, g, dqt = memory + job.qt + STEP * job.Dp * p, memory + job.gt + STEP * job.width * p, memory + job.dqt + STEP * job.Dp * p
-        words, lse = memory + job.words + STEP * WORDS * p, memory + job.rows_lse + 3 * STEP * p
-        if job.capped != 0:
-            if masked == 0:
-                tiles.every_word(words, WORDS)
-            gt.probability_capped(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, low, dS)
-            gt.score_gradient_capped(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
-        else:
-            if masked != 0:
-                gt.probability_masked(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, low)
-            else:
-                gt.probability(pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
-            gt.score_gradient(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
-        gt.add_queries(pk, k_step, dS, step, high - low, dqt, sixes_d, fours_d)
+        if job.capped != 0 and masked == 0:
+            tiles.every_word(words, WORDS)
+        cut, halves = runs_of(words, low, high) if masked != 0 and job.capped == 0 else (high, BOTH)
+        for run in range(1 if cut == high else 2):
+            first, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
+            own = HALF_STEP * (half >> 1) if half != BOTH else 0
+            _gradients(job, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
+                       memory + job.dqt + STEP * job.Dp * p + own, P + step * (first - low), dS + step * (first - low), memory + job.rows_lse + 3 * STEP * p + own,
+                       words, masked, first, end - first, half)
     for r in range(high - low, padded):  # what register tiles read past the keys
         fill_zero(memory + job.p + r * step, job.panels * PANEL)
         fill_zero(memory + job.ds + r * step, job.panels * PANEL)
@@ -85,21 +104,25 @@ def _products(jobs, memory, masked, low, high, where):
 
 @far("iiiiii")
 def _sums(jobs, memory, at, count, bounds, where):
-    """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched."""
+    """dV += P^T dO and dK += dS^T Q for the keys at slots at .. at + count - 1. where: this task's sums of K and V, its bytes of what is touched, where rows of Q and dO are, and its share with where the gradients will stand."""
     job = job_at(jobs)
     sums_k, sums_v, touched, limit = get_i64(where, 4), get_i64(where, 5), get_i64(where, 6), get_i64(where, 7)
     step, padded = STEP * job.panels, (count + 3) & ~3
     sixes, fours = split(padded)
+    if job.owners != 0 and get_i64(job.owners, at // job.block_k) == get_i64(where, 14):
+        sums_k, sums_v = get_i64(where, 15), get_i64(where, 16)
     to_k, to_v = sums_k + 4 * job.Dp * at, sums_v + 4 * job.width * at
-    if job.k_order == 0:
+    # Register tiles may reach three rows past the keys: past the sums, or to keys that another share adds up.
+    apart = job.k_order != 0 or at + padded > job.S or (at + padded - 1) // job.block_k != (at + count - 1) // job.block_k
+    if not apart:
         for grain in range(at // GRAIN, (at + padded - 1) // GRAIN + 1):
             _clear(job, sums_k, sums_v, touched, grain)
     else:
         to_k, to_v = memory + job.more, memory + job.more + 4 * job.Dp * (CHUNK + 4)
         fill_zero(to_k, (job.Dp + job.width) * (CHUNK + 4))
-    gt.add_keys(memory + job.p, step, bounds, memory + job.g_rows, 4 * job.width + APART, job.width, to_v, sixes, fours)
-    gt.add_keys(memory + job.ds, step, bounds, memory + job.q_rows, 4 * job.Dp + APART, job.Dp, to_k, sixes, fours)
-    if job.k_order != 0:
+    gt.add_keys(memory + job.p, step, bounds, get_i64(where, 12), get_i64(where, 13), job.width, to_v, sixes, fours)
+    gt.add_keys(memory + job.ds, step, bounds, get_i64(where, 10), get_i64(where, 11), job.Dp, to_k, sixes, fours)
+    if apart:
         for c in range(count):
             s = key_of(job, at + c, limit, 0)
             if s >= 0:
@@ -112,8 +135,9 @@ def _sums(jobs, memory, at, count, bounds, where):
 def _clear(job, sums_k, sums_v, touched, grain):
     if get_byte(touched, grain) == 0:
         put_byte(touched, grain, 1)
-        fill_zero(sums_k + 4 * job.Dp * GRAIN * grain, job.Dp * GRAIN)
-        fill_zero(sums_v + 4 * job.width * GRAIN * grain, job.width * GRAIN)
+        rows = min(GRAIN, job.S - GRAIN * grain)
+        fill_zero(sums_k + 4 * job.Dp * GRAIN * grain, job.Dp * rows)
+        fill_zero(sums_v + 4 * job.width * GRAIN * grain, job.width * rows)
 
 
 @far("iiiiii")
@@ -153,9 +177,25 @@ def _block(jobs, memory, kind, slot, limit, where):
         _sums(jobs, memory, at + low, high - low, bounds, where)
 
 
-@far("iiii")
-def _load_rows(jobs, memory, b, h):
-    """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in powers of two) and delta. Rows without gradient become 0."""
+@kernel
+def _no_gradient(job, memory, b, h, t):
+    """dQ of a row that has none. The tile's dQ^T is still 0."""
+    store_rows(job.dq_code, memory + job.dqt, 0, 1, job.D, job.dq + b * job.dq_b + h * job.dq_h + t * job.dq_t, 0)
+
+
+@kernel
+def _in_place(job, rows, code, width, padded):
+    """Whether the rows of a tile can be read where they are: float32 that follow each other, as they are multiplied. A step of 512 bytes would let a column of them fall into few sets of the nearest cache."""
+    first = get_i64(rows, 0)
+    for p in range(job.panels):
+        if get_i64(rows, PANEL * p) != first + PANEL * p or run_of(rows + 8 * PANEL * p, 0, job.T) != PANEL:
+            return False
+    return code == F32_CODE and width == padded and 4 * width < 512 and first >= 0
+
+
+@far("iiiii")
+def _load_rows(jobs, memory, b, h, where):
+    """Q and dO of a tile as rows and transposed, and of each row the lse (two float32, in powers of two) and delta. Rows without gradient become 0, theirs is stored at once (dqt is 0)."""
     job = job_at(jobs)
     unit = job.unit / np.float64(get_f32(job.constants, 0))  # ln 2 but for the rounding of c
     for p in range(job.panels):
@@ -172,13 +212,24 @@ def _load_rows(jobs, memory, b, h):
                     low, delta = np.float32(x - high), get_f32(job.delta, at)
                 else:
                     put_i64(rows, n, -1)
+                    _no_gradient(job, memory, b, h, t)
             put_f32(lse, n, high)
             put_f32(lse, PANEL + n, low)
             put_f32(lse, 2 * PANEL + n, delta)
-        load_panel(job.q + b * job.q_b + h * job.q_h, 0, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign,
-                   memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART, memory + job.qt + STEP * job.Dp * p, 1)
-        load_panel(job.dout + b * job.dout_b + h * job.dout_h, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0,
-                   memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART, memory + job.gt + STEP * job.width * p, 1)
+    q, dout = job.q + b * job.q_b + h * job.q_h, job.dout + b * job.dout_b + h * job.dout_h
+    first = get_i64(memory + job.rows, 0)
+    q_there = job.sign == 1 and _in_place(job, memory + job.rows, job.q_code, job.D, job.Dp)
+    g_there = _in_place(job, memory + job.rows, job.dout_code, job.Dv, job.width)
+    put_i64(where, 10, q + first * job.q_t if q_there else memory + job.q_rows)
+    put_i64(where, 11, job.q_t if q_there else 4 * job.Dp + APART)
+    put_i64(where, 12, dout + first * job.dout_t if g_there else memory + job.g_rows)
+    put_i64(where, 13, job.dout_t if g_there else 4 * job.width + APART)
+    for p in range(job.panels):
+        rows = memory + job.rows + 8 * PANEL * p
+        load_panel(q, 0, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.q_rows + PANEL * (4 * job.Dp + APART) * p, 4 * job.Dp + APART,
+                   memory + job.qt + STEP * job.Dp * p, 0 if q_there else 1)
+        load_panel(dout, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0, memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART,
+                   memory + job.gt + STEP * job.width * p, 0 if g_there else 1)
     number_rows(memory + job.rows, job.panels, job.T, 1, 0)
 
 
@@ -212,33 +263,40 @@ def work(jobs, thread):
         put_i64(where, 7, limit)
         put_i64(where, 8, job.k + b * job.k_b + j * job.k_h)
         put_i64(where, 9, job.v + b * job.v_b + j * job.v_h)
+        put_i64(where, 14, share)
+        put_i64(where, 15, job.dk + b * job.dk_b + j * job.dk_h)
+        put_i64(where, 16, job.dv + b * job.dv_b + j * job.dv_h)
         for h in range(j * group, (j + 1) * group):
             for tile in range(get_i64(job.cuts, share), get_i64(job.cuts, share + 1)):
+                if tile_rows(jobs, b, tile, memory + job.rows, job.panels * PANEL) == 0:
+                    continue
                 i = tile_block(job, b, tile)
-                if i >= 0 and tile_rows(jobs, b, tile, memory + job.rows, job.panels * PANEL) > 0:
-                    _load_rows(jobs, memory, b, h)
-                    fill_zero(memory + job.dqt, job.panels * job.Dp * PANEL)
+                fill_zero(memory + job.dqt, job.panels * job.Dp * PANEL)
+                if i >= 0:
+                    _load_rows(jobs, memory, b, h, where)
                     begin, partial, end = list_block(job, b, h, i)
                     for entry in range(begin, end):
                         _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, where)
-                    _store_queries(jobs, memory, b, h)
+                _store_queries(jobs, memory, b, h)
 
 
 @kernel
 def _finish_rows(job, head, grain, sums, padded, code, width, target, step):
     """GRAIN rows: the shares that touched them are added to the first that did, in order."""
-    first, count = -1, min(GRAIN, job.S - GRAIN * grain)
-    for share in range(head * job.shares, (head + 1) * job.shares):
-        if get_byte(job.touched + job.touched_step * share, grain) != 0:
-            own = sums + 4 * padded * (job.sum_rows * share + GRAIN * grain)
+    first, count, there = -1, min(GRAIN, job.S - GRAIN * grain), target + GRAIN * grain * step
+    owner = get_i64(job.owners, GRAIN * grain // job.block_k) if job.owners != 0 else -1
+    for share in range(job.shares):
+        if get_byte(job.touched + job.touched_step * (head * job.shares + share), grain) != 0:
+            own = there if share == owner else sums + 4 * padded * (job.sum_rows * (head * job.shares + share) + GRAIN * grain)
             if first < 0:
                 first = own
             else:
-                add_row(own, first, padded * GRAIN)
+                add_row(own, first, padded * count)
     if first < 0:
-        first = sums + 4 * padded * (job.sum_rows * head * job.shares + GRAIN * grain)
-        fill_zero(first, padded * GRAIN)
-    store_rows(code, first, 4 * padded, count, width, target + GRAIN * grain * step, step)
+        first = there if owner >= 0 else sums + 4 * padded * (job.sum_rows * head * job.shares + GRAIN * grain)
+        fill_zero(first, padded * count)
+    if first != there:
+        store_rows(code, first, 4 * padded, count, width, there, step)
 
 
 @far("ii")
@@ -256,34 +314,48 @@ def finish(jobs, thread):
         _finish_rows(job, head, grain, job.sums_v, job.width, job.dv_code, job.Dv, job.dv + b * job.dv_b + j * job.dv_h, job.dv_t)
 
 
-def _cuts(lists, job, shares):
-    """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands."""
-    tiles_, offsets = int(job["tiles"][0]), np.asarray(lists.offsets)
+_PLANS = weakref.WeakKeyDictionary()
+
+
+def _plan(lists, *how):
+    """Cuts and owners of a layout's lists, as the last call had them."""
+    found = _PLANS.get(lists)
+    if found is None or found[0] != how:
+        cuts = _cuts(lists, *how)
+        found = _PLANS[lists] = how, cuts, _owners(lists, cuts, how[-1])
+    return found[1:]
+
+
+def _cuts(lists, tiles_, shares, start):
+    """Where the query blocks of a head are cut into shares of about equal numbers of entries, as the first batch stands; start: the block of tile 0."""
+    offsets, cost = np.asarray(lists.offsets), np.ones(tiles_)
     entries = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq).sum(0)
-    cost = np.ones(tiles_)
-    if lists.q_order is not None:
-        cost += entries
-    else:
-        mode, x = int(job["q_start_mode"][0]), job[0]
-        if mode == 0:
-            i = x["q_start"] // lists.block_q - lists.first + np.arange(tiles_)
-        else:
-            i = x["nq"] - tiles_ + np.arange(tiles_)
-        there = (i >= 0) & (i < lists.nq)
-        cost[there] += entries[i[there]]
+    i = start + np.arange(tiles_)
+    there = (i >= 0) & (i < lists.nq)
+    cost[there] += entries[i[there]]
     return np.concatenate([[0], np.searchsorted(np.cumsum(cost), np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
+
+
+def _owners(lists, cuts, start):
+    """Of each key block the share that adds up where the gradients will stand: the first that has it in its part of the first list. Any other would be as right."""
+    offsets, cols, owners = np.asarray(lists.offsets), np.asarray(lists.cols), np.zeros(lists.nk + 1, np.int64)
+    blocks = np.clip(start + cuts, 0, lists.nq)
+    for share in reversed(range(len(cuts) - 1)):
+        owners[cols[offsets[2 * blocks[share]]:offsets[2 * blocks[share + 1]]]] = share
+    return owners
 
 
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
-    dq = place.zeros(q.shape, out_dtype or q.dtype.name)  # rows that no tile holds
+    make = place.empty if lists.q_order is None and q.dtype != np.float64 else place.zeros  # rows that no tile holds
+    dq = make(q.shape, out_dtype or q.dtype.name)
     if q.dtype == np.float64:
         dk, dv = place.zeros(k.shape, "float64"), place.zeros(v.shape, "float64")
     else:
         dk, dv = place.empty(k.shape, out_dtype or k.dtype.name), place.empty(v.shape, out_dtype or v.dtype.name)
     if not (dq.size and dk.size):
-        dk.fill(0)
-        dv.fill(0)
+        for x in (dq, dk, dv):
+            x.fill(0)
         return dq, dk, dv
     lse, delta = (np.ascontiguousarray(x, np.float64 if q.dtype == np.float64 else np.float32) for x in (lse, delta))
     job, alive = make_job(lists, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, delta=delta, scale=scale, softcap=softcap,
@@ -297,25 +369,27 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     panels, Dp, width = (int(job[name][0]) for name in ("panels", "Dp", "width"))
     job["direct_k"] &= D % 4 == 0
     job["direct_v"] = v.dtype == np.float32 and lists.k_order is None
-    sum_rows = up(S, GRAIN) + GRAIN
+    sum_rows = up(S, GRAIN)
     one = 4 * sum_rows * (Dp + width)
     heads = -(-B * Hk // -(-B * Hk // max(1, min(B * Hk, SPARE // one))))  # groups of about the same size
     one *= heads
-    shares = max(1, min(-(-TASKS // heads), int(job["tiles"][0]), ROOM // one))
-    sums = take(shares * one)
+    tiles_, mode, start = (int(job[name][0]) for name in ("tiles", "q_start_mode", "q_start"))
+    start = 0 if lists.q_order is not None else start // lists.block_q - lists.first if mode == START_FROM_ARGUMENT else lists.nq - tiles_
+    shares = max(1, min(-(-TASKS // heads), tiles_, ROOM // one))
+    sums, (cuts, owners) = take(shares * one), _plan(lists, tiles_, shares, start)
     sums_k, sums_v = address(sums), address(sums) + shares * one // (Dp + width) * Dp
-    touched, cuts = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8), _cuts(lists, job, shares)
-    for name, x in dict(shares=shares, cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched),
-                        touched_step=touched.shape[1]).items():
-        job[name] = x
+    # Rows that are as long in the result as in a sum are summed there by one of the shares.
+    direct = D == Dp and Dv == width and lists.k_order is None and lists.block_k % GRAIN == 0 and dk.dtype == dv.dtype == np.float32
+    touched = np.zeros((shares * heads, sum_rows // GRAIN), np.uint8)
+    set_fields(job, shares=shares, owners=address(owners if direct else None), cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched), touched_step=touched.shape[1])
     rows, chunk = panels * PANEL, CHUNK + 4
-    shared |= dict(spans=shared["spans"] + 128, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
-                   ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width) if lists.k_order is not None else 0)
+    shared |= dict(spans=shared["spans"] + 192, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
+                   ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width))
     _memory = scratch(job, threads, **shared)
     for head in range(0, B * Hk, heads):
-        job["head"], job["heads"] = head, min(heads, B * Hk - head)
+        set_fields(job, head=head, heads=min(heads, B * Hk - head))
         touched[:] = alive[0]["counter"][:] = 0
-        on_threads(work, job, min(threads, shares * int(job["heads"][0])))
+        on_threads(work, job, min(threads, shares * min(heads, B * Hk - head)))
         alive[0]["counter"][:] = 0
         on_threads(finish, job)
     keep(sums)

@@ -156,9 +156,17 @@ def _fields(dtype):
 def fill_record(job: np.ndarray, values: dict):
     """Set these fields, all others to 0, as packed words: NumPy takes half a microsecond for each, of a small call half its time."""
     packer, nothing, _ = _fields(job.dtype)
-    if not values.keys() <= nothing.keys():
+    fields = {**nothing, **values}
+    if len(fields) > len(nothing):
         raise KeyError(f"no fields of the record: {sorted(values.keys() - nothing.keys())}")
-    packer.pack_into(job.view(np.uint8), 0, *{**nothing, **values}.values())
+    packer.pack_into(job.view(np.uint8), 0, *fields.values())
+
+
+def set_fields(job: np.ndarray, **values):
+    """Set these eight-byte integers of a record, by words for the same reason."""
+    place, words = _fields(job.dtype)[2], job.view(np.int64)
+    for name, x in values.items():
+        words[place[name]] = x
 
 
 def scratch(job: np.ndarray, threads: int, **sizes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparsetile.backends.numba import few_tiles, tiles
 from sparsetile.backends.numba.convert import fill_zero
-from sparsetile.backends.numba.far import far
+from sparsetile.backends.numba.far import far, set_fields
 from sparsetile.backends.numba.few_tiles import KEYS, ROWS
 from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import LARGEST, job_at, key_limit, list_block, run_of_keys, table_of, tile_block, tile_rows
@@ -155,12 +155,11 @@ def finish(jobs, thread):
             write_tile(jobs, memory, b, h, 1 if tile_block(job, b, tile) >= 0 else 0)
 
 
-def prepare(job, lists, rows, units):
+def prepare(job, lists, rows, units, width):
     """Fill in the shares of units of `rows` rows; (memory of the shares, how many tasks they make)."""
     entries = max(1, SHARE // lists.block_k)
     shares, quads = max(1, -(-min(lists.nk, lists.longest or lists.nk) // entries)), -(-rows // ROWS)
-    step = 4 * (MOST + quads * (2 * LANES + ROWS * int(job["width"][0])))
+    step = 4 * (MOST + quads * (2 * LANES + ROWS * width))
     parts = np.empty(units * shares * step, np.uint8)
-    for name, x in dict(few=address(parts), few_step=step, few_shares=shares, few_entries=entries, quads=quads).items():
-        job[name] = x
+    set_fields(job, few=address(parts), few_step=step, few_shares=shares, few_entries=entries, quads=quads)
     return parts, units * shares

@@ -30,9 +30,10 @@ def _folded(e, sums):
 
 
 def _prefetch(e, address):
-    """Ask for the line at an address of the next chunk: what is read once comes from memory, and 64 rows are too far for the hardware to guess across."""
+    """Ask for the line at an address of the next chunk, into the second cache: what is read once comes from memory, 64 rows are too far for the hardware to guess across,
+    and the first cache has too few lines on their way for all of them."""
     pointer = e.b.inttoptr(address, ir.IntType(8).as_pointer())
-    e.call("llvm.prefetch.p0", ir.VoidType(), pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1))
+    e.call("llvm.prefetch.p0", ir.VoidType(), pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1))
 
 
 def _dots(code):

@@ -7,23 +7,23 @@ A row's lse, in powers of two, is the sum of two float32 (`high`, `low`): scores
 from llvmlite import ir
 
 from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
-from sparsetile.backends.numba.tiles import PANEL, STEP, WIDTH, _groups, _panel, _seen
+from sparsetile.backends.numba.tiles import HALF, PANEL, STEP, STEPS, WIDTH, _groups, _panel, _seen
 
 
-def _probability(masked, capped):
+def _probability(masked, capped, cols=VECTORS):
     def probability(e, pk, k_step, pq, D, pp, p_step, pl, pc, sixes, fours, *more):
         """P = 2 ** (c K Q^T - lse), 0 where unseen. With a softcap its slope goes to pd, where dS will be."""
         b = e.b
         c, outer, inner = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 8))
-        high, low = [b.fneg(x) for x in _panel(e, pl)], _panel(e, e.add(pl, STEP))
+        high, low = [b.fneg(x) for x in _panel(e, pl, cols=cols)], _panel(e, pl, STEP, cols=cols)
 
         def group(rows, first, _):
-            acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D)
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
-                seen = _seen(e, more[0], e.add(more[1], e.add(first, r))) if masked else None
-                for n in range(VECTORS):
-                    x = acc[r * VECTORS + n]
+                seen = _seen(e, more[0], e.add(more[1], e.add(first, r)), cols) if masked else None
+                for n in range(cols):
+                    x = acc[r * cols + n]
                     if capped:
                         t = e.tanh(b.fmul(x, inner))
                         e.store(b.fsub(e.f(1), b.fmul(t, t)), e.add(more[2], at), n * WIDTH)
@@ -43,19 +43,21 @@ probability_masked = op("iiiiiiiiiiii", _probability(True, False))
 """The same with (..., words, first key)."""
 probability_capped = op("iiiiiiiiiiiii", _probability(True, True))
 """The same with (..., words, first key, dS)."""
+probability_half = op("iiiiiiiiiiii", _probability(True, False, HALF))
+"""probability_masked of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further; so are score_gradient_half and add_queries_half."""
 
 
-def _score_gradient(capped):
+def _score_gradient(capped, cols=VECTORS):
     def score_gradient(e, pv, v_step, pg, Dv, pp, pd, p_step, px, pc, sixes, fours):
         """dS = slope P (V dO^T - delta)"""
-        b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px)
+        b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px, cols=cols)
 
         def group(rows, first, _):
-            acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv)
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
-                for n in range(VECTORS):
-                    x = b.fmul(b.fmul(e.load(e.add(pp, at), n * WIDTH), slope), b.fsub(acc[r * VECTORS + n], delta[n]))
+                for n in range(cols):
+                    x = b.fmul(b.fmul(e.load(e.add(pp, at), n * WIDTH), slope), b.fsub(acc[r * cols + n], delta[n]))
                     e.store(b.fmul(x, e.load(e.add(pd, at), n * WIDTH)) if capped else x, e.add(pd, at), n * WIDTH)
             return []
         _groups(e, sixes, fours, [], group)
@@ -64,21 +66,24 @@ def _score_gradient(capped):
 
 score_gradient = op("iiiiiiiiiii", _score_gradient(False))
 """(V, V's row step, dO^T, Dv, P, dS, their row step, delta, constants, sixes, fours)"""
-score_gradient_capped = op("iiiiiiiiiii", _score_gradient(True))
+score_gradient_capped, score_gradient_half = op("iiiiiiiiiii", _score_gradient(True)), op("iiiiiiiiiii", _score_gradient(False, HALF))
 
 
-def _add_queries(e, pk, k_step, pd, p_step, keys, po, sixes, fours):
-    """dQ^T += K^T dS"""
-    def group(rows, first, _):
-        acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys)
-        out = e.add(po, e.mul(first, STEP))
-        for i, x in enumerate(acc):
-            e.store(e.b.fadd(x, e.load(out, i * WIDTH)), out, i * WIDTH)
-        return []
-    _groups(e, sixes, fours, [], group)
+def _queries(cols):
+    def queries(e, pk, k_step, pd, p_step, keys, po, sixes, fours):
+        """dQ^T += K^T dS"""
+        def group(rows, first, _):
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS[cols])
+            out = e.add(po, e.mul(first, STEP))
+            for i, x in enumerate(acc):
+                at = i // cols * STEP + i % cols * WIDTH
+                e.store(e.b.fadd(x, e.load(out, at)), out, at)
+            return []
+        _groups(e, sixes, fours, [], group)
+    return queries
 
 
-add_queries = op("iiiiiiii", _add_queries)
+add_queries, add_queries_half = op("iiiiiiii", _queries(VECTORS)), op("iiiiiiii", _queries(HALF))
 """(K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.far import far, on_threads
-from sparsetile.backends.numba.indexer_tile import HEADS, KEYS, VECTORS, job_at, load_key, load_queries, make_indexer, seen_by, turn_panel
+from sparsetile.backends.numba.indexer_tile import HEADS, KEYS, VECTORS, job_at, load_keys, load_queries, make_indexer, seen_by
 from sparsetile.backends.numba.indexer_topk import choose_given
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import F, LANES, address, get_f32, next_task, op, put_f32
@@ -79,9 +79,7 @@ def work(jobs, thread):
             last = max(last, seen_by(job, b, t0 + n)[1])
         load_queries(jobs, b, t0, count, memory)
         for s in range(0, last, KEYS):
-            for n in range(KEYS):
-                load_key(jobs, b, s + n if s + n < last else -1, n, memory)
-            turn_panel(jobs, memory)
+            load_keys(jobs, b, s, last, memory)
             for n in range(count):
                 if seen_by(job, b, t0 + n)[1] > s:
                     sum_shares(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D, memory + job.panel,

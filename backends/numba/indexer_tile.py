@@ -6,10 +6,10 @@ multiply-adds over D per head, then one over heads in their order: no tile size,
 import numba
 import numpy as np
 
-from sparsetile.backends.numba.convert import CODE
+from sparsetile.backends.numba.convert import CODE, F32_CODE
 from sparsetile.backends.numba.far import far, record_at, scratch
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.rows import load_row
+from sparsetile.backends.numba.rows import load_row, load_rows
 from sparsetile.backends.numba.selector import FLOOR, window
 from sparsetile.backends.numba.simd import F, LANES, address, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
 
@@ -81,14 +81,33 @@ def load_key(jobs, b, s, n, memory):
     return hole
 
 
-@far("ii")
-def turn_panel(jobs, memory):
-    """rows -> panel [padded, KEYS]."""
+@far("iiii")
+def turn_panel(jobs, rows, step, memory):
+    """KEYS float32 rows [padded], `step` bytes apart -> panel [padded, KEYS]."""
     job = job_at(jobs)
-    rows = memory + job.rows
     for n in range(0, KEYS, LANES):
         for d in range(0, job.padded, LANES):
-            transpose_tile(rows + 4 * (job.padded * n + d), 4 * job.padded, memory + job.panel + 4 * (KEYS * d + n), 4 * KEYS)
+            transpose_tile(rows + step * n + 4 * d, step, memory + job.panel + 4 * (KEYS * d + n), 4 * KEYS)
+
+
+@far("iiiii", "i")
+def load_keys(jobs, b, s, last, memory):
+    """Keys s .. s + KEYS -> panel and scale; zeros from `last` on. How many of them lie in holes of the page table."""
+    job = job_at(jobs)
+    rows, step, holes = memory + job.rows, 4 * job.padded, 0
+    if job.table == 0 and s + KEYS <= last:
+        source = job.k + b * job.k_b + s * job.k_s
+        if job.k_code == F32_CODE and job.D == job.padded:  # read in place
+            rows, step = source, job.k_s
+        else:
+            load_rows(job.k_code, source, job.k_s, KEYS, job.D, job.padded, rows, step)
+        for n in range(KEYS):
+            put_f32(memory + job.scale, n, get_f32(job.k_scale + b * job.scale_b, s + n) if job.k_scale != 0 else np.float32(1))
+    else:
+        for n in range(KEYS):
+            holes += load_key(jobs, b, s + n if s + n < last else -1, n, memory)
+    turn_panel(jobs, rows, step, memory)
+    return holes
 
 
 @far("iiiiiii", "i")
@@ -106,7 +125,7 @@ def load_seen(jobs, b, t0, count, first, keys, memory):
                 break
         load_key(jobs, b, s, n, memory)
     if there > 0:
-        turn_panel(jobs, memory)
+        turn_panel(jobs, memory + job.rows, 4 * job.padded, memory)
     return there
 
 
@@ -123,10 +142,7 @@ def score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, fresh):
             seen |= get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s
         if not seen:
             continue
-        holes = 0
-        for n in range(KEYS):
-            holes += load_key(jobs, b, s + n if s + n < last else -1, n, memory)
-        turn_panel(jobs, memory)
+        holes = load_keys(jobs, b, s, last, memory)
         for n in range(count):
             if get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s:
                 score_keys(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D,

@@ -3,6 +3,7 @@
 A record spares compilations: element types, strides, orders, lengths and widths are values in it, so that one compiled kernel serves all.
 """
 import math
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -17,12 +18,13 @@ LARGEST = float(np.finfo(np.float32).max)
 CODES = {**CODE, "float64": F64_CODE}
 
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+_FIELDS = {name: tuple(name + part for part in ("", "_b", "_h", "_t", "_code")) for name in _TENSORS}
 JOB = np.dtype(
-    [(f"{name}{part}", "i8") for name in _TENSORS for part in ("", "_b", "_h", "_t", "_code")]
+    [(field, "i8") for fields in _FIELDS.values() for field in fields]
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "touched", "touched_step",
+        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step",
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
@@ -38,22 +40,33 @@ def _int32(x):
     return None if x is None else np.ascontiguousarray(x).view(np.int32) if x.dtype == np.uint32 else np.ascontiguousarray(x, np.int32)
 
 
+_LISTED = weakref.WeakKeyDictionary()
+
+
+def _listed(lists):
+    """(fields of the record, arrays) of a layout's lists, which serve many calls."""
+    found = _LISTED.get(lists)
+    if found is None:
+        arrays = {name: _int32(getattr(lists, name)) for name in ("offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of")}
+        rows, columns = arrays["list_of"].shape
+        sizes = dict(block_q=lists.block_q, block_k=lists.block_k, first=lists.first, nq=lists.nq, list_b=columns if rows > 1 else 0, list_h=1 if columns > 1 else 0)
+        found = _LISTED[lists] = {name: address(x) for name, x in arrays.items()} | sizes, arrays
+    return found
+
+
 def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=None, sink_logits=None, lse=None, delta=None, **tensors):
     """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has. table [B,pages]: k, v are [N,Hk,page,width]."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
     page, pool, S = S, len(v) * S, S if table is None else S * table.shape[1]
-    job = np.zeros(1, JOB)
-    values = dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv, capped=softcap is not None, block_q=lists.block_q, block_k=lists.block_k,
-                  first=lists.first, nq=lists.nq, scale=scale, softcap=softcap or 0.0, stack=1, page=page, pool=S if table is None else pool)
+    job, (listed, held) = np.zeros(1, JOB), _listed(lists)
+    values = dict(listed, B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv, capped=softcap is not None, scale=scale, softcap=softcap or 0.0, stack=1, page=page, pool=S if table is None else pool)
     for name, x in tensors.items():
-        steps = x.strides[:3]
-        values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", steps)}}
+        values.update(zip(_FIELDS[name], (address(x), *x.strides[:3], code_of(x.dtype))))
     if table is not None:
         values |= dict(k_b=0, v_b=0, table_b=table.shape[1])
-    arrays = {name: _int32(getattr(lists, name)) for name in ("offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of")}
-    arrays |= dict(table=_int32(table), kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
-                   sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
+    arrays = dict(table=_int32(table), kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
+                  sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
     if q_start is None:
         values["q_start_mode"] = START_FROM_LENGTH
     elif np.ndim(q_start) == 0:
@@ -70,11 +83,9 @@ def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=
     values |= dict(unit=unit, sign=sign)
     values |= {name: address(x) for name, x in arrays.items()}
     values["odd"] = values["counter"] + 8
-    rows, columns = arrays["list_of"].shape
-    values |= dict(list_b=columns if rows > 1 else 0, list_h=1 if columns > 1 else 0)
     values["tiles"] = lists.nq if lists.q_order is not None else _tiles(T, S, lists.block_q, kv_length, q_start)
     fill_record(job, values)
-    return job, [arrays, tensors]
+    return job, [arrays, tensors, held]
 
 
 def _tiles(T, S, block_q, kv_length, q_start) -> int:

@@ -19,6 +19,8 @@ from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, V
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
 WIDTH = LANES * 4
+HALF, HALF_STEP, BOTH = VECTORS // 2, STEP // 2, 3  # of the lanes of a panel: in a corner of a window one half sees nothing of half of the keys
+STEPS = {VECTORS: 4, HALF: 2}  # of a product in one turn of its loop: half of the lanes come seldom, and every step is compiled
 TAU = 8.0  # a maximum in use may lag behind by so many powers of two
 
 
@@ -38,8 +40,8 @@ def _groups(e, sixes, fours, state, body):
     return e.loop(fours, state, lambda g, s: body(4, e.add(base, e.mul(g, 4)), s))
 
 
-def _panel(e, address, offset=0, kind=None):
-    return [e.load(address, offset + n * WIDTH, kind) for n in range(VECTORS)]
+def _panel(e, address, offset=0, kind=None, cols=VECTORS):
+    return [e.load(address, offset + n * WIDTH, kind) for n in range(cols)]
 
 
 def _top(e, values):
@@ -49,31 +51,31 @@ def _top(e, values):
     return values[0]
 
 
-def _seen(e, words, key):
+def _seen(e, words, key, cols=VECTORS):
     """Lane masks of a key: its bit moved to the sign."""
     b = e.b
     offset = e.mul(b.ashr(key, e.i(5)), STEP)
     shift = e.splat(b.trunc(b.sub(e.i(31), b.and_(key, e.i(31))), I32))
-    return [b.icmp_signed("<", b.shl(e.load(e.add(words, offset), n * WIDTH, e.VI), shift), e.n(0)) for n in range(VECTORS)]
+    return [b.icmp_signed("<", b.shl(e.load(e.add(words, offset), n * WIDTH, e.VI), shift), e.n(0)) for n in range(cols)]
 
 
-def _score(masked, pairs=False):
+def _score(masked, pairs=False, cols=VECTORS):
     def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
-            acc = e.gemm(rows, VECTORS, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs)
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS[cols])
             if masked:
                 words, first_key = mask
                 for r in range(rows):
-                    seen = _seen(e, words, e.add(first_key, e.add(first, r)))
-                    for n in range(VECTORS):
-                        acc[r * VECTORS + n] = e.b.select(seen[n], acc[r * VECTORS + n], e.f(-math.inf))
+                    seen = _seen(e, words, e.add(first_key, e.add(first, r)), cols)
+                    for n in range(cols):
+                        acc[r * cols + n] = e.b.select(seen[n], acc[r * cols + n], e.f(-math.inf))
             out = e.add(ps, e.mul(first, STEP))
             for i, x in enumerate(acc):
-                e.store(x, out, i * WIDTH)
-            return [_top(e, acc[n::VECTORS] + [top[n]]) for n in range(VECTORS)]
-        top = _groups(e, sixes, fours, _panel(e, pm), group)
-        for n in range(VECTORS):
+                e.store(x, out, i // cols * STEP + i % cols * WIDTH)
+            return [_top(e, acc[n::cols] + [top[n]]) for n in range(cols)]
+        top = _groups(e, sixes, fours, _panel(e, pm, cols=cols), group)
+        for n in range(cols):
             e.store(top[n], pm, n * WIDTH)
     return score
 
@@ -82,6 +84,8 @@ score = op("iiiiiiii", _score(False))
 """(K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
 score_masked = op("iiiiiiiiii", _score(True))
 """The same with (..., words, first key): unseen pairs become -inf."""
+score_half = op("iiiiiiiiii", _score(True, cols=HALF))
+"""The same of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further."""
 score_pairs, score_pairs_masked = op("iiiiiiii", _score(False, PAIRS)), op("iiiiiiiiii", _score(True, PAIRS))
 """The same of bfloat16, two to a word: D counts words. Where the CPU has no pair products these are never called."""
 
@@ -162,20 +166,21 @@ def _exponents(e, ps, count, pm, pl, pc, pairs):
 exponent, exponent_pairs = op("iiiii", _exponent(False)), op("iiiii", _exponent(True))
 
 
-def _values(pairs):
+def _values(pairs, cols=VECTORS):
     def values(e, pv, v_step, ps, keys, po, sixes, fours):
         """O^T += V^T P over any number of keys."""
         def group(rows, first, _):
-            acc = e.gemm(rows, VECTORS, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs)
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
-                e.store(e.b.fadd(x, e.load(out, i * WIDTH)), out, i * WIDTH)
+                at = i // cols * STEP + i % cols * WIDTH
+                e.store(e.b.fadd(x, e.load(out, at)), out, at)
             return []
         _groups(e, sixes, fours, [], group)
     return values
 
 
-add_values, add_values_pairs = op("iiiiiii", _values(False)), op("iiiiiii", _values(PAIRS))
+add_values, add_values_pairs, add_values_half = (op("iiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
 """(V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
 
 
@@ -226,6 +231,20 @@ fill = op("iif", _fill)
 """(target, count, value); whole vectors."""
 
 
+def _fill_half(e, target, step, rows, x):
+    x = e.splat(x)
+
+    def body(k, _):
+        for n in range(HALF):
+            e.store(x, e.add(target, e.mul(step, k)), n * WIDTH)
+        return []
+    e.loop(rows, [], body)
+
+
+fill_half = op("iiif", _fill_half)
+"""(target, row step, rows, value): half of the lanes."""
+
+
 def _word_reduce(name):
     def reduce(e, words):
         x, *more = _panel(e, words, 0, e.VI)
@@ -237,6 +256,28 @@ def _word_reduce(name):
 
 word_union, word_common = op("i", _word_reduce("or"), "i"), op("i", _word_reduce("and"), "i")
 """Of the PANEL int32 at an address, as 0 .. 2**32 - 1."""
+
+
+def _word_halves(e, words):
+    b, x = e.b, _panel(e, words, 0, e.VI)
+    found = []
+    for half in (x[:HALF], x[HALF:]):
+        y = half[0]
+        for z in half[1:]:
+            y = b.or_(y, z)
+        found.append(b.zext(e.any(b.icmp_signed("!=", y, e.n(0))), I64))
+    return b.or_(found[0], b.shl(found[1], e.i(1)))
+
+
+word_halves = op("i", _word_halves, "i")
+"""Of the PANEL int32 at an address: 1 if one of the first half of the lanes is not 0, plus 2 if one of the second is not."""
+
+
+@kernel
+def runs_of(words, low, high):
+    """The masked keys low .. high - 1 of a panel in runs that the same halves of its lanes see: where they are cut in two (or high), and the halves of the first, with those of the second times 4."""
+    first, second = word_halves(words + STEP * (low >> 5)), word_halves(words + STEP * ((high - 1) >> 5))
+    return high if first == second else (low | 31) + 1, first | second << 2
 
 
 def _merge_words(e, saw, words):

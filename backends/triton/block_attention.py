@@ -9,7 +9,8 @@ do not exist, so that every block has a mask. latent (R, P): rows of k are bytes
 
 The path "gluon" is for sm_90a. Calls that it does not know (orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot
 address) take the portable one with the same blocks.
-The path "decode" is for few queries; calls with orders take the portable one.
+The path "decode" is for few queries; calls with orders take the portable one. The path "latent" is for them on sm_90a with DeepSeek's latent, 576 wide, of which 512 are the
+values; calls that its copies cannot serve (`takes`) run on "decode".
 """
 from functools import lru_cache
 
@@ -26,16 +27,17 @@ from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon", "decode"),
+    Tunable("path", ("portable", "gluon", "decode", "latent"),
             "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D up to 192, Dv up to 128 (block_attention_gluon.py); "
-            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py)"),
+            "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip (block_attention_decode.py); "
+            "latent: the same by Hopper's own instructions, one query and up to 64 heads a tile, 16-bit latents of width 576 whose first 512 columns are the values (block_attention_latent.py)"),
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (32, 64, 128), "keys of a block"),
-    Tunable("num_warps", (4, 8), "warps of a program", ("portable", "decode")),
-    Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight", ("portable", "decode")),
-    Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept", ("portable", "decode")),
-    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable", "decode"), "Dv"),
-    Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses", ("portable", "decode")),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable", "decode", "latent")),
+    Tunable("num_stages", (1, 2, 3), "blocks of K and V in flight", ("portable", "decode", "latent")),
+    Tunable("chunk", (0, 64, 128), "columns of Q and K at a time, read again for every block; 0: all, Q is kept", ("portable", "decode", "latent")),
+    Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable", "decode", "latent"), "Dv"),
+    Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses", ("portable", "decode", "latent")),
 )
 
 
@@ -227,6 +229,19 @@ def no_gluon(problem: Problem) -> str | None:
     return None
 
 
+def no_latent(problem: Problem) -> str | None:
+    """Why the path "latent" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path latent: {problem.arch} lacks its instructions; take decode"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # as in no_gluon
+        return f"path latent is written for Triton 3.6, not {triton.__version__}; take decode"
+    if latent_of(problem) is not None or problem.dtype("q") not in ("float16", "bfloat16"):
+        return f"path latent reads latents of 16 bits, not {problem.dtype('k')}; take decode"
+    if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or {"softcap", "per_head"} & problem.features:
+        return "path latent takes one key head of width 576 whose first 512 columns are the values, one list for all heads, and no softcap; take decode"
+    return None
+
+
 def widths(D: int, DV: int, config, latent=None) -> dict:
     """How the widths lie in a program's tiles. Values in one part of at least 64 columns: narrower ones, whose tile is laid out unlike that of the keys, came out
     wrong (the keys past the first 16) in Triton 3.6 on Hopper."""
@@ -244,7 +259,8 @@ def default_config(problem: Problem) -> dict:
         from sparsetile.backends.triton import block_attention_decode
         for few in block_attention_decode.candidates(problem):
             if not isinstance(resources(problem, few), str):
-                return few
+                fast = few | dict(path="latent", block_k=32)
+                return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
     if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
@@ -279,6 +295,11 @@ def portable_config(problem: Problem) -> dict:
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
         return _gluon_resources(problem, config)
+    if config["path"] == "latent":
+        from sparsetile.backends.triton import block_attention_latent
+        refused = no_latent(problem) or block_attention_latent.resources(problem, config)
+        decode = refused if isinstance(refused, str) else resources(problem, {**config, "path": "decode"})  # where a call needs it
+        return decode if isinstance(decode, str) else refused
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
@@ -360,6 +381,12 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         if block_attention_gluon.takes(q, k, v, lists, scale, kind):
             block_attention_gluon.launch(q, k, v, lists, out, lse, place, scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
             return out, lse
+    if config["path"] == "latent":
+        from sparsetile.backends.triton import block_attention_latent
+        if block_attention_latent.takes(q, k, v, lists, scale, softcap, kind, latent):
+            block_attention_latent.launch(q, k, v, lists, out, lse, kind, place, scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start, table=table)
+            return out, lse
+        config = {**config, "path": "decode"}
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         if block_attention_decode.takes(q, lists, config):
@@ -391,6 +418,9 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
         return block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
+    if config["path"] == "latent":
+        from sparsetile.backends.triton import block_attention_latent
+        return block_attention_latent.artifacts(problem, config) + artifacts(problem, {**config, "path": "decode"})
     if config["path"] == "decode":
         from sparsetile.backends.triton import block_attention_decode
         return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})

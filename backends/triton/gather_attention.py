@@ -4,6 +4,7 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  indices [B,G,T,K] 
 Entry e >= 0 stands for keys e * granularity ... + granularity - 1. What is no key of the call (below 0, at or past the end, at or past `lengths`, past the
 query with causal) is a hole: it is read as zeros and never reaches a sum. An entry given twice counts twice. Empty row: out 0, lse -inf.
 The path "gluon" (gather_attention_gluon.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`takes`) run on the portable one.
+In the fp8 layout of a latent cache the selected rows of few queries become keys of 16 bits before it (latent_rows.py).
 """
 from functools import lru_cache
 
@@ -133,8 +134,8 @@ def no_gluon(problem: Problem) -> str | None:
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
         return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
     kind = problem.dtype("q")
-    if latent_of(problem) is not None or kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
-        return f"path gluon reads latents of 16 bits and answers in their type, not {problem.dtype('k')} for {kind} to {problem.dtype('out', kind)}; take portable"
+    if kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
+        return f"path gluon takes queries of 16 bits and answers in their type, not {kind} to {problem.dtype('out', kind)}; take portable"
     if (problem["D"], problem["Dv"], problem["Hk"], problem.granularity) != (576, 512, 1, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
         return "path gluon takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
     return None
@@ -221,10 +222,14 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     if not B * Hq * T or not S or not K:
         return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
     out, lse = place.empty((B, Hq, T, DV), kind), place.empty((B, Hq, T), "float32") if return_lse else None
-    if config["path"] == "gluon" and latent is None:
+    if config["path"] == "gluon":
         from sparsetile.backends.triton import gather_attention_gluon
-        if gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
-            gather_attention_gluon.launch(q, k, indices, out, lse, place, lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
+        given = dict(lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
+        if latent is None and gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
+            gather_attention_gluon.launch(q, k, indices, out, lse, place, **given)
+            return out, lse
+        if latent is not None and gather_attention_gluon.takes_bytes(q, k, indices, granularity, scale, softcap, kind, latent):
+            gather_attention_gluon.launch_on_bytes(q, k, indices, out, lse, place, latent, **given)
             return out, lse
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]

@@ -13,11 +13,25 @@ KEYS = gl.constexpr(128)
 
 
 @gluon.jit
+def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
+    """(keys that exist, position of query 0) of batch b."""
+    q_start, q_starts, kv_length = at
+    limit = S
+    if kv_length is not None:
+        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
+    start = q_start
+    if q_starts is not None:
+        start = gl.load(q_starts + b)
+    elif FROM_LENGTH:
+        start += limit - T
+    return limit, start
+
+
+@gluon.jit
 def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
     """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
     how many stand before the gap, how many there are, the gap, keys that exist."""
     offsets, cols, list_of, slb, slh, first, nq, schedule = lists
-    q_start, q_starts, kv_length = at
     heads, tiles, ahead, section = order
     m = number - ahead * heads
     each = tiles - ahead
@@ -30,14 +44,7 @@ def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGT
     b = head // Hq
     h = head - b * Hq
     which = gl.load(list_of + b * slb + h * slh)
-    limit = S
-    if kv_length is not None:
-        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
-    start = q_start
-    if q_starts is not None:
-        start = gl.load(q_starts + b)
-    elif FROM_LENGTH:
-        start += limit - T
+    limit, start = place_of(b, T, S, at, FROM_LENGTH)
     if schedule is not None:  # the call covers exactly the layout's tiles
         tile = gl.load(schedule + which * nq + rank)
         t = (first + tile) * ROWS - start

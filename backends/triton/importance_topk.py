@@ -16,9 +16,10 @@ import triton.language as tl
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import index_score, indexer_scores, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
+from sparsetile.backends.triton.select import kth_key, order_keys
 
 TUNABLES = (Tunable("path", ("select", "row"), "row: sums and choice of a row in one kernel's registers"), *indexer_scores.TUNABLES,
-            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64), "shares held at a time"))
+            *(replace(knob, paths=("select",)) for knob in select_rows.TUNABLES), Tunable("scratch_mb", (32, 16, 64, 256), "shares held at a time"))
 BLOCKS, ROW_BLOCKS = 256, 4096  # of a program of sum_blocks; that a row's registers hold
 
 
@@ -59,21 +60,16 @@ def choose_row(shares, key_ends, block_ends, out, lengths, values, T, T_all, k, 
     if ALL:
         first = tl.where(hi <= k, hi, first)
     forced = (j < first) | ((j >= hi - force_last) & (j < hi))
-    # sums are not negative: their bits sort as they do, and NaN is none of them
-    key = tl.where((j < hi) & (forced == 0) & (total >= 0), total.to(tl.int32, bitcast=True), -1)
+    keys = tl.where((j < hi) & (forced == 0) & (total >= 0), order_keys(total.to(tl.int32, bitcast=True)), tl.zeros((BLOCKS,), tl.uint32))
     need = k - tl.sum(forced.to(tl.int32), axis=0)
-    # the largest bound that `need` of them reach, by halving; over where exactly so many do, or where it lies between neighbours: equal ones at the cut
-    low, high = need * 0, tl.max(key, axis=0) + 1
-    reach = tl.sum((key >= 0).to(tl.int32), axis=0)
-    while (reach > need) & (high - low > 1):
-        middle = low + (high - low) // 2
-        count = tl.sum((key >= middle).to(tl.int32), axis=0)
-        enough = count >= need
-        low, reach, high = tl.where(enough, middle, low), tl.where(enough, count, reach), tl.where(enough, high, middle)
-    taken = key >= low
-    if reach > need:
-        alike = (key == low).to(tl.int32)
-        taken = taken & ((key > low) | (tl.cumsum(alike, axis=0) <= need - reach + tl.sum(alike, axis=0)))
+    reach = tl.sum((keys > 0).to(tl.int32), axis=0)
+    taken = (keys > 0) & (need > 0)
+    if (reach > need) & (need > 0):
+        low, reach = kth_key(keys, reach, need, 0)
+        taken = keys >= low
+        if reach > need:  # equal ones at the cut
+            alike = (keys == low).to(tl.int32)
+            taken = taken & ((keys > low) | (tl.cumsum(alike, axis=0) <= need - reach + tl.sum(alike, axis=0)))
     forced = forced | taken
     place = tl.cumsum(forced.to(tl.int32), axis=0) - 1
     written = tl.sum(forced.to(tl.int32), axis=0)
@@ -112,8 +108,8 @@ def rows_at_once(C, blocks, scratch_mb) -> int:
 
 def default_config(problem):
     blocks = -(-problem["S"] // problem.granularity)
-    rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 64))
-    return {"path": "select" if no_row(blocks, problem["K"]) else "row", **indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 64}
+    rows = min(problem["B"] * problem["Hk"] * problem["T"], rows_at_once(problem["C"], blocks, 256))
+    return {"path": "select" if no_row(blocks, problem["K"]) else "row", **indexer_scores.default_config(group_problem(problem)), **select_rows.default_knobs(rows, blocks, problem["K"], 132), "scratch_mb": 256}
 
 
 def artifacts(problem, config):
@@ -122,7 +118,7 @@ def artifacts(problem, config):
     found = [index_score.score_artifact(group_problem(problem), queries=config["queries"], stages=config["stages"], fill=False, activation="share")]
     if config["path"] == "row":
         return found + [row_artifact(triton.cdiv(problem["S"], problem.granularity), problem["K"], scores)]
-    found += select_rows.row_artifacts(config, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
+    found += select_rows.row_artifacts(config, problem.arch, causal=False, forced=bool(has & {"force_first", "force_last"}), everything=not scores, windows=False, q_starts=False, values=scores, ends=True)
     arrays, numbers = {"shares": "*fp32", "ends": "*i32", "out": "*fp32"}, ("T", "T_all", "blocks", "reach", "step", "in_b", "in_t", "out_b", "out_t")
     return found + [{"fn": sum_blocks, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": {"BLOCKS": BLOCKS}, "options": {"num_warps": 4},
                      "div16": tuple(arrays) + ("in_b", "in_t", "out_b", "out_t")}]

@@ -185,6 +185,7 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
         if D_CHUNKS == 1:
             held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
         shares = weights + b.to(tl.int64) * w_b + t.to(tl.int64) * w_t
+        weight = tl.load(shares, mask=t < T, other=0.0)
         total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         product = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         for j in range(H * D_CHUNKS):
@@ -198,9 +199,10 @@ def score_by_queries(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_a
                 key = widen(tl.load(keys + (j % D_CHUNKS) * BLOCK_D, mask=exists[:, None] & (column < D)[None, :], other=0.0), DTYPE)
                 product = tl.dot(query, tl.trans(key), product, input_precision="ieee")
             if j % D_CHUNKS == D_CHUNKS - 1:
-                total += weigh(product, tl.load(shares, mask=t < T, other=0.0)[:, None], factor, ACT)
+                total += weigh(product, weight[:, None], factor, ACT)
                 queries += q_h
                 shares += w_h
+                weight = tl.load(shares, mask=(t < T) & (j < (H - 1) * D_CHUNKS), other=0.0)  # a head ahead: behind the product it would be waited for
         if k_scale is not None:
             total = total * tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)[None, :]
         seen = (s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None])
@@ -247,12 +249,7 @@ def share_plan(H, D, T, q_dtype, k_dtype, arch):
     if kernel is score_by_queries or T < 64 or constants["DTYPE"] == tl.float32:
         return kernel, constants, warps
     constants.pop("BLOCK_H")
-    return score_by_queries, {**constants, "BLOCK_S": 128}, 8
-
-
-def launch_options(constants, warps, stages, arch) -> dict:
-    """Tiles of eight warps (share_plan) take 161 registers and then a whole multiprocessor of Hopper's; with 128, which spill nothing, two programs share one."""
-    return dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=128) if warps == 8 and arch == "sm_90a" and constants["BLOCK_D"] <= 128 else {})
+    return score_by_queries, {**constants, "BLOCK_S": 128}, 4 if arch == "sm_90a" and constants["BLOCK_D"] <= 128 else 8  # of Hopper's products those of 128 columns read less
 
 
 def near_heads(weights):
@@ -284,7 +281,7 @@ def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, st
     kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
                  0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor,
                  table, None if table is None else table.stride(0), count, PAGE=page, **constants, **more, ACT=activation,
-                 CAUSAL=causal, FILL=fill, **launch_options(constants, warps, stages, place.arch))
+                 CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
 
 
 def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict:
@@ -305,7 +302,7 @@ def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict
     numbers = ("T", "T_all", "S", "q_b", "q_h", "q_t", "k_b", "k_s", "w_b", "w_h", "w_t", "scale_b", "out_b", "out_t", "position", "short", "table_b", "pool_pages") + ("splits",) * (not block)
     signature = {**{name: kind for name, kind in arrays.items() if name not in absent}, **{name: "i32" for name in numbers if name != near and name not in absent}, **({"factor": "fp32"} if activation == "share" else {})}
     aligned = tuple(name for name in arrays if name not in absent) + (("q_b", "q_h", "q_t", "k_b", "k_s") if D % 16 == 0 else ()) + (("w_t",) if near == "w_h" and H % 16 == 0 else ()) + ("out_t", "out_b")
-    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": launch_options(constants, warps, stages, arch), "div16": aligned}
+    return {"fn": kernel, "signature": signature, "constexprs": constants, "options": dict(num_warps=warps, num_stages=stages), "div16": aligned}
 
 
 def shared_bytes(problem, stages) -> int:

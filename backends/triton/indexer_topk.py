@@ -107,7 +107,7 @@ def artifacts(problem, config):
     causal, scores, pooled = "causal" in has, "return_scores" in has, "pool" in has
     windows = bool(has & {"window", "key_start", "key_end"})
     found = [index_score.score_artifact(problem, queries=config["queries"], stages=config["stages"], fill=False)]
-    found += select_rows.row_artifacts(config, causal=causal, forced="force" in has, everything=not scores, windows=windows, q_starts="q_start" in has, values=scores)
+    found += select_rows.row_artifacts(config, problem.arch, causal=causal, forced="force" in has, everything=not scores, windows=windows, q_starts="q_start" in has, values=scores)
     if "paged" in has:
         given = {name: None for name, there in (("starts", windows), ("ends", windows), ("q_starts", "q_start" in has)) if not there}
         arrays = {name: "*i32" for name in ("indices", "lengths", "starts", "ends", "q_starts", "table") if name not in given}

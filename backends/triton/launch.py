@@ -62,14 +62,15 @@ def options(config) -> dict:
     return dict(num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=False)
 
 
-def schedule(lists):
-    """[L, nq] tiles of each list, longest first; kept with the lists. Any permutation is right, so an old one of lists rebuilt in place stays valid."""
-    found = lists.extras.get("triton.schedule")
+def schedule(lists, by_key: bool = False):
+    """[L, nq] tiles of each list, or [L, nk] key blocks, longest first; kept with the lists. Any permutation is right, so an old one of lists rebuilt in place stays valid."""
+    offsets, lines, name = (lists.by_key_offsets, lists.nk, "triton.schedule_by_key") if by_key else (lists.offsets, lists.nq, "triton.schedule")
+    found = lists.extras.get(name)
     if found is None:
         import torch
-        if lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # not into a graph's memory pool
-        ends = lists.offsets[::2]
-        length = (ends[1:] - ends[:-1]).view(-1, max(1, lists.nq))
-        found = lists.extras["triton.schedule"] = torch.sort(length, dim=1, descending=True, stable=True).indices.to(torch.int32)
+        ends = offsets[::2]
+        length = (ends[1:] - ends[:-1]).view(-1, max(1, lines))
+        found = lists.extras[name] = torch.sort(length, dim=1, descending=True, stable=True).indices.to(torch.int32)
     return found

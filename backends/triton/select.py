@@ -7,6 +7,8 @@ are kept in order of position, and the k-th of them is found by bisection. A bou
 import triton
 import triton.language as tl
 
+LINE = tl.constexpr(512)  # scores that a warp looks at together
+
 
 @triton.jit
 def order_keys(bits):
@@ -44,17 +46,41 @@ def load_block(row, block, width, lo, hi, first, last, BLOCK: tl.constexpr, FORC
 
 
 @triton.jit
-def kth_key(keys, k):
-    """A bound t with at least k keys >= t and fewer than k keys > t, or exactly k keys >= t. At least k >= 1 keys are not 0."""
+def probes(lo, hi, above, below, k, step):
+    """Two keys in lo + 1 .. hi, of whose keys `above` are >= lo and `below` > hi, near the k-th largest: where it were if scores lay as an exponential's do, less and plus three
+    eighths of the root of their number, with which five passes find the 2048th of normal scores (with the root itself ten). After many steps, and where that is no number, thirds."""
+    x = value_of(lo)
+    width = value_of(hi) - x
+    most = tl.log2(above.to(tl.float32))
+    share = (most - tl.log2(k.to(tl.float32))) / (most - tl.log2(tl.maximum(below, 1).to(tl.float32)))
+    spread = 0.375 / tl.sqrt((above - below).to(tl.float32))
+    third = (hi - lo) // 3
+    near = (step < 8) & (width < float("inf"))  # false for NaN
+    p = tl.where(near, order_keys((x + width * (share - spread)).to(tl.int32, bitcast=True)), lo + third)
+    q = tl.where(near, order_keys((x + width * (share + spread)).to(tl.int32, bitcast=True)), hi - third)
+    p = tl.minimum(tl.maximum(p, lo + 1), hi)
+    return p, tl.minimum(tl.maximum(q, p), hi)
+
+
+@triton.jit
+def kth_key(keys, have, k, slack):
+    """(bound, how many keys are >= it): k to k + slack of them, or at least k with fewer than k > it. `have` >= k >= 1 keys are not 0; at most 32767 keys."""
     lo = tl.min(tl.where(keys == 0, 0xFFFFFFFF, keys), axis=0)
     hi = tl.max(keys, axis=0)
+    above = have
+    below = have * 0
+    step = have * 0
     while lo < hi:
-        gap = hi - lo
-        middle = lo + (gap >> 1) + (gap & 1)
-        count = tl.sum((keys >= middle).to(tl.int32), axis=0)
-        hi = tl.where(count < k, middle - 1, tl.where(count == k, middle, hi))
-        lo = tl.where(count < k, lo, middle)
-    return lo
+        p, q = probes(lo, hi, above, below, k, step)
+        both = tl.sum((keys >= p).to(tl.int32) + ((keys >= q).to(tl.int32) << 16), axis=0)
+        at_p = both & 0xFFFF
+        at_q = both >> 16
+        hi = tl.where(at_q >= k, tl.where(at_q <= k + slack, q, hi), tl.where(at_p >= k, tl.where(at_p <= k + slack, p, q - 1), p - 1))
+        below = tl.where(at_q >= k, below, tl.where(at_p >= k, at_q, at_p))
+        lo = tl.where(at_q >= k, q, tl.where(at_p >= k, p, lo))
+        above = tl.where(at_q >= k, at_q, tl.where(at_p >= k, at_p, above))
+        step += 1
+    return lo, above
 
 
 @triton.jit
@@ -67,32 +93,34 @@ def bound_rank(mean):
 def sample_bound(row, lo, hi, k, first, last, SAMPLE: tl.constexpr, FORCED: tl.constexpr):
     """(key, position): entries with a larger key, or this key at or before this position, are with high probability at least k and few more.
 
-    The sample are groups of 4, each one load, at hashed places of equal strata, so that no period of the row is in step with it; at most half of a row, which
-    has more than 16.
+    The sample are groups of 8, a sector of memory each, at hashed places of equal strata, so that no period of the row is in step with it; at most half of a row, which
+    has more than 32.
     """
     n = hi - lo
-    head = (lo + 3) // 4
-    groups = hi // 4 - head  # whole ones
-    runs = tl.minimum(SAMPLE // 4, groups // 2)
-    run = tl.arange(0, SAMPLE // 4)
+    head = (lo + 7) // 8
+    groups = hi // 8 - head  # whole ones
+    runs = tl.minimum(SAMPLE // 8, groups // 2)
+    run = tl.arange(0, SAMPLE // 8)
     begin = run * (groups // runs) + run * (groups % runs) // runs
-    noise = tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, (groups // runs).to(tl.uint32) + tl.zeros((SAMPLE // 4,), tl.uint32)).to(tl.int32)
+    noise = tl.umulhi(run.to(tl.uint32) * 0x9E3779B1, (groups // runs).to(tl.uint32) + tl.zeros((SAMPLE // 8,), tl.uint32)).to(tl.int32)
     there = run < runs
-    group = tl.where(there, head + begin + noise, head) * 4
-    at = group[:, None] + tl.arange(0, 4)[None, :]
+    group = tl.where(there, head + begin + noise, head) * 8
+    at = group[:, None] + tl.arange(0, 8)[None, :]
     keys = order_keys(tl.load(row + at).to(tl.int32, bitcast=True))
     if FORCED:
         keys = tl.where((at < first) | (at >= last), 0xFFFFFFFF, keys)
     keys = tl.reshape(tl.where(there[:, None], keys, tl.zeros_like(keys)), (SAMPLE,))
     at = tl.reshape(at, (SAMPLE,))
-    mean = k * (4 * runs / n.to(tl.float32))
+    mean = k * (8 * runs / n.to(tl.float32))
     rank = bound_rank(mean).to(tl.int32)
     key = tl.sum(tl.zeros_like(keys), axis=0)
     position = lo * 0 - 1
-    if tl.sum((keys > 0).to(tl.int32), axis=0) >= rank:  # else every entry passes
-        key = kth_key(keys, rank)
+    have = tl.sum((keys > 0).to(tl.int32), axis=0)
+    if have >= rank:  # else every entry passes
+        slack = rank // 32
+        key, passed = kth_key(keys, have, rank, slack)
         position = hi
-        if tl.sum((keys >= key).to(tl.int32), axis=0) > rank:  # equal scores at the bound, as far as they are needed
+        if passed > rank + slack:  # equal scores at the bound, as far as they are needed
             ties = (keys == key).to(tl.int32)
             left = rank - tl.sum((keys > key).to(tl.int32), axis=0)
             position = tl.max(tl.where((ties > 0) & (tl.cumsum(ties, axis=0) <= left), at, -1), axis=0)
@@ -107,10 +135,10 @@ def value_of(key):
 
 
 @triton.jit
-def load_quads(row, block, width, BLOCK: tl.constexpr):
-    """Floats of BLOCK positions as [BLOCK / 4, 4], NaN past the row's end."""
-    at = block + tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    if block + BLOCK <= width:
+def load_lines(row, block, width):
+    """Floats of LINE positions as a warp loads them, [32, 4, 4]: of each thread 4 neighbours in each quarter. NaN past the row's end."""
+    at = block + tl.arange(0, 32)[:, None, None] * 4 + tl.arange(0, 4)[None, :, None] * 128 + tl.arange(0, 4)[None, None, :]
+    if block + LINE <= width:
         x = tl.load(row + at)
     else:
         x = tl.load(row + at, mask=at < width, other=float("nan"))
@@ -122,59 +150,69 @@ def passes(x, at, lo, n, position, low, high, first, last, FORCED: tl.constexpr)
     kept = x >= tl.where(at <= position, low, high)  # false for NaN; no limit is below the least finite float
     if FORCED:
         kept = kept | (at < first) | (at >= last)
-    return (kept & ((at - lo).to(tl.uint32, bitcast=True) < n)).to(tl.int32)
+    return (kept & ((at - lo).to(tl.uint32, bitcast=True) < n)).to(tl.uint32)
 
 
 @triton.jit
 def keep_one(buffer, slot, x, at, kept):
-    tl.store(buffer + slot, (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | at.to(tl.int64), mask=kept > 0)
+    entry = (x.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | at.to(tl.uint32, bitcast=True).to(tl.uint64)
+    tl.store(buffer + slot, entry.to(tl.int64, bitcast=True), mask=kept > 0)
     return slot + kept
 
 
 @triton.jit
-def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
-    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position into the buffer of CAPACITY + BLOCK.
+def keep_candidates(row, width, lo, hi, key, position, first, last, buffer, CAPACITY: tl.constexpr, FORCED: tl.constexpr):
+    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position into the buffer of CAPACITY + LINE.
 
-    Returns how many there are (more than CAPACITY: not all are kept). Every thread loads 16 bytes at a time; the four floats are then held in four tensors, so
-    that sums run over quads and the scattered stores need no exchange between threads.
+    Returns how many there are (more than CAPACITY: not all are kept). For one warp, which needs no barrier: a thread loads 16 bytes at a time, and what the warp keeps of its
+    four loads, at most 128 each, is counted in the bytes of one number: one sum over the threads gives all of them their places. The loop is bound by its instructions.
     """
     least = value_of(key * 0 + 0x00800000)
     low = tl.where(key == 0, least, value_of(key))
     high = tl.where(key == 0, least, value_of(key + 1))
     n = (hi - lo).to(tl.uint32, bitcast=True)
     count = lo * 0
+    quarter = tl.arange(0, 4)[None, :]
+    byte = quarter.to(tl.uint32) * 8
+    places = tl.arange(0, 32)[:, None] * 4 + quarter * 128
     begin = tl.multiple_of(lo // 16 * 16, 16)
-    quads = tl.arange(0, BLOCK // 4) * 4
-    ahead = load_quads(row, begin, width, BLOCK)
-    for block in range(begin, hi, BLOCK):
-        even, odd = tl.split(tl.reshape(ahead, (BLOCK // 4, 2, 2)))
-        ahead = load_quads(row, block + BLOCK, width, BLOCK)  # in flight while this block is looked at
+    following = load_lines(row, begin, width)
+    ahead = load_lines(row, begin + LINE, width)
+    for block in range(begin, hi, LINE):
+        even, odd = tl.split(tl.reshape(following, (32, 4, 2, 2)))
+        following = ahead
+        ahead = load_lines(row, block + 2 * LINE, width)  # two lines are in flight while one is looked at
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-        at = block + quads
+        at = block + places
         # Almost every block lies inside the row, on one side of the bound's position and away from forced entries: one comparison an entry
-        plain = (block >= lo) & (block + BLOCK <= hi) & ((block > position) | (block + BLOCK - 1 <= position))
+        plain = (block >= lo) & (block + LINE <= hi) & ((block > position) | (block + LINE - 1 <= position))
         if FORCED:
-            plain = plain & (block >= first) & (block + BLOCK <= last)
+            plain = plain & (block >= first) & (block + LINE <= last)
         if plain:
             limit = tl.where(block > position, high, low)
-            k0 = (x0 >= limit).to(tl.int32)
-            k1 = (x1 >= limit).to(tl.int32)
-            k2 = (x2 >= limit).to(tl.int32)
-            k3 = (x3 >= limit).to(tl.int32)
+            k0 = (x0 >= limit).to(tl.uint32)
+            k1 = (x1 >= limit).to(tl.uint32)
+            k2 = (x2 >= limit).to(tl.uint32)
+            k3 = (x3 >= limit).to(tl.uint32)
         else:
             k0 = passes(x0, at, lo, n, position, low, high, first, last, FORCED)
             k1 = passes(x1, at + 1, lo, n, position, low, high, first, last, FORCED)
             k2 = passes(x2, at + 2, lo, n, position, low, high, first, last, FORCED)
             k3 = passes(x3, at + 3, lo, n, position, low, high, first, last, FORCED)
-        four = k0 + k1 + k2 + k3
-        slot = tl.cumsum(four, axis=0) - four
-        places = buffer + tl.minimum(count, CAPACITY)
-        slot = keep_one(places, slot, x0, at, k0)
-        slot = keep_one(places, slot, x1, at + 1, k1)
-        slot = keep_one(places, slot, x2, at + 2, k2)
-        keep_one(places, slot, x3, at + 3, k3)
-        count += tl.sum(four, axis=0)
+        mine = tl.sum((k0 + k1 + k2 + k3) << byte, axis=1)  # [32]
+        before = tl.cumsum(mine, axis=0) - mine
+        all_ = tl.sum(mine, axis=0)
+        second = all_ & 255
+        third = second + ((all_ >> 8) & 255)
+        fourth = third + ((all_ >> 16) & 255)
+        slot = ((before[:, None] >> byte) & 255) + tl.where(quarter == 0, 0, tl.where(quarter == 1, second, tl.where(quarter == 2, third, fourth)))
+        into = buffer + tl.minimum(count, CAPACITY)
+        slot = keep_one(into, slot, x0, at, k0)
+        slot = keep_one(into, slot, x1, at + 1, k1)
+        slot = keep_one(into, slot, x2, at + 2, k2)
+        keep_one(into, slot, x3, at + 3, k3)
+        count += (fourth + (all_ >> 24)).to(tl.int32)
     return count
 
 
@@ -194,16 +232,14 @@ def choose(keys, at, k, row, out, values, VALUES: tl.constexpr):
     """The k best of a tile of candidates whose positions ascend: positions (and values) in ascending order to `out`; returns how many."""
     have = tl.sum((keys > 0).to(tl.int32), axis=0)
     bound = tl.sum(tl.zeros_like(keys), axis=0)
-    left = have * 0
+    passed = have
     if have > k:
-        bound = kth_key(keys, k)
+        bound, passed = kth_key(keys, have, k, 0)
+    chosen = (keys >= bound) & (keys > 0)
+    if passed > k:  # more equal scores at the end than are wanted
+        ties = (keys == bound).to(tl.int32)
         left = k - tl.sum((keys > bound).to(tl.int32), axis=0)
-    ties = ((keys == bound) & (keys > 0)).to(tl.int32)
-    chosen = keys > bound
-    if tl.sum(ties, axis=0) > left:  # more equal scores at the end than are wanted
-        chosen = chosen | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
-    else:
-        chosen = chosen | (ties > 0)
+        chosen = (keys > bound) | ((ties > 0) & (tl.cumsum(ties, axis=0) <= left))
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(out + slot, at, mask=chosen)
     if VALUES:

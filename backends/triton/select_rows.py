@@ -10,16 +10,15 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Tunable
-from sparsetile.backends.triton.select import bound_rank, choose, choose_by_radix, keep_candidates, load_candidates, pad, sample_bound
+from sparsetile.backends.triton.select import LINE, bound_rank, choose, choose_by_radix, keep_candidates, load_candidates, pad, sample_bound
 
 TUNABLES = (
     Tunable("capacity", (4096, 8192, 16384, 2048, 1024, 512), "candidates of a row that are sorted out in registers; rows with more take five passes"),
     Tunable("sample", (4096, 8192, 2048, 1024, 512, 16384), "scores looked at for the bound that candidates must pass"),
-    Tunable("block", (2048, 4096, 8192, 1024), "scores read at a time"),
-    Tunable("select_warps", (8, 4, 16), "warps of a program"),
+    Tunable("select_warps", (8, 4, 16), "warps of a program that chooses"),
     Tunable("splits", (1, 2, 4, 8, 16), "programs that read one row (few long rows)"),
 )
-SCRATCH = 64 << 20  # bytes of candidates held at a time
+SCRATCH = 256 << 20  # bytes of candidates held at a time
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_firs
 @triton.jit
 def fits(n, k, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr):
     """Whether the candidates are likely to fit: all of a short row, or those that pass the bound of a sample, one deviation more."""
-    share = 4 * tl.minimum(SAMPLE // 4, n // 8) / tl.maximum(n, 1).to(tl.float32)
+    share = 8 * tl.minimum(SAMPLE // 8, n // 16) / tl.maximum(n, 1).to(tl.float32)
     rank = bound_rank(k * share)
     return (n <= CAPACITY) | (rank + tl.sqrt(rank) <= CAPACITY * share)
 
@@ -87,15 +86,14 @@ def sample_rows(scores, starts, ends, q_starts, bounds, first_row, T, T_all, S, 
 
 @triton.jit
 def keep_rows(scores, starts, ends, q_starts, bounds, buffer, counts, first_row, T, T_all, S, k, stride_b, stride_t, position, pool, force_first, force_last,
-              CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr,
-              SPLITS: tl.constexpr):
+              CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, ALL: tl.constexpr, SPLITS: tl.constexpr):
     """Program (part, row): the candidates of this part of the row. counts [rows, SPLITS], -1 where not tried."""
     part, r = tl.program_id(0), tl.program_id(1)
     b, t = (first_row + r) // T, (first_row + r) % T
     item = b.to(tl.int64) * T_all + t
     lo, hi, first, last = row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_first, force_last, CAUSAL)
     row = scores + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
-    mine = (r.to(tl.int64) * SPLITS + part) * (CAPACITY + BLOCK)
+    mine = (r.to(tl.int64) * SPLITS + part) * (CAPACITY + LINE)
     count = t * 0 - 1
     if wanted(lo, hi, k, CAPACITY, SAMPLE, ALL):
         share = ((hi - lo) // SPLITS + 16) // 16 * 16
@@ -105,7 +103,7 @@ def keep_rows(scores, starts, ends, q_starts, bounds, buffer, counts, first_row,
             part_hi = hi
         key = tl.load(bounds + 2 * (first_row + r)).to(tl.uint32, bitcast=True)
         place = tl.load(bounds + 2 * (first_row + r) + 1)
-        count = keep_candidates(row, (S + pool - 1) // pool, tl.maximum(part_lo, lo), part_hi, key, place, first, last, buffer + mine, CAPACITY, BLOCK, FORCED)
+        count = keep_candidates(row, (S + pool - 1) // pool, tl.maximum(part_lo, lo), part_hi, key, place, first, last, buffer + mine, CAPACITY, FORCED)
         if (count < k) & (key > 0):
             count = count | 0x40000000  # a true bound: the parts together must hold k
     tl.store(counts + r * SPLITS + part, count)
@@ -159,9 +157,9 @@ def default_knobs(rows: int, S: int, k: int, sms: int) -> dict:
     while sample < min(8192, 2 * capacity) and sample < S and candidates(S, k, sample) > capacity:
         sample *= 2
     splits = 1
-    while splits < 16 and rows * splits * 2 <= 4 * sms and S // (splits * 2) >= 8192:
+    while splits < 16 and rows * splits <= 32 * sms and S // (splits * 2) >= 8192:  # warps, of which a multiprocessor holds about 28
         splits *= 2
-    return {"capacity": capacity, "sample": sample, "block": 4096 if S > 32768 and capacity >= 4096 else 2048 if S > 1024 else 1024, "select_warps": warps(capacity), "splits": splits}
+    return {"capacity": capacity, "sample": sample, "select_warps": warps(capacity), "splits": splits}
 
 
 def candidates(S: int, k: int, sample: int) -> float:
@@ -172,10 +170,8 @@ def candidates(S: int, k: int, sample: int) -> float:
 
 
 def refusal(config) -> str | None:
-    if config["sample"] > 2048 * config["select_warps"]:
-        return f"{config['select_warps']} warps hold a sample of at most {2048 * config['select_warps']}; take more warps or a smaller sample"
-    if max(config["capacity"], config["block"]) > 1024 * config["select_warps"]:
-        return f"{config['select_warps']} warps hold at most {1024 * config['select_warps']} candidates or scores in registers; take more warps"
+    if config["capacity"] > 1024 * config["select_warps"]:
+        return f"{config['select_warps']} warps hold at most {1024 * config['select_warps']} candidates in registers; take more warps"
     return None
 
 
@@ -183,7 +179,15 @@ def constants(config, causal, forced, everything, values) -> tuple[dict, dict, d
     """Compile-time constants of the three kernels."""
     all_ = {"CAPACITY": config["capacity"], "CAUSAL": causal, "FORCED": forced, "ALL": everything}
     sample, splits = {"SAMPLE": config["sample"]}, {"SPLITS": config["splits"]}
-    return {**all_, **sample}, {**all_, **sample, **splits, "BLOCK": config["block"]}, {**all_, **splits, "ROOM": config["capacity"] + config["block"], "BLOCK": min(config["block"], 2048), "VALUES": values}
+    return {**all_, **sample}, {**all_, **sample, **splits}, {**all_, **splits, "ROOM": config["capacity"] + LINE.value, "BLOCK": 2048, "VALUES": values}
+
+
+def options(config, arch) -> tuple[dict, dict, dict]:
+    """How the three kernels are compiled. A warp samples 1024 scores. Of Hopper's registers a thread gets 80, not 120, where that spills next to nothing: three blocks of eight
+    warps share a multiprocessor then, not two, and most of their time is waiting for one another."""
+    fewer = dict(maxnreg=80) if arch == "sm_90a" else {}
+    few = config["capacity"] <= 512 * config["select_warps"]
+    return dict(num_warps=max(4, config["sample"] // 1024), **fewer), dict(num_warps=1), dict(num_warps=config["select_warps"], **fewer if few else {})
 
 
 def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_all, starts=None, ends=None, q_starts=None, causal=False, position=0, width=None,
@@ -196,30 +200,31 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
     S = scores.shape[2] * pool if width is None else width
     bounds, kept, counts = scratch if scratch is not None else buffers(B * T, place, config)
     sample, keep, choose_ = constants(config, causal, bool(force_first or force_last), everything, values is not None)
+    sampling, keeping, choosing = options(config, place.arch)
     window = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last)
-    sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, num_warps=config["select_warps"])
+    sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, **sampling)
     for first in range(0, B * T, kept.shape[0]):
         rows = min(kept.shape[0], B * T - first)
-        keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, bounds, kept, counts, first, *window, **keep, num_warps=config["select_warps"])
-        choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, num_warps=config["select_warps"])
+        keep_rows[(config["splits"], rows)](scores, starts, ends, q_starts, bounds, kept, counts, first, *window, **keep, **keeping)
+        choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, **choosing)
 
 
 def buffers(rows, place, config):
     """A bound for each row, and bounded scratch for as many as go through at once: the candidates of each part of a row, and their number."""
-    splits, room, every = config["splits"], config["capacity"] + config["block"], rows
-    rows = max(1, min(rows, SCRATCH // (8 * room * splits), 65535))
+    splits, room, every = config["splits"], config["capacity"] + LINE.value, rows
+    rows = -(-rows // -(-rows // max(1, min(SCRATCH // (8 * room * splits), 65535))))  # equal shares
     return place.empty((every, 2), "int32"), place.empty((rows, splits, room), "int64"), place.empty((rows, splits), "int32")
 
 
-def row_artifacts(config, *, causal, forced, everything, windows, q_starts, values, ends=False) -> list[dict]:
+def row_artifacts(config, arch, *, causal, forced, everything, windows, q_starts, values, ends=False) -> list[dict]:
     """What `select_rows` launches, to compile ahead. windows: starts and ends; ends: they alone."""
     arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32", "bounds": "*i32", "buffer": "*i64", "counts": "*i32"}
     numbers = {name: "i32" for name in ("first_row", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
     absent = {name: None for name, there in (("starts", windows), ("ends", windows or ends), ("q_starts", q_starts), ("values", values)) if not there}
     found = []
-    for fn, fixed in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values)):
+    for fn, fixed, how in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values), options(config, arch)):
         fixed = {**{name: value for name, value in absent.items() if name in fn.arg_names}, "pool": 1, **fixed}
         signature = {name: kind for name, kind in {**arrays, **numbers}.items() if name in fn.arg_names and name not in fixed}
-        found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": {"num_warps": config["select_warps"]},
+        found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": how,
                       "div16": tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")})
     return found

@@ -30,7 +30,7 @@ def default_config(problem):
 
 
 def artifacts(problem, config):
-    return rows.row_artifacts(config, causal=False, forced=False, everything=False, windows=bool({"window", "key_start", "key_end"} & problem.features),
+    return rows.row_artifacts(config, problem.arch, causal=False, forced=False, everything=False, windows=bool({"window", "key_start", "key_end"} & problem.features),
                               q_starts=False, values=False)
 
 

@@ -43,8 +43,8 @@ class PagedKV(PagedCache):
     def _rows(self, k, v):
         return "copy", rows_of(self.pools, int(self.lengths.shape[0]), k, v), {}
 
-    def keys(self, T, rule, kv_length, q_start):
-        return self._keys(*self.pools, T, rule, kv_length, q_start)
+    def keys(self, T, rule, kv_length, q_start, backend=None):
+        return self._keys(*self.pools, T, rule, kv_length, q_start, backend)
 
     def gather(self):
         """(k [B,Hk,S,D], v [B,Hk,S,Dv]) in one piece, S the longest sequence; 0 past each sequence's tokens."""

@@ -64,9 +64,9 @@ class PagedLatent(PagedCache):
         parts_ = (pool[:, :, None, :R], pool[:, :, None, R:])[:len(rows)]             # [N, page, 1, R or P]
         return "copy", tuple(x[:, :, None] for x in rows), dict(pools=parts_)
 
-    def keys(self, T, rule, kv_length, q_start):
+    def keys(self, T, rule, kv_length, q_start, backend=None):
         """One key head of R + P, of the fp8 layout its bytes; the caller says that the value is its first R columns."""
-        return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start, (self.rank, self.rotary) if self.quantised else None)
+        return self._keys(self.pools[0][:, :, None], None, T, rule, kv_length, q_start, backend, (self.rank, self.rotary) if self.quantised else None)
 
     def gather(self, dtype=None, *, quantised=False):
         """(latent [B,S,R], k_rope [B,S,P] or None) in one piece, S the longest sequence; 0 past each sequence's tokens. In `dtype`, by default the pool's own type, of the fp8

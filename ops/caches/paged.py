@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsetile.backends.contract import Unsupported
+from sparsetile.backends import arrays
+from sparsetile.backends.contract import BACKENDS, Problem, Unsupported
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops import checks
+from sparsetile.ops import checks, dispatch
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.append import append
 from sparsetile.ops.caches.pages import Sequences, of_each
@@ -30,8 +31,8 @@ class Keys(NamedTuple):
 class Cache:
     """Stands where an op expects keys. Subclasses say what they hold."""
 
-    def keys(self, T: int, rule, kv_length, q_start) -> Keys:
-        """Keys for T queries of each sequence that see what `rule` says."""
+    def keys(self, T: int, rule, kv_length, q_start, backend=None) -> Keys:
+        """Keys for T queries of each sequence that see what `rule` says; `backend` makes what is to be made for it."""
         raise Unsupported(f"k: {type(self).__name__} holds no keys of attention; pass a PagedKV, a PagedLatent or a RollingKV")
 
     def scored(self, T: int, q_start, key_end):
@@ -167,18 +168,22 @@ class PagedCache(Cache):
         out[rows < 0] = 0
         return out
 
-    def _keys(self, k, v, T, rule, kv_length, q_start, latent=None) -> Keys:
+    def _keys(self, k, v, T, rule, kv_length, q_start, backend, latent=None) -> Keys:
         """k [N,page,Hk,D], v likewise or None. A selection becomes rows of the pool, which is then a tensor of N * page keys: any kernel reads it."""
         length = self.shorter(kv_length)
         if isinstance(rule, Selection):
             if rule.indices.shape[0] != self.lengths.shape[0] or rule.indices.shape[2] != T:
                 raise ValueError(f"pattern.indices: expected [B,G,T,K] with B = {self.lengths.shape[0]} and T = {T}, got {list(rule.indices.shape)}; select for the same queries that attend")
-            rule = self.select(rule.within(self.capacity).resolve(self.capacity, q_start, length), length, q_start, T)
+            rule = self.select(rule.within(self.capacity).resolve(self.capacity, q_start, length), length, q_start, T, backend)
             return Keys(*(None if x is None else _one_tensor(x, int(self.lengths.shape[0])) for x in (k, v)), rule, None, 0, None, latent)
         return Keys(k.swapaxes(1, 2), None if v is None else v.swapaxes(1, 2), rule, length, q_start, self.page_table, latent)
 
-    def select(self, selection: Selection, length, q_start, T: int) -> Selection:
-        """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries."""
+    def select(self, selection: Selection, length, q_start, T: int, backend=None) -> Selection:
+        """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries, by the
+        kernel `page_rows` of `backend`, or of the first that has one for these arrays, else by the framework's own operations."""
+        rows = page_rows(self, selection, length, q_start, backend)
+        if rows is not None:
+            return replace(selection, indices=rows, granularity=1, lengths=None, causal=False)
         flat = selection.to_tokens()
         keys = flat._read()                                                          # [B, G, T, K]
         length = xp.module(keys).clip(length, 0, self.capacity)
@@ -187,6 +192,23 @@ class PagedCache(Cache):
             last = xp.arange(keys, T) + (start.reshape(-1, 1, 1) if getattr(start, "ndim", 0) else start)  # [B, 1, T] or [T]
             keys = xp.module(keys).where(keys <= last[..., None], keys, -1)
         return replace(flat, indices=xp.astype(self.rows(keys, length), "int32"), lengths=None, causal=False)
+
+
+def page_rows(cache: PagedCache, selection: Selection, length, q_start, backend):
+    """Rows [B,G,T,K * granularity] of the pool by a kernel (backends/cupy/page_rows.py says what they are), or None where no backend that may run has one."""
+    indices, q_start = selection.indices, checks.start(q_start, int(cache.lengths.shape[0]), None)
+    caller, device = checks.together({"pattern.indices": indices, "k.page_table": cache.page_table, "q_start": None if isinstance(q_start, int) else q_start})
+    (B, G, T, K), asked = indices.shape, dispatch.requested_backend("page_rows", backend)
+    problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), arrays.device_info(device).arch, granularity=selection.granularity)
+    name = next((name for name in (BACKENDS if asked == "auto" else (asked,)) if dispatch.has_kernel(name, "page_rows") and dispatch.refusal(name, problem, device) is None), None)
+    if name is None:
+        return None
+    place = arrays.place_for(dispatch.package(name).NATIVE, caller, device)
+    with place.guard():
+        native = lambda x: x if x is None or isinstance(x, int) else place.packed(place.native(x))  # noqa: E731
+        return place.give(dispatch.kernel(name, "page_rows").run(
+            native(indices), native(cache.page_table), native(length), place=place, config={}, page_size=cache.page_size, pages_of_pool=int(cache.pools[0].shape[0]),
+            lengths=native(selection.lengths), granularity=selection.granularity, causal=selection.causal, q_start=native(q_start)))
 
 
 def _one_tensor(pool, B: int):

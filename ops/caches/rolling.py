@@ -102,7 +102,7 @@ class RollingKV(Cache):
             position = lib.where(position >= self.pinned, position - gone, position)
         return xp.astype(position, "int32")
 
-    def keys(self, T, rule, kv_length, q_start):
+    def keys(self, T, rule, kv_length, q_start, backend=None):
         """One query at the end of each sequence that sees all that is held: the slots, in any order. Else each slot by the position it holds, as a selection."""
         if isinstance(rule, (Layout, Selection)):
             raise Unsupported(f"pattern: a RollingKV takes patterns, got a {type(rule).__name__}; its slots are not positions")
