@@ -2,7 +2,8 @@
 //
 // A persistent block of threads has four roles. One thread takes items (a tile of a head, longest first, by an atomic ticket), one loads them through the copy
 // engine, one warp clears values that no row of the tile sees, and groups of 64 rows multiply: while one group's products run, another makes exponentials. Nothing
-// ties a group's own exponentials to its products: a branch that did cost 4-10 %. Where two query tiles fit, the next item starts while this one's output leaves. A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
+// ties a group's own exponentials to its products: a branch that did cost 4-10 %. Where two query tiles fit, the next item starts while this one's output leaves.
+// A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
 //
 // PARTED: one part of a layout of several (parts.cuh). An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
 // Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED.
