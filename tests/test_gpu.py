@@ -1,4 +1,5 @@
 """What only a real chip shows, on both GPU backends: CUDA graphs, the caller's stream, other frameworks' arrays, a second device, compiled calls, long rows, many runs."""
+import importlib
 import os
 import threading
 
@@ -424,25 +425,29 @@ def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
         assert_close(name, to_numpy(got), true, one, reduction=n)
 
 
-@pytest.mark.parametrize("backend", ["cupy"])
+@both
 @pytest.mark.parametrize("Hq", [128, 70, 3])
 def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
-    """DeepSeek's shapes, several chunks of queries, holes and duplicates: the policy, and the same bits whoever adds first."""
+    """DeepSeek's shapes, several chunks of queries, holes, duplicates and lengths, NaN in keys that nobody names: the policy, and the same bits whoever adds first."""
     import oracle
-    from numeric import to_numpy
-    from sparsetile.backends.cupy import gather_backward_hopper
-    monkeypatch.setattr(gather_backward_hopper, "SCRATCH", 50 << 17)
+    chunks = importlib.import_module(dict(cupy="sparsetile.backends.cupy.gather_backward_hopper", triton="sparsetile.backends.triton.gather_backward_gluon")[backend])
+    monkeypatch.setattr(chunks, "SCRATCH", 50 << 17)
     T, S, K, make = 200, 300, 100, Make(rng)
-    q, k, dout = make.normal(1, Hq, T, 576)().requires_grad_(), make.normal(1, 1, S, 576)().requires_grad_(), make.normal(1, Hq, T, 512)()
-    indices = np.stack([rng.permutation(S)[:K] for _ in range(T)]).astype(np.int32)[None, None]
+    q, k, dout = make.normal(1, Hq, T, 576)().requires_grad_(), make.normal(1, 1, S, 576)(), make.normal(1, Hq, T, 512)()
+    k[:, :, S - 6:] = float("nan")
+    k.requires_grad_()
+    indices = np.stack([rng.permutation(S - 6)[:K] for _ in range(T)]).astype(np.int32)[None, None]
     indices[rng.random(indices.shape) < 0.2] = -5
     indices[..., -2:] = indices[..., :2]
-    out = st.sparse_attention(q, k, None, st.Selection(torch.from_numpy(indices).cuda(), causal=True), value_width=512, backend=backend)
+    lengths = np.where(rng.random((1, 1, T)) < 0.2, rng.integers(-1, K + 9, (1, 1, T)), K).astype(np.int32)
+    chosen = st.Selection(torch.from_numpy(indices).cuda(), lengths=torch.from_numpy(lengths).cuda(), causal=True)
+    out = st.sparse_attention(q, k, None, chosen, value_width=512, backend=backend)
     first, again = (torch.autograd.grad(out, (q, k), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    count = oracle.selection_count(indices, S, Hq, causal=True, q_start=S - T)
+    count = oracle.selection_count(indices, S, Hq, lengths=lengths, causal=True, q_start=S - T)
     count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
     given = [to_numpy(x.detach()) for x in (q, k)]
+    given[1][:, :, S - 6:] = 0
     truth, formula = (f(*given, given[1][..., :512], count, to_numpy(dout), scale=576 ** -0.5) for f in (oracle.attention_gradients, plain.attention_gradients))
     summed = lambda dk, dv: np.concatenate(((dk[..., :512].astype(np.promote_types(dk.dtype, np.float32)) + dv).astype(dk.dtype), dk[..., 512:]), -1)  # noqa: E731
     assert_close("dq", to_numpy(first[0]), truth[0], formula[0], reduction=S + 576 + 512)

@@ -5,6 +5,8 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  indices [B,G,T,K]  lse, delta [B,Hq,T
 `queries` runs like the forward and sums dq. dk and dv are sums over the entries that name a key, which only a sort brings together: for a few queries at a
 time `shares` writes each entry's own dk and dv ([entries, D + Dv] float32 in a scratch of at most SCRATCH bytes) and the number of its key, a stable sort
 orders the entries by key, and `gathered` adds each key's shares in that order. An entry given twice is two entries.
+The path "gluon" (gather_backward_gluon.py) is for sm_90a and DeepSeek's latent: its dk is the sum of both gradients of the latent, its dv None, its dq in the type of q whatever
+out_dtype. Calls that it cannot serve (`takes`) run on the portable path.
 """
 import math
 
@@ -12,15 +14,16 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.gather_attention import keys_of, shared_rows
+from sparsetile.backends.triton.gather_attention import keys_of, no_gluon, shared_rows
 from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, shared_limit
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 TUNABLES = (
-    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share entries and keys, padded"),
-    Tunable("block_k", (16, 32, 64), "keys gathered at a time"),
-    Tunable("num_warps", (4, 8), "warps of a program"),
-    Tunable("num_stages", (1, 2), "blocks in flight"),
+    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values"),
+    Tunable("heads", (16, 32, 64), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
+    Tunable("block_k", (16, 32, 64), "keys gathered at a time", ("portable",)),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
+    Tunable("num_stages", (1, 2), "blocks in flight", ("portable",)),
 )
 SCRATCH = 256 << 20  # bytes of shares at a time
 
@@ -188,9 +191,14 @@ def supports(problem: Problem) -> str | None:
 
 
 def default_config(problem: Problem) -> dict:
+    return portable_config(problem) | (dict(path="gluon") if no_gluon(problem) is None else {})
+
+
+def portable_config(problem: Problem) -> dict:
     group, single = problem["Hq"] // problem["Hk"], problem.dtype("q") == "float32"
     wide = power(max(problem["D"], problem["Dv"]))
-    config = dict(heads=min(64 if wide <= 256 else 16, power(group)), block_k=64 if wide <= 128 else 32 if wide <= 256 else 16, num_warps=8 if wide > 128 else 4, num_stages=1)
+    config = dict(path="portable", heads=min(64 if wide <= 256 else 16, power(group)), block_k=64 if wide <= 128 else 32 if wide <= 256 else 16, num_warps=8 if wide > 128 else 4,
+                  num_stages=1)
     if wide == 256:
         config.update(heads=min(config["heads"], 16), block_k=16)
     if problem.arch != "sm_90a":
@@ -205,6 +213,13 @@ def default_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] == "gluon":
+        refused = no_gluon(problem)
+        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        if isinstance(portable, str):
+            return portable
+        from sparsetile.backends.triton import gather_backward_gluon
+        return gather_backward_gluon.resources(problem)
     (D0, D1), (V0, V1) = parts(problem["D"]), parts(problem["Dv"])
     size, rows, keys = BYTES[problem.dtype("q", "float32")], config["heads"], config["block_k"]
     sums = max(rows * (D0 + D1), keys * (D0 + D1 + V0 + V1)) + 2 * rows * keys
@@ -230,6 +245,12 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     dk, dv = place.zeros((B, Hk, S, D), "float32"), place.zeros((B, Hk, S, DV), "float32")
     if not B * Hq * T or not S or not K:
         return place.zeros((B, Hq, T, D), kind), place.cast(dk, kind), place.cast(dv, kind)
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import gather_backward_gluon
+        dout = place.cast(dout, str(q.dtype)[6:])
+        if gather_backward_gluon.takes(q, k, v, dout, indices, granularity, scale, softcap):
+            return gather_backward_gluon.run(q, k, indices, lse, delta, dout, place=place, lengths=lengths, causal=causal, scale=scale, kv_length=kv_length,
+                                             q_start=q_start, out_dtype=kind)
     dq, rows = place.empty((B, Hq, T, D), kind), shared_rows(Hq, Hk, G)
     host = q_start if isinstance(q_start, int) else None
     made = constants(D, DV, config, rows=rows, granularity=granularity, causal=bool(causal), cap=softcap is not None, from_length=q_start is None)
@@ -257,6 +278,9 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import gather_backward_gluon
+        return gather_backward_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), cap=has("softcap"),
