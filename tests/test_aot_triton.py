@@ -120,3 +120,12 @@ def test_what_resources_lets_through_fits(op):
     for artifact in kernel.artifacts(problem, config):
         used = aot.resources(artifact, "sm_80")
         assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
+
+
+def test_the_best_one_of_a_row_compiles():
+    """Triton makes a constant of an argument that is 1, which has not what a tensor has."""
+    kernel, problem = importlib.import_module("sparsetile.backends.triton.topk"), Problem.of("topk", dict(B=1, T=64, S=32768, K=1), dict(scores=SINGLE), "sm_90a")
+    for artifact in kernel.artifacts(problem, kernel.default_config(problem)):
+        if "k" in artifact["signature"]:
+            kinds = {name: kind for name, kind in artifact["signature"].items() if name != "k"}
+            assert aot.resources({**artifact, "signature": kinds, "constexprs": {**artifact["constexprs"], "k": 1}}, "sm_90a")["registers"]
