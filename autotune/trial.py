@@ -72,6 +72,13 @@ class Bench:
         kept      places in `chosen` that are timed to the end, however slow
         recorded  whether the calls are recorded in CUDA graphs, where they can be
         """
+        try:
+            return self._finals(chosen, seconds, kept, recorded)
+        except Exception as error:
+            self._look_after({"failure": str(error)})
+            raise
+
+    def _finals(self, chosen: list, seconds: float, kept, recorded: bool) -> tuple[list, dict]:
         calls, errors = {}, {}
         for n, (backend, config) in enumerate(chosen):
             try:

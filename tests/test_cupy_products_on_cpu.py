@@ -118,6 +118,17 @@ def test_few_rows_on_hopper(kind, B, H, T, N, M, P, is_turned, sms, rng):
         assert np.array_equal(got[..., M:], tail)
 
 
+def test_hoppers_path_leaves_odd_widths_to_the_portable_one(rng):
+    """A tuned config serves calls of any width."""
+    place, dims = HopperPlace(), dict(B=1, H=2, T=5, N=3, M=20, P=0)
+    x, weight = normal(rng, "bfloat16", 1, 2, 5, 3), normal(rng, "bfloat16", 2, 20, 3)
+    config = grouped_matmul.default_config(Problem.of("grouped_matmul", dict(dims, N=128, M=512), dict(x="bfloat16", w="bfloat16"), "sm_90a"))
+    odd = Problem.of("grouped_matmul", dims, dict(x="bfloat16", w="bfloat16"), "sm_90a")
+    assert config["path"] == "hopper" and not isinstance(grouped_matmul.resources(odd, config), str) and grouped_matmul.default_config(odd)["path"] != "hopper"
+    got = place.get(grouped_matmul.run(place.put(x), place.put(weight), place=place, config=config))
+    assert_close("product", got, oracle.grouped_matmul(x, weight), plain.grouped_matmul(x, weight, out_dtype=TYPES["bfloat16"]), reduction=3)
+
+
 @pytest.mark.parametrize("L, nq, nk, share", [(1, 1, 1, 1), (2, 5, 7, 0.5), (3, 40, 33, 0.3), (1, 70, 100, 0.1), (2, 33, 64, 0), (1, 1, 65, 1), (1, 65, 1, 0.5)])
 def test_lists_of_a_grid(L, nq, nk, share, rng, place):
     """Bytes and int32 kinds, both ways through the grid, a transposed grid read in place."""

@@ -222,3 +222,20 @@ def test_decide_needs_a_gain_over_the_default():
     module.resources = lambda problem, config: "unknown"
     tried = lambda n, us: decide.Tried("numba", {"n": n}, us, samples=[us] * 9)
     assert decide.decide([tried(1, 100.0), tried(2, 98.5)], {"n": 1}, module, problem, {"n": 2})["config"] == {"n": 1}
+
+
+def test_a_device_that_finals_lost_is_said_to_be_lost(monkeypatch):
+    """Every later call of the process fails: it asks to be replaced."""
+    torch = pytest.importorskip("torch")
+    from sparsetile.autotune.trial import Bench
+    bench = Bench(None)
+    bench.device = 0
+    monkeypatch.setattr(bench, "_finals", lambda *_: (_ for _ in ()).throw(RuntimeError("an illegal instruction was encountered")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.raises(RuntimeError, match="illegal"):
+        bench.finals([], 1.0)
+    assert not bench.broken
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (_ for _ in ()).throw(RuntimeError("an illegal instruction was encountered")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        bench.finals([], 1.0)
+    assert bench.broken

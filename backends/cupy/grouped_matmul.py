@@ -36,6 +36,10 @@ def _out(problem) -> str:
     return problem.dtype("out") or (problem.dtype("x") if problem.dtype("x") != "float8_e4m3fn" else "bfloat16")
 
 
+def _fits(problem) -> bool:
+    return grouped_matmul_hopper.fits(*(problem[axis] for axis in "NMP"))
+
+
 def no_cublas(problem) -> str | None:
     """Why the path "cublas" is not for this problem."""
     if problem.dtype("x") not in HALVES or problem.dtype("w") != problem.dtype("x") or _out(problem) not in (problem.dtype("x"), "float32"):
@@ -49,7 +53,10 @@ def resources(problem, config):
     if config["path"] == "sum":
         return grouped_sum.resources()
     if config["path"] == "hopper":
-        return grouped_matmul_hopper.refusal(problem, _out(problem)) or grouped_matmul_hopper.resources(problem)
+        if refused := grouped_matmul_hopper.refusal(problem, _out(problem)):
+            return refused
+        if _fits(problem):
+            return grouped_matmul_hopper.resources(problem)
     if config["path"] == "cublas" and (refused := no_cublas(problem)):
         return refused
     return gemm.resources(problem.arch, problem.dtype("x"), problem.dtype("w"), _out(problem), False, config, ROW_BYTES)
@@ -59,7 +66,7 @@ def default_config(problem):
     if "inner_heads" in problem.features:
         return dict(path="sum", **{t.name: t.values[0] for t in gemm.TUNABLES})
     tiles = gemm.default_config(problem["B"] * problem["T"], problem["M"], lambda config: resources(problem, dict(config, path="portable")))
-    few = "portable" if grouped_matmul_hopper.refusal(problem, _out(problem)) else "hopper"
+    few = "hopper" if grouped_matmul_hopper.refusal(problem, _out(problem)) is None and _fits(problem) else "portable"
     return dict(tiles, path=few if problem["T"] < 256 else "portable" if no_cublas(problem) else "cublas")
 
 
@@ -72,7 +79,7 @@ def artifacts(problem, config):
     if config["path"] == "sum":
         return grouped_sum.artifacts(problem.dtype("x"))
     out = _out(problem)
-    own = grouped_matmul_hopper.artifacts(problem) if config["path"] == "hopper" else []
+    own = grouped_matmul_hopper.artifacts(problem) if config["path"] == "hopper" and _fits(problem) else []
     return own + [dict(source="grouped_matmul", defines=gemm.defines(problem.dtype("x"), problem.dtype("w"), out, out, (16, 16, 16, 16), rows, False, config), names=["grouped_matmul", "copy_tails"]) for rows in (0, 1)]
 
 

@@ -16,9 +16,12 @@ def refusal(problem, out: str) -> str | None:
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("x") not in HALVES or {problem.dtype("w"), out} != {problem.dtype("x")}:
         return f"path hopper takes float16 or bfloat16 x, w and out of one type, not {problem.dtype('x')}, {problem.dtype('w')} and {out}; take portable"
-    if not 0 < problem["N"] <= 512 or problem["P"] > 64 or any(problem[axis] % 8 for axis in "NMP"):
-        return f"path hopper takes N up to 512, P up to 64, and N, M, P multiples of 8, not {problem['N']}, {problem['P']} and M {problem['M']}; take portable"
     return None
+
+
+def fits(N: int, M: int, P: int) -> bool:
+    """Whether a head's rows have room, and the copy engine can address them; calls of other widths take the portable path."""
+    return 0 < N <= 512 and P <= 64 and not any(n % 8 for n in (N, M, P))
 
 
 def stages(N: int, M: int, P: int) -> int:
@@ -44,8 +47,8 @@ def artifacts(problem) -> list[dict]:
 
 
 def takes(x, w, tail) -> bool:
-    """Whether the copy engine can address the arrays."""
-    return hopper.can_map(x) and hopper.can_map_weight(w, 2, 1) and (tail is None or tail.dtype == x.dtype and hopper.can_map(tail))
+    """Whether this call is one for `run`: widths that fit, arrays that the copy engine can address."""
+    return fits(x.shape[3], w.shape[1], 0 if tail is None else tail.shape[3]) and hopper.can_map(x) and hopper.can_map_weight(w, 2, 1) and (tail is None or tail.dtype == x.dtype and hopper.can_map(tail))
 
 
 def run(x, w, tail, out, w_rows: int, place):
