@@ -153,7 +153,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"], parted), names=["forward"])
            for parted in ((False, True) if order else (False,))]
     if order and config["block_q"] == hopper_parts.ROWS:
-        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], hopper_depth(problem["D"], problem["Dv"], 128)[0], n, step), names=["forward"]) for n, step in ((1, 128), (2, 64))]
+        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n, step), names=["forward"]) for n, step in ((1, 128), (2, 64))]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -206,7 +206,7 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
     plan = hopper_parts.plan_of(parts, axes, T, S, start, place) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
     if plan is not None:
-        hopper_parts.run(q, k, v, plan, axes, out, lse, place=place, scale=scale, sink_logits=sink_logits, stages=hopper_depth(q.shape[3], Dv, hopper_parts.ROWS)[0])
+        hopper_parts.run(q, k, v, plan, axes, out, lse, place=place, scale=scale, sink_logits=sink_logits, depth=hopper_depth(q.shape[3], Dv, hopper_parts.ROWS))
         return out, lse
     partial = place.empty((B, Hq, T, Dv), "float32") if len(parts) > 1 else None
     before = None, None

@@ -25,7 +25,7 @@
 #define STAGES 2
 #endif
 #ifndef TILES
-#define TILES 3
+#define TILES 2
 #endif
 #ifndef PARTS
 #define PARTS 2
@@ -87,14 +87,13 @@ struct Shared {
   __device__ __forceinline__ u32 full_v(int s) const { return bars + 8 * (2 * STAGES + s); }
   __device__ __forceinline__ u32 free_v(int s) const { return bars + 8 * (3 * STAGES + s); }
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 32 * STAGES + 8 * s; }
-  __device__ __forceinline__ u32 free_q(int s) const { return bars + 32 * STAGES + 8 * (TILES + s); }
-  __device__ __forceinline__ u32 full_item(int s) const { return bars + 32 * STAGES + 16 * TILES + 8 * s; }
-  __device__ __forceinline__ u32 free_item(int s) const { return bars + 32 * STAGES + 16 * TILES + 8 * (ITEMS + s); }
-  __device__ __forceinline__ u32 written(int w) const { return bars + 32 * STAGES + 16 * TILES + 16 * ITEMS + 8 * w; }  // a group's sums for the next pass
-  __device__ __forceinline__ u32 ready(int w, int s) const { return bars + 32 * STAGES + 16 * TILES + 16 + 16 * ITEMS + 8 * (GROUPS * s + w); }  // the sums that its item in s starts from
+  __device__ __forceinline__ u32 free_q(int s) const { return bars + 32 * STAGES + 16 + 8 * s; }
+  __device__ __forceinline__ u32 full_item(int s) const { return bars + 32 * STAGES + 32 + 8 * s; }
+  __device__ __forceinline__ u32 free_item(int s) const { return bars + 32 * STAGES + 32 + 8 * (ITEMS + s); }
+  __device__ __forceinline__ u32 written(int w) const { return bars + 32 * STAGES + 32 + 16 * ITEMS + 8 * w; }  // a group's sums for the next pass
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
-  __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 16 * TILES + 16 + 32 * ITEMS) + s; }  // what stands in stage s of the keys
-  __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 16 * TILES + 16 + 32 * ITEMS + STAGES * sizeof(Entry)) + s; }
+  __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 48 + 16 * ITEMS) + s; }  // what stands in stage s of the keys
+  __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 48 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
 };
 
 __device__ __forceinline__ int row_step(const Params& p, const Item& x) { return x.pass ? p.row_step[1] : p.row_step[0]; }
@@ -106,27 +105,6 @@ __device__ __forceinline__ Entry fetch_entry(const Params& p, int n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- taking items
-// Into the second-level cache, ahead of the loads: a box, and 16-byte pieces in a row
-#ifdef SPARSETILE_EMULATE
-inline void prefetch_box(const TensorMap*, int, int, int, int, int) {}
-inline void prefetch_row(const void*, int) {}
-#else
-__device__ __forceinline__ void prefetch_box(const TensorMap* map, int column, int at, int steps, int h, int b) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" :: "l"(map), "r"(column), "r"(steps ? at % steps : at), "r"(steps ? at / steps : 0), "r"(h), "r"(b) : "memory");
-}
-__device__ __forceinline__ void prefetch_row(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory"); }
-#endif
-
-__device__ __forceinline__ void prefetch_tiles(const Params& p, const Item& x) {
-  const int b = x.head / p.Hq, h = x.head % p.Hq, step = row_step(p, x);
-  for (int c = 0; c < K_SLABS; c++) prefetch_box(&p.q[x.pass], 64 * c, x.t, step > 1 ? step : 0, h, b);
-  for (int e = 0; e < imin(x.n, INLINE); e++) {
-    const Entry& y = x.entries[e];
-    for (int c = 0; c < K_SLABS; c++) prefetch_box(&p.keys[y.part()].k, 64 * c, y.key, p.key_steps[y.part()], h / p.group, b);
-    for (int c = 0; c < V_SLABS; c++) prefetch_box(&p.keys[y.part()].v, 64 * c, y.key, p.key_steps[y.part()], h / p.group, b);
-  }
-}
-
 __device__ __forceinline__ bool open_item(const Params& p, int number, Item& x) {
   const int from = number / (p.section * p.tiles) * p.section, together = imin(p.section, p.steps - from), y = number - from * p.tiles, rank = y / together;
   const int4 a = __ldg(p.items + 2 * (i64)rank), b = __ldg(p.items + 2 * (i64)rank + 1);  // t, pass | times << 1, first, n; plain, head, wait, raise
@@ -148,7 +126,6 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
     const bool more = number < p.items_end && patience;
     if (!more) x.n = -1;
     bar_arrive(m.full_item(i % ITEMS));
-    if (more && x.n) prefetch_tiles(p, x);
     if (!more) return;
   }
 }
@@ -170,6 +147,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
     if (n < 0 || !patience) return;
     const int b = x.head / p.Hq, h = x.head % p.Hq, hk = h / p.group, step = row_step(p, x);
     bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
+    if (x.wait >= 0) wait_turn(p.counters + (i64)x.head * p.groups + x.wait, x.times, patience);
     if (n) load_slabs<K_SLABS>(m.q + i % TILES * Q_BYTES, &p.q[x.pass], m.full_q(i % TILES), x.t, step > 1 ? step : 0, h, b);
     else bar_arrive(m.full_q(i % TILES));
     int key = 0, part = 0;
@@ -297,9 +275,8 @@ template <class T> __device__ __forceinline__ T fresh(const T* x) { return __ldc
 __device__ __forceinline__ void raise_counter(int* counter) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" :: "l"(counter) : "memory"); }
 #endif
 
-// Counts the tiles that group w has written for the next pass, and waits for those that its next item starts from. By a thread that does nothing else: until all that was written is
-// seen by the whole chip takes as long as a product.
-__device__ __forceinline__ void count_tiles(const Params& p, const Shared& m, int w, u32& patience) {
+// Counts the tiles that group w has written for the next pass. By a thread that does nothing else: until all that was written is seen by the whole chip takes as long as a product.
+__device__ __forceinline__ void raise_counters(const Params& p, const Shared& m, int w, u32& patience) {
   u32 turn = 0;
   for (u32 i = 0;; i++) {
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
@@ -310,12 +287,6 @@ __device__ __forceinline__ void count_tiles(const Params& p, const Shared& m, in
       turn ^= 1;
       raise_counter(p.counters + (i64)x.head * p.groups + x.raise);
     }
-    if (x.wait >= 0) {
-      wait_turn(p.counters + (i64)x.head * p.groups + x.wait, x.times, patience);
-      const int first = imax(x.t + 64 * w, 0), end = imin(x.t + 64 * w + 64, p.T);
-      if (row_step(p, x) == 1 && first < end) prefetch_row(p.partial + ((i64)x.head * p.T + first) * VALUES, (end - first) * VALUES * 4);
-    }
-    bar_arrive(m.ready(w, i % ITEMS));
     bar_arrive(m.free_item(i % ITEMS));
   }
 }
@@ -462,19 +433,19 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     plain = uniform(x.plain);
     return x;
   };
-  const auto await_tiles = [&](u32 i) {  // item i's queries and its first keys
+  const auto await_tiles = [&](u32 i) {  // item i's queries, and with them the sums that it starts from; its first keys
     bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
   };
-  const auto ask = [&](const Item& x, u32 i) {  // for the sums that item i starts from
-    before[0] = before[1] = -inf();
-    if (x.wait < 0) return;
-    bar_wait(m.ready(w, i % ITEMS), parity<ITEMS>(i), patience);
+  const auto ask_before = [&](const Item& x) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int t = query(p, x, row() + 8 * h);
-      if (in_call(p, t)) before[h] = fresh(p.lse + (i64)x.head * p.T + t);
+      before[h] = x.wait >= 0 && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
     }
+  };
+  const auto ask_sums = [&](const Item& x) {
+    if (x.wait < 0) return;
     for_quads(p, x, row(), [&](int j, const float4* from, bool there) {
       const float4 y = there ? fresh(from) : make_float4(0.f, 0.f, 0.f, 0.f);
       o[j] = y.x; o[j + 1] = y.y; o[j + 4] = y.z; o[j + 5] = y.w;
@@ -491,13 +462,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     await_tiles(i);
     begin_block();
     aim(i);
+    ask_before(x);
+    ask_sums(x);
     hold(s);
     wgmma_fence();
     multiply_scores();
     see_first();
     wgmma_wait<0>();
     hold(s);
-    ask(x, i);
+  };
+  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: groups wait for earlier ones alone.
+  const auto goes_along = [&](const Item& x, const Item& y) {
+    return TILES == 2 && n > 0 && (x.raise < 0 || y.wait < 0 || (i64)y.head * p.groups + y.wait < (i64)x.head * p.groups + x.raise);
   };
   const auto written = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.written(w)); };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
@@ -565,11 +541,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       pass_on();
     }
     const Item &x = *m.item(i % ITEMS), &y = know(i + 1);
-    const bool along = TILES > 1 && n > 0;  // its first scores go along with this item's last product
+    const bool along = goes_along(x, y);
     if (along) {
       await_tiles(i + 1);
       begin_block();
       aim(i + 1);
+      ask_before(y);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores();
@@ -604,7 +581,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     close(i);
     if (TILES == 1) settle(i); else owed = true;
     i++;
-    if (along) ask(y, i); else open();
+    if (along) ask_sums(y); else open();
   }
   if (leader) tma_store_wait();
 }
@@ -615,10 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) { bar_init(m.full_k(s), 1); bar_init(m.free_k(s), 4 * GROUPS); bar_init(m.full_v(s), 1); bar_init(m.free_v(s), GROUPS); }
     for (int s = 0; s < TILES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), GROUPS); }
-    for (int w = 0; w < GROUPS; w++) {
-      bar_init(m.written(w), 4);
-      for (int s = 0; s < ITEMS; s++) bar_init(m.ready(w, s), 1);
-    }
+    for (int w = 0; w < GROUPS; w++) bar_init(m.written(w), 4);
     for (int s = 0; s < ITEMS; s++) { bar_init(m.full_item(s), 1); bar_init(m.free_item(s), READERS); }
     bar_fence();
   }
@@ -629,7 +603,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     fewer_registers<40>();
     if (threadIdx.x == 0) load_items(p, m, patience);
     else if (threadIdx.x == 32) take_items(p, m, patience);
-    else if (threadIdx.x == 64 || threadIdx.x == 96) count_tiles(p, m, threadIdx.x / 32 - 2, patience);
+    else if (threadIdx.x == 64 || threadIdx.x == 96) raise_counters(p, m, threadIdx.x / 32 - 2, patience);
   } else {
     more_registers<232>();
     multiply_items(p, m, group - 1, patience);

@@ -15,7 +15,7 @@ from sparsetile.backends.cupy.operands import KINDS, ceil_div, padded
 
 ROWS = KEYS = 128
 MOST = 4          # parts
-GROUP = 256       # tiles of a group at least: strided 128 at 32k with 128 and 256 of them 1.225 and 1.134 ms on an H100; with fewer, tiles of the second pass wait
+GROUP = 1 << 20   # tiles of a group at least: one group a head measured faster than groups of 128, whose second pass waits more often
 LEAD = 1          # groups that the first pass is ahead
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together where there is one pass
 LOG2E = 1.4426950408889634
@@ -171,25 +171,20 @@ def fields(parts: int) -> str:
     return text + f"{-struct.calcsize(text) % 64}x"  # the struct is as long as its alignment asks
 
 
-def tiles_of(D: int, Dv: int, stages: int) -> int:
-    """Query tiles held: with three the next item's is there before this one's output has left."""
-    return next(n for n in (3, 2, 1) if shared_bytes(D, Dv, stages, n) <= nvrtc.shared_limit("sm_90a"))
-
-
 def shared_bytes(D: int, Dv: int, stages: int, tiles: int) -> int:
     """Stages of keys and of values, query tiles; barriers, what stands in the stages, items."""
     keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
-    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 64 * stages + 16 * tiles + 144 + 4 * 112
+    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 112 + 32 * stages + 4 * 112
 
 
-def defines(kind: str, D: int, Dv: int, stages: int, parts: int, step: int = KEYS) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles_of(D, Dv, stages), PARTS=parts, STEP=step)
+def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int, step: int = KEYS) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts, STEP=step)
 
 
-def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, stages):
-    """out and lse of all parts; axes: of each part."""
+def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
+    """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
     (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(axes)
-    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, stages, n, plan.step)
+    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n, plan.step)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
     partial = place.empty((B * Hq, T, d["VALUES"]), "float32") if two else None
     counters = place.zeros((1 + heads * plan.groups,), "int32")
@@ -197,6 +192,6 @@ def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, stages):
     queries = [plan.axes[min(i, len(plan.axes) - 1)].rows(place, q, ROWS) for i in range(2)]
     maps = (*queries, hopper.tensor_map(place, out, (Dv, T, heads), (1, Dv, T * Dv), (64, 64, 1)), *(at.keys(place, x) for at in axes for x in (k, v)))
     function = nvrtc.function("block_attention_parts_hopper", "forward", fields(n), d, place)
-    function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, stages, d["TILES"]), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
+    function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, *depth), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
              counters.ptr, counters.ptr + 4, plan.items.ptr, plan.entries.ptr, plan.intervals.ptr, plan.bitmaps.ptr, *(plan.axes[min(i, len(plan.axes) - 1)].row_step for i in range(2)),
              *(at.key_step if at.key_run < KEYS else 0 for at in axes), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, plan.first_item, steps * tiles, plan.groups, 0, scale, scale * LOG2E)
