@@ -13,7 +13,7 @@ from sparsetile.profiles import lookup
 LEAST, TIMES = 5.0, 50  # a trial may take so many seconds, or so many times what the best one's calls take
 COMPILING = 60.0        # and so long where the bench worker compiles
 GRACE = 10.0            # a trial that the end of the budget finds at work may go on so long
-FINALS = 2.0            # seconds of the finals, and up to twice as many where the times scatter
+FINALS = 2.0            # seconds of the finals, and more where the times scatter (timing.ranked)
 PATIENCE, GAIN = (60, 0.25), 0.005  # so many trials, or such a share of those made, without such a gain: the search is over
 SMALL = 256             # but not in a space of so few legal configs, which is searched whole if the budget lasts
 

@@ -403,15 +403,15 @@ def _layout(rank: int):
     return gl.NVMMASharedLayout(128, 16, rank)
 
 
-def ahead(lists, name: str = "offsets") -> int:
-    """How many tiles of a list (key blocks, by "by_key_offsets") are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get(f"triton.ahead.{name}")
+def _ahead(lists) -> int:
+    """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
+    found = lists.extras.get("triton.ahead")
     if found is None:
-        offsets, found = lists.extras.get(name), 0
+        offsets, found = lists.extras.get("offsets"), 0
         if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
-            found = int((length > 4 * length.mean()).sum(axis=1).max(initial=0))
-        lists.extras[f"triton.ahead.{name}"] = found
+            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
+            found = int((length > 4 * length.mean()).sum(axis=1).max())
+        lists.extras["triton.ahead"] = found
     return found
 
 
@@ -439,7 +439,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
