@@ -32,12 +32,13 @@ constexpr int N = 64, SLOT = N * 128, SLOTS = HEADS == 8 ? 26 : HEADS == 16 ? 25
 constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, COLUMNS = HEADS / 4;
 constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + 9 * CHUNK, TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
 constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 16;
-constexpr int TOGETHER = 3;  // slots that are waited for at a time: each wait ends with a fence
+constexpr int THIRDS = 9;  // three slots each that are announced at a time: of as many steps as the ring can hold
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
 #define READY(s) (bars + 8 * (2 * SLOTS + (s)))
 #define DONE(s) (bars + 8 * (2 * SLOTS + 2 + (s)))
+#define LANDED(s) (bars + 8 * (2 * SLOTS + 4 + (s)))
 
 struct Found { u32 words[2]; int left, item; };      // of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all
 struct Made { int moved, left, item, unused; };      // of a step's probabilities; moved: earlier sums take a factor first
@@ -217,10 +218,34 @@ __device__ __forceinline__ void store_probabilities(u32 weights, const float (&s
   }
 }
 
+// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up.
+__device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
+  u32 slot = 0, phase = 0, third = 0, unused = 0, patience = PATIENCE;
+  for (int left = 0; left >= 0;) {
+    for (int part = 0; part < QUERY_SLOTS; part++) {
+      bar_wait(FULL(slot), phase, patience);
+      advance<SLOTS>(slot, phase);
+    }
+    do {
+      bar_wait(FULL(slot), phase, patience);
+      left = ((const Found*)(raw + FOUND))[slot].left;
+      for (int n = 0; n < 3; n++) {
+        for (int c = 0; c < 3; c++) {
+          bar_wait(FULL(slot), phase, patience);
+          advance<SLOTS>(slot, phase);
+        }
+        shared_to_copy_engine();
+        bar_arrive(LANDED(third));
+        advance<THIRDS>(third, unused);
+      }
+    } while (left > 0);
+  }
+}
+
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, warp = tid / 32, lane = tid & 31;
   const u64 query = descriptor_of(base + QUERY, 16, 1024, SWIZZLE_128);
-  u32 slot = 0, phase = 0, made = 0, turn = 1, patience = PATIENCE;
+  u32 slot = 0, phase = 0, third = 0, news = 0, made = 0, turn = 1, patience = PATIENCE;
   for (int left = 0; left >= 0;) {
 #pragma unroll 1
     for (int part = 0; part < QUERY_SLOTS; part++) {
@@ -245,12 +270,9 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       for (int k = 0; k < 4; k++) hold(part[k]);
 #pragma unroll
       for (int c = 0; c < 9; c++) {
-        if (c % TOGETHER == 0) {
-          for (int i = 0; i < TOGETHER; i++) {
-            bar_wait(FULL(slot), phase, patience);
-            advance<SLOTS>(slot, phase);
-          }
-          shared_to_copy_engine();
+        if (c % 3 == 0) {
+          bar_wait(LANDED(third), news, patience);
+          advance<THIRDS>(third, news);
         }
         wgmma_fence();
         const u64 keys = descriptor_of(base + slot_after(begin, c) * SLOT, 16, 1024, SWIZZLE_128);
@@ -262,6 +284,8 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       const u32 word = found->words[warp / 2] >> (16 * (warp & 1) + lane / 4);
       const int item = found->item;
       left = uniform(found->left);
+      for (int c = 0; c < 9; c++) advance<SLOTS>(slot, phase);
+      bar_wait(DONE(made), turn, patience);
       wgmma_wait<0>();
 #pragma unroll
       for (int k = 0; k < 4; k++) hold(part[k]);
@@ -271,14 +295,12 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       for (int i = 0; i < HEADS / 2; i++) s[i] = word >> (i & 2) * 4 & 1 ? (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]) : -inf();
       float factor[COLUMNS];
       const bool moved = probabilities(raw, s, h, factor, p.scale2, warp, lane);
-      bar_wait(DONE(made), turn, patience);
       if (moved && warp == 0 && lane < 4)
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) ((float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)] = factor[i];
       store_probabilities(base + WEIGHTS + made * CHUNK, s, warp, lane);
       if (tid == 0) ((Made*)(raw + MADE))[made] = {moved && !first, left, item, 0};
       if (left <= 0) finish(p, raw, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, warp, lane);
-      shared_to_copy_engine();
       bar_arrive(READY(made));
       advance<2>(made, turn);
       first = false;
@@ -329,6 +351,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
 #pragma unroll
           for (int i = 0; i < HEADS / 2; i++) o[c][i] *= f[i / 4 * 2 + i % 2];
       }
+      shared_to_copy_engine();  // here, where nobody waits for it
       const u32 begin = uniform(slot);
       const u64 weights = descriptor_of(base + WEIGHTS + (u32)uniform(made) * CHUNK, 16, 1024, SWIZZLE_128);
       const int kept = left <= 0 ? HEADS / 8 : 0;  // slots that the sums leave through
@@ -363,17 +386,28 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 4); }
     for (int s = 0; s < 2; s++) { bar_init(READY(s), 128); bar_init(DONE(s), 4); }
+    for (int s = 0; s < THIRDS; s++) bar_init(LANDED(s), 1);
     bar_fence();
   }
   __syncthreads();
-  if (group == 0) gather(p, raw, base, bars);
-  else if (group == 1) scores(p, raw, base, bars);
-  else values(p, raw, base, bars);
+  if (group == 0) {
+    fewer_registers<72>();
+    gather(p, raw, base, bars);
+  } else if (group == 1) {
+    more_registers<208>();
+    scores(p, raw, base, bars);
+  } else if (group == 2) {
+    more_registers<208>();
+    values(p, raw, base, bars);
+  } else {
+    fewer_registers<24>();
+    if (threadIdx.x == 384) herald(raw, bars);
+  }
 }
