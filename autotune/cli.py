@@ -198,13 +198,13 @@ def _gpus() -> int:
 
 def _selected(names, device):
     from sparsetile.autotune import tasks
-    from sparsetile.backends.contract import KERNELS
+    from sparsetile.backends.contract import TUNED
     everything = tasks.for_device(device)
     if not names:
         return everything
     found = []
     for name in names:
-        found += [w for w in everything if w.kernel == name] if name in KERNELS else [tasks.find(name)]
+        found += [w for w in everything if w.kernel == name] if name in TUNED else [tasks.find(name)]
     return found
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import decide, hunt, search, space, tasks, timing, tune, verify
-from sparsetile.backends.contract import KERNELS, Resources
+from sparsetile.backends.contract import TUNED, Resources
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
@@ -143,7 +143,7 @@ def test_a_config_that_raises_is_a_failure_with_its_cause(monkeypatch):
     assert any(e.get("failure") == "RuntimeError: out of shared memory" for e in events)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta", "append", "page_rows")])
+@pytest.mark.parametrize("kernel", TUNED)
 def test_the_verifier_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
     w = next(w for w in tasks.for_device(None) if w.kernel == kernel)
     verifier = verify.Verifier(w, None)
