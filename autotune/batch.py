@@ -5,7 +5,7 @@ import sys
 import time
 
 from sparsetile.autotune import fleet, isolate, tune
-from sparsetile.backends import arrays
+from sparsetile.backends.devices import cpu_count
 from sparsetile.backends.contract import Unsupported
 from sparsetile.profiles import lookup
 
@@ -77,6 +77,6 @@ def every_gpu(count: int, arguments: list[str], names: list[str], storage, profi
 
 
 def _side_by_side(commands: list, count: int) -> int:
-    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ}  # the processes that each has compile
+    env = {"SPARSETILE_COMPILERS": str(max(1, cpu_count() // count - 2)), **os.environ}  # the processes that each has compile
     running = [subprocess.Popen([sys.executable, "-m", "sparsetile", *command], env=env) for command in commands]
     return max((process.wait() for process in running), default=0)

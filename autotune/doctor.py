@@ -9,7 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from sparsetile.autotune import shelf
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.backends.contract import KERNELS
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -24,10 +24,10 @@ def report() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    devices = [None] + list(range(_gpus()))
+    indices = [None] + list(range(_gpus()))
     return {
         "python": platform.python_version(), "platform": platform.platform(), "versions": versions,
-        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in devices for i in (arrays.device_info(d),)],
+        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in indices for i in (devices.device_info(d),)],
         "backends": dispatch.backends(),
         "environment": {name: os.environ.get(name) for name in (*dispatch.VARIABLES, *sorted(n for n in os.environ if n.startswith("SPARSETILE_") and n not in dispatch.VARIABLES))},
         "mistakes": _mistakes(),
@@ -93,7 +93,7 @@ def _profile(path) -> dict:
         data = schema.load(path)
     except schema.ProfileError as error:
         return {"path": str(path), "error": str(error)}
-    fits = [d for d in [None] + list(range(_gpus())) if arrays.device_info(d).arch == data["device"]["arch"]]
+    fits = [d for d in [None] + list(range(_gpus())) if devices.device_info(d).arch == data["device"]["arch"]]
     stale = sum(bool(shelf.stale(data["op"], e)) for e in data["entries"])
     return {"path": str(path), "op": data["op"], "device": data["device"]["name"], "entries": len(data["entries"]), "stale": stale, "used_here": bool(fits)}
 

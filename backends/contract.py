@@ -6,7 +6,7 @@ A kernel is a module `backends/<backend>/<op>.py` with these names (see CONTRIBU
     supports(problem)               None, or one sentence that says what is not supported and what would work
     resources(problem, config)      Resources, or one sentence that says why this config cannot run; known before compiling
     default_config(problem)         dict, knob -> value
-    run(..., config, place)         the work; `place` (backends/arrays.py) is where it runs, what allocates, and what a launch goes through: a run may be noted and repeated (backends/tape.py)
+    run(..., config, place)         the work; `place` (backends/places.py) is where it runs, what allocates, and what a launch goes through: a run may be noted and repeated (backends/tape.py)
     artifacts(problem, config)      what has to be compiled for a GPU (triton and cupy only), so that it can be done ahead of time
     captures(config)                where a CUDA graph holds other work than the call it records: None, or the sentence why
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.backends.contract import BACKENDS, TUNED, Problem, Resources, Unsupported
 from sparsetile.profiles.environment import reader
 
@@ -255,9 +255,9 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
 
 def _lookup(problem: Problem, device: int | None, backend: str | None):
     from sparsetile.profiles import lookup
-    found = lookup.find(problem, arrays.device_info(device).name, backend)
+    found = lookup.find(problem, devices.device_info(device).name, backend)
     if found is not None and found.inherited:
-        _once(f"{problem.op}: {found.source} is used for {arrays.device_info(device).name}; run `sparsetile tune` for a profile of its own")
+        _once(f"{problem.op}: {found.source} is used for {devices.device_info(device).name}; run `sparsetile tune` for a profile of its own")
     return found
 
 

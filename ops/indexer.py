@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.ops.caches.paged import Cache
@@ -172,9 +172,9 @@ def topk(scores, top_k, *, key_start=None, key_end=None, backend=None, config=No
 def best(scores, top_k, key_start, key_end, backend, config, caller, device):
     """topk of checked arguments: indices [B,T,K], lengths [B,T]."""
     B, T, S = scores.shape
-    problem = Problem.of("topk", dict(B=B, T=T, S=S, K=top_k), dict(scores="float32"), arrays.device_info(device).arch)
+    problem = Problem.of("topk", dict(B=B, T=T, S=S, K=top_k), dict(scores="float32"), devices.device_info(device).arch)
     choice = dispatch.choose("topk", problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * T * S == 0:
             got = place.full((B, T, top_k), "int32", -1), place.zeros((B, T), "int32")
@@ -240,12 +240,12 @@ def problem_of(call: Call, kernel: str, words=(), granularity: int = 1, **axes: 
     features = [*words, *(w for w, on in (("causal", call.causal), ("scale", call.k_scale is not None), ("window", call.key_start is not None or call.key_end is not None),
                                           ("q_start", not isinstance(call.q_start, int)), ("paged", call.table is not None)) if on)]
     kind = arrays.dtype_name(call.q)
-    return Problem.of(kernel, dict(B=B, H=H, T=T, S=S, D=D, **axes), dict(q=kind, k=kind), arrays.device_info(call.device).arch, features, 1.0, granularity)
+    return Problem.of(kernel, dict(B=B, H=H, T=T, S=S, D=D, **axes), dict(q=kind, k=kind), devices.device_info(call.device).arch, features, 1.0, granularity)
 
 
 def _choose(call: Call, kernel: str, **problem):
     choice = dispatch.choose(call.op, problem_of(call, kernel, **problem), call.device, call.backend, call.config)
-    return choice, arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    return choice, places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
 
 
 def _natives(call: Call, place):

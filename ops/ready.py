@@ -4,7 +4,7 @@ What the checks, the choice of backend and the lists depend on is the key (shape
 call that finds its key has nothing left to ask; only pointers are read anew. On a GPU the second call notes its kernel's launches, and later ones repeat them (backends/tape.py).
 Calls that need a gradient, selections, layouts, configs and positions on the device take the long way.
 """
-from sparsetile.backends import arrays
+from sparsetile.backends import devices, places
 from sparsetile.ops import dispatch
 from sparsetile.ops.pattern import Pattern
 from sparsetile.profiles.environment import reader
@@ -61,14 +61,14 @@ class _Ready:
 
     def __call__(self, q, k, v, sink_logits, kv_length):
         results = None
-        if self.tape is not None and arrays.is_current(self.device):
-            results = self.tape(arrays.stream_of("torch", self.device), q, k, k if v is None else v, sink_logits, kv_length)
+        if self.tape is not None and devices.is_current(self.device):
+            results = self.tape(devices.stream_of("torch", self.device), q, k, k if v is None else v, sink_logits, kv_length)
         if results is None:
             results = self._run(q, k, v, sink_logits, kv_length)
         return tuple(results) if self.return_lse else results[0]
 
     def _run(self, q, k, v, sink_logits, kv_length):
-        place = arrays.place_for(self.native, "torch", self.device)
+        place = places.place_for(self.native, "torch", self.device)
         with place.guard():
             if self.tape is None and self.trials:
                 return self._note(place, q, k, v, sink_logits, kv_length)

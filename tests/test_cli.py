@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsetile.autotune import cli
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend", "plan")
@@ -119,7 +119,7 @@ def test_bench_times_the_default_beside_a_tuned_config(capsys, monkeypatch, tmp_
     from sparsetile.profiles import lookup
     task = tasks.Task(tasks.find("cpu/window-256/4096"), None)
     entry = {"key": lookup.key_of(task.problem), "backend": "numba", "config": {"block_q": 32, "block_k": 64}, "time_us": 10.0}
-    store.add(tmp_path / "mine", "block_attention", {"name": arrays.device_info(None).name, "arch": "cpu"}, entry, {}, {})
+    store.add(tmp_path / "mine", "block_attention", {"name": devices.device_info(None).name, "arch": "cpu"}, entry, {}, {})
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "mine"))
     lookup.forget(), dispatch.clear_plans()
     assert cli.main(["bench", "cpu/window-256/4096", "--seconds", "0.1", "--json"]) == 0

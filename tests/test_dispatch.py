@@ -8,13 +8,13 @@ from drivers import EVERY
 
 import sparsetile as st
 from sparsetile.autotune import store
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
 from sparsetile.profiles import lookup, misses, schema
 
-DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
+DEVICE = {"name": devices.device_info(None).name, "arch": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -191,8 +191,8 @@ def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
 
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
     """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
-    mine = arrays.device_info(None)
-    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    mine = devices.device_info(None)
+    monkeypatch.setattr(devices, "device_info", lambda index: devices.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
     monkeypatch.setitem(DEVICE, "arch", "sm_90a")
     plain = st.explain(st.sparse_attention, *qkv)
     monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")

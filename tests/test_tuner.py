@@ -106,8 +106,8 @@ def test_the_next_process_finds_the_profile_of_this_cpu():
 
 
 def _name():
-    from sparsetile.backends import arrays
-    return arrays.device_info(None).name
+    from sparsetile.backends import devices
+    return devices.device_info(None).name
 
 
 def test_wrong_answers_are_never_timed(monkeypatch):

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsetile.backends import arrays
+from sparsetile.backends import devices, places
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, dispatch
@@ -198,11 +198,11 @@ class PagedCache(Cache):
         indices, q_start = selection.indices, checks.start(q_start, int(self.lengths.shape[0]), None)
         caller, device = checks.together({"pattern.indices": indices, "k.page_table": self.page_table, "q_start": None if isinstance(q_start, int) else q_start})
         B, G, T, K = indices.shape
-        problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), arrays.device_info(device).arch, granularity=selection.granularity)
+        problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), devices.device_info(device).arch, granularity=selection.granularity)
         choice = dispatch.find("page_rows", problem, device, backend)
         if choice is None:
             return None
-        place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+        place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
         with place.guard():
             if dispatch.is_explaining():  # entries of the right shape are all that the choice of the attention kernel needs
                 return place.give(place.empty((B, G, T, K * selection.granularity), "int32"))
