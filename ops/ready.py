@@ -15,12 +15,17 @@ _calls = {}
 dispatch.PLAN_CACHES.append(_calls)
 
 
+def transformed(torch) -> bool:
+    """Whether this is a call inside of torch.func, where tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32):
     """What makes two calls alike, or None for a call that takes the long way."""
     if type(q).__module__ != "torch":
         return None
     import torch  # not looked for in sys.modules: torch.compile would walk over all of them, while they grow
-    if type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch):
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or not (type(return_lse) is type(deterministic) is type(allow_tf32) is bool):  # 1 == True, and is refused
         return None
