@@ -37,14 +37,17 @@ def report() -> dict:
 
 def _mistakes() -> list:
     """What the environment says that no call can obey, one sentence each."""
-    found, ops = [], ("sparse_attention", "latent_attention", *KERNELS)
+    found, ops = [], dict.fromkeys(map(dispatch.op_of, KERNELS))
     for check in (dispatch.tune_mode, *(partial(dispatch.requested_backend, op, None) for op in ops)):
         try:
             check()
         except ValueError as error:
             found.append(str(error))
     prefix, user = "SPARSETILE_BACKEND_", os.environ.get("SPARSETILE_PROFILE_DIR")
-    found += [f"{name}: expected the name of an op behind {prefix}, got {name[len(prefix):]}; no call reads it" for name in os.environ if name.startswith(prefix) and name[len(prefix):].lower() not in ops]
+    for name in sorted(name for name in os.environ if name.startswith(prefix) and name[len(prefix):].lower() not in ops):
+        kernel = name[len(prefix):].lower()
+        remedy = f"of this kernel {prefix}{dispatch.op_of(kernel).upper()} is read" if kernel in KERNELS else "no call reads it"
+        found.append(f"{name}: expected the name of an op behind {prefix}, got {name[len(prefix):]}; {remedy}")
     found += [f"SPARSETILE_PROFILE_DIR: expected a directory, got {user!r}; make it, or unset the variable"] * bool(user and not os.path.isdir(user))
     return list(dict.fromkeys(found))
 
@@ -119,4 +122,4 @@ def _line(p: dict) -> str:
     if "error" in p:
         return f"  {p['path']}: {p['error']}"
     changed = f", {p['stale']} of kernels that have changed since (sparsetile verify)" if p["stale"] else ""
-    return f"  {p['path']}: {p['op']}, {p['entries']} entries{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"
+    return f"  {p['path']}: {p['op']}, {p['entries']} {'entry' if p['entries'] == 1 else 'entries'}{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"

@@ -77,6 +77,15 @@ def environment(op: str) -> tuple:
     return read()
 
 
+_OP_OF = {"attention_delta": "sparse_attention", "grouped_matmul": "latent_attention", "indexer_scores_backward": "indexer_scores",
+          **{f"{keys}_attention{direction}": "sparse_attention" for keys in ("block", "gather") for direction in ("", "_backward")}}
+
+
+def op_of(kernel: str) -> str:
+    """The op that asks for a kernel by itself, and whose variable rules it."""
+    return _OP_OF.get(kernel, kernel)
+
+
 def requested_backend(op: str, backend: str | None) -> str:
     """The backend asked for by argument or environment, or "auto"."""
     own = "SPARSETILE_BACKEND_" + op.upper()

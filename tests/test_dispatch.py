@@ -9,7 +9,7 @@ from drivers import EVERY
 import sparsetile as st
 from sparsetile.autotune import store
 from sparsetile.backends import devices
-from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.backends.contract import KERNELS, Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
 from sparsetile.profiles import lookup, misses, schema
@@ -105,6 +105,7 @@ def test_unknown_backend_is_an_error(qkv, monkeypatch):
 def test_every_op_has_a_variable_of_its_own(qkv, monkeypatch, name, call):
     variable = f"SPARSETILE_BACKEND_{name}"
     assert st.explain(call, qkv[0]).backend == "numba"
+    assert name.lower() in map(dispatch.op_of, KERNELS)  # what the doctor knows
     monkeypatch.setenv(variable, "reference")
     assert st.explain(call, qkv[0]).backend == "reference"
     for value in ("cuda", "NUMBA", " numba"):

@@ -242,6 +242,8 @@ def test_bad_arguments_of_tune():
         tune.tune("topk", "cpu/nothing")
     with pytest.raises(ValueError, match="op: expected 'topk'"):
         tune.tune("block_attention", "cpu/topk-32")
+    with pytest.raises(ValueError, match="op: expected 'block_attention'.*'sparse_attention', got 'latent_attention'"):
+        tune.tune("latent_attention", "cpu/causal/4096")
     with pytest.raises(TypeError, match="workload"):
         tune.tune("topk", 3)
 
