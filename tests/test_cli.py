@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetile.autotune import cli
+from sparsetile.autotune import cli, commands
 from sparsetile.backends import devices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def test_doctor_says_which_variables_no_call_can_obey(capsys, monkeypatch, tmp_p
 
 
 def test_a_gpu_without_torch_is_refused_in_words(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
     for words in (["explain", "--device", "0"], ["tune", "--device", "0"], ["tune", "--device", "all"], ["bench", "--device", "0"]):
         assert cli.main(words) == 1 and "--device: expected torch" in capsys.readouterr().err
 
@@ -137,7 +137,7 @@ def test_pattern_counts_the_blocks_kept(text, kept, of, capsys):
     assert (blocks["kept"], blocks["of"]) == (kept, of)
 
 
-@pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])
+@pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["tune", "page_rows"], ["tune", "--list", "--device", "0", "indexer_scores_backward"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])
 def test_mistakes_are_one_sentence(arguments, capsys):
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
