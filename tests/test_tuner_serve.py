@@ -22,8 +22,32 @@ def test_what_is_missing_is_said(command, storage, package, monkeypatch, capsys)
 def test_a_journal_needs_no_proxy_and_an_address_has_a_port(monkeypatch):
     with pytest.raises(ValueError, match="expected the URL of a database for the proxy, got 'x.journal'"):
         serve.proxy("x.journal")
-    with pytest.raises(ValueError, match="expected grpc://host:port, got 'grpc://somewhere'"):
+    with pytest.raises(ValueError, match="got 'grpc://somewhere' .*expected grpc://host:port"):
         search.storage_of("grpc://somewhere")
+
+
+@pytest.mark.parametrize("storage, why", [("nowhere/journal", "FileNotFoundError"), ("garbage", "UnicodeDecodeError"), ("foo://bar", "NoSuchModuleError"),
+                                          ("postgresql+psycopg://me:secret@127.0.0.1:1/db", "OperationalError"), ("sqlite:////nowhere/x.db", "OperationalError")])
+def test_a_storage_that_does_not_answer_is_said_in_a_line(storage, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("garbage").write_bytes(bytes(range(128, 256)) + b"\n\n")
+    if "psycopg" in storage:
+        pytest.importorskip("psycopg", reason="psycopg is not installed")
+    assert cli.main(["tune", "cpu/topk-32", "--storage", storage]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("sparsetile tune: storage: expected a journal file") and f"({why}: " in said and "secret" not in said and said.count("\n") == 1
+
+
+def test_a_journal_with_half_a_line_goes_on(tmp_path):
+    path = tmp_path / "journal"
+    with fleet.WorkList(path).claim("a") as claim:
+        claim.finish()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":4,"worker_id":"killed')  # a full disk, a machine that lost its power
+    with fleet.WorkList(path).claim("b") as claim:
+        claim.finish()
+    assert path.read_bytes().startswith(whole) and b"killed" not in path.read_bytes()
+    assert fleet.WorkList(path).done("a") and fleet.WorkList(path).done("b")
 
 
 def test_the_proxy_shares_a_work_list():
