@@ -4,6 +4,7 @@ Optuna is the engine: every config that is tried is a trial of a study, with its
 killed run goes on where it stopped and optuna-dashboard shows it. "pool" is our sampler (parzen.py). Optuna's own know nothing of legality and repeat themselves; here
 each suggestion of theirs is moved to the nearest legal config that was not tried yet.
 """
+import contextlib
 import functools
 import json
 import logging
@@ -166,9 +167,27 @@ def storage_of(storage):
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 (of the database's client, of its driver, or of a file that is no journal)
-        shown = re.sub(r"://([^/@:]*):[^@]*@", r"://\1:***@", text)
-        why = str(error).strip().partition("\n")[0] or "no answer"
-        raise ValueError(f"storage: expected a journal file that can be read and written, or the URL of a database that answers, got {shown!r} ({type(error).__name__}: {why}); correct it, or name another") from None
+        raise ValueError(f"storage: expected a journal file that can be read and written, or the URL of a database that answers, got {_shown(text)} ({_why(error)}); correct it, or name another") from None
+
+
+@contextlib.contextmanager
+def answering(storage):
+    """Within it, a storage that no longer answers ends the work in a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if storage is None or type(error).__module__.partition(".")[0] not in ("optuna", "sqlalchemy", "grpc"):
+            raise
+        raise RuntimeError(f"storage: expected an answer of {_shown(os.fsdecode(storage))}, got none ({_why(error.__cause__ or error)}); run it again when it answers: what it was told is kept") from None
+
+
+def _shown(storage: str) -> str:
+    """Without its password."""
+    return repr(re.sub(r"://([^/@:]*):[^@]*@", r"://\1:***@", storage))
+
+
+def _why(error) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no answer'}"
 
 
 def _opened(optuna, text: str):

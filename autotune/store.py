@@ -48,6 +48,15 @@ def _locked(folder: Path):
         yield
 
 
+def writable(root: Path) -> None:
+    """ValueError if profiles cannot be written there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise ValueError(f"profiles: expected a directory that can be written, got {str(root)!r} ({error.strerror}); name another, or set SPARSETILE_CACHE_DIR") from None
+
+
 def _same(a: dict, b: dict, rules: dict) -> bool:
     return lookup._flat(a["key"], rules) == lookup._flat(b["key"], rules) and a["backend"] == b["backend"]
 

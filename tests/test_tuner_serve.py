@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetile.autotune import cli, fleet, search, serve
+from sparsetile.autotune import batch, cli, fleet, search, serve
 from sparsetile.ci import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,15 @@ def test_a_storage_that_does_not_answer_is_said_in_a_line(storage, why, tmp_path
     assert cli.main(["tune", "cpu/topk-32", "--storage", storage]) == 1
     said = capsys.readouterr().err
     assert said.startswith("sparsetile tune: storage: expected a journal file") and f"({why}: " in said and "secret" not in said and said.count("\n") == 1
+
+
+def test_a_database_that_is_lost_ends_the_run_in_a_line(monkeypatch, capsys):
+    def lost(*_, **__):
+        raise search.engine().exceptions.StorageInternalError("the commit\nfailed") from OSError("connection refused\nby the server")
+    monkeypatch.setattr(batch, "run", lost)
+    assert cli.main(["tune", "cpu/topk-32", "--storage", "postgresql://me:secret@host/db"]) == 1
+    assert capsys.readouterr().err == ("sparsetile tune: storage: expected an answer of 'postgresql://me:***@host/db', got none (OSError: connection refused); run it again when it answers: "
+                                       "what it was told is kept\n")
 
 
 def test_a_journal_with_half_a_line_goes_on(tmp_path):
