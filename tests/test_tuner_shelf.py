@@ -179,5 +179,22 @@ def test_a_task_that_another_does_between_look_and_claim_is_not_done_twice(again
     assert bool(slow.claim("a", again)) is again
 
 
-def test_a_lease_of_another_host_holds_until_its_time():
-    assert fleet.alive("elsewhere:1:1", 9e12) and not fleet.alive("elsewhere:1:1", 0.0) and not fleet.alive(f"{fleet._HERE}:999999999:1", 9e12)
+def test_a_claim_of_another_host_lives_while_it_is_renewed_whatever_the_clocks_say(tmp_path, monkeypatch):
+    path, now, here = str(tmp_path / "journal"), [1000.0], fleet._HERE
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fleet, "_HERE", "elsewhere")
+    theirs = fleet.WorkList(path).claim("a")
+    monkeypatch.setattr(fleet, "_HERE", here)
+    mine = fleet.WorkList(path)
+    assert mine.claim("a") is None
+    now[0] += fleet.LEASE - 1
+    theirs.owner.study._storage.set_trial_user_attr(theirs.trial_id, "renewed", 1)
+    assert mine.claim("a") is None
+    now[0] += fleet.LEASE - 1
+    assert mine.claim("a") is None
+    now[0] += 2
+    with mine.claim("a") as claim, theirs:  # that host only slept
+        theirs.finish()
+        assert not mine.done("a")
+        claim.finish()
+    assert mine.done("a")
