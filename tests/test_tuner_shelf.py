@@ -123,6 +123,15 @@ def test_misses_are_counted_and_become_a_work_list(tmp_path, monkeypatch, rng):
     assert "user profile" in st.explain(st.sparse_attention, x, x, x, st.Window(3, 3), backend="numba").source
 
 
+@pytest.mark.parametrize("path, why", [("/dev/full", "No space left"), ("/nowhere/shapes.jsonl", "No such file")])
+def test_shapes_that_cannot_be_recorded_are_said_once_and_the_call_runs(path, why, monkeypatch, rng, caplog):
+    monkeypatch.setenv("SPARSETILE_RECORD_SHAPES", path)
+    for T in (40, 100):
+        x = rng.standard_normal((1, 2, T, 16)).astype(np.float32)
+        assert st.sparse_attention(x, x, x, st.Window(3, 3), backend="numba").shape == x.shape
+    assert [why in record.getMessage() and path in record.getMessage() for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"op": "rm"}', '{"op": "topk", "backend": "numba", "arch": "cpu", "dims": {"B": -1}, "dtypes": {}, "features": [], "density": 1, "granularity": 1, '
                                   '"pattern": null}'])
 def test_a_bad_work_list_is_refused_by_line(line, tmp_path):
