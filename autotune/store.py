@@ -82,6 +82,8 @@ def add(root: Path, op: str, device: dict, entry: dict, tuned_with: dict, regime
                                             e.get("status") != "pinned", e.get("time_us", float("inf")), e["backend"]))
         wrong = schema.check(data)
         assert wrong is None, wrong
+        for left in path.parent.glob(f".{path.name}.*") if fcntl else ():  # by a writer that was killed: one writes at a time
+            left.unlink()
         write(path, dump(data))
     lookup.forget()
     return path
