@@ -79,7 +79,7 @@ def every_gpu(count: int, arguments: list[str], names: list[str], storage, profi
 
 
 def _side_by_side(commands: list, count: int) -> int:
-    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ}  # the processes that each has compile
+    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ, "TERM": "dumb"}  # the processes that each has compile; and lines, for several tables on one terminal overwrite each other
     starting = f"from {isolate.__name__} import with_parent; with_parent(); from {__package__}.cli import main; raise SystemExit(main())"
     running = []
     try:

@@ -1,6 +1,7 @@
 """What a tuning run shows: a live table with rich on a terminal, plain lines elsewhere, JSON events with --json."""
 import contextlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ def show(total: int, as_json: bool):
     if as_json:
         yield lambda event: print(json.dumps(event, default=str), flush=True)
         return
-    if find_spec("rich") is None or not sys.stdout.isatty():  # a file or a pipe would see the table at the end only
+    if find_spec("rich") is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":  # a file or a pipe would see the table at the end only
         yield _Lines(total)
         return
     live = _Live(total)
@@ -29,7 +30,7 @@ def _us(value) -> str:
 
 def _ties(entry) -> str:
     """How many configs are as fast, and within what: a wide band says that the timing is not to be trusted."""
-    return f"{entry['ties']} in {entry['band']:.1%}" + (": noisy timing" if entry["band"] > timing.WIDE else "")
+    return f"{entry['ties']} within {entry['band']:.1%}" + (" (noisy)" if entry["band"] > timing.WIDE else "")
 
 
 class _Lines:
@@ -45,7 +46,7 @@ class _Lines:
             self.causes[event["failure"].partition(":")[0]] += 1
         elif kind == "final":
             e = event["entry"]
-            print(f"    {_us(e['time_us'])} (default {_us(e.get('default_us'))})  {e['config']}  tried {e['search']['evaluated']}, failed {e['search']['failed']}, {_ties(e)} tied", file=sys.stderr)
+            print(f"    {_us(e['time_us'])} (default {_us(e.get('default_us'))})  {e['config']}  tried {e['search']['evaluated']}, failed {e['search']['failed']}, tied {_ties(e)}", file=sys.stderr)
         elif kind == "failed":
             self.done += 1
             print(f"    {event['error']}", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetile.autotune import batch, cli, fleet, search, serve
+from sparsetile.autotune import batch, cli, fleet, progress, search, serve
 from sparsetile.ci import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +24,26 @@ def test_a_journal_needs_no_proxy_and_an_address_has_a_port(monkeypatch):
         serve.proxy("x.journal")
     with pytest.raises(ValueError, match="got 'grpc://somewhere' .*expected grpc://host:port"):
         search.storage_of("grpc://somewhere")
+
+
+EVENTS = [{"event": "start", "workload": "w", "backend": "cupy", "feasible": 9, "total": 12, "resumed": 2},
+          {"event": "trial", "workload": "w", "backend": "cupy", "config": {"k": 1}, "time_us": None, "failure": "hang: no answer within 5 s", "done": 3, "best_us": None},
+          {"event": "trial", "workload": "w", "backend": "cupy", "config": {"k": 2}, "time_us": 1500.0, "failure": None, "done": 4, "best_us": 1500.0},
+          {"event": "final", "workload": "w", "backend": "cupy", "entry": {"config": {"k": 2}, "time_us": 1500.0, "default_us": 3000.0, "ties": 2, "band": 0.031, "search": {"evaluated": 4, "failed": 1}}},
+          {"event": "done", "workload": "w", "entry": {}, "path": "p/topk.yaml"}, {"event": "failed", "workload": "v", "error": "nothing ran"}]
+
+
+@pytest.mark.parametrize("terminal, term, words", [(True, "xterm", ["2/3 workloads", "about", "s left", "failures: hang 1", "1.500 ms", "3.000 ms", "2.00 x", "2 within 3.1% (noisy)", "nothing ran"]),
+                                                   (True, "dumb", ["[1/3] w on cupy: 9 legal configs of 12, 2 known", "1.500 ms (default 3.000 ms)", "tied 2 within 3.1% (noisy)", "{'hang': 1}", "nothing ran"]),
+                                                   (False, "xterm", ["[1/3] w on cupy", "written to p/topk.yaml"])])
+def test_what_a_run_shows(terminal, term, words, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", term), monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: terminal, raising=False)
+    with progress.show(3, False) as say:
+        for event in EVENTS:
+            say(event)
+    shown = "".join(capsys.readouterr())
+    assert not [word for word in words if word not in shown] and ("workloads," in shown) == (words[0] == "2/3 workloads"), shown
 
 
 @pytest.mark.parametrize("storage, why", [("nowhere/journal", "FileNotFoundError"), ("garbage", "UnicodeDecodeError"), ("foo://bar", "NoSuchModuleError"),
