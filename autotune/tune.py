@@ -61,6 +61,7 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
     if not [name for name in names if refused.get(name, name) is None]:
         raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
     entries, root = [], Path(profiles) if profiles else lookup.user_cache()
+    store.writable(root)  # asked now, not after the search
     hunts = [Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say) for name in names if refused.get(name, name) is None]
     for n, hunt in enumerate(hunts):
         prepare = lambda one: one.prepare(trials, storage, sampler, seed, lookup.related(problem, facts["device"]["name"], one.backend, user=str(root)))

@@ -155,6 +155,14 @@ def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
     assert path.with_suffix(".broken").read_text() == "nonsense: [" and schema.load(path)
 
 
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    path = store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    for name in (".topk.yaml.k1lled", ".merge_attention.yaml.another"):
+        (path.parent / name).write_text("schema:")
+    store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    assert {file.name for file in path.parent.iterdir()} == {"topk.yaml", ".lock", ".merge_attention.yaml.another"}
+
+
 def test_two_hundred_entries_load_quickly(tmp_path):
     said = dict(status="tuned", workload="cpu/window-256/4096", band=0.0121, code="0123abcd", date="2026-11-27", default_us=31.5, ties=2, spread={"p20": 3.5, "p80": 3.9, "n": 40},
                 search={"sampler": "pool", "evaluated": 90, "feasible": 300, "failed": 3, "seed": 0, "stop": "seconds", "seconds": 30.1}, launch="graph", clock_mhz=1755, clocks=[1740, 1770],

@@ -246,6 +246,8 @@ def test_bad_arguments_of_tune():
         tune.tune("latent_attention", "cpu/causal/4096")
     with pytest.raises(TypeError, match="workload"):
         tune.tune("topk", 3)
+    with pytest.raises(ValueError, match="profiles: expected a directory that can be written, got '/dev/null/x'"):
+        tune.tune("topk", W("test/topk", "topk", B=1, T=8, S=64, K=5), backend="numba", trials=1, progress=pytest.fail, isolated=False, profiles="/dev/null/x")
 
 
 def test_stopwatch_measures():
