@@ -177,7 +177,7 @@ def _choose(op, problem, device, backend, config, fixed, rule) -> Choice:
         candidates = ()
     else:
         candidates = BACKENDS
-        found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
+        found = None if config or fixed or tune_mode() == "off" else looked_up(problem, device, None)
         if found and refusal(found.backend, problem, device) is None:
             choice = _configure(found.backend, problem, device, None, None, rule)
     for name in candidates if choice is None or is_explaining() else ():
@@ -218,12 +218,12 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
         return Choice(backend, module, check_config(module, problem, {**dict(config), **fixed}, "config"), "the config argument")
     found = None
     if not fixed and tune_mode() != "off":
-        found = _lookup(problem, device, backend)
+        found = looked_up(problem, device, backend)
         if found is None and tune_mode() == "on" and tune_hook is None:
             _once("SPARSETILE_TUNE=on: expected before the first op of sparsetile is loaded, came after it, and nothing is tuned; set it earlier, or call sparsetile.autotune.hook.install()")
         elif found is None and tune_mode() == "on":
             tune_hook(problem, device, backend, rule)
-            found = _lookup(problem, device, backend)
+            found = looked_up(problem, device, backend)
         if found is None and not is_explaining() and module.TUNABLES:
             _missed(problem, backend, rule)
     if found is not None:
@@ -234,7 +234,7 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     return Choice(backend, module, check_config(module, problem, fixed, "layout"), "the kernel's heuristic" + (" and the layout's tiles" if fixed else ""))
 
 
-def _lookup(problem: Problem, device: int | None, backend: str | None):
+def looked_up(problem: Problem, device: int | None, backend: str | None):
     from sparsetile.profiles import lookup
     found = lookup.find(problem, arrays.device_info(device).name, backend)
     if found is not None and found.inherited:

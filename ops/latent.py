@@ -2,13 +2,15 @@
 from functools import lru_cache
 
 from sparsetile.backends import arrays
-from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.backends.contract import Problem, Unsupported, density_bucket
 from sparsetile.ops import attention, checks, dispatch
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.latent import parts
 from sparsetile.ops.caches.paged import Cache
+from sparsetile.ops.pattern import Pattern
+from sparsetile.ops.selection import Selection
 
-FLOATS = ("float32", "float16", "bfloat16", "float64")
+FLOATS, MODES = ("float32", "float16", "bfloat16", "float64"), ("absorbed", "decompressed")
 
 
 def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, backend=None, config=None):
@@ -58,7 +60,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     q_nope [B,H,T,Dn], q_rope [B,H,T,P] or None, latent [B,S,R], k_rope [B,S,P] or None, w_uk [H,R,Dn], w_uv [H,R,Dv]; pattern and the rest as in
     sparse_attention. scale defaults to (Dn + P)**-0.5 in both modes (never the absorbed width).
     mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
-           "decompressed": keys and values of all heads are rebuilt first; "auto": the cheaper by `latent_cost`, a stated count of operations and bytes.
+           "decompressed": keys and values of all heads are rebuilt first; "auto": what an entry of a profile's latent_attention.yaml says of these sizes
+           (config {mode: absorbed}), else the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
     latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie, in 16 or 32 bits or in the fp8 layout.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
@@ -83,13 +86,13 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     if q_rope is not None:
         checks.array("q_rope", q_rope, 4, "[B,H,T,P]", (kind,))
         checks.same("q_rope", "shape [B,H,T,P]", [B, H, T, P], list(q_rope.shape), "its width is that of k_rope")
-    checks.choice("mode", mode, ("auto", "absorbed", "decompressed"))
+    checks.choice("mode", mode, ("auto", *MODES))
     scale = (Dn + P) ** -0.5 if scale is None else checks.number("scale", scale)
     plain = cache is not None or latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
     if mode == "auto":
-        mode = "absorbed" if plain and R + P <= 576 and _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) else "decompressed"
+        mode = _mode(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= 576 else "decompressed"
     if caller == "jax":
         from sparsetile.ops import jax_ops
         held = jax_ops.tables(pattern)
@@ -189,16 +192,51 @@ def _pairs(pattern, T, S) -> int:
     return int(T * S * pattern.density(T, S))
 
 
-def _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) -> bool:
-    from sparsetile.ops.patterns import Pattern
-    from sparsetile.ops.selection import Selection
-    pairs = None
-    if isinstance(pattern, Selection):
-        pairs = T * min(S, pattern.indices.shape[3] * pattern.granularity)
-    elif isinstance(pattern, Pattern) and T and S:
-        pairs = _pairs(pattern, T, S)
+_modes = {}
+dispatch.PLAN_CACHES.append(_modes)
+
+
+def _mode(rule, T, sizes, kind, device, backend, caller) -> str:
+    """The mode that "auto" means. A Selection is known by how many keys it gives at most, a pattern by what it is; a layout counts as dense."""
+    rule = rule.indices.shape[3] * rule.granularity if isinstance(rule, Selection) else rule if isinstance(rule, Pattern) else None
+    if caller == "torch":
+        import torch
+        if torch.compiler.is_compiling():
+            from sparsetile.ops import torch_ops
+            text, (B, S, *widths) = rule.canonical() if isinstance(rule, Pattern) else rule, sizes
+            return torch_ops.latent_mode(text, pow2_up(T), pow2_up(B), pow2_up(S), *widths, kind, device, backend)
+    return cheaper_mode(rule, T, sizes, kind, device, backend)
+
+
+def pow2_up(n) -> int:
+    """A length as a profile's keys have it. Written so that torch.compile, which may know it as a symbol, is told no more than that."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
+
+
+def cheaper_mode(rule, T, sizes, kind, device, backend) -> str:
+    """What a profile says, else the cheaper mode by latent_cost. rule: a pattern, so many keys of each query, or None for all."""
+    key = rule, T, sizes, kind, device, backend, dispatch.environment("latent_attention")
+    if key not in _modes:
+        if len(_modes) >= 1024:  # shapes come and go
+            _modes.clear()
+        _modes[key] = decide(rule, T, sizes, kind, device, backend)
+    return _modes[key]
+
+
+def decide(rule, T, sizes, kind, device, backend) -> str:
+    B, S, H, R, Dn, Dv, P = sizes
+    pairs = T * S if rule is None or not T * S else T * min(S, rule) if isinstance(rule, int) else _pairs(rule, T, S)
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), arrays.device_info(device).arch,
+                         ["selection"] * isinstance(rule, int), density_bucket(pairs / max(1, T * S)))
+    asked = dispatch.requested_backend("latent_attention", backend)
+    found = None if dispatch.tune_mode() == "off" else dispatch.looked_up(problem, device, None if asked == "auto" else asked)
+    if found is not None and found.config.get("mode") in MODES:
+        return found.config["mode"]
     cost = latent_cost(T, S, H, R, Dn, Dv, P, pairs)
-    return cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"]
+    return "absorbed" if cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"] else "decompressed"
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared
