@@ -18,9 +18,12 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
 
     latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv] (float32, float16, bfloat16, float64 on CPU; a transposed view of the weights is read in place),
     k_rope [B,S,P] shared by all heads; latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (the latent may then be float8_e4m3fn).
+    latent may be a PagedLatent with k_rope=None: its rows are gathered first, S the longest sequence by the host's book; keys and values past a sequence's tokens are 0.
     Returns k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's element type. Source: DeepSeek-V2 (arXiv 2405.04434), equations 9-11 and 14-16.
     """
     checks.options(backend, config)
+    if isinstance(latent, Cache):
+        latent, k_rope, latent_scale = _gathered(latent, k_rope, latent_scale, arrays.dtype_name(w_uk))
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale)
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
@@ -63,7 +66,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
            "decompressed": keys and values of all heads are rebuilt first; "auto": what an entry of a profile's latent_attention.yaml says of these sizes
            (config {mode: absorbed}), else the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
-    latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie, in 16 or 32 bits or in the fp8 layout.
+    latent may be a PagedLatent with k_rope=None. Absorbed its latents are read where they lie, in 16 or 32 bits or in the fp8 layout; decompressed they are gathered first, as many as
+    the host's book knows of: a CUDA graph that records this does not see them grow, so "auto" is "absorbed" while one is recorded, without a book, and for layouts and rules over all of S.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
@@ -71,8 +75,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         backend = dispatch.requested_backend("latent_attention", None)
     cache = latent if isinstance(latent, Cache) else None
     if cache is not None:
-        latent, k_rope, latent_scale = _cached(cache, k_rope, latent_scale, mode)
-        mode = "absorbed"
+        latent, k_rope, latent_scale = _cached(cache, k_rope, latent_scale)
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
     B = B if cache is None else cache.lengths.shape[0]
@@ -91,8 +94,18 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     plain = cache is not None or latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
-    if mode == "auto":
+    if mode == "auto" and cache is not None:
+        mode = _mode(pattern, T, (B, pow2_up(cache.held()), *sizes[2:]), kind, device, backend, caller) if R + P <= 576 and _in_one_piece(cache, pattern, caller) else "absorbed"
+    elif mode == "auto":
         mode = _mode(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= 576 else "decompressed"
+    if cache is not None and mode == "decompressed":
+        if not _of_any_length(pattern):
+            raise Unsupported("pattern: mode='decompressed' rebuilds as many keys of a cache as its longest sequence holds, got a rule over all that it may hold; mode='absorbed' takes it")
+        kv_length = cache.shorter(kv_length)
+        if dispatch.is_explaining():
+            latent, k_rope, latent_scale = (x if x is None else _shaped(x, (B, cache.held(), x.shape[2]), caller, device) for x in (latent, k_rope, latent_scale))
+        else:
+            latent, k_rope, latent_scale = _gathered(cache, None, None, kind)
     if caller == "jax":
         from sparsetile.ops import jax_ops
         held = jax_ops.tables(pattern)
@@ -126,16 +139,34 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     return (out, lse) if return_lse else out
 
 
-def _cached(cache, k_rope, latent_scale, mode):
+def _of_any_length(pattern) -> bool:
+    """Whether a rule means the same for a cache's capacity as for the keys that it holds."""
+    return pattern is None or isinstance(pattern, Selection) or isinstance(pattern, Pattern) and not pattern.needs_exact_S
+
+
+def _in_one_piece(cache, pattern, caller) -> bool:
+    """Whether a cache may be rebuilt without being asked to."""
+    if caller == "torch":
+        import torch
+        if torch.compiler.is_compiling() or cache.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+    return cache.book is not None and _of_any_length(pattern) and caller != "cupy"  # which cannot ask CuPy's streams
+
+
+def _gathered(cache, k_rope, latent_scale, kind):
+    """latent [B,S,R], k_rope [B,S,P] or None and latent_scale of a cache, S the longest sequence."""
+    _cached(cache, k_rope, latent_scale)
+    latent, rope, *scale = cache.gather(quantised=cache.quantised)
+    return latent, None if rope is None else memory.cast(rope, kind), scale[0] if scale else None
+
+
+def _cached(cache, k_rope, latent_scale):
     """Pages of a cache's latents [N,page,R], rotary parts [N,page,P] and, of the fp8 layout, scales [N,page,R/128], which stand for them in the checks of types and widths."""
     if not hasattr(cache, "rank"):
         raise Unsupported(f"latent: {type(cache).__name__} holds no latents; pass a PagedLatent")
     for name, x in (("k_rope", k_rope), ("latent_scale", latent_scale)):
         if x is not None:
             raise ValueError(f"{name}: expected None, got an array; a cache holds its own")
-    if mode == "decompressed":
-        how = "cache.gather(quantised=True) makes arrays that this mode takes" if cache.quantised else "pass the arrays of cache.gather()"
-        raise Unsupported(f"latent: a cache is read where it lies in mode='absorbed' only; {how}")
     pool, R = cache.pools[0], cache.rank
     if cache.quantised:
         values, scale, rope = parts(pool, R, cache.rotary)
