@@ -209,6 +209,10 @@ def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:
 
     absorbed:     2 T H R (Dn + Dv) for the two products, 2 pairs (2 R + P) per head; reads the latent once per query tile of 64 rows of all heads
     decompressed: 2 S H R (Dn + Dv) to rebuild, 2 pairs (Dn + P + Dv) per head; writes and reads keys and values once
+
+    There is no third mode that feeds rebuilt tiles to attention without writing them. At DeepSeek's widths a key of a head costs 262144 operations to rebuild, 0.33 ns, and 1280 bytes to
+    write and read, 0.30 ns: rebuilt for every 128 queries it costs three times what attention over it does. With one tile of queries absorbed is cheaper (up to T = 171), with two in a
+    cluster the weights of a head, 262 KB, do not fit shared memory: read again for every 128 keys they are 2 KB a key, more than what is saved.
     """
     pairs = T * S if pairs is None else pairs
     absorbed = 2 * T * H * R * (Dn + Dv) + 2 * pairs * H * (2 * R + P), 2 * S * (R + P) * max(1, T * H // 4096) + 4 * T * H * (R + P)
