@@ -202,7 +202,7 @@ def _choose(op, problem, device, backend, config, fixed, rule) -> tuple[Choice |
     """The choice, and why each backend that was asked before it refuses."""
     asked = requested_backend(op, backend)
     if asked == "auto":
-        found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
+        found = None if config or fixed or tune_mode() == "off" else looked_up(problem, device, None)
         if found and refusal(found.backend, problem, device) is None:
             return _configure(found.backend, problem, device, None, None, rule), {}
     reasons = {}
@@ -245,13 +245,13 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
         return Choice(backend, module, check_config(module, problem, {**dict(config), **fixed}, "config"), "the config argument")
     found = None
     if not fixed and tune_mode() != "off":
-        found = _lookup(problem, device, backend)
+        found = looked_up(problem, device, backend)
         missed = found is None and problem.op in TUNED
         if missed and tune_mode() == "on" and tune_hook is None:
             _once("SPARSETILE_TUNE=on: expected before the first op of sparsetile is loaded, came after it, and nothing is tuned; set it earlier, or call sparsetile.autotune.hook.install()")
         elif missed and tune_mode() == "on":
             tune_hook(problem, device, backend, rule)
-            found = _lookup(problem, device, backend)
+            found = looked_up(problem, device, backend)
         if missed and found is None and not is_explaining() and module.TUNABLES:
             _missed(problem, backend, rule)
     if found is not None:
@@ -262,7 +262,7 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     return Choice(backend, module, check_config(module, problem, fixed, "layout"), "the kernel's heuristic" + (" and the layout's tiles" if fixed else ""))
 
 
-def _lookup(problem: Problem, device: int | None, backend: str | None):
+def looked_up(problem: Problem, device: int | None, backend: str | None):
     from sparsetile.profiles import lookup
     found = lookup.find(problem, devices.device_info(device).name, backend)
     if found is not None and found.inherited:

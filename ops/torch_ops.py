@@ -19,7 +19,7 @@ from sparsetile.ops import latent as latent_op
 from sparsetile.ops import merge as merge_op
 from sparsetile.ops import torch_gradients
 from sparsetile.ops.layout import Layout
-from sparsetile.ops.patterns import Pattern
+from sparsetile.ops.patterns import Causal, Full, Pattern
 from sparsetile.ops.ready import transformed
 from sparsetile.ops.selection import Selection
 
@@ -38,6 +38,17 @@ def wanted(*tensors) -> bool:
         if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
             return True
     return False
+
+
+for shared in (Full(), Causal()):  # one object for all callers: its text must not come while torch.compile looks at it
+    shared.canonical(), hash(shared)
+
+
+@torch.compiler.assume_constant_result
+def latent_mode(rule, T, B, S, *about) -> str:
+    """latent.decide while torch.compile traces: it counts pairs and reads profiles, which no graph can hold. rule: a pattern's text, a number of keys or None."""
+    *widths, kind, device, backend = about
+    return latent_op.decide(_pattern(rule) if isinstance(rule, str) else rule, T, (B, S, *widths), kind, device, backend)
 
 
 def _device(x):

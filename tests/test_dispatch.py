@@ -321,6 +321,24 @@ def test_a_latents_mode_is_the_cheaper(T, S, pattern, mode):
     assert kernel == ("latent_decompress" if mode == "decompressed" else "gather_attention" if isinstance(pattern, st.Selection) else "block_attention")
 
 
+@pytest.mark.parametrize("rule, mode", [(None, "decompressed"), (st.Causal(), "decompressed"), (st.Selection(np.zeros((1, 1, 4, 16), np.int32)), "decompressed"), (None, "absorbed")], ids=repr)
+def test_a_profile_says_the_mode_of_latents(rule, mode, tmp_path, monkeypatch):
+    """An entry overrides the stated cost, which says the other mode for these sizes; not where the mode is named, profiles are off, or the sizes are others."""
+    B, H, T, S, R, Dn, Dv, P = (1, 4, 4, 512, 512, 128, 128, 64) if mode == "decompressed" else (1, 4, 512, 512, 512, 128, 128, 64)
+    make = lambda S: [np.zeros(s, np.float32) for s in ((B, H, T, Dn), (B, H, T, P), (B, S, R), (B, S, P), (H, R, Dn), (H, R, Dv))]  # noqa: E731
+    found = lambda S=S, **o: "decompressed" if st.explain("latent_attention", *make(S), rule, **o).kernel == "latent_decompress" else "absorbed"  # noqa: E731
+    other = found()
+    assert other != mode
+    few = isinstance(rule, st.Selection)
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent="float32"), "cpu", ["selection"] * few, 1 / 32 if few else 1.0)
+    store.add(tmp_path, "latent_attention", DEVICE, {"key": lookup.key_of(problem), "backend": "numba", "config": {"mode": mode}, "status": "manual"}, {}, {})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans()
+    assert found() == mode and found(mode=other) == other and found(8 * S) == ("absorbed" if mode == "decompressed" else "decompressed")
+    monkeypatch.setenv("SPARSETILE_TUNE", "off")
+    assert found() == other
+
+
 def test_choice_is_cached_and_cheap(qkv):
     st.sparse_attention(*qkv)
     assert len(dispatch.PLAN_CACHES[0]) >= 1
