@@ -264,7 +264,7 @@ def cheaper_mode(rule, T, sizes, kind, device, backend) -> str:
 def decide(rule, T, sizes, kind, device, backend) -> str:
     B, S, H, R, Dn, Dv, P = sizes
     pairs = T * S if rule is None or not T * S else T * min(S, rule) if isinstance(rule, int) else _pairs(rule, T, S)
-    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), arrays.device_info(device).arch,
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), devices.device_info(device).arch,
                          ["selection"] * isinstance(rule, int), density_bucket(pairs / max(1, T * S)))
     asked = dispatch.requested_backend("latent_attention", backend)
     found = None if dispatch.tune_mode() == "off" else dispatch.looked_up(problem, device, None if asked == "auto" else asked)
