@@ -6,7 +6,7 @@ import sys
 import time
 
 from sparsetile.autotune import fleet, isolate, tune
-from sparsetile.backends import arrays
+from sparsetile.backends.devices import cpu_count
 from sparsetile.backends.contract import Unsupported
 from sparsetile.profiles import lookup
 
@@ -79,7 +79,7 @@ def every_gpu(count: int, arguments: list[str], names: list[str], storage, profi
 
 
 def _side_by_side(commands: list, count: int) -> int:
-    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ, "TERM": "dumb"}  # the processes that each has compile; and lines, for several tables on one terminal overwrite each other
+    env = {"SPARSETILE_COMPILERS": str(max(1, cpu_count() // count - 2)), **os.environ, "TERM": "dumb"}  # the processes that each has compile; and lines, for several tables on one terminal overwrite each other
     starting = f"from {isolate.__name__} import with_parent; with_parent(); from {__package__}.cli import main; raise SystemExit(main())"
     running = []
     try:
