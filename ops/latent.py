@@ -1,7 +1,7 @@
 """Latent KV (MLA): rebuild keys and values from a latent, or attend in the latent width itself."""
 from functools import lru_cache
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem, Unsupported, density_bucket
 from sparsetile.ops import attention, checks, dispatch
 from sparsetile.ops.caches import memory
@@ -44,9 +44,9 @@ def decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config, caller
     B, S, H, R, Dn, Dv, P = _sizes(latent, w_uk, w_uv, k_rope)
     kind = arrays.dtype_name(w_uk)
     problem = Problem.of("latent_decompress", dict(B=B, S=S, H=H, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=arrays.dtype_name(latent), w_uk=kind),
-                         arrays.device_info(device).arch, ["scale"] * (latent_scale is not None))
+                         devices.device_info(device).arch, ["scale"] * (latent_scale is not None))
     choice = dispatch.choose(op, problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * S * H == 0:
             return place.give(place.zeros((B, H, S, Dn + P), kind)), place.give(place.zeros((B, H, S, Dv), kind))
@@ -188,7 +188,7 @@ def product_problem(x, w, tail, device, out_dtype=None, inner_heads=False) -> Pr
     """The problem of `matmul`."""
     (B, H, T, N), M, P, kind = x.shape, w.shape[1], 0 if tail is None else tail.shape[3], arrays.dtype_name(x)
     return Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind) | ({} if out_dtype in (None, kind) else dict(out=out_dtype)),
-                      arrays.device_info(device).arch, ["tail"] * (P > 0) + ["inner_heads"] * inner_heads)
+                      devices.device_info(device).arch, ["tail"] * (P > 0) + ["inner_heads"] * inner_heads)
 
 
 def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inner_heads=False):
@@ -196,7 +196,7 @@ def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inn
     (B, H, T, _), M, P = x.shape, w.shape[1], 0 if tail is None else tail.shape[3]
     problem = product_problem(x, w, tail, device, out_dtype, inner_heads)
     choice = dispatch.choose("latent_attention", problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * H * T == 0:
             return place.give(place.zeros((B, 1 if inner_heads else H, T, M + P), out_dtype or arrays.dtype_name(x)))
@@ -264,7 +264,7 @@ def cheaper_mode(rule, T, sizes, kind, device, backend) -> str:
 def decide(rule, T, sizes, kind, device, backend) -> str:
     B, S, H, R, Dn, Dv, P = sizes
     pairs = T * S if rule is None or not T * S else T * min(S, rule) if isinstance(rule, int) else _pairs(rule, T, S)
-    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), arrays.device_info(device).arch,
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), devices.device_info(device).arch,
                          ["selection"] * isinstance(rule, int), density_bucket(pairs / max(1, T * S)))
     asked = dispatch.requested_backend("latent_attention", backend)
     found = None if dispatch.tune_mode() == "off" else dispatch.looked_up(problem, device, None if asked == "auto" else asked)

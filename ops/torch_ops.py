@@ -20,18 +20,18 @@ from sparsetile.ops import merge as merge_op
 from sparsetile.ops import torch_gradients
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Causal, Full, Pattern
+from sparsetile.ops.ready import transformed
 from sparsetile.ops.selection import Selection
 
 lib = torch.library.Library("sparsetile", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-transformed = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func: inside, tensors have no memory of their own
 
 
 def wanted(*tensors) -> bool:
     """Whether a call must go through the registered operators: a gradient is needed, or the tensors are not plain ones."""
     if torch.compiler.is_compiling():
         return True
-    if transformed():
+    if transformed(torch):
         raise Unsupported("a call inside torch.func (vmap, grad, jvp) is not supported by any backend; batch along B, and take gradients with torch.autograd")
     grad = torch.is_grad_enabled()
     for x in tensors:
