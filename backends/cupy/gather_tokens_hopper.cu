@@ -61,38 +61,17 @@ __device__ __forceinline__ void fetch_rows(u32 to, const char* const (&rows)[4],
   for (int m = 0; m < 4; m++) fetch<true>(to + m * 2048, rows[m] + column, exist >> m & 1);
 }
 
-// An item's entries: two of a step for each lane, asked for a step ahead, those of the first step an item ahead.
-struct Tokens {
-  const int* next;
-  int limit, to_come, left, low, high;  // left: steps, one of holes without keys
-  __device__ __forceinline__ Tokens(const Params& p, int it, int lane) {
-    if (it >= p.items) return;
-    const Item x(p, p.items - 1 - it);  // late queries have long rows: first
-    const Entries list(p.list, p.at, x.b, 0, x.t);
-    next = list.entries + lane;
-    limit = list.limit;
-    to_come = (int)list.slots - lane;
-    left = imax(((int)list.slots + N - 1) / N, 1);
-    ask();
-  }
-  __device__ __forceinline__ void ask() {
-    low = to_come > 0 ? __ldg(next) : -1;
-    high = to_come > 32 ? __ldg(next + 32) : -1;
-    next += N; to_come -= N;
-  }
-};
-
 __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x, lane = tid & 31, r = tid / 8, column = tid % 8 * 16;
   const u32 here = base + r * 128 + (column ^ (r & 7) << 4);
   u32 slot = 0, phase = 1, patience = PATIENCE;
-  Tokens coming(p, blockIdx.x, lane);
   for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
-    const int number = p.items - 1 - it;
+    const int number = p.items - 1 - it;  // late queries have long rows: first
     const Item x(p, number);
-    Tokens list = coming;
-    coming = Tokens(p, it + gridDim.x, lane);
-    int left = uniform(list.left);
+    const Entries list(p.list, p.at, x.b, 0, x.t);
+    const int *next = list.entries + lane, limit = list.limit;
+    int to_come = (int)list.slots - lane, left = uniform(imax(((int)list.slots + N - 1) / N, 1));  // without keys: one step of holes
+    int low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;
     const char* rows[4];
 #pragma unroll 1
     for (int part = 0; part < QUERY_SLOTS; part++) {
@@ -112,7 +91,8 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
     }
 #pragma unroll 1
     while (left) {
-      const int low = (u32)list.low < (u32)list.limit ? list.low : -1, high = (u32)list.high < (u32)list.limit ? list.high : -1;
+      low = (u32)low < (u32)limit ? low : -1;
+      high = (u32)high < (u32)limit ? high : -1;
       u32 exist = 0;
 #pragma unroll
       for (int m = 0; m < 4; m++) {
@@ -121,8 +101,8 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
         exist |= (key >= 0) << m;
       }
       const u32 seen[2] = {__ballot_sync(~0u, low >= 0), __ballot_sync(~0u, high >= 0)};
-      list.ask();
-      left--;
+      next += N; to_come -= N; left--;
+      low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;  // asked for a step ahead
 #pragma unroll
       for (int c = 0; c < 9; c++) {
         bar_wait(FREE(slot), phase, patience);
