@@ -2,9 +2,10 @@
 // bfloat16. Tokens are the rows of both products, heads their columns, so that HEADS = 8, 16 or 32 are not padded to 64:
 //   S^T [64 tokens, HEADS] = K Q^T        O^T [512, HEADS] += V^T P^T
 //
-// Persistent, three warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums. A slot of the ring is 64 columns of 64 tokens, so that
-// scores begin when the first columns are there, values give back column by column, and memory that is no whole step still holds what is on its way: with slots of 32 whole tokens
-// a step's way from its gathering to its values bound the kernel. The query passes through the ring and stands beside it from then on.
+// Persistent, four warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the fourth announces what has landed.
+// A slot of the ring is 64 columns of 64 tokens, so that scores begin when the first columns are there, values give back column by column, and memory that is no whole step still
+// holds what is on its way: with slots of 32 whole tokens a step's way from its gathering to its values bound the kernel. The query passes through the ring and stands beside it from
+// then on.
 #include "selections.cuh"
 #include "wgmma.cuh"
 
