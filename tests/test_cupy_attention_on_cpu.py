@@ -437,7 +437,8 @@ TWO_PASS_CASES = [  # how much is worked on at a time, and the case
     ("a block", Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True)),
     ("a head", Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30)),
     ("all", Case(B=1, Hq=2, Hk=2, rule="holes", T=256, S=256, D=16, Dv=16)),  # whole tiles, and keys of a block that none of them sees
-    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others
+    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others: sections
+    ("all", Case(B=2, Hq=2, Hk=1, rule="global", T=400, S=600, D=16, Dv=8, start=(300, 812), lengths=(600, 90))),  # of two heads; without queries; of keys that do not exist
     ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
     ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),
     ("all", Case(B=16, Hq=2, Hk=1, rule="window", T=5, S=3, D=16, Dv=16)),

@@ -74,11 +74,11 @@ def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
     return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128, PARTED=int(parted))
 
 
-def hopper_bytes(D: int, Dv: int, path: str, parted: bool = False) -> int:
-    """Keys and values, of parts up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
+def hopper_bytes(D: int, Dv: int, path: str) -> int:
+    """Keys and values, in two passes up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    more = 256 * (width + values) + 24 if parted and width + values <= 256 else 0
-    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 40
+    more = 256 * (width + values) + 24 if path == "two_pass" and width + values <= 256 else 0
+    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 48
 
 
 def resources(problem: Problem, config: dict):
@@ -91,7 +91,7 @@ def resources(problem: Problem, config: dict):
         if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
             return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        shared = hopper_bytes(problem["D"], problem["Dv"], path, path == "two_pass" and in_classes(problem))
+        shared = hopper_bytes(problem["D"], problem["Dv"], path)
         return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
@@ -239,7 +239,7 @@ def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap
         return None
     dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
     made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
-    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass", True),
+    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
                         shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=start)
 
 

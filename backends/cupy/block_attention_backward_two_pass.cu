@@ -1,6 +1,6 @@
 // Backward of attention over block lists by Hopper's own instructions in two passes: float16 and bfloat16, blocks of 128 x 128, five products and no additions in device memory.
 //
-// `backward`: an item is a key block of a key head: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step. What would be
+// `backward`: an item is a key block of a key head, or a section of one that far more rows see: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step. What would be
 // dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so does the key block (keys that nobody sees are zero there). `queries`: an item is a query tile; dQ is its
 // blocks of dS times theirs of K, in registers, in the order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
 //
@@ -33,8 +33,8 @@ struct Params {
   int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
   int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
-  int sections;                                                   // of a part: items of each key block, each with some of the rows; their dK and dV are added up by `join`
-  float* sums_of_keys;                                            // by section, head of the piece and key block: [128, WIDTH], then all the same of dV [128, VALUES]
+  int sections, cut;                                              // the `cut` longest key blocks of a key head come in so many items, each with some of the rows; `join` adds up their dK and dV
+  float* sums_of_keys;                                            // by head of the piece, rank of the key block and section: [128, WIDTH], then all the same of dV [128, VALUES]
   const u32* held;                                                // bits of the keys whose dK and dV the wide ones hold, or null: all
   float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, WIDTH], [heads, S, WIDTH], [heads, S, VALUES] of the piece (start_part)
 };
@@ -53,15 +53,21 @@ __device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead,
   return make_int2(from + rest % size, ahead + rest / size);
 }
 
+// the key block of a rank among a list's: the longest first, or as they come where lists of one group differ
+__device__ __forceinline__ int block_of(const Params& p, int list, int rank) {
+  return p.lists.nk && (p.group == 1 || !p.lists.list_h) ? __ldg(p.blocks + (i64)list * p.key_tiles + rank) : rank;
+}
+
 __device__ __forceinline__ Item::Item(const Params& p, int number) {
-  const int Hk = p.Hq / p.group;
+  const int Hk = p.Hq / p.group, cut = p.cut * p.sections;
   const int2 turn = turn_of(number, p.heads, p.items / p.heads, p.ahead, p.together);
   key_head = p.from_head + turn.x;
   b = key_head / Hk;
   hk = key_head % Hk;
-  block = p.from_block + (PARTED ? turn.y / p.sections : turn.y);
-  if (p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = __ldg(p.blocks + (i64)list(p, 0) * p.key_tiles + block);  // else lists of one group differ: as they come
-  slot = PARTED && p.sections > 1 ? turn.y % p.sections : -1;
+  block = block_of(p, list(p, 0), p.from_block + (turn.y < cut ? turn.y / p.sections : turn.y - cut + p.cut));
+  slot = turn.y < cut ? turn.x * cut + turn.y : -1;
+  first_of_section = p.lists.nq * (turn.y % p.sections) / p.sections;
+  end_of_section = p.lists.nq * (turn.y % p.sections + 1) / p.sections;
   start = first_position(p.at, b);
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
@@ -87,7 +93,7 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
     if (x.state & EMPTY) continue;
     if (x.state & FIRST) {
       bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-      bulk_store(p.keys + ((i64)(x.key_head - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + items % KEY_STAGES * KEY_STAGE, KEY_BYTES);
+      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + items % KEY_STAGES * KEY_STAGE, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
@@ -158,14 +164,13 @@ __device__ __forceinline__ int key_at(const Params& p, int block, int c) {
   return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
 }
 
-// Of a part in sections: where the sums of dK (or of dV) of a section's key block begin
-__device__ __forceinline__ i64 section_at(const Params& p, int section, int key_head, int block, bool values) {
-  const i64 n = (i64)p.heads * p.key_tiles, at = (section * n + (i64)(key_head - p.from_head) * p.key_tiles + block) * KEYS;
-  return values ? p.sections * n * KEYS * WIDTH + at * VALUES : at * WIDTH;
+// where the sums of dK (or of dV) of a section begin
+__device__ __forceinline__ i64 section_at(const Params& p, int slot, bool values) {
+  return values ? ((i64)p.heads * p.cut * p.sections * WIDTH + (i64)slot * VALUES) * KEYS : (i64)slot * WIDTH * KEYS;
 }
 // no query of the section sees the block: this group's 64 keys
-__device__ __forceinline__ void empty_section(const Params& p, int section, int key_head, int block, int w, int tid) {
-  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, true));
+__device__ __forceinline__ void empty_section(const Params& p, int slot, int w, int tid) {
+  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, slot, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, slot, true));
   for (int i = tid; i < 16 * WIDTH; i += 128) dk[16 * w * WIDTH + i] = make_float4(0.f, 0.f, 0.f, 0.f);
   for (int i = tid; i < 16 * VALUES; i += 128) dv[16 * w * VALUES + i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
@@ -208,8 +213,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
   };
   const auto leave_section = [&] {
-    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, section = field(STATE) >> 20;
-    const i64 k = section_at(p, section, field(KEY_HEAD), field(BLOCK), false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, section, field(KEY_HEAD), field(BLOCK), true) + c * VALUES + 4 * (tid & 3);
+    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, slot = field(KEY_HEAD);
+    const i64 k = section_at(p, slot, false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, slot, true) + c * VALUES + 4 * (tid & 3);
     const i64 at_k[2] = {k, k + 8 * WIDTH}, at_v[2] = {v, v + 8 * VALUES};
     leave_part(dk, p.scale, p.sums_of_keys, at_k);
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
@@ -237,7 +242,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
     const u32 b = uniform(stage);
-    const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
+    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
@@ -279,8 +284,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      if (PARTED && p.sections > 1) {
-        empty_section(p, state >> 20, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      if (state & SECTION) {
+        empty_section(p, field(KEY_HEAD), w, thread_again() % 128);
       } else if (PARTED) {
         place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
         place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
@@ -321,8 +326,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.kept(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
     const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
     items = (items + 1) % (2 * KEY_STAGES);
-    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    if (PARTED && p.sections > 1) {
+    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD), section = field(STATE) & SECTION;
+    if (section) {
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
@@ -337,8 +342,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     shared_to_copy_engine();
     named_sync(4 + w, 128);
     release();
-    if (PARTED) {
-      if (p.rounds) {
+    if (PARTED || section) {
+      if (PARTED && p.rounds) {
         place_keys(p, m, keys, p.dk_out, p.wide_dk, p.D, WIDTH, key_head, block, w, tid);
         place_keys(p, m, values, p.dv_out, p.wide_dv, p.Dv, VALUES, key_head, block, w, tid);
         named_sync(4 + w, 128);
@@ -566,19 +571,27 @@ extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant
     for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
 }
 
-// Of a part in sections: their sums of dK and dV, first to last, to where the keys stand. A block of threads for eight keys of a block.
+// Sums of dK and dV of sections, first to last, to where the keys stand: of a part in float32, else rounded. A block of threads for eight keys of a block.
 extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ Params p) {
-  const int head = blockIdx.x / 16 / p.key_tiles, block = blockIdx.x / 16 % p.key_tiles;
+  const int head = blockIdx.x / 16 / p.cut, rank = blockIdx.x / 16 % p.cut, key_head = p.from_head + head, Hk = p.Hq / p.group;
+  const int block = block_of(p, __ldg(p.lists.list_of + key_head / Hk * p.lists.list_b + key_head % Hk * p.group * p.lists.list_h), rank);
   for (int i = threadIdx.x; i < 2 * (WIDTH + VALUES); i += 128) {
     const bool values = i >= 2 * WIDTH;
-    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c);
+    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c), l = n % width;
     if (key < 0) continue;
-    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = is_held(p, key) ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 *wide = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + l, sum = PARTED && is_held(p, key) ? *wide : make_float4(0.f, 0.f, 0.f, 0.f);
     for (int s = 0; s < p.sections; s++) {
-      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, s, p.from_head + head, block, values)))[(i64)c * width + n % width];
+      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, (head * p.cut + rank) * p.sections + s, values)))[(i64)c * width + l];
       sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
     }
-    *to = sum;
+    if (PARTED) {
+      *wide = sum;
+      continue;
+    }
+    const int of = values ? p.Dv : p.D, column = l / 4 * 16 + l % 4 * 2;
+    u32* to = (u32*)(values ? p.dv_out : p.dk_out) + (((i64)key_head * p.at.S + key) * of + column) / 2;
+    if (column < of) to[0] = pack<KIND>(sum.x, sum.y);
+    if (column + 8 < of) to[4] = pack<KIND>(sum.z, sum.w);
   }
 }
 
