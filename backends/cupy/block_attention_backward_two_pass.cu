@@ -21,8 +21,9 @@ struct Params {
   unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
   int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
   int* whole;                       // [L, nk] 1 where whole query tiles see every key of a block
-  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
-  int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece, quarters seen and from bit 4 on seen entirely
+  int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands, and in the lowest 4 bits which quarters are seen
+  unsigned char* quarters;          // by kind and half of the rows: which halves of the keys are seen, from bit 2 on seen entirely
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
   ListArrays lists;
   Positions at;
@@ -33,6 +34,7 @@ struct Params {
   int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
   int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
+  int halves, intervals;                                          // of query tiles; of the kinds of partial blocks, how many are intervals
   int sections, cut;                                              // the `cut` longest key blocks of a key head come in so many items, each with some of the rows; `join` adds up their dK and dV
   float* sums_of_keys;                                            // by head of the piece, rank of the key block and section: [128, WIDTH], then all the same of dV [128, VALUES]
   const u32* held;                                                // bits of the keys whose dK and dV the wide ones hold, or null: all
@@ -98,7 +100,8 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
       bar_wait(m.full_ds(s), turn, patience);
-      bulk_store(to + s * 2 * PART, m.ds + s * 2 * PART, 2 * PART);
+      for (int w = 0; w < 2; w++)
+        if (x.state >> (SEEN + 2 * s + w) & 1) bulk_store(to + (2 * s + w) * PART, m.ds + (2 * s + w) * PART, PART);
       tma_store_commit();
       tma_store_wait_read();
       bar_arrive(m.free_ds(s));
@@ -242,7 +245,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
     const u32 b = uniform(stage);
-    const int kind = field(KIND_OF), left = field(STATE) >> 8, far = is_far(m, b);
+    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
@@ -276,8 +279,26 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
   };
   const auto free_step = [&](const u32 b) __attribute__((always_inline)) {
+    wgmma_wait<0>();
     hold(dk); hold(dv);
     if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+  };
+  // From step b on over those of which no row sees this group's keys; false: the item has no more. No product is under way.
+  const auto pass_over = [&](u32& b) __attribute__((always_inline)) {
+    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); b = uniform(b ^ 1)) {
+      bar_wait(m.full_q(b), turn, patience);
+      bar_wait(m.free_ds(b), turn ^ 1, patience);
+      __syncwarp();
+      if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+      if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
+      if (b && state & LAST) return false;
+      if (b) {
+        release();
+        turn ^= 1;
+        bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+      }
+    }
+    return true;
   };
   for (;;) {
     bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
@@ -307,22 +328,29 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
     bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-    begin(0);
-    multiply_scores(0);
-    for (u32 b = 0;;) {
+    u32 b = 0;
+    bool more = pass_over(b);
+    if (more) begin(b);
+    while (more) {
+      multiply_scores(b);
+      if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
       step(b);
-      if (b && field(STATE) & LAST) break;
+      const int state = field(STATE);
+      if (b && state & LAST) {
+        free_step(b);
+        break;
+      }
+      const bool follows = WIDE || state >> (b ? COMING : SEEN + 2) >> w & 1;
       if (b) { release(); turn ^= 1; }
       b = uniform(b ^ 1);
       begin(b);
-      wgmma_wait<0>();
       free_step(b ^ 1);
-      multiply_scores(b);
+      if (follows) continue;
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+      more = pass_over(b);
+      if (more) begin(b);
     }
     turn ^= 1;
-    wgmma_wait<0>();
-    free_step(1);
     bar_wait(m.kept(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
     const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
     items = (items + 1) % (2 * KEY_STAGES);
@@ -402,6 +430,7 @@ struct Ring {  // what `queries` holds in shared memory
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 8 * (2 * STAGES + ITEMS + s); }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ Rows* item(int s) const { return at<Rows>(bars + 8 * (2 * STAGES + 2 * ITEMS)) + s; }
+  __device__ __forceinline__ u32 seen(int s) const { return bars + 8 * (2 * STAGES + 2 * ITEMS) + ITEMS * sizeof(Rows) + 4 * s; }  // bit w: group w's dS is in the stage
 };
 
 // Entries of a row of the lists whose key blocks lie in the piece and begin before the last key: first .. first + n - 1, `gap` left out behind the `full` full ones
@@ -452,13 +481,17 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
     };
     int2 next = find(0);
     for (int e = 0; e < run.n; e++) {
-      const unsigned char *ds = slopes + (i64)next.x * BLOCK_BYTES, *k = keys + (i64)next.y * KEY_BYTES;
+      const unsigned char *ds = slopes + (i64)(next.x >> 4) * BLOCK_BYTES, *k = keys + (i64)next.y * KEY_BYTES;
+      const int quarters = next.x & 15;
       next = find(e + 1);
       for (int h = 0; h < 2; h++) {
+        const int seen = (quarters >> h & 1) | (quarters >> (1 + h) & 2);
         bar_wait(m.free(s), turn, patience);
-        bar_expect(m.full(s), STAGE);
-        for (int g = 0; g < 2; g++) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
-        for (int c = 0; c < Q_PARTS; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
+        *m.at<int>(m.seen(s)) = seen;
+        if (seen) bar_expect(m.full(s), STAGE - (seen < 3 ? PART : 0)); else bar_arrive(m.full(s));
+        for (int g = 0; g < 2; g++)
+          if (seen >> g & 1) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
+        for (int c = 0; c < Q_PARTS && seen; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
         advance<STAGES>(s, turn);
       }
     }
@@ -518,10 +551,12 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     hold(dq);
     for (int e = 0; e < n; e++) {
       bar_wait(m.full(s), turn, patience);
-      wgmma_fence();
       const u64 a = descriptor(m.stages + s * STAGE + w * PART), b = descriptor_columns<PART>(m.stages + s * STAGE + 2 * PART);
+      if (uniform(shared_int(m.seen(s))) >> w & 1) {
+        wgmma_fence();
 #pragma unroll
-      for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+        for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+      }
       wgmma_commit();
       if (e) {
         wgmma_wait<1>();
@@ -564,8 +599,27 @@ extern "C" __global__ void __launch_bounds__(384, 1) queries(const __grid_consta
 }
 
 // ------------------------------------------------------------------------------------------------------------------ before
-// What each row starts from; tickets start at 0.
+// What is seen of a kind of partial blocks: of half of its rows by a warp.
+__device__ __forceinline__ void start_kind(const Params& p, int kind) {
+  const int half = threadIdx.x / 32, row = half * STEP + threadIdx.x % 32;
+  u32 seen[2] = {0, 0}, all[2] = {~0u, ~0u};
+  for (int r = 0; r < STEP; r += 32)
+    for (int n = 0; n < 4; n++) {
+      const u32 word = kind_word<ROWS, KEYS>(p.lists, kind, row + r, 32 * n);
+      seen[n / 2] |= word;
+      all[n / 2] &= word;
+    }
+  const int found = __any_sync(~0u, seen[0] != 0) | __any_sync(~0u, seen[1] != 0) << 1 | __all_sync(~0u, all[0] == ~0u) << 2 | __all_sync(~0u, all[1] == ~0u) << 3;
+  if (threadIdx.x % 32 == 0) p.quarters[2 * kind + half] = found;
+}
+
+// What each row starts from, and what is seen of each kind of partial blocks; tickets start at 0.
 extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant__ Params p) {
+  if (blockIdx.x >= p.halves) {
+    const int n = blockIdx.x - p.halves;
+    start_kind(p, n < p.intervals ? 2 * n : 2 * (n - p.intervals) + 1);
+    return;
+  }
   start_rows(p);
   if (blockIdx.x == 0)
     for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
@@ -621,8 +675,10 @@ extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__
   for (int e = __ldg(by_key + 2 * x) + lane; e < end; e += 32) {
     const int i = __ldg(p.by_key_rows + e), full = __ldg(by_row + 2 * i), partial = __ldg(by_row + 2 * i + 1), past = __ldg(by_row + 2 * i + 2);
     const int entry = e < middle ? full + count_below(p.lists.cols + full, partial - full, x) : partial + count_below(p.lists.cols + partial, past - partial, x);
-    p.place[entry] = e - base;
-    p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
+    const int kind = e < middle ? -1 : __ldg(p.by_key_kinds + e), low = kind < 0 ? 15 : p.quarters[2 * kind], high = kind < 0 ? 15 : p.quarters[2 * kind + 1];
+    const int seen = WIDE ? 15 : (low & 3) | (high & 3) << 2;
+    p.place[entry] = (e - base) << 4 | seen;
+    p.walk[e] = make_int4(i, kind, e - base, seen | (low & 12) << 2 | (high & 12) << 4);
   }
   bool whole = false;
   u32 seen = 0;  // keys 32 (lane % 4) .. by every eighth row

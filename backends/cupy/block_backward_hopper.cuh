@@ -23,9 +23,11 @@ constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
 enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
-// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist.
+// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, from bit 8 on how many keys of the block exist and, where nothing is added, `quarters`.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
+// Quarters of a block, 64 queries b by 64 keys w, as bits 2 b + w of a state: of which some key is seen, then those of b = 0 of the item's next block, then which are seen entirely.
+constexpr int SEEN = 16, COMING = 20, WHOLE = 24;
 
 struct Shared {
   u32 base, k, v, q, dout, ds, sums, rows, plans, bars;
@@ -193,13 +195,13 @@ __device__ __forceinline__ void Planner::item(int number) {
       found = some.next(p, x, lane, w);
     }
     if (!found && !made && (!ADDS || x.slot < 0)) write({0, 0, 0, ADDS || x.slot < 0 ? x.key_head : x.slot, x.block, -1, 0, ADDS || x.slot < 0 ? EMPTY : EMPTY | SECTION});
-    publish(found ? 0 : LAST);
+    publish(!found ? LAST : ADDS ? 0 : (w.w & 3) << COMING);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
     items += !made;
     const int head = x.b * p.Hq + x.hk * p.group + r;
     write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
-           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
+           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (!ADDS ? (w.w & 15) << SEEN | w.w >> 4 << WHOLE : w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
   }
 }
 
@@ -242,6 +244,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
+      if (!ADDS && !(x.state >> (SEEN + 2 * s) & 3)) { bar_arrive(m.full_q(s)); continue; }
       bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
       for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
       bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));

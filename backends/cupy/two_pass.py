@@ -13,8 +13,8 @@ SLOPES, GIB = 128 * 128 * 2, 2 ** 30
 SECTIONS = 4  # of the rows, where a part has far fewer key blocks than query tiles
 SHARE = 0.25  # of what a multiprocessor does in a piece: no section of a far longer key block is a larger one
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f"
-FIELDS += "2i5Q"
+FIELDS = "128s" * 6 + "19Q" + LISTS + POSITIONS + "22i2f"
+FIELDS += "4i5Q"
 FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -22,7 +22,7 @@ def query_bytes(width: int) -> int:
     """Shared memory of `queries`: stages of 64 keys and their dS for 128 queries, dQ on its way out, barriers and items."""
     stage = (2 + width // 64) * 8192
     stages = 20 * 8192 // stage
-    return 1024 + stages * stage + 128 * (width // 2 + 4) * 4 + 8 * (2 * stages + 4) + 32
+    return 1024 + stages * stage + 128 * (width // 2 + 4) * 4 + 8 * (2 * stages + 4) + 32 + 4 * stages
 
 
 def default_scratch(problem) -> int:
@@ -108,9 +108,11 @@ class Part:
         self.rows, self.ticket = place.empty((2 * heads * self.tiles, 196), "float32"), place.empty((2 * cuts,), "int32")
         self.order, self.order_rows, self.whole = (place.empty((self.count, n), "int32") for n in (key_tiles, lists.nq, lists.nk))
         self.walk, self.at = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((lists.cols.shape[0],), "int32")
+        self.intervals, self.bitmaps = (0 if table is None else table.shape[0] for table in (lists.intervals, lists.bitmaps))
+        self.quarters = place.empty((2 * max(self.intervals, self.bitmaps), 2), "uint8")
 
     def pointers(self):
-        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
+        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.quarters, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
 
 
 def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, scale, kv_length, q_start):
@@ -148,10 +150,10 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
             grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
             *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
             far_longer(lists, "offsets", lists.nq)[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
-            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
+            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, 2 * B * Hq * part.tiles, part.intervals, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
 
     for part in parts:
-        launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles, 64, 0)
+        launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles + part.intervals + part.bitmaps, 64, 0)
         launch(part, "arrange", lambda *_, part=part: part.count * max(part.key_tiles, part.lists.nq), 32, 0)
     sms = max(place.sms, 1)
     for n, (_, n_heads, _, _) in enumerate(cuts):
