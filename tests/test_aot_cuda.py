@@ -18,8 +18,8 @@ ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", 
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 224,  # the planning warp has 24 registers
-    "block_attention_backward_two_pass": 256,  # the same warp
-    ("block_attention_backward_two_pass", "PARTED"): 260,  # and where a part's rows and keys stand
+    "block_attention_backward_two_pass": 232,  # the same warp
+    ("block_attention_backward_two_pass", "PARTED"): 240,  # and where a part's rows and keys stand
     "block_attention_parts_hopper": 8,  # D 64: a word, once an item
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block

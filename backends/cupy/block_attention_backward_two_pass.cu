@@ -14,7 +14,7 @@
 #include "ordered.cuh"
 
 struct Params {
-  TensorMap q, k, v, dout, dk, dv;  // boxes of 64 columns, 64 rows; k, v: 128 rows
+  TensorMap q, k, v, dout;          // boxes of 64 columns, 64 rows; k, v: 128 rows
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
@@ -46,7 +46,6 @@ constexpr bool ADDS = false;
 
 constexpr int BLOCK_BYTES = 4 * PART, KEY_BYTES = Q_PARTS * SLAB, STAGE = (2 + Q_PARTS) * PART, STAGES = 20 * PART / STAGE, ITEMS = 2;  // a stage: 64 keys and their dS for 128 queries
 constexpr int PITCH = WIDTH / 2 + 4;   // of dQ on its way out, in pairs
-constexpr bool WIDE = WIDTH + VALUES > 256;  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
 
 // (head, rank) of an item among `heads` times n: the `ahead` longest of all heads, then so many heads at a time as share the cache
 __device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead, int together) {
@@ -94,8 +93,8 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
     if (x.state & FIRST) {
-      bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + items % KEY_STAGES * KEY_STAGE, KEY_BYTES);
+      bar_wait(m.full_keys(), items & 1, patience);
+      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
@@ -107,8 +106,8 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
       bar_arrive(m.free_ds(s));
     }
     if (x.state & FIRST) {
-      bar_arrive(m.kept(items % KEY_STAGES));
-      items = (items + 1) % (2 * KEY_STAGES);
+      bar_arrive(m.kept());
+      items++;
     }
     turn ^= 1;
   }
@@ -181,9 +180,8 @@ __device__ __forceinline__ void empty_section(const Params& p, int slot, int w, 
 // Have the parts before this one left sums of dK and dV for the key?
 __device__ __forceinline__ bool is_held(const Params& p, int key) { return p.adds & 2 && (!p.held || __ldg(p.held + key / 32) >> key % 32 & 1); }
 
-constexpr u32 NOWHERE = ~0u;
-// Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
-__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
+// Of a part: this group's 64 keys without any query, as the parts before left them.
+__device__ __forceinline__ void leave_keys(const Params& p, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
   const int n = width / 8;
 #pragma unroll 1
   for (int i = tid; i < 64 * n; i += 128) {
@@ -191,20 +189,32 @@ __device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32
     if (key < 0) continue;
     uint4 x = make_uint4(0, 0, 0, 0);
     float2* there = (float2*)wide + ((i64)(key_head - p.from_head) * p.at.S + key) * (padded / 2) + column / 2 * 8 + column % 2;
-    if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
-    else if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
+    if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
     else if (is_held(p, key)) x = make_uint4(pack<KIND>(there[0].x, there[0].y), pack<KIND>(there[2].x, there[2].y), pack<KIND>(there[4].x, there[4].y), pack<KIND>(there[6].x, there[6].y));
     if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
   }
+}
+
+// Two rows of a lane, rounded, to out + at[h], none where that is negative. Lanes exchange in pairs, so that each writes 8 bytes and four of them a sector.
+template <int N> __device__ __forceinline__ void write_rounded(const float (&d)[N], float scale, void* out, int width, const i64 (&at)[2]) {
+  const int lane = thread_again() & 3, odd = lane & 1;
+#pragma unroll
+  for (int j = 0; j < N / 4; j += 2)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float* x = d + 4 * j + 2 * h;
+      const u32 a = pack<KIND>(x[0] * scale, x[1] * scale), b = pack<KIND>(x[4] * scale, x[5] * scale), other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+      const int column = 8 * (j + odd) + 2 * (lane & 2);
+      if (at[h] >= 0 && column < width) *(uint2*)((char*)out + 2 * (at[h] + column)) = odd ? make_uint2(other, b) : make_uint2(a, other);
+    }
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
   const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
   u32 patience = PATIENCE;
   float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
-  u32 pr[16], ds[16], turn = 0, items = 0, plan = 0;
+  u32 pr[16], ds[16], turn = 0, items = 0, plan = 0, stage = 0, q_turn = 0;  // parities of dS, of the item's keys and of the stage of queries
   const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
-  u32 next = 0;  // how far behind the first ones the item's keys stand
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
@@ -215,6 +225,19 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
+  const auto write = [&] {
+    const int tid = thread_again() % 128;
+    i64 k[2], v[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int key = key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      const i64 line = (i64)field(KEY_HEAD) * p.at.S + key;
+      k[h] = key < 0 ? -1 : line * p.D;
+      v[h] = key < 0 ? -1 : line * p.Dv;
+    }
+    write_rounded(dk, p.scale, p.dk_out, p.D, k);
+    write_rounded(dv, 1.f, p.dv_out, p.Dv, v);
+  };
   const auto leave_section = [&] {
     const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, slot = field(KEY_HEAD);
     const i64 k = section_at(p, slot, false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, slot, true) + c * VALUES + 4 * (tid & 3);
@@ -222,17 +245,27 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     leave_part(dk, p.scale, p.sums_of_keys, at_k);
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
-  // A step is 64 queries; b is its stage, and which half of the tile it is.
-  const auto begin = [&](const u32 b) __attribute__((always_inline)) {
-    bar_wait(m.full_q(b), turn, patience);
-    start_from(s, rows_at + b * LINE * 4);
+  // A step is 64 queries: half b of a tile, in a stage that is b itself where there are two.
+  const auto next_step = [&](u32& b) __attribute__((always_inline)) {
+    b = uniform(b ^ 1);
+    if (Q_STAGES == 2) {
+      stage = b;
+      q_turn ^= !b;
+    } else {
+      q_turn ^= stage == Q_STAGES - 1;
+      stage = uniform(stage == Q_STAGES - 1 ? 0 : stage + 1);
+    }
+  };
+  const auto begin = [&] {
+    bar_wait(m.full_q(stage), q_turn, patience);
+    start_from(s, rows_at + stage * LINE * 4);
   };
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
   };
   const auto multiply_dv = [&](const u32 b) __attribute__((always_inline)) {
@@ -243,25 +276,25 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
     wgmma_commit();
   };
-  const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
-    const u32 b = uniform(stage);
-    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, b);
+  const auto step = [&](const u32 half, const u32 at) __attribute__((always_inline)) {  // its scores are on their way
+    const u32 b = uniform(half), stage = uniform(at);
+    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, stage);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
-    to_probabilities(p, s, pr, rows_at + b * LINE * 4, far, seen, kind, left);
-    if (WIDE) {
-      multiply_dv(b);
+    to_probabilities(p, s, pr, rows_at + stage * LINE * 4, far, seen, kind, left);
+    if (WIDE) {  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
+      multiply_dv(stage);
       wgmma_wait<0>();
       hold(dv);
     }
-    start_from(dp, rows_at + b * LINE * 4 + STEP * 4);
+    start_from(dp, rows_at + stage * LINE * 4 + STEP * 4);
     wgmma_fence();
-    const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART);
+    const u64 b_do = descriptor(m.dout + stage * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + stage * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
-    if (!WIDE) multiply_dv(b);
+    if (!WIDE) multiply_dv(stage);
     if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(dp);
 #pragma unroll
@@ -285,11 +318,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   // From step b on over those of which no row sees this group's keys; false: the item has no more. No product is under way.
   const auto pass_over = [&](u32& b) __attribute__((always_inline)) {
-    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); b = uniform(b ^ 1)) {
-      bar_wait(m.full_q(b), turn, patience);
+    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); next_step(b)) {
+      bar_wait(m.full_q(stage), q_turn, patience);
       bar_wait(m.free_ds(b), turn ^ 1, patience);
       __syncwarp();
-      if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+      if (thread_again() % 128 == 0) bar_arrive(m.free_q(stage));
       if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
       if (b && state & LAST) return false;
       if (b) {
@@ -308,8 +341,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (state & SECTION) {
         empty_section(p, field(KEY_HEAD), w, thread_again() % 128);
       } else if (PARTED) {
-        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
-        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        leave_keys(p, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        leave_keys(p, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
       } else {
         store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
       }
@@ -326,36 +359,36 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     } else {
       clear(dk); clear(dv);
     }
-    if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
-    bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    bar_wait(m.full_keys(), items & 1, patience);
     u32 b = 0;
     bool more = pass_over(b);
-    if (more) begin(b);
+    if (more) begin();
     while (more) {
-      multiply_scores(b);
+      multiply_scores(stage);
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-      step(b);
+      step(b, stage);
       const int state = field(STATE);
+      const u32 before = stage;
       if (b && state & LAST) {
-        free_step(b);
+        free_step(before);
         break;
       }
       const bool follows = WIDE || state >> (b ? COMING : SEEN + 2) >> w & 1;
       if (b) { release(); turn ^= 1; }
-      b = uniform(b ^ 1);
-      begin(b);
-      free_step(b ^ 1);
+      next_step(b);
+      begin();
+      free_step(before);
       if (follows) continue;
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
       more = pass_over(b);
-      if (more) begin(b);
+      if (more) begin();
     }
     turn ^= 1;
-    bar_wait(m.kept(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-    const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
-    items = (items + 1) % (2 * KEY_STAGES);
-    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD), section = field(STATE) & SECTION;
-    if (section) {
+    next_step(b);
+    bar_wait(m.kept(), items & 1, patience);
+    if (thread_again() % 128 == 0) bar_arrive(m.free_keys());
+    items++;
+    if (field(STATE) & SECTION) {
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
@@ -364,40 +397,21 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       places_of_keys(at, VALUES, false);
       leave_part(dv, 1.f, p.wide_dv, at);
     } else {
-      write_keys(dk, p.scale, keys, row, lane);
-      write_keys(dv, 1.f, values, row, lane);
+      write();
     }
-    shared_to_copy_engine();
     named_sync(4 + w, 128);
     release();
-    if (PARTED || section) {
-      if (PARTED && p.rounds) {
-        place_keys(p, m, keys, p.dk_out, p.wide_dk, p.D, WIDTH, key_head, block, w, tid);
-        place_keys(p, m, values, p.dv_out, p.wide_dv, p.Dv, VALUES, key_head, block, w, tid);
-        named_sync(4 + w, 128);
-      }
-      if (tid == 0) bar_arrive(m.free_keys(stage));
-    } else if (tid == 0) {
-      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, keys + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, values + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      tma_store_commit();
-      tma_store_wait_read();
-      bar_arrive(m.free_keys(stage));
-    }
   }
-  if (thread_again() % 128 == 0) tma_store_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
   const Shared m(raw);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2; s++) {
-      bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2);
-      bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1);
-    }
+    for (int s = 0; s < Q_STAGES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2); }
+    for (int s = 0; s < 2; s++) { bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1); }
     for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
-    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 2); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); }
+    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1); bar_init(m.kept(), 1);
     bar_fence();
   }
   __syncthreads();

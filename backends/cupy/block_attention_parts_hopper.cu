@@ -8,25 +8,10 @@
 // What an item is was laid down on the host (hopper_parts.py): 32 bytes an item and 32 an entry, fetched ahead; a block has no more to look up than its row of the table of masks.
 // Groups of 64 rows go through a block's keys by 128 or by 64 a step; by 64 they leave out the half that none of their rows sees.
 // Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), STAGES, TILES, PARTS, STEP (keys a step: 128 or 64).
-#include "wgmma.cuh"
+#define PARTED 1
+#include "block_forward_hopper.cuh"
 #include "ordered.cuh"
-#include "lists.cuh"
 
-#ifndef KIND
-#define KIND BFLOAT16
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
-#ifndef VALUES
-#define VALUES 128
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef TILES
-#define TILES 2
-#endif
 #ifndef PARTS
 #define PARTS 2
 #endif
@@ -34,11 +19,8 @@
 #define STEP 128
 #endif
 
-constexpr int ROWS = 128, KEYS = 128, SLAB = 128 * 128;  // a slab: rows of 64 columns, as the copy engine writes them
-constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * SLAB;
-constexpr int GROUPS = 2, THREADS = 384, ITEMS = 4, INLINE = 2;  // entries that come with their item
+constexpr int ITEMS = 4, INLINE = 2;  // entries that come with their item
 constexpr int READERS = 1 + 5 * GROUPS;                          // of an item: the loading thread, the multiplying warps, those that raise counters
-constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
 struct KeyAxis { TensorMap k, v; };  // boxes of a block's keys x 64 columns
 struct Params {
@@ -73,25 +55,13 @@ struct Item {
   Entry entries[INLINE];
 };
 
-template <int N> __device__ __forceinline__ u32 parity(u32 n) { return n / N & 1; }
-
-struct Shared {
-  u32 base, q, k, v, bars;
-  unsigned char* raw;
-  __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
-    q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
-  }
-  __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
-  __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
-  __device__ __forceinline__ u32 full_v(int s) const { return bars + 8 * (2 * STAGES + s); }
-  __device__ __forceinline__ u32 free_v(int s) const { return bars + 8 * (3 * STAGES + s); }
+struct Shared : Tiles {
+  using Tiles::Tiles;
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 32 * STAGES + 8 * s; }
   __device__ __forceinline__ u32 free_q(int s) const { return bars + 32 * STAGES + 16 + 8 * s; }
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 32 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 32 * STAGES + 32 + 8 * (ITEMS + s); }
   __device__ __forceinline__ u32 written(int w) const { return bars + 32 * STAGES + 32 + 16 * ITEMS + 8 * w; }  // a group's sums for the next pass
-  template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 48 + 16 * ITEMS) + s; }  // what stands in stage s of the keys
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 48 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
 };
@@ -131,12 +101,6 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
 }
 
 // --------------------------------------------------------------------------------------------------------------------- loading
-template <int Slabs> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int at, int steps, int h, int b) {
-  bar_expect(bar, Slabs * SLAB);
-#pragma unroll
-  for (int c = 0; c < Slabs; c++) tma_load(to + c * SLAB, map, bar, 64 * c, steps ? at % steps : at, steps ? at / steps : 0, h, b);
-}
-
 // K of a block, then V of the block before: values are wanted one product later
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32& patience) {
   u32 k = 0, v = 0;
@@ -172,87 +136,8 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-struct Sight { int kind; int2 range[2]; };  // of a masked block: its kind, and where the keys lie that two rows of a lane may see
-
-__device__ __forceinline__ Sight look(const Params& p, int kind, int left, int row) {
-  Sight y = {kind, {make_int2(0, left), make_int2(0, left)}};
-  if (kind >= 0 && !(kind & 1)) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int2 range = __ldg((const int2*)p.intervals + (i64)(kind >> 1) * ROWS + row + 8 * h);
-      y.range[h] = make_int2(range.x, imin(range.y, left));
-    }
-  }
-  return y;
-}
-
-__device__ __forceinline__ u32 seen_word(const Params& p, int kind, int2 range, int r, int n) {
-  const u32 word = range_bits(range.x - 32 * n, range.y - 32 * n);
-  return kind >= 0 && kind & 1 ? word & __ldg(p.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
-}
-
-// keys 8 j + 2 (lane % 4) and the next of a step are s[4 j ..]; its first keys are those of word `first` of the block
-__device__ __forceinline__ void mask(float (&s)[STEP / 2], const Params& p, const Sight& y, int row, int first) {
-#pragma unroll
-  for (int n = 0; n < STEP / 32; n++) {
-    u32 a = seen_word(p, y.kind, y.range[0], row, first + n), b = seen_word(p, y.kind, y.range[1], row + 8, first + n);
-    if (__all_sync(~0u, (a & b) == ~0u)) continue;
-    a >>= 2 * (thread_again() & 3);
-    b >>= 2 * (thread_again() & 3);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float* x = s + 4 * (4 * n + j);
-      if (!(a >> 8 * j & 1)) x[0] = -inf();
-      if (!(a >> 8 * j & 2)) x[1] = -inf();
-      if (!(b >> 8 * j & 1)) x[2] = -inf();
-      if (!(b >> 8 * j & 2)) x[3] = -inf();
-    }
-  }
-}
-
-__device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != -inf(); }
-
-// Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
-// multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
-// 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-__device__ __forceinline__ void soften(float (&s)[STEP / 2], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
-  float top[2] = {most[0], most[1]}, z[2];
-#pragma unroll
-  for (int j = 0; j < STEP / 2; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
-  bool some_far = false;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
-    const float before = most[h] * c;
-    z[h] = top[h] * c;
-    some_far |= is_far(before) | is_far(z[h]);
-    if (z[h] == -inf()) z[h] = 0.f;  // no key so far: every exponent is -inf, not NaN
-    factor[h] = ex2(before - z[h]);
-  }
-  if (__any_sync(~0u, some_far)) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float before = most[h] * c, old = is_far(before) ? most[h] : 0.f, now = is_far(top[h] * c) ? top[h] : 0.f;
-      if (now != 0.f) z[h] = 0.f;
-      factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
-#pragma unroll
-      for (int j = 0; j < STEP / 2; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
-    }
-  }
-  float total[2] = {0.f, 0.f};
-#pragma unroll
-  for (int j = 0; j < STEP / 2; j += 4)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], c, -z[h]));
-      s[j + 2 * h + 1] = ex2(fmaf(s[j + 2 * h + 1], c, -z[h]));
-      total[h] += s[j + 2 * h] + s[j + 2 * h + 1];
-    }
-#pragma unroll
-  for (int h = 0; h < 2; h++) { most[h] = top[h]; sum[h] = sum[h] * factor[h] + total[h]; }
-}
-
+__device__ __forceinline__ int queries(const Params& p) { return p.T; }
+__device__ __forceinline__ const float* sinks(const Params& p, const Item& x) { return x.raise < 0 ? p.sink : nullptr; }
 __device__ __forceinline__ bool in_call(const Params& p, int t) { return t >= 0 && t < p.T; }
 
 // What lies between float32 rows of the sums between passes and two rows of a lane: 16 bytes are columns 16 j + 2 (lane % 4), the next, and both 8 further on, o[8 j + 2 h ..].
@@ -303,53 +188,6 @@ __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, in
   if (p.lse && tid < 64 && in_call(p, t)) p.lse[(i64)x.head * p.T + t] = -inf();
 }
 
-// factors of the sums of two rows, and their lse
-__device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row) {
-  const bool sinks = p.sink && x.raise < 0;
-  const float sink = sinks ? __ldg(p.sink + x.head % p.Hq) : -inf();
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    const bool empty = most[h] == -inf() && sum[h] == 0.f;
-    const float top = __fmul_rn(most[h], p.scale);  // rounded as the backward rounds its scores
-    factor[h] = empty ? 0.f : 1.f / (sum[h] + (sinks ? ex2((sink - top) * LOG2E) : 0.f));
-    const int t = query(p, x, row + 8 * h);
-    if (p.lse && (thread_again() & 3) == 0 && in_call(p, t)) p.lse[(i64)x.head * p.T + t] = empty ? -inf() : top + logf(sum[h]);
-  }
-}
-
-// this group's rows from their tile, those that the call has; two threads a row
-__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, u32 tile, int w, int tid) {
-  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = query(p, x, r);
-  if (!in_call(p, t)) return;
-  uint4* to = (uint4*)p.result + ((i64)x.head * p.T + t) * n;
-#pragma unroll 1
-  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(tile + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
-}
-
-// out through this group's rows of the item's query tile
-template <int N> __device__ __forceinline__ void store(const Params& p, const Item& x, const Shared& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid) {
-  const int lane = tid & 31, r = w * 64 + tid / 32 * 16 + (lane & 15);
-#pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const int c = 2 * j + (lane >> 4);  // 16 bytes each
-    const float* y = o + 8 * j;
-    stmatrix_at(tile + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
-                pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
-  }
-  shared_to_copy_engine();
-  named_sync(4 + w, 128);
-  if (x.t + 64 * w < 0 || row_step(p, x) > 1) {  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
-    store_inside(p, x, m, tile, w, tid);
-    named_sync(4 + w, 128);
-  } else if (tid == 0) {
-#pragma unroll
-    for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, tile + c * SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
-    tma_store_commit();
-  }
-}
-
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {
   const bool leader = threadIdx.x % 128 == 0;
   const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
@@ -370,25 +208,9 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     at_k = uniform(k % STAGES) * (K_BYTES >> 4) + half * (64 * 128 >> 4);
     at_v = uniform(v % STAGES) * (V_BYTES >> 4) + half_before * 4 * 128;
   };
-  const auto multiply_scores = [&] {
-    const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
-#pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, dq + c / 4 * (SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
-    wgmma_commit();
-  };
-  const auto multiply_output = [&](bool more) {
-    const u64 dv = dv0 + (u64)at_v;
-#pragma unroll
-    for (int c = 0; c < STEP / 16; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
-    wgmma_commit();
-  };
-  const auto round = [&] {
-#pragma unroll
-    for (int c = 0; c < STEP / 4; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
-  };
   const auto see = [&] {  // of the masked block that stands at this turn; before its stage is given back
     const Entry& y = *m.entry(k % STAGES);
-    sight = look(p, y.kind, y.left, row());
+    sight = look_at(p, y.kind, y.left, row());
     const u32 word = tid() / 32 == 0 ? y.seen.x : tid() / 32 == 1 ? y.seen.y : tid() / 32 == 2 ? y.seen.z : y.seen.w;
     clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u && (half == 0 || ends_alone);
     clears_next = !(word >> (tid() & 31) & 1);
@@ -466,7 +288,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     ask_sums(x);
     hold(s);
     wgmma_fence();
-    multiply_scores();
+    multiply_scores(s, dq0 + at_q, dk0 + at_k);
     see_first();
     wgmma_wait<0>();
     hold(s);
@@ -497,7 +319,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     begin(before);
     if (plain == 0) mask(s, p, sight, row(), 2 * half);
     soften(s, most, sum, factor, p.exponent);
-    round();
+    round(pr, s);
     pass_on();
     if (owed) settle(i - 1);
     bool more = m.item(i % ITEMS)->wait >= 0;
@@ -517,11 +339,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       aim(i);
       hold(s); hold(o);
       wgmma_fence();
-      multiply_scores();
+      multiply_scores(s, dq0 + at_q, dk0 + at_k);
       await_values();
       clear_values();
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       if (e >= plain) see();
       wgmma_wait<1>();
       hold(s);
@@ -537,7 +359,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
         for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       }
       more = true;
-      round();
+      round(pr, s);
       pass_on();
     }
     const Item &x = *m.item(i % ITEMS), &y = know(i + 1);
@@ -549,11 +371,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       ask_before(y);
       hold(s); hold(o);
       wgmma_fence();
-      multiply_scores();
+      multiply_scores(s, dq0 + at_q, dk0 + at_k);
       await_values();
       clear_values();
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       see_first();
       finish(p, x, most, sum, factor, row());
       wgmma_wait<0>();
@@ -564,7 +386,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       clear_values();
       hold(o);
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       finish(p, x, most, sum, factor, row());
       wgmma_wait<0>();
       hold(o);
@@ -576,7 +398,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       });
       written();
     } else {
-      store(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
+      store_rows(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
     }
     close(i);
     if (TILES == 1) settle(i); else owed = true;
