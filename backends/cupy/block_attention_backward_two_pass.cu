@@ -246,19 +246,16 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
   // A step is 64 queries: half b of a tile, in a stage that is b itself where there are two.
+  const auto place = [&](u32 b) { return Q_STAGES == 2 ? b : stage; };
   const auto next_step = [&](u32& b) __attribute__((always_inline)) {
     b = uniform(b ^ 1);
-    if (Q_STAGES == 2) {
-      stage = b;
-      q_turn ^= !b;
-    } else {
-      q_turn ^= stage == Q_STAGES - 1;
-      stage = uniform(stage == Q_STAGES - 1 ? 0 : stage + 1);
-    }
+    if (Q_STAGES == 2) return;
+    q_turn ^= stage == Q_STAGES - 1;
+    stage = uniform(stage == Q_STAGES - 1 ? 0 : stage + 1);
   };
-  const auto begin = [&] {
-    bar_wait(m.full_q(stage), q_turn, patience);
-    start_from(s, rows_at + stage * LINE * 4);
+  const auto begin = [&](u32 b) __attribute__((always_inline)) {
+    bar_wait(m.full_q(place(b)), Q_STAGES == 2 ? turn : q_turn, patience);
+    start_from(s, rows_at + place(b) * LINE * 4);
   };
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     hold(s);
@@ -319,10 +316,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   // From step b on over those of which no row sees this group's keys; false: the item has no more. No product is under way.
   const auto pass_over = [&](u32& b) __attribute__((always_inline)) {
     for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); next_step(b)) {
-      bar_wait(m.full_q(stage), q_turn, patience);
+      bar_wait(m.full_q(place(b)), Q_STAGES == 2 ? turn : q_turn, patience);
       bar_wait(m.free_ds(b), turn ^ 1, patience);
       __syncwarp();
-      if (thread_again() % 128 == 0) bar_arrive(m.free_q(stage));
+      if (thread_again() % 128 == 0) bar_arrive(m.free_q(place(b)));
       if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
       if (b && state & LAST) return false;
       if (b) {
@@ -362,13 +359,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.full_keys(), items & 1, patience);
     u32 b = 0;
     bool more = pass_over(b);
-    if (more) begin();
+    if (more) begin(b);
     while (more) {
-      multiply_scores(stage);
+      multiply_scores(place(b));
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-      step(b, stage);
+      step(b, place(b));
       const int state = field(STATE);
-      const u32 before = stage;
+      const u32 before = place(b);
       if (b && state & LAST) {
         free_step(before);
         break;
@@ -376,12 +373,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       const bool follows = WIDE || state >> (b ? COMING : SEEN + 2) >> w & 1;
       if (b) { release(); turn ^= 1; }
       next_step(b);
-      begin();
+      begin(b);
       free_step(before);
       if (follows) continue;
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
       more = pass_over(b);
-      if (more) begin();
+      if (more) begin(b);
     }
     turn ^= 1;
     next_step(b);
