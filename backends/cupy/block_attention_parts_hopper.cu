@@ -1,13 +1,11 @@
 // Attention over all parts of a layout in one launch, by Hopper's own instructions: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 //
 // Parts whose tiles hold the same queries are one pass: their blocks are entries of one item. Where rows differ (residue classes, then contiguous queries), the first pass leaves
-// normalised sums and logsumexps in float32, and the second starts from them as if from one more key. Items of both take turns: the second pass of some tiles follows the first by
-// one group of tiles, so that queries, keys, values and the sums between are found in the cache. An item waits for the group before it by a counter; tickets ascend, so those that
-// it waits for were taken before.
+// normalised sums and logsumexps in float32, and the second starts from them as if from one more key. The second pass of a head follows the first pass of the next one; an item of it waits
+// for the head's first pass by a counter; tickets ascend, so those that it waits for were taken before.
 //
 // What an item is was laid down on the host (hopper_parts.py): 32 bytes an item and 32 an entry, fetched ahead; a block has no more to look up than its row of the table of masks.
-// Groups of 64 rows go through a block's keys by 128 or by 64 a step; by 64 they leave out the half that none of their rows sees.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), STAGES, TILES, PARTS, STEP (keys a step: 128 or 64).
+// Defines: as block_forward_hopper.cuh, PARTS.
 #define PARTED 1
 #include "block_forward_hopper.cuh"
 #include "ordered.cuh"
@@ -15,12 +13,9 @@
 #ifndef PARTS
 #define PARTS 2
 #endif
-#ifndef STEP
-#define STEP 128
-#endif
 
 constexpr int ITEMS = 4, INLINE = 2;  // entries that come with their item
-constexpr int READERS = 1 + 5 * GROUPS;                          // of an item: the loading thread, the multiplying warps, those that raise counters
+constexpr int READERS = 1 + 5 * GROUPS;  // of an item: the loading thread, the multiplying warps, those that raise counters
 
 struct KeyAxis { TensorMap k, v; };  // boxes of a block's keys x 64 columns
 struct Params {
@@ -31,27 +26,24 @@ struct Params {
   const float* sink;
   float* partial;          // [B,Hq,T,VALUES] of the first pass; columns stand as lanes hold them (for_quads)
   int* ticket;
-  int* counters;           // [B * Hq, groups]: multiplying groups that are through with their tile
+  int* counters;           // [B * Hq]: multiplying groups that are through with a tile of the first pass
   const int4 *items, *entries;
   const int* intervals;
   const u32* bitmaps;
   int row_step[2], key_steps[PARTS];  // between a tile's rows; of an axis of two, 0 where it is one
-  int T, Hq, group, Dv, heads, tiles, steps, section, first_item, items_end, groups, unused;
+  int T, Hq, group, Dv, heads, tiles, steps, section, all;  // heads = B * Hq; `section` steps at a time, each the items of a head; all: items of all steps
   float scale, exponent;   // exponent = scale * log2(e)
 };
 
-enum { BOTH, LOW, HIGH };  // halves of a block's keys
-// Entry of a list: the first key, kind, how many keys of the block exist; its part, and from bit 8 on, two bits each, the halves that a group's rows see; which keys some row sees
+// Entry of a list: the first key, kind, how many keys of the block exist; its part; which keys some row sees
 struct Entry {
-  int key, kind, left, part_and_halves;
+  int key, kind, left, part;
   uint4 seen;
-  __device__ __forceinline__ int part() const { return part_and_halves & 255; }
-  __device__ __forceinline__ int halves(int w) const { return part_and_halves >> (8 + 2 * w) & 3; }
 };
-// A query tile: t is the query of its row 0, negative where it starts before the call; of n entries the first `plain` need no mask. wait: the group (and how often it is raised) whose
-// sums it starts from, or -1; raise: the group whose sums it leaves, or -1. n = -1: no more items.
+// A query tile: t is the query of its row 0, negative where it starts before the call; of n entries the first `plain` need no mask. wait: how often the head's counter
+// is raised before the sums that it starts from are there, or 0; raises: whether it leaves sums. n = -1: no more items.
 struct Item {
-  int t, pass, first, n, plain, head, wait, raise, times, unused[3];
+  int t, pass, first, n, plain, head, wait, raises;
   Entry entries[INLINE];
 };
 
@@ -77,11 +69,11 @@ __device__ __forceinline__ Entry fetch_entry(const Params& p, int n) {
 // ---------------------------------------------------------------------------------------------------------------- taking items
 __device__ __forceinline__ bool open_item(const Params& p, int number, Item& x) {
   const int from = number / (p.section * p.tiles) * p.section, together = imin(p.section, p.steps - from), y = number - from * p.tiles, rank = y / together;
-  const int4 a = __ldg(p.items + 2 * (i64)rank), b = __ldg(p.items + 2 * (i64)rank + 1);  // t, pass | times << 1, first, n; plain, head, wait, raise
+  const int4 a = __ldg(p.items + 2 * (i64)rank), b = __ldg(p.items + 2 * (i64)rank + 1);  // t, pass, first, n; plain, how many heads behind, wait, raises
   const int head = from + y % together + b.y;
   if (head < 0 || head >= p.heads) return false;
-  x.t = a.x; x.pass = a.y & 1; x.times = a.y >> 1; x.first = a.z; x.n = a.w;
-  x.plain = b.x; x.head = head; x.wait = b.z; x.raise = b.w;
+  x.t = a.x; x.pass = a.y; x.first = a.z; x.n = a.w;
+  x.plain = b.x; x.head = head; x.wait = b.z; x.raises = b.w;
 #pragma unroll
   for (int e = 0; e < INLINE; e++) x.entries[e] = fetch_entry(p, a.z + imin(e, imax(a.w - 1, 0)));
   return true;
@@ -92,8 +84,8 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
     Item& x = *m.item(i % ITEMS);
     bar_wait(m.free_item(i % ITEMS), parity<ITEMS>(i) ^ 1, patience);
     int number;
-    do number = p.first_item + atomicAdd(p.ticket, 1); while (number < p.items_end && !open_item(p, number, x));
-    const bool more = number < p.items_end && patience;
+    do number = atomicAdd(p.ticket, 1); while (number < p.all && !open_item(p, number, x));
+    const bool more = number < p.all && patience;
     if (!more) x.n = -1;
     bar_arrive(m.full_item(i % ITEMS));
     if (!more) return;
@@ -111,7 +103,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
     if (n < 0 || !patience) return;
     const int b = x.head / p.Hq, h = x.head % p.Hq, hk = h / p.group, step = row_step(p, x);
     bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
-    if (x.wait >= 0) wait_turn(p.counters + (i64)x.head * p.groups + x.wait, x.times, patience);
+    if (x.wait) wait_turn(p.counters + x.head, x.wait, patience);
     if (n) load_slabs<K_SLABS>(m.q + i % TILES * Q_BYTES, &p.q[x.pass], m.full_q(i % TILES), x.t, step > 1 ? step : 0, h, b);
     else bar_arrive(m.full_q(i % TILES));
     int key = 0, part = 0;
@@ -119,7 +111,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
       const int before = key, part_before = part;
       if (e < n) {
         const Entry y = e < INLINE ? x.entries[e] : fetch_entry(p, first + e);
-        key = y.key; part = y.part();
+        key = y.key; part = y.part;
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
         *m.entry(k % STAGES) = y;
         load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.keys[part].k, m.full_k(k % STAGES), key, p.key_steps[part], hk, b);
@@ -137,7 +129,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
 __device__ __forceinline__ int queries(const Params& p) { return p.T; }
-__device__ __forceinline__ const float* sinks(const Params& p, const Item& x) { return x.raise < 0 ? p.sink : nullptr; }
+__device__ __forceinline__ const float* sinks(const Params& p, const Item& x) { return x.raises ? nullptr : p.sink; }
 __device__ __forceinline__ bool in_call(const Params& p, int t) { return t >= 0 && t < p.T; }
 
 // What lies between float32 rows of the sums between passes and two rows of a lane: 16 bytes are columns 16 j + 2 (lane % 4), the next, and both 8 further on, o[8 j + 2 h ..].
@@ -167,10 +159,10 @@ __device__ __forceinline__ void raise_counters(const Params& p, const Shared& m,
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
-    if (x.raise >= 0) {
+    if (x.raises) {
       bar_wait(m.written(w), turn, patience);
       turn ^= 1;
-      raise_counter(p.counters + (i64)x.head * p.groups + x.raise);
+      raise_counter(p.counters + x.head);
     }
     bar_arrive(m.free_item(i % ITEMS));
   }
@@ -178,8 +170,8 @@ __device__ __forceinline__ void raise_counters(const Params& p, const Shared& m,
 
 // a tile without keys: this group's 64 rows of the first pass, or of the last
 __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, int w, int tid) {
-  const int n = x.raise >= 0 ? VALUES / 4 : p.Dv / 8;
-  uint4* to = x.raise >= 0 ? (uint4*)p.partial : (uint4*)p.result;
+  const int n = x.raises ? VALUES / 4 : p.Dv / 8;
+  uint4* to = x.raises ? (uint4*)p.partial : (uint4*)p.result;
   for (int i = tid; i < 64 * n; i += 128) {
     const int t = query(p, x, 64 * w + i / n);
     if (in_call(p, t)) to[((i64)x.head * p.T + t) * n + i % n] = make_uint4(0, 0, 0, 0);
@@ -193,52 +185,43 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
   const auto row = [w, tid] { const int t = tid(); return w * 64 + t / 32 * 16 + t % 32 / 4; };
   const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[STEP / 2], o[VALUES / 2], most[2], sum[2], factor[2];
-  u32 pr[STEP / 4], i = 0, k = 0, v = 0;  // turns: item, key block of the scores and, a step behind, of the values
-  int n, plain, half = 0, half_before = 0;  // which half of the block the step takes
-  bool ends = true, ends_before = true;     // the step is the block's last
-  bool owed = false, clears = false, clears_next = false;  // the output of the item before is on its way; this thread's key of the values at hand, and of those to come, is seen by nobody
-  bool clearing = false, clearing_next = false;            // some key is
-  bool ends_alone = false;                                 // the block has one step
+  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
+  u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
+  int n, plain;
+  bool owed = false;                         // the output of the item before is on its way
+  bool clears = false, clears_next = false;  // this thread's key of the values at hand, and of those to come, is seen by nobody
+  bool clearing = false, clearing_next = false;  // some key is
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
   u32 at_q, at_k, at_v;
   const auto aim = [&](u32 i) {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
     at_q = uniform(i % TILES) * (Q_BYTES >> 4);
-    at_k = uniform(k % STAGES) * (K_BYTES >> 4) + half * (64 * 128 >> 4);
-    at_v = uniform(v % STAGES) * (V_BYTES >> 4) + half_before * 4 * 128;
+    at_k = uniform(k % STAGES) * (K_BYTES >> 4);
+    at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
   };
   const auto see = [&] {  // of the masked block that stands at this turn; before its stage is given back
     const Entry& y = *m.entry(k % STAGES);
     sight = look_at(p, y.kind, y.left, row());
     const u32 word = tid() / 32 == 0 ? y.seen.x : tid() / 32 == 1 ? y.seen.y : tid() / 32 == 2 ? y.seen.z : y.seen.w;
-    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u && (half == 0 || ends_alone);
+    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u;
     clears_next = !(word >> (tid() & 31) & 1);
   };
   // Values that no row of the tile sees are made zero: what nobody sees must not reach a product (0 * NaN). Both groups do, so that neither waits for the other.
   const auto clear_values = [&] {
     if (clearing) {
       if (clears)
-        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + v % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + (k - 1) % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
       shared_to_copy_engine();
       named_sync(4 + w, 128);
     }
   };
-  // The step's scores are made: its keys may go, and its values are next.
+  // The block's scores are made: its values are next.
   const auto pass_on = [&] {
     clears = clears_next; clearing = clearing_next; clears_next = clearing_next = false;
-    half_before = half; ends_before = ends; v = k;
-    k += ends;
+    k++;
   };
-  const auto begin_block = [&] {  // block k has come: its first step
-    if (STEP == KEYS) return;
-    const int halves = uniform(m.entry(k % STAGES)->halves(w));
-    half = halves == HIGH;
-    ends = halves != BOTH;
-    ends_alone = ends;
-  };
-  const auto free_values = [&] { if (leader && ends_before) bar_arrive(m.free_v(v % STAGES)); };
-  const auto await_values = [&] { bar_wait(m.full_v(v % STAGES), parity<STAGES>(v), patience); };
+  const auto free_values = [&] { if (leader) bar_arrive(m.free_v((k - 1) % STAGES)); };
+  const auto await_values = [&] { bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience); };
   const auto begin = [&](const float (&before)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -246,7 +229,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       sum[h] = most[h] != -inf() && (thread_again() & 3) == 0 ? 1.f : 0.f;
     }
   };
-  const auto free_keys = [&] { __syncwarp(); if (ends && tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
+  const auto free_keys = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
   float before[2];
   const auto know = [&](u32 i) -> const Item& {  // item i
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
@@ -263,11 +246,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int t = query(p, x, row() + 8 * h);
-      before[h] = x.wait >= 0 && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
+      before[h] = x.wait && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
     }
   };
   const auto ask_sums = [&](const Item& x) {
-    if (x.wait < 0) return;
+    if (!x.wait) return;
     for_quads(p, x, row(), [&](int j, const float4* from, bool there) {
       const float4 y = there ? fresh(from) : make_float4(0.f, 0.f, 0.f, 0.f);
       o[j] = y.x; o[j + 1] = y.y; o[j + 4] = y.z; o[j + 5] = y.w;
@@ -282,7 +265,6 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n == 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     if (n <= 0) return;
     await_tiles(i);
-    begin_block();
     aim(i);
     ask_before(x);
     ask_sums(x);
@@ -293,10 +275,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_wait<0>();
     hold(s);
   };
-  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: groups wait for earlier ones alone.
-  const auto goes_along = [&](const Item& x, const Item& y) {
-    return TILES == 2 && n > 0 && (x.raise < 0 || y.wait < 0 || (i64)y.head * p.groups + y.wait < (i64)x.head * p.groups + x.raise);
-  };
+  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: heads wait for themselves alone.
+  const auto goes_along = [&](const Item& x, const Item& y) { return TILES == 2 && n > 0 && (!x.raises || !y.wait || y.head < x.head); };
   const auto written = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.written(w)); };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
   const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
@@ -308,7 +288,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n == 0) {
       const Item& x = *m.item(i % ITEMS);
       store_nothing(p, x, w, tid());
-      if (x.raise >= 0) written();
+      if (x.raises) written();
       close(i);
       if (owed) settle(i - 1);
       settle(i++);
@@ -317,25 +297,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     free_keys();
     begin(before);
-    if (plain == 0) mask(s, p, sight, row(), 2 * half);
+    if (plain == 0) mask(s, p, sight, row());
     soften(s, most, sum, factor, p.exponent);
     round(pr, s);
     pass_on();
     if (owed) settle(i - 1);
-    bool more = m.item(i % ITEMS)->wait >= 0;
+    bool more = m.item(i % ITEMS)->wait;
     if (more) {
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
     }
-    for (int e = 0;;) {
-      if (ends_before) {
-        if (++e >= n) break;
-        bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
-        begin_block();
-      } else {
-        half = 1;
-        ends = true;
-      }
+    for (int e = 1; e < n; e++) {
+      bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       aim(i);
       hold(s); hold(o);
       wgmma_fence();
@@ -347,7 +320,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (e >= plain) see();
       wgmma_wait<1>();
       hold(s);
-      if (e >= plain) mask(s, p, sight, row(), 2 * half);
+      if (e >= plain) mask(s, p, sight, row());
       free_keys();
       soften(s, most, sum, factor, p.exponent);
       if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
@@ -366,7 +339,6 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     const bool along = goes_along(x, y);
     if (along) {
       await_tiles(i + 1);
-      begin_block();
       aim(i + 1);
       ask_before(y);
       hold(s); hold(o);
@@ -392,7 +364,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       hold(o);
     }
     free_values();
-    if (x.raise >= 0) {
+    if (x.raises) {
       for_quads(p, x, row(), [&](int j, float4* to, bool there) {
         if (there) *to = make_float4(o[j] * factor[j >> 1 & 1], o[j + 1] * factor[j >> 1 & 1], o[j + 4] * factor[j >> 1 & 1], o[j + 5] * factor[j >> 1 & 1]);
       });
