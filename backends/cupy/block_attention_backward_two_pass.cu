@@ -1,8 +1,9 @@
 // Backward of attention over block lists by Hopper's own instructions in two passes: float16 and bfloat16, blocks of 128 x 128, five products and no additions in device memory.
 //
-// `backward`: an item is a key block of a key head, or a section of one that far more rows see: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step. What would be
-// dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so does the key block (keys that nobody sees are zero there). `queries`: an item is a query tile; dQ is its
-// blocks of dS times theirs of K, in registers, in the order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
+// `backward`: an item is a key block of a key head, or a section of one that far more rows see: K and V stay in shared memory, dK and dV in registers, while the query tiles that see
+// it pass by, 64 rows a step. A group of 64 keys passes over steps whose rows see none of them. What would be dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so
+// does the key block (keys that nobody sees are zero there). `join` adds up sections. `queries`: an item is a query tile; dQ is its blocks of dS times theirs of K, in registers, in the
+// order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
 //
 // dS of everything would be T x S memory. Heads, or key blocks of a head, are worked on in pieces that fit a fixed amount; where a head comes in pieces, dQ stands in float32 between them.
 //
@@ -318,7 +319,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); next_step(b)) {
       bar_wait(m.full_q(place(b)), Q_STAGES == 2 ? turn : q_turn, patience);
       bar_wait(m.free_ds(b), turn ^ 1, patience);
-      __syncwarp();
+      named_sync(4 + w, 128);  // no product keeps the warps together: the stage must not be filled again before all have seen it full
       if (thread_again() % 128 == 0) bar_arrive(m.free_q(place(b)));
       if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
       if (b && state & LAST) return false;
