@@ -15,7 +15,7 @@
 #include "ordered.cuh"
 
 struct Params {
-  TensorMap q, k, v, dout;          // boxes of 64 columns, 64 rows; k, v: 128 rows
+  TensorMap q, k, v, dout, dk, dv;  // boxes of 64 columns, 64 rows; k, v: 128 rows
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
@@ -86,16 +86,17 @@ __device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
-// Keys of each item and dS of each step, as they stand in shared memory.
+// Keys of each item, dS of each step, and where the item ends its dK and dV, as they stand in shared memory.
 __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
   u32 patience = PATIENCE, n = 0, turn = 0, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
+    const u32 stage = items % KEY_STAGES;
     if (x.state & FIRST) {
-      bar_wait(m.full_keys(), items & 1, patience);
-      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k, KEY_BYTES);
+      bar_wait(m.full_keys(stage), items / KEY_STAGES & 1, patience);
+      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + stage * KEY_STAGE, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
@@ -107,8 +108,20 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
       bar_arrive(m.free_ds(s));
     }
     if (x.state & FIRST) {
-      bar_arrive(m.kept());
-      items++;
+      bar_arrive(m.kept(stage));
+    }
+    if (x.state & LAST) {
+      bar_wait(m.made(stage), items / KEY_STAGES & 1, patience);
+      if (!PARTED && !(x.state & SECTION)) {
+        for (int w = 0; w < 2; w++) {
+          for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
+          for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
+        }
+        tma_store_commit();
+        tma_store_wait_read();
+      }
+      bar_arrive(m.free_keys(stage));
+      items = (items + 1) % (2 * KEY_STAGES);
     }
     turn ^= 1;
   }
@@ -214,7 +227,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const int tid = threadIdx.x % 128, lane = tid & 31, warp = tid / 32;
   u32 patience = PATIENCE;
   float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
-  u32 pr[16], ds[16], turn = 0, items = 0, plan = 0, stage = 0, q_turn = 0;  // parities of dS, of the item's keys and of the stage of queries
+  u32 pr[16], ds[16], turn = 0, items = 0, plan = 0;
+  u32 next = 0;  // how far behind the first ones the item's keys stand
   const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
@@ -246,24 +260,17 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     leave_part(dk, p.scale, p.sums_of_keys, at_k);
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
-  // A step is 64 queries: half b of a tile, in a stage that is b itself where there are two.
-  const auto place = [&](u32 b) { return Q_STAGES == 2 ? b : stage; };
-  const auto next_step = [&](u32& b) __attribute__((always_inline)) {
-    b = uniform(b ^ 1);
-    if (Q_STAGES == 2) return;
-    q_turn ^= stage == Q_STAGES - 1;
-    stage = uniform(stage == Q_STAGES - 1 ? 0 : stage + 1);
-  };
+  // A step is 64 queries; b is its stage, and which half of the tile it is.
   const auto begin = [&](u32 b) __attribute__((always_inline)) {
-    bar_wait(m.full_q(place(b)), Q_STAGES == 2 ? turn : q_turn, patience);
-    start_from(s, rows_at + place(b) * LINE * 4);
+    bar_wait(m.full_q(b), turn, patience);
+    start_from(s, rows_at + b * LINE * 4);
   };
   const auto multiply_scores = [&](const u32 b) __attribute__((always_inline)) {
     hold(s);
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
   };
   const auto multiply_dv = [&](const u32 b) __attribute__((always_inline)) {
@@ -274,25 +281,25 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dv, pr + 4 * c, do_rows + c * 128, 1);
     wgmma_commit();
   };
-  const auto step = [&](const u32 half, const u32 at) __attribute__((always_inline)) {  // its scores are on their way
-    const u32 b = uniform(half), stage = uniform(at);
-    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, stage);
+  const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
+    const u32 b = uniform(stage);
+    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
-    to_probabilities(p, s, pr, rows_at + stage * LINE * 4, far, seen, kind, left);
+    to_probabilities(p, s, pr, rows_at + b * LINE * 4, far, seen, kind, left);
     if (WIDE) {  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
-      multiply_dv(stage);
+      multiply_dv(b);
       wgmma_wait<0>();
       hold(dv);
     }
-    start_from(dp, rows_at + stage * LINE * 4 + STEP * 4);
+    start_from(dp, rows_at + b * LINE * 4 + STEP * 4);
     wgmma_fence();
-    const u64 b_do = descriptor(m.dout + stage * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + stage * Q_PARTS * PART);
+    const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
-    if (!WIDE) multiply_dv(stage);
+    if (!WIDE) multiply_dv(b);
     if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
     hold(dp);
 #pragma unroll
@@ -316,11 +323,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   // From step b on over those of which no row sees this group's keys; false: the item has no more. No product is under way.
   const auto pass_over = [&](u32& b) __attribute__((always_inline)) {
-    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); next_step(b)) {
-      bar_wait(m.full_q(place(b)), Q_STAGES == 2 ? turn : q_turn, patience);
+    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); b = uniform(b ^ 1)) {
+      bar_wait(m.full_q(b), turn, patience);
       bar_wait(m.free_ds(b), turn ^ 1, patience);
       named_sync(4 + w, 128);  // no product keeps the warps together: the stage must not be filled again before all have seen it full
-      if (thread_again() % 128 == 0) bar_arrive(m.free_q(place(b)));
+      if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
       if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
       if (b && state & LAST) return false;
       if (b) {
@@ -357,36 +364,44 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     } else {
       clear(dk); clear(dv);
     }
-    bar_wait(m.full_keys(), items & 1, patience);
+    if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
+    bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
     u32 b = 0;
     bool more = pass_over(b);
     if (more) begin(b);
     while (more) {
-      multiply_scores(place(b));
+      multiply_scores(b);
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-      step(b, place(b));
+      step(b);
       const int state = field(STATE);
-      const u32 before = place(b);
       if (b && state & LAST) {
-        free_step(before);
+        free_step(b);
         break;
       }
       const bool follows = WIDE || state >> (b ? COMING : SEEN + 2) >> w & 1;
       if (b) { release(); turn ^= 1; }
-      next_step(b);
+      b = uniform(b ^ 1);
       begin(b);
-      free_step(before);
+      free_step(b ^ 1);
       if (follows) continue;
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
       more = pass_over(b);
       if (more) begin(b);
     }
     turn ^= 1;
-    next_step(b);
-    bar_wait(m.kept(), items & 1, patience);
-    if (thread_again() % 128 == 0) bar_arrive(m.free_keys());
-    items++;
-    if (field(STATE) & SECTION) {
+    const u32 stage = items % KEY_STAGES;
+    const int section = field(STATE) & SECTION;
+    bar_wait(m.kept(stage), items / KEY_STAGES & 1, patience);
+    items = (items + 1) % (2 * KEY_STAGES);
+    if (!PARTED && !section) {
+      const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15);
+      write_keys(dk, p.scale, m.k + next, row, lane);
+      write_keys(dv, 1.f, m.v + next, row, lane);
+      shared_to_copy_engine();
+    }
+    named_sync(4 + w, 128);
+    if (thread_again() % 128 == 0) bar_arrive(m.made(stage));
+    if (section) {
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
@@ -394,10 +409,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       leave_part(dk, p.scale, p.wide_dk, at);
       places_of_keys(at, VALUES, false);
       leave_part(dv, 1.f, p.wide_dv, at);
-    } else {
+    } else if (PARTED) {
       write();
     }
-    named_sync(4 + w, 128);
+    if (PARTED || section) named_sync(4 + w, 128);
     release();
   }
 }
@@ -406,10 +421,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_const
   DYNAMIC_SHARED(raw);
   const Shared m(raw);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < Q_STAGES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2); }
-    for (int s = 0; s < 2; s++) { bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1); }
+    for (int s = 0; s < 2; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2); bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1); }
     for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
-    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1); bar_init(m.kept(), 1);
+    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 1); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); bar_init(m.made(s), 2); }
     bar_fence();
   }
   __syncthreads();

@@ -19,8 +19,7 @@ constexpr int ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a sl
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64;
 constexpr int SUMS = ADDS ? STEP * WIDTH * 4 : 0, LINE = 3 * STEP + 4;               // bytes of a step's dQ; floats of a step's rows
 constexpr bool WIDE = WIDTH + VALUES > 256;
-constexpr int Q_STAGES = ADDS || WIDE ? 2 : 3;                                       // 3: a step's queries are asked for two steps ahead, and memory under load takes more than half of one
-constexpr int KEY_STAGES = 1, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB;
+constexpr int KEY_STAGES = ADDS || WIDE ? 1 : 2, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB, KEY_BARS = ADDS ? 24 : 32;  // 2: the next item's keys come while these are at work
 constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                     // of a plan: the loading thread, two adding threads or one that stores dS, two groups
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
@@ -36,22 +35,23 @@ struct Shared {
   unsigned char* raw;
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     k = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    v = k + Q_PARTS * SLAB; q = k + KEY_STAGES * KEY_STAGE; dout = q + Q_STAGES * Q_PARTS * PART; ds = dout + Q_STAGES * V_PARTS * PART; sums = ds + 4 * PART;
-    rows = sums + 2 * SUMS; plans = rows + Q_STAGES * LINE * 4; bars = plans + PLANS * sizeof(Plan);
+    v = k + Q_PARTS * SLAB; q = k + KEY_STAGES * KEY_STAGE; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
+    rows = sums + 2 * SUMS; plans = rows + 2 * LINE * 4; bars = plans + PLANS * sizeof(Plan);
   }
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 8 * s; }
-  __device__ __forceinline__ u32 free_q(int s) const { return bars + 8 * Q_STAGES + 8 * s; }
-  __device__ __forceinline__ u32 full_ds(int s) const { return bars + 16 * Q_STAGES + 8 * s; }
-  __device__ __forceinline__ u32 full_sums(int s) const { return bars + 16 * Q_STAGES + 16 + 8 * s; }
-  __device__ __forceinline__ u32 free_sums(int s) const { return bars + 16 * Q_STAGES + 32 + 8 * s; }
+  __device__ __forceinline__ u32 free_q(int s) const { return bars + 16 + 8 * s; }
+  __device__ __forceinline__ u32 full_ds(int s) const { return bars + 32 + 8 * s; }
+  __device__ __forceinline__ u32 full_sums(int s) const { return bars + 48 + 8 * s; }
+  __device__ __forceinline__ u32 free_sums(int s) const { return bars + 64 + 8 * s; }
   __device__ __forceinline__ u32 free_ds(int s) const { return full_sums(s); }  // where dS leaves instead of sums
-  __device__ __forceinline__ u32 kept(int s = 0) const { return free_sums(s); }  // the item's keys have left
-  __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 16 * Q_STAGES + 48 + 8 * (n % PLANS); }  // of plan n
-  __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 16 * Q_STAGES + 48 + 8 * (PLANS + n % PLANS); }
-  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 16 * Q_STAGES + 48 + 16 * PLANS + 24 * s; }
-  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 16 * Q_STAGES + 56 + 16 * PLANS + 24 * s; }
-  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 16 * Q_STAGES + 64 + 16 * PLANS + 24 * s; }  // keys and values of which some must be cleared
-  __device__ __forceinline__ u32 item() const { return bars + 16 * Q_STAGES + 48 + 16 * PLANS + 24 * KEY_STAGES; }
+  __device__ __forceinline__ u32 kept(int s) const { return free_sums(s); }  // the item's keys have left
+  __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 80 + 8 * (n % PLANS); }  // of plan n
+  __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 80 + 8 * (PLANS + n % PLANS); }
+  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 80 + 16 * PLANS + KEY_BARS * s; }
+  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 88 + 16 * PLANS + KEY_BARS * s; }
+  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 96 + 16 * PLANS + KEY_BARS * s; }  // keys and values of which some must be cleared
+  __device__ __forceinline__ u32 made(int s) const { return bars + 104 + 16 * PLANS + KEY_BARS * s; }  // the groups are through with the item's keys: its dK and dV stand there
+  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + KEY_BARS * KEY_STAGES; }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ u32 plan_at(u32 n, int field) const { return plans + n % PLANS * sizeof(Plan) + 4 * field; }
   __device__ __forceinline__ Plan* plan(u32 n) const { return at<Plan>(plan_at(n, 0)); }
@@ -229,7 +229,7 @@ __device__ __forceinline__ Plan next_plan(const Shared& m, u32& n, u32& patience
 
 // ------------------------------------------------------------------------------------------------------------ loading, adding
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
-  u32 patience = PATIENCE, n = 0, turn = 1, items = 0, stage = 0;
+  u32 patience = PATIENCE, n = 0, turn = 1, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) return;
@@ -244,20 +244,15 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
       for (int c = 0; c < Q_PARTS; c++) load_box(to + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
       for (int c = 0; c < V_PARTS; c++) load_box(to + (Q_PARTS + c) * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
     }
-    for (int half = 0; half < 2; half++) {
-      const int s = Q_STAGES == 2 ? half : stage;
+    for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
-      if (ADDS || x.state >> (SEEN + 2 * half) & 3) {
-        bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
-        for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + half * STEP * row_step(p), row_steps(p), h, b);
-        bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + half) * LINE, LINE * 4, m.full_q(s));
-        for (int c = 0; c < V_PARTS; c++) load_box(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + half * STEP * row_step(p), row_steps(p), h, b);
-      } else {
-        bar_arrive(m.full_q(s));
-      }
-      if constexpr (Q_STAGES > 2) advance<Q_STAGES>(stage, turn);
+      if (!ADDS && !(x.state >> (SEEN + 2 * s) & 3)) { bar_arrive(m.full_q(s)); continue; }
+      bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
+      bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));
+      for (int c = 0; c < V_PARTS; c++) load_box(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
     }
-    if constexpr (Q_STAGES == 2) turn ^= 1;
+    turn ^= 1;
   }
 }
 
