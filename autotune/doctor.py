@@ -79,6 +79,12 @@ def _state(index) -> dict:
     return dict(zip(("clock_mhz", "most_mhz", "celsius", "slowed_by", "ecc"), values)) | {"processes": len(others.stdout.split())}
 
 
+def busy(index) -> str | None:
+    """A sentence for who is about to time calls on a GPU that others use."""
+    count = _state(index).get("processes")
+    return f"{count} processes compute on GPU {index} already: what they take is in the times, and more configs tie; better times come when it is idle" if count else None
+
+
 def _physical(index: int) -> str:
     """The driver's name of what this process calls GPU `index`."""
     visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]

@@ -39,6 +39,7 @@ def test_doctor_says_what_the_driver_does(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     state = doctor._state(1)
     assert doctor._now(state) == ", 1410 of 1980 MHz, 71 C, slowed by 0x0000000000000004, ECC enabled, 2 processes compute on it"
+    assert doctor.busy(1).startswith("2 processes compute on GPU 1 already") and doctor.busy(0) is None is doctor.busy(None)
     assert doctor._now({**state, "slowed_by": "0x0000000000000001"}).count("slowed") == 0 and doctor._state(None) == {} == doctor._state(0)
 
 
