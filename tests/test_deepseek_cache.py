@@ -153,7 +153,7 @@ def test_the_float8_cache_is_read_where_it_lies(deepseek):
     for first, end in steps():
         part = slice(first, end)
         cache.append(latent[:, part], rope[:, part], backend="reference")
-        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend="reference")
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, mode="absorbed", backend="reference")
         c, r = (x.astype(np.float64) for x in cache.gather("float32"))
         keys = np.concatenate([np.einsum("bsr,hrd->bhsd", c, w_uk.astype(np.float64)), np.broadcast_to(r[:, None], (B, H, end, P))], -1)
         values, queries, seen = np.einsum("bsr,hrd->bhsd", c, w_uv.astype(np.float64)), np.concatenate([q_nope, q_rope], -1)[:, :, part], np.tril(np.ones((end, end), bool))[part]
