@@ -266,9 +266,8 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
     bool first = true;
     do {
       const u32 begin = uniform(slot);
-      float part[2][HEADS / 2], s[HEADS / 2];  // two sums of a score: narrow products that add to the same registers wait for one another
-#pragma unroll
-      for (int k = 0; k < 2; k++) hold(part[k]);
+      float s[HEADS / 2];
+      hold(s);
 #pragma unroll
       for (int c = 0; c < 9; c++) {
         if (c % 3 == 0) {
@@ -278,7 +277,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         }
         const u64 keys = descriptor_of(base + slot_after(begin, c) * SLOT, 16, 1024, SWIZZLE_128);
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(part[k & 1], keys + 2 * k, query + c * (CHUNK >> 4) + 2 * k, c > 0 || k > 1);
+        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, keys + 2 * k, query + c * (CHUNK >> 4) + 2 * k, c || k);
       }
       wgmma_commit();
       const Found* found = (const Found*)(raw + FOUND) + begin;
@@ -287,13 +286,12 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       left = uniform(found->left);
       for (int c = 0; c < 9; c++) advance<SLOTS>(slot, phase);
       bar_wait(DONE(made), turn, patience);
-      wgmma_wait<0>();
-#pragma unroll
-      for (int k = 0; k < 2; k++) hold(part[k]);
+      wgmma_wait<0>(); hold(s);
       __syncwarp();
       if (lane == 0) bar_arrive(FREE(slot_after(begin, 8)));  // the last columns are no values
 #pragma unroll
-      for (int i = 0; i < HEADS / 2; i++) s[i] = word >> (i & 2) * 4 & 1 ? part[0][i] + part[1][i] : -inf();
+      for (int i = 0; i < HEADS / 2; i++)
+        if (!(word >> (i & 2) * 4 & 1)) s[i] = -inf();
       float factor[COLUMNS];
       const bool moved = probabilities(raw, s, h, factor, p.scale2, warp, lane);
       if (moved && warp == 0 && lane < 4)
