@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import latent_gluon, latent_rows, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
+from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.latents import latent_of
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.tiles import finish
@@ -56,7 +56,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
                 mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
                 copy_rows(k_tiles, s, rows, ok, 0, B)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                found.index(s).store(ok.to(gl.int32))
+                found.index(s).store(ok.to(gl.int8))
                 mbarrier.arrive(full.index(s))
                 n += 1
 
@@ -103,7 +103,7 @@ def values(W: gl.constexpr, out, lengths, sizes, items, keys, weights, end):
 @gluon.jit(do_not_specialize=["Hq", "parts", "T", "S", "K", "items", "q_start"])
 def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
                  CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    queries, keys, weights, end = make_memory(q.dtype.element_ty)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, ARRIVALS)
     sizes = (Hq, parts, T, S, K)
     strides = (sqb, sqh, sqt, skb, sks)
     gl.warp_specialize([
