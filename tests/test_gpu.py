@@ -388,6 +388,25 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
 
 
 @both
+@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
+def test_the_largest_of_long_rows(backend, T, S, k, rng):
+    """Rows of every kind, some whole and some through windows, against PyTorch's stable sort."""
+    make = Make(rng)
+    x = make.normal(1, T, S, dtype=torch.float32)()
+    x[:, 1::8], x[:, 2::8], x[:, 3::8] = x[:, 1::8].sort(-1).values, x[:, 2::8].sort(-1, descending=True).values, (x[:, 3::8] - 1.8).relu()
+    x[:, 4::8], x[:, 5::8], x[:, 6::8] = x[:, 4::8].round(), x[:, 5::8] * 1e-3 + 5, torch.where(x[:, 6::8] > 1.5, np.nan, torch.where(x[:, 6::8] < -1, -np.inf, x[:, 6::8]))
+    start, end = make.integers(0, S, 1, T)() * (torch.arange(T, device="cuda") % 3 == 0), make.integers(0, S + 9, 1, T)()
+    end[:, 1::2] = S
+    at = torch.arange(S, device="cuda")
+    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x, -np.inf)
+    order = given.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.where(order.values[..., :k] > -np.inf, order.indices[..., :k], S).sort(-1).values
+    got = st.topk(x, k, key_start=start.int(), key_end=end, backend=backend)
+    assert torch.equal(got.indices.view(1, T, k).long(), torch.where(chosen < S, chosen, -1))
+    assert torch.equal(got.lengths.view(1, T).long(), (chosen < S).sum(-1))
+
+
+@both
 @pytest.mark.parametrize("kind, B, S, H, P, is_turned, windows", [("bfloat16", 1, 4096, 128, 64, False, 4), ("float16", 2, 700, 3, 16, True, 2), ("bfloat16", 1, 300, 2, 0, False, 1), ("bfloat16", 3, 1000, 5, 8, True, 8)])
 def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turned, windows, rng):
     """By Hopper's own instructions: ragged ends, several visits of a block of threads, weights either way round, latents and rotary part inside wider rows; a sample of the rows against float64."""
