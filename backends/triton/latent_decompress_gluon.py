@@ -80,15 +80,16 @@ def _weights(ring, s, TURNED: gl.constexpr):
 @gluon.jit
 def bring_rotary(rope, blocks, each, width, windows, rotary, full, free):
     n = 0
-    for g in range(windows):
-        u, end = share(g, blocks, width)
-        while u < end:
-            block, first, last = visit(u, end, width)
-            mbarrier.wait(free.index(0), (n & 1) ^ 1)
-            mbarrier.expect(full.index(0), 2 * ROWS * STEP)
-            tma.async_copy_global_to_shared(rope, [block // each, block % each * ROWS, 0], full.index(0), rotary)
-            n += 1
-            u += last - first
+    if rope is not None:
+        for g in range(windows):
+            u, end = share(g, blocks, width)
+            while u < end:
+                block, first, last = visit(u, end, width)
+                mbarrier.wait(free.index(0), (n & 1) ^ 1)
+                mbarrier.expect(full.index(0), 2 * ROWS * STEP)
+                tma.async_copy_global_to_shared(rope, [block // each, block % each * ROWS, 0], full.index(0), rotary)
+                n += 1
+                u += last - first
 
 
 @gluon.jit
