@@ -226,10 +226,10 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
         from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon
         given = dict(lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
         if latent is None and gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
-            gather_attention_gluon.launch(q, k, indices, out, lse, place, **given)
+            gather_attention_gluon.launch(gather_attention_gluon.gather_gluon, q, k, indices, out, lse, place, **given)
             return out, lse
         if latent is not None and gather_bytes_gluon.takes(q, k, indices, granularity, scale, softcap, kind, latent):
-            gather_bytes_gluon.launch(q, k, indices, out, lse, place, **given)
+            gather_attention_gluon.launch(gather_bytes_gluon.gather_bytes_gluon, q, k, indices, out, lse, place, **given)
             return out, lse
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
@@ -243,8 +243,8 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
 def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon
-        made = (gather_attention_gluon if latent_of(problem) is None else gather_bytes_gluon).artifacts(problem)
-        return made + artifacts(problem, {**config, "path": "portable"})
+        kernel = gather_attention_gluon.gather_gluon if latent_of(problem) is None else gather_bytes_gluon.gather_bytes_gluon
+        return gather_attention_gluon.artifacts(kernel, problem) + artifacts(problem, {**config, "path": "portable"})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), shared_kv=has("shared_kv"),

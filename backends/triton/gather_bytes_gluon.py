@@ -1,16 +1,15 @@
-"""Attention over selected rows of a latent cache in DeepSeek-V3.2's fp8 layout (latents.py) for Hopper in Gluon: the roles of latent_gluon.py, where `gather` brings bytes of a
-tile's keys two tiles ahead and makes elements of them. Holes of the list are zeros in a tile, nothing is read for them.
+"""Attention over selected rows of a latent cache in DeepSeek-V3.2's fp8 layout (latents.py) for Hopper in Gluon: the roles of latent_gluon.py, where `gather_bytes` asks
+for a tile's rows two tiles ahead and makes elements of them. Holes of the list are zeros in a tile, nothing is read for them.
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.gather_attention_gluon import constants, item_of, probabilities, values
+from sparsetile.backends.triton import latent_gluon
+from sparsetile.backends.triton.gather_attention_gluon import item_of, probabilities, values
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import HEADS, HELD, KEYS, PIECE, ROTARY, copy_query, make_memory
-from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.latent_gluon import KEYS, ROTARY, copy_query, make_memory
 
 STAGES = gl.constexpr(4)
 COMING = gl.constexpr(2)  # tiles whose bytes are on their way
@@ -133,27 +132,5 @@ def takes(q, k, indices, granularity: int, scale: float, softcap, kind: str, lat
     return fits and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
 
 
-def launch(q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
-    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None); k [B,1,S,bytes] uint8."""
-    (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
-    parts, host = -(-Hq // HEADS.value), q_start if isinstance(q_start, int) else None
-    items = B * T * parts
-    pointers = (q, k, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits)
-    numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
-    relaunch.launch(gather_bytes_gluon, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
-
-
 def resources() -> Resources:
-    held, tile = 2 * HEADS.value * ((4 - HELD.value) * PIECE.value + ROTARY.value), 2 * KEYS.value * (4 * PIECE.value + ROTARY.value) + 2 * HEADS.value * KEYS.value
-    return Resources(threads=512, shared=held + STAGES.value * (tile + 4 * KEYS.value + 4 * HEADS.value) + COMING.value * KEYS.value * (LATENT.value + 16 + 2 * ROTARY.value) + 1024, registers=128)
-
-
-def artifacts(problem) -> list[dict]:
-    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
-    made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    pointers = dict(q=pointer, k="*u8", out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
-    strides = ("sqb", "sqh", "sqt", "skb", "sks")
-    signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [dict(fn=gather_bytes_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    return latent_gluon.resources(STAGES.value, COMING.value * KEYS.value * (LATENT.value + 16 + 2 * ROTARY.value))

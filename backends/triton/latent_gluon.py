@@ -193,6 +193,7 @@ def fits(q, k, v, scale: float, softcap, kind: str) -> bool:
     return ours and shared and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
 
 
-def resources() -> Resources:
+def resources(stages: int = STAGES.value, more: int = 0) -> Resources:
+    """`more` bytes beside the query, the tiles, their masks and factors; a few for barriers and for what the groups of warps are told."""
     held, tile = 2 * HEADS.value * ((4 - HELD.value) * PIECE.value + ROTARY.value), 2 * KEYS.value * (4 * PIECE.value + ROTARY.value) + 2 * HEADS.value * KEYS.value
-    return Resources(threads=512, shared=held + STAGES.value * (tile + 4 * KEYS.value + 4 * HEADS.value) + 1024, registers=128)
+    return Resources(threads=512, shared=held + stages * (tile + KEYS.value + 4 * HEADS.value) + more + 880, registers=128)
