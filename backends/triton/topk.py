@@ -3,7 +3,8 @@
     scores [B,T,S] float32 (rows may be strided)  key_start, key_end [B,T] int32  ->  indices [B,T,top_k] int32 ascending, then -1; lengths [B,T] int32
 
 Larger scores first, equal scores by the smaller index; -0.0 equals 0.0; NaN and -inf are never chosen. Starts and ends outside 0..S are clamped, an end before
-its start is an empty row. One read of a row where a sample of it gives a usable bound, four more where it does not.
+its start is an empty row. One read of a row where a sample of it gives a usable bound, four more where it does not: by three kernels (select_rows.py), or on Hopper,
+path "gluon", by one (topk_gluon.py).
 """
 from dataclasses import replace
 
