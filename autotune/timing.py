@@ -19,9 +19,9 @@ class Stopwatch:
         self.device, self.cold = device, cold
         if device is not None:
             import torch
-            from sparsetile.backends import arrays
+            from sparsetile.backends import devices
             self.torch = torch
-            size = max(2 * arrays.device_info(device).l2_mb, flush_mb) << 20
+            size = max(2 * devices.device_info(device).l2_mb, flush_mb) << 20
             self.flush = torch.empty(size // 4, dtype=torch.int32, device=f"cuda:{device}") if cold else None
 
     def synchronize(self):

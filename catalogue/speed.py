@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import sparsetile as st
 from sparsetile.autotune import isolate, provenance, timing
-from sparsetile.backends import arrays
+from sparsetile.backends.devices import cpu_count
 from sparsetile.catalogue import store
 from sparsetile.catalogue.entries import SYSTEMS, find
 from sparsetile.catalogue.system import CPU, GPU, Inputs, System
@@ -131,7 +131,7 @@ def compiled(device: int | None, wanted: list[tuple], width: int | None = None) 
     for name, N, what, backend in wanted:
         if backend is not None or find(name).works(None):
             units.setdefault((name, backend), []).append((N, what))
-    width = min(len(units), width or max(1, min(14, arrays._cpu_count() - 2)))
+    width = min(len(units), width or max(1, min(14, cpu_count() - 2)))
     # FLA keeps which of its configs were fastest: not those of a device that many share
     workers = [isolate.Worker(f"{__name__}:Caller", device, env={"FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}) for _ in range(width)]
     idle, until = SimpleQueue(), time.monotonic() + COMPILING

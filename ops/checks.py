@@ -89,16 +89,21 @@ def number(name, value, low=None, high=None, optional=False):
 def integer(name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {shown(value)} of type {type(value).__name__}; pass a Python int")
-    try:
-        value = value.__index__()
-    except TypeError:  # arrays of floats have an __index__ that refuses
-        raise TypeError(f"{name}: expected an integer, got {shown(value)}; pass a Python int") from None
+    if isinstance(value, bool) or not isinstance(value, int):  # in this order torch.compile can read a length that it knows as a symbol
+        value = _index(name, value)
     if low is not None and value < low or high is not None and value > high:
         bounds = f"{'' if low is None else f' from {low}'}{'' if high is None else f' to {high}'}"
         raise ValueError(f"{name}: expected an integer{bounds}, got {shown(value)}; choose one in range")
     return value
+
+
+def _index(name, value) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {shown(value)} of type {type(value).__name__}; pass a Python int")
+    try:
+        return value.__index__()
+    except TypeError:  # arrays of floats have an __index__ that refuses
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}; pass a Python int") from None
 
 
 def choice(name, value, values):
@@ -138,7 +143,7 @@ def start(q_start, B, default):
     """Position of query 0: a number, int32 [B] on the device of the call, or the default."""
     if q_start is None:
         return default
-    if getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
+    if not isinstance(q_start, int) and getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a number
         return lengths("q_start", q_start, (B,), "[B]")
     return integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
 

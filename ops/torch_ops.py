@@ -19,25 +19,36 @@ from sparsetile.ops import latent as latent_op
 from sparsetile.ops import merge as merge_op
 from sparsetile.ops import torch_gradients
 from sparsetile.ops.layout import Layout
-from sparsetile.ops.patterns import Pattern
+from sparsetile.ops.patterns import Causal, Full, Pattern
+from sparsetile.ops.ready import transformed
 from sparsetile.ops.selection import Selection
 
 lib = torch.library.Library("sparsetile", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-transformed = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func: inside, tensors have no memory of their own
 
 
 def wanted(*tensors) -> bool:
     """Whether a call must go through the registered operators: a gradient is needed, or the tensors are not plain ones."""
     if torch.compiler.is_compiling():
         return True
-    if transformed():
+    if transformed(torch):
         raise Unsupported("a call inside torch.func (vmap, grad, jvp) is not supported by any backend; batch along B, and take gradients with torch.autograd")
     grad = torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
             return True
     return False
+
+
+for shared in (Full(), Causal()):  # one object for all callers: its text must not come while torch.compile looks at it
+    shared.canonical(), hash(shared)
+
+
+@torch.compiler.assume_constant_result
+def latent_mode(rule, T, B, S, *about) -> str:
+    """latent.decide while torch.compile traces: it counts pairs and reads profiles, which no graph can hold. rule: a pattern's text, a number of keys or None."""
+    *widths, kind, device, backend = about
+    return latent_op.decide(_pattern(rule) if isinstance(rule, str) else rule, T, (B, S, *widths), kind, device, backend)
 
 
 def _device(x):

@@ -248,10 +248,10 @@ def test_jax_arrays(backend, name, rng):
 @pytest.mark.parametrize("caller, of_caller", [("cupy", False), ("cupy", True), ("jax", False)])
 def test_torch_works_on_the_stream_of_other_frameworks(caller, of_caller):
     """Also where that is the default stream, whose pointer is 0: results came back before they were written while torch had made a stream of its own there."""
-    from sparsetile.backends import arrays
+    from sparsetile.backends import places
     cupy = pytest.importorskip("cupy")
     with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) if of_caller else cupy.cuda.Stream.null as stream:
-        place = arrays.place_for("torch", caller, 0)
+        place = places.place_for("torch", caller, 0)
         with place.guard():
             assert torch.cuda.current_stream(0).cuda_stream == place.stream == stream.ptr
             assert torch.empty(1, device="cuda").device.index == 0

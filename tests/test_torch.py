@@ -100,6 +100,20 @@ def test_every_op_compiles_whole(rng):
         numeric.assert_same_bits(name, function(), torch.compile(function, fullgraph=True, backend="aot_eager")())
 
 
+def test_other_lengths_compile_whole_too(rng):
+    """The second length makes torch.compile keep lengths as symbols; the mode of latents is chosen, and blocks are, with no number at hand."""
+    make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    small = dict(block=8, stride=4, select_block=16, top_k=4, window=12)
+    cases = {"latent": (lambda T, S: (make(1, 4, T, 16), make(1, 4, T, 8), make(1, S, 32), make(1, S, 8), make(4, 32, 16), make(4, 32, 12)), lambda *x: st.latent_attention(*x, st.Causal())),
+             "NSA": (lambda T, S: (make(1, 4, T, 16), make(1, 2, S, 16), make(1, 2, S, 16), make(1, 4, T, 3)), lambda *x: st.native_sparse_attention(*x, **small))}
+    for name, (inputs, call) in cases.items():
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        for T, S in ((4, 40), (5, 41)):
+            x = inputs(T, S)
+            numeric.assert_same_bits(f"{name} {T} x {S}", call(*x), compiled(*x))
+
+
 def test_gradients_of_indexer_and_latent_compile_whole(rng):
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
     q, k, w = make(1, 4, 20, 16), make(1, 40, 16), make(1, 4, 20)
