@@ -55,11 +55,13 @@ def sample_bound(row, lo, hi, k, SAMPLE: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _line(row, start, offset, inside, hi):
-    """Scores at start [warp, 1, lane, 1] + offset [1, 4, 1, 4], whose sums stand in the instructions; where not all are inside NaN from hi on: a mask forbids loads of 16 bytes."""
-    if inside:
+def _line(none, row, start, offset, n, whole, lines, hi):
+    """Where there is a line n its scores at start [warp, 1, lane, 1] + offset [1, 4, 1, 4], whose sums stand in the instructions; where not all are inside NaN from hi on:
+    a mask forbids loads of 16 bytes."""
+    x = none
+    if n < whole:
         x = gl.load((row + start) + offset)
-    else:
+    elif n < lines:
         x = gl.load((row + start) + offset, mask=start + offset < hi, other=float("nan"))
     return x
 
@@ -118,15 +120,16 @@ def keep(row, lo, hi, key, position, buffer, counts, CAPACITY: gl.constexpr, WAR
     ragged = gl.where(begin == lo, -1, 0)                      # and one that may begin before the window
     count = warp * 0
     room = buffer + warp.to(gl.int64) * (CAPACITY + LINE)
-    x = _line(row, start, offset, whole > 0, hi)
-    y = _line(row, start + LINE, offset, whole > 1, hi)
+    none = gl.full([WARPS, 4, 32, 4], float("nan"), gl.float32, L)
+    x = _line(none, row, start, offset, 0, whole, lines, hi)
+    y = _line(none, row, start + LINE, offset, 1, whole, lines, hi)
     for i in range(0, lines, 2):  # one line is in flight while the other is looked at
         here = start + i * LINE
         count = keep_line(x, here + offset, (i < whole) & (i != cut) & (i != ragged), first + i * LINE, position, low, high, lo, hi, count, room, byte, CAPACITY)
-        x = _line(row, here + 2 * LINE, offset, i + 2 < whole, hi)
+        x = _line(none, row, here + 2 * LINE, offset, i + 2, whole, lines, hi)
         here += LINE
         count = keep_line(y, here + offset, (i + 1 < whole) & (i + 1 != cut), first + (i + 1) * LINE, position, low, high, lo, hi, count, room, byte, CAPACITY)
-        y = _line(row, here + 2 * LINE, offset, i + 3 < whole, hi)
+        y = _line(none, row, here + 2 * LINE, offset, i + 3, whole, lines, hi)
     gl.store(counts + warp, count)
 
 
