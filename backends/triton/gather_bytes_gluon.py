@@ -127,9 +127,9 @@ def gather_bytes_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, si
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def takes(q, k, indices, granularity: int, scale: float, softcap, kind: str, latent) -> bool:
-    """Whether this call is one for `gather_bytes_gluon`: one list for all heads, of tokens, rows of DeepSeek's widths that 16-byte copies can read, an answer of q's type."""
-    fits = (latent, k.shape[1], indices.shape[1], granularity) == ((LATENT.value, ROTARY.value), 1, 1, 1) and softcap is None and 1e-30 < scale < 1e38 and kind == str(q.dtype)[6:]
-    return fits and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
+    """Whether this call is one for `gather_bytes_gluon`: one list for all heads, of tokens, rows of DeepSeek's widths that 16-byte copies can read, q's type."""
+    ours = (latent, k.shape[1], indices.shape[1], granularity) == ((LATENT.value, ROTARY.value), 1, 1, 1) and softcap is None and kind == str(q.dtype)[6:]
+    return ours and 1e-30 < scale < 1e38 and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
 
 
 def resources() -> Resources:

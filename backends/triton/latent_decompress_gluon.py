@@ -1,8 +1,8 @@
 """latent_decompress for Hopper in Gluon: float16 or bfloat16 latents and weights of one type, R 512, Dn = Dv = 128, rotary width up to 64.
 
 A persistent block of threads keeps 128 latent rows in registers (two groups of 64 rows x 512: 128 registers a thread), while `bring` streams weight tiles of 512 x 128
-through a ring of 16 KB stages, the rows of the next block among them. The groups go through the stages beside each other: while one stores its sums, the other's products run.
-Results and the rotary part leave by the copy engine; rows that do not exist are zeros on the way in and dropped on the way out.
+through a ring of 16 KB stages, the rows of the next block among them. The groups go through the stages beside each other: while one stores its sums, the other's
+products run. Results and the rotary part leave by the copy engine; rows that do not exist are zeros on the way in and dropped on the way out.
 """
 from functools import lru_cache
 
@@ -25,7 +25,7 @@ STAGES = gl.constexpr(11)
 
 @gluon.jit
 def share(g, blocks, width):
-    """Which pairs (block of rows, tile) of window g are this program's: equal, contiguous pieces, row block by row block. Who has one more changes from window to window."""
+    """Which pairs (block of rows, tile) of window g are this program's: equal, contiguous pieces, row block by row block. Who has one more changes with the window."""
     at = ((gl.program_id(0) + g) % gl.num_programs(0)).to(gl.int64)
     pairs = blocks.to(gl.int64) * width
     return (at * pairs // gl.num_programs(0)).to(gl.int32), ((at + 1) * pairs // gl.num_programs(0)).to(gl.int32)
@@ -158,8 +158,8 @@ def multiply(W: gl.constexpr, k_map, rotary_map, v_map, H, blocks, each, width, 
 
 @gluon.jit(do_not_specialize=["H", "blocks", "each", "width", "windows"])
 def decompress_gluon(latent, w_uk, w_uv, rope, k_map, rotary_map, v_map, H, blocks, each, width, windows, TURNED: gl.constexpr):
-    """latent, ..., v_map: tensor maps; rope and rotary_map None where there is no rotary part. blocks of 128 rows, `each` of them in a batch; windows of `width` tiles, of which
-    each head has two. TURNED: latent values are the weights' contiguous axis."""
+    """latent, ..., v_map: tensor maps; rope and rotary_map None where there is no rotary part. blocks of 128 rows, `each` of them in a batch; windows of `width` tiles, of
+    which each head has two. TURNED: latent values are the weights' contiguous axis."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     ring = gl.allocate_shared_memory(latent.dtype, [STAGES, ROWS, STEP], tile)
@@ -221,7 +221,8 @@ def launch(latent, w_uk, w_uv, k_rope, k, v, place, config):
     outs = [x.view(B * H, S, x.shape[3]) for x in (k, v)]
     maps = (_Map(latent, ROWS.value, STEP.value), *weights, None if k_rope is None else _Map(k_rope, ROWS.value, STEP.value),
             _Map(outs[0], 64, WIDTH.value), None if k_rope is None else _Map(outs[0], 64, STEP.value), _Map(outs[1], 64, WIDTH.value))
-    relaunch.launch(decompress_gluon, (max(place.sms, 1),), place, (), (H, B * each, each, 2 * H // windows, windows), constants(turn), (latent.dtype, k_rope is None), maps)
+    numbers = (H, B * each, each, 2 * H // windows, windows)
+    relaunch.launch(decompress_gluon, (max(place.sms, 1),), place, (), numbers, constants(turn), (latent.dtype, k_rope is None), maps)
 
 
 def resources() -> Resources:

@@ -1,7 +1,7 @@
 """topk's rows in one kernel, in Gluon, Triton's language of explicit layouts: bound from a sample, one read, choice among what passed, by one program a row.
 
-What select_rows.py does in three kernels. A program's warps read equal pieces of the row without waiting for each other, and while some programs of a multiprocessor search, others read.
-A row whose bound fails (adversarial scores) gets the length -1, and `search_rows` reads it again, four times.
+What select_rows.py does in three kernels. A program's warps read equal pieces of the row without waiting for each other, and while some programs of a multiprocessor
+search, others read. A row whose bound fails (adversarial scores) gets the length -1, and `search_rows` reads it again, four times.
 """
 from functools import lru_cache
 
@@ -56,8 +56,7 @@ def sample_bound(row, lo, hi, k, SAMPLE: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _line(none, row, start, offset, n, whole, lines, hi):
-    """Where there is a line n its scores at start [warp, 1, lane, 1] + offset [1, 4, 1, 4], whose sums stand in the instructions; where not all are inside NaN from hi on:
-    a mask forbids loads of 16 bytes."""
+    """Where there is a line n its scores at start [warp, 1, lane, 1] + offset [1, 4, 1, 4]; only where not all are inside NaN from hi on: a mask forbids loads of 16 bytes."""
     x = none
     if n < whole:
         x = gl.load((row + start) + offset)
@@ -74,8 +73,8 @@ def _wide(x):
 
 @gluon.jit
 def keep_line(x, at, plain, first, position, low, high, lo, hi, count, room, byte, CAPACITY: gl.constexpr):
-    """What passes of a line of each warp to `room`, behind the `count` [warp] before; how many there are then. What a warp keeps of each quarter, at most 128, is counted in the
-    bytes of one number. plain: the lines lie inside the row, each on one side of the bound's position, so that one comparison a score is enough."""
+    """What passes of a line of each warp to `room`, behind the `count` [warp] before; how many there are then. What a warp keeps of each quarter, at most 128, is counted
+    in the bytes of one number. plain: the lines lie inside the row, each on one side of the bound's position, so that one comparison a score is enough."""
     L: gl.constexpr = x.type.layout
     LANES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
     if not plain:
@@ -97,8 +96,8 @@ def keep_line(x, at, plain, first, position, low, high, lo, hi, count, room, byt
 
 @gluon.jit
 def keep(row, lo, hi, key, position, buffer, counts, CAPACITY: gl.constexpr, WARPS: gl.constexpr):
-    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position, each warp's into its own CAPACITY + LINE places;
-    how many to `counts` (more than CAPACITY: not all are there). No warp waits for another."""
+    """Entries that pass the bound, bits of the float in the high word and position in the low one, by ascending position, each warp's into its own CAPACITY + LINE
+    places; how many to `counts` (more than CAPACITY: not all are there). No warp waits for another."""
     L: gl.constexpr = gl.BlockedLayout([1, 4, 1, 4], [1, 1, 32, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])  # [warp, quarter, lane, 4]
     N: gl.constexpr = gl.SliceLayout(3, L)                                                         # [warp, quarter, lane]
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(1, N)))
@@ -135,7 +134,8 @@ def keep(row, lo, hi, key, position, buffer, counts, CAPACITY: gl.constexpr, WAR
 
 @gluon.jit
 def choose(buffer, counts, k, bounded, out, CAPACITY: gl.constexpr, WARPS: gl.constexpr):
-    """The k best of the candidates, positions ascending, to `out`; returns how many, -1 where they cannot be known: a warp had too many, all have, or together fewer than k passed a bound."""
+    """The k best of the candidates, positions ascending, to `out`; returns how many, -1 where they cannot be known: a warp had too many, all together have, or fewer than
+    k passed a bound."""
     C: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     FLAT: gl.constexpr = gl.BlockedLayout([CAPACITY // (32 * WARPS)], [32], [WARPS], [0])  # neighbours in one thread, for sums along the positions
     i = gl.arange(0, CAPACITY, C)
@@ -241,8 +241,10 @@ def launch(scores, top_k, indices, lengths, place, config, starts, ends):
 def artifacts(config, windows: bool) -> list[dict]:
     arrays = dict(scores="*fp32", out="*i32", lengths="*i32", buffer="*i64", counts="*i32") | (dict(starts="*i32", ends="*i32") if windows else {})
     found = []
-    for fn, made in ((topk_gluon, dict(constants(config["capacity"], config["sample"], config["select_warps"], config["programs"]))), (search_rows, dict(search_constants(8)))):
+    chosen = constants(config["capacity"], config["sample"], config["select_warps"], config["programs"])
+    for fn, made in ((topk_gluon, dict(chosen)), (search_rows, dict(search_constants(8)))):
         options = {name: made.pop(name) for name in ("num_warps", "maxnreg") if name in made}
         signature = {name: kind for name, kind in arrays.items() if name in fn.arg_names} | {name: "i32" for name in ("stride_b", "stride_t", "rows", "T", "S", "k")}
-        found.append(dict(fn=fn, signature=signature, constexprs=made, options=options, div16=tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")))
+        div16 = tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")
+        found.append(dict(fn=fn, signature=signature, constexprs=made, options=options, div16=div16))
     return found
