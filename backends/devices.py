@@ -34,8 +34,8 @@ def device_info(device: int | None) -> DeviceInfo:
     """What a device is; None is the CPU."""
     if device is None:
         return DeviceInfo(_cpu_name(), "cpu", cpu_count(), 0, 0, 0, "cpu")
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        torch = sys.modules["torch"]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         p = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             return DeviceInfo(p.name, p.gcnArchName.partition(":")[0], p.multi_processor_count, p.total_memory >> 30, 65536, p.L2_cache_size >> 20, "amd")

@@ -19,7 +19,7 @@ from sparsetile.ops.patterns import Compressed, Window
 from sparsetile.systems import nsa
 
 FLUSH_MB = 8192  # two milliseconds of writing: longer than a busy host needs to launch all of a call, of which 8k tokens take no more than that
-TUNED_AT = 8192
+TUNED_AT = 2048
 PAPER = dict(block=32, stride=16, select_block=64, top_k=16, window=512)
 
 
@@ -98,7 +98,7 @@ def backward(torch, function, *tensors):
 def fla(torch, q, k, v, gates):
     """flash-linear-attention's parts: tokens before heads, a power-of-two group of 16 or more, its window by flash-attn, which is left out.
 
-    Its kernels tune themselves at their first call, of 62 configs, by keys that know no length: call this with TUNED_AT tokens first, where a slow config takes 10 ms and not a second.
+    Its kernels tune themselves at their first call, of 62 configs, by keys that know no length: call this with TUNED_AT tokens first, where a slow config takes 10 ms and not seconds.
     """
     from fla.ops.nsa.compression import parallel_nsa_compression
     from fla.ops.nsa.parallel import parallel_nsa, parallel_nsa_topk
@@ -146,14 +146,14 @@ def main(arguments=None):
         every = {**calls(torch, q, k, v, gates, given.backend), **(fla(torch, q, k, v, gates) if peers else {})}
         ours = {name: call for name, call in every.items() if wanted(name)}
         report_first(watch, ours)
-        host = {name: f"{host_us(watch, call):8.0f} us of the host" if cuda else "" for name, call in ours.items()}
+        host = {name: f"{host_us(watch, call):8.0f} us of the host" for name, call in ours.items() if cuda and not name.endswith("backward")}
         samples = timing.finals(watch, list(ours.values()), seconds=0.0 if given.quick and not cuda else 2.0 if given.quick else 20.0, most=5 if given.quick else 40)
         times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
         print(f"N {N}, Hq {Hq}, Hk {Hk}, D {D}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
         for name, ms in times.items():
             work, dense = operations(name, N, Hq, D), times.get("dense, torch, backward" if name.endswith("backward") else "dense, torch")
             beside = "" if dense is None else f"{ms / dense:9.2f} of dense"
-            print(f"{name:26}{ms:10.3f} ms{'' if work is None else f'{work / ms / 1e6:11.0f} GFLOP/s':>20}{beside}{host[name]}", flush=True)
+            print(f"{name:26}{ms:10.3f} ms{'' if work is None else f'{work / ms / 1e6:11.0f} GFLOP/s':>20}{beside}{host.get(name, '')}", flush=True)
     return 0
 
 

@@ -65,7 +65,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); in rows whose sink exceeds it by
                   more than 80 its gradient is 0 on the CPU
     deterministic False permits another order of additions in the backward
-    allow_tf32    permits TF32 products of float32 inputs where a backend has them
+    allow_tf32    permits TF32 products of float32 inputs where a backend has them (none has yet)
 
     Returns out [B,Hq,T,Dv] in q's element type, of the caller's array type, on the caller's device and stream [, lse]. A query that sees no key: out 0,
     LSE -inf, gradients 0. A key that no query sees is never read into a result, even if it holds NaN. Differentiable in PyTorch: q, k, v, sink_logits, LSE.

@@ -19,7 +19,7 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         raise TypeError(f"{name}: expected an {what}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
     framework = arrays.framework(x)
     if framework is None:
-        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
+        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; {_how_to_pass(x)}")
     if framework == "torch":
         _strided(name, x, what)
     if framework == "numpy" and isinstance(x, np.ma.MaskedArray):
@@ -31,6 +31,15 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         if kind not in dtypes:
             raise TypeError(f"{name}: expected element type {' or '.join(dtypes)}, got {kind}; convert it first")
     return x
+
+
+def _how_to_pass(x) -> str:
+    """What makes an argument of x, which is no array of a framework that we know."""
+    if hasattr(x, "gather"):
+        return "a cache stands where keys of attention, of the indexer or latents do: pass the arrays of its gather()"
+    if hasattr(x, "__dlpack__"):
+        return "read it in place with numpy.from_dlpack or torch.from_dlpack"
+    return "wrap it with numpy.asarray or torch.as_tensor"
 
 
 def _strided(name, x, what):

@@ -5,7 +5,7 @@ import torch
 
 import sparsetile as st
 from sparsetile.autotune import numeric
-from sparsetile.ops import attention, dispatch, torch_ops
+from sparsetile.ops import attention, dispatch, torch_attention
 from sparsetile.ops import latent as latent_op
 
 B, HQ, HK, T, S, D, DV = 2, 4, 2, 45, 70, 24, 20
@@ -61,7 +61,7 @@ def test_compiles_whole_and_gives_the_same_bits(tensors, rules, name):
 def test_opcheck(tensors, rules, name):
     inputs = leaves(tensors)
     checked = attention.check(*inputs[:3], rules[name], None, inputs[3], None, None, None, None, True, None, None)
-    rule, tables = torch_ops.encode(checked.rule)
+    rule, tables = torch_attention.encode(checked.rule)
     arguments = (*inputs[:3], rule, tables, inputs[3], None, None, S - T, 0.2, 0.0, DV, True, "", "")
     torch.library.opcheck(torch.ops.sparsetile.attention.default, arguments)
 
