@@ -51,10 +51,12 @@ def resources(problem, config):
 
 
 def default_config(problem):
+    """Few rows: all warps on each. Long rows: three programs a multiprocessor, one of which searches while others read. (Measured on an H100, from 32768 scores on.)"""
     config = portable_config(problem)
-    if problem["S"] >= 8192 and no_gluon(problem) is None and rows.candidates(problem["S"], problem["K"], config["sample"]) <= config["capacity"] <= 4096:
+    if problem["S"] >= 32768 and no_gluon(problem) is None and rows.candidates(problem["S"], problem["K"], config["sample"]) <= config["capacity"] <= 4096:
         few = problem["B"] * problem["T"] <= 264
-        config |= dict(path="gluon", select_warps=16 if few else 8, programs=1 if few else 3, sample=max(config["sample"], 2048 if few else 1024))
+        warps, programs = (16, 1) if few else (8, 3 if problem["S"] > 65536 else 2)
+        config |= dict(path="gluon", select_warps=warps, programs=programs, sample=max(config["sample"], 128 * warps))
     return config
 
 
