@@ -4,6 +4,9 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  dout [B,Hq,T,Dv]  lse, delta [B,Hq,T]
 lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives; a row whose lse is infinite has no gradient.
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
+
+The path "gluon" is for sm_90a. Calls that it does not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within a group of heads, arrays that the
+copy engine cannot address) take the portable one with the same blocks.
 """
 from functools import lru_cache
 
@@ -12,16 +15,17 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, schedule, shared_limit, tiles
-from sparsetile.backends.triton.tiles import (chunked, entries_of, first_from, load, load_at, place_of, product, rebuilt, rows_known, rows_of, seen, seen_by_key,
+from sparsetile.backends.triton.tiles import (chunked, entries_of, load, load_at, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key,
                                               store)
 
 TUNABLES = (
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (64, 32, 128), "keys of a tile"),
-    Tunable("num_warps", (4, 8), "warps of a program"),
-    Tunable("num_stages", (1, 2, 3), "blocks in flight"),
-    Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept"),
-    Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all"),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
+    Tunable("num_stages", (1, 2, 3), "blocks in flight", ("portable",)),
+    Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept", ("portable",)),
+    Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
+    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128 (block_attention_backward_gluon.py)"),
 )
 HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
@@ -153,30 +157,6 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
     store(dq, t * D, row_ok, dq0 * scale, col, D0, D)
     if D1:
         store(dq, t * D, row_ok, dq1 * scale, D0, D1, D)
-
-
-@triton.jit
-def queries_of(j, which, offsets, entries, start, T, first, nq, nk, BQ: tl.constexpr, EDGE: tl.constexpr):
-    """List of key tile j: full blocks a .. e, partial ones m .. c. EDGE: of the query tiles that hold queries of the call only."""
-    a = 0
-    e = 0
-    m = 0
-    c = 0
-    if j < nk:
-        at = offsets + 2 * (which.to(tl.int64) * nk + j)
-        a = tl.load(at)
-        m = tl.load(at + 1)
-        c = tl.load(at + 2)
-        e = m
-        if EDGE:
-            last = start + T - 1
-            low = tl.minimum(tl.maximum((start - (start & (BQ - 1))) // BQ - first, 0), nq).to(tl.int32)
-            high = tl.minimum(tl.maximum((last - (last & (BQ - 1))) // BQ - first + 1, 0), nq).to(tl.int32)
-            e = first_from(entries, a, m, high)
-            a = first_from(entries, a, e, low)
-            c = first_from(entries, m, c, high)
-            m = first_from(entries, m, c, low)
-    return a, e, m, c
 
 
 @triton.jit
@@ -330,9 +310,27 @@ def widths(D: int, DV: int, config, own: int) -> dict:
     return dict(D0=wide, D1=0, V0=wide, V1=0, SLICES=-(-own // wide))
 
 
+def no_gluon(problem: Problem) -> str | None:
+    """Why the path "gluon" is not for this problem."""
+    D, DV = problem["D"], problem["Dv"]
+    if problem.arch != "sm_90a":
+        return f"path gluon: {problem.arch} lacks its instructions; take portable"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
+        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if problem.dtype("q") not in ("float16", "bfloat16") or max(D, DV) > 128 or D % 8 or DV % 8:
+        return f"path gluon takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
+    return "path gluon has no softcap; take portable" if "softcap" in problem.features else None
+
+
 def default_config(problem: Problem) -> dict:
+    if problem["T"] > 64 and "order" not in problem.features and no_gluon(problem) is None:
+        return dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # the rest: where a call needs the portable path
+    return portable_config(problem)
+
+
+def portable_config(problem: Problem) -> dict:
     wide, big = power(max(problem["D"], problem["Dv"])), problem.arch in ("sm_90a", "sm_100", "cpu")
-    config = dict(block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
+    config = dict(path="portable", block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
     if problem.dtype("q") == "float32":
         config.update(block_q=32, block_k=32, num_stages=1, chunk=32, columns=128 if wide > 128 else 0)
     elif problem.arch == "gfx942":
@@ -357,6 +355,14 @@ def default_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] == "gluon":
+        if (config["block_q"], config["block_k"]) != (128, 128):
+            return f"path gluon takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        if isinstance(portable, str):
+            return portable
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        return block_attention_backward_gluon.resources(problem["D"], problem["Dv"])
     D, DV, BQ, BK, warps, stages = problem["D"], problem["Dv"], config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
     size, lanes = BYTES[problem.dtype("q", "float32")], 64 if problem.arch == "gfx942" else 32
     a, b = widths(D, DV, config, D), widths(D, DV, config, max(D, DV))
@@ -416,6 +422,11 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys
     make = place.zeros if lists.k_order is not None else place.empty
     dk, dv = make((B, Hk, S, D), kind), make((B, Hk, S, DV), kind)
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        if block_attention_backward_gluon.takes(q, k, v, dout, lists, scale, softcap, kind):
+            block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, kv_length=kv_length, q_start=q_start)
+            return dq, dk, dv
     host = q_start if isinstance(q_start, int) else None
     by_rows, by_columns, n, covers = _plan(
         ((Hq, T, D), (Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2), dout.stride(2)),
@@ -437,6 +448,9 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
 
 def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        return block_attention_backward_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
     common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))

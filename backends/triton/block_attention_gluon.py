@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
 from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
 from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish
@@ -368,7 +368,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, BEFORE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
+        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
@@ -403,15 +403,15 @@ def _layout(rank: int):
     return gl.NVMMASharedLayout(128, 16, rank)
 
 
-def _ahead(lists) -> int:
+def ahead(lists, name: str = "offsets") -> int:
     """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get("triton.ahead")
+    found = lists.extras.get(f"triton.ahead.{name}")
     if found is None:
-        offsets, found = lists.extras.get("offsets"), 0
+        offsets, found = lists.extras.get(name), 0
         if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
+            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
             found = int((length > 4 * length.mean()).sum(axis=1).max())
-        lists.extras["triton.ahead"] = found
+        lists.extras[f"triton.ahead.{name}"] = found
     return found
 
 
@@ -439,7 +439,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 

@@ -1,0 +1,232 @@
+"""Path "gluon" of block_attention_backward, keys: dK and dV. An item is a block of 128 keys of a key head; the queries that see it pass by, 64 a step, head after head of the group.
+
+A persistent block of threads has five roles: `take` draws items, `bring_queries` loads through the copy engine, the next item's keys ahead, `know` what is known of rows, and two groups of
+`multiply_keys` hold 64 keys each. Full blocks run no mask code.
+"""
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, probabilities
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
+from sparsetile.backends.triton.tiles import queries_of
+
+STEP = gl.constexpr(64)  # queries
+READERS = gl.constexpr(4)  # of an item: loading, what is known of rows, two groups
+
+
+@gluon.jit
+def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: key head (batch * Hk + head), block, first entry, how many are full, how many there are, what lies between, keys that exist, query of row 0 of query tile 0."""
+    offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule = lists
+    head, block = drawn(number, order)
+    b = head // Hk
+    which = gl.load(list_of + b * slb + (head - b * Hk) * group * slh)
+    if schedule is not None:
+        block = gl.load(schedule + which * nk + block)
+    limit, start = place_of(b, T, S, at, FROM_LENGTH)
+    a, e, m, c = queries_of(gl.where(block * KEYS < limit, block, nk), which, offsets, entries, start, T, first, nq, nk, ROWS, EDGE)
+    return head, block, a, e - a, e - a + c - m, m - e, limit, first * ROWS - start
+
+
+@gluon.jit
+def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, queue, memory, k_bars, q_bars):
+    """Keys and values of an item, then queries and dout, 64 a step."""
+    q, dout, k, v = maps
+    sq, sg, sk, sv = memory
+    k_full, k_free = k_bars
+    q_full, q_free = q_bars
+    n = 0
+    j = 0
+    turn = 0
+    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
+    while head >= 0:
+        b = head // Hk
+        hk = head - b * Hk
+        if count > 0:
+            u = j % 2
+            mbarrier.wait(k_free.index(u), ((j // 2) & 1) ^ 1)
+            mbarrier.expect(k_full.index(u), 2 * KEYS * (D0 + V0))
+            for w in gl.static_range(2):
+                tma.async_copy_global_to_shared(k, [b, hk, block * KEYS + 64 * w, 0], k_full.index(u), sk.index(2 * u + w))
+                tma.async_copy_global_to_shared(v, [b, hk, block * KEYS + 64 * w, 0], k_full.index(u), sv.index(2 * u + w))
+            j += 1
+            for m in range(group):
+                h = hk * group + m
+                following = gl.load(entries + first + gl.where(full == 0, gap, 0))
+                for e in range(count):
+                    t = row0 + following * ROWS
+                    following = gl.load(entries + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0))
+                    for half in gl.static_range(2):
+                        s = n % STAGES
+                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
+                        tma.async_copy_global_to_shared(q, [b, h, t + STEP * half, 0], q_full.index(s), sq.index(s))
+                        tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
+                        n += 1
+        turn += 1
+        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def know(lse, delta, entries, group, T, STAGES: gl.constexpr, queue, rows, q_bars):
+    """A warp that brings what is known of a step's rows: lse, +inf (P = 0) where a row is not there, sees no key, or its sink holds all, and -delta. The copy engine would do it only where a
+    row's address is a multiple of 16 bytes (T and first query multiples of four); elsewhere it raises an illegal instruction."""
+    sl, sd = rows
+    q_full, q_free = q_bars
+    r = gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))
+    n = 0
+    turn = 0
+    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
+    while head >= 0:
+        for m in range(group):
+            line = (head * group + m).to(gl.int64) * T
+            for e in range(count):
+                t = row0 + gl.load(entries + first + e + gl.where(e >= full, gap, 0)) * ROWS
+                for half in gl.static_range(2):
+                    s = n % STAGES
+                    x = t + STEP * half + r
+                    logs, shift = known(lse + line, delta + line, x, (x >= 0) & (x < T))
+                    mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                    sl.index(s).store(logs)
+                    sd.index(s).store(-shift)
+                    mbarrier.arrive(q_full.index(s))
+                    n += 1
+        turn += 1
+        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def _seen_by(W: gl.constexpr, kind, r, exists, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+    """Which of the queries, columns, see each of this group's keys, rows."""
+    intervals, bitmaps = tables
+    c = gl.arange(0, 64, gl.SliceLayout(1, L))
+    key = gl.expand_dims(c + 64 * W, 1)
+    seen = gl.expand_dims(exists, 0) & (key >= 0)
+    if INTERVALS:
+        rule = (kind >= 0) & ((kind & 1) == 0)
+        both = gl.load(intervals.to(gl.pointer_type(gl.int64), bitcast=True) + gl.where(rule, kind >> 1, 0).to(gl.int64) * ROWS + r)  # two rows in one load
+        both = gl.where(rule, both, KEYS << 32)
+        seen = seen & (key >= gl.expand_dims(both.to(gl.int32), 0)) & (key < gl.expand_dims((both >> 32).to(gl.int32), 0))
+    if BITMAPS:
+        if kind >= 0:
+            if (kind & 1) == 1:
+                at = bitmaps + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + 2 * W
+                words = gl.where(gl.expand_dims(c, 1) >= 32, gl.expand_dims(gl.load(at + 1), 0), gl.expand_dims(gl.load(at), 0))
+                seen = seen & ((words >> gl.expand_dims(c & 31, 1)) & 1 != 0)
+    return seen
+
+
+@gluon.jit
+def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr,
+                  STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+    """A group of warps with keys 64 W .. of each item. Rows are keys, columns queries."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    OK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    OV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
+    C: gl.constexpr = gl.SliceLayout(0, L)
+    sq, sg, sk, sv = memory
+    sl, sd = rows
+    k_full, k_free = k_bars
+    q_full, q_free = q_bars
+    kind_of = sk.dtype
+    zero = gl.zeros([64, STEP], gl.float32, L)
+    r = gl.arange(0, STEP, C)
+    n = 0
+    j = 0
+    turn = 0
+    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 4)
+    while head >= 0:
+        acc_k = gl.zeros([64, D0], gl.float32, OK)
+        acc_v = gl.zeros([64, V0], gl.float32, OV)
+        u = j % 2
+        if count > 0:
+            mbarrier.wait(k_full.index(u), (j // 2) & 1)
+            if j > 0:  # the item before: its sums have left shared memory by now, or soon
+                tma.store_wait(0)
+                mbarrier.arrive(k_free.index(1 - u))
+            for m in range(group):
+                for e in range(count):
+                    entry = first + e + gl.where(e >= full, gap, 0)
+                    kind = gl.load(kinds + entry)
+                    t0 = row0 + gl.load(entries + entry) * ROWS
+                    masked = (kind >= 0) | (t0 < 0) | (t0 + ROWS > T)
+                    for half in gl.static_range(2):
+                        s = n % STAGES
+                        mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
+                        less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                        gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
+                        st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        logs = sl.index(s).load(C)
+                        x, grad = warpgroup_mma_wait(0, deps=(st, gt))
+                        p = probabilities(x, gl.expand_dims(logs, 0), scale)
+                        ds = p * grad
+                        if masked:
+                            t = t0 + STEP * half + r
+                            exists = (t >= 0) & (t < T)
+                            seen = _seen_by(W, kind, r + STEP * half, exists, tables, INTERVALS, BITMAPS, L)
+                            p = gl.where(seen, p, 0.0)
+                            ds = gl.where(seen, ds, 0.0)
+                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                        kt = warpgroup_mma(gl.convert_layout(ds.to(kind_of), gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
+                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                        mbarrier.arrive(q_free.index(s))
+                        n += 1
+        row = block * KEYS + W * 64
+        there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
+        there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
+        yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
+        yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
+        line = head.to(gl.int64) * S
+        if count == 0:
+            leave(yk, dk, dk_map, [head, row, 0], row, S, None, line, D, OK)
+            leave(yv, dv, dv_map, [head, row, 0], row, S, None, line, DV, OV)
+        else:
+            leave(yk, dk, dk_map, [head, row, 0], row, S, sk.index(2 * u + W), line, D, OK)
+            leave(yv, dv, dv_map, [head, row, 0], row, S, sv.index(2 * u + W), line, DV, OV)
+            j += 1
+        turn += 1
+        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 4)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "ahead", "items", "q_start"])
+def keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, lse, delta, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
+               slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, ahead, items, q_start, scale,
+               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr,
+               FROM_LENGTH: gl.constexpr):
+    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each. offsets, entries, kinds: the lists by key."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sk = gl.allocate_shared_memory(k.dtype, [4, 64, D0], tile)  # of this item and of the next
+    sv = gl.allocate_shared_memory(k.dtype, [4, 64, V0], tile)
+    sq = gl.allocate_shared_memory(k.dtype, [STAGES, STEP, D0], tile)
+    sg = gl.allocate_shared_memory(k.dtype, [STAGES, STEP, V0], tile)
+    sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
+    sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
+    queue = make_queue(READERS)
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    for u in gl.static_range(2):
+        mbarrier.init(k_full.index(u), count=1)
+        mbarrier.init(k_free.index(u), count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(s), count=2)
+        mbarrier.init(q_free.index(s), count=2)
+    fence_async_shared()
+    memory = (sq, sg, sk, sv)
+    rows = (sl, sd)
+    k_bars = (k_full, k_free)
+    q_bars = (q_full, q_free)
+    tables = (intervals, bitmaps)
+    lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule)
+    gl.warp_specialize([
+        (multiply_keys, (0, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (multiply_keys, (1, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (bring_queries, ((q, dout, k, v), entries, Hk, group, T, D0, V0, STAGES, queue, memory, k_bars, q_bars)),
+        (know, (lse, delta, entries, group, T, STAGES, queue, rows, q_bars)),
+        (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue)),
+    ], [4, 1, 1, 1], [240, 24, 24, 24])
