@@ -5,8 +5,8 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
 
-The path "gluon" is for sm_90a. Calls that it does not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within a group of heads, arrays that the
-copy engine cannot address) take the portable one with the same blocks.
+Two paths are for sm_90a (block_attention_backward_gluon.py). Calls that they do not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
+a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 from functools import lru_cache
 
@@ -25,7 +25,9 @@ TUNABLES = (
     Tunable("num_stages", (1, 2, 3), "blocks in flight", ("portable",)),
     Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept", ("portable",)),
     Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
-    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128 (block_attention_backward_gluon.py)"),
+    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
+    Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
+    Tunable("walk", ("descending", "ascending"), "rows of an item from the last to the first and key blocks ascending, or both the other way", ("gluon_ordered",)),
 )
 HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
@@ -310,27 +312,33 @@ def widths(D: int, DV: int, config, own: int) -> dict:
     return dict(D0=wide, D1=0, V0=wide, V1=0, SLICES=-(-own // wide))
 
 
-def no_gluon(problem: Problem) -> str | None:
-    """Why the path "gluon" is not for this problem."""
+def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
+    """Why the path "gluon" or "gluon_ordered" is not for this problem."""
     D, DV = problem["D"], problem["Dv"]
     if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
+        return f"path {path}: {problem.arch} lacks its instructions; take portable"
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+        return f"path {path} is written for Triton 3.6, not {triton.__version__}; take portable"
     if problem.dtype("q") not in ("float16", "bfloat16") or max(D, DV) > 128 or D % 8 or DV % 8:
-        return f"path gluon takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
-    return "path gluon has no softcap; take portable" if "softcap" in problem.features else None
+        return f"path {path} takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
+    if path == "gluon_ordered" and D <= 64:
+        return f"path gluon_ordered takes D 65 to 128, not {D}; take gluon"
+    return f"path {path} has no softcap; take portable" if "softcap" in problem.features else None
 
 
 def default_config(problem: Problem) -> dict:
-    if problem["T"] > 64 and "order" not in problem.features and no_gluon(problem) is None:
-        return dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # the rest: where a call needs the portable path
-    return portable_config(problem)
+    if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
+        return portable_config(problem)
+    config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
+    kinds = {word for feature in problem.features for word in feature.split("+")}
+    if kinds & {"global", "sinks", "random"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other
+        return config
+    return config | dict(path="gluon_ordered") | (dict(heads=2, walk="ascending") if kinds & {"window", "documents"} and problem["Hq"] == problem["Hk"] else {})
 
 
 def portable_config(problem: Problem) -> dict:
     wide, big = power(max(problem["D"], problem["Dv"])), problem.arch in ("sm_90a", "sm_100", "cpu")
-    config = dict(path="portable", block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
+    config = dict(path="portable", heads=8, walk="descending", block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
     if problem.dtype("q") == "float32":
         config.update(block_q=32, block_k=32, num_stages=1, chunk=32, columns=128 if wide > 128 else 0)
     elif problem.arch == "gfx942":
@@ -355,14 +363,14 @@ def portable_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
-    if config["path"] == "gluon":
+    if config["path"] != "portable":
         if (config["block_q"], config["block_k"]) != (128, 128):
-            return f"path gluon takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
-        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+            return f"path {config['path']} takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        portable = no_gluon(problem, config["path"]) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import block_attention_backward_gluon
-        return block_attention_backward_gluon.resources(problem["D"], problem["Dv"])
+        return block_attention_backward_gluon.resources(problem["D"], problem["Dv"], config["path"])
     D, DV, BQ, BK, warps, stages = problem["D"], problem["Dv"], config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
     size, lanes = BYTES[problem.dtype("q", "float32")], 64 if problem.arch == "gfx942" else 32
     a, b = widths(D, DV, config, D), widths(D, DV, config, max(D, DV))
@@ -422,10 +430,14 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys
     make = place.zeros if lists.k_order is not None else place.empty
     dk, dv = make((B, Hk, S, D), kind), make((B, Hk, S, DV), kind)
-    if config["path"] == "gluon":
+    if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
         if block_attention_backward_gluon.takes(q, k, v, dout, lists, scale, softcap, kind):
-            block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, kv_length=kv_length, q_start=q_start)
+            where = dict(kv_length=kv_length, q_start=q_start)
+            if config["path"] == "gluon":
+                block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **where)
+            else:
+                block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
             return dq, dk, dv
     host = q_start if isinstance(q_start, int) else None
     by_rows, by_columns, n, covers = _plan(
@@ -448,9 +460,9 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
 
 def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
-    if config["path"] == "gluon":
+    if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
-        return block_attention_backward_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
+        return block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
     common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))

@@ -77,7 +77,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
 
 
 @gluon.jit
-def _range(kind, r, tables, INTERVALS: gl.constexpr):
+def key_range(kind, r, tables, INTERVALS: gl.constexpr):
     """Between which keys of a block the rows r may see."""
     lo = r * 0
     hi = lo + KEYS
@@ -90,7 +90,7 @@ def _range(kind, r, tables, INTERVALS: gl.constexpr):
 
 
 @gluon.jit
-def _word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
+def key_word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
     """Which of the keys 32 n .. of a block each of the rows r sees, as bits; it sees lo .. hi - 1 at most."""
     lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
     hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
@@ -109,17 +109,17 @@ def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tab
     entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry, mask=e < count, other=-1)
     left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
-    lo, hi = _range(kind, r, tables, INTERVALS)
+    lo, hi = key_range(kind, r, tables, INTERVALS)
     hi = gl.where(exists, gl.minimum(hi, left), 0)
-    w0 = gl.reduce_or(_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-    w1 = gl.reduce_or(_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-    w2 = gl.reduce_or(_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-    w3 = gl.reduce_or(_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
+    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
+    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
+    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
     return w0, w1, w2, w3
 
 
 @gluon.jit
-def _clear_word(word, n: gl.constexpr, v):
+def clear_word(word, n: gl.constexpr, v):
     """Zeroes the values of those of the keys 32 n .. that have no bit."""
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
@@ -148,10 +148,10 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
                 mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
                 turns ^= 1 << s
                 if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
-                    _clear_word(w0, 0, sv.index(s))
-                    _clear_word(w1, 1, sv.index(s))
-                    _clear_word(w2, 2, sv.index(s))
-                    _clear_word(w3, 3, sv.index(s))
+                    clear_word(w0, 0, sv.index(s))
+                    clear_word(w1, 1, sv.index(s))
+                    clear_word(w2, 2, sv.index(s))
+                    clear_word(w3, 3, sv.index(s))
                     fence_async_shared()
                 mbarrier.arrive(v_full.index(s))
                 w0, w1, w2, w3 = x0, x1, x2, x3
@@ -174,7 +174,7 @@ def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.cons
     """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
     entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry)
-    lo, hi = _range(kind, r, tables, INTERVALS)
+    lo, hi = key_range(kind, r, tables, INTERVALS)
     if EDGE:
         hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
     return kind, lo, hi
@@ -183,9 +183,9 @@ def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.cons
 @gluon.jit
 def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
+    words = gl.expand_dims(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
 
 
@@ -368,7 +368,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, BEFORE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
+        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
         (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
@@ -390,17 +390,17 @@ def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
     return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
-class _Map(TensorDescriptor):
+class Map(TensorDescriptor):
     """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
 
     def __init__(self, x, rows: int, columns: int):
         self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
+        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], map_layout(x.ndim, 8 * x.element_size())
 
 
 @lru_cache
-def _layout(rank: int):
-    return gl.NVMMASharedLayout(128, 16, rank)
+def map_layout(rank: int, bits: int = 16):
+    return gl.NVMMASharedLayout(128, bits, rank)
 
 
 def ahead(lists, name: str = "offsets") -> int:
@@ -434,8 +434,8 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
                      host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
-    maps = (_Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None,
-            _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0))
+    maps = (Map(q, 64, D0), Map(q, 64, D1) if D1 else None, Map(k, KEYS.value, D0), Map(k, KEYS.value, D1) if D1 else None,
+            Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
@@ -451,7 +451,7 @@ def artifacts(problem) -> list[dict]:
     pointer = POINTER[kind]
 
     def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank)!r}>"
+        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank)!r}>"
     maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
     if made["D1"]:
         maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))

@@ -7,6 +7,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range, key_word
 from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
@@ -30,11 +31,25 @@ def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENG
 
 
 @gluon.jit
-def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, queue, memory, k_bars, q_bars):
-    """Keys and values of an item, then queries and dout, 64 a step."""
+def some_unseen(block, full, limit):
+    """Whether some keys of an item may be seen by no query: its blocks are all partial, or keys end within it."""
+    return (full == 0) | (block * KEYS + KEYS > limit)
+
+
+@gluon.jit
+def _bring_block(k, v, at, bar, sk, sv, u, D0: gl.constexpr, V0: gl.constexpr):
+    mbarrier.expect(bar, 2 * KEYS * (D0 + V0))
+    for w in gl.static_range(2):
+        tma.async_copy_global_to_shared(k, [at[0], at[1], at[2] + 64 * w, 0], bar, sk.index(2 * u + w))
+        tma.async_copy_global_to_shared(v, [at[0], at[1], at[2] + 64 * w, 0], bar, sv.index(2 * u + w))
+
+
+@gluon.jit
+def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, queue, memory, k_bars, q_bars):
+    """Keys and values of an item, into one of so many BUFFERS, then queries and dout, 64 a step. Where there is a barrier k_landed, keys of which some may not be seen go by way of `know`."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
-    k_full, k_free = k_bars
+    k_full, k_free, k_landed = k_bars
     q_full, q_free = q_bars
     n = 0
     j = 0
@@ -44,12 +59,15 @@ def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexp
         b = head // Hk
         hk = head - b * Hk
         if count > 0:
-            u = j % 2
-            mbarrier.wait(k_free.index(u), ((j // 2) & 1) ^ 1)
-            mbarrier.expect(k_full.index(u), 2 * KEYS * (D0 + V0))
-            for w in gl.static_range(2):
-                tma.async_copy_global_to_shared(k, [b, hk, block * KEYS + 64 * w, 0], k_full.index(u), sk.index(2 * u + w))
-                tma.async_copy_global_to_shared(v, [b, hk, block * KEYS + 64 * w, 0], k_full.index(u), sv.index(2 * u + w))
+            u = j % BUFFERS
+            mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
+            if k_landed is None:
+                _bring_block(k, v, [b, hk, block * KEYS, 0], k_full.index(u), sk, sv, u, D0, V0)
+            else:
+                if some_unseen(block, full, limit):
+                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_landed.index(u), sk, sv, u, D0, V0)
+                else:
+                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_full.index(u), sk, sv, u, D0, V0)
             j += 1
             for m in range(group):
                 h = hk * group + m
@@ -69,16 +87,50 @@ def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexp
 
 
 @gluon.jit
-def know(lse, delta, entries, group, T, STAGES: gl.constexpr, queue, rows, q_bars):
+def _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk, sv, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """Keys and values that no query of the call sees become zero: in dQ they would be multiplied (0 * NaN)."""
+    r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
+    w0 = gl.to_tensor(0).to(gl.uint32)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    for e in range(first, first + count):
+        kind = gl.load(kinds + e)
+        t = row0 + gl.load(entries + e) * ROWS + r
+        lo, hi = key_range(kind, r, tables, INTERVALS)
+        hi = gl.where((t >= 0) & (t < T), gl.minimum(hi, limit - block * KEYS), 0)
+        w0 |= gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
+        w1 |= gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
+        w2 |= gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
+        w3 |= gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+    for x in gl.static_range(2):
+        to = (sk, sv)[x]
+        clear_word(w0, 0, to.index(0))
+        clear_word(w1, 1, to.index(0))
+        clear_word(w2, 0, to.index(1))
+        clear_word(w3, 1, to.index(1))
+    fence_async_shared()
+
+
+@gluon.jit
+def know(lse, delta, entries, kinds, tables, group, T, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, CLEARS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """A warp that brings what is known of a step's rows: lse, +inf (P = 0) where a row is not there, sees no key, or its sink holds all, and -delta. The copy engine would do it only where a
     row's address is a multiple of 16 bytes (T and first query multiples of four); elsewhere it raises an illegal instruction."""
     sl, sd = rows
+    k_full, k_landed = k_bars
     q_full, q_free = q_bars
     r = gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))
     n = 0
     turn = 0
+    landed = 0
     head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
     while head >= 0:
+        if CLEARS:
+            if (count > 0) & some_unseen(block, full, limit):
+                mbarrier.wait(k_landed.index(0), landed)
+                _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, memory[2], memory[3], INTERVALS, BITMAPS)
+                mbarrier.arrive(k_full.index(0))
+                landed ^= 1
         for m in range(group):
             line = (head * group + m).to(gl.int64) * T
             for e in range(count):
@@ -97,12 +149,12 @@ def know(lse, delta, entries, group, T, STAGES: gl.constexpr, queue, rows, q_bar
 
 
 @gluon.jit
-def _seen_by(W: gl.constexpr, kind, r, exists, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
-    """Which of the queries, columns, see each of this group's keys, rows."""
+def seen_by(W: gl.constexpr, kind, r, exists, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
+    """Which of the queries, columns, see each of this group's keys, rows, of which the block has `left`."""
     intervals, bitmaps = tables
     c = gl.arange(0, 64, gl.SliceLayout(1, L))
     key = gl.expand_dims(c + 64 * W, 1)
-    seen = gl.expand_dims(exists, 0) & (key >= 0)
+    seen = gl.expand_dims(exists, 0) & (key < left)
     if INTERVALS:
         rule = (kind >= 0) & ((kind & 1) == 0)
         both = gl.load(intervals.to(gl.pointer_type(gl.int64), bitcast=True) + gl.where(rule, kind >> 1, 0).to(gl.int64) * ROWS + r)  # two rows in one load
@@ -164,7 +216,7 @@ def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, table
                         if masked:
                             t = t0 + STEP * half + r
                             exists = (t >= 0) & (t < T)
-                            seen = _seen_by(W, kind, r + STEP * half, exists, tables, INTERVALS, BITMAPS, L)
+                            seen = seen_by(W, kind, r + STEP * half, exists, KEYS, tables, INTERVALS, BITMAPS, L)
                             p = gl.where(seen, p, 0.0)
                             ds = gl.where(seen, ds, 0.0)
                         vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
@@ -226,7 +278,7 @@ def keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, lse, delta, offsets, entri
     gl.warp_specialize([
         (multiply_keys, (0, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
         (multiply_keys, (1, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_queries, ((q, dout, k, v), entries, Hk, group, T, D0, V0, STAGES, queue, memory, k_bars, q_bars)),
-        (know, (lse, delta, entries, group, T, STAGES, queue, rows, q_bars)),
-        (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue)),
+        (bring_queries, ((q, dout, k, v), entries, Hk, group, T, D0, V0, STAGES, 2, queue, memory, (k_full, k_free, None), q_bars)),
+        (know, (lse, delta, entries, kinds, tables, group, T, STAGES, INTERVALS, BITMAPS, False, queue, memory, rows, (k_full, None), q_bars)),
+        (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
     ], [4, 1, 1, 1], [240, 24, 24, 24])

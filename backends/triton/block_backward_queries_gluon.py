@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import _look, _word, clear
+from sparsetile.backends.triton.block_attention_gluon import _look, clear, key_word
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
 
 STAGES = gl.constexpr(2)
@@ -93,9 +93,9 @@ def bring_keys(maps, cols, Hq, group, D0: gl.constexpr, V0: gl.constexpr, queue,
 def _unseen_out(x, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     """0 where a query, a row of x, does not see the key."""
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
+    words = gl.expand_dims(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, x, 0.0)
 
 
@@ -196,6 +196,6 @@ def queries_gluon(q, dout, k, v, dq_map, dq, lse, delta, offsets, cols, kinds, i
         (multiply_queries, (0, dq_map, dq, lse, delta, cols, kinds, tables, T, scale, D, D0, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
         (multiply_queries, (1, dq_map, dq, lse, delta, cols, kinds, tables, T, scale, D, D0, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
         (bring_keys, ((q, dout, k, v), cols, Hq, group, D0, V0, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hq, T, S, EDGE, FROM_LENGTH, queue)),
+        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
         (clear, (cols, kinds, tables, T, D0, INTERVALS, BITMAPS, MASKED, queue, sk, k_full, k_landed)),
     ], [4, 1, 1, 1], [232, 40, 40, 40])

@@ -64,11 +64,13 @@ def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGT
 
 
 @gluon.jit
-def take(OPEN: gl.constexpr, ticket, items, lists, at, order, heads, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
-    """A warp that opens items, by `open_item` or another of its kind, one ahead of their readers."""
+def take(OPEN: gl.constexpr, ticket, items, lists, at, order, heads, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue, ORDERED: gl.constexpr):
+    """A warp that opens items, by `open_item` or another of its kind, one ahead of their readers. ORDERED: programs that run late begin with late items."""
     slots, slot_full, slot_free = queue
     place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
     number = gl.program_id(0)
+    if ORDERED:
+        number = gl.atomic_add(ticket, 1)
     j = 0
     more = number < items
     while more:
@@ -82,7 +84,9 @@ def take(OPEN: gl.constexpr, ticket, items, lists, at, order, heads, T, S, EDGE:
         j += 1
         number = items
         if ticket is not None:
-            number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
+            number = gl.atomic_add(ticket, 1)
+            if not ORDERED:
+                number += gl.num_programs(0)
         more = number < items
     slots.index(j % 2).store(place * 0 - 1)
     mbarrier.arrive(slot_full.index(j % 2))
