@@ -59,5 +59,5 @@ def test_sums_become_gradients(rng):
     dq = torch.full((B, Hq, T, D), 7.0, dtype=torch.float16, device=DEVICE)
     finish[(Hq * tiles * 2,)](torch.from_numpy(sums).to(DEVICE), torch.from_numpy(turns).to(DEVICE), dq, None, None, Hq, T, 200, tiles, start, 0.5, D=D, FROM_LENGTH=False)
     sums[0, 2] = 0
-    truth = (sums.reshape(Hq, tiles * 128, 128)[:, start % 128:start % 128 + T, :D] * np.float32(0.5)).astype(np.float16)
+    truth = (sums.reshape(Hq, tiles * 2, 4, 64, 32).transpose(0, 1, 3, 2, 4).reshape(Hq, tiles * 128, 128)[:, start % 128:start % 128 + T, :D] * np.float32(0.5)).astype(np.float16)
     assert np.array_equal(dq[0].cpu().numpy(), truth)

@@ -350,7 +350,7 @@ def portable_config(problem: Problem) -> dict:
     elif wide > 256:
         config.update(block_q=32 if big else 16, block_k=32, num_warps=8, num_stages=1)
     elif wide > 128:
-        config.update(num_warps=8)
+        config.update(num_warps=8, block_q=128 if problem.arch == "sm_90a" else 64)
         if not big:  # no warpgroups that would want 64 rows
             config.update(block_q=32, block_k=32)
     for step in (dict(num_stages=1), dict(block_q=32, block_k=32), dict(chunk=64, columns=128)):

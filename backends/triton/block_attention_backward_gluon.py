@@ -78,7 +78,7 @@ def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: f
     starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
     entries, blocks = lists.by_key_rows.shape[0], lists.by_key_offsets.shape[0] // 2
     walk, kinds, ranks = (place.empty((max(entries, 1),), "int32") for _ in range(3))
-    counters, sums = place.zeros((B * Hq * n * 2 + 4,), "int32"), place.empty((B * Hq * n * ROWS.value, 128), "float32")
+    counters, sums = place.zeros((B * Hq * n * 2 + 4,), "int32"), place.empty((B * Hq * n * ROWS.value * 4, 32), "float32")
     ticket, turns = counters[:1], counters[4:]
     relaunch.launch(order, (blocks,), place, (lists.offsets, lists.cols, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, walk, kinds, ranks),
                     (lists.nq, lists.nk, key_tiles, max(lists.nq, lists.nk).bit_length() + 1), before)
@@ -86,7 +86,7 @@ def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: f
     relaunch.launch(ordered_gluon, (min(items, max(place.sms, 1)),), place,
                     (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walk, kinds, ranks, turns, lists.intervals, lists.bitmaps, list_of, kv_length, starts, ticket),
                     (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), items, host or 0, float(scale)), made, (q.dtype,),
-                    (Map(q, 64, 128), Map(dout, 64, made["V0"]), Map(k, 64, 128), Map(v, 64, made["V0"]), Map(flat(dk), 64, 128), Map(flat(dv), 64, made["V0"]), Map(sums, 64, 64)))
+                    (Map(q, 64, 128), Map(dout, 64, made["V0"]), Map(k, 64, 128), Map(v, 64, made["V0"]), Map(flat(dk), 64, 128), Map(flat(dv), 64, made["V0"]), Map(sums, 64, 32)))
     relaunch.launch(finish, (B * Hq * n * 2,), place, (sums, turns, dq, kv_length, starts), (Hq, T, S, n, host or 0, float(scale)), after, (q.dtype,))
 
 
@@ -129,7 +129,7 @@ def artifacts(problem, path: str) -> list[dict]:
     return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
             artifact(ordered_gluon, made, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "walk", "kinds", "ranks", "turns", "ticket"),
                      (*integers, "Hk", "nk", "q_tiles", "together", "ascending"),
-                     maps=lambda made: inputs(made, 64) | dict(dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 64, "*fp32", 32))),
+                     maps=lambda made: inputs(made, 64) | dict(dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
             artifact(finish, after, dict(sums="*fp32", turns="*i32", dq=pointer) | {name: "*i32" for name in positions}, ("Hq", "T", "S", "tiles", "q_start"))]
 
 

@@ -1,7 +1,7 @@
 """Path "gluon" of block_attention_backward, keys: dK and dV. An item is a block of 128 keys of a key head; the queries that see it pass by, 64 a step, head after head of the group.
 
-A persistent block of threads has five roles: `take` draws items, `bring_queries` loads through the copy engine, the next item's keys ahead, `know` what is known of rows, and two groups of
-`multiply_keys` hold 64 keys each. Full blocks run no mask code.
+A persistent block of threads has four roles: `take` draws items, `bring_queries` loads, through the copy engine where it can, the next item's keys ahead, and two groups of `multiply_keys`
+hold 64 keys each. Full blocks run no mask code.
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -13,7 +13,7 @@ from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue
 from sparsetile.backends.triton.tiles import queries_of
 
 STEP = gl.constexpr(64)  # queries
-READERS = gl.constexpr(4)  # of an item: loading, what is known of rows, two groups
+READERS = gl.constexpr(3)  # of an item: loading, two groups
 
 
 @gluon.jit
@@ -31,59 +31,11 @@ def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENG
 
 
 @gluon.jit
-def some_unseen(block, full, limit):
-    """Whether some keys of an item may be seen by no query: its blocks are all partial, or keys end within it."""
-    return (full == 0) | (block * KEYS + KEYS > limit)
-
-
-@gluon.jit
 def _bring_block(k, v, at, bar, sk, sv, u, D0: gl.constexpr, V0: gl.constexpr):
     mbarrier.expect(bar, 2 * KEYS * (D0 + V0))
     for w in gl.static_range(2):
         tma.async_copy_global_to_shared(k, [at[0], at[1], at[2] + 64 * w, 0], bar, sk.index(2 * u + w))
         tma.async_copy_global_to_shared(v, [at[0], at[1], at[2] + 64 * w, 0], bar, sv.index(2 * u + w))
-
-
-@gluon.jit
-def bring_queries(maps, entries, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, queue, memory, k_bars, q_bars):
-    """Keys and values of an item, into one of so many BUFFERS, then queries and dout, 64 a step. Where there is a barrier k_landed, keys of which some may not be seen go by way of `know`."""
-    q, dout, k, v = maps
-    sq, sg, sk, sv = memory
-    k_full, k_free, k_landed = k_bars
-    q_full, q_free = q_bars
-    n = 0
-    j = 0
-    turn = 0
-    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
-    while head >= 0:
-        b = head // Hk
-        hk = head - b * Hk
-        if count > 0:
-            u = j % BUFFERS
-            mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
-            if k_landed is None:
-                _bring_block(k, v, [b, hk, block * KEYS, 0], k_full.index(u), sk, sv, u, D0, V0)
-            else:
-                if some_unseen(block, full, limit):
-                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_landed.index(u), sk, sv, u, D0, V0)
-                else:
-                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_full.index(u), sk, sv, u, D0, V0)
-            j += 1
-            for m in range(group):
-                h = hk * group + m
-                following = gl.load(entries + first + gl.where(full == 0, gap, 0))
-                for e in range(count):
-                    t = row0 + following * ROWS
-                    following = gl.load(entries + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0))
-                    for half in gl.static_range(2):
-                        s = n % STAGES
-                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
-                        tma.async_copy_global_to_shared(q, [b, h, t + STEP * half, 0], q_full.index(s), sq.index(s))
-                        tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
-                        n += 1
-        turn += 1
-        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
 
 
 @gluon.jit
@@ -113,37 +65,68 @@ def _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, s
 
 
 @gluon.jit
-def know(lse, delta, entries, kinds, tables, group, T, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, CLEARS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
-    """A warp that brings what is known of a step's rows: lse, +inf (P = 0) where a row is not there, sees no key, or its sink holds all, and -delta. The copy engine would do it only where a
-    row's address is a multiple of 16 bytes (T and first query multiples of four); elsewhere it raises an illegal instruction."""
+def known_rows(lse, delta, line, t, T):
+    """What is known of a step's rows t .. of a head: lse, +inf (P = 0) where a row is not there, sees no key, or its sink holds all, and -delta. The copy engine would bring it only where
+    a row's address is a multiple of 16 bytes (T and first query multiples of four); elsewhere it raises an illegal instruction."""
+    x = t + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))
+    logs, shift = known(lse + line, delta + line, x, (x >= 0) & (x < T))
+    return logs, -shift
+
+
+@gluon.jit
+def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, CLEARS: gl.constexpr,
+                  INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+    """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. CLEARS: keys that no query sees become zero."""
+    q, dout, k, v = maps
+    sq, sg, sk, sv = memory
     sl, sd = rows
-    k_full, k_landed = k_bars
+    k_full, k_free, k_landed = k_bars
     q_full, q_free = q_bars
-    r = gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))
     n = 0
+    j = 0
     turn = 0
     landed = 0
     head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
     while head >= 0:
-        if CLEARS:
-            if (count > 0) & some_unseen(block, full, limit):
-                mbarrier.wait(k_landed.index(0), landed)
-                _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, memory[2], memory[3], INTERVALS, BITMAPS)
-                mbarrier.arrive(k_full.index(0))
-                landed ^= 1
-        for m in range(group):
-            line = (head * group + m).to(gl.int64) * T
-            for e in range(count):
-                t = row0 + gl.load(entries + first + e + gl.where(e >= full, gap, 0)) * ROWS
-                for half in gl.static_range(2):
-                    s = n % STAGES
-                    x = t + STEP * half + r
-                    logs, shift = known(lse + line, delta + line, x, (x >= 0) & (x < T))
-                    mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                    sl.index(s).store(logs)
-                    sd.index(s).store(-shift)
-                    mbarrier.arrive(q_full.index(s))
-                    n += 1
+        b = head // Hk
+        hk = head - b * Hk
+        if count > 0:
+            u = j % BUFFERS
+            bar = k_full.index(u)
+            some_unseen = False
+            if CLEARS:  # blocks all partial, or keys end within
+                some_unseen = (full == 0) | (block * KEYS + KEYS > limit)
+            mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
+            if CLEARS:
+                if some_unseen:
+                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_landed.index(0), sk, sv, u, D0, V0)
+                    mbarrier.wait(k_landed.index(0), landed)
+                    landed ^= 1
+                    _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk, sv, INTERVALS, BITMAPS)
+                    mbarrier.arrive(bar)
+                else:
+                    _bring_block(k, v, [b, hk, block * KEYS, 0], bar, sk, sv, u, D0, V0)
+            else:
+                _bring_block(k, v, [b, hk, block * KEYS, 0], bar, sk, sv, u, D0, V0)
+            j += 1
+            for m in range(group):
+                h = hk * group + m
+                line = (head * group + m).to(gl.int64) * T
+                t = row0 + gl.load(entries + first + gl.where(full == 0, gap, 0)) * ROWS
+                for e in range(count):
+                    following = gl.load(entries + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0))
+                    for half in gl.static_range(2):
+                        s = n % STAGES
+                        logs, less = known_rows(lse, delta, line, t + STEP * half, T)
+                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
+                        tma.async_copy_global_to_shared(q, [b, h, t + STEP * half, 0], q_full.index(s), sq.index(s))
+                        tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
+                        sl.index(s).store(logs)
+                        sd.index(s).store(less)
+                        mbarrier.arrive(q_full.index(s))
+                        n += 1
+                    t = row0 + following * ROWS
         turn += 1
         head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
 
@@ -278,7 +261,6 @@ def keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, lse, delta, offsets, entri
     gl.warp_specialize([
         (multiply_keys, (0, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
         (multiply_keys, (1, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_queries, ((q, dout, k, v), entries, Hk, group, T, D0, V0, STAGES, 2, queue, memory, (k_full, k_free, None), q_bars)),
-        (know, (lse, delta, entries, kinds, tables, group, T, STAGES, INTERVALS, BITMAPS, False, queue, memory, rows, (k_full, None), q_bars)),
+        (bring_queries, ((q, dout, k, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, V0, STAGES, 2, False, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
         (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
-    ], [4, 1, 1, 1], [240, 24, 24, 24])
+    ], [4, 1, 1], [240, 24, 24])

@@ -50,12 +50,12 @@ def order(offsets, cols, by_key_offsets, by_key_rows, by_key_kinds, walk, kinds,
 
 @triton.jit(do_not_specialize=["Hq", "T", "S", "tiles", "q_start"])
 def finish(sums, turns, dq, kv_length, q_starts, Hq, T, S, tiles, q_start, scale, D: tl.constexpr, FROM_LENGTH: tl.constexpr):
-    """dQ of 64 rows from sums [heads * tiles * 128, 128]; those to which nothing was added are 0."""
+    """dQ of 64 rows from sums [heads, tiles, half, columns / 32, 64 rows, 32 columns]; those to which nothing was added are 0."""
     x = tl.program_id(0)
     head = x // (2 * tiles)
     limit, start = place_of(head // Hq, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     r = tl.arange(0, 64)
     c = tl.arange(0, 128)
     t = (x - head * 2 * tiles) * 64 - (start & 127) + r
-    y = tl.load(sums + x.to(tl.int64) * (64 * 128) + r[:, None] * 128 + c[None, :], mask=(tl.load(turns + x) > 0) & (c < D)[None, :], other=0.0)
+    y = tl.load(sums + x.to(tl.int64) * (64 * 128) + r[:, None] * 32 + (c // 32 * (64 * 32) + c % 32)[None, :], mask=(tl.load(turns + x) > 0) & (c < D)[None, :], other=0.0)
     tl.store(dq + (head.to(tl.int64) * T + t)[:, None] * D + c[None, :], (y * scale).to(dq.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & (c < D)[None, :])

@@ -4,7 +4,7 @@ An item is a block of 128 keys of a key head: keys and values stay in shared mem
 group. Items are taken by a ticket, key blocks of a head ascending, and a row's sum is added to in that order, whatever the order in which an item walks its rows: of the items not finished
 the one with the lowest ticket waits for nobody, and some block of threads holds it. How many come before an addition (its rank) is known from the lists (block_backward_order.py).
 
-A persistent block of threads has six roles: `take`, `bring_queries` and `know` as in block_backward_keys_gluon.py, `add` sends dQ to its sums through the copy engine, two groups of
+A persistent block of threads has six roles: `take` and `bring_queries` as in block_backward_keys_gluon.py, two warps `add` halves of dQ to its sums through the copy engine, two groups of
 `multiply_ordered` hold 64 keys each. Each makes half the columns of dQ, from both groups' dS, a step late.
 """
 import triton.experimental.gluon.language as gl
@@ -13,11 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_backward_keys_gluon import READERS, STEP, bring_queries, know, seen_by
+from sparsetile.backends.triton.block_backward_keys_gluon import STEP, bring_queries, seen_by
 from sparsetile.backends.triton.block_backward_queries_gluon import leave, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
 
+READERS = gl.constexpr(5)  # of an item: loading, two that add, two groups
 STAGES = gl.constexpr(2)  # of queries, dout, dS and dQ: the halves of a query tile
 
 
@@ -41,13 +42,17 @@ def open_ordered(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LE
     begin = gl.load(line)
     middle = gl.load(line + 1)
     skipped = gl.where(ascending > 0, a - begin + m - middle, middle - e + gl.load(line + 2) - c)
-    return head, block, begin + skipped, e - a, e - a + c - m, 0, limit, first * ROWS - start
+    count = e - a + c - m
+    return head, block, gl.where(count > 0, begin + skipped, 0), e - a, count, 0, limit, first * ROWS - start
 
 
 @gluon.jit
-def _turn(at):
-    """How many additions are complete, for the copy engine too."""
-    return gl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1]; fence.proxy.async.global;", "=r,l", [at], gl.int32, False, 1)
+def _wait_turn(at, rank):
+    """Until so many additions are complete, for the copy engine too."""
+    done = gl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [at], gl.int32, False, 1)
+    while done != rank:
+        done = gl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [at], gl.int32, False, 1)
+    gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [done], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -57,31 +62,33 @@ def _end_turn(at, done):
 
 
 @gluon.jit
-def add(sums, turns, walk, ranks, group, tiles, queue, dq, dq_bars):
-    """A warp that adds dQ when its turn has come; the first addition stores."""
-    full, free = dq_bars
+def add(half: gl.constexpr, sums, turns, walk, ranks, group, tiles, queue, dq, full, free):
+    """A warp that adds dQ of one half of each tile when its turn has come; the first addition stores."""
     n = 0
     turn = 0
     head, block, first, plain, count, gap, limit, row0 = next_item(0, queue, 1)
     while head >= 0:
         for m in range(group):
+            rank = gl.load(ranks + first)
+            row = gl.load(walk + first)
             for e in range(first, first + count):
-                rank = gl.load(ranks + e)
-                tile = (head * group + m) * tiles + (row0 + gl.load(walk + e) * ROWS + ROWS - 1) // ROWS
-                for half in gl.static_range(2):
-                    at = turns + 2 * tile + half
-                    mbarrier.wait(full.index(half), n & 1)
-                    now = _turn(at)
-                    while now != rank:
-                        now = _turn(at)
-                    for w in gl.static_range(2):
+                step = 2 * ((head * group + m) * tiles + (row0 + row * ROWS + ROWS - 1) // ROWS) + half
+                _wait_turn(turns + step, rank)
+                mbarrier.wait(full, n & 1)
+                for w in gl.static_range(2):
+                    columns = dq.index(2 * half + w)._reinterpret(gl.float32, [2, STEP, 32], dq.layout)  # 32 columns lie together
+                    for c in gl.static_range(2):
                         if rank == 0:
-                            tma.async_copy_shared_to_global(sums, [tile * ROWS + STEP * half, 64 * w], dq.index(2 * half + w))
+                            tma.async_copy_shared_to_global(sums, [(4 * step + 2 * w + c) * STEP, 0], columns.index(c))
                         else:
-                            _add_shared_to_global(sums, [tile * ROWS + STEP * half, 64 * w], dq.index(2 * half + w))
-                    tma.store_wait(0)
-                    mbarrier.arrive(free.index(half))
-                    _end_turn(at, rank + 1)
+                            _add_shared_to_global(sums, [(4 * step + 2 * w + c) * STEP, 0], columns.index(c))
+                done = rank + 1
+                following = gl.minimum(e + 1, first + count - 1)
+                rank = gl.load(ranks + following)
+                row = gl.load(walk + following)
+                tma.store_wait(0)
+                mbarrier.arrive(free)
+                _end_turn(turns + step, done)
                 n += 1
         turn += 1
         head, block, first, plain, count, gap, limit, row0 = next_item(turn, queue, 1)
@@ -114,7 +121,7 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
     sq, sg, sk, sv = memory
     sl, sd = rows
     ds_tiles, dq_tiles = images
-    k_full, k_free, k_landed, k_done = k_bars
+    k_full, k_free, k_done = k_bars
     q_full, q_free = q_bars
     dq_full, dq_free = dq_bars
     kind_of = sk.dtype
@@ -201,7 +208,7 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
 def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offsets, entries, walk, kinds, ranks, turns, intervals, bitmaps, list_of, kv_length, q_starts, ticket,
                   slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, q_tiles, together, ascending, items, q_start, scale,
                   D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each; sums: of float32 [heads * q_tiles * 128, 128], 64 x 64. offsets, entries: the lists by key; walk, kinds, ranks: block_backward_order.py.
+    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each; sums: of float32 [heads, q_tiles, half, columns / 32, 64 rows, 32 columns], 64 x 32. offsets, entries: the lists by key; walk, kinds, ranks: block_backward_order.py.
     turns: zeros, [heads, q_tiles, 2]."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -214,7 +221,7 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     dq = gl.allocate_shared_memory(gl.float32, [2 * STAGES, STEP, 64], gl.NVMMASharedLayout(128, 32, 2))
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
-    queue = make_queue(READERS + 1)
+    queue = make_queue(READERS)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     k_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     k_landed = gl.allocate_shared_memory(gl.int64, [1, 1], B)
@@ -238,7 +245,7 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     memory = (sq, sg, sk, sv)
     rows = (sl, sd)
     images = (ds, dq)
-    k_bars = (k_full, k_free, k_landed, k_done)
+    k_bars = (k_full, k_free, k_done)
     q_bars = (q_full, q_free)
     dq_bars = (dq_full, dq_free)
     tables = (intervals, bitmaps)
@@ -246,8 +253,8 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     gl.warp_specialize([
         (multiply_ordered, (0, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
         (multiply_ordered, (1, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
-        (bring_queries, ((q, dout, k, v), walk, Hk, group, T, D0, V0, STAGES, 1, queue, memory, (k_full, k_free, k_landed), q_bars)),
-        (know, (lse, delta, walk, kinds, tables, group, T, STAGES, INTERVALS, BITMAPS, True, queue, memory, rows, (k_full, k_landed), q_bars)),
+        (bring_queries, ((q, dout, k, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, V0, STAGES, 1, True, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, k_landed), q_bars)),
         (take, (gl.constexpr(open_ordered), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, 0, together), Hk, T, S, EDGE, FROM_LENGTH, queue, True)),
-        (add, (sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_bars)),
+        (add, (0, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(0), dq_free.index(0))),
+        (add, (1, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(1), dq_free.index(1))),
     ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])
