@@ -319,9 +319,9 @@ def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
         return f"path {path}: {problem.arch} lacks its instructions; take portable"
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
         return f"path {path} is written for Triton 3.6, not {triton.__version__}; take portable"
-    if problem.dtype("q") not in ("float16", "bfloat16") or max(D, DV) > 128 or D % 8 or DV % 8:
-        return f"path {path} takes float16 and bfloat16 with D and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
-    if path == "gluon_ordered" and D <= 64:
+    if problem.dtype("q") not in ("float16", "bfloat16") or D > 192 or DV > 128 or D % 8 or DV % 8:
+        return f"path {path} takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
+    if path == "gluon_ordered" and not 64 < D <= 128:
         return f"path gluon_ordered takes D 65 to 128, not {D}; take gluon"
     return f"path {path} has no softcap; take portable" if "softcap" in problem.features else None
 

@@ -21,7 +21,7 @@ KEY_STAGES = 3  # steps of `keys_gluon` under way
 
 def widths(D: int, DV: int) -> dict:
     """Columns as they lie in shared memory."""
-    return dict(D0=64 if D <= 64 else 128, V0=power(DV, 64))
+    return dict(D0=64 if D <= 64 else 128, D1=64 if D > 128 else 0, V0=power(DV, 64))
 
 
 @lru_cache(1024)
@@ -41,28 +41,31 @@ def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *,
     exact = covers and host % ROWS.value == 0 and T % ROWS.value == 0
     order = schedule(lists) if covers else None
     by_rows, by_keys = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, not exact, q_start is None)
-    D0, V0, list_of = by_rows["D0"], by_rows["V0"], lists.list_of
+    D0, D1, V0, list_of = by_rows["D0"], by_rows["D1"], by_rows["V0"], lists.list_of
     strides = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
     starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
-    queries, grads = Map(q, 64, D0), Map(dout, 64, V0)
+
+    def mapped(x, rows):
+        return Map(x, rows, D0), Map(x, rows, D1) if D1 else None
+    queries, step = (*mapped(q, 64), Map(dout, 64, V0)), 64 if D1 else KEYS.value
     ticket = place.zeros((2,), "int32")
     items = B * Hq * n
     relaunch.launch(queries_gluon, (min(items, sms),), place,
                     (dq, lse, delta, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[:1]),
                     (*strides, B * Hq, Hq, group, T, S, lists.first, lists.nq, n, ahead(lists) if order is not None else 0, items, host or 0, float(scale)), by_rows, (q.dtype,),
-                    (queries, grads, Map(k, KEYS.value, D0), Map(v, KEYS.value, V0), Map(flat(dq), 64, D0)))
+                    (*queries, *mapped(k, step), Map(v, step, V0), *mapped(flat(dq), 64)))
     items, order = B * Hk * key_tiles, schedule(lists, True) if key_tiles == lists.nk else None
     relaunch.launch(keys_gluon, (min(items, sms),), place,
                     (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[1:]),
                     (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, ahead(lists, "by_key_offsets") if order is not None else 0, items, host or 0, float(scale)), by_keys, (q.dtype,),
-                    (queries, grads, Map(k, 64, D0), Map(v, 64, V0), Map(flat(dk), 64, D0), Map(flat(dv), 64, V0)))
+                    (*queries, *mapped(k, 64), Map(v, 64, V0), *mapped(flat(dk), 64), Map(flat(dv), 64, V0)))
 
 
 @lru_cache(1024)
 def ordered_constants(D: int, DV: int, intervals=False, bitmaps=False, edge_q=False, from_length=False, ascending=False) -> tuple:
     """Of `order`, `ordered_gluon` and `finish`."""
     return (relaunch.Constants(ASCENDING=ascending, N=128, num_warps=4),
-            relaunch.Constants(D=D, DV=DV, **widths(D, DV), INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge_q, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False),
+            relaunch.Constants(D=D, DV=DV, D0=128, V0=power(DV, 64), INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge_q, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False),
             relaunch.Constants(D=D, FROM_LENGTH=from_length, num_warps=8))
 
 
@@ -113,29 +116,33 @@ def artifacts(problem, path: str) -> list[dict]:
     rows = dict(lse="*fp32", delta="*fp32")
     integers = ("slb", "slh", "heads", "group", "T", "S", "first", "nq", "tiles", "items", "q_start")
 
+    def halves(name, rank, rows, made):
+        return {f"{name}0": mapped(rank, rows, made["D0"])} | ({f"{name}1": mapped(rank, rows, made["D1"])} if made["D1"] else {})
+
     def inputs(made, keys):
-        return dict(q=mapped(4, 64, made["D0"]), dout=mapped(4, 64, made["V0"]), k=mapped(4, keys, made["D0"]), v=mapped(4, keys, made["V0"]))
+        return halves("q", 4, 64, made) | dict(dout=mapped(4, 64, made["V0"])) | halves("k", 4, keys, made) | dict(v=mapped(4, keys, made["V0"]))
 
     def words(*names):
         return {name: "*i32" for name in (*names, "intervals", "bitmaps", "list_of", *positions)}
     if path == "gluon":
         by_rows, by_keys = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length)
         return [artifact(queries_gluon, by_rows, dict(dq=pointer) | rows | words("offsets", "cols", "kinds", "schedule", "ticket"), (*integers, "Hq", "ahead"),
-                         maps=lambda made: inputs(made, KEYS.value) | dict(dq_map=mapped(3, 64, made["D0"]))),
+                         maps=lambda made: inputs(made, 64 if made["D1"] else KEYS.value) | halves("dq_map", 3, 64, made)),
                 artifact(keys_gluon, by_keys, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "kinds", "schedule", "ticket"), (*integers, "Hk", "nk", "ahead"),
-                         maps=lambda made: inputs(made, 64) | dict(dk_map=mapped(3, 64, made["D0"]), dv_map=mapped(3, 64, made["V0"])))]
+                         maps=lambda made: inputs(made, 64) | halves("dk_map", 3, 64, made) | dict(dv_map=mapped(3, 64, made["V0"])))]
     before, made, after = ordered_constants(D, DV, *tables, edge_q, from_length)
     lists = ("offsets", "cols", "by_key_offsets", "by_key_rows", "by_key_kinds", "walk", "kinds", "ranks")
     return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
             artifact(ordered_gluon, made, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "walk", "kinds", "ranks", "turns", "ticket"),
                      (*integers, "Hk", "nk", "q_tiles", "together", "ascending"),
-                     maps=lambda made: inputs(made, 64) | dict(dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
+                     maps=lambda made: dict(q=mapped(4, 64, 128), dout=mapped(4, 64, made["V0"]), k=mapped(4, 64, 128), v=mapped(4, 64, made["V0"]), dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
             artifact(finish, after, dict(sums="*fp32", turns="*i32", dq=pointer) | {name: "*i32" for name in positions}, ("Hq", "T", "S", "tiles", "q_start"))]
 
 
 def resources(D: int, DV: int, path: str) -> Resources:
-    """Of `keys_gluon`, which asks for more than `queries_gluon`: two items' keys and values, three steps of queries and dout with what is known of their rows, barriers and items. Of `ordered_gluon`: one
-    item's, two steps, and two of dS and dQ."""
+    """Of `keys_gluon`, which asks for more than `queries_gluon`: two items' keys and values (one's of D 192), three steps of queries and dout with what is known of their rows, barriers and
+    items. Of `ordered_gluon`: one item's, two steps, and two of dS and dQ."""
     w = widths(D, DV)
-    wide = w["D0"] + w["V0"]
-    return Resources(threads=384, shared=(2 * 256 + KEY_STAGES * 128) * wide + KEY_STAGES * 512 + 640 if path == "gluon" else 512 * wide + 98304 + 1024 + 800, registers=168)
+    wide = w["D0"] + w["D1"] + w["V0"]
+    two = (256 * (1 if w["D1"] else 2) + KEY_STAGES * 128) * wide + KEY_STAGES * 512 + 640
+    return Resources(threads=384, shared=two if path == "gluon" else 512 * wide + 98304 + 1024 + 800, registers=168)

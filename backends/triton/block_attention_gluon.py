@@ -26,7 +26,7 @@ READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 # ---------------------------------------------------------------------------------------------------------------- loading, clearing
 @gluon.jit
-def _bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
+def bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
     tma.async_copy_global_to_shared(desc0, at, bar, to0)
     if D1:
         tma.async_copy_global_to_shared(desc1, [at[0], at[1], at[2], desc0.block_shape[3]], bar, to1)
@@ -54,7 +54,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
         else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + D1))
             for w in gl.static_range(2):
-                _bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
+                bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
             following = gl.load(cols + first + gl.where(kept == 0, gap, 0))
             for e in range(count):
                 row = following * KEYS
@@ -63,7 +63,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
                 phase = ((n // STAGES) & 1) ^ 1
                 mbarrier.wait(k_free.index(s), phase)
                 mbarrier.expect(k_full.index(s), 2 * KEYS * (D0 + D1))
-                _bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), [b, hk, row, 0], D1)
+                bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), [b, hk, row, 0], D1)
                 mbarrier.wait(v_free.index(s), phase)
                 if e < plain:
                     mbarrier.expect(v_full.index(s), 2 * KEYS * V0)
@@ -131,8 +131,22 @@ def clear_word(word, n: gl.constexpr, v):
 
 
 @gluon.jit
-def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes the values of the others when they have landed."""
+def _clear_part(w0, w1, w2, w3, PART: gl.constexpr, PARTS: gl.constexpr, v):
+    if PART == 0:
+        clear_word(w0, 0, v)
+        clear_word(w1, 1, v)
+    if PARTS == 1:
+        clear_word(w2, 2, v)
+        clear_word(w3, 3, v)
+    elif PART == 1:
+        clear_word(w2, 0, v)
+        clear_word(w3, 1, v)
+
+
+@gluon.jit
+def clear(cols, kinds, tables, T, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, queue, v0, v1, full, landed):
+    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes values (or keys; MORE columns of them) of the others when they have landed, a block
+    in so many PARTS."""
     r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
     n = 0
     turns = 0
@@ -144,16 +158,16 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
             w0, w1, w2, w3 = _seen_by_some(plain, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
             for e in range(plain, count):
                 x0, x1, x2, x3 = _seen_by_some(e + 1, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-                s = (n + e) % STAGES
-                mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
-                turns ^= 1 << s
-                if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
-                    clear_word(w0, 0, sv.index(s))
-                    clear_word(w1, 1, sv.index(s))
-                    clear_word(w2, 2, sv.index(s))
-                    clear_word(w3, 3, sv.index(s))
-                    fence_async_shared()
-                mbarrier.arrive(v_full.index(s))
+                for part in gl.static_range(PARTS):
+                    s = ((n + e) * PARTS + part) % STAGES
+                    mbarrier.wait(landed.index(s), (turns >> s) & 1)
+                    turns ^= 1 << s
+                    if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
+                        _clear_part(w0, w1, w2, w3, part, PARTS, v0.index(s))
+                        if MORE:
+                            _clear_part(w0, w1, w2, w3, part, PARTS, v1.index(s))
+                        fence_async_shared()
+                    mbarrier.arrive(full.index(s))
                 w0, w1, w2, w3 = x0, x1, x2, x3
             n += count
         turn += 1
@@ -369,7 +383,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
         (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
-        (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
+        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, sv, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 

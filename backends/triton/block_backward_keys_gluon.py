@@ -7,7 +7,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range, key_word
+from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear_word, key_range, key_word
 from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
@@ -31,11 +31,14 @@ def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENG
 
 
 @gluon.jit
-def _bring_block(k, v, at, bar, sk, sv, u, D0: gl.constexpr, V0: gl.constexpr):
-    mbarrier.expect(bar, 2 * KEYS * (D0 + V0))
+def _bring_block(maps, at, bar, memory, u, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr):
+    q0, q1, dout, k0, k1, v = maps
+    sq0, sq1, sg, sk0, sk1, sv = memory
+    mbarrier.expect(bar, 2 * KEYS * (D0 + D1 + V0))
     for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(k, [at[0], at[1], at[2] + 64 * w, 0], bar, sk.index(2 * u + w))
-        tma.async_copy_global_to_shared(v, [at[0], at[1], at[2] + 64 * w, 0], bar, sv.index(2 * u + w))
+        to = [at[0], at[1], at[2] + 64 * w, 0]
+        bring_tile(k0, k1, bar, sk0.index(2 * u + w), sk1.index(2 * u + w), to, D1)
+        tma.async_copy_global_to_shared(v, to, bar, sv.index(2 * u + w))
 
 
 @gluon.jit
@@ -74,11 +77,11 @@ def known_rows(lse, delta, line, t, T):
 
 
 @gluon.jit
-def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, CLEARS: gl.constexpr,
+def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, CLEARS: gl.constexpr,
                   INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. CLEARS: keys that no query sees become zero."""
-    q, dout, k, v = maps
-    sq, sg, sk, sv = memory
+    q0, q1, dout, k0, k1, v = maps
+    sq0, sq1, sg, sk0, sk1, sv = memory
     sl, sd = rows
     k_full, k_free, k_landed = k_bars
     q_full, q_free = q_bars
@@ -99,15 +102,15 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
             mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
             if CLEARS:
                 if some_unseen:
-                    _bring_block(k, v, [b, hk, block * KEYS, 0], k_landed.index(0), sk, sv, u, D0, V0)
+                    _bring_block(maps, [b, hk, block * KEYS, 0], k_landed.index(0), memory, u, D0, D1, V0)
                     mbarrier.wait(k_landed.index(0), landed)
                     landed ^= 1
-                    _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk, sv, INTERVALS, BITMAPS)
+                    _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk0, sv, INTERVALS, BITMAPS)
                     mbarrier.arrive(bar)
                 else:
-                    _bring_block(k, v, [b, hk, block * KEYS, 0], bar, sk, sv, u, D0, V0)
+                    _bring_block(maps, [b, hk, block * KEYS, 0], bar, memory, u, D0, D1, V0)
             else:
-                _bring_block(k, v, [b, hk, block * KEYS, 0], bar, sk, sv, u, D0, V0)
+                _bring_block(maps, [b, hk, block * KEYS, 0], bar, memory, u, D0, D1, V0)
             j += 1
             for m in range(group):
                 h = hk * group + m
@@ -119,8 +122,8 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
                         s = n % STAGES
                         logs, less = known_rows(lse, delta, line, t + STEP * half, T)
                         mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
-                        tma.async_copy_global_to_shared(q, [b, h, t + STEP * half, 0], q_full.index(s), sq.index(s))
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + D1 + V0))
+                        bring_tile(q0, q1, q_full.index(s), sq0.index(s), sq1.index(s), [b, h, t + STEP * half, 0], D1)
                         tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
                         sl.index(s).store(logs)
                         sd.index(s).store(less)
@@ -153,18 +156,19 @@ def seen_by(W: gl.constexpr, kind, r, exists, left, tables, INTERVALS: gl.conste
 
 
 @gluon.jit
-def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr,
-                  STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+                  V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """A group of warps with keys 64 W .. of each item. Rows are keys, columns queries."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     OK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    OK1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
     C: gl.constexpr = gl.SliceLayout(0, L)
-    sq, sg, sk, sv = memory
+    sq0, sq1, sg, sk0, sk1, sv = memory
     sl, sd = rows
     k_full, k_free = k_bars
     q_full, q_free = q_bars
-    kind_of = sk.dtype
+    kind_of = sv.dtype
     zero = gl.zeros([64, STEP], gl.float32, L)
     r = gl.arange(0, STEP, C)
     n = 0
@@ -173,13 +177,15 @@ def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, table
     head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 4)
     while head >= 0:
         acc_k = gl.zeros([64, D0], gl.float32, OK)
+        acc_k1 = gl.zeros([64, 64], gl.float32, OK1)
         acc_v = gl.zeros([64, V0], gl.float32, OV)
-        u = j % 2
+        u = j % BUFFERS
         if count > 0:
-            mbarrier.wait(k_full.index(u), (j // 2) & 1)
-            if j > 0:  # the item before: its sums have left shared memory by now, or soon
-                tma.store_wait(0)
-                mbarrier.arrive(k_free.index(1 - u))
+            mbarrier.wait(k_full.index(u), (j // BUFFERS) & 1)
+            if BUFFERS == 2:
+                if j > 0:  # the item before: its sums have left shared memory by now, or soon
+                    tma.store_wait(0)
+                    mbarrier.arrive(k_free.index(1 - u))
             for m in range(group):
                 for e in range(count):
                     entry = first + e + gl.where(e >= full, gap, 0)
@@ -189,36 +195,67 @@ def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, table
                     for half in gl.static_range(2):
                         s = n % STAGES
                         mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
-                        less = gl.expand_dims(sd.index(s).load(C), 0) + zero
-                        gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
-                        st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                        logs = sl.index(s).load(C)
-                        x, grad = warpgroup_mma_wait(0, deps=(st, gt))
-                        p = probabilities(x, gl.expand_dims(logs, 0), scale)
-                        ds = p * grad
-                        if masked:
-                            t = t0 + STEP * half + r
-                            exists = (t >= 0) & (t < T)
-                            seen = seen_by(W, kind, r + STEP * half, exists, KEYS, tables, INTERVALS, BITMAPS, L)
-                            p = gl.where(seen, p, 0.0)
-                            ds = gl.where(seen, ds, 0.0)
-                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                        kt = warpgroup_mma(gl.convert_layout(ds.to(kind_of), gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
-                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                        if D1:  # fewer registers: one product of scores at a time, dV between them
+                            st = warpgroup_mma(sk0.index(2 * u + W), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                            st = warpgroup_mma(sk1.index(2 * u + W), sq1.index(s).permute((1, 0)), st, is_async=True)
+                            x = warpgroup_mma_wait(0, deps=(st, ))
+                            p = probabilities(x, gl.expand_dims(sl.index(s).load(C), 0), scale)
+                            if masked:
+                                t = t0 + STEP * half + r
+                                seen = seen_by(W, kind, r + STEP * half, (t >= 0) & (t < T), KEYS, tables, INTERVALS, BITMAPS, L)
+                                p = gl.where(seen, p, 0.0)
+                            vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                            acc_v = warpgroup_mma_wait(0, deps=(vt, ))
+                            less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                            gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)
+                            ds = p * warpgroup_mma_wait(0, deps=(gt, ))
+                            if masked:
+                                ds = gl.where(p > 0, ds, 0.0)
+                            ds = ds.to(kind_of)
+                            kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
+                            kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)
+                            acc_k, acc_k1 = warpgroup_mma_wait(0, deps=(kt, kt1))
+                        else:
+                            less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                            gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
+                            st = warpgroup_mma(sk0.index(2 * u + W), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                            logs = sl.index(s).load(C)
+                            x, grad = warpgroup_mma_wait(0, deps=(st, gt))
+                            p = probabilities(x, gl.expand_dims(logs, 0), scale)
+                            ds = p * grad
+                            if masked:
+                                t = t0 + STEP * half + r
+                                exists = (t >= 0) & (t < T)
+                                seen = seen_by(W, kind, r + STEP * half, exists, KEYS, tables, INTERVALS, BITMAPS, L)
+                                p = gl.where(seen, p, 0.0)
+                                ds = gl.where(seen, ds, 0.0)
+                            vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                            ds = ds.to(kind_of)
+                            kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
+                            acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
                         mbarrier.arrive(q_free.index(s))
                         n += 1
         row = block * KEYS + W * 64
         there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
         there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
         yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
+        there_1 = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK1)) < limit, 1)
+        yk1 = gl.where(there_1, acc_k1 * scale, 0.0).to(kind_of)
         yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
         line = head.to(gl.int64) * S
         if count == 0:
-            leave(yk, dk, dk_map, [head, row, 0], row, S, None, line, D, OK)
-            leave(yv, dv, dv_map, [head, row, 0], row, S, None, line, DV, OV)
+            leave(yk, dk, dk_maps[0], head, row, S, None, line, 0, D, OK)
+            leave(yv, dv, dv_map, head, row, S, None, line, 0, DV, OV)
+            if D1:
+                leave(yk1, dk, dk_maps[1], head, row, S, None, line, D0, D, OK1)
         else:
-            leave(yk, dk, dk_map, [head, row, 0], row, S, sk.index(2 * u + W), line, D, OK)
-            leave(yv, dv, dv_map, [head, row, 0], row, S, sv.index(2 * u + W), line, DV, OV)
+            leave(yk, dk, dk_maps[0], head, row, S, sk0.index(2 * u + W), line, 0, D, OK)
+            leave(yv, dv, dv_map, head, row, S, sv.index(2 * u + W), line, 0, DV, OV)
+            if D1:
+                leave(yk1, dk, dk_maps[1], head, row, S, sk1.index(2 * u + W), line, D0, D, OK1)
+            if BUFFERS == 1:
+                tma.store_wait(0)
+                mbarrier.arrive(k_free.index(0))
             j += 1
         turn += 1
         head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 4)
@@ -226,41 +263,47 @@ def multiply_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, entries, kinds, table
 
 
 @gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "ahead", "items", "q_start"])
-def keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, lse, delta, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
+def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, lse, delta, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
                slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, ahead, items, q_start, scale,
-               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr,
+               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr,
                FROM_LENGTH: gl.constexpr):
-    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each. offsets, entries, kinds: the lists by key."""
+    """q0 .. dv_map: tensor maps, 64 rows each; those of columns 128 on None where D is at most that. offsets, entries, kinds: the lists by key."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    sk = gl.allocate_shared_memory(k.dtype, [4, 64, D0], tile)  # of this item and of the next
-    sv = gl.allocate_shared_memory(k.dtype, [4, 64, V0], tile)
-    sq = gl.allocate_shared_memory(k.dtype, [STAGES, STEP, D0], tile)
-    sg = gl.allocate_shared_memory(k.dtype, [STAGES, STEP, V0], tile)
+    BUFFERS: gl.constexpr = 1 if D1 else 2  # keys and values of this item, and of the next where there is room
+    sk0 = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D0], tile)
+    sv = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, V0], tile)
+    sq0 = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D0], tile)
+    sg = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, V0], tile)
+    sq1 = sq0
+    sk1 = sk0
+    if D1:
+        sq1 = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D1], tile)
+        sk1 = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D1], tile)
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     queue = make_queue(READERS)
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(2):
+    for u in gl.static_range(BUFFERS):
         mbarrier.init(k_full.index(u), count=1)
         mbarrier.init(k_free.index(u), count=2)
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=2)
         mbarrier.init(q_free.index(s), count=2)
     fence_async_shared()
-    memory = (sq, sg, sk, sv)
+    memory = (sq0, sq1, sg, sk0, sk1, sv)
     rows = (sl, sd)
     k_bars = (k_full, k_free)
     q_bars = (q_full, q_free)
     tables = (intervals, bitmaps)
     lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule)
     gl.warp_specialize([
-        (multiply_keys, (0, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (multiply_keys, (1, dk_map, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_queries, ((q, dout, k, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, V0, STAGES, 2, False, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
+        (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (bring_queries, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, False, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
         (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
     ], [4, 1, 1], [240, 24, 24])

@@ -193,11 +193,11 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
         yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
         line = head.to(gl.int64) * S
         if count == 0:
-            leave(yk, dk, dk_map, [head, row, 0], row, S, None, line, D, OK)
-            leave(yv, dv, dv_map, [head, row, 0], row, S, None, line, DV, OV)
+            leave(yk, dk, dk_map, head, row, S, None, line, 0, D, OK)
+            leave(yv, dv, dv_map, head, row, S, None, line, 0, DV, OV)
         else:
-            leave(yk, dk, dk_map, [head, row, 0], row, S, sk.index(W), line, D, OK)
-            leave(yv, dv, dv_map, [head, row, 0], row, S, sv.index(W), line, DV, OV)
+            leave(yk, dk, dk_map, head, row, S, sk.index(W), line, 0, D, OK)
+            leave(yv, dv, dv_map, head, row, S, sv.index(W), line, 0, DV, OV)
             tma.store_wait(0)
             mbarrier.arrive(k_free.index(0))
         turn += 1
@@ -253,7 +253,7 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     gl.warp_specialize([
         (multiply_ordered, (0, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
         (multiply_ordered, (1, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
-        (bring_queries, ((q, dout, k, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, V0, STAGES, 1, True, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, k_landed), q_bars)),
+        (bring_queries, ((q, None, dout, k, None, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, 0, V0, STAGES, 1, True, INTERVALS, BITMAPS, queue, (sq, sq, sg, sk, sk, sv), rows, (k_full, k_free, k_landed), q_bars)),
         (take, (gl.constexpr(open_ordered), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, 0, together), Hk, T, S, EDGE, FROM_LENGTH, queue, True)),
         (add, (0, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(0), dq_free.index(0))),
         (add, (1, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(1), dq_free.index(1))),
