@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from sparsetile.autotune import isolate
 from sparsetile.autotune.tasks import Task
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.ops import dispatch
 
 LIMIT = 60.0  # seconds that one config may compile
@@ -25,7 +25,7 @@ class Ahead:
     """Compile processes for one device's workloads, which start at once; each takes one config at a time."""
 
     def __init__(self, width: int | None = None):
-        self.width = width or max(1, min(14, int(os.environ.get("SPARSETILE_COMPILERS") or 0) or arrays._cpu_count() - 2))
+        self.width = width or max(1, min(14, int(os.environ.get("SPARSETILE_COMPILERS") or 0) or devices.cpu_count() - 2))
         self.spent = deque(maxlen=3 * self.width)
         self.pool, self.idle, self.device = ThreadPoolExecutor(self.width), SimpleQueue(), None
         self.workers = [isolate.Worker(f"{__name__}:Compiler", env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}) for _ in range(self.width)]
@@ -83,8 +83,8 @@ class Compiler:
                 importlib.import_module(name)  # seconds, while the bench worker makes its inputs
 
     def open(self, device: dict) -> None:
-        info = arrays.DeviceInfo(device["name"], device["arch"], device["sms"], device["mem_gb"], device["smem_optin"], device["l2_mb"], device["vendor"])
-        arrays.device_info = lambda index: info
+        info = devices.DeviceInfo(device["name"], device["arch"], device["sms"], device["mem_gb"], device["smem_optin"], device["l2_mb"], device["vendor"])
+        devices.device_info = lambda index: info
         self.info, self.problems, self.settled = info, {}, False
 
     def compile(self, workload, backend: str, config: dict | None) -> str | None:

@@ -3,7 +3,7 @@ import contextlib
 
 import numpy as np
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, places
 
 BYTES = 4096  # on each side; keeps every alignment that kernels ask for
 NAN, NUMBER = 0xFF, 0x7F  # each byte of floats, and of whole numbers
@@ -16,7 +16,7 @@ class Overwritten(AssertionError):
 @contextlib.contextmanager
 def around():
     """Within it every place allocates between bands; they are looked at when it ends."""
-    held, kinds = [], (arrays.NumpyPlace, arrays.TorchPlace, arrays.ViewPlace)
+    held, kinds = [], (places.NumpyPlace, places.TorchPlace, places.ViewPlace)
     plain = {kind: kind.empty for kind in kinds}
     try:
         for kind in kinds:

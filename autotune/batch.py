@@ -1,15 +1,17 @@
 """Many workloads: one after the other here, shared with others where there is a storage, and on every GPU of the host."""
+import contextlib
 import os
 import subprocess
 import sys
 import time
 
 from sparsetile.autotune import fleet, isolate, tune
-from sparsetile.backends import arrays
+from sparsetile.backends.devices import cpu_count
 from sparsetile.backends.contract import Unsupported
 from sparsetile.profiles import lookup
 
 WAIT = 3.0  # seconds between looks at what others work on
+STOPPING = 3.0  # seconds that processes have to stop by themselves
 
 
 def run(workloads: list, say, *, device, storage=None, profiles=None, backend=None, again=False, **options) -> int:
@@ -77,6 +79,15 @@ def every_gpu(count: int, arguments: list[str], names: list[str], storage, profi
 
 
 def _side_by_side(commands: list, count: int) -> int:
-    env = {"SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // count - 2)), **os.environ}  # the processes that each has compile
-    running = [subprocess.Popen([sys.executable, "-m", "sparsetile", *command], env=env) for command in commands]
-    return max((process.wait() for process in running), default=0)
+    env = {"SPARSETILE_COMPILERS": str(max(1, cpu_count() // count - 2)), **os.environ, "TERM": "dumb"}  # the processes that each has compile; and lines, for several tables on one terminal overwrite each other
+    starting = f"from {isolate.__name__} import with_parent; with_parent(); from {__package__}.cli import main; raise SystemExit(main())"
+    running = []
+    try:
+        running += [subprocess.Popen([sys.executable, "-c", starting, *command], env=env) for command in commands]
+        return max((abs(process.wait()) for process in running), default=0)  # less than 0 where a signal ended it
+    finally:  # Ctrl-C reaches them too, and they say what they have to; a signal for this process alone does not
+        until = time.monotonic() + STOPPING
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, until - time.monotonic()))
+            process.terminate()

@@ -9,7 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from sparsetile.autotune import shelf
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.backends.contract import KERNELS
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -24,10 +24,10 @@ def report() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    devices = [None] + list(range(_gpus()))
+    indices = [None] + list(range(_gpus()))
     return {
         "python": platform.python_version(), "platform": platform.platform(), "versions": versions,
-        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in devices for i in (arrays.device_info(d),)],
+        "devices": [{"index": d, "name": i.name, "arch": i.arch, "units": i.sms, "memory_gb": i.memory_gb, **_state(d)} for d in indices for i in (devices.device_info(d),)],
         "backends": dispatch.backends(),
         "environment": {name: os.environ.get(name) for name in (*dispatch.VARIABLES, *sorted(n for n in os.environ if n.startswith("SPARSETILE_") and n not in dispatch.VARIABLES))},
         "mistakes": _mistakes(),
@@ -37,14 +37,17 @@ def report() -> dict:
 
 def _mistakes() -> list:
     """What the environment says that no call can obey, one sentence each."""
-    found, ops = [], ("sparse_attention", "latent_attention", *KERNELS)
+    found, ops = [], dict.fromkeys(map(dispatch.op_of, KERNELS))
     for check in (dispatch.tune_mode, *(partial(dispatch.requested_backend, op, None) for op in ops)):
         try:
             check()
         except ValueError as error:
             found.append(str(error))
     prefix, user = "SPARSETILE_BACKEND_", os.environ.get("SPARSETILE_PROFILE_DIR")
-    found += [f"{name}: expected the name of an op behind {prefix}, got {name[len(prefix):]}; no call reads it" for name in os.environ if name.startswith(prefix) and name[len(prefix):].lower() not in ops]
+    for name in sorted(name for name in os.environ if name.startswith(prefix) and name[len(prefix):].lower() not in ops):
+        kernel = name[len(prefix):].lower()
+        remedy = f"of this kernel {prefix}{dispatch.op_of(kernel).upper()} is read" if kernel in KERNELS else "no call reads it"
+        found.append(f"{name}: expected the name of an op behind {prefix}, got {name[len(prefix):]}; {remedy}")
     found += [f"SPARSETILE_PROFILE_DIR: expected a directory, got {user!r}; make it, or unset the variable"] * bool(user and not os.path.isdir(user))
     return list(dict.fromkeys(found))
 
@@ -93,7 +96,7 @@ def _profile(path) -> dict:
         data = schema.load(path)
     except schema.ProfileError as error:
         return {"path": str(path), "error": str(error)}
-    fits = [d for d in [None] + list(range(_gpus())) if arrays.device_info(d).arch == data["device"]["arch"]]
+    fits = [d for d in [None] + list(range(_gpus())) if devices.device_info(d).arch == data["device"]["arch"]]
     stale = sum(bool(shelf.stale(data["op"], e)) for e in data["entries"])
     return {"path": str(path), "op": data["op"], "device": data["device"]["name"], "entries": len(data["entries"]), "stale": stale, "used_here": bool(fits)}
 
@@ -119,4 +122,4 @@ def _line(p: dict) -> str:
     if "error" in p:
         return f"  {p['path']}: {p['error']}"
     changed = f", {p['stale']} of kernels that have changed since (sparsetile verify)" if p["stale"] else ""
-    return f"  {p['path']}: {p['op']}, {p['entries']} entries{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"
+    return f"  {p['path']}: {p['op']}, {p['entries']} {'entry' if p['entries'] == 1 else 'entries'}{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"

@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from sparsetile.autotune import isolate, provenance, search, space
+from sparsetile.autotune import isolate, provenance, search, space, timing
 from sparsetile.autotune.decide import Tried, decide, finalists
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup
@@ -24,7 +24,7 @@ class Hunt:
     def __init__(self, backend, workload, problem, worker, compilers, say):
         self.backend, self.workload, self.problem, self.worker, self.compilers, self.say = backend, workload, problem, worker, compilers, say
         self.module = dispatch.kernel(backend, workload.kernel)
-        self.tried, self.line, self.start, self.end, self.warm, self.gained = [], deque(), time.monotonic(), None, 0, 0
+        self.tried, self.line, self.start, self.end, self.warm, self.gained, self.finals = [], deque(), time.monotonic(), None, 0, 0, FINALS
 
     def failures(self) -> Counter:
         return Counter(t.failure.partition(":")[0] for t in self.tried if t.failure)
@@ -48,6 +48,8 @@ class Hunt:
     def search(self, seconds) -> None:
         self.start = time.monotonic()
         self.end = None if seconds is None else self.start + seconds
+        if seconds is not None and self.problem.arch == "cpu":  # where they may go on for long: not longer than what was asked for
+            self.finals = min(FINALS, seconds / timing.LONGEST)
         self.say({"event": "start", "workload": self.workload.name, "backend": self.backend, "feasible": len(self.pool), "total": self.total, "resumed": len(self.tried)})
         while not self._stagnant():
             self._fill()
@@ -155,7 +157,7 @@ class Hunt:
         """What the bench worker says; a second time without graphs, which may have been what broke it."""
         for recorded in (True, False):
             try:
-                return self.worker("finals", [(t.backend, t.config) for t in chosen], FINALS, kept, recorded, seconds=COMPILING * 2)
+                return self.worker("finals", [(t.backend, t.config) for t in chosen], self.finals, kept, recorded, seconds=COMPILING * 2)
             except (isolate.Lost, isolate.Failed) as error:
                 failure = f"finals: {error}"
         self.say({"event": "trial", "workload": self.workload.name, "backend": self.backend, "config": {}, "time_us": None, "failure": failure, "done": len(self.tried), "best_us": self.best})

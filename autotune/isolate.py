@@ -138,10 +138,15 @@ def find(role: str):
     return getattr(importlib.import_module(module), name)
 
 
+def with_parent() -> None:
+    """This process dies with the one that started it, where the system can see to that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def serve(handle: int) -> None:
     """The process's own part: answers orders until the pipe closes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+    with_parent()
     pipe, made, answer = Connection(handle), None, None
     sys.path[:], role, args = pipe.recv()
     try:

@@ -4,7 +4,7 @@ compilation. What is compiled is what the same call compiles on the chip, so its
 import contextlib
 
 from sparsetile.autotune import tasks
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.ops import dispatch
 
 
@@ -52,16 +52,16 @@ def settle(info) -> None:
     if not info.arch.startswith("sm_"):
         raise RuntimeError(f"compiling ahead knows NVIDIA's chips, not {info.arch}")
     driver.set_active(_Driver(GPUTarget("cuda", int("".join(c for c in info.arch if c.isdigit())), 32)))
-    launch, make = JITFunction.run, arrays.TorchPlace.__init__
+    launch, make = JITFunction.run, places.TorchPlace.__init__
 
     def place(self, caller, device, stream):
         make(self, caller, device, stream)
         self.target = torch.device("meta")
     JITFunction.run = lambda self, *args, grid, warmup, **rest: launch(self, *args, grid=grid, warmup=True, **rest)
     relaunch._KNOWN = False  # what never was launched cannot be launched again
-    arrays.device_info = lambda index: info
-    arrays.device_of, arrays.stream_of = lambda x: 0 if arrays.framework(x) == "torch" else None, lambda *_: 0
-    arrays.TorchPlace.__init__, arrays.TorchPlace.guard = place, lambda self: contextlib.nullcontext()
+    devices.device_info = lambda index: info
+    arrays.device_of, devices.stream_of = lambda x: 0 if arrays.framework(x) == "torch" else None, lambda *_: 0
+    places.TorchPlace.__init__, places.TorchPlace.guard = place, lambda self: contextlib.nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.data_ptr = _address  # meta's is 0 for all, as if keys were values
     torch_ops.wanted = lambda *_: False  # its operators would answer for meta tensors by shape alone

@@ -1,9 +1,13 @@
-"""What a tuning run shows: a live table with rich, plain lines without it, JSON events with --json."""
+"""What a tuning run shows: a live table with rich on a terminal, plain lines elsewhere, JSON events with --json."""
 import contextlib
 import json
+import os
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
+
+from sparsetile.autotune import timing
 
 
 @contextlib.contextmanager
@@ -12,9 +16,7 @@ def show(total: int, as_json: bool):
     if as_json:
         yield lambda event: print(json.dumps(event, default=str), flush=True)
         return
-    try:
-        import rich  # noqa: F401
-    except ImportError:
+    if find_spec("rich") is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":  # a file or a pipe would see the table at the end only
         yield _Lines(total)
         return
     live = _Live(total)
@@ -24,6 +26,11 @@ def show(total: int, as_json: bool):
 
 def _us(value) -> str:
     return "-" if value is None else f"{value / 1e3:.3f} ms" if value >= 1e3 else f"{value:.1f} us"
+
+
+def _ties(entry) -> str:
+    """How many configs are as fast, and within what: a wide band says that the timing is not to be trusted."""
+    return f"{entry['ties']} within {entry['band']:.1%}" + (" (noisy)" if entry["band"] > timing.WIDE else "")
 
 
 class _Lines:
@@ -39,7 +46,7 @@ class _Lines:
             self.causes[event["failure"].partition(":")[0]] += 1
         elif kind == "final":
             e = event["entry"]
-            print(f"    {_us(e['time_us'])} (default {_us(e.get('default_us'))})  {e['config']}  tried {e['search']['evaluated']}, failed {e['search']['failed']}", file=sys.stderr)
+            print(f"    {_us(e['time_us'])} (default {_us(e.get('default_us'))})  {e['config']}  tried {e['search']['evaluated']}, failed {e['search']['failed']}, tied {_ties(e)}", file=sys.stderr)
         elif kind == "failed":
             self.done += 1
             print(f"    {event['error']}", file=sys.stderr)
@@ -72,18 +79,18 @@ class _Live:
         elif kind == "final":
             e = event["entry"]
             gain = f"{e['default_us'] / e['time_us']:.2f} x" if e.get("default_us") else "-"
-            self.rows.append((event["workload"], event["backend"], _us(e["time_us"]), _us(e.get("default_us")), gain, str(e["search"]["evaluated"]), str(e["search"]["failed"])))
+            self.rows.append((event["workload"], event["backend"], _us(e["time_us"]), _us(e.get("default_us")), gain, str(e["search"]["evaluated"]), str(e["search"]["failed"]), _ties(e)))
         elif kind in ("done", "failed"):
             self.done += 1
             if kind == "failed":
-                self.rows.append((event["workload"], "-", event["error"][:60], "", "", "", ""))
+                self.rows.append((event["workload"], "-", event["error"][:60], "", "", "", "", ""))
 
     def _draw(self):
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
         table = Table(title="sparsetile tune", title_justify="left")
-        for name in ("workload", "backend", "best", "default", "gain", "tried", "failed"):
+        for name in ("workload", "backend", "best", "default", "gain", "tried", "failed", "tied"):
             table.add_column(name, overflow="fold")
         for row in self.rows[-40:]:
             table.add_row(*row)

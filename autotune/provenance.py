@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 
 PACKAGES = ("sparsetile", "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "optuna", "fla-core")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
@@ -55,7 +55,7 @@ def of(module: Path) -> str:
 
 
 def device(index) -> dict:
-    info = arrays.device_info(index)
+    info = devices.device_info(index)
     return {"name": info.name, "arch": info.arch, "sms": info.sms, "vendor": info.vendor, "mem_gb": info.memory_gb, "l2_mb": info.l2_mb, "smem_optin": info.shared}
 
 

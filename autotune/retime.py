@@ -1,19 +1,29 @@
 """Entries timed again beside their kernel's default: on this machine (`verify`), and on a second GPU of the model that wrote them (`confirm`)."""
 import statistics
+from collections import Counter
 from pathlib import Path
 
-from sparsetile.autotune import hunt, isolate, shelf, store, timing, tune
-from sparsetile.autotune.tasks import workloads
+from sparsetile.autotune import hunt, isolate, shelf, store, tasks, timing, tune
+from sparsetile.backends.contract import Problem
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
 
 class Again:
-    """A device's bench worker, and the named workloads that entries come from."""
+    """A device's bench worker, and the workloads that entries come from."""
 
     def __init__(self, device):
-        self.named, self.worker = {w.name: w for w in workloads()}, tune._bench(tune.BENCH, device, True)
+        self.named, self.worker = {w.name: w for w in tasks.workloads()}, tune._bench(tune.BENCH, device, True)
         self.machine, self.opened = tune.machine(device), None
+
+    def workload(self, op: str, entry: dict):
+        """The workload of the entry's name, else (it was recorded from a program) one that stands for its key; None where nothing does."""
+        key = entry["key"]
+        problem = Problem.of(op, key["dims"], key["dtypes"], self.machine["arch"], key.get("features", ()), key.get("density", 1.0), key.get("granularity", 1))
+        try:
+            return self.named.get(entry.get("workload")) or tasks.of_problem(problem)
+        except KeyError:  # by hand: axes are missing
+            return None
 
     def facts(self, workload) -> dict:
         if self.opened != workload:
@@ -36,18 +46,26 @@ class Again:
 
 
 def verify(paths, device, say=print) -> int:
-    """Time each entry's config again beside its kernel's default, interleaved, on this machine. Returns how many are slower than the default beyond the noise, or fail."""
-    again, bad = Again(device), 0
+    """Time each entry's config again beside its kernel's default, interleaved, on this machine. Returns how many are slower than the default beyond the noise, or fail.
+    ValueError if there is none to time."""
+    again, bad, left, timed = Again(device), 0, Counter(), 0
     for path in shelf.files(paths):
         data = schema.load(path)
         for n, e in enumerate(data["entries"]):
-            w = again.named.get(e.get("workload"))
+            w = again.workload(data["op"], e)
             if data["device"]["arch"] != again.machine["arch"] or w is None:
+                left[f"of {data['device']['arch']}" if data["device"]["arch"] != again.machine["arch"] else "without a workload that stands for them"] += 1
                 continue
+            timed += 1
             found, where = again.times(data["op"], e, w), f"{path.name}: entry {n}: {w.name} {e['backend']}"
             bad += found.get("slower", True)
             say(f"FAILS   {where}: {found['failed']}" if "failed" in found else
                 f"{'SLOWER ' if found['slower'] else 'well   '} {where}: {found['time_us']:.1f} us, default {found['default_us']:.1f} us ({found['default_us'] / found['time_us']:.3f} x), written {e.get('time_us')} us")
+    others = ", ".join(f"{count} {why}" for why, count in left.items())
+    if not timed:
+        raise ValueError(f"profiles: expected entries of this device ({again.machine['name']}, {again.machine['arch']}), got {others or 'none'}; name another directory or --device")
+    if left:
+        say(f"not timed: {others}")
     return bad
 
 
@@ -58,7 +76,7 @@ def confirm(root, device, say=print) -> int:
     mine = None
     for path in sorted((Path(root) / lookup.slug(again.machine["name"])).glob("*.yaml")):
         for e in schema.load(path)["entries"]:
-            w = again.named.get(e.get("workload"))
+            w = again.workload(path.stem, e)
             if w is None or "unit" not in e or e.get("status") == "pinned" or not _open(path, e):
                 continue
             mine = mine or again.facts(w)["unit"]

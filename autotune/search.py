@@ -4,10 +4,13 @@ Optuna is the engine: every config that is tried is a trial of a study, with its
 killed run goes on where it stopped and optuna-dashboard shows it. "pool" is our sampler (parzen.py). Optuna's own know nothing of legality and repeat themselves; here
 each suggestion of theirs is moved to the nearest legal config that was not tried yet.
 """
+import contextlib
 import functools
 import json
 import logging
+import os
 import random
+import re
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -20,6 +23,7 @@ except ImportError:  # Windows: Optuna's own lock file
 
 log = logging.getLogger("sparsetile")
 BAD = 1e9  # what a failed config tells the model, in microseconds: FAIL trials are invisible to TPE
+ANSWERS = 10.0  # seconds within which a proxy does
 SAMPLERS = ("pool", "tpe", "random", "nsga2")
 
 
@@ -154,40 +158,78 @@ def _pool_sampler(optuna):
 
 
 def storage_of(storage):
-    """An Optuna storage: None is memory, a path a journal file, the rest a URL (postgresql://..., sqlite:///..., grpc://host:port of `sparsetile proxy`)."""
+    """An Optuna storage: None is memory, a path a journal file, the rest a URL (postgresql://..., sqlite:///..., grpc://host:port of `sparsetile proxy`). ValueError for one that does not answer."""
     if storage is None or not isinstance(storage, (str, bytes)) and not hasattr(storage, "__fspath__"):
         return storage
-    optuna = engine()
-    if "://" in str(storage):
-        if str(storage).startswith("sqlite"):
-            return optuna.storages.get_storage(str(storage))
-        if str(storage).startswith("grpc://"):
-            return _proxied(optuna, str(storage))
-        return optuna.storages.RDBStorage(str(storage), engine_kwargs={"pool_pre_ping": True})
+    optuna, text = engine(), os.fsdecode(storage)
+    try:
+        return _opened(optuna, text)
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001 (of the database's client, of its driver, or of a file that is no journal)
+        raise ValueError(f"storage: expected a journal file that can be read and written, or the URL of a database that answers, got {_shown(text)} ({_why(error)}); correct it, or name another") from None
+
+
+@contextlib.contextmanager
+def answering(storage):
+    """Within it, a storage that no longer answers ends the work in a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if storage is None or type(error).__module__.partition(".")[0] not in ("optuna", "sqlalchemy", "grpc"):
+            raise
+        raise RuntimeError(f"storage: expected an answer of {_shown(os.fsdecode(storage))}, got none ({_why(error.__cause__ or error)}); run it again when it answers: what it was told is kept") from None
+
+
+def _shown(storage: str) -> str:
+    """Without its password."""
+    return repr(re.sub(r"://([^/@:]*):[^@]*@", r"://\1:***@", storage))
+
+
+def _why(error) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no answer'}"
+
+
+def _opened(optuna, text: str):
+    if text.startswith("grpc://"):
+        return _proxied(optuna, text)
+    if text.startswith("sqlite://"):
+        return optuna.storages.get_storage(text)
+    if "://" in text:
+        return optuna.storages.RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
-    lock = {"lock_obj": _FileLock(f"{storage}.lock")} if fcntl else {}
-    return JournalStorage(JournalFileBackend(str(storage), **lock))
+    lock = {"lock_obj": _FileLock(text)} if fcntl else {}
+    return JournalStorage(JournalFileBackend(text, **lock))
 
 
 def _proxied(optuna, url):
     place = urlsplit(url)
     if not place.hostname or not place.port:
-        raise ValueError(f"storage: expected grpc://host:port, got {url!r}; start one with `sparsetile proxy`")
+        raise ValueError("expected grpc://host:port; start one with `sparsetile proxy`")
     if find_spec("grpc") is None:
         raise ImportError("grpc is not installed: pip install grpcio protobuf")
+    import grpc
+    grpc.channel_ready_future(grpc.insecure_channel(place.netloc)).result(ANSWERS)
     return optuna.storages.GrpcStorageProxy(host=place.hostname, port=place.port)
 
 
 class _FileLock:
-    """A lock on the journal that the kernel lets go when its holder is killed; Optuna's own stays behind and costs the next run half a minute."""
+    """A lock on the journal that the kernel lets go when its holder is killed; Optuna's own stays behind and costs the next run half a minute. Who holds it finds whole lines:
+    the piece of one that a full disk or a lost machine left is cut off, for what is written behind it would make the journal unreadable."""
 
     def __init__(self, path):
         self.path, self.handle = path, None
 
     def acquire(self):
-        self.handle = open(self.path, "a")
+        self.handle = open(f"{self.path}.lock", "a")
         fcntl.flock(self.handle, fcntl.LOCK_EX)
+        with open(self.path, "r+b") as journal:
+            size = end = journal.seek(0, os.SEEK_END)
+            while end and (journal.seek(end - 1), journal.read(1))[1] != b"\n":
+                end -= 1
+            if end < size:
+                journal.truncate(end)
         return True
 
     def release(self):

@@ -48,6 +48,15 @@ def _locked(folder: Path):
         yield
 
 
+def writable(root: Path) -> None:
+    """ValueError if profiles cannot be written there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise ValueError(f"profiles: expected a directory that can be written, got {str(root)!r} ({error.strerror}); name another, or set SPARSETILE_CACHE_DIR") from None
+
+
 def _same(a: dict, b: dict, rules: dict) -> bool:
     return lookup._flat(a["key"], rules) == lookup._flat(b["key"], rules) and a["backend"] == b["backend"]
 
@@ -73,6 +82,8 @@ def add(root: Path, op: str, device: dict, entry: dict, tuned_with: dict, regime
                                             e.get("status") != "pinned", e.get("time_us", float("inf")), e["backend"]))
         wrong = schema.check(data)
         assert wrong is None, wrong
+        for left in path.parent.glob(f".{path.name}.*") if fcntl else ():  # by a writer that was killed: one writes at a time
+            left.unlink()
         write(path, dump(data))
     lookup.forget()
     return path

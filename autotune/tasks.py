@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from sparsetile.backends import arrays
+from sparsetile.backends.contract import TUNED
 from sparsetile.ops import attention, dispatch, importance, indexer, latent, merge, patterns, presets
 from sparsetile.ops.selection import Selection
 
@@ -337,7 +338,7 @@ def of_problem(problem, pattern=None) -> Workload | None:
         plain |= {options["pattern"].kind}
     if problem.op == "importance_topk":  # what is forced changes nothing of its cost
         plain |= {"force_first", "force_last"}
-    if set(problem.features) - plain or problem.op in ("attention_delta", "layout", "append", "page_rows"):
+    if set(problem.features) - plain or problem.op not in TUNED:
         return None
     if problem.op == "importance_topk" and (problem.granularity != 64 or sizes.pop("C") != (sizes["S"] - 32) // 16 + 1):
         return None

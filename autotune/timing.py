@@ -11,6 +11,8 @@ from sparsetile.autotune import graphs
 POLISH = 4  # passes over rows and columns
 WIDE = 0.02  # a band of ties that says more of the timing than of the configs
 ENOUGH = 0.01  # an error of the best one's centre at which the finals may end
+LONGEST = 15  # times their seconds that a CPU's finals may take
+
 
 class Stopwatch:
     """Times calls on one device. `cold` empties the L2 cache between calls on a GPU, by writing at least `flush_mb`: the host launches meanwhile."""
@@ -19,9 +21,9 @@ class Stopwatch:
         self.device, self.cold = device, cold
         if device is not None:
             import torch
-            from sparsetile.backends import arrays
+            from sparsetile.backends import devices
             self.torch = torch
-            size = max(2 * arrays.device_info(device).l2_mb, flush_mb) << 20
+            size = max(2 * devices.device_info(device).l2_mb, flush_mb) << 20
             self.flush = torch.empty(size // 4, dtype=torch.int32, device=f"cuda:{device}") if cold else None
 
     def synchronize(self):
@@ -79,7 +81,7 @@ def finals(watch: Stopwatch, calls: list, seconds: float = 2.0, most: int = 40) 
 def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda: None) -> tuple[list, list]:
     """(samples of each call, the clock after each round): interleaved rounds as in `finals`, and who falls behind beyond all doubt leaves, but for those `kept`.
 
-    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (on a CPU 640 and three times, and fifteen where it is over WIDE, for its neighbours' work
+    Forty rounds or `seconds`; where the best one's error is still over ENOUGH, up to 160 and twice as long (on a CPU 640 and three times, and LONGEST where it is over WIDE, for its neighbours' work
     scatters more and only more rounds tell). What is left of a round whose clock is not the others' is taken out. Samples of a CPU are `levelled`.
     """
     samples, clocks, inside, start = [[] for _ in calls], [], list(range(len(calls))), time.monotonic()
@@ -89,7 +91,7 @@ def ranked(watch: Stopwatch, calls: list, seconds: float, kept=(), clock=lambda:
         turn, spent = len(clocks), time.monotonic() - start
         if turn >= 5 and (turn >= 40 or spent >= seconds):
             over = _error(level(samples))
-            if turn >= most or over <= ENOUGH or spent >= (2 if watch.device is not None else 3 if over <= WIDE else 15) * seconds:
+            if turn >= most or over <= ENOUGH or spent >= (2 if watch.device is not None else 3 if over <= WIDE else LONGEST) * seconds:
                 break
         for n in range(len(inside)):
             at = inside[(n + turn) % len(inside)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsetile.autotune import ahead, isolate, provenance, store
 from sparsetile.autotune.hunt import Hunt
 from sparsetile.autotune.tasks import Workload, find
-from sparsetile.backends.contract import BACKENDS, KERNELS, Unsupported
+from sparsetile.backends.contract import BACKENDS, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.profiles import lookup
 
@@ -41,8 +41,8 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
     w = find(workload) if isinstance(workload, str) else workload
     if not isinstance(w, Workload):
         raise TypeError(f"workload: expected a Workload or its name, got {type(workload).__name__}; see sparsetile.autotune.tasks.workloads()")
-    if op not in KERNELS + ("sparse_attention", "latent_attention", "merge_attention") or op in KERNELS and op != w.kernel:
-        raise ValueError(f"op: expected {w.kernel!r}, the kernel of workload {w.name}, got {op!r}; name the kernel or leave the workload to it")
+    if op not in (w.kernel, dispatch.op_of(w.kernel)):
+        raise ValueError(f"op: expected {w.kernel!r}, the kernel of workload {w.name}, or the op that runs it, {dispatch.op_of(w.kernel)!r}, got {op!r}; name one of them")
     checks.number("seconds", seconds, optional=True), checks.integer("trials", trials, 1, optional=True)
     if effort is not None and (effort not in EFFORTS or seconds is not None or trials is not None):
         raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, without seconds and trials, got {effort!r}; leave it out, or them")
@@ -56,11 +56,12 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
         compilers.begin(w, backend)  # while the bench worker makes its inputs
     facts = worker("facts", seconds=isolate.STARTING)
     problem, refused = facts["problem"], facts["refused"]
-    asked = dispatch.requested_backend("sparse_attention" if "attention" in w.kernel else w.kernel, backend)
+    asked = dispatch.requested_backend(dispatch.op_of(w.kernel), backend)
     names = [asked] if asked != "auto" else [b for b in BACKENDS if b != "reference"]
     if not [name for name in names if refused.get(name, name) is None]:
         raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
     entries, root = [], Path(profiles) if profiles else lookup.user_cache()
+    store.writable(root)  # asked now, not after the search
     hunts = [Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say) for name in names if refused.get(name, name) is None]
     for n, hunt in enumerate(hunts):
         prepare = lambda one: one.prepare(trials, storage, sampler, seed, lookup.related(problem, facts["device"]["name"], one.backend, user=str(root)))

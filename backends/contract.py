@@ -6,7 +6,7 @@ A kernel is a module `backends/<backend>/<op>.py` with these names (see CONTRIBU
     supports(problem)               None, or one sentence that says what is not supported and what would work
     resources(problem, config)      Resources, or one sentence that says why this config cannot run; known before compiling
     default_config(problem)         dict, knob -> value
-    run(..., config, place)         the work; `place` (backends/arrays.py) is where it runs, what allocates, and what a launch goes through: a run may be noted and repeated (backends/tape.py)
+    run(..., config, place)         the work; `place` (backends/places.py) is where it runs, what allocates, and what a launch goes through: a run may be noted and repeated (backends/tape.py)
     artifacts(problem, config)      what has to be compiled for a GPU (triton and cupy only), so that it can be done ahead of time
     captures(config)                where a CUDA graph holds other work than the call it records: None, or the sentence why
 
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Mapping
 
-KERNELS = (
-    "block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward",
-    "attention_delta", "merge_attention", "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul", "layout",
-    "append", "page_rows",
+TUNED = (
+    "block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward", "merge_attention",
+    "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul",
 )
+UNTUNED = ("attention_delta", "layout", "append", "page_rows")  # small ones beside them, one pass over their memory: no workload stands for them, and no profile is missed
+KERNELS = TUNED + UNTUNED
 BACKENDS = ("triton", "cupy", "numba", "reference")  # in order of preference
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "gfx942")
 

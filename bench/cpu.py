@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import sparsetile as st  # noqa: E402
-from sparsetile.backends import arrays  # noqa: E402
+from sparsetile.backends import devices  # noqa: E402
 from sparsetile.backends.numba.far import far, on_threads  # noqa: E402
 from sparsetile.backends.numba.simd import LANES, get_i64, op  # noqa: E402
 from sparsetile.bench import cpu_cases  # noqa: E402
@@ -154,7 +154,7 @@ def main(arguments=None):
     numba.set_num_threads(args.threads or numba.get_num_threads())
     torch.set_num_threads(numba.get_num_threads())
     torch.manual_seed(0)
-    machine = dict(cpu=arrays.device_info(None).name, cores=os.cpu_count(), threads=numba.get_num_threads(), lanes=LANES, torch=torch.__version__, numba=numba.__version__,
+    machine = dict(cpu=devices.device_info(None).name, cores=os.cpu_count(), threads=numba.get_num_threads(), lanes=LANES, torch=torch.__version__, numba=numba.__version__,
                    python=platform.python_version())
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     found = {"machine": machine}

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 
 import sparsetile as st  # noqa: E402
 from sparsetile.autotune import store  # noqa: E402
-from sparsetile.backends import arrays  # noqa: E402
+from sparsetile.backends import devices  # noqa: E402
 from sparsetile.backends.contract import BACKENDS  # noqa: E402
 from sparsetile.ops import attention, dispatch  # noqa: E402
 from sparsetile.profiles import lookup  # noqa: E402
@@ -87,7 +87,7 @@ def lookup_us() -> dict:
     """A profile's entry found again, and a miss again; the first time reads the files and goes through the neighbouring buckets."""
     x = np.zeros(SHAPE, np.float32)
     problem = attention.problem_of(attention.check(x, x, x, st.Causal(), *[None] * 6, True, None, None), "block_attention")
-    name = arrays.device_info(None).name
+    name = devices.device_info(None).name
     module = dispatch.kernel("numba", "block_attention")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SPARSETILE_PROFILE_DIR"] = folder
@@ -111,7 +111,7 @@ def main() -> int:
     print(json.dumps({"host_us": lookup_us()}), flush=True)
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         with torch.no_grad():
-            where = arrays.device_info(None if device == "cpu" else 0).name
+            where = devices.device_info(None if device == "cpu" else 0).name
             print(json.dumps({"device": where, "torch": torch.__version__, "host_us": host_us(*calls_on(device))}), flush=True)
     return 0
 

@@ -1,8 +1,8 @@
-"""Native Sparse Attention, checked, then timed branch by branch: python -m sparsetile.bench.nsa [--quick] [--length N ...] [--backend NAME] [--alone]
+"""Native Sparse Attention, checked, then timed branch by branch: python -m sparsetile.bench.nsa [--quick] [--length N ...] [--backend NAME] [--parts NAME ...] [--alone]
 
 Hq 64, Hk 4, D 128, blocks of 64, 16 of them, window 512, bfloat16, at 64k and 8k: the compressed branch (32 at stride 16) with the means it reads, the choice of blocks, the selected branch,
 the sliding one, gates, and all of it in one call; the backward of the selected branch and of the whole. Beside them in the same run: torch's causal attention, forward and backward, and
-flash-linear-attention's NSA where it is installed, which compresses to 64 at stride 64. Calls in turn within each round (cold L2 on a GPU), medians. Without a GPU: a small size on the CPU, minima.
+flash-linear-attention's NSA where it is installed, which compresses to 64 at stride 64. Calls in turn within each round (cold L2 on a GPU, the host ahead; its own time for a call stands beside), medians. Without a GPU: a small size on the CPU, minima.
 Checked first: some queries of every branch against the float64 formula by the numeric policy, and the choice by its float64 importances.
 """
 import argparse
@@ -18,6 +18,8 @@ from sparsetile.ops.importance import importance_topk
 from sparsetile.ops.patterns import Compressed, Window
 from sparsetile.systems import nsa
 
+FLUSH_MB = 8192  # two milliseconds of writing: longer than a busy host needs to launch all of a call, of which 8k tokens take no more than that
+TUNED_AT = 2048
 PAPER = dict(block=32, stride=16, select_block=64, top_k=16, window=512)
 
 
@@ -53,7 +55,7 @@ def check(q, k, v, backend):
     print(f"N {N}: {len(rows)} queries of each branch within the policy", flush=True)
 
 
-def calls(torch, q, k, v, gates, backend, peers):
+def calls(torch, q, k, v, gates, backend):
     """name -> a call; what one needs of another is made before."""
     N, options = q.shape[2], dict(backend=backend)
     with torch.no_grad():
@@ -71,7 +73,7 @@ def calls(torch, q, k, v, gates, backend, peers):
     found = {name: without_gradients(torch, call) for name, call in found.items()}
     found["selected, backward"] = backward(torch, lambda q, k, v: sparse_attention(q, k, v, chosen, **options), q, k, v)
     found["NSA, all, backward"], found["dense, torch, backward"] = backward(torch, whole, q, k, v, gates), backward(torch, dense, q, k, v)
-    return found | (fla(torch, q, k, v, gates) if peers and q.is_cuda and find_spec("fla") else {})
+    return found
 
 
 def without_gradients(torch, call):
@@ -82,15 +84,22 @@ def without_gradients(torch, call):
 
 
 def backward(torch, function, *tensors):
-    """The backward alone of one forward that was made before."""
-    tensors = [x.detach().requires_grad_() for x in tensors]
-    out = function(*tensors)
-    dout = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
+    """The backward alone: its forward is made by the first call."""
+    tensors, made = [x.detach().requires_grad_() for x in tensors], []
+
+    def run():
+        if not made:
+            made.append(function(*tensors))
+            made.append(torch.randn_like(made[0]))
+        return torch.autograd.grad(made[0], tensors, made[1], retain_graph=True)
+    return run
 
 
 def fla(torch, q, k, v, gates):
-    """flash-linear-attention's parts: tokens before heads, a power-of-two group of 16 or more, its window by flash-attn, which is left out."""
+    """flash-linear-attention's parts: tokens before heads, a power-of-two group of 16 or more, its window by flash-attn, which is left out.
+
+    Its kernels tune themselves at their first call, of 62 configs, by keys that know no length: call this with TUNED_AT tokens first, where a slow config takes 10 ms and not seconds.
+    """
     from fla.ops.nsa.compression import parallel_nsa_compression
     from fla.ops.nsa.parallel import parallel_nsa, parallel_nsa_topk
     from fla.ops.utils.pooling import mean_pooling
@@ -121,28 +130,49 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU the smallest size")
     parser.add_argument("--length", type=int, nargs="*", help="tokens")
     parser.add_argument("--backend", help="one backend; by default the profile's or the first")
-    parser.add_argument("--alone", action="store_true", help="without flash-linear-attention, whose own tuning takes minutes")
+    parser.add_argument("--parts", nargs="*", default=[""], help="only the rows whose names begin so (NSA, dense, FLA, ...)")
+    parser.add_argument("--alone", action="store_true", help="without flash-linear-attention, whose own tuning takes most of a minute")
     given = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     Hq, Hk, D = (64, 4, 128) if cuda else (8, 2, 32)
-    watch = timing.Stopwatch(0 if cuda else None)
+    watch, wanted = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB), lambda name: name.startswith(tuple(given.parts))
+    peers = cuda and not given.alone and find_spec("fla") and any(part in "FLA" or part.startswith("FLA") for part in given.parts)
+    if peers:
+        report_first(watch, {f"{name}, {TUNED_AT} tokens": call for name, call in fla(torch, *inputs(torch, "cuda", TUNED_AT, Hq, Hk, D)).items() if wanted(name)})
     for N in given.length or ((65536, 8192) if cuda else (1100,)):
         q, k, v, gates = inputs(torch, "cuda" if cuda else "cpu", N, Hq, Hk, D)
         with torch.no_grad():
             check(q, k, v, given.backend)
-        ours = calls(torch, q, k, v, gates, given.backend, not given.alone)
-        for name, call in ours.items():
-            begun = time.perf_counter()
-            call()
-            watch.synchronize()
-            print(f"first call of {name}: {time.perf_counter() - begun:.1f} s", flush=True)
+        every = {**calls(torch, q, k, v, gates, given.backend), **(fla(torch, q, k, v, gates) if peers else {})}
+        ours = {name: call for name, call in every.items() if wanted(name)}
+        report_first(watch, ours)
+        host = {name: f"{host_us(watch, call):8.0f} us of the host" for name, call in ours.items() if cuda and not name.endswith("backward")}
         samples = timing.finals(watch, list(ours.values()), seconds=0.0 if given.quick and not cuda else 2.0 if given.quick else 20.0, most=5 if given.quick else 40)
         times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
         print(f"N {N}, Hq {Hq}, Hk {Hk}, D {D}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
         for name, ms in times.items():
-            work, dense = operations(name, N, Hq, D), times["dense, torch, backward" if name.endswith("backward") else "dense, torch"]
-            print(f"{name:26}{ms:10.3f} ms{'' if work is None else f'{work / ms / 1e6:11.0f} GFLOP/s':>20}{ms / dense:9.2f} of dense", flush=True)
+            work, dense = operations(name, N, Hq, D), times.get("dense, torch, backward" if name.endswith("backward") else "dense, torch")
+            beside = "" if dense is None else f"{ms / dense:9.2f} of dense"
+            print(f"{name:26}{ms:10.3f} ms{'' if work is None else f'{work / ms / 1e6:11.0f} GFLOP/s':>20}{beside}{host.get(name, '')}", flush=True)
     return 0
+
+
+def report_first(watch, calls):
+    for name, call in calls.items():
+        begun = time.perf_counter()
+        call()
+        watch.synchronize()
+        print(f"first call of {name}: {time.perf_counter() - begun:.1f} s", flush=True)
+
+
+def host_us(watch, call) -> float:
+    """What the host needs until a call is queued, the least of three."""
+    def once():
+        watch.synchronize()
+        begun = time.perf_counter()
+        call()
+        return (time.perf_counter() - begun) * 1e6
+    return min(once() for _ in range(3))
 
 
 if __name__ == "__main__":

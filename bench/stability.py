@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsetile.autotune import hunt, isolate, tasks, timing, tune  # noqa: E402
-from sparsetile.backends import arrays  # noqa: E402
+from sparsetile.backends.devices import cpu_count  # noqa: E402
 from sparsetile.profiles import schema  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def one(workload: str, backend: str, device: str, seconds: float, seed: int, bes
     """The entry that a fresh run writes. beside: so many runs at once share the host's cores."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sparsetile", "tune", workload, "--backend", backend, "--device", device, "--seconds", str(seconds), "--seed", str(seed), "--profiles", folder, "--json"]
-        env = {**os.environ, "SPARSETILE_COMPILERS": str(max(1, arrays._cpu_count() // beside - 2))} if beside > 1 else None
+        env = {**os.environ, "SPARSETILE_COMPILERS": str(max(1, cpu_count() // beside - 2))} if beside > 1 else None
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"run {seed} failed: {done.stdout[-500:]}{done.stderr[-500:]}")

@@ -8,7 +8,7 @@ token may matter. Here these are what the numbers come to, by three rules:
 """
 from dataclasses import dataclass, replace
 
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.backends.contract import BACKENDS
 from sparsetile.catalogue import page, speed, store
 from sparsetile.catalogue.entries import SYSTEMS
@@ -127,7 +127,7 @@ def _factor(system, need, data):
 
 def _basis(need, data, device) -> str:
     if data is None:
-        return f"counted operations and bytes only: nothing was measured on {arrays.device_info(device).name}; run sparsetile catalogue --measure"
+        return f"counted operations and bytes only: nothing was measured on {devices.device_info(device).name}; run sparsetile catalogue --measure"
     shape = data["shape"]
     heads = f"Hq {shape['Hq']}, Hk {shape['Hk']}, D {shape['D']}, {shape['dtype']}"
     return f"measured on {data['device']['name']} with {heads}, at the longest measured length up to {need.length:,}; bytes counted for your heads"

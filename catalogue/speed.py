@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import sparsetile as st
 from sparsetile.autotune import isolate, provenance, timing
-from sparsetile.backends import arrays
+from sparsetile.backends.devices import cpu_count
 from sparsetile.catalogue import store
 from sparsetile.catalogue.entries import SYSTEMS, find
 from sparsetile.catalogue.system import CPU, GPU, Inputs, System
@@ -21,6 +21,7 @@ PASSES = ("forward", "training")  # training: forward and backward of one call
 DENSE = {True: st.Causal(), False: st.Full()}  # the baseline over the same grouped heads, by System.causal: the fastest of the device's backends
 ROUNDS = ((2e6, 0), (3e5, 2), (0, 40))  # where a call takes so many us: rounds at most after the first
 LONGEST = "triton", "cupy", "numba", None  # who compiles longest; another package comes last, as its rows do
+FLUSH_MB = 8192  # two milliseconds of writing: the host, which needs one of them for all the launches of a selector, is ahead when a call begins
 COMPILING = 45.0  # seconds; what is not compiled by then, the measurement compiles
 
 
@@ -49,7 +50,7 @@ def backends(system: System, device: int | None) -> tuple:
 def rows(device: int | None, wanted: list[tuple], seconds: float = 0.3, commit: str | None = None):
     """One row after the other for what is wanted, a (system, tokens, pass, backend) each. `seconds` for the rounds of a system at one length and pass: six at least, three
     of slow calls, one of very slow ones."""
-    watch, x, commit = timing.Stopwatch(device), None, commit or provenance.commit()
+    watch, x, commit = timing.Stopwatch(device, flush_mb=FLUSH_MB), None, commit or provenance.commit()
     for (name, N, what), some in groupby(wanted, lambda one: one[:3]):
         if x is None or (x.tokens, x.gradient) != (N, what == "training"):
             x = Inputs(shape_of(device), N, device, what == "training")
@@ -131,7 +132,7 @@ def compiled(device: int | None, wanted: list[tuple], width: int | None = None) 
     for name, N, what, backend in wanted:
         if backend is not None or find(name).works(None):
             units.setdefault((name, backend), []).append((N, what))
-    width = min(len(units), width or max(1, min(14, arrays._cpu_count() - 2)))
+    width = min(len(units), width or max(1, min(14, cpu_count() - 2)))
     # FLA keeps which of its configs were fastest: not those of a device that many share
     workers = [isolate.Worker(f"{__name__}:Caller", device, env={"FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}) for _ in range(width)]
     idle, until = SimpleQueue(), time.monotonic() + COMPILING

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from sparsetile.autotune import provenance
-from sparsetile.backends import arrays
+from sparsetile.backends import devices
 from sparsetile.catalogue.system import Shape
 from sparsetile.ops.notation import load_yaml
 from sparsetile.profiles import lookup
@@ -28,7 +28,7 @@ def user_folder() -> Path:
 
 
 def file_of(device: int | None, folder: Path) -> Path:
-    return Path(folder) / f"{lookup.slug(arrays.device_info(device).name)}.yaml"
+    return Path(folder) / f"{lookup.slug(devices.device_info(device).name)}.yaml"
 
 
 def key(row: dict) -> tuple:

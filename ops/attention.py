@@ -3,7 +3,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
 from sparsetile.ops import checks, dispatch, ready
 from sparsetile.ops.caches.paged import Cache
@@ -65,7 +65,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); in rows whose sink exceeds it by
                   more than 80 its gradient is 0 on the CPU
     deterministic False permits another order of additions in the backward
-    allow_tf32    permits TF32 products of float32 inputs where a backend has them
+    allow_tf32    permits TF32 products of float32 inputs where a backend has them (none has yet)
 
     Returns out [B,Hq,T,Dv] in q's element type, of the caller's array type, on the caller's device and stream [, lse]. A query that sees no key: out 0,
     LSE -inf, gradients 0. A key that no query sees is never read into a result, even if it holds NaN. Differentiable in PyTorch: q, k, v, sink_logits, LSE.
@@ -189,7 +189,7 @@ def problem_of(call: Call, name: str, gradient=False, lse=False) -> Problem:
     features = features_of(call, gradient, lse)
     if isinstance(rule, Pattern):
         features += ["dense"] if rule == Full() else ["static", rule.kind]
-    return Problem.of(name, dims, dict(q=kind, k=keys, v=keys), arrays.device_info(call.device).arch, features, density, granularity)
+    return Problem.of(name, dims, dict(q=kind, k=keys, v=keys), devices.device_info(call.device).arch, features, density, granularity)
 
 
 _choices = OrderedDict()
@@ -283,7 +283,7 @@ def forward(call: Call, return_lse: bool, key=None):
     """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay."""
     name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
     choice = choose(call, name, lse=return_lse)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():
         out, lse = _forward(call, choice, place, return_lse, key)
         return place.give(out), None if lse is None else place.give(lse)
@@ -326,7 +326,7 @@ def backward(call: Call, out, lse, dout, dlse=None, config=None):
     selected = isinstance(call.rule, Selection)
     call = replace(call, config=config)  # the call's own config speaks of the forward
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():
         grads = _backward(call, choice, place, *(None if x is None else place.native(x) for x in (out, lse, dout, dlse)))
         return tuple(None if g is None else place.give(g) for g in grads)

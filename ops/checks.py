@@ -19,7 +19,7 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         raise TypeError(f"{name}: expected an {what}, got None; pass a NumPy, PyTorch, CuPy or JAX array")
     framework = arrays.framework(x)
     if framework is None:
-        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; wrap it with numpy.asarray or torch.as_tensor")
+        raise TypeError(f"{name}: expected a NumPy, PyTorch, CuPy or JAX {what}, got {type(x).__name__}; {_how_to_pass(x)}")
     if framework == "torch":
         _strided(name, x, what)
     if framework == "numpy" and isinstance(x, np.ma.MaskedArray):
@@ -31,6 +31,15 @@ def array(name, x, ndim=None, axes="", dtypes=None, optional=False):
         if kind not in dtypes:
             raise TypeError(f"{name}: expected element type {' or '.join(dtypes)}, got {kind}; convert it first")
     return x
+
+
+def _how_to_pass(x) -> str:
+    """What makes an argument of x, which is no array of a framework that we know."""
+    if hasattr(x, "gather"):
+        return "a cache stands where keys of attention, of the indexer or latents do: pass the arrays of its gather()"
+    if hasattr(x, "__dlpack__"):
+        return "read it in place with numpy.from_dlpack or torch.from_dlpack"
+    return "wrap it with numpy.asarray or torch.as_tensor"
 
 
 def _strided(name, x, what):
@@ -89,16 +98,21 @@ def number(name, value, low=None, high=None, optional=False):
 def integer(name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {shown(value)} of type {type(value).__name__}; pass a Python int")
-    try:
-        value = value.__index__()
-    except TypeError:  # arrays of floats have an __index__ that refuses
-        raise TypeError(f"{name}: expected an integer, got {shown(value)}; pass a Python int") from None
+    if isinstance(value, bool) or not isinstance(value, int):  # in this order torch.compile can read a length that it knows as a symbol
+        value = _index(name, value)
     if low is not None and value < low or high is not None and value > high:
         bounds = f"{'' if low is None else f' from {low}'}{'' if high is None else f' to {high}'}"
         raise ValueError(f"{name}: expected an integer{bounds}, got {shown(value)}; choose one in range")
     return value
+
+
+def _index(name, value) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {shown(value)} of type {type(value).__name__}; pass a Python int")
+    try:
+        return value.__index__()
+    except TypeError:  # arrays of floats have an __index__ that refuses
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}; pass a Python int") from None
 
 
 def choice(name, value, values):
@@ -138,7 +152,7 @@ def start(q_start, B, default):
     """Position of query 0: a number, int32 [B] on the device of the call, or the default."""
     if q_start is None:
         return default
-    if getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a plain number
+    if not isinstance(q_start, int) and getattr(q_start, "ndim", 0) > 0 and arrays.framework(q_start) is not None:  # in this order torch.compile can read a number
         return lengths("q_start", q_start, (B,), "[B]")
     return integer("q_start", q_start, -2 ** 31, 2 ** 31 - 1)
 

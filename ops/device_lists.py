@@ -1,26 +1,51 @@
-"""Lists made where the data lies: NumPy, PyTorch, CuPy and JAX operators only, sizes fixed by the shapes, no host round trip, CUDA-graph safe.
+"""Lists made where the data lies: NumPy, PyTorch, CuPy and JAX operators, sizes fixed by the shapes, no host round trip, CUDA-graph safe.
 
-A grid `kinds` [L, nq, nk] says of every block -2 absent, -1 full, or a row of a table (contract.Lists); running sums turn it into lists. Capacities are
-upper bounds, so arrays are longer than what the offsets speak of; entries past the last offset are 0.
+A grid `kinds` [L, nq, nk] says of every block -2 absent, -1 full, or a row of a table (contract.Lists); the kernel `layout`, or running sums, turn it into lists. Capacities are
+upper bounds, so arrays are longer than what the offsets speak of; nothing past the last offset is read.
 """
 import numpy as np
 
-from sparsetile.backends.contract import Lists
+from sparsetile.backends import devices, places
+from sparsetile.backends.contract import Lists, Problem
 from sparsetile.ops import array_operators as xp
+from sparsetile.ops import checks, dispatch
+from sparsetile.ops.ready import transformed
 
 
 def lists(kinds, block_q: int, block_k: int, lead: tuple, intervals=None, bitmaps=None, first: int = 0) -> Lists:
     """Lists of a grid kinds [L, nq, nk]; `lead` is the shape of list_of, whose entries number the grid's lists in order."""
     L, nq, nk = kinds.shape
-    offsets, cols, by_row = _compact(kinds)
-    by_key_offsets, by_key_rows, by_key = _compact(xp.module(kinds).swapaxes(kinds, 1, 2))
+    made = _by_kernel(kinds)
+    if made is None:
+        names = "offsets", "cols", "kinds", "by_key_offsets", "by_key_rows", "by_key_kinds"
+        made = dict(zip(names, (*_compact(kinds), *_compact(xp.module(kinds).swapaxes(kinds, 1, 2)))))
     no_intervals, no_bitmaps = intervals is None, bitmaps is None
     return Lists(
-        block_q=block_q, block_k=block_k, first=first, nq=nq, nk=nk, offsets=offsets, cols=cols, kinds=by_row,
-        by_key_offsets=by_key_offsets, by_key_rows=by_key_rows, by_key_kinds=by_key,
+        block_q=block_q, block_k=block_k, first=first, nq=nq, nk=nk, **made,
         intervals=xp.full(kinds, (1, block_q, 2), 0) if no_intervals else intervals,
         bitmaps=xp.full(kinds, (1, block_q, block_k // 32), 0) if no_bitmaps else bitmaps,
         list_of=xp.arange(kinds, L).reshape(lead), has_intervals=not no_intervals, has_bitmaps=not no_bitmaps, longest=max(nq, nk))
+
+
+def _by_kernel(kinds):
+    """The arrays of both lists by name, or None where no backend that may run has the kernel, or the grid's values are not there: while a framework traces."""
+    if xp.kind(kinds) not in ("torch", "cupy") or not _has_memory(kinds):
+        return None
+    caller, device = checks.together({"mask": kinds})
+    problem = Problem.of("layout", dict(zip(("B", "T", "S"), kinds.shape)), dict(mask="int32"), devices.device_info(device).arch)
+    choice = dispatch.find("layout", problem, device)
+    if choice is None:
+        return None
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    with place.guard():
+        return {name: place.give(x) for name, x in choice.kernel.run(place.native(kinds), place=place, config=choice.config).items()}
+
+
+def _has_memory(x) -> bool:
+    if xp.kind(x) != "torch":
+        return True
+    import torch
+    return type(x) is torch.Tensor and not (torch.compiler.is_compiling() or transformed(torch) or x.is_meta)
 
 
 def _compact(kinds):

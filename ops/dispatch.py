@@ -11,14 +11,14 @@ import logging
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-from sparsetile.backends import arrays
-from sparsetile.backends.contract import BACKENDS, KERNELS, Problem, Resources, Unsupported
+from sparsetile.backends import devices
+from sparsetile.backends.contract import BACKENDS, TUNED, Problem, Resources, Unsupported
 from sparsetile.profiles.environment import reader
 
 log = logging.getLogger("sparsetile")
@@ -36,7 +36,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a call runs where it runs. `reasons` has one sentence for each backend not taken."""
+    """Why a call runs where it runs. `reasons` has one sentence for each backend not taken; `before` says who runs the kernels that prepare the call: kernel -> backend, None where the arrays'
+    own framework does."""
     op: str
     kernel: str
     backend: str | None
@@ -44,9 +45,11 @@ class Explanation:
     source: str
     reasons: dict
     problem: Problem
+    before: dict = field(default_factory=dict)
 
     def __str__(self):
         lines = [f"{self.op}: {self.backend or 'no backend'} runs {self.kernel}", f"  config: {self.config}", f"  from: {self.source}"]
+        lines += [f"  before it: {name or 'the framework of the arrays'} runs {kernel}" for kernel, name in self.before.items()]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
 
 
@@ -57,7 +60,7 @@ class _Explained(Exception):
         self.explanation = explanation
 
 
-_explaining = ContextVar("sparsetile_explaining", default=None)
+_explaining = ContextVar("sparsetile_explaining", default=None)  # of a call that is being explained: Explanation.before so far
 _depth = 0  # how many calls are being explained anywhere: torch.compile can read a number, not a ContextVar
 
 
@@ -72,6 +75,15 @@ def environment(op: str) -> tuple:
     if read is None:
         read = _readers[op] = reader("SPARSETILE_BACKEND_" + op.upper(), *VARIABLES)
     return read()
+
+
+_OP_OF = {"attention_delta": "sparse_attention", "grouped_matmul": "latent_attention", "indexer_scores_backward": "indexer_scores",
+          **{f"{keys}_attention{direction}": "sparse_attention" for keys in ("block", "gather") for direction in ("", "_backward")}}
+
+
+def op_of(kernel: str) -> str:
+    """The op that asks for a kernel by itself, and whose variable rules it."""
+    return _OP_OF.get(kernel, kernel)
 
 
 def requested_backend(op: str, backend: str | None) -> str:
@@ -152,53 +164,68 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
 
 
 def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None, rule=None) -> Choice:
-    """The backend and config for a problem of the public op `op`. `fixed` are knobs the input decides (a layout's tiles); `rule` is its pattern, for what tunes and
-    records. Remembered until clear_plans()."""
+    """The backend and config for a problem of the public op `op`; Unsupported where none may run it. `fixed` are knobs the input decides (a layout's tiles); `rule` is its pattern, for what
+    tunes and records. Remembered until clear_plans()."""
     if is_explaining():
-        return _choose(op, problem, device, backend, config, fixed, rule)
-    key = (op, problem, device, backend, *(None if knobs is None else tuple(sorted(knobs.items())) for knobs in (config, fixed)), environment(op))
-    choice = _choices.get(key)
+        raise _Explained(_explanation(op, problem, device, backend, config, fixed, rule))
+    choice, reasons = _remembered(op, problem, device, backend, config, fixed, rule)
     if choice is None:
-        if len(_choices) >= 4096:  # shapes come and go
-            _choices.clear()
-        choice = _choices[key] = _choose(op, problem, device, backend, config, fixed, rule)
-    return choice
-
-
-def _choose(op, problem, device, backend, config, fixed, rule) -> Choice:
-    asked = requested_backend(op, backend)
-    reasons, choice = {}, None
-    if asked != "auto":
-        sentence = refusal(asked, problem, device)
-        if sentence is None:
-            choice = _configure(asked, problem, device, config, fixed, rule)
-        else:
-            reasons[asked] = sentence
-        candidates = ()
-    else:
-        candidates = BACKENDS
-        found = None if config or fixed or tune_mode() == "off" else _lookup(problem, device, None)
-        if found and refusal(found.backend, problem, device) is None:
-            choice = _configure(found.backend, problem, device, None, None, rule)
-    for name in candidates if choice is None or is_explaining() else ():
-        if choice is not None and name == choice.backend:
-            continue
-        sentence = refusal(name, problem, device)
-        if sentence is not None:
-            reasons[name] = sentence
-        elif choice is None:
-            choice = _configure(name, problem, device, config, fixed, rule)
-        else:
-            reasons[name] = f"{choice.backend} comes first: {choice.source if 'profile' in choice.source else 'the order of preference is ' + ', '.join(BACKENDS)}"
-    if is_explaining():
-        if asked != "auto":
-            reasons.update({name: f"{asked} was asked for" for name in BACKENDS if name != asked})
-        source = choice.source if choice else "no backend supports this" if asked == "auto" else f"{asked} was asked for and refuses this"
-        raise _Explained(Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, source, reasons, problem))
-    if choice is None:
-        near = _nearest(problem, device, reasons) if asked != "auto" else ""
+        near = _nearest(problem, device, reasons) if requested_backend(op, backend) != "auto" else ""
         raise Unsupported(f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + near)
     return choice
+
+
+def find(op: str, problem: Problem, device: int | None, backend: str | None = None) -> Choice | None:
+    """As `choose`, for work that an op can also do without this kernel: None where no backend may run it, or by itself only the reference would, which is slower than any other way. A call
+    that is being explained goes on, and its explanation tells."""
+    choice, _ = _remembered(op, problem, device, backend)
+    if choice is not None and choice.backend == "reference" and requested_backend(op, backend) == "auto":
+        choice = None
+    if is_explaining():
+        _explaining.get()[problem.op] = choice and choice.backend
+    return choice
+
+
+def _remembered(op, problem, device, backend, config=None, fixed=None, rule=None) -> tuple[Choice | None, dict]:
+    key = (op, problem, device, backend, *(None if knobs is None else tuple(sorted(knobs.items())) for knobs in (config, fixed)), environment(op))
+    choice, reasons = _choices.get(key), {}
+    if choice is None:
+        choice, reasons = _choose(op, problem, device, backend, config, fixed, rule)
+        if choice is not None and not is_explaining():
+            if len(_choices) >= 4096:  # shapes come and go
+                _choices.clear()
+            _choices[key] = choice
+    return choice, reasons
+
+
+def _choose(op, problem, device, backend, config, fixed, rule) -> tuple[Choice | None, dict]:
+    """The choice, and why each backend that was asked before it refuses."""
+    asked = requested_backend(op, backend)
+    if asked == "auto":
+        found = None if config or fixed or tune_mode() == "off" else looked_up(problem, device, None)
+        if found and refusal(found.backend, problem, device) is None:
+            return _configure(found.backend, problem, device, None, None, rule), {}
+    reasons = {}
+    for name in BACKENDS if asked == "auto" else (asked,):
+        sentence = refusal(name, problem, device)
+        if sentence is None:
+            return _configure(name, problem, device, config, fixed, rule), reasons
+        reasons[name] = sentence
+    return None, reasons
+
+
+def _explanation(op, problem, device, backend, config, fixed, rule) -> Explanation:
+    asked, (choice, reasons) = requested_backend(op, backend), _choose(op, problem, device, backend, config, fixed, rule)
+    for name in BACKENDS:
+        if name in reasons or choice and name == choice.backend:
+            continue
+        if asked != "auto":
+            reasons[name] = f"{asked} was asked for"
+        else:
+            first = choice.source if "profile" in choice.source else "the order of preference is " + ", ".join(BACKENDS)
+            reasons[name] = refusal(name, problem, device) or f"{choice.backend} comes first: {first}"
+    source = choice.source if choice else "no backend supports this" if asked == "auto" else f"{asked} was asked for and refuses this"
+    return Explanation(op, problem.op, choice and choice.backend, choice.config if choice else {}, source, reasons, problem, dict(_explaining.get()))
 
 
 def _nearest(problem, device, reasons) -> str:
@@ -218,13 +245,14 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
         return Choice(backend, module, check_config(module, problem, {**dict(config), **fixed}, "config"), "the config argument")
     found = None
     if not fixed and tune_mode() != "off":
-        found = _lookup(problem, device, backend)
-        if found is None and tune_mode() == "on" and tune_hook is None:
+        found = looked_up(problem, device, backend)
+        missed = found is None and problem.op in TUNED
+        if missed and tune_mode() == "on" and tune_hook is None:
             _once("SPARSETILE_TUNE=on: expected before the first op of sparsetile is loaded, came after it, and nothing is tuned; set it earlier, or call sparsetile.autotune.hook.install()")
-        elif found is None and tune_mode() == "on":
+        elif missed and tune_mode() == "on":
             tune_hook(problem, device, backend, rule)
-            found = _lookup(problem, device, backend)
-        if found is None and not is_explaining() and module.TUNABLES:
+            found = looked_up(problem, device, backend)
+        if missed and found is None and not is_explaining() and module.TUNABLES:
             _missed(problem, backend, rule)
     if found is not None:
         try:
@@ -234,11 +262,11 @@ def _configure(backend: str, problem: Problem, device: int | None, config, fixed
     return Choice(backend, module, check_config(module, problem, fixed, "layout"), "the kernel's heuristic" + (" and the layout's tiles" if fixed else ""))
 
 
-def _lookup(problem: Problem, device: int | None, backend: str | None):
+def looked_up(problem: Problem, device: int | None, backend: str | None):
     from sparsetile.profiles import lookup
-    found = lookup.find(problem, arrays.device_info(device).name, backend)
+    found = lookup.find(problem, devices.device_info(device).name, backend)
     if found is not None and found.inherited:
-        _once(f"{problem.op}: {found.source} is used for {arrays.device_info(device).name}; run `sparsetile tune` for a profile of its own")
+        _once(f"{problem.op}: {found.source} is used for {devices.device_info(device).name}; run `sparsetile tune` for a profile of its own")
     return found
 
 
@@ -282,7 +310,7 @@ def explain(op, *args, **kwargs) -> Explanation:
 def explaining():
     """Calls in this context end at the choice of their main kernel, with _Explained."""
     global _depth
-    token, _depth = _explaining.set(True), _depth + 1
+    token, _depth = _explaining.set({}), _depth + 1
     try:
         yield
     finally:
@@ -302,4 +330,3 @@ def clear_plans() -> None:
 
 _choices = {}
 PLAN_CACHES = [_choices]  # and dicts of the op modules, keyed on raw shapes
-assert len(set(KERNELS)) == len(KERNELS)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, dispatch
@@ -129,9 +129,9 @@ def select(call: Call):
     B, Hq, Hk, T, C, D = call.sizes
     kind, K = arrays.dtype_name(call.q), call.top_k
     words = [w for w in ("force_first", "force_last", "return_scores") if getattr(call, w)]
-    problem = Problem.of(OP, dict(B=B, Hq=Hq, Hk=Hk, T=T, S=call.keys, C=C, D=D, K=K), dict(q=kind, k=kind), arrays.device_info(call.device).arch, words, 1.0, call.select_block)
+    problem = Problem.of(OP, dict(B=B, Hq=Hq, Hk=Hk, T=T, S=call.keys, C=C, D=D, K=K), dict(q=kind, k=kind), devices.device_info(call.device).arch, words, 1.0, call.select_block)
     choice = dispatch.choose(OP, problem, call.device, call.backend, call.config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():
         if B * Hq * T == 0 or call.keys == 0:
             scores = place.full((B, Hk, T, K), "float32", float("-inf")) if call.return_scores else None

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import checks, dispatch
 from sparsetile.ops.caches.paged import Cache
@@ -66,7 +66,7 @@ def indexer_scores(q, k, weights, *, k_scale=None, causal=True, q_start=None, ke
 def scores(call: Call):
     """indexer_scores of checked arguments."""
     B, H, T, S, D = call.sizes
-    choice, place = _choose(call, {}, [], 1)
+    choice, place = _choose(call, call.op)
     with place.guard():
         if B * T * S == 0 or H == 0:
             return place.give(place.zeros((B, T, S), "float32"))
@@ -76,7 +76,7 @@ def scores(call: Call):
 def scores_backward(call: Call, dscores, config=None):
     """Gradients of a checked call's scores: dscores [B,T,S] -> dq [B,H,T,D], dk [B,S,D], dweights [B,H,T], float32."""
     B, H, T, S, D = call.sizes
-    choice, place = _choose(replace(call, config=config), {}, [], 1, "indexer_scores_backward")
+    choice, place = _choose(replace(call, config=config), "indexer_scores_backward")
     with place.guard():
         if B * T * S == 0 or H == 0:
             got = place.zeros((B, H, T, D), "float32"), place.zeros((B, S, D), "float32"), place.zeros((B, H, T), "float32")
@@ -133,7 +133,7 @@ def select(call: Call, top_k: int, options: dict):
     B, H, T, S, D = call.sizes
     options = options | dict(pool=min(options["pool"], max(S, 1)))  # one block holds no more than all keys
     words = [w for w in ("pool", "force_first", "force_last") if options[w] > (w == "pool")] + ["return_scores"] * options["return_scores"]
-    choice, place = _choose(call, dict(K=top_k), words, options["pool"])
+    choice, place = _choose(call, call.op, words=words, granularity=options["pool"], K=top_k)
     with place.guard():
         if B * T * S == 0 or H == 0:
             best = place.full((B, T, top_k), "float32", float("-inf")) if options["return_scores"] else None
@@ -172,9 +172,9 @@ def topk(scores, top_k, *, key_start=None, key_end=None, backend=None, config=No
 def best(scores, top_k, key_start, key_end, backend, config, caller, device):
     """topk of checked arguments: indices [B,T,K], lengths [B,T]."""
     B, T, S = scores.shape
-    problem = Problem.of("topk", dict(B=B, T=T, S=S, K=top_k), dict(scores="float32"), arrays.device_info(device).arch)
+    problem = Problem.of("topk", dict(B=B, T=T, S=S, K=top_k), dict(scores="float32"), devices.device_info(device).arch)
     choice = dispatch.choose("topk", problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * T * S == 0:
             got = place.full((B, T, top_k), "int32", -1), place.zeros((B, T), "int32")
@@ -235,14 +235,17 @@ def _full(place, x, B, T):
     return None if x is None else place.rows(place.native(x), (B, T))
 
 
-def _choose(call: Call, more: dict, words: list, granularity: int, kernel: str | None = None):
+def problem_of(call: Call, kernel: str, words=(), granularity: int = 1, **axes: int) -> Problem:
     B, H, T, S, D = call.sizes
     features = [*words, *(w for w, on in (("causal", call.causal), ("scale", call.k_scale is not None), ("window", call.key_start is not None or call.key_end is not None),
                                           ("q_start", not isinstance(call.q_start, int)), ("paged", call.table is not None)) if on)]
     kind = arrays.dtype_name(call.q)
-    problem = Problem.of(kernel or call.op, dict(B=B, H=H, T=T, S=S, D=D) | more, dict(q=kind, k=kind), arrays.device_info(call.device).arch, features, 1.0, granularity)
-    choice = dispatch.choose(call.op, problem, call.device, call.backend, call.config)
-    return choice, arrays.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+    return Problem.of(kernel, dict(B=B, H=H, T=T, S=S, D=D, **axes), dict(q=kind, k=kind), devices.device_info(call.device).arch, features, 1.0, granularity)
+
+
+def _choose(call: Call, kernel: str, **problem):
+    choice = dispatch.choose(call.op, problem_of(call, kernel, **problem), call.device, call.backend, call.config)
+    return choice, places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
 
 
 def _natives(call: Call, place):

@@ -1,14 +1,16 @@
 """Latent KV (MLA): rebuild keys and values from a latent, or attend in the latent width itself."""
 from functools import lru_cache
 
-from sparsetile.backends import arrays
-from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.backends import arrays, devices, places
+from sparsetile.backends.contract import Problem, Unsupported, density_bucket
 from sparsetile.ops import attention, checks, dispatch
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.latent import parts
 from sparsetile.ops.caches.paged import Cache
+from sparsetile.ops.pattern import Pattern
+from sparsetile.ops.selection import Selection
 
-FLOATS = ("float32", "float16", "bfloat16", "float64")
+FLOATS, MODES = ("float32", "float16", "bfloat16", "float64"), ("absorbed", "decompressed")
 
 
 def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, backend=None, config=None):
@@ -16,9 +18,12 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
 
     latent [B,S,R], w_uk [H,R,Dn], w_uv [H,R,Dv] (float32, float16, bfloat16, float64 on CPU; a transposed view of the weights is read in place),
     k_rope [B,S,P] shared by all heads; latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (the latent may then be float8_e4m3fn).
+    latent may be a PagedLatent with k_rope=None: its rows are gathered first, S the longest sequence by the host's book; keys and values past a sequence's tokens are 0.
     Returns k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's element type. Source: DeepSeek-V2 (arXiv 2405.04434), equations 9-11 and 14-16.
     """
     checks.options(backend, config)
+    if isinstance(latent, Cache):
+        latent, k_rope, latent_scale = _gathered(latent, k_rope, latent_scale, arrays.dtype_name(w_uk))
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale)
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
@@ -39,9 +44,9 @@ def decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config, caller
     B, S, H, R, Dn, Dv, P = _sizes(latent, w_uk, w_uv, k_rope)
     kind = arrays.dtype_name(w_uk)
     problem = Problem.of("latent_decompress", dict(B=B, S=S, H=H, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=arrays.dtype_name(latent), w_uk=kind),
-                         arrays.device_info(device).arch, ["scale"] * (latent_scale is not None))
+                         devices.device_info(device).arch, ["scale"] * (latent_scale is not None))
     choice = dispatch.choose(op, problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * S * H == 0:
             return place.give(place.zeros((B, H, S, Dn + P), kind)), place.give(place.zeros((B, H, S, Dv), kind))
@@ -58,9 +63,11 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     q_nope [B,H,T,Dn], q_rope [B,H,T,P] or None, latent [B,S,R], k_rope [B,S,P] or None, w_uk [H,R,Dn], w_uv [H,R,Dv]; pattern and the rest as in
     sparse_attention. scale defaults to (Dn + P)**-0.5 in both modes (never the absorbed width).
     mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
-           "decompressed": keys and values of all heads are rebuilt first; "auto": the cheaper by `latent_cost`, a stated count of operations and bytes.
+           "decompressed": keys and values of all heads are rebuilt first; "auto": what an entry of a profile's latent_attention.yaml says of these sizes
+           (config {mode: absorbed}), else the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
-    latent may be a PagedLatent with k_rope=None: absorbed, its latents read where they lie, in 16 or 32 bits or in the fp8 layout.
+    latent may be a PagedLatent with k_rope=None. Absorbed its latents are read where they lie, in 16 or 32 bits or in the fp8 layout; decompressed they are gathered first, as many as
+    the host's book knows of: a CUDA graph that records this does not see them grow, so "auto" is "absorbed" while one is recorded, without a book, and for layouts and rules over all of S.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
@@ -68,8 +75,7 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         backend = dispatch.requested_backend("latent_attention", None)
     cache = latent if isinstance(latent, Cache) else None
     if cache is not None:
-        latent, k_rope, latent_scale = _cached(cache, k_rope, latent_scale, mode)
-        mode = "absorbed"
+        latent, k_rope, latent_scale = _cached(cache, k_rope, latent_scale)
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale, dict(q_nope=q_nope, q_rope=q_rope, sink_logits=sink_logits, kv_length=kv_length))
     B, S, H, R, Dn, Dv, P = sizes
     B = B if cache is None else cache.lengths.shape[0]
@@ -83,13 +89,23 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     if q_rope is not None:
         checks.array("q_rope", q_rope, 4, "[B,H,T,P]", (kind,))
         checks.same("q_rope", "shape [B,H,T,P]", [B, H, T, P], list(q_rope.shape), "its width is that of k_rope")
-    checks.choice("mode", mode, ("auto", "absorbed", "decompressed"))
+    checks.choice("mode", mode, ("auto", *MODES))
     scale = (Dn + P) ** -0.5 if scale is None else checks.number("scale", scale)
     plain = cache is not None or latent_scale is None and arrays.dtype_name(latent) == kind and (k_rope is None or arrays.dtype_name(k_rope) == kind)
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
-    if mode == "auto":
-        mode = "absorbed" if plain and R + P <= 576 and _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) else "decompressed"
+    if mode == "auto" and cache is not None:
+        mode = _mode(pattern, T, (B, pow2_up(cache.held()), *sizes[2:]), kind, device, backend, caller) if R + P <= 576 and _in_one_piece(cache, pattern, caller) else "absorbed"
+    elif mode == "auto":
+        mode = _mode(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= 576 else "decompressed"
+    if cache is not None and mode == "decompressed":
+        if not _of_any_length(pattern):
+            raise Unsupported("pattern: mode='decompressed' rebuilds as many keys of a cache as its longest sequence holds, got a rule over all that it may hold; mode='absorbed' takes it")
+        kv_length = cache.shorter(kv_length)
+        if dispatch.is_explaining():
+            latent, k_rope, latent_scale = (x if x is None else _shaped(x, (B, cache.held(), x.shape[2]), caller, device) for x in (latent, k_rope, latent_scale))
+        else:
+            latent, k_rope, latent_scale = _gathered(cache, None, None, kind)
     if caller == "jax":
         from sparsetile.ops import jax_ops
         held = jax_ops.tables(pattern)
@@ -123,16 +139,34 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     return (out, lse) if return_lse else out
 
 
-def _cached(cache, k_rope, latent_scale, mode):
+def _of_any_length(pattern) -> bool:
+    """Whether a rule means the same for a cache's capacity as for the keys that it holds."""
+    return pattern is None or isinstance(pattern, Selection) or isinstance(pattern, Pattern) and not pattern.needs_exact_S
+
+
+def _in_one_piece(cache, pattern, caller) -> bool:
+    """Whether a cache may be rebuilt without being asked to."""
+    if caller == "torch":
+        import torch
+        if torch.compiler.is_compiling() or cache.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+    return cache.book is not None and _of_any_length(pattern) and caller != "cupy"  # which cannot ask CuPy's streams
+
+
+def _gathered(cache, k_rope, latent_scale, kind):
+    """latent [B,S,R], k_rope [B,S,P] or None and latent_scale of a cache, S the longest sequence."""
+    _cached(cache, k_rope, latent_scale)
+    latent, rope, *scale = cache.gather(quantised=cache.quantised)
+    return latent, None if rope is None else memory.cast(rope, kind), scale[0] if scale else None
+
+
+def _cached(cache, k_rope, latent_scale):
     """Pages of a cache's latents [N,page,R], rotary parts [N,page,P] and, of the fp8 layout, scales [N,page,R/128], which stand for them in the checks of types and widths."""
     if not hasattr(cache, "rank"):
         raise Unsupported(f"latent: {type(cache).__name__} holds no latents; pass a PagedLatent")
     for name, x in (("k_rope", k_rope), ("latent_scale", latent_scale)):
         if x is not None:
             raise ValueError(f"{name}: expected None, got an array; a cache holds its own")
-    if mode == "decompressed":
-        how = "cache.gather(quantised=True) makes arrays that this mode takes" if cache.quantised else "pass the arrays of cache.gather()"
-        raise Unsupported(f"latent: a cache is read where it lies in mode='absorbed' only; {how}")
     pool, R = cache.pools[0], cache.rank
     if cache.quantised:
         values, scale, rope = parts(pool, R, cache.rotary)
@@ -154,7 +188,7 @@ def product_problem(x, w, tail, device, out_dtype=None, inner_heads=False) -> Pr
     """The problem of `matmul`."""
     (B, H, T, N), M, P, kind = x.shape, w.shape[1], 0 if tail is None else tail.shape[3], arrays.dtype_name(x)
     return Problem.of("grouped_matmul", dict(B=B, H=H, T=T, N=N, M=M, P=P), dict(x=kind, w=kind) | ({} if out_dtype in (None, kind) else dict(out=out_dtype)),
-                      arrays.device_info(device).arch, ["tail"] * (P > 0) + ["inner_heads"] * inner_heads)
+                      devices.device_info(device).arch, ["tail"] * (P > 0) + ["inner_heads"] * inner_heads)
 
 
 def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inner_heads=False):
@@ -162,7 +196,7 @@ def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inn
     (B, H, T, _), M, P = x.shape, w.shape[1], 0 if tail is None else tail.shape[3]
     problem = product_problem(x, w, tail, device, out_dtype, inner_heads)
     choice = dispatch.choose("latent_attention", problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * H * T == 0:
             return place.give(place.zeros((B, 1 if inner_heads else H, T, M + P), out_dtype or arrays.dtype_name(x)))
@@ -175,6 +209,10 @@ def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:
 
     absorbed:     2 T H R (Dn + Dv) for the two products, 2 pairs (2 R + P) per head; reads the latent once per query tile of 64 rows of all heads
     decompressed: 2 S H R (Dn + Dv) to rebuild, 2 pairs (Dn + P + Dv) per head; writes and reads keys and values once
+
+    There is no third mode that feeds rebuilt tiles to attention without writing them. At DeepSeek's widths a key of a head costs 262144 operations to rebuild, 0.33 ns, and 1280 bytes to
+    write and read, 0.30 ns: rebuilt for every 128 queries it costs three times what attention over it does. With one tile of queries absorbed is cheaper (up to T = 171), with two in a
+    cluster the weights of a head, 262 KB, do not fit shared memory: read again for every 128 keys they are 2 KB a key, more than what is saved.
     """
     pairs = T * S if pairs is None else pairs
     absorbed = 2 * T * H * R * (Dn + Dv) + 2 * pairs * H * (2 * R + P), 2 * S * (R + P) * max(1, T * H // 4096) + 4 * T * H * (R + P)
@@ -189,16 +227,51 @@ def _pairs(pattern, T, S) -> int:
     return int(T * S * pattern.density(T, S))
 
 
-def _absorbed_is_cheaper(T, S, H, R, Dn, Dv, P, pattern) -> bool:
-    from sparsetile.ops.patterns import Pattern
-    from sparsetile.ops.selection import Selection
-    pairs = None
-    if isinstance(pattern, Selection):
-        pairs = T * min(S, pattern.indices.shape[3] * pattern.granularity)
-    elif isinstance(pattern, Pattern) and T and S:
-        pairs = _pairs(pattern, T, S)
+_modes = {}
+dispatch.PLAN_CACHES.append(_modes)
+
+
+def _mode(rule, T, sizes, kind, device, backend, caller) -> str:
+    """The mode that "auto" means. A Selection is known by how many keys it gives at most, a pattern by what it is; a layout counts as dense."""
+    rule = rule.indices.shape[3] * rule.granularity if isinstance(rule, Selection) else rule if isinstance(rule, Pattern) else None
+    if caller == "torch":
+        import torch
+        if torch.compiler.is_compiling():
+            from sparsetile.ops import torch_ops
+            text, (B, S, *widths) = rule.canonical() if isinstance(rule, Pattern) else rule, sizes
+            return torch_ops.latent_mode(text, pow2_up(T), pow2_up(B), pow2_up(S), *widths, kind, device, backend)
+    return cheaper_mode(rule, T, sizes, kind, device, backend)
+
+
+def pow2_up(n) -> int:
+    """A length as a profile's keys have it. Written so that torch.compile, which may know it as a symbol, is told no more than that."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
+
+
+def cheaper_mode(rule, T, sizes, kind, device, backend) -> str:
+    """What a profile says, else the cheaper mode by latent_cost. rule: a pattern, so many keys of each query, or None for all."""
+    key = rule, T, sizes, kind, device, backend, dispatch.environment("latent_attention")
+    if key not in _modes:
+        if len(_modes) >= 1024:  # shapes come and go
+            _modes.clear()
+        _modes[key] = decide(rule, T, sizes, kind, device, backend)
+    return _modes[key]
+
+
+def decide(rule, T, sizes, kind, device, backend) -> str:
+    B, S, H, R, Dn, Dv, P = sizes
+    pairs = T * S if rule is None or not T * S else T * min(S, rule) if isinstance(rule, int) else _pairs(rule, T, S)
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), devices.device_info(device).arch,
+                         ["selection"] * isinstance(rule, int), density_bucket(pairs / max(1, T * S)))
+    asked = dispatch.requested_backend("latent_attention", backend)
+    found = None if dispatch.tune_mode() == "off" else dispatch.looked_up(problem, device, None if asked == "auto" else asked)
+    if found is not None and found.config.get("mode") in MODES:
+        return found.config["mode"]
     cost = latent_cost(T, S, H, R, Dn, Dv, P, pairs)
-    return cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"]
+    return "absorbed" if cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"] else "decompressed"
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared

@@ -1,5 +1,5 @@
 """merge_attention: parts of one attention (split keys, ranks, branches) joined by their LSE."""
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import checks, dispatch
 from sparsetile.ops.attention import FLOATS
@@ -47,7 +47,7 @@ def merge_attention(outs, lses, *, sink_logits=None, backend=None, config=None):
 def merge(outs, lses, sink_logits, backend, config, caller, device):
     """merge_attention of checked arguments."""
     choice = _choose(outs, sink_logits, backend, config, device)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if 0 in outs[0].shape[:3]:
             return place.give(place.zeros(outs[0].shape, arrays.dtype_name(outs[0]))), place.give(place.zeros(lses[0].shape, arrays.dtype_name(lses[0])))
@@ -78,7 +78,7 @@ def weighted_sum(outs, weights, backend=None):
 def add_weighted(outs, weights, backend, caller, device):
     """weighted_sum of arrays of one framework on one device."""
     choice = _choose(outs, None, backend, None, device, weights)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if 0 in outs[0].shape[:3]:
             return place.give(place.zeros(outs[0].shape, arrays.dtype_name(outs[0])))
@@ -94,6 +94,6 @@ def merge_native(outs, lses, sink, dtype, backend, place, device):
 
 def _choose(outs, sink, backend, config, device, weights=()):
     B, Hq, T, Dv = outs[0].shape
-    problem = Problem.of(OP, dict(B=B, Hq=Hq, T=T, Dv=Dv, N=len(outs)), dict(out=arrays.dtype_name(outs[0])) | {"weights": arrays.dtype_name(x) for x in weights[:1]}, arrays.device_info(device).arch,
+    problem = Problem.of(OP, dict(B=B, Hq=Hq, T=T, Dv=Dv, N=len(outs)), dict(out=arrays.dtype_name(outs[0])) | {"weights": arrays.dtype_name(x) for x in weights[:1]}, devices.device_info(device).arch,
                          ["sink"] * (sink is not None) + ["weights"] * bool(weights))
     return dispatch.choose(OP, problem, device, backend, config)

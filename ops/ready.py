@@ -4,7 +4,7 @@ What the checks, the choice of backend and the lists depend on is the key (shape
 call that finds its key has nothing left to ask; only pointers are read anew. On a GPU the second call notes its kernel's launches, and later ones repeat them (backends/tape.py).
 Calls that need a gradient, selections, layouts, configs and positions on the device take the long way.
 """
-from sparsetile.backends import arrays
+from sparsetile.backends import devices, places
 from sparsetile.ops import dispatch
 from sparsetile.ops.pattern import Pattern
 from sparsetile.profiles.environment import reader
@@ -15,12 +15,17 @@ _calls = {}
 dispatch.PLAN_CACHES.append(_calls)
 
 
+def transformed(torch) -> bool:
+    """Whether this is a call inside of torch.func, where tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32):
     """What makes two calls alike, or None for a call that takes the long way."""
     if type(q).__module__ != "torch":
         return None
     import torch  # not looked for in sys.modules: torch.compile would walk over all of them, while they grow
-    if type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(q) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch):
         return None
     if not (pattern is None or isinstance(pattern, Pattern)) or not (type(return_lse) is type(deterministic) is type(allow_tf32) is bool):  # 1 == True, and is refused
         return None
@@ -61,14 +66,14 @@ class _Ready:
 
     def __call__(self, q, k, v, sink_logits, kv_length):
         results = None
-        if self.tape is not None and arrays.is_current(self.device):
-            results = self.tape(arrays.stream_of("torch", self.device), q, k, k if v is None else v, sink_logits, kv_length)
+        if self.tape is not None and devices.is_current(self.device):
+            results = self.tape(devices.stream_of("torch", self.device), q, k, k if v is None else v, sink_logits, kv_length)
         if results is None:
             results = self._run(q, k, v, sink_logits, kv_length)
         return tuple(results) if self.return_lse else results[0]
 
     def _run(self, q, k, v, sink_logits, kv_length):
-        place = arrays.place_for(self.native, "torch", self.device)
+        place = places.place_for(self.native, "torch", self.device)
         with place.guard():
             if self.tape is None and self.trials:
                 return self._note(place, q, k, v, sink_logits, kv_length)

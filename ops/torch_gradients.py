@@ -65,9 +65,7 @@ def _over_heads(parts, weights, backend, place):
     """Sum over heads and parts of part [H,T,N] w [H,R,N]^T -> [T,R] float32 or wider: by a kernel that sums over heads, else heads are set side by side, which copies every part."""
     wide = str(_wide(parts[0])).removeprefix("torch.")
     how = dict(out_dtype=wide, inner_heads=True)
-    asked = dispatch.requested_backend("latent_attention", backend)
-    problems = [latent.product_problem(part[None], w, None, place, **how) for part, w in zip(parts, weights)]
-    if place is not None and any(all(dispatch.refusal(name, problem, place) is None for problem in problems) for name in (dispatch.BACKENDS if asked == "auto" else (asked,))):
+    if all(dispatch.find("latent_attention", latent.product_problem(part[None], w, None, place, **how), place, backend) for part, w in zip(parts, weights)):
         a, b = (latent.matmul(_aligned(part)[None], _aligned(w), None, backend, "torch", place, **how)[0, 0] for part, w in zip(parts, weights))
         return a.add_(b)
     (H, T, _), R, widths = parts[0].shape, weights[0].shape[1], [part.shape[2] for part in parts]
@@ -98,11 +96,11 @@ def indexer_scores(call, dscores):
 
 
 def scores_backward(call, dscores):
-    """Gradients of a checked call's scores, float32, by the backend's kernel; on a GPU, where none has one, by products: a few queries at a time
+    """Gradients of a checked call's scores, float32, by a backend's kernel; where none has one, by products: a few queries at a time
 
         x = q k^T, da = weights dscores where x > 0, rounded to q's type;   dq = da k, dk = da^T q, dweights = sum over keys of x dscores where x > 0
     """
-    if call.device is None and call.backend not in ("triton", "cupy"):
+    if dispatch.find(call.op, indexer.problem_of(call, "indexer_scores_backward"), call.device, call.backend):
         return indexer.scores_backward(call, dscores)
     (B, H, T, S, D), backend = call.sizes, call.backend
     totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.q, call.k, call.weights)]

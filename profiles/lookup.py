@@ -104,7 +104,6 @@ def _missing(user: str) -> None:
 def _candidates(op: str, device: str, arch: str, user: str | None, cache: str) -> tuple:
     """(file, source, inherited) in order of precedence."""
     roots = [(Path(user), "user profile")] if user else []
-    _missing(user or ".")
     roots += [(Path(cache), "user cache profile"), (SHIPPED, "shipped profile")]
     found = []
     for root, source in roots:
@@ -139,6 +138,7 @@ def find(problem: Problem, device: str, backend: str | None = None, user: str | 
 
 def _find(problem, device, backend, user) -> Found | None:
     best = None
+    _missing(os.environ.get("SPARSETILE_PROFILE_DIR") or ".")
     for file, source, inherited in _candidates(problem.op, device, problem.arch, user, str(user_cache())):
         for entry in file.near(problem):
             if backend is not None and entry["backend"] != backend:

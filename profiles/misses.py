@@ -3,13 +3,16 @@
 One line of JSON for each bucket and backend, appended in one write, so that processes share a file. Reading it executes nothing.
 """
 import json
+import logging
 import os
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from sparsetile.backends.contract import BACKENDS, KERNELS, Problem
 from sparsetile.profiles import lookup
 
+log = logging.getLogger("sparsetile")
 MOST_TEXT = 2000  # a pattern's text that is longer (documents, block masks) is left out: its kind and density stand for it
 counts = Counter()  # (kernel, backend) -> misses of this process
 _written = set()
@@ -26,9 +29,17 @@ def note(problem: Problem, backend: str, rule=None) -> None:
         text = None if rule is None else rule.canonical()
         line = {"op": problem.op, "backend": backend, "arch": problem.arch, "dims": dict(problem.dims), "dtypes": dict(problem.dtypes), "features": sorted(problem.features),
                 "density": problem.density, "granularity": problem.granularity, "pattern": text if text and len(text) <= MOST_TEXT else None}
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.write(handle, json.dumps(line).encode() + b"\n")
-        os.close(handle)
+        try:
+            with open(path, "ab", buffering=0) as file:
+                file.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:  # a full disk ends no program that serves
+            _unwritten(path, error.strerror)
+
+
+@lru_cache(None)
+def _unwritten(path: str, why: str) -> None:
+    """Said once."""
+    log.warning("SPARSETILE_RECORD_SHAPES: expected a file that can be written, got %r (%s); name another, or unset the variable: shapes are not recorded", path, why)
 
 
 def read(path) -> list[tuple[Problem, str, str | None]]:

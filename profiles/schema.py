@@ -15,6 +15,7 @@ MAX_ENTRIES = 2_000
 MAX_EVENTS = 200_000  # of the parser: half a second, and a hundred for each of the most entries
 STATUS = ("tuned", "partial", "inherited", "manual", "pinned")
 RULES = ("exact", "pow2_up", "bucket")
+OPS = (*KERNELS, "latent_attention")  # whose one knob is its mode
 
 
 class ProfileError(ValueError):
@@ -106,8 +107,8 @@ def check(data) -> str | None:
         return f"expected a mapping at the top, got {type(data).__name__}"
     if data.get("schema") != VERSION:
         return f"schema: expected {VERSION!r}, got {data.get('schema')!r}"
-    if data.get("op") not in KERNELS:
-        return f"op: expected one of {', '.join(KERNELS)}, got {data.get('op')!r}"
+    if data.get("op") not in OPS:
+        return f"op: expected one of {', '.join(OPS)}, got {data.get('op')!r}"
     device = data.get("device")
     if not isinstance(device, dict) or not isinstance(device.get("name"), str) or not isinstance(device.get("arch"), str):
         return "device: expected a mapping with name and arch"

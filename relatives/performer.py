@@ -14,7 +14,7 @@ def performer_attention(q, k, v, *, features: int = 256, seed: int = 0, projecti
     """Softmax attention with exp(scale q . k) estimated by `features` random features: an approximation, whose error falls with the square root of their number.
 
     q           [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] of one type: float32, float16, bfloat16, float64; Hq a multiple of Hk
-    features    M, random features of all heads; seed: they are drawn from (one seed is the same on every framework)
+    features    M, random features of all heads; seed: they are drawn from (one seed is the same on every framework; torch.compile cannot trace the drawing: give projection there)
     projection  [M,D] in the caller's framework instead of drawn ones: then features and seed say nothing
     scale       of the logits, > 0; None is D^-0.5
     causal      query t stands at S - T + t and sees the keys up to there; chunk: queries of a step, which changes the order of summation only

@@ -13,7 +13,7 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
     block        keys of a block; block n holds positions n * block ...; the last one may be ragged
     top_k        blocks a query sees, its own counted: top_k = 1 is the own block alone. Of equal gates the earlier block wins
     Gate: q . mean(keys of the block), the mean rounded to k's type; only blocks that end before the query's own compete. Each query head chooses for itself.
-    Returns Selection [B,Hq,T,K], K = min(top_k, blocks), granularity block, causal: the own block is seen up to the query; a query before position 0 sees nothing.
+    Returns Selection [B,Hq,T,K], K = min(top_k, blocks + 1), granularity block, causal: the own block is seen up to the query; a query before position 0 sees nothing.
     Costs T S / block products of width D. Memory O(T K + S D / block): no gate is stored. Not differentiable.
     Raises ValueError or TypeError for bad arguments, Unsupported where the backend has no indexer_topk for these. Source: MoBA (arXiv 2502.13189), section 2.2.
     """
@@ -25,7 +25,7 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
     own = (start + xp.arange(call.q, T)) // block                               # [B or 1, T]
     block = min(block, max(S, 1))                                               # a longer one is the only one: its number stays
     indices = lib.broadcast_to(own[:, None, :, None], (B, Hq, T, 1))
-    past = min(top_k - 1, -(-S // block) - 1)
+    past = min(top_k - 1, -(-S // block))                                       # all of them for a query past the keys, whose own block does not exist
     if past > 0:
         ends = lib.minimum(own, (length + block - 1) // block)
         chosen = best_keys(call.q, window_means(call.k, length, block, block), past, ends, backend=backend)

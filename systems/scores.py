@@ -30,7 +30,7 @@ def window_means(k, length, size: int, stride: int):
     exists = (xp.arange(k, S) < length)[:, None, :, None]
     wide = lib.where(exists, xp.wide(k), 0)
     padded = lib.concatenate([wide, xp.zeros_of(wide, (B, Hk, (n + size // stride - 1) * stride - S, D))], 2)
-    cells = padded.reshape(B, Hk, -1, stride, D).sum(3)                              # [B,Hk,n + size/stride - 1,D]
+    cells = padded.reshape(B, Hk, n + size // stride - 1, stride, D).sum(3)          # [B,Hk,n + size/stride - 1,D]
     total = sum(cells[:, :, i:i + n] for i in range(size // stride))                 # [B,Hk,n,D]
     count = lib.clip(length - xp.arange(k, n) * stride, 1, size)                     # [B or 1, n]
     return xp.as_type_of(total / count[:, None, :, None], k)

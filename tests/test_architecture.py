@@ -22,6 +22,10 @@ MAY = {"profiles": {"profiles", "backends.contract"}, "ops": {"ops", "profiles",
        "sparsetile": {"sparsetile", "autotune.cli"}, "ci": set(ROOMS), "bench": set(ROOMS)}
 
 
+# the files beside the backends' folders, and which of them each may import; a kernel may import the first two
+BESIDE = {"contract": (), "arrays": (), "devices": (), "host_memory": (), "places": ("arrays", "devices", "host_memory"), "tape": ("arrays",)}
+
+
 def modules():
     for room in ROOMS:
         yield from sorted((ROOT / room).rglob("*.py"))
@@ -41,8 +45,8 @@ def allowed(path: Path, name: str) -> bool:
     if room != "backends":
         return any(target == may or target.startswith(may + ".") for may in MAY[room])
     inside = path.relative_to(ROOT / "backends").parts
-    shared = target.startswith(("backends.contract", "backends.arrays"))
-    return shared or len(inside) > 1 and target.startswith(f"backends.{inside[0]}")
+    beside = BESIDE[path.stem] if len(inside) == 1 and path.stem != "__init__" else ("contract", "arrays")
+    return target.startswith(tuple(f"backends.{name}" for name in beside)) or len(inside) > 1 and target.startswith(f"backends.{inside[0]}")
 
 
 @pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(ROOT)))
@@ -58,6 +62,8 @@ def test_the_layer_test_notices():
     assert not allowed(ROOT / "relatives/linear.py", "sparsetile.ops.attention.sparse_attention")
     assert not allowed(ROOT / "ops/attention.py", "sparsetile.systems.moba") and not allowed(ROOT / "systems/moba.py", "sparsetile.backends.numba.topk.run")
     assert not allowed(ROOT / "profiles/lookup.py", "sparsetile.ops.dispatch")
+    assert not allowed(ROOT / "backends/cupy/topk.py", "sparsetile.backends.places.ViewPlace") and not allowed(ROOT / "backends/arrays.py", "sparsetile.backends.places.Place")
+    assert allowed(ROOT / "backends/places.py", "sparsetile.backends.devices") and allowed(ROOT / "backends/cupy/topk.py", "sparsetile.backends.cupy.operands.strides")
 
 
 def test_optuna_is_imported_in_one_place():

@@ -460,6 +460,22 @@ def test_bad_commands(code, argv, capsys):
         assert "\n" not in said and said.startswith(f"sparsetile {argv[0]}: ") and re.search("expected|must|No such file", said) and len(said) < 1000
 
 
+class Exchanged:
+    """An array of a framework that we do not know, which can be read in place."""
+    __dlpack__ = Q.__dlpack__
+
+
+CACHE = st.PagedKV.empty(Q, sequences=2, pages=4, page_size=4, heads=2, width=16)
+
+
+@pytest.mark.parametrize("word, remedy, call", [
+    ("q", "numpy.from_dlpack", lambda: st.sparse_attention(Exchanged(), K, V)), ("q", "numpy.asarray", lambda: st.sparse_attention([[1.0]], K, V)), ("v", "gather()", lambda: st.sparse_attention(Q, K, CACHE)),
+    ("w_uk", "gather()", lambda: st.latent_decompress(LATENT, CACHE, W_UV)), ("k", "gather()", lambda: st.importance_topk(Q, CACHE, real(2, 4, 6), 3)), ("scores", "gather()", lambda: st.topk(CACHE, 3))])
+def test_what_is_no_array_is_told_how_to_become_one(word, remedy, call):
+    error = _raised(call)
+    assert fault(error, word) is None and remedy in str(error)
+
+
 def test_the_variable_of_latent_attention_rules_all_its_kernels(monkeypatch):
     function, good = CALLS["latent"]
     monkeypatch.setenv("SPARSETILE_BACKEND_LATENT_ATTENTION", "reference")

@@ -73,8 +73,8 @@ def test_kernels_are_those_that_a_call_takes(system, monkeypatch):
             system.run(Inputs(SMALL, 8), None)
         return
     monkeypatch.setenv("SPARSETILE_BACKEND", "reference")
-    taken, choose = [], dispatch._choose
-    monkeypatch.setattr(dispatch, "_choose", lambda op, problem, *more: taken.append(problem.op) or choose(op, problem, *more))
+    taken, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, problem, *more: taken.append(problem.op) or choose(op, problem, *more))
     dispatch.clear_plans()
     x = Inputs(SMALL, 1024 if "merge_attention" in system.kernels else 64, gradient=True)
     out = system.run(x, system.real)
@@ -173,8 +173,8 @@ def test_the_backend_named_is_the_one_that_is_called_and_the_fastest_is_the_base
     pytest.importorskip("torch")
     monkeypatch.delenv("SPARSETILE_BACKEND", raising=False)
     monkeypatch.setattr(speed, "ours", lambda device: ("reference", "numba"))
-    taken, choose, names, asked = [], dispatch._choose, [], speed.asked
-    monkeypatch.setattr(dispatch, "_choose", lambda *given: taken.append(choose(*given)) or taken[-1])
+    taken, choose, names, asked = [], dispatch.choose, [], speed.asked
+    monkeypatch.setattr(dispatch, "choose", lambda *given: taken.append(choose(*given)) or taken[-1])
     monkeypatch.setattr(speed, "asked", lambda name: names.append(name) or asked(name))
     monkeypatch.setattr(speed.timing.Stopwatch, "samples", lambda self, call, count: (call(), [1000.0 if names[-1] == "reference" else 10.0])[1])
     dispatch.clear_plans()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsetile.autotune import cli
-from sparsetile.backends import arrays
+from sparsetile.autotune import cli, commands
+from sparsetile.backends import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "tune", "bench", "warmup", "doctor", "explain", "pattern", "catalogue", "recommend", "plan")
@@ -53,18 +53,21 @@ def test_doctor(capsys):
 
 def test_doctor_says_which_variables_no_call_can_obey(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSETILE_BACKEND_SPARSE_ATENTION", "numba")
+    monkeypatch.setenv("SPARSETILE_BACKEND_GATHER_ATTENTION", "numba")
+    monkeypatch.setenv("SPARSETILE_BACKEND_PAGE_ROWS", "numba")  # can be obeyed
     monkeypatch.setenv("SPARSETILE_BACKEND_TOPK", "cuda")
     monkeypatch.setenv("SPARSETILE_TUNE", "yes")
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "none"))
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["environment"]["SPARSETILE_BACKEND_TOPK"] == "cuda" and len(report["mistakes"]) == 4
+    assert report["environment"]["SPARSETILE_BACKEND_TOPK"] == "cuda" and len(report["mistakes"]) == 5
     assert all(any(sentence.startswith(f"{name}: expected") for sentence in report["mistakes"]) for name in ("SPARSETILE_BACKEND_SPARSE_ATENTION", "SPARSETILE_BACKEND_TOPK", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR"))
+    assert any(s.startswith("SPARSETILE_BACKEND_GATHER_ATTENTION: ") and s.endswith("; of this kernel SPARSETILE_BACKEND_SPARSE_ATTENTION is read") for s in report["mistakes"])
     assert cli.main(["doctor"]) == 0 and report["mistakes"][0] in capsys.readouterr().out
 
 
 def test_a_gpu_without_torch_is_refused_in_words(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
     for words in (["explain", "--device", "0"], ["tune", "--device", "0"], ["tune", "--device", "all"], ["bench", "--device", "0"]):
         assert cli.main(words) == 1 and "--device: expected torch" in capsys.readouterr().err
 
@@ -119,7 +122,7 @@ def test_bench_times_the_default_beside_a_tuned_config(capsys, monkeypatch, tmp_
     from sparsetile.profiles import lookup
     task = tasks.Task(tasks.find("cpu/window-256/4096"), None)
     entry = {"key": lookup.key_of(task.problem), "backend": "numba", "config": {"block_q": 32, "block_k": 64}, "time_us": 10.0}
-    store.add(tmp_path / "mine", "block_attention", {"name": arrays.device_info(None).name, "arch": "cpu"}, entry, {}, {})
+    store.add(tmp_path / "mine", "block_attention", {"name": devices.device_info(None).name, "arch": "cpu"}, entry, {}, {})
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "mine"))
     lookup.forget(), dispatch.clear_plans()
     assert cli.main(["bench", "cpu/window-256/4096", "--seconds", "0.1", "--json"]) == 0
@@ -134,7 +137,7 @@ def test_pattern_counts_the_blocks_kept(text, kept, of, capsys):
     assert (blocks["kept"], blocks["of"]) == (kept, of)
 
 
-@pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])
+@pytest.mark.parametrize("arguments", [["tune", "no-such-workload"], ["tune", "page_rows"], ["tune", "--list", "--device", "0", "indexer_scores_backward"], ["explain", "no-such-workload"], ["tune", "--device", "x"], ["bench", "--device", "99"]])
 def test_mistakes_are_one_sentence(arguments, capsys):
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err

@@ -3,11 +3,16 @@ import pytest
 from drivers import LARGE
 
 from sparsetile.autotune import tasks, verify
+from sparsetile.backends.contract import TUNED
 from sparsetile.ops import dispatch
 
 # kernel -> parts that its configs are dealt into, so that several processes share what takes long to compile
-KERNELS = {"block_attention": 8, "block_attention_backward": 8, "gather_attention": 2, "gather_attention_backward": 2, "importance_topk": 1, "indexer_scores": 1, "indexer_scores_backward": 1, "indexer_topk": 6, "topk": 3,
+PARTS = {"block_attention": 8, "block_attention_backward": 8, "gather_attention": 2, "gather_attention_backward": 2, "importance_topk": 1, "indexer_scores": 1, "indexer_scores_backward": 1, "indexer_topk": 6, "topk": 3,
            "latent_decompress": 2, "grouped_matmul": 2, "merge_attention": 1}
+
+
+def test_every_tuned_kernel_is_here():
+    assert {*PARTS} == {*TUNED} == {w.kernel for w in tasks.workloads()}
 
 
 def twins(kernel):
@@ -31,7 +36,7 @@ def neighbours(kernel, problem):
 
 
 @pytest.mark.parametrize("backend", LARGE)
-@pytest.mark.parametrize("name, part", [(name, part) for name, parts in KERNELS.items() for part in range(parts)])
+@pytest.mark.parametrize("name, part", [(name, part) for name, parts in PARTS.items() for part in range(parts)])
 def test_one_knob_at_a_time(on, backend, name, part):
     if not dispatch.has_kernel(backend, name):
         pytest.skip(f"{backend} has no {name} kernel")
@@ -44,7 +49,7 @@ def test_one_knob_at_a_time(on, backend, name, part):
             continue
         for label, config in neighbours(kernel, problem):
             seen += 1
-            if (seen - 1) % KERNELS[name] != part:
+            if (seen - 1) % PARTS[name] != part:
                 continue
             tried += 1
             error = verifier.wrong(backend, config)

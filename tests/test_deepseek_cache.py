@@ -50,15 +50,15 @@ def steps():
 
 
 @CPU
-@pytest.mark.parametrize("page_size", [4, 16])
-def test_prefill_and_steps_are_hugging_faces_full_pass(deepseek, backend, page_size):
+@pytest.mark.parametrize("page_size, mode", [(4, "absorbed"), (16, "auto"), (4, "decompressed")])
+def test_prefill_and_steps_are_hugging_faces_full_pass(deepseek, backend, page_size, mode):
     measure, truth, scale, *wide = deepseek
     q_nope, q_rope, latent, rope, w_uk, w_uv = (x.astype(np.float32) for x in wide)
     cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=B, pages=30, page_size=page_size, rank=R, rotary=P)
     for first, end in steps():
         part = slice(first, end)
         cache.append(latent[:, part], rope[:, part], backend=backend)
-        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend=backend)
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, mode=mode, backend=backend)
         assert_close(f"tokens {first} to {end}", got, truth[:, :, part], measure[:, :, part].astype(np.float32), reduction=R + P + end)
 
 
@@ -101,6 +101,44 @@ def test_the_float8_cache_is_a_full_pass_over_the_same_quantised_latents(deepsee
         c, r, s = cache.gather(quantised=True)
         got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], c, r.astype(np.float32), w_uk, w_uv, st.Causal(), latent_scale=s, scale=scale, mode="decompressed", backend=backend)
         assert_close(f"tokens {first} to {end}", got, truth[:, :, part], measure[:, :, part], reduction=R + DN + P + end)
+        whole = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, mode="decompressed", backend=backend)
+        assert_same_bits("the cache itself", whole, got)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float8"])
+def test_a_cache_of_ragged_lengths_is_rebuilt(kind, rng):
+    """Keys and values of each sequence, 0 behind them; attention over them sees what the absorbed mode sees, windows and selections too."""
+    put = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    cache, lengths = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=3, pages=20, page_size=4, rank=R, rotary=P, dtype=kind), [9, 5, 0]
+    cache.append(put(3, 9, R), put(3, 9, P), lengths)
+    w_uk, w_uv, q_nope, q_rope = put(H, R, DN), put(H, R, DV), put(3, H, 3, DN), put(3, H, 3, P)
+    k, v = st.latent_decompress(cache, w_uk, w_uv)
+    c, rope, *scale = cache.gather(quantised=kind == "float8")
+    assert_same_bits("k and v", np.concatenate([k, v], -1), np.concatenate(st.latent_decompress(c, w_uk, w_uv, k_rope=rope.astype(np.float32), latent_scale=scale[0] if scale else None), -1))
+    assert k.shape == (3, H, 9, DN + P) and all(not x[b, :, n:].any() and (n == 0 or x[b, :, :n].any()) for x in (k, v) for b, n in enumerate(lengths))
+    chosen = st.Selection(rng.integers(-1, 9, (3, 1, 3, 6)).astype(np.int32), causal=True)
+    for rule in (None, st.Causal(), st.Window(2), chosen):
+        given = (q_nope, q_rope, cache, None, w_uk, w_uv, rule)
+        found = [st.latent_attention(*given, mode=mode, return_lse=True, backend="reference") for mode in ("absorbed", "decompressed")]
+        queries, seen = np.concatenate([q_nope, q_rope], -1), oracle.selection_count(chosen.indices, 9, H, causal=True, lengths=None, granularity=1, kv_length=lengths) if rule is chosen else \
+            oracle.visible(3, 3, 9, rule={"None": lambda p, s: s < 99, "Causal()": lambda p, s: s <= p, "Window(2, 0)": lambda p, s: (s <= p) & (s >= p - 2)}[repr(rule)], kv_length=lengths)
+        truth, measure = (f.attention(queries, k.astype(kind_), v.astype(kind_), seen, scale=(DN + P) ** -0.5) for f, kind_ in ((oracle, np.float64), (plain, np.float32)))
+        for out, lse in found:
+            assert_close("out", out, truth[0], measure[0], reduction=R + DN + P + 9)
+            assert_close("lse", lse, truth[1], measure[1], reduction=R + DN + P + 9)
+
+
+@pytest.mark.parametrize("T, rule, kernel", [(1, None, "block_attention"), (512, st.Causal(), "latent_decompress"), (512, st.RandomBlocks(1, 64, 0), "block_attention")], ids=repr)
+def test_the_mode_over_a_cache_is_the_cheaper(T, rule, kernel):
+    """By the tokens that it holds, not by its room; a rule that depends on all its room reads it where it lies."""
+    cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=1, pages=64, page_size=64)
+    cache.append(np.zeros((1, 512, 512), np.float32), np.zeros((1, 512, 64), np.float32))
+    given = [np.zeros(s, np.float32) for s in ((1, 2, T, 128), (1, 2, T, 64))], [np.zeros((2, 512, 128), np.float32)] * 2
+    found = st.explain("latent_attention", *given[0], cache, None, *given[1], rule)
+    assert found.kernel == kernel and (kernel == "block_attention" or dict(found.problem.dims)["S"] == 512)
+    if rule is not None and rule.needs_exact_S:
+        with pytest.raises(st.Unsupported, match="pattern: mode='decompressed' rebuilds"):
+            st.latent_attention(*given[0], cache, None, *given[1], rule, mode="decompressed")
 
 
 def test_the_float8_cache_is_read_where_it_lies(deepseek):
@@ -121,11 +159,10 @@ def test_the_float8_cache_is_read_where_it_lies(deepseek):
 
 @pytest.mark.parametrize("call, error, words", [
     (lambda q, c, w: st.latent_attention(q, None, c, q[:, 0], w, w), ValueError, "k_rope: expected None"),
-    (lambda q, c, w: st.latent_attention(q, None, c, None, w, w, mode="decompressed"), st.Unsupported, r"pass the arrays of cache.gather\(\)"),
+    (lambda q, c, w: st.latent_decompress(c, w, w, k_rope=q[:, 0]), ValueError, "k_rope: expected None"),
+    (lambda q, c, w: st.latent_decompress(st.IndexerKeys.empty(q, sequences=1, pages=1), w, w), st.Unsupported, "IndexerKeys holds no latents"),
     (lambda q, c, w: st.latent_attention(q[:, :, :, :3], None, c, None, w, w), ValueError, "q_nope: expected shape"),
     (lambda q, c, w: st.latent_attention(q, None, st.IndexerKeys.empty(q, sequences=1, pages=1), None, w, w), st.Unsupported, "IndexerKeys holds no latents"),
-    (lambda q, c, w: st.latent_attention(q, None, st.PagedLatent.empty(q, sequences=1, pages=1, rank=128, rotary=0, dtype="float8"), None, *[np.zeros((1, 128, 4), np.float32)] * 2,
-                                         mode="decompressed"), st.Unsupported, r"cache.gather\(quantised=True\)"),
 ])
 def test_misuse_is_named(call, error, words):
     q, w = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 4), np.float32)
@@ -140,14 +177,14 @@ def test_selected_rows_become_keys_of_16_bits(on, backend, causal, start, rng):
     """Keys of holes are not written; what is found counts within its sequence. Lists shorter than a block of entries, two queries of three sequences."""
     if on.unavailable:
         pytest.skip(on.unavailable)
-    from sparsetile.backends import arrays
+    from sparsetile.backends import places
     from sparsetile.backends.reference.positions import latents
     from sparsetile.backends.triton import latent_rows
     B, S, T, K, rank = 3, 30, 2, 19, 128
     pool = np.stack([np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (rank, 16)), False), np.uint8) for _ in range(B * S)]).reshape(B, 1, S, -1)
     entries, counts, held = rng.integers(-3, S + 3, (B, 1, T, K)).astype(np.int32), np.array([[[K, 7]], [[-2, K + 5]], [[0, K]]], np.int32), np.array([S + 9, 20, 0], np.int32)
     starts = np.array([4, 2 ** 31 - 1, 0], np.int32) if start == "device" else start
-    place, put = arrays.place_for("torch", "torch", None if on.interpreted else 0), lambda x: on.put(x) if isinstance(x, np.ndarray) else x
+    place, put = places.place_for("torch", "torch", None if on.interpreted else 0), lambda x: on.put(x) if isinstance(x, np.ndarray) else x
     keys, found = latent_rows.launch(put(pool), put(entries), "float16", place, lengths=put(counts), causal=causal, kv_length=put(held), q_start=put(starts), latent=(rank, 16))
     keys, found, expected = to_numpy(keys), to_numpy(found), np.full((B, 1, T, K), -1)
     for b, _, t, e in np.ndindex(entries.shape):

@@ -4,16 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from drivers import EVERY
 
 import sparsetile as st
 from sparsetile.autotune import store
-from sparsetile.backends import arrays
-from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.backends import devices
+from sparsetile.backends.contract import KERNELS, Problem, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
-from sparsetile.profiles import lookup, schema
+from sparsetile.profiles import lookup, misses, schema
 
-DEVICE = {"name": arrays.device_info(None).name, "arch": "cpu"}
+DEVICE = {"name": devices.device_info(None).name, "arch": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,7 @@ def test_unknown_backend_is_an_error(qkv, monkeypatch):
 def test_every_op_has_a_variable_of_its_own(qkv, monkeypatch, name, call):
     variable = f"SPARSETILE_BACKEND_{name}"
     assert st.explain(call, qkv[0]).backend == "numba"
+    assert name.lower() in map(dispatch.op_of, KERNELS)  # what the doctor knows
     monkeypatch.setenv(variable, "reference")
     assert st.explain(call, qkv[0]).backend == "reference"
     for value in ("cuda", "NUMBA", " numba"):
@@ -190,8 +192,8 @@ def test_a_density_a_bucket_away_serves_and_two_do_not(qkv, tmp_path):
 
 def test_a_shipped_profile_of_the_same_architecture_is_said_once(qkv, tmp_path, monkeypatch, caplog):
     """It comes after everything of this very device, and the log says that it is another's. (This CPU says it is of a GPU's architecture: a CPU inherits from none.)"""
-    mine = arrays.device_info(None)
-    monkeypatch.setattr(arrays, "device_info", lambda index: arrays.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
+    mine = devices.device_info(None)
+    monkeypatch.setattr(devices, "device_info", lambda index: devices.DeviceInfo(mine.name, "sm_90a", mine.sms, 0, 0, 0, "cpu"))
     monkeypatch.setitem(DEVICE, "arch", "sm_90a")
     plain = st.explain(st.sparse_attention, *qkv)
     monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
@@ -259,6 +261,51 @@ def test_explain_computes_nothing_and_names_unknown_ops(qkv):
     json.dumps({"config": found.config, "reasons": found.reasons})
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_explain_tells_who_prepares_the_call(on, backend, rng, monkeypatch):
+    """A selection over a paged cache becomes rows of its pool before attention reads them: by a kernel where the backend has one, and only looked for while a call is explained."""
+    cache = st.PagedKV.empty(on.put(np.zeros(1, np.float32)), sequences=2, pages=8, page_size=4, heads=1, width=16)
+    cache.append(on.put(rng.standard_normal((2, 1, 9, 16)).astype(np.float32)), on.put(rng.standard_normal((2, 1, 9, 16)).astype(np.float32)), backend=backend)
+    q, entries = on.put(np.zeros((2, 1, 1, 16), np.float32)), st.Selection(on.put(np.array([[[[0, 3]]], [[[8, 1]]]], np.int32)), 2)
+    for kernel in ("page_rows", "gather_attention"):
+        if dispatch.has_kernel(backend, kernel):
+            monkeypatch.setattr(dispatch.kernel(backend, kernel), "run", None)
+    found = st.explain(st.sparse_attention, q, cache, pattern=entries, backend=backend)
+    runs = backend if dispatch.has_kernel(backend, "page_rows") else None
+    assert found.kernel == "gather_attention" and found.problem["K"] == 4 and found.before == {"page_rows": runs}
+    assert f"before it: {runs or 'the framework of the arrays'} runs page_rows" in str(found)
+    assert st.explain(st.sparse_attention, q, q, q, backend=backend).before == {}
+
+
+def test_work_that_can_be_done_without_a_kernel_finds_one_or_none(monkeypatch):
+    """By itself the reference is never found: whatever the op does instead is faster; a name or a variable asks for it. A choice is remembered, as every other is."""
+    products = Problem.of("grouped_matmul", dict(B=1, H=2, T=3, N=4, M=5, P=0), dict(x="float32", w="float32"), "cpu", ["inner_heads"])
+    rows = Problem.of("page_rows", dict(B=1, Hk=1, T=1, K=4), dict(indices="int32"), "cpu")
+    assert dispatch.find("latent_attention", products, None) is None and dispatch.find("latent_attention", products, None, "numba") is None
+    found = dispatch.find("latent_attention", products, None, "reference")
+    assert found.backend == "reference" and found is dispatch.find("latent_attention", products, None, "reference")
+    monkeypatch.setenv("SPARSETILE_BACKEND_LATENT_ATTENTION", "reference")
+    assert dispatch.find("latent_attention", products, None).backend == "reference" and dispatch.find("page_rows", rows, None, "numba") is None
+    monkeypatch.setenv("SPARSETILE_BACKEND_PAGE_ROWS", "cuda")
+    with pytest.raises(ValueError, match="^SPARSETILE_BACKEND_PAGE_ROWS: expected one of auto"):
+        dispatch.find("page_rows", rows, None)
+
+
+def test_kernels_that_are_not_tuned_are_not_missed(monkeypatch):
+    """Neither counted nor tuned, though some have knobs; a tuned one is both."""
+    pytest.importorskip("triton")
+    asked = []
+    monkeypatch.setattr(dispatch, "refusal", lambda backend, problem, device: None)
+    monkeypatch.setattr(dispatch, "tune_hook", lambda problem, *rest: asked.append(problem.op))
+    monkeypatch.setenv("SPARSETILE_TUNE", "on")
+    counted = dict(misses.counts)
+    sizes = dict(B=1, Hq=2, Hk=2, T=7, S=7, D=16, Dv=16)
+    for op, axes in (("attention_delta", ("B", "Hq", "T", "Dv")), ("block_attention", sizes)):
+        problem = Problem.of(op, {axis: sizes[axis] for axis in axes}, dict(q="float32", k="float32", v="float32"), "sm_80")
+        assert dispatch.choose("sparse_attention", problem, None, "triton").kernel.TUNABLES
+    assert asked == ["block_attention"] and {key for key in misses.counts if misses.counts[key] != counted.get(key)} == {("block_attention", "triton")}
+
+
 @pytest.mark.parametrize("T, S, pattern, mode", [(1, 4096, None, "absorbed"), (512, 512, None, "decompressed"), (512, 512, st.Causal(), "decompressed"), (64, 4096, st.Window(7), "absorbed"),
                                                  (4, 512, st.Selection(np.zeros((1, 1, 4, 16), np.int32)), "absorbed")])
 def test_a_latents_mode_is_the_cheaper(T, S, pattern, mode):
@@ -272,6 +319,24 @@ def test_a_latents_mode_is_the_cheaper(T, S, pattern, mode):
     call = [np.zeros(s, np.float32) for s in ((B, H, T, Dn), (B, H, T, P), (B, S, R), (B, S, P), (H, R, Dn), (H, R, Dv))]
     kernel = st.explain("latent_attention", *call, pattern).kernel
     assert kernel == ("latent_decompress" if mode == "decompressed" else "gather_attention" if isinstance(pattern, st.Selection) else "block_attention")
+
+
+@pytest.mark.parametrize("rule, mode", [(None, "decompressed"), (st.Causal(), "decompressed"), (st.Selection(np.zeros((1, 1, 4, 16), np.int32)), "decompressed"), (None, "absorbed")], ids=repr)
+def test_a_profile_says_the_mode_of_latents(rule, mode, tmp_path, monkeypatch):
+    """An entry overrides the stated cost, which says the other mode for these sizes; not where the mode is named, profiles are off, or the sizes are others."""
+    B, H, T, S, R, Dn, Dv, P = (1, 4, 4, 512, 512, 128, 128, 64) if mode == "decompressed" else (1, 4, 512, 512, 512, 128, 128, 64)
+    make = lambda S: [np.zeros(s, np.float32) for s in ((B, H, T, Dn), (B, H, T, P), (B, S, R), (B, S, P), (H, R, Dn), (H, R, Dv))]  # noqa: E731
+    found = lambda S=S, **o: "decompressed" if st.explain("latent_attention", *make(S), rule, **o).kernel == "latent_decompress" else "absorbed"  # noqa: E731
+    other = found()
+    assert other != mode
+    few = isinstance(rule, st.Selection)
+    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent="float32"), "cpu", ["selection"] * few, 1 / 32 if few else 1.0)
+    store.add(tmp_path, "latent_attention", DEVICE, {"key": lookup.key_of(problem), "backend": "numba", "config": {"mode": mode}, "status": "manual"}, {}, {})
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+    lookup.forget(), dispatch.clear_plans()
+    assert found() == mode and found(mode=other) == other and found(8 * S) == ("absorbed" if mode == "decompressed" else "decompressed")
+    monkeypatch.setenv("SPARSETILE_TUNE", "off")
+    assert found() == other
 
 
 def test_choice_is_cached_and_cheap(qkv):

@@ -79,8 +79,8 @@ def test_all_keys_are_dense_attention_and_few_are_not(on, backend, rng, monkeypa
     from sparsetile.ops import dispatch
     (q, k, v), index = made(rng, T=4, S=9, D=8, Dv=8)
     dense = on.sparse_attention(q, k, v, st.Causal())
-    taken, choose = [], dispatch._choose
-    monkeypatch.setattr(dispatch, "_choose", lambda op, problem, *more: taken.append(problem.op) or choose(op, problem, *more))
+    taken, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, problem, *more: taken.append(problem.op) or choose(op, problem, *more))
     dispatch.clear_plans()
     assert_same_bits("out", on.dsa_attention(q, k, v, **index, top_k=9), dense)
     assert "indexer_topk" not in taken and "gather_attention" not in taken

@@ -12,6 +12,7 @@ from numeric import assert_close, plain
 
 import sparsetile as st
 from sparsetile.backends import arrays as memory
+from sparsetile.backends import places
 
 every = pytest.mark.parametrize("backend", EVERY)
 INT_MIN, INT_MAX = -2 ** 31, 2 ** 31 - 1
@@ -72,7 +73,7 @@ class Guarded(Driver):
             monkeypatch.setattr(kind, "empty", empty)
             monkeypatch.setattr(kind, "full", full)
             monkeypatch.setattr(kind, "zeros", lambda place, shape, dtype: full(place, shape, dtype, 0))
-        for kind in (memory.NumpyPlace, memory.TorchPlace, memory.ViewPlace):
+        for kind in (places.NumpyPlace, places.TorchPlace, places.ViewPlace):
             wrap(kind, kind.empty)
 
     def check(self):
@@ -97,7 +98,7 @@ def test_the_guard_sees_a_write(fault, monkeypatch):
     driver = Guarded("reference", 3)
     driver.watch(monkeypatch)
     x = driver.put(np.ones((3, 5), np.float32))
-    out = memory.NumpyPlace("numpy").zeros((2, 3), "float32")
+    out = places.NumpyPlace("numpy").zeros((2, 3), "float32")
     driver.check()
     assert not out.any() and np.isnan(x.base).any() and (x == 1).all() and not x.flags.c_contiguous
     target = {"input": x[2:, 4:], "band": np.lib.stride_tricks.as_strided(x, (1, 6))[:, 5:], "output": np.lib.stride_tricks.as_strided(out, (2, 4))[1:, 3:]}[fault]

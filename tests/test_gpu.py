@@ -1,11 +1,15 @@
 """What only a real chip shows, on both GPU backends: CUDA graphs, the caller's stream, other frameworks' arrays, a second device, compiled calls, long rows, many runs."""
 import importlib
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numeric import assert_close, assert_same_bits, plain, to_numpy
+from without_torch import answers
 
 import sparsetile as st
 
@@ -248,10 +252,10 @@ def test_jax_arrays(backend, name, rng):
 @pytest.mark.parametrize("caller, of_caller", [("cupy", False), ("cupy", True), ("jax", False)])
 def test_torch_works_on_the_stream_of_other_frameworks(caller, of_caller):
     """Also where that is the default stream, whose pointer is 0: results came back before they were written while torch had made a stream of its own there."""
-    from sparsetile.backends import arrays
+    from sparsetile.backends import places
     cupy = pytest.importorskip("cupy")
     with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) if of_caller else cupy.cuda.Stream.null as stream:
-        place = arrays.place_for("torch", caller, 0)
+        place = places.place_for("torch", caller, 0)
         with place.guard():
             assert torch.cuda.current_stream(0).cuda_stream == place.stream == stream.ptr
             assert torch.empty(1, device="cuda").device.index == 0
@@ -497,3 +501,15 @@ def test_a_repeated_run_is_the_run(backend, name, rng, monkeypatch):
     graph.replay()
     same(got, x, lengths[1])
     assert len(repeated) == 6 and all(repeated)
+
+
+def test_cupy_arrays_need_no_torch(tmp_path):
+    pytest.importorskip("cupy")
+    tests, path = Path(__file__).resolve().parent, tmp_path / "answers.npz"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    got = subprocess.run([sys.executable, str(tests / "without_torch.py"), str(path)], env=env, capture_output=True, text=True, timeout=250)
+    assert got.returncode == 0, got.stderr[-3000:]
+    with np.load(path) as without:
+        for name, array in answers(lambda x: torch.from_numpy(x).cuda(), backend="cupy").items():
+            for backend in ("cupy", "auto"):
+                assert_same_bits(f"{backend} {name}", without[f"{backend}.{name}"], to_numpy(array))

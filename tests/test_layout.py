@@ -4,10 +4,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from drivers import EVERY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numeric import to_numpy
 from pattern_cases import fine, rules, sizes
 
+from sparsetile.ops import device_lists, dispatch
 from sparsetile.ops.layout import Layout, decode
 from sparsetile.ops.lowering import lower
 from sparsetile.ops.patterns import Blocks, Causal, Dilated, Documents, Fixed, Full, Global, PerHead, RandomBlocks, Sink, Strided, Window
@@ -280,6 +283,41 @@ def test_device_layouts_need_no_host_round_trip():
     for layout in made:
         part, = layout.parts
         assert part.offsets.shape[0] == 2 * part.list_of.shape[0] * part.list_of.shape[1] * part.nq + 1 and part.cols.dtype == torch.int32
+
+
+GRIDS = [(1, 1, 1), (2, 5, 7), (1, 33, 9), (2, 0, 4), (2, 3, 0)]
+
+
+def grid_of(rng, shape):
+    """Kinds: -2 absent, -1 full, else a row of a table; some rows and columns without a block, one row full of them."""
+    grid = np.where(rng.random(shape) < 0.4, -2, rng.integers(-1, 6, shape)).astype(np.int32)
+    if grid.size:
+        grid[0, 0], grid[:, :, -1], grid[-1, -1] = -2, -2, -1
+    return grid
+
+
+def assert_same_lists(got, want):
+    """As far as the offsets speak of entries."""
+    for offsets, *entries in (("offsets", "cols", "kinds"), ("by_key_offsets", "by_key_rows", "by_key_kinds")):
+        found, right = (to_numpy(x[offsets]) for x in (got, want))
+        assert np.array_equal(found, right) and found.dtype == np.int32
+        for name in entries:
+            assert np.array_equal(to_numpy(got[name])[:right[-1]], to_numpy(want[name])[:right[-1]]) and got[name].shape == want[name].shape, name
+
+
+@pytest.mark.parametrize("backend", [one for one in EVERY if one.id != "numba"])  # which has no such kernel
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+def test_lists_by_a_kernel_are_those_of_the_operators(on, backend, shape, rng, monkeypatch):
+    """Tensors' lists are made by the kernel `layout`, once a layout; NumPy's by operators."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("SPARSETILE_BACKEND", backend)
+    kernel, ran = dispatch.kernel(backend, "layout"), []
+    right = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *args, **rest: ran.append(args) or right(*args, **rest))
+    grid = grid_of(rng, shape)
+    got, want = (vars(device_lists.lists(x, 32, 64, (shape[0], 1))) for x in (on.tensor(grid), grid))
+    assert len(ran) == 1 and type(got["cols"]).__module__ == "torch"
+    assert_same_lists(got, want)
 
 
 @pytest.mark.gpu

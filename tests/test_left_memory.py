@@ -1,16 +1,16 @@
 """Memory of CPU results: whole cache lines, taken again once nobody holds it, given back when shapes change."""
 import pytest
 
-from sparsetile.backends import arrays
+from sparsetile.backends import host_memory, places
 
 SHAPE, BYTES = (64, 1024), 64 * 1024 * 4
 
 
 @pytest.fixture
 def place():
-    arrays._LEFT.clear()
-    yield arrays.NumpyPlace("numpy")
-    arrays._LEFT.clear()
+    host_memory._LEFT.clear()
+    yield places.NumpyPlace("numpy")
+    host_memory._LEFT.clear()
 
 
 def where(x):
@@ -49,17 +49,17 @@ def test_zeros_are_zeros_in_memory_that_held_something(place):
 
 def test_other_shapes_give_it_back(place):
     held = [place.empty(SHAPE, "float32") for _ in range(2)]
-    assert arrays._LEFT == {}
+    assert host_memory._LEFT == {}
     held.clear()
-    assert [len(waiting) for waiting in arrays._LEFT.values()] == [2]
+    assert [len(waiting) for waiting in host_memory._LEFT.values()] == [2]
     place.empty((64, 1000), "float32")
-    assert BYTES not in arrays._LEFT
+    assert BYTES not in host_memory._LEFT
 
 
 def test_no_more_than_so_much_waits(place, monkeypatch):
-    monkeypatch.setattr(arrays, "MOST_LEFT", 3 * BYTES)
+    monkeypatch.setattr(host_memory, "MOST_LEFT", 3 * BYTES)
     held = [place.empty(SHAPE, "float32") for _ in range(3)] + [place.empty((2, *SHAPE), "float32")]
     held.clear()
-    assert sum(size * len(waiting) for size, waiting in arrays._LEFT.items()) <= 3 * BYTES
+    assert sum(size * len(waiting) for size, waiting in host_memory._LEFT.items()) <= 3 * BYTES
     place.empty((4, *SHAPE), "float32")
-    assert 4 * BYTES not in arrays._LEFT  # larger than all that may wait
+    assert 4 * BYTES not in host_memory._LEFT  # larger than all that may wait

@@ -9,7 +9,7 @@ from drivers import EVERY, arrays, numpy_dtype
 from judge import normal
 from numeric import assert_close, plain
 
-from sparsetile.backends import arrays as places
+from sparsetile.backends import places
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import dispatch
 

@@ -132,10 +132,10 @@ def test_rows_without_gradient_beside_memory_that_results_left():
 def test_gradients_do_not_depend_on_what_memory_held(monkeypatch, left, right, T):
     """Register tiles reach past the keys of a block, into keys that another share adds up."""
     pytest.importorskip("torch")
-    from sparsetile.backends import arrays
+    from sparsetile.backends import arrays, places
     from sparsetile.backends.numba import block_attention_backward
     poison = lambda self, shape, dtype: np.full(shape, np.nan, arrays.numpy_dtype(dtype))
-    monkeypatch.setattr(arrays.NumpyPlace, "empty", poison)
+    monkeypatch.setattr(places.NumpyPlace, "empty", poison)
     monkeypatch.setattr(block_attention_backward, "take", lambda size: np.full(size // 4, np.nan, np.float32))
     rng = np.random.default_rng(6)
     q, k, v = (rng.normal(size=(1, h, T, 64)).astype(np.float32) for h in (2, 1, 1))

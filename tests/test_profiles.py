@@ -109,12 +109,12 @@ def test_calls_run_beside_a_hostile_entry_which_is_named(name, tmp_path, monkeyp
     import numpy as np
 
     import sparsetile as st
-    from sparsetile.backends import arrays
+    from sparsetile.backends import devices
     from sparsetile.ops import dispatch
     x = np.ones((1, 2, 40, 16), np.float32)
     problem = st.explain(st.sparse_attention, x, x, x, st.Causal()).problem
     one = {**entry(), "key": lookup.key_of(problem), **HOSTILE_ENTRIES[name]}
-    data = profile(op="block_attention", device={"name": arrays.device_info(None).name, "arch": "cpu"}, entries=[entry(), one])
+    data = profile(op="block_attention", device={"name": devices.device_info(None).name, "arch": "cpu"}, entries=[entry(), one])
     store.write(tmp_path / lookup.slug(data["device"]["name"]) / "block_attention.yaml", store.dump(data))
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
     lookup.forget(), dispatch.clear_plans(), dispatch._said.clear()
@@ -153,6 +153,14 @@ def test_a_broken_file_is_kept_beside_not_overwritten(tmp_path):
     path.write_text("nonsense: [")
     store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
     assert path.with_suffix(".broken").read_text() == "nonsense: [" and schema.load(path)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    path = store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    for name in (".topk.yaml.k1lled", ".merge_attention.yaml.another"):
+        (path.parent / name).write_text("schema:")
+    store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
+    assert {file.name for file in path.parent.iterdir()} == {"topk.yaml", ".lock", ".merge_attention.yaml.another"}
 
 
 def test_two_hundred_entries_load_quickly(tmp_path):

@@ -6,13 +6,13 @@ pytest.importorskip("triton")
 
 from triton import knobs  # noqa: E402
 
-from sparsetile.backends import arrays  # noqa: E402
+from sparsetile.backends import places  # noqa: E402
 from sparsetile.backends.triton import relaunch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not relaunch._KNOWN, reason="another Triton: every launch takes Triton's own way")
 
 
-class Place(arrays.Place):
+class Place(places.Place):
     device, stream, address = 0, 77, staticmethod(torch.Tensor.data_ptr)
 
 

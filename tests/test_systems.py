@@ -286,6 +286,14 @@ def test_a_block_longer_than_the_keys(rng):
         judge.answer(*st.moba(q, k, v, block=block, q_start=5, return_lse=True), q, k, v, seen)
 
 
+@pytest.mark.parametrize("options", [{}, dict(kv_length=np.array([7], np.int32)), dict(top_k=3)], ids=repr)
+def test_moba_past_the_keys_sees_every_block_it_may_choose(options, rng):
+    """The own block of a query past the keys does not exist, and takes no other's place."""
+    q, k, v = normal(rng, (1, 2, 8, 8), np.float32), normal(rng, (1, 1, 16, 8), np.float32), normal(rng, (1, 1, 16, 8), np.float32)
+    knobs = dict(block=8, top_k=5, q_start=15) | options
+    judge.answer(*st.moba(q, k, v, return_lse=True, **knobs), q, k, v, naive.moba(q, k, **knobs))
+
+
 @pytest.mark.parametrize("B, T, S", [(0, 4, 4), (1, 0, 4), (1, 4, 0), (1, 0, 0)])
 @pytest.mark.parametrize("system", [*SMALL, "pooled_blocks", "routing", "reformer", "native_sparse_attention"])
 def test_nothing_in_is_nothing_out(system, B, T, S):

@@ -11,11 +11,11 @@ from numeric import assert_close, plain
 torch = pytest.importorskip("torch")
 
 import sparsetile as st  # noqa: E402
-from sparsetile.backends import arrays, contract, cupy, tape  # noqa: E402
+from sparsetile.backends import arrays, contract, cupy, devices, places, tape  # noqa: E402
 from sparsetile.ops import dispatch, ready  # noqa: E402
 
 
-class Place(arrays.Place):
+class Place(places.Place):
     device, stream, address = 0, 77, staticmethod(torch.Tensor.data_ptr)
 
     def native(self, x):
@@ -124,7 +124,7 @@ def test_a_tape_stays_as_it_is():
 
 
 # ------------------------------------------------------------------------------------------------------------------ a ready call
-class OnCpu(arrays.ViewPlace):
+class OnCpu(places.ViewPlace):
     """What a torch caller on CUDA device 0 has, with tensors and kernels of the CPU."""
     compile = CpuPlace().compile
 
@@ -137,11 +137,13 @@ def gpu(monkeypatch):
     """CuPy on "device 0"; and how often its kernels ran from a tape."""
     if CXX is None:
         pytest.skip("g++ compiles the kernels for the CPU, and is not there")
-    info = arrays.DeviceInfo("a GPU", "sm_80", 4, 80, 163 << 10, 40, "nvidia")
-    for name, value in dict(device_of=lambda x: 0 if isinstance(x, torch.Tensor) else None, device_info=lambda device: info, ViewPlace=OnCpu, _PLACES={}, _torch_stream=lambda: lambda device: 0, _torch_device=lambda: lambda: 0).items():
-        monkeypatch.setattr(arrays, name, value)
+    info = devices.DeviceInfo("a GPU", "sm_80", 4, 80, 163 << 10, 40, "nvidia")
+    monkeypatch.setattr(arrays, "device_of", lambda x: 0 if isinstance(x, torch.Tensor) else None)
+    for module, changed in ((devices, dict(device_info=lambda device: info, _torch_stream=lambda: lambda device: 0, _torch_device=lambda: lambda: 0)), (places, dict(ViewPlace=OnCpu, _PLACES={}))):
+        for name, value in changed.items():
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(cupy, "unavailable", lambda: None)
-    monkeypatch.setattr(arrays._THREAD, "devices", (0,), raising=False)
+    monkeypatch.setattr(devices._THREAD, "devices", (0,), raising=False)
     repeated, play = [], tape.Tape.__call__
     monkeypatch.setattr(tape.Tape, "__call__", lambda self, *a: repeated.append(play(self, *a)) or repeated[-1])
     dispatch.clear_plans()
@@ -193,8 +195,8 @@ def test_what_changed_is_noticed(gpu, monkeypatch):
     assert gpu() == 1
     judged(q, k, v)
     assert gpu() == 2
-    monkeypatch.setattr(arrays, "_torch_device", lambda: lambda: 1)  # another device is current: the guard's business
-    monkeypatch.setattr(torch.cuda, "device", lambda device: arrays._NOTHING)
+    monkeypatch.setattr(devices, "_torch_device", lambda: lambda: 1)  # another device is current: the guard's business
+    monkeypatch.setattr(torch.cuda, "device", lambda device: places._NOTHING)
     judged(q, k, v)
     assert gpu() == 2
     monkeypatch.setenv("SPARSETILE_TUNE", "off")
@@ -220,11 +222,11 @@ def test_values_inside_the_keys(gpu):
 
 @pytest.mark.parametrize("device, stream, known, stays", [(0, 7, (0,), True), (1, 7, (0,), False), (0, 8, (0,), False), (0, 7, (1,), False)])
 def test_cupy_is_switched_only_where_device_stream_or_thread_are_others(device, stream, known, stays, monkeypatch):
-    place = arrays.ViewPlace.__new__(arrays.ViewPlace)
+    place = places.ViewPlace.__new__(places.ViewPlace)
     place.caller, place.device, place.stream = "cupy", 0, 7
     place.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: device), get_current_stream=lambda: SimpleNamespace(ptr=stream)))
-    monkeypatch.setattr(arrays._THREAD, "devices", known, raising=False)
-    assert (place.guard() is arrays._NOTHING) == stays
+    monkeypatch.setattr(devices._THREAD, "devices", known, raising=False)
+    assert (place.guard() is places._NOTHING) == stays
 
 
 def test_another_thread_has_to_get_its_context(gpu, monkeypatch):

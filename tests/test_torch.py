@@ -5,7 +5,7 @@ import torch
 
 import sparsetile as st
 from sparsetile.autotune import numeric
-from sparsetile.ops import attention, dispatch, torch_ops
+from sparsetile.ops import attention, dispatch, torch_attention
 from sparsetile.ops import latent as latent_op
 
 B, HQ, HK, T, S, D, DV = 2, 4, 2, 45, 70, 24, 20
@@ -61,7 +61,7 @@ def test_compiles_whole_and_gives_the_same_bits(tensors, rules, name):
 def test_opcheck(tensors, rules, name):
     inputs = leaves(tensors)
     checked = attention.check(*inputs[:3], rules[name], None, inputs[3], None, None, None, None, True, None, None)
-    rule, tables = torch_ops.encode(checked.rule)
+    rule, tables = torch_attention.encode(checked.rule)
     arguments = (*inputs[:3], rule, tables, inputs[3], None, None, S - T, 0.2, 0.0, DV, True, "", "")
     torch.library.opcheck(torch.ops.sparsetile.attention.default, arguments)
 
@@ -98,6 +98,20 @@ def test_every_op_compiles_whole(rng):
     make_scores, make_rope, lse, causal = make(1, 6, 30), make(1, 4, 20, 8), make(1, 4, 20), st.Causal()
     for name, function in cases.items():
         numeric.assert_same_bits(name, function(), torch.compile(function, fullgraph=True, backend="aot_eager")())
+
+
+def test_other_lengths_compile_whole_too(rng):
+    """The second length makes torch.compile keep lengths as symbols; the mode of latents is chosen, and blocks are, with no number at hand."""
+    make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    small = dict(block=8, stride=4, select_block=16, top_k=4, window=12)
+    cases = {"latent": (lambda T, S: (make(1, 4, T, 16), make(1, 4, T, 8), make(1, S, 32), make(1, S, 8), make(4, 32, 16), make(4, 32, 12)), lambda *x: st.latent_attention(*x, st.Causal())),
+             "NSA": (lambda T, S: (make(1, 4, T, 16), make(1, 2, S, 16), make(1, 2, S, 16), make(1, 4, T, 3)), lambda *x: st.native_sparse_attention(*x, **small))}
+    for name, (inputs, call) in cases.items():
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        for T, S in ((4, 40), (5, 41)):
+            x = inputs(T, S)
+            numeric.assert_same_bits(f"{name} {T} x {S}", call(*x), compiled(*x))
 
 
 def test_gradients_of_indexer_and_latent_compile_whole(rng):

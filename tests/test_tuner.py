@@ -14,7 +14,7 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import decide, hunt, search, space, tasks, timing, tune, verify
-from sparsetile.backends.contract import KERNELS, Resources
+from sparsetile.backends.contract import TUNED, Resources
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
@@ -106,8 +106,8 @@ def test_the_next_process_finds_the_profile_of_this_cpu():
 
 
 def _name():
-    from sparsetile.backends import arrays
-    return arrays.device_info(None).name
+    from sparsetile.backends import devices
+    return devices.device_info(None).name
 
 
 def test_wrong_answers_are_never_timed(monkeypatch):
@@ -143,7 +143,7 @@ def test_a_config_that_raises_is_a_failure_with_its_cause(monkeypatch):
     assert any(e.get("failure") == "RuntimeError: out of shared memory" for e in events)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta", "append", "page_rows")])
+@pytest.mark.parametrize("kernel", TUNED)
 def test_the_verifier_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
     w = next(w for w in tasks.for_device(None) if w.kernel == kernel)
     verifier = verify.Verifier(w, None)
@@ -242,8 +242,12 @@ def test_bad_arguments_of_tune():
         tune.tune("topk", "cpu/nothing")
     with pytest.raises(ValueError, match="op: expected 'topk'"):
         tune.tune("block_attention", "cpu/topk-32")
+    with pytest.raises(ValueError, match="op: expected 'block_attention'.*'sparse_attention', got 'latent_attention'"):
+        tune.tune("latent_attention", "cpu/causal/4096")
     with pytest.raises(TypeError, match="workload"):
         tune.tune("topk", 3)
+    with pytest.raises(ValueError, match="profiles: expected a directory that can be written, got '/dev/null/x'"):
+        tune.tune("topk", W("test/topk", "topk", B=1, T=8, S=64, K=5), backend="numba", trials=1, progress=pytest.fail, isolated=False, profiles="/dev/null/x")
 
 
 def test_stopwatch_measures():

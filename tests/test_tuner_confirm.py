@@ -85,5 +85,12 @@ def test_every_gpu_of_a_host_tunes_and_then_each_confirms_the_others(monkeypatch
     assert rounds == [[["tune", "a", "--device", "0"]], []]
 
 
+def test_a_process_that_a_signal_ended_is_a_failure(monkeypatch):
+    kill_itself = ["-c", "import os; os.kill(os.getpid(), 9)"]
+    plain = batch.subprocess.Popen
+    monkeypatch.setattr(batch.subprocess, "Popen", lambda command, env: plain([command[0], *(kill_itself if command[3] == "dies" else ["-c", ""])]))
+    assert batch._side_by_side([["lives"], ["dies"], ["lives"]], 3) == 9 and batch._side_by_side([["lives"]], 1) == 0
+
+
 def test_a_cpu_has_no_second_one(capsys):
     assert cli.main(["verify", "--write"]) == 1 and "--write: expected one directory and the index of a GPU" in capsys.readouterr().err

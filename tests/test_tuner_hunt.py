@@ -37,7 +37,7 @@ class Worker:
             time.sleep(0.001)
             return {"time_us": self.us(args[1]["threads"]), "failure": None}
         if order == "finals":
-            chosen, _, kept, recorded = args
+            chosen, self.seconds, kept, recorded = args
             self.kept, self.recorded = [chosen[n][1] for n in kept], recorded
             if recorded in self.breaks:
                 raise isolate.Lost("crash: SIGSEGV")
@@ -106,6 +106,13 @@ def test_a_search_that_finds_nothing_better_ends_and_one_that_does_goes_on(searc
     assert search(Worker(lambda threads: float(next(better))), trials=150).stop == "trials"
     more = search(Worker(lambda threads: float(next(better))), seconds=60)
     assert more.stop == "exhausted" and len(more.tried) == 400
+
+
+@pytest.mark.parametrize("seconds, finals", [(60, 2.0), (3, 3 / timing.LONGEST), (None, 2.0)])
+def test_the_finals_of_a_cpu_take_no_longer_than_was_asked_for(search, seconds, finals):
+    worker = Worker()
+    search(worker, trials=5, seconds=seconds).entry()
+    assert worker.seconds == finals
 
 
 def test_a_small_space_is_searched_whole(search, monkeypatch):

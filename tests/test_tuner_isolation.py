@@ -8,7 +8,7 @@ import pytest
 
 from sparsetile.autotune import ahead, decide, hunt, isolate, provenance, tasks, tune
 from sparsetile.ops import dispatch
-from sparsetile.profiles import lookup, schema
+from sparsetile.profiles import lookup
 
 TOPK = tasks.Workload.of("test/topk", "topk", B=1, T=8, S=64, K=5)
 
@@ -93,7 +93,7 @@ def test_the_finals_keep_the_default_among_the_best():
 
 def test_compiling_ahead_tells_a_refusal_from_what_it_cannot_do(monkeypatch):
     h200 = dict(name="NVIDIA H200", arch="sm_90a", sms=132, vendor="nvidia", mem_gb=141, l2_mb=50, smem_optin=232448)
-    monkeypatch.setattr(ahead.arrays, "device_info", ahead.arrays.device_info)  # put back afterwards
+    monkeypatch.setattr(ahead.devices, "device_info", ahead.devices.device_info)  # put back afterwards
     compiler = ahead.Compiler()
     compiler.open(h200)
     workload = tasks.find("gpu/merge-1024")

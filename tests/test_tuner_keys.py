@@ -9,7 +9,7 @@ import pytest
 
 import sparsetile as st
 from sparsetile.autotune import provenance, tasks
-from sparsetile.backends.contract import KERNELS, Problem
+from sparsetile.backends.contract import KERNELS, TUNED, Problem
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup
 
@@ -39,7 +39,7 @@ def test_training_finds_what_inference_was_tuned_for():
     assert lookup.key_of(attention.problem_of(call, "block_attention", lse=True)) == lookup.key_of(task.problem)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in ("layout", "attention_delta", "append", "page_rows")])
+@pytest.mark.parametrize("kernel", TUNED)
 def test_every_workload_has_a_bucket_of_its_own_and_each_tunable_kernel_three(kernel):
     for device, backends in ((None, ("numba",)), (0, ("triton", "cupy"))):
         found = [w for w in tasks.for_device(device) if w.kernel == kernel]

@@ -31,6 +31,12 @@ def child_of(pid):
     return []
 
 
+def running(pid) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def disturbed(storage, folder, workloads, kills, rng):
     """Runs until one ends by itself; the first `kills` of them are disturbed at a random moment after their first event. Returns how many orders were lost."""
     lost = 0
@@ -88,3 +94,18 @@ def test_postgresql(tmp_path, workloads, kills):
         pytest.skip(postgres.missing())
     with postgres.server() as url:
         check(url, tmp_path, workloads, kills)
+
+
+def test_the_processes_of_all_gpus_end_with_the_run_that_started_them(tmp_path):
+    command = ["tune", "cpu/window-256/4096", "--seconds", "60", "--profiles", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    run = subprocess.Popen([sys.executable, "-c", f"from sparsetile.autotune import batch; batch._side_by_side([{command}], 1)"], env=env, stderr=subprocess.DEVNULL)
+    family, until = [run.pid], time.monotonic() + 60
+    while len(family) < 3 and time.monotonic() < until:  # the run, the tuner, its bench worker
+        family = [run.pid, *(one := child_of(run.pid)), *(child_of(one[0]) if one else [])]
+        time.sleep(0.05)
+    run.kill(), run.wait()
+    assert len(family) == 3
+    while any(map(running, family)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(running, family))

@@ -30,7 +30,7 @@ def artifacts(problem, config):
     return [dict(source="layout", defines=dict(TABLE=table), names=["count_lines", "add_up", "fill_lines"]) for table in (0, 1)]
 
 
-def run(mask, *, place, config, block_q=None, block_k=None):
+def run(mask, *, place, config):
     L, nq, nk = mask.shape
     size, rows, columns = L * nq * nk + 1, 2 * L * nq + 1, 2 * L * nk + 1
     made = {"offsets": place.zeros((rows,), "int32"), "cols": place.zeros((size,), "int32"), "kinds": place.full((size,), "int32", -1),

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from sparsetile.backends.numba.exact import dot, get_f64, put_lse, read_wide, row_factor, write_wide
+from sparsetile.backends.numba.exact import dot, put_lse, read_wide, row_factor, write_wide
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.gather_job import job_at, named_keys
 from sparsetile.backends.numba.jit import kernel

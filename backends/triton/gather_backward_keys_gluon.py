@@ -8,7 +8,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.gather_backward_queries_gluon import limit_of
+from sparsetile.backends.triton.gather_backward_queries_gluon import limit_of, query_of
 
 ENTRIES = gl.constexpr(64)
 WIDTH = gl.constexpr(576)
@@ -26,13 +26,8 @@ def item_of(number, each, sizes, lengths):
     third = number // each
     x = each - 1 - (number - third * each)
     y = x // groups
-    b = y // some
-    t = first + y - b * some
-    line = b * T + t
-    count = K
-    if lengths is not None:
-        count = gl.minimum(gl.maximum(gl.load(lengths + line), 0), K)
-    return third, b, t, y, x - y * groups, line.to(gl.int64) * K, count
+    b, t, line, count = query_of(y, T, K, first, some, lengths)
+    return third, b, t, y, x - y * groups, line, count
 
 
 @gluon.jit

@@ -16,17 +16,24 @@ COPIERS = gl.constexpr(128)  # threads of `gather`, each of which arrives
 
 
 @gluon.jit
-def item_of(number, sizes, lengths):
-    """(batch, query, query among the chunk's, part of its heads, line of its list, how many entries)."""
-    Hq, parts, T, S, K, first, some = sizes
-    y = number // parts
+def query_of(y, T, K, first, some, lengths):
+    """Query y among those of a chunk: (batch, query, line of its list, how many entries)."""
     b = y // some
     t = first + y - b * some
     line = b * T + t
     count = K
     if lengths is not None:
         count = gl.minimum(gl.maximum(gl.load(lengths + line), 0), K)
-    return b, t, y, number - y * parts, line.to(gl.int64) * K, count
+    return b, t, line.to(gl.int64) * K, count
+
+
+@gluon.jit
+def item_of(number, sizes, lengths):
+    """(batch, query, query among the chunk's, part of its heads, line of its list, how many entries)."""
+    Hq, parts, T, S, K, first, some = sizes
+    y = number // parts
+    b, t, line, count = query_of(y, T, K, first, some, lengths)
+    return b, t, y, number - y * parts, line, count
 
 
 @gluon.jit

@@ -123,7 +123,7 @@ def artifacts(problem, config):
     return found
 
 
-def run(mask, *, place, config, block_q=None, block_k=None):
+def run(mask, *, place, config):
     import torch
     L, nq, nk = mask.shape
     mask = mask.contiguous()

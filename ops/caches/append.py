@@ -1,5 +1,5 @@
 """New rows of a cache, quantised and scattered in one pass: the choice of the kernel `append` (backends/reference/append.py says what it does)."""
-from sparsetile.backends import arrays
+from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, dispatch
@@ -19,9 +19,9 @@ def append(form, rows, pools, table, lengths, *, page_size, counts=None, ring=No
     caller, device = checks.together(named | dict(page_table=table, lengths=lengths, counts=counts))
     kinds = dict(rows=arrays.dtype_name(rows[0]), pool=arrays.dtype_name(pools[0]))
     features = [form, *(["ring"] if ring else []), *(["power_of_two"] if power_of_two else [])]
-    problem = Problem.of("append", dict(B=B, T=n, D=rows[0].shape[-1]), kinds, arrays.device_info(device).arch, features)
+    problem = Problem.of("append", dict(B=B, T=n, D=rows[0].shape[-1]), kinds, devices.device_info(device).arch, features)
     choice = dispatch.choose("append", problem, device, backend, config)
-    place = arrays.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
     with place.guard():
         if B * n:
             choice.kernel.run(tuple(map(place.native, rows)), tuple(map(place.native, pools)), place.native(table), place.native(lengths), place=place, config=choice.config,

@@ -1,5 +1,4 @@
 """Paged keys of a lightning indexer, 132 bytes a token."""
-from sparsetile.backends import arrays
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsetile.backends import arrays
-from sparsetile.backends.contract import BACKENDS, Problem, Unsupported
+from sparsetile.backends import devices, places
+from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks, dispatch
 from sparsetile.ops.caches import memory
@@ -180,8 +180,8 @@ class PagedCache(Cache):
 
     def select(self, selection: Selection, length, q_start, T: int, backend=None) -> Selection:
         """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries, by the
-        kernel `page_rows` of `backend`, or of the first that has one for these arrays, else by the framework's own operations."""
-        rows = page_rows(self, selection, length, q_start, backend)
+        kernel `page_rows` where a backend that may run has one for these arrays, else by the framework's own operations."""
+        rows = self._rows_by_kernel(selection, length, q_start, backend)
         if rows is not None:
             return replace(selection, indices=rows, granularity=1, lengths=None, causal=False)
         flat = selection.to_tokens()
@@ -193,22 +193,23 @@ class PagedCache(Cache):
             keys = xp.module(keys).where(keys <= last[..., None], keys, -1)
         return replace(flat, indices=xp.astype(self.rows(keys, length), "int32"), lengths=None, causal=False)
 
-
-def page_rows(cache: PagedCache, selection: Selection, length, q_start, backend):
-    """Rows [B,G,T,K * granularity] of the pool by a kernel (backends/cupy/page_rows.py says what they are), or None where no backend that may run has one."""
-    indices, q_start = selection.indices, checks.start(q_start, int(cache.lengths.shape[0]), None)
-    caller, device = checks.together({"pattern.indices": indices, "k.page_table": cache.page_table, "q_start": None if isinstance(q_start, int) else q_start})
-    (B, G, T, K), asked = indices.shape, dispatch.requested_backend("page_rows", backend)
-    problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), arrays.device_info(device).arch, granularity=selection.granularity)
-    name = next((name for name in (BACKENDS if asked == "auto" else (asked,)) if dispatch.has_kernel(name, "page_rows") and dispatch.refusal(name, problem, device) is None), None)
-    if name is None:
-        return None
-    place = arrays.place_for(dispatch.package(name).NATIVE, caller, device)
-    with place.guard():
-        native = lambda x: x if x is None or isinstance(x, int) else place.packed(place.native(x))  # noqa: E731
-        return place.give(dispatch.kernel(name, "page_rows").run(
-            native(indices), native(cache.page_table), native(length), place=place, config={}, page_size=cache.page_size, pages_of_pool=int(cache.pools[0].shape[0]),
-            lengths=native(selection.lengths), granularity=selection.granularity, causal=selection.causal, q_start=native(q_start)))
+    def _rows_by_kernel(self, selection: Selection, length, q_start, backend):
+        """Rows [B,G,T,K * granularity] of the pool (backends/cupy/page_rows.py says what they are), or None where no backend that may run has the kernel."""
+        indices, q_start = selection.indices, checks.start(q_start, int(self.lengths.shape[0]), None)
+        caller, device = checks.together({"pattern.indices": indices, "k.page_table": self.page_table, "q_start": None if isinstance(q_start, int) else q_start})
+        B, G, T, K = indices.shape
+        problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), devices.device_info(device).arch, granularity=selection.granularity)
+        choice = dispatch.find("page_rows", problem, device, backend)
+        if choice is None:
+            return None
+        place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+        with place.guard():
+            if dispatch.is_explaining():  # entries of the right shape are all that the choice of the attention kernel needs
+                return place.give(place.empty((B, G, T, K * selection.granularity), "int32"))
+            native = lambda x: x if x is None or isinstance(x, int) else place.packed(place.native(x))  # noqa: E731
+            return place.give(choice.kernel.run(
+                native(indices), native(self.page_table), native(length), place=place, config=choice.config, page_size=self.page_size, pages_of_pool=int(self.pools[0].shape[0]),
+                lengths=native(selection.lengths), granularity=selection.granularity, causal=selection.causal, q_start=native(q_start)))
 
 
 def _one_tensor(pool, B: int):

@@ -1,0 +1,78 @@
+"""PyTorch: how operators are registered, with fake kernels and autograd, so that torch.compile, opcheck and training see plain operators.
+
+Only tensors, numbers and canonical strings cross an operator's boundary. Eager calls that need no gradient do not go there: they go straight to the kernel.
+"""
+import json
+
+import torch
+
+from sparsetile.backends.contract import Unsupported
+from sparsetile.ops.ready import transformed
+
+lib = torch.library.Library("sparsetile", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def wanted(*tensors) -> bool:
+    """Whether a call must go through the registered operators: a gradient is needed, or the tensors are not plain ones."""
+    if torch.compiler.is_compiling():
+        return True
+    if transformed(torch):
+        raise Unsupported("a call inside torch.func (vmap, grad, jvp) is not supported by any backend; batch along B, and take gradients with torch.autograd")
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
+            return True
+    return False
+
+
+def device_of(x):
+    return x.device.index if x.is_cuda else None
+
+
+def define(schema: str, run, fake):
+    """An operator sparsetile::<schema> with one implementation for CPU and CUDA tensors and a fake one for shapes."""
+    name = schema.partition("(")[0]
+    lib.define(schema)
+    for key in ("CPU", "CUDA"):
+        lib.impl(name, run, key)
+    torch.library.register_fake(f"sparsetile::{name}", fake, lib=lib)
+    if name.endswith("_backward"):  # without a formula torch would warn and answer 0
+        torch.library.register_autograd(f"sparsetile::{name}", _refuse_twice, lib=lib)
+    return getattr(torch.ops.sparsetile, name).default
+
+
+def _refuse_twice(ctx, *grads):
+    raise Unsupported("gradients of gradients are not supported by any backend; leave create_graph=True out, or differentiate the dense formula in PyTorch twice")
+
+
+def differentiable(name, backward, setup):
+    torch.library.register_autograd(f"sparsetile::{name}", backward, setup_context=setup, lib=lib)
+
+
+_FROM_LENGTH = -2 ** 40  # no position: "start at kv_length - T"
+
+
+def start_arguments(q_start) -> tuple:
+    """Where queries stand, as (tensor or None, number)."""
+    if q_start is None or isinstance(q_start, (int, torch.SymInt)):
+        return None, _FROM_LENGTH if q_start is None else q_start
+    return q_start, 0
+
+
+def start_of(q_start, start):
+    """The other way."""
+    return q_start if q_start is not None else None if start == _FROM_LENGTH else start
+
+
+def options_text(config) -> str:
+    return "" if config is None else json.dumps(dict(config), sort_keys=True)
+
+
+def knobs(config: str):
+    return json.loads(config) if config else None
+
+
+def like(*tensors):
+    """Tensors of their shapes and types, for a fake kernel."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
