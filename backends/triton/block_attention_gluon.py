@@ -184,7 +184,7 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
 
 
 @gluon.jit
-def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
+def look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
     """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
     entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry)
@@ -262,7 +262,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
             lo, hi = r, r
             if MASKED:  # while the products run
                 if plain == 0:
-                    kind, lo, hi = _look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+                    kind, lo, hi = look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
             _give_back(turn, u, q_free, QUERIES)
             s = warpgroup_mma_wait(0, deps=(st, ))
             mbarrier.arrive(k_free.index(n % STAGES))
@@ -284,7 +284,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
                 if MASKED:
                     if e >= plain:
-                        kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+                        kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
                 s = warpgroup_mma_wait(1, deps=(st, ))
                 mbarrier.arrive(k_free.index(s1))
                 if CAP:

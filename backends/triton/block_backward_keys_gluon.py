@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear_word, key_range, key_word
 from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, item_at, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
 
 STEP = gl.constexpr(64)  # queries
@@ -77,9 +77,10 @@ def known_rows(lse, delta, line, t, T):
 
 
 @gluon.jit
-def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, CLEARS: gl.constexpr,
+def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, ORDERED: gl.constexpr,
                   INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
-    """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. CLEARS: keys that no query sees become zero."""
+    """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. ORDERED: keys that no query sees
+    become zero, and the next item is drawn when all of this one is under way: an item that waits for another to be done would keep those back that wait for it."""
     q0, q1, dout, k0, k1, v = maps
     sq0, sq1, sg, sk0, sk1, sv = memory
     sl, sd = rows
@@ -89,7 +90,9 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
     j = 0
     turn = 0
     landed = 0
-    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
+    head, block, first, full, count, gap, limit, row0 = item_at(0, queue, 1)
+    if not ORDERED:
+        mbarrier.arrive(queue[2].index(0))
     while head >= 0:
         b = head // Hk
         hk = head - b * Hk
@@ -97,10 +100,10 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
             u = j % BUFFERS
             bar = k_full.index(u)
             some_unseen = False
-            if CLEARS:  # blocks all partial, or keys end within
+            if ORDERED:  # blocks all partial, or keys end within
                 some_unseen = (full == 0) | (block * KEYS + KEYS > limit)
             mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
-            if CLEARS:
+            if ORDERED:
                 if some_unseen:
                     _bring_block(maps, [b, hk, block * KEYS, 0], k_landed.index(0), memory, u, D0, D1, V0)
                     mbarrier.wait(k_landed.index(0), landed)
@@ -130,8 +133,12 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
                         mbarrier.arrive(q_full.index(s))
                         n += 1
                     t = row0 + following * ROWS
+        if ORDERED:
+            mbarrier.arrive(queue[2].index(turn % 2))
         turn += 1
-        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
+        head, block, first, full, count, gap, limit, row0 = item_at(turn, queue, 1)
+        if not ORDERED:
+            mbarrier.arrive(queue[2].index(turn % 2))
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import _look, bring_tile, clear, key_word
+from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear, key_word, look
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
 
 READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
@@ -144,7 +144,7 @@ def multiply_queries(W: gl.constexpr, dq_maps, dq, lse, delta, cols, kinds, tabl
                     ds = p * (grad - gl.expand_dims(shift, 1))
                     if MASKED:
                         if e >= plain:
-                            kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
+                            kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
                             ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
                     ds = ds.to(kind_of)
                     at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)

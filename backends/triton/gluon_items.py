@@ -95,11 +95,18 @@ def take(OPEN: gl.constexpr, ticket, items, lists, at, order, heads, T, S, EDGE:
 @gluon.jit
 def next_item(j, queue, WARPS: gl.constexpr):
     """Item j as `open_item` made it; its head is -1 after the last."""
+    fields = item_at(j, queue, WARPS)
+    mbarrier.arrive(queue[2].index(j % 2))
+    return fields
+
+
+@gluon.jit
+def item_at(j, queue, WARPS: gl.constexpr):
+    """`next_item` of a reader that says later that it has begun: `take` draws the next one then."""
     slots, slot_full, slot_free = queue
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # every thread holds all eight
     mbarrier.wait(slot_full.index(j % 2), (j // 2) & 1)
     x = slots.index(j % 2).load(layout)
-    mbarrier.arrive(slot_free.index(j % 2))
     place = gl.arange(0, 8, layout)
     head = gl.sum(gl.where(place == 0, x, 0), 0)
     t = gl.sum(gl.where(place == 1, x, 0), 0)
