@@ -1,7 +1,8 @@
-"""Path "gluon" of block_attention_backward, the host's side: two kernels without atomics on sums, for Hopper: float16 and bfloat16, D and Dv up to 128, blocks of 128 x 128.
+"""Paths "gluon" and "gluon_ordered" of block_attention_backward, the host's side: for Hopper, float16 and bfloat16, blocks of 128 x 128.
 
-dQ by the lists of queries (block_backward_queries_gluon.py), dK and dV by the lists of keys (block_backward_keys_gluon.py); each sum is one group's of four warps, in the order of the
-lists: twice the same call gives the same bits. Scores are rounded as in the portable source (tiles.py), hence as in the forward.
+gluon: dQ by the lists of queries (block_backward_queries_gluon.py), dK and dV by the lists of keys (block_backward_keys_gluon.py), seven products, no sum has two owners; D up to 192.
+gluon_ordered: five products in one pass, dQ added in a fixed order (block_backward_ordered_gluon.py, block_backward_order.py); D 65 to 128. Each sum is in one order: twice the same call
+gives the same bits. Scores are rounded as in the portable source (tiles.py), hence as in the forward.
 """
 from functools import lru_cache
 
