@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=BACKENDS, help="as the argument backend= of the call (default: what the environment and the profiles say)")
 
     p = command("pattern", commands.do_pattern, "Print, count and plot a pattern.",
-                "examples:\n  sparsetile pattern \"Window(255, 0) | Sink(4)\" --tokens 4096\n  sparsetile pattern \"longformer(512, globals=[0])\" --plot mask.png")
+                "examples:\n  sparsetile pattern \"Causal() & (Window(255) | Sink(4))\" --tokens 4096\n  sparsetile pattern \"longformer(512, globals=[0])\" --plot mask.png")
     p.add_argument("pattern", help="a pattern or preset in the library's own words")
     p.add_argument("--tokens", type=_count, default=64, help="queries and keys (default: 64)")
     p.add_argument("--keys", type=_count, help="keys, where they differ from the queries")

@@ -47,7 +47,7 @@ def do_demo(args):
 
 
 def do_tune(args):
-    from sparsetile.autotune import batch, progress, search
+    from sparsetile.autotune import batch, doctor, progress, search
     if args.list:  # asks for no GPU
         for w in _selected(args.workloads, None if args.device == "cpu" else args.device):
             print(json.dumps({"name": w.name, "kernel": w.kernel, "dtype": w.dtype, **dict(w.sizes)}) if args.json else f"{w.name:40} {w.kernel:28} {w.dtype:14} " +
@@ -56,6 +56,9 @@ def do_tune(args):
     if args.device == "all":
         return _every_gpu(args)
     device = device_of(args.device)
+    busy = doctor.busy(device)
+    if busy:
+        print(busy, file=sys.stderr)
     workloads = _recorded(args.shapes, device) if args.shapes else _selected(args.workloads, device)
     with progress.show(len(workloads), args.json) as say, search.answering(args.storage):
         failed = batch.run(workloads, say, device=device, storage=args.storage, profiles=args.profiles, backend=args.backend, again=args.again, trials=args.trials,
@@ -212,7 +215,7 @@ def do_explain(args):
         found = tasks.Task(w, device, hollow=True).explain(args.backend)
         missing += found.backend is None
         if args.json:
-            print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
+            print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "before": found.before, "reasons": found.reasons}))
         else:
             print(f"{w.name}\n{found}" if len(selected) > 1 else found)
     return 1 if missing else 0

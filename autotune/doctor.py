@@ -8,7 +8,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 
-from sparsetile.autotune import shelf
+from sparsetile.autotune import hook, shelf
 from sparsetile.backends import devices
 from sparsetile.backends.contract import KERNELS
 from sparsetile.ops import dispatch
@@ -38,7 +38,7 @@ def report() -> dict:
 def _mistakes() -> list:
     """What the environment says that no call can obey, one sentence each."""
     found, ops = [], dict.fromkeys(map(dispatch.op_of, KERNELS))
-    for check in (dispatch.tune_mode, *(partial(dispatch.requested_backend, op, None) for op in ops)):
+    for check in (dispatch.tune_mode, hook.seconds, *(partial(dispatch.requested_backend, op, None) for op in ops)):
         try:
             check()
         except ValueError as error:
@@ -77,6 +77,12 @@ def _state(index) -> dict:
     if found.returncode or len(values) != 5:
         return {}
     return dict(zip(("clock_mhz", "most_mhz", "celsius", "slowed_by", "ecc"), values)) | {"processes": len(others.stdout.split())}
+
+
+def busy(index) -> str | None:
+    """A sentence for who is about to time calls on a GPU that others use."""
+    count = _state(index).get("processes")
+    return f"{count} processes compute on GPU {index} already: what they take is in the times, and more configs tie; better times come when it is idle" if count else None
 
 
 def _physical(index: int) -> str:

@@ -7,8 +7,18 @@ from sparsetile.autotune import tasks, tune
 from sparsetile.ops import dispatch
 
 log = logging.getLogger("sparsetile")
-SECONDS = float(os.environ.get("SPARSETILE_TUNE_SECONDS") or 10)
 _running = False
+
+
+def seconds() -> float:
+    """The budget of a miss for each backend."""
+    said = os.environ.get("SPARSETILE_TUNE_SECONDS") or "10"
+    try:
+        if 0 <= float(said) < float("inf"):
+            return float(said)
+    except ValueError:
+        pass
+    raise ValueError(f"SPARSETILE_TUNE_SECONDS: expected seconds, 0 or more, got {said!r}; set e.g. 10, or unset it")
 
 
 def on_miss(problem, device, backend, rule=None):
@@ -22,7 +32,7 @@ def on_miss(problem, device, backend, rule=None):
         return
     _running = True
     try:
-        tune.tune(problem.op, workload, backend=backend, seconds=SECONDS, device=device)
+        tune.tune(problem.op, workload, backend=backend, seconds=seconds(), device=device)
     except Exception as error:  # noqa: BLE001 (a call must not fail because tuning did; it is said)
         log.warning("SPARSETILE_TUNE=on: tuning %s failed: %s; its default config runs", problem.op, error)
     finally:

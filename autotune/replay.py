@@ -44,11 +44,18 @@ class Table:
 
 
 def load(path) -> Table:
-    data = json.loads(gzip.decompress(Path(path).read_bytes()))
-    about = data["metadata"]
+    """ValueError for what is no table of ours."""
+    try:
+        data = json.loads(gzip.decompress(Path(path).read_bytes()))
+        return _table(data["metadata"], data["results"])
+    except (gzip.BadGzipFile, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a table as `sparsetile replay --record` writes it, got {type(error).__name__}: {error}; record it again, or see bench/tables") from None
+
+
+def _table(about: dict, results: list) -> Table:
     tunables = tuple(Tunable(name, tuple(values), "", tuple(about.get("paths", {}).get(name, ()))) for name, values in about["tunables"].items())
     table = Table(about["workload"] + "/" + about["backend"], tunables, about["default"], {}, about["noise"])
-    for r in data["results"]:
+    for r in results:
         us = r["measurements"][0]["value"] if r["invalidity"] == "correct" else None
         table.results[table.key(r["configuration"])] = us, r["times"]["compilation_time"] + sum(r["times"]["runtimes"])
     return table

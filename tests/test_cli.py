@@ -39,6 +39,7 @@ def test_doctor_says_what_the_driver_does(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     state = doctor._state(1)
     assert doctor._now(state) == ", 1410 of 1980 MHz, 71 C, slowed by 0x0000000000000004, ECC enabled, 2 processes compute on it"
+    assert doctor.busy(1).startswith("2 processes compute on GPU 1 already") and doctor.busy(0) is None is doctor.busy(None)
     assert doctor._now({**state, "slowed_by": "0x0000000000000001"}).count("slowed") == 0 and doctor._state(None) == {} == doctor._state(0)
 
 
@@ -56,12 +57,12 @@ def test_doctor_says_which_variables_no_call_can_obey(capsys, monkeypatch, tmp_p
     monkeypatch.setenv("SPARSETILE_BACKEND_GATHER_ATTENTION", "numba")
     monkeypatch.setenv("SPARSETILE_BACKEND_PAGE_ROWS", "numba")  # can be obeyed
     monkeypatch.setenv("SPARSETILE_BACKEND_TOPK", "cuda")
-    monkeypatch.setenv("SPARSETILE_TUNE", "yes")
+    monkeypatch.setenv("SPARSETILE_TUNE", "yes"), monkeypatch.setenv("SPARSETILE_TUNE_SECONDS", "soon")
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "none"))
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["environment"]["SPARSETILE_BACKEND_TOPK"] == "cuda" and len(report["mistakes"]) == 5
-    assert all(any(sentence.startswith(f"{name}: expected") for sentence in report["mistakes"]) for name in ("SPARSETILE_BACKEND_SPARSE_ATENTION", "SPARSETILE_BACKEND_TOPK", "SPARSETILE_TUNE", "SPARSETILE_PROFILE_DIR"))
+    assert report["environment"]["SPARSETILE_BACKEND_TOPK"] == "cuda" and len(report["mistakes"]) == 6
+    assert all(any(sentence.startswith(f"{name}: expected") for sentence in report["mistakes"]) for name in ("SPARSETILE_BACKEND_SPARSE_ATENTION", "SPARSETILE_BACKEND_TOPK", "SPARSETILE_TUNE", "SPARSETILE_TUNE_SECONDS", "SPARSETILE_PROFILE_DIR"))
     assert any(s.startswith("SPARSETILE_BACKEND_GATHER_ATTENTION: ") and s.endswith("; of this kernel SPARSETILE_BACKEND_SPARSE_ATTENTION is read") for s in report["mistakes"])
     assert cli.main(["doctor"]) == 0 and report["mistakes"][0] in capsys.readouterr().out
 

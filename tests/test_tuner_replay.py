@@ -1,5 +1,6 @@
 """Samplers on spaces that were timed whole: the file format, what a regret is, and that ours beats random and plain TPE on a space of knobs that interact."""
 import itertools
+import gzip
 import json
 import math
 import subprocess
@@ -173,10 +174,16 @@ def test_a_part_of_a_space_is_a_space():
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
 def test_committed_tables_hold_the_whole_legal_space(path):
-    import gzip
     data, table = json.loads(gzip.decompress(path.read_bytes())), replay.load(path)
     assert len(table.results) == data["metadata"]["legal"] and table.results[table.key(table.default)][0] and {"device", "versions", "code", "noise"} <= set(data["metadata"])
     assert replay.run(table, "pool", len(table.results), 0)[-1][0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"no table", gzip.compress(b"[1]"), gzip.compress(b'{"metadata": {}, "results": []}')])
+def test_what_is_no_table_is_said(content, tmp_path):
+    (tmp_path / "x.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="x.gz: expected a table as"):
+        replay.load(tmp_path / "x.gz")
 
 
 def test_the_command(table, tmp_path):
