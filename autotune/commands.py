@@ -215,7 +215,7 @@ def do_explain(args):
         found = tasks.Task(w, device, hollow=True).explain(args.backend)
         missing += found.backend is None
         if args.json:
-            print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "reasons": found.reasons}))
+            print(json.dumps({"workload": w.name, "op": found.op, "kernel": found.kernel, "backend": found.backend, "config": found.config, "source": found.source, "before": found.before, "reasons": found.reasons}))
         else:
             print(f"{w.name}\n{found}" if len(selected) > 1 else found)
     return 1 if missing else 0

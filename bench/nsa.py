@@ -112,7 +112,7 @@ def fla(torch, q, k, v, gates):
     chosen = lambda q, k, v: parallel_nsa(q, k, v, g_slc=g[..., 1].contiguous(), block_indices=blocks, block_counts=16, block_size=64)  # noqa: E731
     found = {"FLA compressed": lambda: parallel_nsa_compression(q=q, k=pooled[0], v=pooled[1], TK=N, block_size=64, scale=scale),
              "FLA choice": lambda: parallel_nsa_topk(q=q, k=pooled[0], TK=N, lse=lse, block_counts=16, block_size=64, scale=scale), "FLA selected": lambda: chosen(q, k, v)}
-    return {name: without_gradients(torch, call) for name, call in found.items()} | {"FLA selected, backward": backward(torch, chosen, q, k, v)}
+    return {name: without_gradients(torch, call) for name, call in found.items()} | {"FLA, selected, backward": backward(torch, chosen, q, k, v)}
 
 
 def operations(name, N, Hq, D) -> float | None:
@@ -130,7 +130,7 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU the smallest size")
     parser.add_argument("--length", type=int, nargs="*", help="tokens")
     parser.add_argument("--backend", help="one backend; by default the profile's or the first")
-    parser.add_argument("--parts", nargs="*", default=[""], help="only the rows whose names begin so (NSA, dense, FLA, ...)")
+    parser.add_argument("--parts", nargs="*", default=[""], help="only the rows whose names begin so (NSA, dense, FLA, 'FLA ' without its backward, ...)")
     parser.add_argument("--alone", action="store_true", help="without flash-linear-attention, whose own tuning takes most of a minute")
     given = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()

@@ -36,8 +36,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a call runs where it runs. `reasons` has one sentence for each backend not taken; `before` says who runs the kernels that prepare the call: kernel -> backend, None where the arrays'
-    own framework does."""
+    """Why a call runs where it runs. `reasons` has one sentence for each backend not taken; `before` says who runs the kernels that prepare the call: kernel -> backend."""
     op: str
     kernel: str
     backend: str | None
@@ -49,7 +48,7 @@ class Explanation:
 
     def __str__(self):
         lines = [f"{self.op}: {self.backend or 'no backend'} runs {self.kernel}", f"  config: {self.config}", f"  from: {self.source}"]
-        lines += [f"  before it: {name or 'the framework of the arrays'} runs {kernel}" for kernel, name in self.before.items()]
+        lines += [f"  before it: {name} runs {kernel}" for kernel, name in self.before.items()]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
 
 
@@ -175,15 +174,21 @@ def choose(op: str, problem: Problem, device: int | None, backend: str | None = 
     return choice
 
 
-def find(op: str, problem: Problem, device: int | None, backend: str | None = None) -> Choice | None:
-    """As `choose`, for work that an op can also do without this kernel: None where no backend may run it, or by itself only the reference would, which is slower than any other way. A call
-    that is being explained goes on, and its explanation tells."""
+def before(op: str, problem: Problem, device: int | None, backend: str | None = None) -> Choice:
+    """As `choose`, for a kernel that prepares what the op's own one reads: a call that is being explained goes on, and its explanation tells."""
     choice, _ = _remembered(op, problem, device, backend)
-    if choice is not None and choice.backend == "reference" and requested_backend(op, backend) == "auto":
-        choice = None
+    if choice is None:
+        return choose(op, problem, device, backend)  # which says why
     if is_explaining():
-        _explaining.get()[problem.op] = choice and choice.backend
+        _explaining.get()[problem.op] = choice.backend
     return choice
+
+
+def find(op: str, problem: Problem, device: int | None, backend: str | None = None) -> Choice | None:
+    """As `choose`, for work that an op can also do without this kernel: None where no backend may run it, or by itself only the reference would, which is slower than any other way."""
+    choice, _ = _remembered(op, problem, device, backend)
+    by_itself = choice is not None and choice.backend == "reference" and requested_backend(op, backend) == "auto"
+    return None if by_itself else choice
 
 
 def _remembered(op, problem, device, backend, config=None, fixed=None, rule=None) -> tuple[Choice | None, dict]:

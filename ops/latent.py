@@ -10,6 +10,8 @@ from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.pattern import Pattern
 from sparsetile.ops.selection import Selection
 
+MOST_REBUILT = 4 << 30  # bytes of keys and values that "auto" makes of a cache, which is there to save them
+STEP = 64  # queries of a decoding step, which graphs record, at most: a call that warms up and the one that is recorded must take one mode
 FLOATS, MODES = ("float32", "float16", "bfloat16", "float64"), ("absorbed", "decompressed")
 
 
@@ -67,7 +69,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
            (config {mode: absorbed}), else the cheaper by `latent_cost`, a stated count of operations and bytes.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
     latent may be a PagedLatent with k_rope=None. Absorbed its latents are read where they lie, in 16 or 32 bits or in the fp8 layout; decompressed they are gathered first, as many as
-    the host's book knows of: a CUDA graph that records this does not see them grow, so "auto" is "absorbed" while one is recorded, without a book, and for layouts and rules over all of S.
+    the host's book knows of: a CUDA graph that records this does not see them grow, so "auto" is "absorbed" while one is recorded and for up to 64 queries, without a book, for layouts and
+    rules over all of S, and where what is rebuilt would take more than 4 GiB.
     Returns out [B,H,T,Dv] in q_nope's element type [, lse [B,H,T] float32]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     checks.options(backend, config)
@@ -95,7 +98,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
     if mode == "auto" and cache is not None:
-        mode = _mode(pattern, T, (B, pow2_up(cache.held()), *sizes[2:]), kind, device, backend, caller) if R + P <= 576 and _in_one_piece(cache, pattern, caller) else "absorbed"
+        fits = T > STEP and R + P <= 576 and _in_one_piece(cache, pattern, caller) and B * H * cache.held() * (Dn + P + Dv) * arrays.ITEMSIZE[kind] <= MOST_REBUILT
+        mode = _mode(pattern, T, (B, pow2_up(cache.held()), *sizes[2:]), kind, device, backend, caller) if fits else "absorbed"
     elif mode == "auto":
         mode = _mode(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= 576 else "decompressed"
     if cache is not None and mode == "decompressed":

@@ -26,7 +26,8 @@ def encode(rule) -> tuple[str, list]:
         held = [getattr(part, name) for name in attention_op._ARRAYS]
         tables += [torch.as_tensor(x) for x in held if x is not None]
         numbers = [int(getattr(part, name)) for name in _NUMBERS]
-        text += ";" + ",".join([str(n) for n in numbers] + ["0" if x is None else "1" for x in held])
+        # f"{n}", not str(n): torch.compile can do that to a length which it keeps as a symbol, and is told the number
+        text += ";" + ",".join([f"{n}" for n in numbers] + ["0" if x is None else "1" for x in held])
     return text, tables
 
 

@@ -366,3 +366,19 @@ def test_the_check_of_cached_decoding_notices(fp8):
     dsa.check_cached(q, cache, indices, out)
     with pytest.raises(AssertionError, match="cached decode"):
         dsa.check_cached(q, cache, indices, out.roll(1, -1))
+
+
+def test_cost_of_density_is_a_line_or_said_not_to_be(tmp_path):
+    """A straight line, a bent one, and a ragged length that costs more."""
+    pytest.importorskip("torch")
+    from sparsetile.bench import density
+    pairs = {label: pattern.pairs(n, n) for label, (pattern, n) in density.cases().items()}
+    found = {label: (n, 0.5 + 2e-8 * n) for label, n in pairs.items()}
+    fit = density.line(found)
+    assert fit["start_ms"] == pytest.approx(0.5) and fit["ms_of_1e9_pairs"] == pytest.approx(20) and fit["r2"] > 0.9999 and density.missed(fit) == []
+    bent = density.line({label: (n, 1e-17 * n ** 2) for label, (n, _) in found.items()})
+    ragged = density.line({**found, "ragged": (pairs["ragged"], 1.1 * found["whole"][1])})
+    assert [text.split()[0] for text in density.missed(bent)] == ["r2"] and [text.split()[0] for text in density.missed(ragged)] == ["ragged_over_whole"]
+    pytest.importorskip("matplotlib")
+    density.plot({"forward cupy": {"times": found, "fit": fit}}, tmp_path / "density.png", "a GPU")
+    assert (tmp_path / "density.png").stat().st_size > 1000

@@ -229,9 +229,8 @@ def parts_of(made, place):
 
 
 @pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng, monkeypatch):
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before; in one launch where the keys that exist are known."""
-    monkeypatch.setattr(hopper_parts, "GROUP", 4)
     place = HopperPlace()
     place.refused = "block_attention"
     q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
@@ -281,26 +280,23 @@ def test_parts_that_hopper_leaves():
     assert None in ragged
 
 
-@pytest.mark.parametrize("lead", [1, 2, 3])
-def test_tiles_of_parts_follow_each_other(lead, monkeypatch):
-    """Every tile once for every head; a tile that starts from sums stands behind all tiles that leave them, and waits for each of their two groups of threads."""
-    monkeypatch.setattr(hopper_parts, "GROUP", 4)
-    monkeypatch.setattr(hopper_parts, "LEAD", lead)
+def test_tiles_of_parts_follow_each_other():
+    """Every tile once for every head; a tile that starts from sums stands behind all tiles of its head that leave them, and waits for each of their two groups of threads."""
     place, heads = CpuPlace(), 3
     parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
     plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
-    assert plan.groups == 2 and len(plan.axes) == 2
+    assert len(plan.axes) == 2
     taken, left = [], {}
-    for number in range(plan.first_item, (heads + plan.behind) * len(plan.items.owner)):
+    for number in range((heads + 1) * len(plan.items.owner)):
         t, number_of_pass, _, entries, _, head, wait, leaves = plan.items.owner[number % len(plan.items.owner)].tolist()
         head += number // len(plan.items.owner)
         if not 0 <= head < heads:
             continue
-        taken.append((head, number_of_pass & 1, t))
-        if leaves >= 0:
-            left.setdefault((head, leaves), []).append(t + 8 * np.arange(128))
+        taken.append((head, number_of_pass, t))
+        if leaves:
+            left.setdefault(head, []).append(t + 8 * np.arange(128))
         else:
-            assert number_of_pass >> 1 == 2 * len(left[head, wait]) and np.isin(t + np.arange(128), left[head, wait]).all() and entries
+            assert wait == 2 * len(left[head]) == 2 * 16 and np.isin(t + np.arange(128), left[head]).all() and entries
     assert len(taken) == len(set(taken)) == heads * 32
 
 
@@ -437,7 +433,8 @@ TWO_PASS_CASES = [  # how much is worked on at a time, and the case
     ("a block", Case(B=2, Hq=2, Hk=1, rule="random", T=150, S=300, D=96, Dv=72, lengths=(33, 300), sink=True)),
     ("a head", Case(B=1, Hq=3, Hk=3, rule="holes", T=500, S=300, D=8, Dv=8, start=30)),
     ("all", Case(B=1, Hq=2, Hk=2, rule="holes", T=256, S=256, D=16, Dv=16)),  # whole tiles, and keys of a block that none of them sees
-    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others
+    ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others: sections
+    ("all", Case(B=2, Hq=2, Hk=1, rule="global", T=400, S=600, D=16, Dv=8, start=(300, 812), lengths=(600, 90))),  # of two heads; without queries; of keys that do not exist
     ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
     ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),
     ("all", Case(B=16, Hq=2, Hk=1, rule="window", T=5, S=3, D=16, Dv=16)),

@@ -10,6 +10,7 @@ import pytest
 from cuda_on_cpu import BFLOAT16, CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
 from numeric import assert_close, assert_same_bits, plain
+from test_page_rows import rows_of
 
 from sparsetile.backends.cupy import block_attention, gather_attention, indexer_scores, indexer_topk, page_rows
 from sparsetile.backends.reference import indexer_topk as reference
@@ -157,14 +158,7 @@ def test_rows_of_selections(granularity, causal, start, page, rng):
     starts = np.array([5, 2 ** 31 - 1, -9], np.int32) if start == "device" else start
     got = page_rows.run(place.put(entries), place.put(table), place.put(lengths), place=place, config={}, page_size=page, pages_of_pool=pool, lengths=place.put(counts), granularity=granularity,
                         causal=causal, q_start=place.put(starts) if start == "device" else starts).owner
-    expected = np.full((B, G, T, K * granularity), -1, np.int64)
-    for b, g, t, slot in np.ndindex(expected.shape):
-        held = min(max(int(lengths[b]), 0), pages * page)
-        key, at = int(entries[b, g, t, slot // granularity]) * granularity + slot % granularity, t + (held - T if start is None else int(np.resize(starts, B)[b]))
-        if slot // granularity < counts[b, g, t] and 0 <= key < held and (key <= at or not causal) and 0 <= table[b, key // page] < pool:
-            expected[b, g, t, slot] = table[b, key // page] * page + key % page
-    assert (expected >= 0).any() and (expected < 0).any()
-    assert_same_bits("rows", got, expected.astype(np.int32))
+    assert_same_bits("rows", got, rows_of(entries, table, lengths, page, pool, counts, granularity, causal, None if start is None else np.resize(starts, B)))
 
 
 # ------------------------------------------------------------------------------------------------------------- float8 latents

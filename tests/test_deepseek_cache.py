@@ -7,6 +7,7 @@ import pytest
 from numeric import assert_close, assert_same_bits, plain, to_numpy
 
 import sparsetile as st
+from sparsetile.ops import latent
 
 H, R, DN, DV, P, HIDDEN, TOKENS, B = 4, 128, 16, 12, 8, 64, 33, 2
 CPU = pytest.mark.parametrize("backend", ["reference", "numba"])
@@ -128,14 +129,18 @@ def test_a_cache_of_ragged_lengths_is_rebuilt(kind, rng):
             assert_close("lse", lse, truth[1], measure[1], reduction=R + DN + P + 9)
 
 
-@pytest.mark.parametrize("T, rule, kernel", [(1, None, "block_attention"), (512, st.Causal(), "latent_decompress"), (512, st.RandomBlocks(1, 64, 0), "block_attention")], ids=repr)
-def test_the_mode_over_a_cache_is_the_cheaper(T, rule, kernel):
-    """By the tokens that it holds, not by its room; a rule that depends on all its room reads it where it lies."""
+@pytest.mark.parametrize("T, S, rule, kernel", [(1, 512, None, "block_attention"), (64, 64, None, "block_attention"), (65, 64, None, "latent_decompress"), (512, 512, st.Causal(), "latent_decompress"),
+                                                (512, 512, st.RandomBlocks(1, 64, 0), "block_attention")], ids=repr)
+def test_the_mode_over_a_cache_is_the_cheaper(T, S, rule, kernel, monkeypatch):
+    """By the tokens that it holds, not by its room; steps that graphs record, rules that depend on all its room and what would be large read it where it lies."""
     cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=1, pages=64, page_size=64)
-    cache.append(np.zeros((1, 512, 512), np.float32), np.zeros((1, 512, 64), np.float32))
+    cache.append(np.zeros((1, S, 512), np.float32), np.zeros((1, S, 64), np.float32))
     given = [np.zeros(s, np.float32) for s in ((1, 2, T, 128), (1, 2, T, 64))], [np.zeros((2, 512, 128), np.float32)] * 2
-    found = st.explain("latent_attention", *given[0], cache, None, *given[1], rule)
-    assert found.kernel == kernel and (kernel == "block_attention" or dict(found.problem.dims)["S"] == 512)
+    ask = lambda: st.explain("latent_attention", *given[0], cache, None, *given[1], rule)  # noqa: E731
+    found = ask()
+    assert found.kernel == kernel and (kernel == "block_attention" or dict(found.problem.dims)["S"] == S)
+    monkeypatch.setattr(latent, "MOST_REBUILT", 2 * S * 320 * 4 - 1)  # a byte less than its keys and values
+    assert ask().kernel == "block_attention"
     if rule is not None and rule.needs_exact_S:
         with pytest.raises(st.Unsupported, match="pattern: mode='decompressed' rebuilds"):
             st.latent_attention(*given[0], cache, None, *given[1], rule, mode="decompressed")
@@ -149,7 +154,7 @@ def test_the_float8_cache_is_read_where_it_lies(deepseek):
     for first, end in steps():
         part = slice(first, end)
         cache.append(latent[:, part], rope[:, part], backend="reference")
-        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend="reference")
+        got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, mode="absorbed", backend="reference")
         c, r = (x.astype(np.float64) for x in cache.gather("float32"))
         keys = np.concatenate([np.einsum("bsr,hrd->bhsd", c, w_uk.astype(np.float64)), np.broadcast_to(r[:, None], (B, H, end, P))], -1)
         values, queries, seen = np.einsum("bsr,hrd->bhsd", c, w_uv.astype(np.float64)), np.concatenate([q_nope, q_rope], -1)[:, :, part], np.tril(np.ones((end, end), bool))[part]

@@ -263,17 +263,15 @@ def test_explain_computes_nothing_and_names_unknown_ops(qkv):
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_explain_tells_who_prepares_the_call(on, backend, rng, monkeypatch):
-    """A selection over a paged cache becomes rows of its pool before attention reads them: by a kernel where the backend has one, and only looked for while a call is explained."""
+    """A selection over a paged cache becomes rows of its pool before attention reads them, which is only looked for while a call is explained."""
     cache = st.PagedKV.empty(on.put(np.zeros(1, np.float32)), sequences=2, pages=8, page_size=4, heads=1, width=16)
     cache.append(on.put(rng.standard_normal((2, 1, 9, 16)).astype(np.float32)), on.put(rng.standard_normal((2, 1, 9, 16)).astype(np.float32)), backend=backend)
     q, entries = on.put(np.zeros((2, 1, 1, 16), np.float32)), st.Selection(on.put(np.array([[[[0, 3]]], [[[8, 1]]]], np.int32)), 2)
     for kernel in ("page_rows", "gather_attention"):
-        if dispatch.has_kernel(backend, kernel):
-            monkeypatch.setattr(dispatch.kernel(backend, kernel), "run", None)
+        monkeypatch.setattr(dispatch.kernel(backend, kernel), "run", None)
     found = st.explain(st.sparse_attention, q, cache, pattern=entries, backend=backend)
-    runs = backend if dispatch.has_kernel(backend, "page_rows") else None
-    assert found.kernel == "gather_attention" and found.problem["K"] == 4 and found.before == {"page_rows": runs}
-    assert f"before it: {runs or 'the framework of the arrays'} runs page_rows" in str(found)
+    assert found.kernel == "gather_attention" and found.problem["K"] == 4 and found.before == {"page_rows": backend}
+    assert f"before it: {backend} runs page_rows" in str(found)
     assert st.explain(st.sparse_attention, q, q, q, backend=backend).before == {}
 
 
@@ -281,14 +279,17 @@ def test_work_that_can_be_done_without_a_kernel_finds_one_or_none(monkeypatch):
     """By itself the reference is never found: whatever the op does instead is faster; a name or a variable asks for it. A choice is remembered, as every other is."""
     products = Problem.of("grouped_matmul", dict(B=1, H=2, T=3, N=4, M=5, P=0), dict(x="float32", w="float32"), "cpu", ["inner_heads"])
     rows = Problem.of("page_rows", dict(B=1, Hk=1, T=1, K=4), dict(indices="int32"), "cpu")
+    assert dispatch.before("page_rows", rows, None).backend == "numba"
+    with pytest.raises(st.Unsupported, match="page_rows: cupy: cupy computes on CUDA devices"):
+        dispatch.before("page_rows", rows, None, "cupy")
     assert dispatch.find("latent_attention", products, None) is None and dispatch.find("latent_attention", products, None, "numba") is None
     found = dispatch.find("latent_attention", products, None, "reference")
     assert found.backend == "reference" and found is dispatch.find("latent_attention", products, None, "reference")
     monkeypatch.setenv("SPARSETILE_BACKEND_LATENT_ATTENTION", "reference")
-    assert dispatch.find("latent_attention", products, None).backend == "reference" and dispatch.find("page_rows", rows, None, "numba") is None
+    assert dispatch.find("latent_attention", products, None).backend == "reference"
     monkeypatch.setenv("SPARSETILE_BACKEND_PAGE_ROWS", "cuda")
     with pytest.raises(ValueError, match="^SPARSETILE_BACKEND_PAGE_ROWS: expected one of auto"):
-        dispatch.find("page_rows", rows, None)
+        dispatch.before("page_rows", rows, None)
 
 
 def test_kernels_that_are_not_tuned_are_not_missed(monkeypatch):

@@ -36,7 +36,7 @@ def attend(name, dtype, B=1, Hq=2, Hk=2, T=40, S=40, D=32, Dv=32, **features):
     return pytest.param(name, dtype, (B, Hq, Hk, T, S, D, Dv), features, id="-".join(map(str, (name, dtype, f"h{Hq}:{Hk}", f"{T}x{S}", f"d{D}:{Dv}", *features))))
 
 
-# Every value of each property beside every value of the others at least in pairs that meet in the kernels; the head counts, groups and widths of traps.md.
+# Every value of each property beside every value of the others at least in pairs that meet in the kernels; head counts, groups and widths that no table of instantiations holds all of.
 ATTENTION = [
     attend("full", "float32", Hq=3, Hk=1, T=33, S=70, D=31, Dv=24),
     attend("full", "bfloat16", B=2, Hq=1, Hk=1, T=1, S=65, D=64, Dv=64),

@@ -29,7 +29,7 @@ class Place(places.Place):
 
 
 LISTS = contract.Lists(*[1] * 5, *[torch.zeros(4) for _ in range(9)])
-launches = []
+launches, held = [], []  # held: what the noted runs allocated, so that a tape cannot be given the same memory
 
 
 def copy(stream, x, out, size, *more):
@@ -40,7 +40,7 @@ def copy(stream, x, out, size, *more):
 
 def record(run, *tensors):
     """The tape of run(place, *tensors), a kernel that answers one array."""
-    launches.clear()
+    launches.clear(), held.clear()
     tensors = (*tensors, *[None] * (5 - len(tensors)))
     natives = [None if x is None else x.detach() for x in tensors]
     recorder = tape.Recorder(Place(), LISTS, natives, tensors)
@@ -49,6 +49,7 @@ def record(run, *tensors):
 
 def copied(place, q, k, v, *more, move=lambda place, x: place.address(x)):
     out = place.empty(q.shape, "float32")
+    held.append(out)
     place.noted(copy)(place.stream, move(place, v), place.address(out), 4 * v.numel(), *more)
     return out
 

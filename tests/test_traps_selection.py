@@ -1,4 +1,4 @@
-"""traps.md, "Attention over selections" and "Backward", line by line, on every backend."""
+"""Attention over selections and its backward where the best systems break, or conventions collide, on every backend."""
 import numpy as np
 import oracle
 import pytest
@@ -231,7 +231,7 @@ def test_a_key_given_twice_counts_twice(on, backend, rng):
     check(on, q, k, v, rows % 6, rng, granularity=9, causal=True, q_start=30)
 
 
-# Head counts, groups and widths of traps.md, each once.
+# Head counts, groups and widths that no table of instantiations holds all of, each once.
 HEADS = [(1, 1), (2, 1), (3, 1), (5, 5), (7, 1), (8, 4), (12, 1), (16, 1), (17, 17)]
 MANY_HEADS = [(24, 2), (31, 31), (33, 11), (40, 20), (96, 8), (128, 8), (128, 128)]
 WIDTHS = [(1, 1), (31, 31), (72, 64), (96, 96), (100, 7), (192, 128), (256, 256), (320, 33), (576, 512), (64, 576)]

@@ -1,4 +1,4 @@
-"""traps.md, "Top-k", line by line: exact for given scores, on every backend."""
+"""Top-k where the best systems break: exact for given scores, on every backend."""
 import numpy as np
 import pytest
 from drivers import EVERY, LARGE, arrays, numpy_dtype

@@ -153,7 +153,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"], parted), names=["forward"])
            for parted in ((False, True) if order else (False,))]
     if order and config["block_q"] == hopper_parts.ROWS:
-        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n, step), names=["forward"]) for n, step in ((1, 128), (2, 64))]
+        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n), names=["forward"]) for n in (1, 2)]
     return own + portable if config["path"] == "hopper" else portable
 
 

@@ -74,11 +74,11 @@ def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
     return dict(KIND=KINDS[kind], WIDTH=ceil_div(D, 64) * 64, VALUES=64 if Dv <= 64 else 128, PARTED=int(parted))
 
 
-def hopper_bytes(D: int, Dv: int, path: str, parted: bool = False) -> int:
-    """Keys and values, of parts up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
+def hopper_bytes(D: int, Dv: int, path: str) -> int:
+    """Keys and values, in two passes up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    more = 256 * (width + values) + 24 if parted and width + values <= 256 else 0
-    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 40
+    more = 256 * (width + values) + 32 if path == "two_pass" and width + values <= 256 else 0
+    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 176 + 48
 
 
 def resources(problem: Problem, config: dict):
@@ -91,7 +91,7 @@ def resources(problem: Problem, config: dict):
         if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
             return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
-        shared = hopper_bytes(problem["D"], problem["Dv"], path, path == "two_pass" and in_classes(problem))
+        shared = hopper_bytes(problem["D"], problem["Dv"], path)
         return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))
     bq, bk, tk, tq = config["block_q"], config["block_k"], config["tile_k"], config["tile_q"]
     float32 = problem.dtype("q") == "float32"
@@ -120,7 +120,7 @@ def waits(problem: Problem) -> bool:
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296 on an H200; window 1024 433 / 375, window 4096 557 / 461 on an H100; sinks as globals, not measured.
     Of hopper on H100s, 8 heads / 8 and two sums / 2 and ascending: window 1024 419 / 429 (4 heads) / 432, documents 498 / 536 / 596, causal 8k 564 / 570 / 564, causal 32k 588 / 582 / 571 (1 head), causal 16k of D 64
-    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass, 1 / 2 / 4 heads: BigBird 386 / 371 / 362. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Layouts of several parts have two_pass only (strided 128 at heads
+    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Layouts of several parts have two_pass only (strided 128 at heads
     2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
         kinds = {word for feature in problem.features for word in feature.split("+")}
@@ -239,7 +239,7 @@ def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap
         return None
     dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
     made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
-    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass", True),
+    return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
                         shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=start)
 
 

@@ -1,8 +1,9 @@
 // Backward of attention over block lists by Hopper's own instructions in two passes: float16 and bfloat16, blocks of 128 x 128, five products and no additions in device memory.
 //
-// `backward`: an item is a key block of a key head: K and V stay in shared memory, dK and dV in registers, while the query tiles that see it pass by, 64 rows a step. What would be
-// dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so does the key block (keys that nobody sees are zero there). `queries`: an item is a query tile; dQ is its
-// blocks of dS times theirs of K, in registers, in the order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
+// `backward`: an item is a key block of a key head, or a section of one that far more rows see: K and V stay in shared memory, dK and dV in registers, while the query tiles that see
+// it pass by, 64 rows a step. A group of 64 keys passes over steps whose rows see none of them. What would be dQ's operand, dS in 16 bits, leaves as it stands in shared memory, and so
+// does the key block (keys that nobody sees are zero there). `join` adds up sections. `queries`: an item is a query tile; dQ is its blocks of dS times theirs of K, in registers, in the
+// order of its list. Nobody waits for anybody: items are taken by ticket, the longest first, and the sums are the same every time.
 //
 // dS of everything would be T x S memory. Heads, or key blocks of a head, are worked on in pieces that fit a fixed amount; where a head comes in pieces, dQ stands in float32 between them.
 //
@@ -21,8 +22,9 @@ struct Params {
   unsigned char *slopes, *keys;     // of the piece: dS by head and entry, halves of queries, halves of keys; key blocks by key head
   int *ticket, *blocks, *tiles_of;  // the piece's two; [L, key_tiles], [L, nq]: key blocks of each piece, and query tiles, the longest first
   int* whole;                       // [L, nk] 1 where whole query tiles see every key of a block
-  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece
-  int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands
+  int4* walk;                       // by list and key block, at the places of the lists by key: row, kind, place in the piece, quarters seen and from bit 4 on seen entirely
+  int* place;                       // by list and query tile, at the places of the lists: where dS of that block stands, and in the lowest 4 bits which quarters are seen
+  unsigned char* quarters;          // by kind and half of the rows: which halves of the keys are seen, from bit 2 on seen entirely
   const int *by_key_offsets, *by_key_rows, *by_key_kinds;
   ListArrays lists;
   Positions at;
@@ -33,8 +35,9 @@ struct Params {
   int row_step, key_step, key_run;                                // of a part, else 1, KEYS, KEYS
   int adds, rounds;                                               // of a part: whether dQ (1), dK and dV (2) are added to what the wide ones hold, and whether the sums are rounded
   float scale, exponent;                                          // exponent = scale * log2(e)
-  int sections;                                                   // of a part: items of each key block, each with some of the rows; their dK and dV are added up by `join`
-  float* sums_of_keys;                                            // by section, head of the piece and key block: [128, WIDTH], then all the same of dV [128, VALUES]
+  int halves, intervals;                                          // of query tiles; of the kinds of partial blocks, how many are intervals
+  int sections, cut;                                              // the `cut` longest key blocks of a key head come in so many items, each with some of the rows; `join` adds up their dK and dV
+  float* sums_of_keys;                                            // by head of the piece, rank of the key block and section: [128, WIDTH], then all the same of dV [128, VALUES]
   const u32* held;                                                // bits of the keys whose dK and dV the wide ones hold, or null: all
   float *wide_dq, *wide_dk, *wide_dv;                             // of a part: [heads, T, WIDTH], [heads, S, WIDTH], [heads, S, VALUES] of the piece (start_part)
 };
@@ -44,7 +47,6 @@ constexpr bool ADDS = false;
 
 constexpr int BLOCK_BYTES = 4 * PART, KEY_BYTES = Q_PARTS * SLAB, STAGE = (2 + Q_PARTS) * PART, STAGES = 20 * PART / STAGE, ITEMS = 2;  // a stage: 64 keys and their dS for 128 queries
 constexpr int PITCH = WIDTH / 2 + 4;   // of dQ on its way out, in pairs
-constexpr bool WIDE = WIDTH + VALUES > 256;  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
 
 // (head, rank) of an item among `heads` times n: the `ahead` longest of all heads, then so many heads at a time as share the cache
 __device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead, int together) {
@@ -53,15 +55,21 @@ __device__ __forceinline__ int2 turn_of(int number, int heads, int n, int ahead,
   return make_int2(from + rest % size, ahead + rest / size);
 }
 
+// the key block of a rank among a list's: the longest first, or as they come where lists of one group differ
+__device__ __forceinline__ int block_of(const Params& p, int list, int rank) {
+  return p.lists.nk && (p.group == 1 || !p.lists.list_h) ? __ldg(p.blocks + (i64)list * p.key_tiles + rank) : rank;
+}
+
 __device__ __forceinline__ Item::Item(const Params& p, int number) {
-  const int Hk = p.Hq / p.group;
+  const int Hk = p.Hq / p.group, cut = p.cut * p.sections;
   const int2 turn = turn_of(number, p.heads, p.items / p.heads, p.ahead, p.together);
   key_head = p.from_head + turn.x;
   b = key_head / Hk;
   hk = key_head % Hk;
-  block = p.from_block + (PARTED ? turn.y / p.sections : turn.y);
-  if (p.lists.nk && (p.group == 1 || !p.lists.list_h)) block = __ldg(p.blocks + (i64)list(p, 0) * p.key_tiles + block);  // else lists of one group differ: as they come
-  slot = PARTED && p.sections > 1 ? turn.y % p.sections : -1;
+  block = block_of(p, list(p, 0), p.from_block + (turn.y < cut ? turn.y / p.sections : turn.y - cut + p.cut));
+  slot = turn.y < cut ? turn.x * cut + turn.y : -1;
+  first_of_section = p.lists.nq * (turn.y % p.sections) / p.sections;
+  end_of_section = p.lists.nq * (turn.y % p.sections + 1) / p.sections;
   start = first_position(p.at, b);
   limit = key_limit(p.at, b);
   const int2 rows = rows_of_call(p, start);
@@ -78,27 +86,41 @@ __device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
-// Keys of each item and dS of each step, as they stand in shared memory.
+// Keys of each item, dS of each step, and where the item ends its dK and dV, as they stand in shared memory.
 __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
   u32 patience = PATIENCE, n = 0, turn = 0, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
+    const u32 stage = items % KEY_STAGES;
     if (x.state & FIRST) {
-      bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-      bulk_store(p.keys + ((i64)(x.key_head - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + items % KEY_STAGES * KEY_STAGE, KEY_BYTES);
+      bar_wait(m.full_keys(stage), items / KEY_STAGES & 1, patience);
+      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + stage * KEY_STAGE, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
       bar_wait(m.full_ds(s), turn, patience);
-      bulk_store(to + s * 2 * PART, m.ds + s * 2 * PART, 2 * PART);
+      for (int w = 0; w < 2; w++)
+        if (x.state >> (SEEN + 2 * s + w) & 1) bulk_store(to + (2 * s + w) * PART, m.ds + (2 * s + w) * PART, PART);
       tma_store_commit();
       tma_store_wait_read();
       bar_arrive(m.free_ds(s));
     }
     if (x.state & FIRST) {
-      bar_arrive(m.kept(items % KEY_STAGES));
+      bar_arrive(m.kept(stage));
+    }
+    if (x.state & LAST) {
+      bar_wait(m.made(stage), items / KEY_STAGES & 1, patience);
+      if (!PARTED && !(x.state & SECTION)) {
+        for (int w = 0; w < 2; w++) {
+          for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
+          for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
+        }
+        tma_store_commit();
+        tma_store_wait_read();
+      }
+      bar_arrive(m.free_keys(stage));
       items = (items + 1) % (2 * KEY_STAGES);
     }
     turn ^= 1;
@@ -158,14 +180,13 @@ __device__ __forceinline__ int key_at(const Params& p, int block, int c) {
   return c < existing_keys(p, block, p.at.S) ? first_key(p, block) + (PARTED ? c / p.key_run * p.key_step + c % p.key_run : c) : -1;
 }
 
-// Of a part in sections: where the sums of dK (or of dV) of a section's key block begin
-__device__ __forceinline__ i64 section_at(const Params& p, int section, int key_head, int block, bool values) {
-  const i64 n = (i64)p.heads * p.key_tiles, at = (section * n + (i64)(key_head - p.from_head) * p.key_tiles + block) * KEYS;
-  return values ? p.sections * n * KEYS * WIDTH + at * VALUES : at * WIDTH;
+// where the sums of dK (or of dV) of a section begin
+__device__ __forceinline__ i64 section_at(const Params& p, int slot, bool values) {
+  return values ? ((i64)p.heads * p.cut * p.sections * WIDTH + (i64)slot * VALUES) * KEYS : (i64)slot * WIDTH * KEYS;
 }
 // no query of the section sees the block: this group's 64 keys
-__device__ __forceinline__ void empty_section(const Params& p, int section, int key_head, int block, int w, int tid) {
-  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, section, key_head, block, true));
+__device__ __forceinline__ void empty_section(const Params& p, int slot, int w, int tid) {
+  float4 *dk = (float4*)(p.sums_of_keys + section_at(p, slot, false)), *dv = (float4*)(p.sums_of_keys + section_at(p, slot, true));
   for (int i = tid; i < 16 * WIDTH; i += 128) dk[16 * w * WIDTH + i] = make_float4(0.f, 0.f, 0.f, 0.f);
   for (int i = tid; i < 16 * VALUES; i += 128) dv[16 * w * VALUES + i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
@@ -173,9 +194,8 @@ __device__ __forceinline__ void empty_section(const Params& p, int section, int 
 // Have the parts before this one left sums of dK and dV for the key?
 __device__ __forceinline__ bool is_held(const Params& p, int key) { return p.adds & 2 && (!p.held || __ldg(p.held + key / 32) >> key % 32 & 1); }
 
-constexpr u32 NOWHERE = ~0u;
-// Of a part: this group's 64 keys of a tile of shared memory to where they stand; from nowhere: keys without any query, as the parts before left them.
-__device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32 from, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
+// Of a part: this group's 64 keys without any query, as the parts before left them.
+__device__ __forceinline__ void leave_keys(const Params& p, void* out, float* wide, int width, int padded, int key_head, int block, int w, int tid) {
   const int n = width / 8;
 #pragma unroll 1
   for (int i = tid; i < 64 * n; i += 128) {
@@ -183,11 +203,24 @@ __device__ __forceinline__ void place_keys(const Params& p, const Shared& m, u32
     if (key < 0) continue;
     uint4 x = make_uint4(0, 0, 0, 0);
     float2* there = (float2*)wide + ((i64)(key_head - p.from_head) * p.at.S + key) * (padded / 2) + column / 2 * 8 + column % 2;
-    if (from != NOWHERE) x = *m.at<uint4>(from + (column >> 3) * SLAB + c * 128 + (((column & 7) ^ (c & 7)) << 4));
-    else if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
+    if (!p.rounds && !is_held(p, key)) there[0] = there[2] = there[4] = there[6] = make_float2(0.f, 0.f);
     else if (is_held(p, key)) x = make_uint4(pack<KIND>(there[0].x, there[0].y), pack<KIND>(there[2].x, there[2].y), pack<KIND>(there[4].x, there[4].y), pack<KIND>(there[6].x, there[6].y));
     if (p.rounds) ((uint4*)out)[((i64)key_head * p.at.S + key) * n + column] = x;
   }
+}
+
+// Two rows of a lane, rounded, to out + at[h], none where that is negative. Lanes exchange in pairs, so that each writes 8 bytes and four of them a sector.
+template <int N> __device__ __forceinline__ void write_rounded(const float (&d)[N], float scale, void* out, int width, const i64 (&at)[2]) {
+  const int lane = thread_again() & 3, odd = lane & 1;
+#pragma unroll
+  for (int j = 0; j < N / 4; j += 2)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float* x = d + 4 * j + 2 * h;
+      const u32 a = pack<KIND>(x[0] * scale, x[1] * scale), b = pack<KIND>(x[4] * scale, x[5] * scale), other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+      const int column = 8 * (j + odd) + 2 * (lane & 2);
+      if (at[h] >= 0 && column < width) *(uint2*)((char*)out + 2 * (at[h] + column)) = odd ? make_uint2(other, b) : make_uint2(a, other);
+    }
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w) {
@@ -195,8 +228,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   u32 patience = PATIENCE;
   float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
   u32 pr[16], ds[16], turn = 0, items = 0, plan = 0;
-  const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
   u32 next = 0;  // how far behind the first ones the item's keys stand
+  const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
@@ -207,15 +240,28 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
+  const auto write = [&] {
+    const int tid = thread_again() % 128;
+    i64 k[2], v[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int key = key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      const i64 line = (i64)field(KEY_HEAD) * p.at.S + key;
+      k[h] = key < 0 ? -1 : line * p.D;
+      v[h] = key < 0 ? -1 : line * p.Dv;
+    }
+    write_rounded(dk, p.scale, p.dk_out, p.D, k);
+    write_rounded(dv, 1.f, p.dv_out, p.Dv, v);
+  };
   const auto leave_section = [&] {
-    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, section = field(STATE) >> 20;
-    const i64 k = section_at(p, section, field(KEY_HEAD), field(BLOCK), false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, section, field(KEY_HEAD), field(BLOCK), true) + c * VALUES + 4 * (tid & 3);
+    const int tid = thread_again() % 128, c = w * 64 + tid / 32 * 16 + tid % 32 / 4, slot = field(KEY_HEAD);
+    const i64 k = section_at(p, slot, false) + c * WIDTH + 4 * (tid & 3), v = section_at(p, slot, true) + c * VALUES + 4 * (tid & 3);
     const i64 at_k[2] = {k, k + 8 * WIDTH}, at_v[2] = {v, v + 8 * VALUES};
     leave_part(dk, p.scale, p.sums_of_keys, at_k);
     leave_part(dv, 1.f, p.sums_of_keys, at_v);
   };
   // A step is 64 queries; b is its stage, and which half of the tile it is.
-  const auto begin = [&](const u32 b) __attribute__((always_inline)) {
+  const auto begin = [&](u32 b) __attribute__((always_inline)) {
     bar_wait(m.full_q(b), turn, patience);
     start_from(s, rows_at + b * LINE * 4);
   };
@@ -237,12 +283,12 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   const auto step = [&](const u32 stage) __attribute__((always_inline)) {  // its scores are on their way
     const u32 b = uniform(stage);
-    const int kind = field(KIND_OF), left = PARTED ? field(STATE) >> 8 & 0xfff : field(STATE) >> 8, far = is_far(m, b);
+    const int state = field(STATE), kind = state >> (WHOLE + 2 * b + w) & 1 ? -1 : field(KIND_OF), left = state >> 8 & 255, far = is_far(m, b);
     const int4 seen = load_mask(p.lists, kind, b * STEP);
     wgmma_wait<0>();
     hold(s);
     to_probabilities(p, s, pr, rows_at + b * LINE * 4, far, seen, kind, left);
-    if (WIDE) {
+    if (WIDE) {  // dK and dV are 160 registers a thread: scores and dP leave no room for P in 16 bits beside them
       multiply_dv(b);
       wgmma_wait<0>();
       hold(dv);
@@ -271,19 +317,37 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
   };
   const auto free_step = [&](const u32 b) __attribute__((always_inline)) {
+    wgmma_wait<0>();
     hold(dk); hold(dv);
     if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+  };
+  // From step b on over those of which no row sees this group's keys; false: the item has no more. No product is under way.
+  const auto pass_over = [&](u32& b) __attribute__((always_inline)) {
+    for (int state; !WIDE && !((state = field(STATE)) >> (SEEN + 2 * b + w) & 1); b = uniform(b ^ 1)) {
+      bar_wait(m.full_q(b), turn, patience);
+      bar_wait(m.free_ds(b), turn ^ 1, patience);
+      named_sync(4 + w, 128);  // no product keeps the warps together: the stage must not be filled again before all have seen it full
+      if (thread_again() % 128 == 0) bar_arrive(m.free_q(b));
+      if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
+      if (b && state & LAST) return false;
+      if (b) {
+        release();
+        turn ^= 1;
+        bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+      }
+    }
+    return true;
   };
   for (;;) {
     bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
     const int state = field(STATE);
     if (state & STOP) break;
     if (state & EMPTY) {
-      if (PARTED && p.sections > 1) {
-        empty_section(p, state >> 20, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+      if (state & SECTION) {
+        empty_section(p, field(KEY_HEAD), w, thread_again() % 128);
       } else if (PARTED) {
-        place_keys(p, m, NOWHERE, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
-        place_keys(p, m, NOWHERE, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        leave_keys(p, p.dk_out, p.wide_dk, p.D, WIDTH, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
+        leave_keys(p, p.dv_out, p.wide_dv, p.Dv, VALUES, field(KEY_HEAD), field(BLOCK), w, thread_again() % 128);
       } else {
         store_nothing(p, field(KEY_HEAD), field(BLOCK) * KEYS + 64 * w, thread_again() % 128);
       }
@@ -302,27 +366,42 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
     bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-    begin(0);
-    multiply_scores(0);
-    for (u32 b = 0;;) {
+    u32 b = 0;
+    bool more = pass_over(b);
+    if (more) begin(b);
+    while (more) {
+      multiply_scores(b);
+      if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
       step(b);
-      if (b && field(STATE) & LAST) break;
+      const int state = field(STATE);
+      if (b && state & LAST) {
+        free_step(b);
+        break;
+      }
+      const bool follows = WIDE || state >> (b ? COMING : SEEN + 2) >> w & 1;
       if (b) { release(); turn ^= 1; }
       b = uniform(b ^ 1);
       begin(b);
-      wgmma_wait<0>();
       free_step(b ^ 1);
-      multiply_scores(b);
+      if (follows) continue;
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
+      more = pass_over(b);
+      if (more) begin(b);
     }
     turn ^= 1;
-    wgmma_wait<0>();
-    free_step(1);
-    bar_wait(m.kept(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
-    const u32 stage = items % KEY_STAGES, keys = m.k + next, values = m.v + next;
+    const u32 stage = items % KEY_STAGES;
+    const int section = field(STATE) & SECTION;
+    bar_wait(m.kept(stage), items / KEY_STAGES & 1, patience);
     items = (items + 1) % (2 * KEY_STAGES);
-    const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15), block = field(BLOCK), key_head = field(KEY_HEAD);
-    if (PARTED && p.sections > 1) {
+    if (!PARTED && !section) {
+      const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15);
+      write_keys(dk, p.scale, m.k + next, row, lane);
+      write_keys(dv, 1.f, m.v + next, row, lane);
+      shared_to_copy_engine();
+    }
+    named_sync(4 + w, 128);
+    if (thread_again() % 128 == 0) bar_arrive(m.made(stage));
+    if (section) {
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
@@ -330,41 +409,21 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       leave_part(dk, p.scale, p.wide_dk, at);
       places_of_keys(at, VALUES, false);
       leave_part(dv, 1.f, p.wide_dv, at);
-    } else {
-      write_keys(dk, p.scale, keys, row, lane);
-      write_keys(dv, 1.f, values, row, lane);
+    } else if (PARTED) {
+      write();
     }
-    shared_to_copy_engine();
-    named_sync(4 + w, 128);
+    if (PARTED || section) named_sync(4 + w, 128);
     release();
-    if (PARTED) {
-      if (p.rounds) {
-        place_keys(p, m, keys, p.dk_out, p.wide_dk, p.D, WIDTH, key_head, block, w, tid);
-        place_keys(p, m, values, p.dv_out, p.wide_dv, p.Dv, VALUES, key_head, block, w, tid);
-        named_sync(4 + w, 128);
-      }
-      if (tid == 0) bar_arrive(m.free_keys(stage));
-    } else if (tid == 0) {
-      for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, keys + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, values + c * SLAB + w * PART, 64 * c, block * KEYS + 64 * w, key_head);
-      tma_store_commit();
-      tma_store_wait_read();
-      bar_arrive(m.free_keys(stage));
-    }
   }
-  if (thread_again() % 128 == 0) tma_store_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
   const Shared m(raw);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2; s++) {
-      bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2);
-      bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1);
-    }
+    for (int s = 0; s < 2; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2); bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1); }
     for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
-    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 2); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); }
+    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 1); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); bar_init(m.made(s), 2); }
     bar_fence();
   }
   __syncthreads();
@@ -397,6 +456,7 @@ struct Ring {  // what `queries` holds in shared memory
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 8 * (2 * STAGES + ITEMS + s); }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ Rows* item(int s) const { return at<Rows>(bars + 8 * (2 * STAGES + 2 * ITEMS)) + s; }
+  __device__ __forceinline__ u32 seen(int s) const { return bars + 8 * (2 * STAGES + 2 * ITEMS) + ITEMS * sizeof(Rows) + 4 * s; }  // bit w: group w's dS is in the stage
 };
 
 // Entries of a row of the lists whose key blocks lie in the piece and begin before the last key: first .. first + n - 1, `gap` left out behind the `full` full ones
@@ -447,13 +507,17 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
     };
     int2 next = find(0);
     for (int e = 0; e < run.n; e++) {
-      const unsigned char *ds = slopes + (i64)next.x * BLOCK_BYTES, *k = keys + (i64)next.y * KEY_BYTES;
+      const unsigned char *ds = slopes + (i64)(next.x >> 4) * BLOCK_BYTES, *k = keys + (i64)next.y * KEY_BYTES;
+      const int quarters = next.x & 15;
       next = find(e + 1);
       for (int h = 0; h < 2; h++) {
+        const int seen = (quarters >> h & 1) | (quarters >> (1 + h) & 2);
         bar_wait(m.free(s), turn, patience);
-        bar_expect(m.full(s), STAGE);
-        for (int g = 0; g < 2; g++) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
-        for (int c = 0; c < Q_PARTS; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
+        *m.at<int>(m.seen(s)) = seen;
+        if (seen) bar_expect(m.full(s), STAGE - (seen < 3 ? PART : 0)); else bar_arrive(m.full(s));
+        for (int g = 0; g < 2; g++)
+          if (seen >> g & 1) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
+        for (int c = 0; c < Q_PARTS && seen; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
         advance<STAGES>(s, turn);
       }
     }
@@ -513,10 +577,12 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
     hold(dq);
     for (int e = 0; e < n; e++) {
       bar_wait(m.full(s), turn, patience);
-      wgmma_fence();
       const u64 a = descriptor(m.stages + s * STAGE + w * PART), b = descriptor_columns<PART>(m.stages + s * STAGE + 2 * PART);
+      if (uniform(shared_int(m.seen(s))) >> w & 1) {
+        wgmma_fence();
 #pragma unroll
-      for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+        for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+      }
       wgmma_commit();
       if (e) {
         wgmma_wait<1>();
@@ -559,26 +625,53 @@ extern "C" __global__ void __launch_bounds__(384, 1) queries(const __grid_consta
 }
 
 // ------------------------------------------------------------------------------------------------------------------ before
-// What each row starts from; tickets start at 0.
+// What is seen of a kind of partial blocks: of half of its rows by a warp.
+__device__ __forceinline__ void start_kind(const Params& p, int kind) {
+  const int half = threadIdx.x / 32, row = half * STEP + threadIdx.x % 32;
+  u32 seen[2] = {0, 0}, all[2] = {~0u, ~0u};
+  for (int r = 0; r < STEP; r += 32)
+    for (int n = 0; n < 4; n++) {
+      const u32 word = kind_word<ROWS, KEYS>(p.lists, kind, row + r, 32 * n);
+      seen[n / 2] |= word;
+      all[n / 2] &= word;
+    }
+  const int found = __any_sync(~0u, seen[0] != 0) | __any_sync(~0u, seen[1] != 0) << 1 | __all_sync(~0u, all[0] == ~0u) << 2 | __all_sync(~0u, all[1] == ~0u) << 3;
+  if (threadIdx.x % 32 == 0) p.quarters[2 * kind + half] = found;
+}
+
+// What each row starts from, and what is seen of each kind of partial blocks; tickets start at 0.
 extern "C" __global__ void __launch_bounds__(STEP) prepare(const __grid_constant__ Params p) {
+  if (blockIdx.x >= p.halves) {
+    const int n = blockIdx.x - p.halves;
+    start_kind(p, n < p.intervals ? 2 * n : 2 * (n - p.intervals) + 1);
+    return;
+  }
   start_rows(p);
   if (blockIdx.x == 0)
     for (int n = threadIdx.x; n < 2 * p.pieces; n += STEP) p.ticket[n] = 0;
 }
 
-// Of a part in sections: their sums of dK and dV, first to last, to where the keys stand. A block of threads for eight keys of a block.
+// Sums of dK and dV of sections, first to last, to where the keys stand: of a part in float32, else rounded. A block of threads for eight keys of a block.
 extern "C" __global__ void __launch_bounds__(128) join(const __grid_constant__ Params p) {
-  const int head = blockIdx.x / 16 / p.key_tiles, block = blockIdx.x / 16 % p.key_tiles;
+  const int head = blockIdx.x / 16 / p.cut, rank = blockIdx.x / 16 % p.cut, key_head = p.from_head + head, Hk = p.Hq / p.group;
+  const int block = block_of(p, __ldg(p.lists.list_of + key_head / Hk * p.lists.list_b + key_head % Hk * p.group * p.lists.list_h), rank);
   for (int i = threadIdx.x; i < 2 * (WIDTH + VALUES); i += 128) {
     const bool values = i >= 2 * WIDTH;
-    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c);
+    const int width = values ? VALUES / 4 : WIDTH / 4, n = values ? i - 2 * WIDTH : i, c = blockIdx.x % 16 * 8 + n / width, key = key_at(p, block, c), l = n % width;
     if (key < 0) continue;
-    float4 *to = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + n % width, sum = is_held(p, key) ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 *wide = (float4*)(values ? p.wide_dv : p.wide_dk) + ((i64)head * p.at.S + key) * width + l, sum = PARTED && is_held(p, key) ? *wide : make_float4(0.f, 0.f, 0.f, 0.f);
     for (int s = 0; s < p.sections; s++) {
-      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, s, p.from_head + head, block, values)))[(i64)c * width + n % width];
+      const float4 x = ((const float4*)(p.sums_of_keys + section_at(p, (head * p.cut + rank) * p.sections + s, values)))[(i64)c * width + l];
       sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
     }
-    *to = sum;
+    if (PARTED) {
+      *wide = sum;
+      continue;
+    }
+    const int of = values ? p.Dv : p.D, column = l / 4 * 16 + l % 4 * 2;
+    u32* to = (u32*)(values ? p.dv_out : p.dk_out) + (((i64)key_head * p.at.S + key) * of + column) / 2;
+    if (column < of) to[0] = pack<KIND>(sum.x, sum.y);
+    if (column + 8 < of) to[4] = pack<KIND>(sum.z, sum.w);
   }
 }
 
@@ -608,8 +701,10 @@ extern "C" __global__ void __launch_bounds__(32) arrange(const __grid_constant__
   for (int e = __ldg(by_key + 2 * x) + lane; e < end; e += 32) {
     const int i = __ldg(p.by_key_rows + e), full = __ldg(by_row + 2 * i), partial = __ldg(by_row + 2 * i + 1), past = __ldg(by_row + 2 * i + 2);
     const int entry = e < middle ? full + count_below(p.lists.cols + full, partial - full, x) : partial + count_below(p.lists.cols + partial, past - partial, x);
-    p.place[entry] = e - base;
-    p.walk[e] = make_int4(i, e < middle ? -1 : __ldg(p.by_key_kinds + e), e - base, 0);
+    const int kind = e < middle ? -1 : __ldg(p.by_key_kinds + e), low = kind < 0 ? 15 : p.quarters[2 * kind], high = kind < 0 ? 15 : p.quarters[2 * kind + 1];
+    const int seen = WIDE ? 15 : (low & 3) | (high & 3) << 2;
+    p.place[entry] = (e - base) << 4 | seen;
+    p.walk[e] = make_int4(i, kind, e - base, seen | (low & 12) << 2 | (high & 12) << 4);
   }
   bool whole = false;
   u32 seen = 0;  // keys 32 (lane % 4) .. by every eighth row

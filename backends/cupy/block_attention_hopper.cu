@@ -7,35 +7,12 @@
 //
 // PARTED: one part of a layout of several (parts.cuh). An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
 // Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED.
-#include "wgmma.cuh"
-#include "parts.cuh"
+#include "block_forward_hopper.cuh"
 
-#ifndef KIND
-#define KIND BFLOAT16
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
-#ifndef VALUES
-#define VALUES 128
-#endif
-#ifndef ROWS
-#define ROWS 128
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef TILES
-#define TILES 2
-#endif
-
-constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
-constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
-constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1), ITEMS = 2;
+constexpr int ITEMS = 2;
 constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
 constexpr int LOOKS = GROUPS == 2 ? 4 : 1;  // rows that a lane of the clearing warp reads together
 constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
-constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
 struct Params {
   TensorMap q, k, v, out;  // boxes of a tile's rows x 64 columns; out: 64 x 64
@@ -59,16 +36,8 @@ struct Item {
   __device__ __forceinline__ int entry(int x) const { return first + x + (x >= full ? gap : 0); }
 };
 
-// Turn n of N places (1, 2 or 4) stands at n % N; the parity of its barrier.
-template <int N> __device__ __forceinline__ u32 parity(u32 n) { return n / N & 1; }
-
-struct Shared {
-  u32 base, q, k, v, bars;
-  unsigned char* raw;
-  __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
-    q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
-  }
+struct Shared : Tiles {
+  using Tiles::Tiles;
   __device__ __forceinline__ Shared again() const {  // addresses computed where they stand instead of kept in registers
     Shared x = *this;
 #ifndef SPARSETILE_EMULATE
@@ -76,19 +45,17 @@ struct Shared {
 #endif
     return x;
   }
-  __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
-  __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
-  __device__ __forceinline__ u32 full_v(int s) const { return bars + 8 * (2 * STAGES + s); }
-  __device__ __forceinline__ u32 free_v(int s) const { return bars + 8 * (3 * STAGES + s); }
   __device__ __forceinline__ u32 landed(int s) const { return bars + 8 * (4 * STAGES + s); }  // values of a masked block, not yet cleared
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 40 * STAGES + 8 * s; }
   __device__ __forceinline__ u32 free_q(int s) const { return bars + 40 * STAGES + 16 + 8 * s; }
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 40 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 40 * STAGES + 48 + 8 * s; }
-  template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 40 * STAGES + 64) + s; }
 };
 
+__device__ __forceinline__ int queries(const Params& p) { return p.at.T; }
+__device__ __forceinline__ int row_step(const Params& p, const Item&) { return row_step(p); }
+__device__ __forceinline__ const float* sinks(const Params& p, const Item&) { return p.sink; }
 // the query of a tile's row, and the rows first_row .. end_row - 1 that the call has
 __device__ __forceinline__ int query(const Params& p, const Item& x, int r) { return x.t + (PARTED ? r * p.row_step : r); }
 __device__ __forceinline__ int first_row(const Item& x) { return imax(-x.t, 0); }
@@ -142,12 +109,6 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
 }
 
 // ---------------------------------------------------------------------------------------------------------------- loading, clearing
-template <int Slabs, int Bytes = SLAB> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int at, int step, int h, int b) {
-  bar_expect(bar, Slabs * Bytes);
-#pragma unroll
-  for (int c = 0; c < Slabs; c++) load_box(to + c * Bytes, map, bar, 64 * c, at, step, h, b);
-}
-
 // K of a block, then V of the block before: values are wanted one product later
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32& patience) {
   const int q_steps = row_steps(p), k_steps = key_steps(p);
@@ -177,16 +138,6 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
       last = row;
     }
   }
-}
-
-// bits of the keys 32 n .. 32 n + 31 of a block of this kind that row r sees
-__device__ __forceinline__ u32 seen_word(const ListArrays& lists, int kind, int2 range, int r, int n) {
-  const u32 word = range_bits(range.x - 32 * n, range.y - 32 * n);
-  return kind >= 0 && kind & 1 ? word & __ldg(lists.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
-}
-__device__ __forceinline__ int2 seen_range(const ListArrays& lists, int kind, int left, int r) {
-  const int2 range = kind >= 0 && !(kind & 1) ? __ldg((const int2*)lists.intervals + (i64)(kind >> 1) * ROWS + r) : make_int2(0, KEYS);
-  return make_int2(range.x, imin(range.y, left));
 }
 
 // Lane n of a warp gets the word of keys 32 n ..: which of an item's entry e some row of the tile sees.
@@ -255,73 +206,9 @@ __device__ __forceinline__ void clear_values(const Params& p, const Shared& shar
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-struct Sight { int kind; int2 range[2]; };  // of a masked block: its kind, and where the keys lie that two rows of a lane may see
-
 __device__ __forceinline__ Sight look(const Params& p, const Item& x, int e, int row) {
   const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit);
-  return {kind, {seen_range(p.lists, kind, left, row), seen_range(p.lists, kind, left, row + 8)}};
-}
-
-// keys 8 j + 2 (lane % 4) and the next are s[4 j ..]
-__device__ __forceinline__ void mask(float (&s)[64], const ListArrays& lists, const Sight& y, int row) {
-#pragma unroll
-  for (int n = 0; n < 4; n++) {
-    u32 a = seen_word(lists, y.kind, y.range[0], row, n), b = seen_word(lists, y.kind, y.range[1], row + 8, n);
-    if (__all_sync(~0u, (a & b) == ~0u)) continue;
-    a >>= 2 * (thread_again() & 3);
-    b >>= 2 * (thread_again() & 3);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float* x = s + 4 * (4 * n + j);
-      if (!(a >> 8 * j & 1)) x[0] = -inf();
-      if (!(a >> 8 * j & 2)) x[1] = -inf();
-      if (!(b >> 8 * j & 1)) x[2] = -inf();
-      if (!(b >> 8 * j & 2)) x[3] = -inf();
-    }
-  }
-}
-
-__device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != -inf(); }
-
-// Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
-// multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
-// 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-__device__ __forceinline__ void soften(float (&s)[64], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
-  float top[2] = {most[0], most[1]}, z[2];
-#pragma unroll
-  for (int j = 0; j < 64; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
-  bool some_far = false;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
-    const float before = most[h] * c;
-    z[h] = top[h] * c;
-    some_far |= is_far(before) | is_far(z[h]);
-    if (z[h] == -inf()) z[h] = 0.f;  // no key so far: every exponent is -inf, not NaN
-    factor[h] = ex2(before - z[h]);
-  }
-  if (__any_sync(~0u, some_far)) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float before = most[h] * c, old = is_far(before) ? most[h] : 0.f, now = is_far(top[h] * c) ? top[h] : 0.f;
-      if (now != 0.f) z[h] = 0.f;
-      factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
-#pragma unroll
-      for (int j = 0; j < 64; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
-    }
-  }
-  float total[2] = {0.f, 0.f};
-#pragma unroll
-  for (int j = 0; j < 64; j += 4)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], c, -z[h]));
-      s[j + 2 * h + 1] = ex2(fmaf(s[j + 2 * h + 1], c, -z[h]));
-      total[h] += s[j + 2 * h] + s[j + 2 * h + 1];
-    }
-#pragma unroll
-  for (int h = 0; h < 2; h++) { most[h] = top[h]; sum[h] = sum[h] * factor[h] + total[h]; }
+  return look_at(p.lists, kind, left, row);
 }
 
 // a tile without keys: this group's 64 rows
@@ -331,15 +218,6 @@ __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, in
   uint4* to = (uint4*)(PARTED && p.partial ? (void*)p.partial : p.result);
   for (int i = r0 * n + tid; i < r1 * n; i += 128) to[(line + query(p, x, i / n)) * n + i % n] = make_uint4(0, 0, 0, 0);
   if (p.lse && r0 + tid < r1) p.lse[line + query(p, x, r0 + tid)] = -inf();
-}
-
-// this group's rows from their tile, those that the call has; two threads a row
-__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, u32 tile, int w, int tid) {
-  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = query(p, x, r);
-  if (t < 0 || t >= p.at.T) return;
-  uint4* to = (uint4*)p.result + ((i64)x.head * p.at.T + t) * n;
-#pragma unroll 1
-  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
 }
 
 // What lies between float32 rows in memory and two rows of a lane: columns 8 j + 2 (lane % 4) and the next are o[4 j ..].
@@ -353,21 +231,6 @@ template <class F> __device__ __forceinline__ void for_pairs(const Params& p, co
   }
 }
 
-// factors of the sums of two rows, and their lse
-__device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row) {
-  const float sink = p.sink ? __ldg(p.sink + x.head % p.Hq) : -inf();
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    const bool empty = most[h] == -inf() && sum[h] == 0.f;
-    const float top = __fmul_rn(most[h], p.scale);  // rounded as the backward rounds its scores
-    factor[h] = empty ? 0.f : 1.f / (sum[h] + (p.sink ? ex2((sink - top) * LOG2E) : 0.f));
-    const int t = query(p, x, row + 8 * h);
-    if (p.lse && (thread_again() & 3) == 0 && t >= 0 && t < p.at.T) p.lse[(i64)x.head * p.at.T + t] = empty ? -inf() : top + logf(sum[h]);
-  }
-}
-
 // out through this group's rows of the item's query tile
 template <int N> __device__ __forceinline__ void store(const Params& p, const Item& x, const Shared& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid) {
   if (PARTED && p.partial) {
@@ -376,24 +239,7 @@ template <int N> __device__ __forceinline__ void store(const Params& p, const It
     });
     return;
   }
-  const int lane = tid & 31, r = w * 64 + tid / 32 * 16 + (lane & 15);
-#pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const int c = 2 * j + (lane >> 4);  // 16 bytes each
-    const float* y = o + 8 * j;
-    stmatrix_at(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
-                pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
-  }
-  shared_to_copy_engine();
-  named_sync(4 + w, 128);
-  if (x.t + 64 * w < 0 || PARTED && p.row_step > 1) {  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
-    store_inside(p, x, m, tile, w, tid);
-    named_sync(4 + w, 128);
-  } else if (tid == 0) {
-#pragma unroll
-    for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, tile + c * Q_SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
-    tma_store_commit();
-  }
+  store_rows(p, x, m, tile, o, factor, w, tid);
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {
@@ -412,22 +258,6 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     at_q = uniform(i % TILES) * (Q_BYTES >> 4);
     at_k = uniform(k % STAGES) * (K_BYTES >> 4);
     at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
-  };
-  const auto multiply_scores = [&] {
-    const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
-#pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, dq + c / 4 * (Q_SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
-    wgmma_commit();
-  };
-  const auto multiply_output = [&](bool more) {
-    const u64 dv = dv0 + (u64)at_v;
-#pragma unroll
-    for (int c = 0; c < 8; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
-    wgmma_commit();
-  };
-  const auto round = [&] {
-#pragma unroll
-    for (int c = 0; c < 32; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
   };
   const auto begin = [&] {
 #pragma unroll
@@ -461,7 +291,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
     hold(s);
     wgmma_fence();
-    multiply_scores();
+    multiply_scores(s, dq0 + at_q, dk0 + at_k);
     if (EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     wgmma_wait<0>();
     hold(s);
@@ -487,7 +317,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (!EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     if (plain == 0) mask(s, p.lists, sight, row());
     soften(s, most, sum, factor, p.exponent);
-    round();
+    round(pr, s);
     if (owed) settle(i - 1);
     bool more = resume();
     for (int e = 1; e < n; e++, k++) {
@@ -495,10 +325,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       hold(s); hold(o);
       wgmma_fence();
-      multiply_scores();
+      multiply_scores(s, dq0 + at_q, dk0 + at_k);
       bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       if (EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
       wgmma_wait<1>();
       hold(s);
@@ -512,13 +342,13 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       more = true;
-      round();
+      round(pr, s);
     }
     aim();
     bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
     hold(o);
     wgmma_fence();
-    multiply_output(more);
+    multiply_values(o, pr, dv0 + at_v, more);
     const Item& x = *m.item(i % ITEMS);
     finish(p, x, most, sum, factor, row());
     wgmma_wait<0>();

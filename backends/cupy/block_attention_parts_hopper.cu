@@ -1,44 +1,21 @@
 // Attention over all parts of a layout in one launch, by Hopper's own instructions: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 //
 // Parts whose tiles hold the same queries are one pass: their blocks are entries of one item. Where rows differ (residue classes, then contiguous queries), the first pass leaves
-// normalised sums and logsumexps in float32, and the second starts from them as if from one more key. Items of both take turns: the second pass of some tiles follows the first by
-// one group of tiles, so that queries, keys, values and the sums between are found in the cache. An item waits for the group before it by a counter; tickets ascend, so those that
-// it waits for were taken before.
+// normalised sums and logsumexps in float32, and the second starts from them as if from one more key. The second pass of a head follows the first pass of the next one; an item of it waits
+// for the head's first pass by a counter; tickets ascend, so those that it waits for were taken before.
 //
 // What an item is was laid down on the host (hopper_parts.py): 32 bytes an item and 32 an entry, fetched ahead; a block has no more to look up than its row of the table of masks.
-// Groups of 64 rows go through a block's keys by 128 or by 64 a step; by 64 they leave out the half that none of their rows sees.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), STAGES, TILES, PARTS, STEP (keys a step: 128 or 64).
-#include "wgmma.cuh"
+// Defines: as block_forward_hopper.cuh, PARTS.
+#define PARTED 1
+#include "block_forward_hopper.cuh"
 #include "ordered.cuh"
-#include "lists.cuh"
 
-#ifndef KIND
-#define KIND BFLOAT16
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
-#ifndef VALUES
-#define VALUES 128
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef TILES
-#define TILES 2
-#endif
 #ifndef PARTS
 #define PARTS 2
 #endif
-#ifndef STEP
-#define STEP 128
-#endif
 
-constexpr int ROWS = 128, KEYS = 128, SLAB = 128 * 128;  // a slab: rows of 64 columns, as the copy engine writes them
-constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * SLAB;
-constexpr int GROUPS = 2, THREADS = 384, ITEMS = 4, INLINE = 2;  // entries that come with their item
-constexpr int READERS = 1 + 5 * GROUPS;                          // of an item: the loading thread, the multiplying warps, those that raise counters
-constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
+constexpr int ITEMS = 4, INLINE = 2;  // entries that come with their item
+constexpr int READERS = 1 + 5 * GROUPS;  // of an item: the loading thread, the multiplying warps, those that raise counters
 
 struct KeyAxis { TensorMap k, v; };  // boxes of a block's keys x 64 columns
 struct Params {
@@ -49,49 +26,34 @@ struct Params {
   const float* sink;
   float* partial;          // [B,Hq,T,VALUES] of the first pass; columns stand as lanes hold them (for_quads)
   int* ticket;
-  int* counters;           // [B * Hq, groups]: multiplying groups that are through with their tile
+  int* counters;           // [B * Hq]: multiplying groups that are through with a tile of the first pass
   const int4 *items, *entries;
   const int* intervals;
   const u32* bitmaps;
   int row_step[2], key_steps[PARTS];  // between a tile's rows; of an axis of two, 0 where it is one
-  int T, Hq, group, Dv, heads, tiles, steps, section, first_item, items_end, groups, unused;
+  int T, Hq, group, Dv, heads, tiles, steps, section, all;  // heads = B * Hq; `section` steps at a time, each the items of a head; all: items of all steps
   float scale, exponent;   // exponent = scale * log2(e)
 };
 
-enum { BOTH, LOW, HIGH };  // halves of a block's keys
-// Entry of a list: the first key, kind, how many keys of the block exist; its part, and from bit 8 on, two bits each, the halves that a group's rows see; which keys some row sees
+// Entry of a list: the first key, kind, how many keys of the block exist; its part; which keys some row sees
 struct Entry {
-  int key, kind, left, part_and_halves;
+  int key, kind, left, part;
   uint4 seen;
-  __device__ __forceinline__ int part() const { return part_and_halves & 255; }
-  __device__ __forceinline__ int halves(int w) const { return part_and_halves >> (8 + 2 * w) & 3; }
 };
-// A query tile: t is the query of its row 0, negative where it starts before the call; of n entries the first `plain` need no mask. wait: the group (and how often it is raised) whose
-// sums it starts from, or -1; raise: the group whose sums it leaves, or -1. n = -1: no more items.
+// A query tile: t is the query of its row 0, negative where it starts before the call; of n entries the first `plain` need no mask. wait: how often the head's counter
+// is raised before the sums that it starts from are there, or 0; raises: whether it leaves sums. n = -1: no more items.
 struct Item {
-  int t, pass, first, n, plain, head, wait, raise, times, unused[3];
+  int t, pass, first, n, plain, head, wait, raises;
   Entry entries[INLINE];
 };
 
-template <int N> __device__ __forceinline__ u32 parity(u32 n) { return n / N & 1; }
-
-struct Shared {
-  u32 base, q, k, v, bars;
-  unsigned char* raw;
-  __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
-    q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
-  }
-  __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
-  __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
-  __device__ __forceinline__ u32 full_v(int s) const { return bars + 8 * (2 * STAGES + s); }
-  __device__ __forceinline__ u32 free_v(int s) const { return bars + 8 * (3 * STAGES + s); }
+struct Shared : Tiles {
+  using Tiles::Tiles;
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 32 * STAGES + 8 * s; }
   __device__ __forceinline__ u32 free_q(int s) const { return bars + 32 * STAGES + 16 + 8 * s; }
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 32 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 32 * STAGES + 32 + 8 * (ITEMS + s); }
   __device__ __forceinline__ u32 written(int w) const { return bars + 32 * STAGES + 32 + 16 * ITEMS + 8 * w; }  // a group's sums for the next pass
-  template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ Entry* entry(int s) const { return at<Entry>(bars + 32 * STAGES + 48 + 16 * ITEMS) + s; }  // what stands in stage s of the keys
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 48 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
 };
@@ -107,11 +69,11 @@ __device__ __forceinline__ Entry fetch_entry(const Params& p, int n) {
 // ---------------------------------------------------------------------------------------------------------------- taking items
 __device__ __forceinline__ bool open_item(const Params& p, int number, Item& x) {
   const int from = number / (p.section * p.tiles) * p.section, together = imin(p.section, p.steps - from), y = number - from * p.tiles, rank = y / together;
-  const int4 a = __ldg(p.items + 2 * (i64)rank), b = __ldg(p.items + 2 * (i64)rank + 1);  // t, pass | times << 1, first, n; plain, head, wait, raise
+  const int4 a = __ldg(p.items + 2 * (i64)rank), b = __ldg(p.items + 2 * (i64)rank + 1);  // t, pass, first, n; plain, how many heads behind, wait, raises
   const int head = from + y % together + b.y;
   if (head < 0 || head >= p.heads) return false;
-  x.t = a.x; x.pass = a.y & 1; x.times = a.y >> 1; x.first = a.z; x.n = a.w;
-  x.plain = b.x; x.head = head; x.wait = b.z; x.raise = b.w;
+  x.t = a.x; x.pass = a.y; x.first = a.z; x.n = a.w;
+  x.plain = b.x; x.head = head; x.wait = b.z; x.raises = b.w;
 #pragma unroll
   for (int e = 0; e < INLINE; e++) x.entries[e] = fetch_entry(p, a.z + imin(e, imax(a.w - 1, 0)));
   return true;
@@ -122,8 +84,8 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
     Item& x = *m.item(i % ITEMS);
     bar_wait(m.free_item(i % ITEMS), parity<ITEMS>(i) ^ 1, patience);
     int number;
-    do number = p.first_item + atomicAdd(p.ticket, 1); while (number < p.items_end && !open_item(p, number, x));
-    const bool more = number < p.items_end && patience;
+    do number = atomicAdd(p.ticket, 1); while (number < p.all && !open_item(p, number, x));
+    const bool more = number < p.all && patience;
     if (!more) x.n = -1;
     bar_arrive(m.full_item(i % ITEMS));
     if (!more) return;
@@ -131,12 +93,6 @@ __device__ __forceinline__ void take_items(const Params& p, const Shared& m, u32
 }
 
 // --------------------------------------------------------------------------------------------------------------------- loading
-template <int Slabs> __device__ __forceinline__ void load_slabs(u32 to, const TensorMap* map, u32 bar, int at, int steps, int h, int b) {
-  bar_expect(bar, Slabs * SLAB);
-#pragma unroll
-  for (int c = 0; c < Slabs; c++) tma_load(to + c * SLAB, map, bar, 64 * c, steps ? at % steps : at, steps ? at / steps : 0, h, b);
-}
-
 // K of a block, then V of the block before: values are wanted one product later
 __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32& patience) {
   u32 k = 0, v = 0;
@@ -147,7 +103,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
     if (n < 0 || !patience) return;
     const int b = x.head / p.Hq, h = x.head % p.Hq, hk = h / p.group, step = row_step(p, x);
     bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
-    if (x.wait >= 0) wait_turn(p.counters + (i64)x.head * p.groups + x.wait, x.times, patience);
+    if (x.wait) wait_turn(p.counters + x.head, x.wait, patience);
     if (n) load_slabs<K_SLABS>(m.q + i % TILES * Q_BYTES, &p.q[x.pass], m.full_q(i % TILES), x.t, step > 1 ? step : 0, h, b);
     else bar_arrive(m.full_q(i % TILES));
     int key = 0, part = 0;
@@ -155,7 +111,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
       const int before = key, part_before = part;
       if (e < n) {
         const Entry y = e < INLINE ? x.entries[e] : fetch_entry(p, first + e);
-        key = y.key; part = y.part();
+        key = y.key; part = y.part;
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
         *m.entry(k % STAGES) = y;
         load_slabs<K_SLABS>(m.k + k % STAGES * K_BYTES, &p.keys[part].k, m.full_k(k % STAGES), key, p.key_steps[part], hk, b);
@@ -172,87 +128,8 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
 }
 
 // ---------------------------------------------------------------------------------------------------------------- multiplying
-struct Sight { int kind; int2 range[2]; };  // of a masked block: its kind, and where the keys lie that two rows of a lane may see
-
-__device__ __forceinline__ Sight look(const Params& p, int kind, int left, int row) {
-  Sight y = {kind, {make_int2(0, left), make_int2(0, left)}};
-  if (kind >= 0 && !(kind & 1)) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int2 range = __ldg((const int2*)p.intervals + (i64)(kind >> 1) * ROWS + row + 8 * h);
-      y.range[h] = make_int2(range.x, imin(range.y, left));
-    }
-  }
-  return y;
-}
-
-__device__ __forceinline__ u32 seen_word(const Params& p, int kind, int2 range, int r, int n) {
-  const u32 word = range_bits(range.x - 32 * n, range.y - 32 * n);
-  return kind >= 0 && kind & 1 ? word & __ldg(p.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
-}
-
-// keys 8 j + 2 (lane % 4) and the next of a step are s[4 j ..]; its first keys are those of word `first` of the block
-__device__ __forceinline__ void mask(float (&s)[STEP / 2], const Params& p, const Sight& y, int row, int first) {
-#pragma unroll
-  for (int n = 0; n < STEP / 32; n++) {
-    u32 a = seen_word(p, y.kind, y.range[0], row, first + n), b = seen_word(p, y.kind, y.range[1], row + 8, first + n);
-    if (__all_sync(~0u, (a & b) == ~0u)) continue;
-    a >>= 2 * (thread_again() & 3);
-    b >>= 2 * (thread_again() & 3);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float* x = s + 4 * (4 * n + j);
-      if (!(a >> 8 * j & 1)) x[0] = -inf();
-      if (!(a >> 8 * j & 2)) x[1] = -inf();
-      if (!(b >> 8 * j & 1)) x[2] = -inf();
-      if (!(b >> 8 * j & 2)) x[3] = -inf();
-    }
-  }
-}
-
-__device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != -inf(); }
-
-// Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
-// multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
-// 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-__device__ __forceinline__ void soften(float (&s)[STEP / 2], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
-  float top[2] = {most[0], most[1]}, z[2];
-#pragma unroll
-  for (int j = 0; j < STEP / 2; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
-  bool some_far = false;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
-    const float before = most[h] * c;
-    z[h] = top[h] * c;
-    some_far |= is_far(before) | is_far(z[h]);
-    if (z[h] == -inf()) z[h] = 0.f;  // no key so far: every exponent is -inf, not NaN
-    factor[h] = ex2(before - z[h]);
-  }
-  if (__any_sync(~0u, some_far)) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float before = most[h] * c, old = is_far(before) ? most[h] : 0.f, now = is_far(top[h] * c) ? top[h] : 0.f;
-      if (now != 0.f) z[h] = 0.f;
-      factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
-#pragma unroll
-      for (int j = 0; j < STEP / 2; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
-    }
-  }
-  float total[2] = {0.f, 0.f};
-#pragma unroll
-  for (int j = 0; j < STEP / 2; j += 4)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], c, -z[h]));
-      s[j + 2 * h + 1] = ex2(fmaf(s[j + 2 * h + 1], c, -z[h]));
-      total[h] += s[j + 2 * h] + s[j + 2 * h + 1];
-    }
-#pragma unroll
-  for (int h = 0; h < 2; h++) { most[h] = top[h]; sum[h] = sum[h] * factor[h] + total[h]; }
-}
-
+__device__ __forceinline__ int queries(const Params& p) { return p.T; }
+__device__ __forceinline__ const float* sinks(const Params& p, const Item& x) { return x.raises ? nullptr : p.sink; }
 __device__ __forceinline__ bool in_call(const Params& p, int t) { return t >= 0 && t < p.T; }
 
 // What lies between float32 rows of the sums between passes and two rows of a lane: 16 bytes are columns 16 j + 2 (lane % 4), the next, and both 8 further on, o[8 j + 2 h ..].
@@ -282,10 +159,10 @@ __device__ __forceinline__ void raise_counters(const Params& p, const Shared& m,
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
     const Item& x = *m.item(i % ITEMS);
     if (x.n < 0 || !patience) return;
-    if (x.raise >= 0) {
+    if (x.raises) {
       bar_wait(m.written(w), turn, patience);
       turn ^= 1;
-      raise_counter(p.counters + (i64)x.head * p.groups + x.raise);
+      raise_counter(p.counters + x.head);
     }
     bar_arrive(m.free_item(i % ITEMS));
   }
@@ -293,8 +170,8 @@ __device__ __forceinline__ void raise_counters(const Params& p, const Shared& m,
 
 // a tile without keys: this group's 64 rows of the first pass, or of the last
 __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, int w, int tid) {
-  const int n = x.raise >= 0 ? VALUES / 4 : p.Dv / 8;
-  uint4* to = x.raise >= 0 ? (uint4*)p.partial : (uint4*)p.result;
+  const int n = x.raises ? VALUES / 4 : p.Dv / 8;
+  uint4* to = x.raises ? (uint4*)p.partial : (uint4*)p.result;
   for (int i = tid; i < 64 * n; i += 128) {
     const int t = query(p, x, 64 * w + i / n);
     if (in_call(p, t)) to[((i64)x.head * p.T + t) * n + i % n] = make_uint4(0, 0, 0, 0);
@@ -303,120 +180,48 @@ __device__ __forceinline__ void store_nothing(const Params& p, const Item& x, in
   if (p.lse && tid < 64 && in_call(p, t)) p.lse[(i64)x.head * p.T + t] = -inf();
 }
 
-// factors of the sums of two rows, and their lse
-__device__ __forceinline__ void finish(const Params& p, const Item& x, const float (&most)[2], float (&sum)[2], float (&factor)[2], int row) {
-  const bool sinks = p.sink && x.raise < 0;
-  const float sink = sinks ? __ldg(p.sink + x.head % p.Hq) : -inf();
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    const bool empty = most[h] == -inf() && sum[h] == 0.f;
-    const float top = __fmul_rn(most[h], p.scale);  // rounded as the backward rounds its scores
-    factor[h] = empty ? 0.f : 1.f / (sum[h] + (sinks ? ex2((sink - top) * LOG2E) : 0.f));
-    const int t = query(p, x, row + 8 * h);
-    if (p.lse && (thread_again() & 3) == 0 && in_call(p, t)) p.lse[(i64)x.head * p.T + t] = empty ? -inf() : top + logf(sum[h]);
-  }
-}
-
-// this group's rows from their tile, those that the call has; two threads a row
-__device__ __forceinline__ void store_inside(const Params& p, const Item& x, const Shared& m, u32 tile, int w, int tid) {
-  const int n = p.Dv / 8, r = w * 64 + tid / 2, t = query(p, x, r);
-  if (!in_call(p, t)) return;
-  uint4* to = (uint4*)p.result + ((i64)x.head * p.T + t) * n;
-#pragma unroll 1
-  for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(tile + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
-}
-
-// out through this group's rows of the item's query tile
-template <int N> __device__ __forceinline__ void store(const Params& p, const Item& x, const Shared& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid) {
-  const int lane = tid & 31, r = w * 64 + tid / 32 * 16 + (lane & 15);
-#pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const int c = 2 * j + (lane >> 4);  // 16 bytes each
-    const float* y = o + 8 * j;
-    stmatrix_at(tile + (c >> 3) * SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
-                pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
-  }
-  shared_to_copy_engine();
-  named_sync(4 + w, 128);
-  if (x.t + 64 * w < 0 || row_step(p, x) > 1) {  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
-    store_inside(p, x, m, tile, w, tid);
-    named_sync(4 + w, 128);
-  } else if (tid == 0) {
-#pragma unroll
-    for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, tile + c * SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);
-    tma_store_commit();
-  }
-}
-
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {
   const bool leader = threadIdx.x % 128 == 0;
   const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
   const auto row = [w, tid] { const int t = tid(); return w * 64 + t / 32 * 16 + t % 32 / 4; };
   const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[STEP / 2], o[VALUES / 2], most[2], sum[2], factor[2];
-  u32 pr[STEP / 4], i = 0, k = 0, v = 0;  // turns: item, key block of the scores and, a step behind, of the values
-  int n, plain, half = 0, half_before = 0;  // which half of the block the step takes
-  bool ends = true, ends_before = true;     // the step is the block's last
-  bool owed = false, clears = false, clears_next = false;  // the output of the item before is on its way; this thread's key of the values at hand, and of those to come, is seen by nobody
-  bool clearing = false, clearing_next = false;            // some key is
-  bool ends_alone = false;                                 // the block has one step
+  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
+  u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
+  int n, plain;
+  bool owed = false;                         // the output of the item before is on its way
+  bool clears = false, clears_next = false;  // this thread's key of the values at hand, and of those to come, is seen by nobody
+  bool clearing = false, clearing_next = false;  // some key is
   Sight sight;
   const auto uniform = [](u32 x) { return __shfl_sync(~0u, x, 0); };
   u32 at_q, at_k, at_v;
   const auto aim = [&](u32 i) {  // known to be uniform, and before the waits: a shuffle takes 30 clocks
     at_q = uniform(i % TILES) * (Q_BYTES >> 4);
-    at_k = uniform(k % STAGES) * (K_BYTES >> 4) + half * (64 * 128 >> 4);
-    at_v = uniform(v % STAGES) * (V_BYTES >> 4) + half_before * 4 * 128;
-  };
-  const auto multiply_scores = [&] {
-    const u64 dq = dq0 + (u64)at_q, dk = dk0 + (u64)at_k;
-#pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, dq + c / 4 * (SLAB >> 4) + c % 4 * 2, dk + c / 4 * (SLAB >> 4) + c % 4 * 2, c != 0);
-    wgmma_commit();
-  };
-  const auto multiply_output = [&](bool more) {
-    const u64 dv = dv0 + (u64)at_v;
-#pragma unroll
-    for (int c = 0; c < STEP / 16; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, dv + c * 128, more || c != 0);
-    wgmma_commit();
-  };
-  const auto round = [&] {
-#pragma unroll
-    for (int c = 0; c < STEP / 4; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
+    at_k = uniform(k % STAGES) * (K_BYTES >> 4);
+    at_v = uniform((k - 1) % STAGES) * (V_BYTES >> 4);
   };
   const auto see = [&] {  // of the masked block that stands at this turn; before its stage is given back
     const Entry& y = *m.entry(k % STAGES);
-    sight = look(p, y.kind, y.left, row());
+    sight = look_at(p, y.kind, y.left, row());
     const u32 word = tid() / 32 == 0 ? y.seen.x : tid() / 32 == 1 ? y.seen.y : tid() / 32 == 2 ? y.seen.z : y.seen.w;
-    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u && (half == 0 || ends_alone);
+    clearing_next = (y.seen.x & y.seen.y & y.seen.z & y.seen.w) != ~0u;
     clears_next = !(word >> (tid() & 31) & 1);
   };
   // Values that no row of the tile sees are made zero: what nobody sees must not reach a product (0 * NaN). Both groups do, so that neither waits for the other.
   const auto clear_values = [&] {
     if (clearing) {
       if (clears)
-        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + v % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < 8 * V_SLABS; c++) *m.at<uint4>(m.v + (k - 1) % STAGES * V_BYTES + c / 8 * SLAB + tid() * 128 + c % 8 * 16) = make_uint4(0, 0, 0, 0);
       shared_to_copy_engine();
       named_sync(4 + w, 128);
     }
   };
-  // The step's scores are made: its keys may go, and its values are next.
+  // The block's scores are made: its values are next.
   const auto pass_on = [&] {
     clears = clears_next; clearing = clearing_next; clears_next = clearing_next = false;
-    half_before = half; ends_before = ends; v = k;
-    k += ends;
+    k++;
   };
-  const auto begin_block = [&] {  // block k has come: its first step
-    if (STEP == KEYS) return;
-    const int halves = uniform(m.entry(k % STAGES)->halves(w));
-    half = halves == HIGH;
-    ends = halves != BOTH;
-    ends_alone = ends;
-  };
-  const auto free_values = [&] { if (leader && ends_before) bar_arrive(m.free_v(v % STAGES)); };
-  const auto await_values = [&] { bar_wait(m.full_v(v % STAGES), parity<STAGES>(v), patience); };
+  const auto free_values = [&] { if (leader) bar_arrive(m.free_v((k - 1) % STAGES)); };
+  const auto await_values = [&] { bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience); };
   const auto begin = [&](const float (&before)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -424,7 +229,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       sum[h] = most[h] != -inf() && (thread_again() & 3) == 0 ? 1.f : 0.f;
     }
   };
-  const auto free_keys = [&] { __syncwarp(); if (ends && tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
+  const auto free_keys = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_k(k % STAGES)); };  // by every warp: each reads what stands there
   float before[2];
   const auto know = [&](u32 i) -> const Item& {  // item i
     bar_wait(m.full_item(i % ITEMS), parity<ITEMS>(i), patience);
@@ -441,11 +246,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int t = query(p, x, row() + 8 * h);
-      before[h] = x.wait >= 0 && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
+      before[h] = x.wait && in_call(p, t) ? fresh(p.lse + (i64)x.head * p.T + t) : -inf();
     }
   };
   const auto ask_sums = [&](const Item& x) {
-    if (x.wait < 0) return;
+    if (!x.wait) return;
     for_quads(p, x, row(), [&](int j, const float4* from, bool there) {
       const float4 y = there ? fresh(from) : make_float4(0.f, 0.f, 0.f, 0.f);
       o[j] = y.x; o[j + 1] = y.y; o[j + 4] = y.z; o[j + 5] = y.w;
@@ -460,21 +265,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n == 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     if (n <= 0) return;
     await_tiles(i);
-    begin_block();
     aim(i);
     ask_before(x);
     ask_sums(x);
     hold(s);
     wgmma_fence();
-    multiply_scores();
+    multiply_scores(s, dq0 + at_q, dk0 + at_k);
     see_first();
     wgmma_wait<0>();
     hold(s);
   };
-  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: groups wait for earlier ones alone.
-  const auto goes_along = [&](const Item& x, const Item& y) {
-    return TILES == 2 && n > 0 && (x.raise < 0 || y.wait < 0 || (i64)y.head * p.groups + y.wait < (i64)x.head * p.groups + x.raise);
-  };
+  // May the first scores of item y go along with the last product of item x? Not where y may wait for x, or for one that waits for x in turn: heads wait for themselves alone.
+  const auto goes_along = [&](const Item& x, const Item& y) { return TILES == 2 && n > 0 && (!x.raises || !y.wait || y.head < x.head); };
   const auto written = [&] { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.written(w)); };
   const auto close = [&](u32 i) { __syncwarp(); if (tid() % 32 == 0) bar_arrive(m.free_item(i % ITEMS)); };
   const auto settle = [&](u32 i) {  // the query tile is free once its output has been read
@@ -486,7 +288,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n == 0) {
       const Item& x = *m.item(i % ITEMS);
       store_nothing(p, x, w, tid());
-      if (x.raise >= 0) written();
+      if (x.raises) written();
       close(i);
       if (owed) settle(i - 1);
       settle(i++);
@@ -495,37 +297,30 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     }
     free_keys();
     begin(before);
-    if (plain == 0) mask(s, p, sight, row(), 2 * half);
+    if (plain == 0) mask(s, p, sight, row());
     soften(s, most, sum, factor, p.exponent);
-    round();
+    round(pr, s);
     pass_on();
     if (owed) settle(i - 1);
-    bool more = m.item(i % ITEMS)->wait >= 0;
+    bool more = m.item(i % ITEMS)->wait;
     if (more) {
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
     }
-    for (int e = 0;;) {
-      if (ends_before) {
-        if (++e >= n) break;
-        bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
-        begin_block();
-      } else {
-        half = 1;
-        ends = true;
-      }
+    for (int e = 1; e < n; e++) {
+      bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
       aim(i);
       hold(s); hold(o);
       wgmma_fence();
-      multiply_scores();
+      multiply_scores(s, dq0 + at_q, dk0 + at_k);
       await_values();
       clear_values();
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       if (e >= plain) see();
       wgmma_wait<1>();
       hold(s);
-      if (e >= plain) mask(s, p, sight, row(), 2 * half);
+      if (e >= plain) mask(s, p, sight, row());
       free_keys();
       soften(s, most, sum, factor, p.exponent);
       if (sum[0] + sum[1] < 0.f) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);  // never: a branch on the sums keeps the exponentials before the wait
@@ -537,23 +332,22 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
         for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       }
       more = true;
-      round();
+      round(pr, s);
       pass_on();
     }
     const Item &x = *m.item(i % ITEMS), &y = know(i + 1);
     const bool along = goes_along(x, y);
     if (along) {
       await_tiles(i + 1);
-      begin_block();
       aim(i + 1);
       ask_before(y);
       hold(s); hold(o);
       wgmma_fence();
-      multiply_scores();
+      multiply_scores(s, dq0 + at_q, dk0 + at_k);
       await_values();
       clear_values();
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       see_first();
       finish(p, x, most, sum, factor, row());
       wgmma_wait<0>();
@@ -564,19 +358,19 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       clear_values();
       hold(o);
       wgmma_fence();
-      multiply_output(more);
+      multiply_values(o, pr, dv0 + at_v, more);
       finish(p, x, most, sum, factor, row());
       wgmma_wait<0>();
       hold(o);
     }
     free_values();
-    if (x.raise >= 0) {
+    if (x.raises) {
       for_quads(p, x, row(), [&](int j, float4* to, bool there) {
         if (there) *to = make_float4(o[j] * factor[j >> 1 & 1], o[j + 1] * factor[j >> 1 & 1], o[j + 4] * factor[j >> 1 & 1], o[j + 5] * factor[j >> 1 & 1]);
       });
       written();
     } else {
-      store(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
+      store_rows(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
     }
     close(i);
     if (TILES == 1) settle(i); else owed = true;

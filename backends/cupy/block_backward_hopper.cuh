@@ -18,14 +18,17 @@
 constexpr int ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a slab: 64 columns of a key block; a part: 64 columns of 64 queries
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64;
 constexpr int SUMS = ADDS ? STEP * WIDTH * 4 : 0, LINE = 3 * STEP + 4;               // bytes of a step's dQ; floats of a step's rows
-constexpr int KEY_STAGES = PARTED && WIDTH + VALUES <= 256 ? 2 : 1, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB;  // a part's items have a query tile or two: the next one's keys come while these leave
+constexpr bool WIDE = WIDTH + VALUES > 256;
+constexpr int KEY_STAGES = ADDS || WIDE ? 1 : 2, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB, KEY_BARS = ADDS ? 24 : 32;  // 2: the next item's keys come while these are at work
 constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                     // of a plan: the loading thread, two adding threads or one that stores dS, two groups
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
 enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
-// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, then how many keys of the block exist and, of a part, from bit 20 on which section it is.
+// A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, from bit 8 on how many keys of the block exist and, where nothing is added, `quarters`.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
 enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
+// Quarters of a block, 64 queries b by 64 keys w, as bits 2 b + w of a state: of which some key is seen, then those of b = 0 of the item's next block, then which are seen entirely.
+constexpr int SEEN = 16, COMING = 20, WHOLE = 24;
 
 struct Shared {
   u32 base, k, v, q, dout, ds, sums, rows, plans, bars;
@@ -41,13 +44,14 @@ struct Shared {
   __device__ __forceinline__ u32 full_sums(int s) const { return bars + 48 + 8 * s; }
   __device__ __forceinline__ u32 free_sums(int s) const { return bars + 64 + 8 * s; }
   __device__ __forceinline__ u32 free_ds(int s) const { return full_sums(s); }  // where dS leaves instead of sums
-  __device__ __forceinline__ u32 kept(int s = 0) const { return free_sums(s); }  // the item's keys have left
+  __device__ __forceinline__ u32 kept(int s) const { return free_sums(s); }  // the item's keys have left
   __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 80 + 8 * (n % PLANS); }  // of plan n
   __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 80 + 8 * (PLANS + n % PLANS); }
-  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 80 + 16 * PLANS + 24 * s; }
-  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 88 + 16 * PLANS + 24 * s; }
-  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 96 + 16 * PLANS + 24 * s; }  // keys and values of which some must be cleared
-  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + 24 * KEY_STAGES; }
+  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 80 + 16 * PLANS + KEY_BARS * s; }
+  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 88 + 16 * PLANS + KEY_BARS * s; }
+  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 96 + 16 * PLANS + KEY_BARS * s; }  // keys and values of which some must be cleared
+  __device__ __forceinline__ u32 made(int s) const { return bars + 104 + 16 * PLANS + KEY_BARS * s; }  // the groups are through with the item's keys: its dK and dV stand there
+  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + KEY_BARS * KEY_STAGES; }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ u32 plan_at(u32 n, int field) const { return plans + n % PLANS * sizeof(Plan) + 4 * field; }
   __device__ __forceinline__ Plan* plan(u32 n) const { return at<Plan>(plan_at(n, 0)); }
@@ -68,16 +72,15 @@ __device__ __forceinline__ int2 rows_of_call(const Params& p, int start) {
   return low >= all || high <= 0 ? make_int2(0, 0) : make_int2((int)((low < 0 ? 0 : low) / ROWS), (int)(((high < all ? high : all) + ROWS - 1) / ROWS));
 }
 
-// What an item is: the constructor is the kernel's own. slot: the place of a section's part, or -1.
+// What an item is: the constructor is the kernel's own. slot: the place of a section's sums, or -1.
 struct Item {
   int key_head, b, hk, block, slot, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
+  int first_of_section, end_of_section;                                // where nothing is added: those that a section walks through
   __device__ __forceinline__ Item(const Params& p, int number);
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
 
 __device__ __forceinline__ bool known_whole(const Params& p, const Item& x);  // is every key of the block seen by some query of the call? The kernel's own; false: not known
-
-__device__ __forceinline__ int part_of_keys(const Item& x) { return x.slot < 0 ? 0 : PARTED ? x.slot << 20 : SECTION; }
 
 struct Planner {
   const Params& p;
@@ -109,10 +112,9 @@ struct Planner {
   __device__ __forceinline__ void item(int number);
 };
 
-// Of a part with few key blocks, p.sections of each: whether the item walks through this row of the lists. All of its rows say what is seen of its keys.
-template <class P> __device__ __forceinline__ bool in_section(const P& p, const Item& x, int row) {
-  if constexpr (PARTED) return x.slot < 0 || (row >= p.lists.nq * x.slot / p.sections && row < p.lists.nq * (x.slot + 1) / p.sections);
-  return true;
+// Whether a section walks through this row of the lists. What is seen of its keys all rows say; where sums are added the item has no others.
+__device__ __forceinline__ bool in_section(const Item& x, int row) {
+  return ADDS || x.slot < 0 || (row >= x.first_of_section && row < x.end_of_section);
 }
 
 // entries of the walk for head r of an item's group, those whose rows the item has; all lanes of a warp together
@@ -128,7 +130,7 @@ struct Entries {
     while (!found) {
       if (e >= until) return false;
       const int row = e + lane < until ? p.walk[e + lane].x : -1;
-      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row && (all || in_section(p, x, row)));
+      found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row && (all || in_section(x, row)));
       e += 32;
     }
     w = p.walk[e - 33 + __ffs(found)];
@@ -194,14 +196,14 @@ __device__ __forceinline__ void Planner::item(int number) {
       some = Entries(p, x, r);
       found = some.next(p, x, lane, w);
     }
-    if (!found && !made && (PARTED || x.slot < 0)) write({0, 0, 0, x.key_head, x.block, -1, 0, EMPTY | (PARTED ? part_of_keys(x) : 0)});
-    publish(found ? 0 : LAST);
+    if (!found && !made && (!ADDS || x.slot < 0)) write({0, 0, 0, ADDS || x.slot < 0 ? x.key_head : x.slot, x.block, -1, 0, ADDS || x.slot < 0 ? EMPTY : EMPTY | SECTION});
+    publish(!found ? LAST : ADDS ? 0 : (w.w & 3) << COMING);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
     items += !made;
     const int head = x.b * p.Hq + x.hk * p.group + r;
-    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, PARTED || x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
-           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (w.w ? SECOND : 0) | part_of_keys(x) | left << 8});
+    write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
+           (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (!ADDS ? (w.w & 15) << SEEN | w.w >> 4 << WHOLE : w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
   }
 }
 
@@ -244,6 +246,7 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
+      if (!ADDS && !(x.state >> (SEEN + 2 * s) & 3)) { bar_arrive(m.full_q(s)); continue; }
       bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
       for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
       bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));

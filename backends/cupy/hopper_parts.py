@@ -1,7 +1,7 @@
 """All parts of a layout in one launch (block_attention_parts_hopper.cu): what its items and entries are, laid down once on the host for a static layout.
 
-Parts whose tiles hold the same queries are one pass. Of two passes the second starts from the sums of the first; its tiles follow the first's by a group: a set of tiles
-whose queries lie together, so that a tile of the second pass waits for one group of its head alone.
+Parts whose tiles hold the same queries are one pass. Of two passes the second starts from the sums of the first. Its tiles of a head follow the first pass of the next head: measured
+faster than following groups of tiles of their own head more closely, where they wait more often.
 """
 import struct
 from dataclasses import dataclass
@@ -15,25 +15,18 @@ from sparsetile.backends.cupy.operands import KINDS, ceil_div, padded
 
 ROWS = KEYS = 128
 MOST = 4          # parts
-GROUP = 1 << 20   # tiles of a group at least: one group a head measured faster than groups of 128, whose second pass waits more often
-LEAD = 1          # groups that the first pass is ahead
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together where there is one pass
 LOG2E = 1.4426950408889634
-BOTH, LOW, HIGH = range(3)  # halves of a key block that 64 rows see
 
 
 @dataclass(frozen=True)
 class Plan:
-    """items [n, 8]: t, pass | times << 1, first, entries, plain, head (how many behind), wait, raise; entries [n, 8]: key, kind, left, part | halves, seen; on the device."""
+    """items [n, 8]: t, pass, first entry, entries, plain, how many heads behind, wait, raises; entries [n, 8]: key, kind, left, part, seen; on the device."""
     items: Any
     entries: Any
     intervals: Any
     bitmaps: Any
     axes: tuple       # of each pass
-    groups: int
-    first_item: int   # where items begin: those before it are of no head
-    behind: int       # heads between the passes at most
-    step: int         # keys of a step
 
 
 def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
@@ -65,11 +58,10 @@ def _plan(parts, axes, T, S, start, place):
     items = np.asarray(items, np.int64)
     if len(passes) == 2 and (items[items[:, 1] == 1, 3] == 0).any():
         return None
-    items, groups, first_item, behind = _ordered(items, [axes[members[0]].row_step for members in passes], T)
+    items = _ordered(items)
     entries = np.concatenate([*entries, np.zeros((1, 8), np.int64)])
-    step = KEYS // 2 if (entries[:, 3] > 255).mean() > 0.25 else KEYS  # steps of half a block leave out halves; elsewhere they are twice as many
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
-    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), groups, first_item, behind, step)
+    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes))
 
 
 def _first_rows(part, at, start):
@@ -108,16 +100,14 @@ def _entries(number, part, at, moved, t, step, T, S):
     tile = np.repeat(np.arange(part.nq), np.diff(offsets))
     r = t[tile][:, None] + step * np.arange(ROWS)
     first, end = (r < 0).sum(1), (r < T).sum(1)
-    seen, halves = np.zeros((n, KEYS // 32), np.int64), np.zeros(n, np.int64)
+    seen = np.zeros((n, KEYS // 32), np.int64)
     for kind, a, b in {*zip(kinds.tolist(), first.tolist(), end.tolist())}:
         these, bits = (kinds == kind) & (first == a) & (end == b), _bits(host, kind) & ((np.arange(ROWS) >= a) & (np.arange(ROWS) < b))[:, None]
         seen[these] = bits.any(0).reshape(-1, 32) @ (1 << np.arange(32, dtype=np.int64))
-        low, high = bits.reshape(2, ROWS // 2, 2, KEYS // 2).any((1, 3)).T
-        halves[these] = np.where(~high, LOW, np.where(low, BOTH, HIGH)) @ (1 << 8, 1 << 10) if kind >= 0 else 0
     absent = np.arange(KEYS) >= left[:, None]  # zeros already
     seen |= absent.reshape(n, -1, 32) @ (1 << np.arange(32, dtype=np.int64))
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
-    return offsets, np.concatenate([np.stack([key, kinds, left, number | halves], 1), seen], 1)
+    return offsets, np.concatenate([np.stack([key, kinds, left, np.full(n, number)], 1), seen], 1)
 
 
 def _bits(host, kind):
@@ -131,67 +121,40 @@ def _bits(host, kind):
     return (c >= low) & (c < high)
 
 
-def _ordered(items, steps, T):
-    """(items in the order in which they are taken, groups, where they begin, how many heads the second pass lies behind). One pass: the longest first. Two: groups in turn, each pass's longest first."""
-    longest = lambda x: x[np.argsort(-x[:, 3], kind="stable")]  # noqa: E731
-    record = lambda x, head, wait, raises, times: np.concatenate([x[:, :1], x[:, 1:2] | times << 1, x[:, 2:], np.broadcast_to([head, wait, raises], (len(x), 3))], 1)  # noqa: E731
-    if len(steps) == 1:
-        return record(longest(items), 0, -1, -1, 0), 0, 0, 0
+def _ordered(items):
+    """Items in the order in which they are taken with a head: the longest of a pass first, and the second pass of the head before. A tile of it waits for both groups of threads of all tiles of its first pass."""
     first, second = (items[items[:, 1] == n] for n in (0, 1))
-    firsts, seconds = _groups(first, second, steps, T)
-    n, out, begin = len(firsts), [], 0
-    behind = -(-LEAD // n)  # heads
-    for g in range(n):  # group g of the second pass comes once LEAD more groups of the first have been taken than it waits for
-        heads, after = divmod(g + LEAD, n)
-        begin = sum(map(len, out)) if after == 0 and heads == behind else begin
-        out.append(record(longest(firsts[after]), heads - behind, -1, after, 0))
-        out.append(record(longest(seconds[g]), -behind, g, -1, 2 * len(firsts[g])))
-    return np.concatenate(out), n, begin, behind
-
-
-def _groups(first, second, steps, T):
-    """Tiles of both passes in groups: a tile of the second pass has queries of its group of the first alone."""
-    def spans(x, step):
-        low = np.maximum(x[:, 0], x[:, 0] % step)
-        return low, x[:, 0] + step * np.minimum(ROWS - 1, (T - 1 - x[:, 0]) // step)
-    (low, high), (low2, high2) = spans(first, steps[0]), spans(second, steps[1])
-    order = np.argsort(low, kind="stable")
-    cuts, reach = [], np.maximum.accumulate(high[order])
-    for n in range(GROUP, len(order) - GROUP + 1):
-        here = low[order[n]]
-        if n - (cuts[-1][0] if cuts else 0) >= GROUP and reach[n - 1] < here and not ((low2 < here) & (high2 >= here)).any():
-            cuts.append((n, here))
-    places = np.searchsorted([here for _, here in cuts], low2, side="right")
-    return np.split(first[order], [n for n, _ in cuts]), [second[places == g] for g in range(len(cuts) + 1)]
+    record = lambda x, *more: np.concatenate([x, np.broadcast_to(more, (len(x), 3))], 1)[np.argsort(-x[:, 3], kind="stable")]  # noqa: E731
+    return np.concatenate([record(first, 0, 0, int(len(second) > 0)), record(second, -1, 2 * len(first), 0)])
 
 
 # ------------------------------------------------------------------------------------------------------------------ the launch
 def fields(parts: int) -> str:
-    text = "128s" * (3 + 2 * parts) + f"10Q{2 + parts}i12i2f"
+    text = "128s" * (3 + 2 * parts) + f"10Q{2 + parts}i9i2f"
     return text + f"{-struct.calcsize(text) % 64}x"  # the struct is as long as its alignment asks
 
 
 def shared_bytes(D: int, Dv: int, stages: int, tiles: int) -> int:
     """Stages of keys and of values, query tiles; barriers, what stands in the stages, items."""
     keys, values = ceil_div(D, 64), ceil_div(Dv, 64)
-    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 112 + 32 * stages + 4 * 112
+    return 1024 + 128 * 128 * (stages * (keys + values) + tiles * max(keys, values)) + 32 * stages + 112 + 32 * stages + 4 * 96
 
 
-def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int, step: int = KEYS) -> dict:
-    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts, STEP=step)
+def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int) -> dict:
+    return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, STAGES=stages, TILES=tiles, PARTS=parts)
 
 
 def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
     """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
     (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(axes)
-    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n, plan.step)
+    two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
     partial = place.empty((B * Hq, T, d["VALUES"]), "float32") if two else None
-    counters = place.zeros((1 + heads * plan.groups,), "int32")
-    steps = heads + plan.behind
+    counters = place.zeros((1 + heads,), "int32")
+    steps = heads + two  # the second pass of the last head comes alone
     queries = [plan.axes[min(i, len(plan.axes) - 1)].rows(place, q, ROWS) for i in range(2)]
     maps = (*queries, hopper.tensor_map(place, out, (Dv, T, heads), (1, Dv, T * Dv), (64, 64, 1)), *(at.keys(place, x) for at in axes for x in (k, v)))
     function = nvrtc.function("block_attention_parts_hopper", "forward", fields(n), d, place)
     function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, *depth), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
              counters.ptr, counters.ptr + 4, plan.items.ptr, plan.entries.ptr, plan.intervals.ptr, plan.bitmaps.ptr, *(plan.axes[min(i, len(plan.axes) - 1)].row_step for i in range(2)),
-             *(at.key_step if at.key_run < KEYS else 0 for at in axes), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, plan.first_item, steps * tiles, plan.groups, 0, scale, scale * LOG2E)
+             *(at.key_step if at.key_run < KEYS else 0 for at in axes), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, steps * tiles, scale, scale * LOG2E)

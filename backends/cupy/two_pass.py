@@ -1,6 +1,7 @@
 """The path "two_pass" of the block attention backward (block_attention_backward_two_pass.cu): dK, dV and dS first, then dQ = dS K. No additions in device memory.
 
 dS of a block of 128 x 128 is 32 KiB. Key heads, or key blocks of one, are worked on in pieces whose dS fits `scratch` GiB and `room`; a piece of one key block of one key head is the least.
+Key blocks that far more rows see than the others come in sections, whose dK and dV are added up in order: a piece ends no earlier than its longest item.
 """
 import struct
 
@@ -11,9 +12,10 @@ from sparsetile.backends.cupy.operands import LISTS, POSITIONS, ceil_div, lists_
 
 SLOPES, GIB = 128 * 128 * 2, 2 ** 30
 SECTIONS = 4  # of the rows, where a part has far fewer key blocks than query tiles
+SHARE = 0.25  # of what a multiprocessor does in a piece: no section of a far longer key block is a larger one
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "22i2f"
-FIELDS += "i5Q"
+FIELDS = "128s" * 6 + "19Q" + LISTS + POSITIONS + "22i2f"
+FIELDS += "4i5Q"
 FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -21,7 +23,7 @@ def query_bytes(width: int) -> int:
     """Shared memory of `queries`: stages of 64 keys and their dS for 128 queries, dQ on its way out, barriers and items."""
     stage = (2 + width // 64) * 8192
     stages = 20 * 8192 // stage
-    return 1024 + stages * stage + 128 * (width // 2 + 4) * 4 + 8 * (2 * stages + 4) + 32
+    return 1024 + stages * stage + 128 * (width // 2 + 4) * 4 + 8 * (2 * stages + 4) + 32 + 4 * stages
 
 
 def default_scratch(problem) -> int:
@@ -49,15 +51,22 @@ def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int) -
     return 1, blocks, min(most, lists.nq * blocks)
 
 
-def far_longer(lists, name: str, lines: int) -> int:
-    """Of the lists by row or by key, how many lines are far longer than the rest, at most in a list; 0 where the host does not know."""
+def far_longer(lists, name: str, lines: int) -> tuple[int, int]:
+    """Of the lists by row or by key, how many lines are far longer than the rest, at most in a list, and how long the longest is; 0 where the host does not know."""
     offsets, key = lists.extras.get(name), f"cupy.far.{name}"
     if offsets is None or not lines:
-        return 0
+        return 0, 0
     if key not in lists.extras:
         length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lines)
-        lists.extras[key] = int((length > 4 * length.mean()).sum(axis=1).max())
+        lists.extras[key] = int((length > 4 * length.mean()).sum(axis=1).max()), int(length.max())
     return lists.extras[key]
+
+
+def sections_of(lists, heads: int, group: int, most: int, place) -> tuple[int, int]:
+    """(key blocks of a head that come in sections, sections of each): else a piece lasts as long as the longest of them (BigBird at 32k, four heads to a key head: 1024 query tiles beside the 170 of a multiprocessor)."""
+    count, longest = far_longer(lists, "by_key_offsets", lists.nk)
+    sections = min(lists.nq, ceil_div(int(longest * place.sms / SHARE), max(heads * most, 1)))
+    return (count, sections) if count and sections > 1 and (group == 1 or lists.list_of.shape[1] == 1) else (0, 1)
 
 
 def pieces_of_parts(parts, shape, width: int, most_bytes: int) -> tuple[int, int, int] | None:
@@ -91,7 +100,7 @@ class Part:
     def __init__(self, lists, maps, tiles: int, axes=None, covered: bool = True):
         """covered: the host knows that the lists hold every query tile of the call."""
         self.lists, self.maps, self.tiles, self.axes, self.outside = lists, maps, tiles, axes, 0 if covered else tiles
-        self.sections = 1  # items of each key block
+        self.cut, self.sections = 0, 1  # so many of a head's key blocks, the longest, come in so many items each
         self.held = None   # keys of the parts before, or None: all
 
     def allocate(self, place, heads: int, key_tiles: int, cuts: int):
@@ -100,9 +109,11 @@ class Part:
         self.rows, self.ticket = place.empty((2 * heads * self.tiles, 196), "float32"), place.empty((2 * cuts,), "int32")
         self.order, self.order_rows, self.whole = (place.empty((self.count, n), "int32") for n in (key_tiles, lists.nq, lists.nk))
         self.walk, self.at = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((lists.cols.shape[0],), "int32")
+        self.intervals, self.bitmaps = (0 if table is None else table.shape[0] for table in (lists.intervals, lists.bitmaps))
+        self.quarters = place.empty((2 * max(self.intervals, self.bitmaps), 2), "uint8")
 
     def pointers(self):
-        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
+        return tuple(x.ptr for x in (self.order, self.order_rows, self.whole, self.walk, self.at, self.quarters, self.lists.by_key_offsets, self.lists.by_key_rows, self.lists.by_key_kinds))
 
 
 def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, scale, kv_length, q_start):
@@ -114,7 +125,8 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     for i, part in enumerate(parts):
         part.held = held_before(parts, i, S, place) if parted else None
     for part in parts[:-1]:  # a few long items for all multiprocessors: the longest of 128 (fixed 128 + 8 at 32k) took twice the mean
-        part.sections = SECTIONS if part.lists.nk * SECTIONS <= part.lists.nq else 1
+        if part.lists.nk * SECTIONS <= part.lists.nq:
+            part.cut, part.sections = part.lists.nk, SECTIONS
     piece = pieces_of_parts(parts, shape, width, most_bytes) if parted else pieces(parts[0].lists, key_heads, group, tiles, most_bytes)
     if piece is None:
         return None
@@ -122,6 +134,8 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     tiles = blocks if parted else tiles
     cuts = [(head, min(heads, key_heads - head), block, min(blocks, tiles - block)) for head in range(0, key_heads, heads) for block in range(0, tiles, blocks)]
     whole = blocks >= tiles
+    if whole and not parted:
+        parts[0].cut, parts[0].sections = sections_of(parts[0].lists, heads, group, most, place)
     for part in parts:
         part.allocate(place, B * Hq, part.lists.nk if parted else tiles, len(cuts))
     sums = None if whole else place.empty((heads * group, parts[0].tiles, 128, width), "float32")
@@ -131,15 +145,16 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     def launch(part, name, grid, threads, shared, n=0, adds=0, rounds=1):
         (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
         n_blocks = part.key_tiles if parted else n_blocks
-        ahead = min(far_longer(lists, "by_key_offsets", lists.nk), part.key_tiles) * part.sections if whole else 0
+        items = n_blocks + part.cut * (part.sections - 1)
+        ahead = min(far_longer(lists, "by_key_offsets", lists.nk)[0] * part.sections, items) if whole else 0
         nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
             grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
             *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
-            far_longer(lists, "offsets", lists.nq), len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * n_blocks * part.sections,
-            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, part.sections, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
+            far_longer(lists, "offsets", lists.nq)[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
+            *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, 2 * B * Hq * part.tiles, part.intervals, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
 
     for part in parts:
-        launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles, 64, 0)
+        launch(part, "prepare", lambda *_, part=part: 2 * B * Hq * part.tiles + part.intervals + part.bitmaps, 64, 0)
         launch(part, "arrange", lambda *_, part=part: part.count * max(part.key_tiles, part.lists.nq), 32, 0)
     sms = max(place.sms, 1)
     for n, (_, n_heads, _, _) in enumerate(cuts):
@@ -149,9 +164,9 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):
             adds, rounds = 3 if i else 0, int(i == len(parts) - 1)
-            sums_of_keys = place.empty((part.sections * n_heads * part.key_tiles, 128, width + d["VALUES"]), "float32") if part.sections > 1 else None
-            launch(part, "backward", lambda heads, blocks, part=part: min(heads * blocks * part.sections, sms), 384, first_bytes, n, adds, rounds)
-            if part.sections > 1:
-                launch(part, "join", lambda heads, blocks: 16 * heads * blocks, 128, 0, n, adds, rounds)
+            sums_of_keys = place.empty((n_heads * part.cut * part.sections, 128, width + d["VALUES"]), "float32") if part.cut else None
+            launch(part, "backward", lambda heads, blocks, part=part: min(heads * (blocks + part.cut * (part.sections - 1)), sms), 384, first_bytes, n, adds, rounds)
+            if part.cut:
+                launch(part, "join", lambda heads, _, part=part: 16 * heads * part.cut, 128, 0, n, adds, rounds)
             launch(part, "queries", lambda heads, _, part=part: min(heads * group * (part.lists.nq + part.outside), sms), 384, query_bytes(width), n, adds, rounds)
     return dq, dk, dv

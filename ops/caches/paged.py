@@ -149,12 +149,12 @@ class PagedCache(Cache):
         most = max(self.book.lengths) if self.book is not None else int(xp.to_numpy(self.lengths).max(initial=0))
         return min(max(most, 0), self.capacity)
 
-    def rows(self, keys, length=None):
-        """Rows (page * page_size + offset, int64) of keys [B,...] of sequences 0 .. B-1; -1 for what does not exist, whatever the key, the table or the length holds."""
+    def rows(self, keys):
+        """Rows (page * page_size + offset, int64) of keys [B,...] of sequences 0 .. B-1; -1 for what does not exist, whatever the key, the table or the lengths hold."""
         lib = xp.module(self.lengths)
         each = (-1, *[1] * (keys.ndim - 1))
         N = int(self.pools[0].shape[0])
-        there = (keys >= 0) & (keys < self.capacity) & (keys < (self.lengths if length is None else length).reshape(each))
+        there = (keys >= 0) & (keys < self.capacity) & (keys < self.lengths.reshape(each))
         keys = lib.where(there, keys, 0)
         b = xp.astype(xp.arange(self.lengths, int(self.lengths.shape[0])), "int64").reshape(each)
         page = xp.astype(self.page_table[b, xp.astype(keys // self.page_size, "int64")], "int64")
@@ -179,37 +179,23 @@ class PagedCache(Cache):
         return Keys(k.swapaxes(1, 2), None if v is None else v.swapaxes(1, 2), rule, length, q_start, self.page_table, latent)
 
     def select(self, selection: Selection, length, q_start, T: int, backend=None) -> Selection:
-        """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries, by the
-        kernel `page_rows` where a backend that may run has one for these arrays, else by the framework's own operations."""
-        rows = self._rows_by_kernel(selection, length, q_start, backend)
-        if rows is not None:
-            return replace(selection, indices=rows, granularity=1, lengths=None, causal=False)
-        flat = selection.to_tokens()
-        keys = flat._read()                                                          # [B, G, T, K]
-        length = xp.module(keys).clip(length, 0, self.capacity)
-        if selection.causal:
-            start = length - T if q_start is None else q_start
-            last = xp.arange(keys, T) + (start.reshape(-1, 1, 1) if getattr(start, "ndim", 0) else start)  # [B, 1, T] or [T]
-            keys = xp.module(keys).where(keys <= last[..., None], keys, -1)
-        return replace(flat, indices=xp.astype(self.rows(keys, length), "int32"), lengths=None, causal=False)
-
-    def _rows_by_kernel(self, selection: Selection, length, q_start, backend):
-        """Rows [B,G,T,K * granularity] of the pool (backends/cupy/page_rows.py says what they are), or None where no backend that may run has the kernel."""
+        """The selection's keys as rows of the pool: entries of granularity 1, -1 for keys that do not exist, or lie past a causal query. One pass over the entries, by the kernel
+        `page_rows` (backends/reference/page_rows.py says what it does). While a call is explained they are looked for only: their shape is all that the choice of the next kernel needs."""
         indices, q_start = selection.indices, checks.start(q_start, int(self.lengths.shape[0]), None)
         caller, device = checks.together({"pattern.indices": indices, "k.page_table": self.page_table, "q_start": None if isinstance(q_start, int) else q_start})
         B, G, T, K = indices.shape
         problem = Problem.of("page_rows", dict(B=B, Hk=G, T=T, K=K), dict(indices="int32"), devices.device_info(device).arch, granularity=selection.granularity)
-        choice = dispatch.find("page_rows", problem, device, backend)
-        if choice is None:
-            return None
+        choice = dispatch.before("page_rows", problem, device, backend)
         place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
         with place.guard():
-            if dispatch.is_explaining():  # entries of the right shape are all that the choice of the attention kernel needs
-                return place.give(place.empty((B, G, T, K * selection.granularity), "int32"))
-            native = lambda x: x if x is None or isinstance(x, int) else place.packed(place.native(x))  # noqa: E731
-            return place.give(choice.kernel.run(
-                native(indices), native(self.page_table), native(length), place=place, config=choice.config, page_size=self.page_size, pages_of_pool=int(self.pools[0].shape[0]),
-                lengths=native(selection.lengths), granularity=selection.granularity, causal=selection.causal, q_start=native(q_start)))
+            if dispatch.is_explaining():
+                rows = place.empty((B, G, T, K * selection.granularity), "int32")
+            else:
+                native = lambda x: x if x is None or isinstance(x, int) else place.packed(place.native(x))  # noqa: E731
+                rows = choice.kernel.run(
+                    native(indices), native(self.page_table), native(length), place=place, config=choice.config, page_size=self.page_size, pages_of_pool=int(self.pools[0].shape[0]),
+                    lengths=native(selection.lengths), granularity=selection.granularity, causal=selection.causal, q_start=native(q_start))
+            return replace(selection, indices=place.give(rows), granularity=1, lengths=None, causal=False)
 
 
 def _one_tensor(pool, B: int):
