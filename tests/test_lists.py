@@ -120,3 +120,39 @@ def test_variants_of_the_forward(on, backend, variant, style, rng):
     how = dict(scale=D ** -0.5)
     for name, x, truth, measure in zip(("out", "lse"), got, oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)):
         assert_close(name, x, truth, measure, reduction=S + D)
+
+
+BACKWARD = {"triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+            "triton-ordered": dict(path="gluon_ordered", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+            "triton-ascending": dict(path="gluon_ordered", heads=2, walk="ascending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+            "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
+
+
+@pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in BACKWARD])
+@pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
+    """Rows at no multiple of 16 bytes, queries before the lists' first, keys that nobody sees are NaN, a device length of 0; the same bits twice."""
+    options, config = STYLES[style], BACKWARD[variant]
+    B, T, S, D, Dv = 3, 203, 330, 72, 40
+    Hq, Hk = (4, 4) if options.get("each") else (4, 2)
+    L, p0 = (3, 0) if options.get("each") else (1, options["p0"])
+    list_of = rng.integers(0, L, (B, Hq)) if options.get("each") else np.zeros((1, 1), int)
+    mask = masks(style, L, T, S, rng)
+    mask[:, :, 200:] &= np.arange(200, S) % 32 != 5
+    lists = build(mask, p0, 128, 128, list_of=list_of, bitmaps=options.get("bitmaps", False), full=options.get("full", True))
+    q, k, v, dout = (normal(rng, (B, heads, n, width), numpy_dtype("bfloat16")) for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv), (Hq, T, Dv)))
+    lengths = np.array([S, 101, 0], np.int32) if ends else np.full(3, S, np.int32)
+    count = np.broadcast_to(mask[list_of], (B, Hq, T, S)) & (np.arange(S) < lengths[:, None, None, None])
+    seen = count.reshape(B, Hk, Hq // Hk, T, S).any((2, 3))
+    k[~seen] = v[~seen] = 0
+    how = dict(scale=D ** -0.5)
+    out, lse = oracle.attention(q, k, v, count, **how)
+    truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
+    k[~seen] = v[~seen] = np.nan
+    args = (q, k, v, lists, lse.astype(np.float32), (out * dout.astype(float)).sum(-1).astype(np.float32), dout)
+    twice = [Kernels(on).run("block_attention_backward", *args, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config, scale=D ** -0.5,
+                             kv_length=lengths if ends else None, q_start=p0, features=["interval", "bitmap", "lse"] + ["kv_length"] * ends) for _ in range(2)]
+    for name, got, again, truth, measure in zip(("dq", "dk", "dv"), *twice, truths, measures):
+        assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)
+        assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), name

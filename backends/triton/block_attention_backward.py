@@ -4,6 +4,9 @@ q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  dout [B,Hq,T,Dv]  lse, delta [B,Hq,T]
 lse is the logsumexp of all that stood in the denominator (sink included), delta what attention_delta gives; a row whose lse is infinite has no gradient.
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
+
+Two paths are for sm_90a (block_attention_backward_gluon.py). Calls that they do not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
+a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 from functools import lru_cache
 
@@ -12,16 +15,19 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, schedule, shared_limit, tiles
-from sparsetile.backends.triton.tiles import (chunked, entries_of, first_from, load, load_at, place_of, product, rebuilt, rows_known, rows_of, seen, seen_by_key,
+from sparsetile.backends.triton.tiles import (chunked, entries_of, load, load_at, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key,
                                               store)
 
 TUNABLES = (
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
     Tunable("block_k", (64, 32, 128), "keys of a tile"),
-    Tunable("num_warps", (4, 8), "warps of a program"),
-    Tunable("num_stages", (1, 2, 3), "blocks in flight"),
-    Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept"),
-    Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all"),
+    Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
+    Tunable("num_stages", (1, 2, 3), "blocks in flight", ("portable",)),
+    Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept", ("portable",)),
+    Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
+    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
+    Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
+    Tunable("walk", ("descending", "ascending"), "rows of an item from the last to the first and key blocks ascending, or both the other way", ("gluon_ordered",)),
 )
 HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
@@ -153,30 +159,6 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
     store(dq, t * D, row_ok, dq0 * scale, col, D0, D)
     if D1:
         store(dq, t * D, row_ok, dq1 * scale, D0, D1, D)
-
-
-@triton.jit
-def queries_of(j, which, offsets, entries, start, T, first, nq, nk, BQ: tl.constexpr, EDGE: tl.constexpr):
-    """List of key tile j: full blocks a .. e, partial ones m .. c. EDGE: of the query tiles that hold queries of the call only."""
-    a = 0
-    e = 0
-    m = 0
-    c = 0
-    if j < nk:
-        at = offsets + 2 * (which.to(tl.int64) * nk + j)
-        a = tl.load(at)
-        m = tl.load(at + 1)
-        c = tl.load(at + 2)
-        e = m
-        if EDGE:
-            last = start + T - 1
-            low = tl.minimum(tl.maximum((start - (start & (BQ - 1))) // BQ - first, 0), nq).to(tl.int32)
-            high = tl.minimum(tl.maximum((last - (last & (BQ - 1))) // BQ - first + 1, 0), nq).to(tl.int32)
-            e = first_from(entries, a, m, high)
-            a = first_from(entries, a, e, low)
-            c = first_from(entries, m, c, high)
-            m = first_from(entries, m, c, low)
-    return a, e, m, c
 
 
 @triton.jit
@@ -330,9 +312,38 @@ def widths(D: int, DV: int, config, own: int) -> dict:
     return dict(D0=wide, D1=0, V0=wide, V1=0, SLICES=-(-own // wide))
 
 
+def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
+    """Why the path "gluon" or "gluon_ordered" is not for this problem."""
+    D, DV = problem["D"], problem["Dv"]
+    if problem.arch != "sm_90a":
+        return f"path {path}: {problem.arch} lacks its instructions; take portable"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
+        return f"path {path} is written for Triton 3.6, not {triton.__version__}; take portable"
+    if problem.dtype("q") not in ("float16", "bfloat16") or D > 192 or DV > 128 or D % 8 or DV % 8:
+        return f"path {path} takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
+    if path == "gluon_ordered" and not 64 < D <= 128:
+        return f"path gluon_ordered takes D 65 to 128, not {D}; take gluon"
+    return f"path {path} has no softcap; take portable" if "softcap" in problem.features else None
+
+
 def default_config(problem: Problem) -> dict:
+    """TFLOP/s on H100s: portable / gluon / gluon_ordered (CuPy in the same run): causal 8k 369 / 436 / 495 (586), 32k 366 / 447 / 498 (614), window 4096 361 / 413 / 434 (535), window 1024 276 / 325 / 350 (442),
+    documents 301 / 414 / 478 (602); random 10 % 332 / 454 / -, BigBird 301 / 442 / -, causal 16k of D 64 - / 381 / - (433), of D 192 222 / 427 / - (603). Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2:
+    causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350, documents 449 / 460 / - / 478."""
+    if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
+        return portable_config(problem)
+    config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
+    kinds = {word for feature in problem.features for word in feature.split("+")}
+    if kinds & {"global", "sinks", "random"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other
+        return config
+    if "documents" in kinds and problem["Hq"] == problem["Hk"]:
+        return config | dict(path="gluon_ordered", heads=2, walk="ascending")
+    return config | dict(path="gluon_ordered", heads=16 if "causal" in kinds and problem["T"] > 16384 else 8)
+
+
+def portable_config(problem: Problem) -> dict:
     wide, big = power(max(problem["D"], problem["Dv"])), problem.arch in ("sm_90a", "sm_100", "cpu")
-    config = dict(block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
+    config = dict(path="portable", heads=8, walk="descending", block_q=64, block_k=64, num_warps=4, num_stages=2, chunk=0, columns=0)
     if problem.dtype("q") == "float32":
         config.update(block_q=32, block_k=32, num_stages=1, chunk=32, columns=128 if wide > 128 else 0)
     elif problem.arch == "gfx942":
@@ -344,7 +355,7 @@ def default_config(problem: Problem) -> dict:
     elif wide > 256:
         config.update(block_q=32 if big else 16, block_k=32, num_warps=8, num_stages=1)
     elif wide > 128:
-        config.update(num_warps=8)
+        config.update(num_warps=8, block_q=128 if problem.arch == "sm_90a" else 64)
         if not big:  # no warpgroups that would want 64 rows
             config.update(block_q=32, block_k=32)
     for step in (dict(num_stages=1), dict(block_q=32, block_k=32), dict(chunk=64, columns=128)):
@@ -357,6 +368,14 @@ def default_config(problem: Problem) -> dict:
 
 
 def resources(problem: Problem, config) -> Resources | str:
+    if config["path"] != "portable":
+        if (config["block_q"], config["block_k"]) != (128, 128):
+            return f"path {config['path']} takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        portable = no_gluon(problem, config["path"]) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        if isinstance(portable, str):
+            return portable
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        return block_attention_backward_gluon.resources(problem["D"], problem["Dv"], config["path"])
     D, DV, BQ, BK, warps, stages = problem["D"], problem["Dv"], config["block_q"], config["block_k"], config["num_warps"], config["num_stages"]
     size, lanes = BYTES[problem.dtype("q", "float32")], 64 if problem.arch == "gfx942" else 32
     a, b = widths(D, DV, config, D), widths(D, DV, config, max(D, DV))
@@ -416,6 +435,15 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys
     make = place.zeros if lists.k_order is not None else place.empty
     dk, dv = make((B, Hk, S, D), kind), make((B, Hk, S, DV), kind)
+    if config["path"] != "portable":
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        if block_attention_backward_gluon.takes(q, k, v, dout, lists, scale, softcap, kind):
+            where = dict(kv_length=kv_length, q_start=q_start)
+            if config["path"] == "gluon":
+                block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **where)
+            else:
+                block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
+            return dq, dk, dv
     host = q_start if isinstance(q_start, int) else None
     by_rows, by_columns, n, covers = _plan(
         ((Hq, T, D), (Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2), dout.stride(2)),
@@ -437,6 +465,9 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
 
 def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
+    if config["path"] != "portable":
+        from sparsetile.backends.triton import block_attention_backward_gluon
+        return block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
     common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))

@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
 from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
 from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish
@@ -26,7 +26,7 @@ READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 # ---------------------------------------------------------------------------------------------------------------- loading, clearing
 @gluon.jit
-def _bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
+def bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
     tma.async_copy_global_to_shared(desc0, at, bar, to0)
     if D1:
         tma.async_copy_global_to_shared(desc1, [at[0], at[1], at[2], desc0.block_shape[3]], bar, to1)
@@ -54,7 +54,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
         else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + D1))
             for w in gl.static_range(2):
-                _bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
+                bring_tile(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, t + 64 * w, 0], D1)
             following = gl.load(cols + first + gl.where(kept == 0, gap, 0))
             for e in range(count):
                 row = following * KEYS
@@ -63,7 +63,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
                 phase = ((n // STAGES) & 1) ^ 1
                 mbarrier.wait(k_free.index(s), phase)
                 mbarrier.expect(k_full.index(s), 2 * KEYS * (D0 + D1))
-                _bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), [b, hk, row, 0], D1)
+                bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), [b, hk, row, 0], D1)
                 mbarrier.wait(v_free.index(s), phase)
                 if e < plain:
                     mbarrier.expect(v_full.index(s), 2 * KEYS * V0)
@@ -77,7 +77,7 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
 
 
 @gluon.jit
-def _range(kind, r, tables, INTERVALS: gl.constexpr):
+def key_range(kind, r, tables, INTERVALS: gl.constexpr):
     """Between which keys of a block the rows r may see."""
     lo = r * 0
     hi = lo + KEYS
@@ -90,7 +90,7 @@ def _range(kind, r, tables, INTERVALS: gl.constexpr):
 
 
 @gluon.jit
-def _word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
+def key_word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
     """Which of the keys 32 n .. of a block each of the rows r sees, as bits; it sees lo .. hi - 1 at most."""
     lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
     hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
@@ -109,17 +109,17 @@ def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tab
     entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry, mask=e < count, other=-1)
     left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
-    lo, hi = _range(kind, r, tables, INTERVALS)
+    lo, hi = key_range(kind, r, tables, INTERVALS)
     hi = gl.where(exists, gl.minimum(hi, left), 0)
-    w0 = gl.reduce_or(_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-    w1 = gl.reduce_or(_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-    w2 = gl.reduce_or(_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-    w3 = gl.reduce_or(_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
+    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
+    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
+    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
     return w0, w1, w2, w3
 
 
 @gluon.jit
-def _clear_word(word, n: gl.constexpr, v):
+def clear_word(word, n: gl.constexpr, v):
     """Zeroes the values of those of the keys 32 n .. that have no bit."""
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
@@ -131,8 +131,22 @@ def _clear_word(word, n: gl.constexpr, v):
 
 
 @gluon.jit
-def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, sv, v_full, v_landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes the values of the others when they have landed."""
+def _clear_part(w0, w1, w2, w3, PART: gl.constexpr, PARTS: gl.constexpr, v):
+    if PART == 0:
+        clear_word(w0, 0, v)
+        clear_word(w1, 1, v)
+    if PARTS == 1:
+        clear_word(w2, 2, v)
+        clear_word(w3, 3, v)
+    elif PART == 1:
+        clear_word(w2, 0, v)
+        clear_word(w3, 1, v)
+
+
+@gluon.jit
+def clear(cols, kinds, tables, T, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, queue, v0, v1, full, landed):
+    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes values (or keys; MORE columns of them) of the others when they have landed, a block
+    in so many PARTS."""
     r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
     n = 0
     turns = 0
@@ -144,16 +158,16 @@ def clear(cols, kinds, tables, T, V0: gl.constexpr, INTERVALS: gl.constexpr, BIT
             w0, w1, w2, w3 = _seen_by_some(plain, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
             for e in range(plain, count):
                 x0, x1, x2, x3 = _seen_by_some(e + 1, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-                s = (n + e) % STAGES
-                mbarrier.wait(v_landed.index(s), (turns >> s) & 1)
-                turns ^= 1 << s
-                if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
-                    _clear_word(w0, 0, sv.index(s))
-                    _clear_word(w1, 1, sv.index(s))
-                    _clear_word(w2, 2, sv.index(s))
-                    _clear_word(w3, 3, sv.index(s))
-                    fence_async_shared()
-                mbarrier.arrive(v_full.index(s))
+                for part in gl.static_range(PARTS):
+                    s = ((n + e) * PARTS + part) % STAGES
+                    mbarrier.wait(landed.index(s), (turns >> s) & 1)
+                    turns ^= 1 << s
+                    if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
+                        _clear_part(w0, w1, w2, w3, part, PARTS, v0.index(s))
+                        if MORE:
+                            _clear_part(w0, w1, w2, w3, part, PARTS, v1.index(s))
+                        fence_async_shared()
+                    mbarrier.arrive(full.index(s))
                 w0, w1, w2, w3 = x0, x1, x2, x3
             n += count
         turn += 1
@@ -170,11 +184,11 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
 
 
 @gluon.jit
-def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
+def look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
     """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
     entry = first + e + gl.where(e >= kept, gap, 0)
     kind = gl.load(kinds + entry)
-    lo, hi = _range(kind, r, tables, INTERVALS)
+    lo, hi = key_range(kind, r, tables, INTERVALS)
     if EDGE:
         hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
     return kind, lo, hi
@@ -183,9 +197,9 @@ def _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.cons
 @gluon.jit
 def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
     c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
+    words = gl.expand_dims(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
     for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
     return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
 
 
@@ -248,7 +262,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
             lo, hi = r, r
             if MASKED:  # while the products run
                 if plain == 0:
-                    kind, lo, hi = _look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+                    kind, lo, hi = look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
             _give_back(turn, u, q_free, QUERIES)
             s = warpgroup_mma_wait(0, deps=(st, ))
             mbarrier.arrive(k_free.index(n % STAGES))
@@ -270,7 +284,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
                 ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
                 if MASKED:
                     if e >= plain:
-                        kind, lo, hi = _look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+                        kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
                 s = warpgroup_mma_wait(1, deps=(st, ))
                 mbarrier.arrive(k_free.index(s1))
                 if CAP:
@@ -368,8 +382,8 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         (multiply, (1, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, BEFORE, MASKED,
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue)),
-        (clear, (cols, kinds, tables, T, V0, INTERVALS, BITMAPS, MASKED, queue, sv, v_full, v_landed)),
+        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
+        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, sv, sv, v_full, v_landed)),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 
@@ -390,28 +404,28 @@ def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
     return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
-class _Map(TensorDescriptor):
+class Map(TensorDescriptor):
     """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
 
     def __init__(self, x, rows: int, columns: int):
         self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim)
+        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], map_layout(x.ndim, 8 * x.element_size())
 
 
 @lru_cache
-def _layout(rank: int):
-    return gl.NVMMASharedLayout(128, 16, rank)
+def map_layout(rank: int, bits: int = 16):
+    return gl.NVMMASharedLayout(128, bits, rank)
 
 
-def _ahead(lists) -> int:
+def ahead(lists, name: str = "offsets") -> int:
     """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get("triton.ahead")
+    found = lists.extras.get(f"triton.ahead.{name}")
     if found is None:
-        offsets, found = lists.extras.get("offsets"), 0
+        offsets, found = lists.extras.get(name), 0
         if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
+            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
             found = int((length > 4 * length.mean()).sum(axis=1).max())
-        lists.extras["triton.ahead"] = found
+        lists.extras[f"triton.ahead.{name}"] = found
     return found
 
 
@@ -434,12 +448,12 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
                      host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
-    maps = (_Map(q, 64, D0), _Map(q, 64, D1) if D1 else None, _Map(k, KEYS.value, D0), _Map(k, KEYS.value, D1) if D1 else None,
-            _Map(v, KEYS.value, V0), _Map(out.view(B * Hq, T, DV), 64, V0))
+    maps = (Map(q, 64, D0), Map(q, 64, D1) if D1 else None, Map(k, KEYS.value, D0), Map(k, KEYS.value, D1) if D1 else None,
+            Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               _ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
@@ -451,7 +465,7 @@ def artifacts(problem) -> list[dict]:
     pointer = POINTER[kind]
 
     def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank)!r}>"
+        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank)!r}>"
     maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
     if made["D1"]:
         maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))

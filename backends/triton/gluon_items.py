@@ -28,10 +28,8 @@ def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
 
 
 @gluon.jit
-def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
-    how many stand before the gap, how many there are, the gap, keys that exist."""
-    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+def drawn(number, order):
+    """(head, place among its tiles) of item `number`: the first `ahead` tiles of every head, then heads in sections, tile after tile."""
     heads, tiles, ahead, section = order
     m = number - ahead * heads
     each = tiles - ahead
@@ -39,8 +37,15 @@ def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGT
     width = gl.where(m < 0, heads, gl.minimum(section, heads - begin))
     m = gl.where(m < 0, number, m - begin * each)
     rank = m // width
-    head = begin + m - rank * width
-    rank += gl.where(number < ahead * heads, 0, ahead)
+    return begin + m - rank * width, rank + gl.where(number < ahead * heads, 0, ahead)
+
+
+@gluon.jit
+def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
+    how many stand before the gap, how many there are, the gap, keys that exist."""
+    offsets, cols, list_of, slb, slh, first, nq, schedule = lists
+    head, rank = drawn(number, order)
     b = head // Hq
     h = head - b * Hq
     which = gl.load(list_of + b * slb + h * slh)
@@ -49,7 +54,7 @@ def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGT
         tile = gl.load(schedule + which * nq + rank)
         t = (first + tile) * ROWS - start
     else:  # later tiles first: under causal patterns they are the longer ones
-        turned = tiles - 1 - rank
+        turned = order[1] - 1 - rank
         rest = start & (ROWS - 1)
         tile = (start - rest) // ROWS + turned - first
         t = turned * ROWS - rest
@@ -59,15 +64,17 @@ def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGT
 
 
 @gluon.jit
-def take(ticket, items, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue):
-    """A warp that opens items, one ahead of their readers."""
+def take(OPEN: gl.constexpr, ticket, items, lists, at, order, heads, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, queue, ORDERED: gl.constexpr):
+    """A warp that opens items, by `open_item` or another of its kind, one ahead of their readers. ORDERED: programs that run late begin with late items."""
     slots, slot_full, slot_free = queue
     place = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
     number = gl.program_id(0)
+    if ORDERED:
+        number = gl.atomic_add(ticket, 1)
     j = 0
     more = number < items
     while more:
-        fields = open_item(number, lists, at, order, Hq, T, S, EDGE, FROM_LENGTH)
+        fields = OPEN(number, lists, at, order, heads, T, S, EDGE, FROM_LENGTH)
         x = place * 0
         for f in gl.static_range(8):
             x = gl.where(place == f, fields[f], x)
@@ -77,7 +84,9 @@ def take(ticket, items, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LEN
         j += 1
         number = items
         if ticket is not None:
-            number = gl.num_programs(0) + gl.atomic_add(ticket, 1)
+            number = gl.atomic_add(ticket, 1)
+            if not ORDERED:
+                number += gl.num_programs(0)
         more = number < items
     slots.index(j % 2).store(place * 0 - 1)
     mbarrier.arrive(slot_full.index(j % 2))
@@ -86,11 +95,18 @@ def take(ticket, items, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LEN
 @gluon.jit
 def next_item(j, queue, WARPS: gl.constexpr):
     """Item j as `open_item` made it; its head is -1 after the last."""
+    fields = item_at(j, queue, WARPS)
+    mbarrier.arrive(queue[2].index(j % 2))
+    return fields
+
+
+@gluon.jit
+def item_at(j, queue, WARPS: gl.constexpr):
+    """`next_item` of a reader that says later that it has begun: `take` draws the next one then."""
     slots, slot_full, slot_free = queue
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # every thread holds all eight
     mbarrier.wait(slot_full.index(j % 2), (j // 2) & 1)
     x = slots.index(j % 2).load(layout)
-    mbarrier.arrive(slot_free.index(j % 2))
     place = gl.arange(0, 8, layout)
     head = gl.sum(gl.where(place == 0, x, 0), 0)
     t = gl.sum(gl.where(place == 1, x, 0), 0)

@@ -149,6 +149,30 @@ def entries_of(tile, which, offsets, cols, limit, nq, BK: tl.constexpr, EDGE: tl
 
 
 @triton.jit
+def queries_of(j, which, offsets, entries, start, T, first, nq, nk, BQ: tl.constexpr, EDGE: tl.constexpr):
+    """List of key tile j: full blocks a .. e, partial ones m .. c. EDGE: of the query tiles that hold queries of the call only."""
+    a = 0
+    e = 0
+    m = 0
+    c = 0
+    if j < nk:
+        at = offsets + 2 * (which.to(tl.int64) * nk + j)
+        a = tl.load(at)
+        m = tl.load(at + 1)
+        c = tl.load(at + 2)
+        e = m
+        if EDGE:
+            last = start + T - 1
+            low = tl.minimum(tl.maximum((start - (start & (BQ - 1))) // BQ - first, 0), nq).to(tl.int32)
+            high = tl.minimum(tl.maximum((last - (last & (BQ - 1))) // BQ - first + 1, 0), nq).to(tl.int32)
+            e = first_from(entries, a, m, high)
+            a = first_from(entries, a, e, low)
+            c = first_from(entries, m, c, high)
+            m = first_from(entries, m, c, low)
+    return a, e, m, c
+
+
+@triton.jit
 def interval_of(kind, row, intervals, M: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr):
     """First key of the block that each row[M] of a partial block's picture sees, and the one past its last. All of them by other kinds."""
     lo = tl.zeros([M], tl.int32)

@@ -1,0 +1,149 @@
+"""Paths "gluon" and "gluon_ordered" of block_attention_backward, the host's side: for Hopper, float16 and bfloat16, blocks of 128 x 128.
+
+gluon: dQ by the lists of queries (block_backward_queries_gluon.py), dK and dV by the lists of keys (block_backward_keys_gluon.py), seven products, no sum has two owners; D up to 192.
+gluon_ordered: five products in one pass, dQ added in a fixed order (block_backward_ordered_gluon.py, block_backward_order.py); D 65 to 128. Each sum is in one order: twice the same call
+gives the same bits. Scores are rounded as in the portable source (tiles.py), hence as in the forward.
+"""
+from functools import lru_cache
+
+from sparsetile.backends.contract import Resources
+from sparsetile.backends.triton import relaunch
+from sparsetile.backends.triton.block_attention_gluon import Map, ahead, map_layout
+from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
+from sparsetile.backends.triton.block_backward_order import finish, order
+from sparsetile.backends.triton.block_backward_ordered_gluon import ordered_gluon
+from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS
+from sparsetile.backends.triton.launch import POINTER, power, schedule, tiles
+from sparsetile.backends.triton.maps import can_map
+
+KEY_STAGES = 3  # steps of `keys_gluon` under way
+
+
+def widths(D: int, DV: int) -> dict:
+    """Columns as they lie in shared memory."""
+    return dict(D0=64 if D <= 64 else 128, D1=64 if D > 128 else 0, V0=power(DV, 64))
+
+
+@lru_cache(1024)
+def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edge_q=False, from_length=False) -> tuple:
+    """Of `queries_gluon` and `keys_gluon`. edge_k: some keys of a block may not exist; edge_q: some queries of a tile."""
+    w, common = widths(D, DV), dict(INTERVALS=intervals, BITMAPS=bitmaps, FROM_LENGTH=from_length)
+    return (relaunch.Constants(dict(D=D, **w, EDGE=edge_k, **common), num_warps=4, enable_fp_fusion=False),
+            relaunch.Constants(dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, EDGE=edge_q, **common), num_warps=4, enable_fp_fusion=False))
+
+
+def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start):
+    """Fills dq, dk and dv."""
+    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
+    group, sms, host = Hq // Hk, max(place.sms, 1), q_start if isinstance(q_start, int) else None
+    n, key_tiles = tiles(T, ROWS.value, host), -(-S // KEYS.value)
+    covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
+    exact = covers and host % ROWS.value == 0 and T % ROWS.value == 0
+    order = schedule(lists) if covers else None
+    by_rows, by_keys = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, not exact, q_start is None)
+    D0, D1, V0, list_of = by_rows["D0"], by_rows["D1"], by_rows["V0"], lists.list_of
+    strides = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
+    starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
+
+    def mapped(x, rows):
+        return Map(x, rows, D0), Map(x, rows, D1) if D1 else None
+    queries, step = (*mapped(q, 64), Map(dout, 64, V0)), 64 if D1 else KEYS.value
+    ticket = place.zeros((2,), "int32")
+    items = B * Hq * n
+    relaunch.launch(queries_gluon, (min(items, sms),), place,
+                    (dq, lse, delta, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[:1]),
+                    (*strides, B * Hq, Hq, group, T, S, lists.first, lists.nq, n, ahead(lists) if order is not None else 0, items, host or 0, float(scale)), by_rows, (q.dtype,),
+                    (*queries, *mapped(k, step), Map(v, step, V0), *mapped(flat(dq), 64)))
+    items, order = B * Hk * key_tiles, schedule(lists, True) if key_tiles == lists.nk else None
+    relaunch.launch(keys_gluon, (min(items, sms),), place,
+                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[1:]),
+                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, ahead(lists, "by_key_offsets") if order is not None else 0, items, host or 0, float(scale)), by_keys, (q.dtype,),
+                    (*queries, *mapped(k, 64), Map(v, 64, V0), *mapped(flat(dk), 64), Map(flat(dv), 64, V0)))
+
+
+@lru_cache(1024)
+def ordered_constants(D: int, DV: int, intervals=False, bitmaps=False, edge_q=False, from_length=False, ascending=False) -> tuple:
+    """Of `order`, `ordered_gluon` and `finish`."""
+    return (relaunch.Constants(ASCENDING=ascending, N=128, num_warps=4),
+            relaunch.Constants(D=D, DV=DV, D0=128, V0=power(DV, 64), INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge_q, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False),
+            relaunch.Constants(D=D, FROM_LENGTH=from_length, num_warps=8))
+
+
+def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start, heads: int, ascending: bool):
+    """Fills dq, dk and dv; `heads` key heads are worked on at a time."""
+    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
+    group, host = Hq // Hk, q_start if isinstance(q_start, int) else None
+    n, key_tiles, list_of = tiles(T, ROWS.value, host), -(-S // KEYS.value), lists.list_of
+    exact = host is not None and host // ROWS.value == lists.first and n == lists.nq and host % ROWS.value == 0 and T % ROWS.value == 0
+    ascending = ascending and kv_length is None  # key blocks past the last key would come first, and take their turns with every key masked
+    before, made, after = ordered_constants(D, DV, lists.has_intervals, lists.has_bitmaps, not exact, q_start is None, ascending)
+    strides = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
+    starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
+    entries, blocks = lists.by_key_rows.shape[0], lists.by_key_offsets.shape[0] // 2
+    walk, kinds, ranks = (place.empty((max(entries, 1),), "int32") for _ in range(3))
+    counters, sums = place.zeros((B * Hq * n * 2 + 4,), "int32"), place.empty((B * Hq * n * ROWS.value * 4, 32), "float32")
+    ticket, turns = counters[:1], counters[4:]
+    relaunch.launch(order, (blocks,), place, (lists.offsets, lists.cols, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, walk, kinds, ranks),
+                    (lists.nq, lists.nk, key_tiles, max(lists.nq, lists.nk).bit_length() + 1), before)
+    items = B * Hk * key_tiles
+    relaunch.launch(ordered_gluon, (min(items, max(place.sms, 1)),), place,
+                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walk, kinds, ranks, turns, lists.intervals, lists.bitmaps, list_of, kv_length, starts, ticket),
+                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), items, host or 0, float(scale)), made, (q.dtype,),
+                    (Map(q, 64, 128), Map(dout, 64, made["V0"]), Map(k, 64, 128), Map(v, 64, made["V0"]), Map(flat(dk), 64, 128), Map(flat(dv), 64, made["V0"]), Map(sums, 64, 32)))
+    relaunch.launch(finish, (B * Hq * n * 2,), place, (sums, turns, dq, kv_length, starts), (Hq, T, S, n, host or 0, float(scale)), after, (q.dtype,))
+
+
+def takes(q, k, v, dout, lists, scale: float, softcap, out_kind: str) -> bool:
+    """Whether this call is one for `launch`: no orders, no softcap, a positive scale, gradients of q's type, one list for the heads of a group, arrays as the copy engine addresses them."""
+    return (lists.q_order is None and lists.k_order is None and softcap is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:]
+            and (lists.list_of.shape[1] == 1 or q.shape[1] == k.shape[1]) and all(map(can_map, (q, k, v, dout))))
+
+
+def artifacts(problem, path: str) -> list[dict]:
+    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
+    D, DV, tables, from_length = problem["D"], problem["Dv"], (has("interval"), has("bitmap")), has("kv_length") and not has("q_start")
+    edge_q = has("kv_length") or has("q_start") or problem["T"] % ROWS.value != 0
+
+    def mapped(rank, rows, columns, kind=pointer, bits=16):
+        return f"tensordesc<{kind[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank, bits)!r}>"
+
+    def artifact(fn, constants, arrays, integers, floats=("scale",), maps=lambda made: {}):
+        made = dict(constants)
+        options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in made}
+        signature = maps(made) | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in floats}
+        return dict(fn=fn, signature=signature, constexprs=made, options=options, div16=tuple(name for name in arrays if name != "ticket"))
+    positions = ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
+    rows = dict(lse="*fp32", delta="*fp32")
+    integers = ("slb", "slh", "heads", "group", "T", "S", "first", "nq", "tiles", "items", "q_start")
+
+    def halves(name, rank, rows, made):
+        return {f"{name}0": mapped(rank, rows, made["D0"])} | ({f"{name}1": mapped(rank, rows, made["D1"])} if made["D1"] else {})
+
+    def inputs(made, keys):
+        return halves("q", 4, 64, made) | dict(dout=mapped(4, 64, made["V0"])) | halves("k", 4, keys, made) | dict(v=mapped(4, keys, made["V0"]))
+
+    def words(*names):
+        return {name: "*i32" for name in (*names, "intervals", "bitmaps", "list_of", *positions)}
+    if path == "gluon":
+        by_rows, by_keys = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length)
+        return [artifact(queries_gluon, by_rows, dict(dq=pointer) | rows | words("offsets", "cols", "kinds", "schedule", "ticket"), (*integers, "Hq", "ahead"),
+                         maps=lambda made: inputs(made, 64 if made["D1"] else KEYS.value) | halves("dq_map", 3, 64, made)),
+                artifact(keys_gluon, by_keys, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "kinds", "schedule", "ticket"), (*integers, "Hk", "nk", "ahead"),
+                         maps=lambda made: inputs(made, 64) | halves("dk_map", 3, 64, made) | dict(dv_map=mapped(3, 64, made["V0"])))]
+    before, made, after = ordered_constants(D, DV, *tables, edge_q, from_length)
+    lists = ("offsets", "cols", "by_key_offsets", "by_key_rows", "by_key_kinds", "walk", "kinds", "ranks")
+    return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
+            artifact(ordered_gluon, made, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "walk", "kinds", "ranks", "turns", "ticket"),
+                     (*integers, "Hk", "nk", "q_tiles", "together", "ascending"),
+                     maps=lambda made: dict(q=mapped(4, 64, 128), dout=mapped(4, 64, made["V0"]), k=mapped(4, 64, 128), v=mapped(4, 64, made["V0"]), dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
+            artifact(finish, after, dict(sums="*fp32", turns="*i32", dq=pointer) | {name: "*i32" for name in positions}, ("Hq", "T", "S", "tiles", "q_start"))]
+
+
+def resources(D: int, DV: int, path: str) -> Resources:
+    """Of `keys_gluon`, which asks for more than `queries_gluon`: two items' keys and values (one's of D 192), three steps of queries and dout with what is known of their rows, barriers and
+    items. Of `ordered_gluon`: one item's, two steps, and two of dS and dQ."""
+    w = widths(D, DV)
+    wide = w["D0"] + w["D1"] + w["V0"]
+    two = (256 * (1 if w["D1"] else 2) + KEY_STAGES * 128) * wide + KEY_STAGES * 512 + 640
+    return Resources(threads=384, shared=two if path == "gluon" else 512 * wide + 98304 + 1024 + 800, registers=168)

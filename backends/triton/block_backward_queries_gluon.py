@@ -1,0 +1,223 @@
+"""Path "gluon" of block_attention_backward, queries: dQ. An item is a tile of 128 queries of one head; its keys and values pass by, 128 a step.
+
+A persistent block of threads has five roles, as in the forward: `take` draws items, `bring_keys` loads through the copy engine, `clear` makes keys that no query of the tile sees zero
+(0 * NaN), and two groups of `multiply_queries` hold 64 rows each. Full blocks run no mask code.
+"""
+import triton
+import triton.experimental.gluon.language as gl
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear, key_word, look
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
+
+READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
+
+
+@triton.jit
+def probabilities(raw, lse, scale):
+    """The score is rounded first, as the forward rounds it: score - lse is right however large both are."""
+    return tl.math.exp2((raw * scale - lse) * 1.4426950408889634)
+
+
+@gluon.jit
+def known(lse, delta, at, ok):
+    """(lse, delta) of rows; lse +inf, hence P = 0, where a row is not there, sees no key, or its sink holds all."""
+    logs = gl.load(lse + at, mask=ok, other=float("inf"))
+    return gl.where(gl.abs(logs) < float("inf"), logs, float("inf")), gl.load(delta + at, mask=ok, other=0.0)
+
+
+@gluon.jit
+def leave(y, out, out_map, head, row, rows, through, line, COL: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
+    """64 rows of a gradient, from column COL on, to where they stand: rows row .. of the `rows` that the head has, of `out` from `line` on. By the copy engine through shared memory, unless
+    a row is negative (it takes none) or there is no such memory."""
+    W0: gl.constexpr = y.shape[1]
+    if through is None:
+        r = row + gl.arange(0, 64, gl.SliceLayout(1, L))
+        c = COL + gl.arange(0, W0, gl.SliceLayout(0, L))
+        inside = gl.expand_dims((r >= 0) & (r < rows), 1) & gl.expand_dims(c < WIDTH, 0)
+        gl.store(out + line * WIDTH + gl.expand_dims(r.to(gl.int64) * WIDTH, 1) + gl.expand_dims(c, 0), y, mask=inside)
+    else:
+        through.store(y)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_map, [head, row, COL], through)
+
+
+@gluon.jit
+def bring_keys(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+    """Queries and dout of an item, then its keys and values, STEP at a time; keys of a masked block go by way of `clear`."""
+    q0, q1, dout, k0, k1, v = maps
+    sq0, sq1, sg, sk0, sk1, sv = memory
+    q_full, q_free = q_bars
+    k_full, k_free, k_landed = k_bars
+    v_full, v_free = v_bars
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
+    while head >= 0:
+        b = head // Hq
+        h = head - b * Hq
+        hk = h // group
+        if count > 0:
+            mbarrier.wait(q_free, (j & 1) ^ 1)
+            mbarrier.expect(q_full, 2 * ROWS * (D0 + D1 + V0))
+            for w in gl.static_range(2):
+                bring_tile(q0, q1, q_full, sq0.index(w), sq1.index(w), [b, h, t + 64 * w, 0], D1)
+                tma.async_copy_global_to_shared(dout, [b, h, t + 64 * w, 0], q_full, sg.index(w))
+            j += 1
+            following = gl.load(cols + first + gl.where(kept == 0, gap, 0))
+            for e in range(count):
+                row = following * KEYS
+                following = gl.load(cols + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= kept, gap, 0))
+                for part in gl.static_range(KEYS // STEP):
+                    s = n % STAGES
+                    phase = ((n // STAGES) & 1) ^ 1
+                    at = [b, hk, row + STEP * part, 0]
+                    mbarrier.wait(k_free.index(s), phase)
+                    if e < plain:
+                        mbarrier.expect(k_full.index(s), 2 * STEP * (D0 + D1))
+                        bring_tile(k0, k1, k_full.index(s), sk0.index(s), sk1.index(s), at, D1)
+                    else:
+                        mbarrier.expect(k_landed.index(s), 2 * STEP * (D0 + D1))
+                        bring_tile(k0, k1, k_landed.index(s), sk0.index(s), sk1.index(s), at, D1)
+                    mbarrier.wait(v_free.index(s), phase)
+                    mbarrier.expect(v_full.index(s), 2 * STEP * V0)
+                    tma.async_copy_global_to_shared(v, at, v_full.index(s), sv.index(s))
+                    n += 1
+        turn += 1
+        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def _unseen_out(x, kind, lo, hi, r, FIRST: gl.constexpr, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
+    """0 where a query, a row of x, does not see the key, a column; FIRST: of these keys, in words of 32."""
+    STEP: gl.constexpr = x.shape[1]
+    c = gl.arange(0, STEP, gl.SliceLayout(0, L))
+    words = gl.expand_dims(key_word(kind, lo, hi, r, FIRST, tables, BITMAPS), 1)
+    for n in gl.static_range(1, STEP // 32):
+        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, FIRST + n, tables, BITMAPS), 1), words)
+    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, x, 0.0)
+
+
+@gluon.jit
+def multiply_queries(W: gl.constexpr, dq_maps, dq, lse, delta, cols, kinds, tables, T, scale, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+                     INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+    """A group of warps with rows 64 W .. of each item."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    R: gl.constexpr = gl.SliceLayout(1, L)
+    sq0, sq1, sg, sk0, sk1, sv = memory
+    q_full, q_free = q_bars
+    k_full, k_free, k_landed = k_bars
+    v_full, v_free = v_bars
+    kind_of = sv.dtype
+    zero = gl.zeros([64, STEP], gl.float32, L)
+    r = W * 64 + gl.arange(0, 64, R)
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 4)
+    while head >= 0:
+        acc = gl.zeros([64, D0], gl.float32, O)
+        acc1 = gl.zeros([64, 64], gl.float32, O1)
+        line = head.to(gl.int64) * T
+        if count > 0:
+            logs, shift = known(lse + line, delta + line, t + r, (t + r >= 0) & (t + r < T))
+            mbarrier.wait(q_full, j & 1)
+            for e in range(count):
+                for part in gl.static_range(KEYS // STEP):
+                    s = n % STAGES
+                    phase = (n // STAGES) & 1
+                    mbarrier.wait(k_full.index(s), phase)
+                    st = warpgroup_mma(sq0.index(W), sk0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    if D1:
+                        st = warpgroup_mma(sq1.index(W), sk1.index(s).permute((1, 0)), st, is_async=True)
+                    mbarrier.wait(v_full.index(s), phase)
+                    gt = warpgroup_mma(sg.index(W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    x = warpgroup_mma_wait(1, deps=(st, ))
+                    p = probabilities(x, gl.expand_dims(logs, 1), scale)
+                    grad = warpgroup_mma_wait(0, deps=(gt, ))
+                    mbarrier.arrive(v_free.index(s))
+                    ds = p * (grad - gl.expand_dims(shift, 1))
+                    if MASKED:
+                        if e >= plain:
+                            kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
+                            ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
+                    ds = ds.to(kind_of)
+                    at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)
+                    if D1:
+                        at1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O1, 2)), sk1.index(s), acc1, is_async=True)
+                        acc, acc1 = warpgroup_mma_wait(0, deps=(at, at1))
+                    else:
+                        acc = warpgroup_mma_wait(0, deps=(at, ))
+                    mbarrier.arrive(k_free.index(s))
+                    n += 1
+        row = t + W * 64
+        if (count == 0) | (row < 0):
+            leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, None, line, 0, D, O)
+            if D1:
+                leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, None, line, D0, D, O1)
+        else:
+            leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, sq0.index(W), line, 0, D, O)
+            if D1:
+                leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, sq1.index(W), line, D0, D, O1)
+        if count > 0:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free)
+            j += 1
+        turn += 1
+        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 4)
+
+
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
+def queries_gluon(q0, q1, dout, k0, k1, v, dq_map0, dq_map1, dq, lse, delta, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
+                  slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale,
+                  D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """q0 .. dq_map1: tensor maps; those of columns 128 on None where D is at most that."""
+    STEP: gl.constexpr = 64 if D1 else KEYS
+    STAGES: gl.constexpr = 3 if D1 else 2
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sq0 = gl.allocate_shared_memory(v.dtype, [2, 64, D0], tile)
+    sg = gl.allocate_shared_memory(v.dtype, [2, 64, V0], tile)
+    sk0 = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D0], tile)
+    sv = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, V0], tile)
+    sq1 = sq0
+    sk1 = sk0
+    if D1:
+        sq1 = gl.allocate_shared_memory(v.dtype, [2, 64, D1], tile)
+        sk1 = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D1], tile)
+    queue = make_queue(READERS)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_free, count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_free.index(s), count=2)
+        mbarrier.init(k_landed.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_free.index(s), count=2)
+    fence_async_shared()
+    MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
+    memory = (sq0, sq1, sg, sk0, sk1, sv)
+    q_bars = (q_full, q_free)
+    k_bars = (k_full, k_free, k_landed)
+    v_bars = (v_full, v_free)
+    tables = (intervals, bitmaps)
+    lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
+    gl.warp_specialize([
+        (multiply_queries, (0, (dq_map0, dq_map1), dq, lse, delta, cols, kinds, tables, T, scale, D, D0, D1, STEP, STAGES, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
+        (multiply_queries, (1, (dq_map0, dq_map1), dq, lse, delta, cols, kinds, tables, T, scale, D, D0, D1, STEP, STAGES, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
+        (bring_keys, ((q0, q1, dout, k0, k1, v), cols, Hq, group, D0, D1, V0, STEP, STAGES, queue, memory, q_bars, k_bars, v_bars)),
+        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
+        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, KEYS // STEP, D1 > 0, STAGES, queue, sk0, sk1, k_full, k_landed)),
+    ], [4, 1, 1, 1], [232, 40, 40, 40])
