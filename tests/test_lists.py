@@ -122,7 +122,8 @@ def test_variants_of_the_forward(on, backend, variant, style, rng):
         assert_close(name, x, truth, measure, reduction=S + D)
 
 
-BACKWARD = {"triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+BACKWARD = {"triton-portable": dict(path="portable", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),  # where a call of those below needs it
+            "triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "triton-ordered": dict(path="gluon_ordered", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "triton-ascending": dict(path="gluon_ordered", heads=2, walk="ascending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
