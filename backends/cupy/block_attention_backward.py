@@ -75,10 +75,9 @@ def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
 
 
 def hopper_bytes(D: int, Dv: int, path: str) -> int:
-    """Keys and values, in two passes up to D 128 twice; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
+    """Keys and values; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    more = 256 * (width + values) + 32 if path == "two_pass" and width + values <= 256 else 0
-    return more + 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 176 + 48
+    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 48
 
 
 def resources(problem: Problem, config: dict):

@@ -15,7 +15,7 @@
 #include "ordered.cuh"
 
 struct Params {
-  TensorMap q, k, v, dout, dk, dv;  // boxes of 64 columns, 64 rows; k, v: 128 rows
+  TensorMap q, k, v, dout;          // boxes of 64 columns, 64 rows; k, v: 128 rows
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
@@ -86,17 +86,16 @@ __device__ __forceinline__ bool known_whole(const Params& p, const Item& x) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- dK, dV and dS
-// Keys of each item, dS of each step, and where the item ends its dK and dV, as they stand in shared memory.
+// Keys of each item and dS of each step, as they stand in shared memory.
 __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
   u32 patience = PATIENCE, n = 0, turn = 0, items = 0;
   for (;;) {
     const Plan x = next_plan(m, n, patience);
     if (x.state & STOP || !patience) break;
     if (x.state & EMPTY) continue;
-    const u32 stage = items % KEY_STAGES;
     if (x.state & FIRST) {
-      bar_wait(m.full_keys(stage), items / KEY_STAGES & 1, patience);
-      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k + stage * KEY_STAGE, KEY_BYTES);
+      bar_wait(m.full_keys(), items & 1, patience);
+      bulk_store(p.keys + ((i64)(x.head / p.group - p.from_head) * p.piece_blocks + x.block - p.from_block) * KEY_BYTES, m.k, KEY_BYTES);
     }
     unsigned char* to = p.slopes + ((i64)(x.head - p.from_head * p.group) * p.most + x.rank) * BLOCK_BYTES;
     for (int s = 0; s < 2; s++) {
@@ -108,20 +107,8 @@ __device__ __forceinline__ void store_slopes(const Params& p, const Shared& m) {
       bar_arrive(m.free_ds(s));
     }
     if (x.state & FIRST) {
-      bar_arrive(m.kept(stage));
-    }
-    if (x.state & LAST) {
-      bar_wait(m.made(stage), items / KEY_STAGES & 1, patience);
-      if (!PARTED && !(x.state & SECTION)) {
-        for (int w = 0; w < 2; w++) {
-          for (int c = 0; c < Q_PARTS; c++) tma_store(&p.dk, m.k + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
-          for (int c = 0; c < V_PARTS; c++) tma_store(&p.dv, m.v + stage * KEY_STAGE + c * SLAB + w * PART, 64 * c, x.block * KEYS + 64 * w, x.head / p.group);
-        }
-        tma_store_commit();
-        tma_store_wait_read();
-      }
-      bar_arrive(m.free_keys(stage));
-      items = (items + 1) % (2 * KEY_STAGES);
+      bar_arrive(m.kept());
+      items++;
     }
     turn ^= 1;
   }
@@ -228,7 +215,6 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   u32 patience = PATIENCE;
   float s[32], dp[32], dk[WIDTH / 2], dv[VALUES / 2];
   u32 pr[16], ds[16], turn = 0, items = 0, plan = 0;
-  u32 next = 0;  // how far behind the first ones the item's keys stand
   const u64 a_k = descriptor(m.k + w * 64 * 128), a_v = descriptor(m.v + w * 64 * 128);
   const u32 ds_at = m.ds + w * PART + ((lane >> 4) * 8 + (lane & 7)) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4), rows_at = m.rows + (lane & 3) * 8;
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
@@ -270,7 +256,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 b_q = descriptor(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < WIDTH / 16; c++) wgmma<KIND, K_MAJOR>(s, a_k + c / 4 * (SLAB >> 4) + c % 4 * 2, b_q + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
   };
   const auto multiply_dv = [&](const u32 b) __attribute__((always_inline)) {
@@ -297,7 +283,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     wgmma_fence();
     const u64 b_do = descriptor(m.dout + b * V_PARTS * PART), q_rows = descriptor_columns<PART>(m.q + b * Q_PARTS * PART);
 #pragma unroll
-    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + (next >> 4) + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
+    for (int c = 0; c < VALUES / 16; c++) wgmma<KIND, K_MAJOR>(dp, a_v + c / 4 * (SLAB >> 4) + c % 4 * 2, b_do + c / 4 * (PART >> 4) + c % 4 * 2, 1);
     wgmma_commit();
     if (!WIDE) multiply_dv(b);
     if (WIDE) wgmma_wait<0>(); else wgmma_wait<1>();
@@ -364,8 +350,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     } else {
       clear(dk); clear(dv);
     }
-    if (KEY_STAGES > 1) next = uniform(items % KEY_STAGES * KEY_STAGE);
-    bar_wait(m.full_keys(items % KEY_STAGES), items / KEY_STAGES & 1, patience);
+    bar_wait(m.full_keys(), items & 1, patience);
     u32 b = 0;
     bool more = pass_over(b);
     if (more) begin(b);
@@ -389,19 +374,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       if (more) begin(b);
     }
     turn ^= 1;
-    const u32 stage = items % KEY_STAGES;
-    const int section = field(STATE) & SECTION;
-    bar_wait(m.kept(stage), items / KEY_STAGES & 1, patience);
-    items = (items + 1) % (2 * KEY_STAGES);
-    if (!PARTED && !section) {
-      const int tid = thread_again() % 128, lane = tid & 31, row = w * 64 + tid / 32 * 16 + (lane & 15);
-      write_keys(dk, p.scale, m.k + next, row, lane);
-      write_keys(dv, 1.f, m.v + next, row, lane);
-      shared_to_copy_engine();
-    }
-    named_sync(4 + w, 128);
-    if (thread_again() % 128 == 0) bar_arrive(m.made(stage));
-    if (section) {
+    bar_wait(m.kept(), items & 1, patience);
+    if (thread_again() % 128 == 0) bar_arrive(m.free_keys());
+    items++;
+    if (field(STATE) & SECTION) {
       leave_section();
     } else if (PARTED && !p.rounds) {
       i64 at[2];
@@ -409,10 +385,10 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       leave_part(dk, p.scale, p.wide_dk, at);
       places_of_keys(at, VALUES, false);
       leave_part(dv, 1.f, p.wide_dv, at);
-    } else if (PARTED) {
+    } else {
       write();
     }
-    if (PARTED || section) named_sync(4 + w, 128);
+    named_sync(4 + w, 128);
     release();
   }
 }
@@ -423,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(const __grid_const
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), 2); bar_init(m.full_ds(s), 8); bar_init(m.free_ds(s), 1); }
     for (int s = 0; s < PLANS; s++) { bar_init(m.full_plan(s), 1); bar_init(m.free_plan(s), READERS); }
-    for (int s = 0; s < KEY_STAGES; s++) { bar_init(m.full_keys(s), 1); bar_init(m.free_keys(s), 1); bar_init(m.landed(s), 1); bar_init(m.kept(s), 1); bar_init(m.made(s), 2); }
+    bar_init(m.full_keys(), 1); bar_init(m.free_keys(), 2); bar_init(m.landed(), 1); bar_init(m.kept(), 1);
     bar_fence();
   }
   __syncthreads();

@@ -19,7 +19,6 @@ constexpr int ROWS = 128, STEP = 64, SLAB = 128 * 128, PART = 64 * 128;  // a sl
 constexpr int Q_PARTS = WIDTH / 64, V_PARTS = VALUES / 64;
 constexpr int SUMS = ADDS ? STEP * WIDTH * 4 : 0, LINE = 3 * STEP + 4;               // bytes of a step's dQ; floats of a step's rows
 constexpr bool WIDE = WIDTH + VALUES > 256;
-constexpr int KEY_STAGES = ADDS || WIDE ? 1 : 2, KEY_STAGE = (Q_PARTS + V_PARTS) * SLAB, KEY_BARS = ADDS ? 24 : 32;  // 2: the next item's keys come while these are at work
 constexpr int PLANS = 4, READERS = ADDS ? 5 : 4;                                     // of a plan: the loading thread, two adding threads or one that stores dS, two groups
 constexpr float FAR = 100.f;                                                         // logsumexps past which scores are rounded before the subtraction, as in the forward
 
@@ -35,7 +34,7 @@ struct Shared {
   unsigned char* raw;
   __device__ __forceinline__ explicit Shared(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     k = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    v = k + Q_PARTS * SLAB; q = k + KEY_STAGES * KEY_STAGE; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
+    v = k + Q_PARTS * SLAB; q = v + V_PARTS * SLAB; dout = q + 2 * Q_PARTS * PART; ds = dout + 2 * V_PARTS * PART; sums = ds + 4 * PART;
     rows = sums + 2 * SUMS; plans = rows + 2 * LINE * 4; bars = plans + PLANS * sizeof(Plan);
   }
   __device__ __forceinline__ u32 full_q(int s) const { return bars + 8 * s; }
@@ -44,14 +43,13 @@ struct Shared {
   __device__ __forceinline__ u32 full_sums(int s) const { return bars + 48 + 8 * s; }
   __device__ __forceinline__ u32 free_sums(int s) const { return bars + 64 + 8 * s; }
   __device__ __forceinline__ u32 free_ds(int s) const { return full_sums(s); }  // where dS leaves instead of sums
-  __device__ __forceinline__ u32 kept(int s) const { return free_sums(s); }  // the item's keys have left
+  __device__ __forceinline__ u32 kept() const { return free_sums(0); }  // the item's keys have left
   __device__ __forceinline__ u32 full_plan(u32 n) const { return bars + 80 + 8 * (n % PLANS); }  // of plan n
   __device__ __forceinline__ u32 free_plan(u32 n) const { return bars + 80 + 8 * (PLANS + n % PLANS); }
-  __device__ __forceinline__ u32 full_keys(int s = 0) const { return bars + 80 + 16 * PLANS + KEY_BARS * s; }
-  __device__ __forceinline__ u32 free_keys(int s = 0) const { return bars + 88 + 16 * PLANS + KEY_BARS * s; }
-  __device__ __forceinline__ u32 landed(int s = 0) const { return bars + 96 + 16 * PLANS + KEY_BARS * s; }  // keys and values of which some must be cleared
-  __device__ __forceinline__ u32 made(int s) const { return bars + 104 + 16 * PLANS + KEY_BARS * s; }  // the groups are through with the item's keys: its dK and dV stand there
-  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + KEY_BARS * KEY_STAGES; }
+  __device__ __forceinline__ u32 full_keys() const { return bars + 80 + 16 * PLANS; }
+  __device__ __forceinline__ u32 free_keys() const { return bars + 88 + 16 * PLANS; }
+  __device__ __forceinline__ u32 landed() const { return bars + 96 + 16 * PLANS; }  // keys and values of which some must be cleared
+  __device__ __forceinline__ u32 item() const { return bars + 80 + 16 * PLANS + 24; }
   template <class T> __device__ __forceinline__ T* at(u32 address) const { return (T*)(raw + (address - base)); }
   __device__ __forceinline__ u32 plan_at(u32 n, int field) const { return plans + n % PLANS * sizeof(Plan) + 4 * field; }
   __device__ __forceinline__ Plan* plan(u32 n) const { return at<Plan>(plan_at(n, 0)); }
@@ -86,7 +84,7 @@ struct Planner {
   const Params& p;
   const Shared& m;
   const int lane;
-  u32 patience = PATIENCE, n = 0, turn = 0, items = 0;  // plans made; parities of `landed`; items with keys
+  u32 patience = PATIENCE, n = 0, turn = 0;  // plans made; parity of `landed`
   bool open = false;
 
   __device__ __forceinline__ void publish(int flags) {
@@ -164,20 +162,19 @@ __device__ __forceinline__ void Planner::clear(const Item& x, bool whole) {
     }
   }
   word = together(word);
-  const u32 s = (items - 1) % KEY_STAGES;
-  bar_wait(m.landed(s), turn >> s & 1, patience);
-  turn ^= 1 << s;
+  bar_wait(m.landed(), turn & 1, patience);
+  turn ^= 1;
 #pragma unroll 1
   for (int n = 0; n < 4; n++) {
     const u32 seen = __shfl_sync(~0u, word, n) & range_bits(0, existing_keys(p, x.block, x.limit) - 32 * n);
 #pragma unroll 1
     for (int y = lane / 8; y < 32 && seen != ~0u; y += 4)
       if (!(seen >> y & 1))
-        for (int c = 0; c < Q_PARTS + V_PARTS; c++) *m.at<uint4>(m.k + s * KEY_STAGE + c * SLAB + (32 * n + y) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < Q_PARTS + V_PARTS; c++) *m.at<uint4>(m.k + c * SLAB + (32 * n + y) * 128 + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
   }
   shared_to_copy_engine();
   __syncwarp();
-  if (lane == 0) bar_arrive(m.full_keys(s));
+  if (lane == 0) bar_arrive(m.full_keys());
 }
 
 __device__ __forceinline__ void Planner::item(int number) {
@@ -200,7 +197,6 @@ __device__ __forceinline__ void Planner::item(int number) {
     publish(!found ? LAST : ADDS ? 0 : (w.w & 3) << COMING);
     if (made == 1 && clears) clear(x, all);
     if (!found) return;
-    items += !made;
     const int head = x.b * p.Hq + x.hk * p.group + r;
     write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
            (made ? 0 : clears ? FIRST | CLEAR : FIRST) | (!ADDS ? (w.w & 15) << SEEN | w.w >> 4 << WHOLE : w.w ? SECOND : 0) | (x.slot < 0 ? 0 : SECTION) | left << 8});
@@ -236,13 +232,13 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
     if (x.state & EMPTY) continue;
     const int b = x.head / p.Hq, h = x.head % p.Hq;
     if (x.state & FIRST) {
-      const u32 s = items % KEY_STAGES, bar = x.state & CLEAR ? m.landed(s) : m.full_keys(s), to = m.k + s * KEY_STAGE;
-      bar_wait(m.free_keys(s), items / KEY_STAGES & 1 ^ 1, patience);
-      items = (items + 1) % (2 * KEY_STAGES);
+      const u32 bar = x.state & CLEAR ? m.landed() : m.full_keys();
+      bar_wait(m.free_keys(), items & 1 ^ 1, patience);
+      items = (items + 1) % 2;
       bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
       const int key = first_key(p, x.block);
-      for (int c = 0; c < Q_PARTS; c++) load_box(to + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
-      for (int c = 0; c < V_PARTS; c++) load_box(to + (Q_PARTS + c) * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.k + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(m.v + c * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
