@@ -79,10 +79,15 @@ def confirm(root, device, say=print) -> int:
             w = again.workload(path.stem, e)
             if w is None or "unit" not in e or e.get("status") == "pinned" or not _open(path, e):
                 continue
-            mine = mine or again.facts(w)["unit"]
+            op = path.stem
+            try:
+                mine = mine or again.facts(w)["unit"]
+            except (isolate.Lost, isolate.Failed) as error:  # its inputs, say, do not fit beside what others hold
+                bad += 1
+                say(f"NOT       {w.name} {op} {e['backend']}: {error}")
+                continue
             if e["unit"] == mine:
                 continue
-            op = path.stem
             found = again.times(op, e, w)
             if not _open(path, e):  # another was faster
                 continue
@@ -92,7 +97,7 @@ def confirm(root, device, say=print) -> int:
             new = {**e, "confirmed": said} if kept or "default" not in found else {**e, "config": found["default"], "time_us": e.get("default_us", found["default_us"]), "confirmed": {**said, "instead_of": str(e["config"])}}
             data = schema.load(path)
             store.add(Path(root), op, data["device"], new, data.get("tuned_with", {}), data.get("regime", {}))
-            line = f"{w.name} {op} {e['backend']}: on {mine} " + (found["failed"] if "failed" in found else f"{found['time_us']:.1f} us, default {found['default_us']:.1f} us") + ("" if kept else "; the default stays")
+            line = f"{w.name} {op} {e['backend']}: on {mine} " + (found["failed"] if "failed" in found else f"{found['time_us']:.1f} us, default {found['default_us']:.1f} us") + ("" if kept else "; it stays, and the entry says so" if "failed" in found else "; the default stays")
             tune.note(Path(root), line)
             say(("confirmed " if kept else "NOT       ") + line)
     return bad

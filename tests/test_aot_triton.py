@@ -19,7 +19,7 @@ WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # register
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
     ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 320, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("importance_topk", "score_by_queries"): 96, ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88,
-    ("gather_attention_backward", "queries_gluon"): 32,
+    ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
 }
 
 
@@ -68,6 +68,7 @@ def cases():
     yield "importance_topk", SINGLE, (dict(B=1, Hq=14, Hk=2, T=100, S=8192, C=511, D=72, K=16), dict(q=SINGLE, k=SINGLE), ("return_scores",), 64)
     yield "topk", SINGLE, (dict(B=1, T=4096, S=131072, K=2048), dict(scores=SINGLE), ())
     yield "latent_decompress", HALF, (dict(B=1, H=128, S=4096, R=512, Dn=128, Dv=128, P=64), dict(latent=HALF, w_uk=HALF, w_uv=HALF), ())
+    yield "latent_decompress", "float16-no-rotary", (dict(B=2, H=16, S=300, R=512, Dn=128, Dv=128, P=0), dict(latent="float16", w_uk="float16", w_uv="float16"), ())
     yield "grouped_matmul", HALF, (dict(B=1, H=128, T=4096, N=128, M=512, P=64), dict(x=HALF, w=HALF), ("tail",))
     yield "append", "copy", (dict(B=8, T=1, D=128), dict(rows=HALF, pool=HALF), ("copy", "ring"))
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))

@@ -214,6 +214,7 @@ FLOAT8 = [  # rule or None (a selection), T, H, R, P, lengths, page size, holes 
     (st.Causal(), 1, 16, 128, 16, (70, 33), 16, [(0, 1)], "bfloat16"), (st.Window(9), 3, 5, 256, 6, (45, 20), 7, [(1, 2)], "float16"),
     (st.Full(), 18, 2, 128, 64, (40, 0), 64, [], "bfloat16"), (st.Window(5), 20, 1, 128, 8, (50, 33), 16, [(0, 2)], "bfloat16"), (st.Causal(), 2, 3, 128, 0, (33, 33), 1, [(0, 32)], "bfloat16"),
     (None, 3, 20, 128, 32, (50, 21), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 3, 256, 2, (30, 30), 5, [], "float16"),
+    (None, 2, 17, 512, 64, (40, 37), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 66, 512, 64, (36, 34), 16, [(1, 0)], "float16"),
 ]
 
 
@@ -229,7 +230,7 @@ def test_float8_latents_are_read_where_they_lie(on, backend, rng, case):
     keys = np.concatenate([stored, rows[..., R + R // 32:].copy().view(BF16).astype(np.float64)], -1)[:, None]
     there, at = paged_keys.there(lengths, S, page, holes)[:, None], np.array(lengths)[:, None, None] - T + np.arange(T)[:, None]
     if rule is None:
-        chosen = np.array([[rng.permutation(S)[:12] for _ in range(T)] for _ in range(B)], np.int32)
+        chosen = np.array([[rng.permutation(S)[:12 if R < 512 else 35] for _ in range(T)] for _ in range(B)], np.int32)
         seen = (chosen[..., None] == np.arange(S)).any(2) & there & (np.arange(S) <= at)
         pattern = on.selection(chosen[:, None], causal=True)
     else:

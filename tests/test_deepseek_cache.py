@@ -173,30 +173,3 @@ def test_misuse_is_named(call, error, words):
     q, w = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 4), np.float32)
     with pytest.raises(error, match=words):
         call(q, st.PagedLatent.empty(q, sequences=1, pages=1, rank=8, rotary=0), w)
-
-
-@pytest.mark.interp
-@pytest.mark.parametrize("backend", ["triton"])
-@pytest.mark.parametrize("causal, start", [(True, "device"), (True, None), (False, 0)])
-def test_selected_rows_become_keys_of_16_bits(on, backend, causal, start, rng):
-    """Keys of holes are not written; what is found counts within its sequence. Lists shorter than a block of entries, two queries of three sequences."""
-    if on.unavailable:
-        pytest.skip(on.unavailable)
-    from sparsetile.backends import places
-    from sparsetile.backends.reference.positions import latents
-    from sparsetile.backends.triton import latent_rows
-    B, S, T, K, rank = 3, 30, 2, 19, 128
-    pool = np.stack([np.frombuffer(cache_format.latent_token(*(rng.standard_normal(n).astype(np.float32) for n in (rank, 16)), False), np.uint8) for _ in range(B * S)]).reshape(B, 1, S, -1)
-    entries, counts, held = rng.integers(-3, S + 3, (B, 1, T, K)).astype(np.int32), np.array([[[K, 7]], [[-2, K + 5]], [[0, K]]], np.int32), np.array([S + 9, 20, 0], np.int32)
-    starts = np.array([4, 2 ** 31 - 1, 0], np.int32) if start == "device" else start
-    place, put = places.place_for("torch", "torch", None if on.interpreted else 0), lambda x: on.put(x) if isinstance(x, np.ndarray) else x
-    keys, found = latent_rows.launch(put(pool), put(entries), "float16", place, lengths=put(counts), causal=causal, kv_length=put(held), q_start=put(starts), latent=(rank, 16))
-    keys, found, expected = to_numpy(keys), to_numpy(found), np.full((B, 1, T, K), -1)
-    for b, _, t, e in np.ndindex(entries.shape):
-        limit = min(int(held[b]), S)
-        last = t + (limit - T if start is None else int(np.resize(starts, B)[b])) if causal else limit
-        if e < counts[b, 0, t] and 0 <= entries[b, 0, t, e] < limit and entries[b, 0, t, e] <= last:
-            expected[b, 0, t, e] = t * K + e
-            assert_same_bits("key", keys[b, 0, t * K + e], latents(pool[b, 0, entries[b, 0, t, e]], rank, 16)[0].astype(np.float16))
-    assert (expected >= 0).any()
-    assert_same_bits("found", found, expected.astype(np.int32))

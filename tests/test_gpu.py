@@ -392,6 +392,45 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
 
 
 @both
+@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
+def test_the_largest_of_long_rows(backend, T, S, k, rng):
+    """Rows of every kind, some whole and some through windows, against PyTorch's stable sort."""
+    make = Make(rng)
+    x = make.normal(1, T, S, dtype=torch.float32)()
+    x[:, 1::8], x[:, 2::8], x[:, 3::8] = x[:, 1::8].sort(-1).values, x[:, 2::8].sort(-1, descending=True).values, (x[:, 3::8] - 1.8).relu()
+    x[:, 4::8], x[:, 5::8], x[:, 6::8] = x[:, 4::8].round(), x[:, 5::8] * 1e-3 + 5, torch.where(x[:, 6::8] > 1.5, np.nan, torch.where(x[:, 6::8] < -1, -np.inf, x[:, 6::8]))
+    start, end = make.integers(0, S, 1, T)() * (torch.arange(T, device="cuda") % 3 == 0), make.integers(0, S + 9, 1, T)()
+    end[:, 1::2] = S
+    at = torch.arange(S, device="cuda")
+    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x, -np.inf)
+    order = given.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.where(order.values[..., :k] > -np.inf, order.indices[..., :k], S).sort(-1).values
+    got = st.topk(x, k, key_start=start.int(), key_end=end, backend=backend)
+    assert torch.equal(got.indices.view(1, T, k).long(), torch.where(chosen < S, chosen, -1))
+    assert torch.equal(got.lengths.view(1, T).long(), (chosen < S).sum(-1))
+
+
+@both
+@pytest.mark.parametrize("kind, B, S, H, P, is_turned, windows", [("bfloat16", 1, 4096, 128, 64, False, 4), ("float16", 2, 700, 3, 16, True, 2), ("bfloat16", 1, 300, 2, 0, False, 1), ("bfloat16", 3, 1000, 5, 8, True, 8)])
+def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turned, windows, rng):
+    """By Hopper's own instructions: ragged ends, several visits of a block of threads, weights either way round, latents and rotary part inside wider rows; a sample of the rows against float64."""
+    import oracle
+    make, dtype = Make(rng), getattr(torch, kind)
+    latent, rope = make.normal(B, S, 640, dtype=dtype)()[..., :512], make.normal(B, S, 72, dtype=dtype)()[..., :P] if P else None
+    w_uk, w_uv = (make.normal(H, 128, 512, dtype=dtype)().transpose(1, 2) if is_turned else make.normal(H, 512, 128, dtype=dtype)() for _ in range(2))
+    problem = st.explain("latent_decompress", latent, w_uk, w_uv, k_rope=rope).problem
+    config = {**dispatch.kernel(backend, "latent_decompress").default_config(problem), "windows": windows}
+    k, v = st.latent_decompress(latent, w_uk, w_uv, k_rope=rope, backend=backend, config=config)
+    rows = torch.tensor([0, 1, 63, 64, 127, 128, S // 2, S - 2, S - 1], device="cuda")
+    held = [to_numpy(x) for x in (latent[:, rows], w_uk, w_uv)]
+    tail = None if rope is None else to_numpy(rope[:, rows])
+    for name, got, true, one in zip("kv", (k, v), oracle.latent_decompress(*held, k_rope=tail), plain.latent_decompress(*held, k_rope=tail)):
+        assert_close(name, to_numpy(got[:, :, rows]), true, one, reduction=512)
+    if P:
+        assert torch.equal(k[..., 128:], rope[:, None].expand(B, H, S, P))
+
+
+@both
 @pytest.mark.parametrize("Hq, D, Dv, granularity, K", [(32, 128, 128, 64, 12), (40, 64, 128, 32, 20), (6, 128, 64, 128, 5), (66, 96, 40, 16, 40)])
 def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
     """Native Sparse Attention's shapes: long unions, repeats, entries of every garbage, queries without keys, a length inside a block, NaN behind it."""

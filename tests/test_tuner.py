@@ -56,6 +56,8 @@ def test_legal_configs_start_with_the_default_and_fit():
 
 @pytest.mark.parametrize("backend, kernel, sizes, options, paths", [
     ("cupy", "latent_decompress", dict(B=1, S=4096, H=128, R=512, Dn=128, Dv=128, P=64), {}, {"hopper": ("cluster", "windows"), "portable": ("block_m", "block_n", "depth", "stages")}),
+    ("triton", "latent_decompress", dict(B=1, S=4096, H=128, R=512, Dn=128, Dv=128, P=64), {}, {"gluon": ("windows",), "portable": ("block_t", "block_m", "block_n", "warps", "stages", "group")}),
+    ("triton", "topk", dict(B=1, T=512, S=32768, K=512), {}, {"gluon": ("capacity", "sample", "select_warps", "programs"), "portable": ("capacity", "sample", "select_warps", "splits")}),
     ("cupy", "gather_attention", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "hopper": ("split",), "portable": ("heads", "tile_k", "key_warps", "stages")}),
     ("triton", "gather_attention_backward", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"gluon": (), "portable": ("heads", "block_k", "num_warps", "num_stages")}),
     ("triton", "gather_attention", dict(B=1, Hq=16, Hk=4, T=64, S=4096, D=128, Dv=128, K=16), dict(granularity=64, causal=True, G=4), {"portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),

@@ -23,6 +23,8 @@ class Card:
         if order == "machine":
             return GPU
         if order == "facts":
+            if self.unit is None:
+                raise isolate.Failed("OutOfMemoryError: no room for the inputs")
             return {"problem": PROBLEM, "unit": self.unit}
         if order == "finals":
             self.timed += 1
@@ -72,6 +74,11 @@ def test_a_winner_that_is_slower_than_the_default_elsewhere_gives_way(found):
 def test_a_winner_that_breaks_the_other_card_is_said(found):
     bad, entry = found(Card("bbbb1111", lambda config: 1.0, broken=True))
     assert bad == 1 and entry["confirmed"]["failed"].startswith("crash") and entry["config"] == {"threads": 512}
+
+
+def test_a_workload_that_the_other_card_has_no_room_for_is_said(found, capsys):
+    bad, entry = found(Card(None, lambda config: 1.0))
+    assert bad == 1 and "confirmed" not in entry and f"NOT       {W.name} merge_attention cupy: OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_every_gpu_of_a_host_tunes_and_then_each_confirms_the_others(monkeypatch):

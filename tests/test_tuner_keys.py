@@ -81,7 +81,7 @@ def test_stand_ins_have_the_key_of_the_problem_they_stand_for():
 @pytest.mark.parametrize("backend, kernel, beside", [
     ("cupy", "block_attention", {"block_attention.cu", "block_attention_float32.cu", "block_attention_hopper.cu", "hopper.cuh", "lists.cuh"}),
     ("cupy", "indexer_topk", {"indexer_topk_hopper.cu", "topk.cu", "indexer_scores.cu", "select.cuh"}), ("cupy", "latent_decompress", {"latent_decompress_hopper.cu", "gemm.cuh", "gemm.py"}),
-    ("triton", "gather_attention_backward", {"gather_attention.py", "gather_backward_gluon.py", "gather_backward_keys_gluon.py", "gather_backward_queries_gluon.py", "tiles.py"}), ("triton", "latent_decompress", {"head_product.py"}), ("numba", "topk", {"simd.py"})])
+    ("triton", "gather_attention_backward", {"gather_attention.py", "gather_backward_gluon.py", "gather_backward_keys_gluon.py", "gather_backward_queries_gluon.py", "tiles.py"}), ("triton", "latent_decompress", {"head_product.py", "latent_decompress_gluon.py"}), ("triton", "topk", {"select_rows.py", "topk_gluon.py"}), ("numba", "topk", {"simd.py"})])
 def test_the_digest_covers_all_that_a_kernel_is_built_from(backend, kernel, beside, tmp_path):
     folder = tmp_path / "backends" / backend
     shutil.copytree(ROOT / "backends" / backend, folder)

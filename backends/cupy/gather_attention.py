@@ -109,9 +109,10 @@ def default_config(problem: Problem) -> dict:
         return {**tiles, "path": "union"}
     if no_hopper(problem):
         return tiles
-    if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None:
+    queries = problem["B"] * problem["T"]
+    if problem["Hq"] <= gather_tokens_hopper.MOST and latent_shape(problem) is None and queries > 24:  # of 132: lists split over the chip take 38 us for 16 queries, 56 for 32, whole ones 48 and 53
         return {**tiles, "path": "tokens"}
-    few = problem["B"] * problem["T"] * ceil_div(problem["Hq"], HOPPER_HEADS) <= 32  # of 132: 16 items of 2048 keys in 38 us where whole ones take 71, but 64 in 78 for 73
+    few = queries * ceil_div(problem["Hq"], HOPPER_HEADS) <= 32  # of 132: 16 items of 2048 keys in 38 us where whole ones take 71, but 64 in 78 for 73
     return {**tiles, "path": "hopper", "split": int(few)}  # 64 rows for one head are cheaper than the portable path, too: 2.1 ms against 6.1
 
 

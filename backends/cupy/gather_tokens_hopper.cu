@@ -2,10 +2,10 @@
 // bfloat16. Tokens are the rows of both products, heads their columns, so that HEADS = 8, 16 or 32 are not padded to 64:
 //   S^T [64 tokens, HEADS] = K Q^T        O^T [512, HEADS] += V^T P^T
 //
-// Persistent, three warpgroups: one gathers tiles of 32 tokens into a ring, one makes scores and probabilities of two tiles at a time, one holds the sums. A tile stands as
-// groups of 8 tokens with all their columns (9 chunks of 8 x 128 bytes), so that two tiles in neighbouring slots are 64 rows of one operand. Where only one tile is
-// there (the last slot of the ring, the last tile of a query), the other 32 rows are whatever its neighbour holds, and masked. The query arrives as a tile of the ring and
-// stands beside it from then on; probabilities overwrite the last 64 columns of their own tile, which no value needs.
+// Persistent, four warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the fourth announces what has landed.
+// A slot of the ring is 64 columns of 64 tokens, so that scores begin when the first columns are there, values give back column by column, and memory that is no whole step still
+// holds what is on its way: with slots of 32 whole tokens a step's way from its gathering to its values bound the kernel. The query passes through the ring and stands beside it from
+// then on.
 #include "selections.cuh"
 #include "wgmma.cuh"
 
@@ -29,16 +29,21 @@ struct Params {
   float scale, scale2;     // above 0; the second is for powers of two
 };
 
-constexpr int N = 32, GROUP = 9 * 1024, TILE = N / 8 * GROUP, SLOTS = HEADS == 8 ? 6 : 4, LAST = 8 * 1024;  // SLOTS: even, so that tiles stand in pairs; LAST: the ninth chunk of a group
-constexpr int QUERY = SLOTS * TILE, TOPS = QUERY + HEADS / 8 * GROUP, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + HEADS * 4, FOUND = INVERSE + HEADS * 4;
-constexpr int MOVED = FOUND + SLOTS * 16, BARS = MOVED + (SLOTS + 1) / 2 * 8, COLUMNS = HEADS / 4;
-constexpr int CHAINS = 4;  // sums of a score: narrow products that add to the same registers wait for one another
+constexpr int N = 64, SLOT = N * 128, SLOTS = HEADS == 8 ? 26 : HEADS == 16 ? 25 : 22, CHUNK = HEADS * 128;  // CHUNK: 64 columns of the query
+constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, COLUMNS = HEADS / 4;
+constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + 9 * CHUNK, TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
+constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 16;
+constexpr int THIRDS = 9;  // three slots each that are announced at a time: of as many steps as the ring can hold
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
 #define READY(s) (bars + 8 * (2 * SLOTS + (s)))
+#define DONE(s) (bars + 8 * (2 * SLOTS + 2 + (s)))
+#define LANDED(s) (bars + 8 * (2 * SLOTS + 4 + (s)))
 
-struct Found { u32 word; int left, item, unused; };  // which of a tile's 32 tokens are seen; how many tiles of the item follow, -1: no tile at all
+struct Found { u32 words[2]; int left, item; };      // of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all
+struct Made { int moved, left, item, unused; };      // of a step's probabilities; moved: earlier sums take a factor first
+__device__ __forceinline__ u32 slot_after(u32 slot, u32 n) { return slot + n < SLOTS ? slot + n : slot + n - SLOTS; }
 
 struct Item {
   int head, rows, t, b;  // head: the first of `rows`
@@ -51,43 +56,65 @@ struct Item {
   }
 };
 
-// 16 bytes of each of 9 chunks of two rows, 16 rows apart
-__device__ __forceinline__ void fetch_rows(u32 to, const char* a, const char* b, int a_exists, int b_exists) {
+// 16 bytes of each of four rows of a slot, 16 rows apart
+__device__ __forceinline__ void fetch_rows(u32 to, const char* const (&rows)[4], int column, u32 exist) {
 #pragma unroll
-  for (int c = 0; c < 9; c++) { fetch<true>(to + c * 1024, a + c * 128, a_exists); fetch<true>(to + c * 1024 + 2 * GROUP, b + c * 128, b_exists); }
+  for (int m = 0; m < 4; m++) fetch<true>(to + m * 2048, rows[m] + column, exist >> m & 1);
 }
 
 __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 base, u32 bars) {
-  const int tid = threadIdx.x, r = tid / 8, column = tid % 8 * 16;
-  const u32 here = base + r / 8 * GROUP + r % 8 * 128 + (column ^ (r & 7) << 4);
+  const int tid = threadIdx.x, lane = tid & 31, r = tid / 8, column = tid % 8 * 16;
+  const u32 here = base + r * 128 + (column ^ (r & 7) << 4);
   u32 slot = 0, phase = 1, patience = PATIENCE;
   for (int it = blockIdx.x; it < p.items; it += gridDim.x) {
     const int number = p.items - 1 - it;  // late queries have long rows: first
     const Item x(p, number);
-    const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
-    bar_wait(FREE(slot), phase, patience);
-    fetch_rows(here + slot * TILE, r < x.rows ? from : (const char*)p.q, r + 16 < x.rows ? from + 16 * p.qh : (const char*)p.q, r < x.rows, r + 16 < x.rows);
-    copies_arrive(FULL(slot));
-    if (tid == 0) bar_arrive(FULL(slot));
-    advance<SLOTS>(slot, phase);
     const Entries list(p.list, p.at, x.b, 0, x.t);
-    const int *next = list.entries + tid % 32, limit = list.limit;
-    int to_come = (int)list.slots - tid % 32, left = uniform(imax(((int)list.slots + N - 1) / N, 1)), entry = to_come > 0 ? __ldg(next) : -1;  // without keys: one tile of holes
-    from = (const char*)p.k + x.b * p.kb + column;
+    const int *next = list.entries + lane, limit = list.limit;
+    int to_come = (int)list.slots - lane, left = uniform(imax(((int)list.slots + N - 1) / N, 1));  // without keys: one step of holes
+    int low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;
+    const char* rows[4];
+#pragma unroll 1
+    for (int part = 0; part < QUERY_SLOTS; part++) {
+      const char* from = (const char*)p.q + x.b * p.qb + x.head * p.qh + x.t * p.qt + column;
+      u32 exist = 0;
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        const int row = part * N + m * 16 + r, chunk = row / HEADS, head = row % HEADS, is = chunk < 9 && head < x.rows;
+        rows[m] = is ? from + head * p.qh + chunk * 128 : (const char*)p.q;
+        exist |= is << m;
+      }
+      bar_wait(FREE(slot), phase, patience);
+      fetch_rows(here + slot * SLOT, rows, 0, exist);
+      copies_arrive(FULL(slot));
+      if (tid == 0) bar_arrive(FULL(slot));
+      advance<SLOTS>(slot, phase);
+    }
 #pragma unroll 1
     while (left) {
-      const int key = (u32)entry < (u32)limit ? entry : -1, a = __shfl_sync(~0u, key, r), b = __shfl_sync(~0u, key, r + 16);
-      const u32 word = __ballot_sync(~0u, key >= 0);
-      next += N; to_come -= N; left--;
-      entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
-      bar_wait(FREE(slot), phase, patience);
-      fetch_rows(here + slot * TILE, from + (u64)(u32)imax(a, 0) * p.kt, from + (u64)(u32)imax(b, 0) * p.kt, a >= 0, b >= 0);
-      copies_arrive(FULL(slot));
-      if (tid == 0) {
-        ((Found*)(raw + FOUND))[slot] = {word, left || it + (int)gridDim.x < p.items ? left : -1, number, 0};
-        bar_arrive(FULL(slot));
+      low = (u32)low < (u32)limit ? low : -1;
+      high = (u32)high < (u32)limit ? high : -1;
+      u32 exist = 0;
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        const int key = __shfl_sync(~0u, m < 2 ? low : high, m % 2 * 16 + r);
+        rows[m] = (const char*)p.k + x.b * p.kb + column + (u64)(u32)imax(key, 0) * p.kt;
+        exist |= (key >= 0) << m;
       }
-      advance<SLOTS>(slot, phase);
+      const u32 seen[2] = {__ballot_sync(~0u, low >= 0), __ballot_sync(~0u, high >= 0)};
+      next += N; to_come -= N; left--;
+      low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;  // asked for a step ahead
+#pragma unroll
+      for (int c = 0; c < 9; c++) {
+        bar_wait(FREE(slot), phase, patience);
+        fetch_rows(here + slot * SLOT, rows, c * 128, exist);
+        copies_arrive(FULL(slot));
+        if (tid == 0) {
+          if (c == 0) ((Found*)(raw + FOUND))[slot] = {{seen[0], seen[1]}, left || it + (int)gridDim.x < p.items ? left : -1, number};
+          bar_arrive(FULL(slot));
+        }
+        advance<SLOTS>(slot, phase);
+      }
     }
   }
 }
@@ -152,9 +179,8 @@ __device__ __forceinline__ bool probabilities(unsigned char* raw, float (&s)[HEA
 }
 
 // At the end of an item, a thread for each head: sums relative to 2^m become sums relative to the head's largest score, in natural units and rounded once as the backward does.
-__device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, Heads& h, int warp, int lane) {
+__device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, float* inverse, Heads& h, int warp, int lane) {
   float2* ends = (float2*)(raw + ENDS);  // not TOPS: a warp behind may still read there
-  float* inverse = (float*)(raw + INVERSE);
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++) {
 #pragma unroll
@@ -183,95 +209,116 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   }
 }
 
-// Probabilities of a warp's 16 tokens into the last chunk of their tile, a row for each head: K-major for the second product.
-__device__ __forceinline__ void store_probabilities(u32 tile, const float (&s)[HEADS / 2], int warp, int lane) {
-  const u32 row = lane & 7, part = HEADS == 8 ? 0 : lane >> 4, to = tile + part * GROUP + LAST + row * 128 + (((warp & 1) * 2 + (lane >> 3 & 1) ^ row) << 4);
+// Probabilities of a warp's 16 tokens, a row for each head: K-major for the second product.
+__device__ __forceinline__ void store_probabilities(u32 weights, const float (&s)[HEADS / 2], int warp, int lane) {
+  const u32 row = lane & 7, part = HEADS == 8 ? 0 : lane >> 4, to = weights + part * 1024 + row * 128 + ((warp * 2 + (lane >> 3 & 1) ^ row) << 4);
 #pragma unroll
   for (int j = 0; j < HEADS / 8; j += 2) {
     const float *x = &s[4 * j], *y = HEADS == 8 ? x : x + 4;  // 8 heads: the same twice
-    stmatrix_transposed_at(to + j * GROUP, pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3]), pack<KIND>(y[0], y[1]), pack<KIND>(y[2], y[3]));
+    stmatrix_transposed_at(to + j * 1024, pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3]), pack<KIND>(y[0], y[1]), pack<KIND>(y[2], y[3]));
+  }
+}
+
+// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up.
+__device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
+  u32 slot = 0, phase = 0, third = 0, unused = 0, patience = PATIENCE;
+  for (int left = 0; left >= 0;) {
+    for (int part = 0; part < QUERY_SLOTS; part++) {
+      bar_wait(FULL(slot), phase, patience);
+      advance<SLOTS>(slot, phase);
+    }
+    do {
+      bar_wait(FULL(slot), phase, patience);
+      left = ((const Found*)(raw + FOUND))[slot].left;
+      for (int n = 0; n < 3; n++) {
+        for (int c = 0; c < 3; c++) {
+          bar_wait(FULL(slot), phase, patience);
+          advance<SLOTS>(slot, phase);
+        }
+        shared_to_copy_engine();
+        bar_arrive(LANDED(third));
+        advance<THIRDS>(third, unused);
+      }
+    } while (left > 0);
   }
 }
 
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, warp = tid / 32, lane = tid & 31;
-  const u64 query = descriptor_of(base + QUERY, 16, GROUP, SWIZZLE_128);
-  u32 slot = 0, phase = 0, patience = PATIENCE;
+  const u64 query = descriptor_of(base + QUERY, 16, 1024, SWIZZLE_128);
+  u32 slot = 0, phase = 0, third = 0, news = 0, made = 0, turn = 1, patience = PATIENCE;
   for (int left = 0; left >= 0;) {
-    bar_wait(FULL(slot), phase, patience);
+#pragma unroll 1
+    for (int part = 0; part < QUERY_SLOTS; part++) {
+      bar_wait(FULL(slot), phase, patience);
 #pragma unroll
-    for (int j = 0; j < HEADS / 8 * GROUP / 16; j += 128)
-      if (j + tid < HEADS / 8 * GROUP / 16) ((uint4*)(raw + QUERY))[j + tid] = ((const uint4*)(raw + slot * TILE))[j + tid];
+      for (int i = tid; i < SLOT / 16; i += 128)
+        if (part * (SLOT / 16) + i < 9 * CHUNK / 16) ((uint4*)(raw + QUERY + part * SLOT))[i] = ((const uint4*)(raw + slot * SLOT))[i];
+      __syncwarp();
+      if (lane == 0) bar_arrive(FREE(slot));
+      advance<SLOTS>(slot, phase);
+    }
     shared_to_copy_engine();
     named_sync(1, 128);
-    bar_arrive(READY(slot));
-    advance<SLOTS>(slot, phase);
     Heads h = {};
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++) { h.top[i] = -inf(); h.m[i] = LOWEST; }
     bool first = true;
     do {
-      bar_wait(FULL(slot), phase, patience);
-      const Found *found = (const Found*)(raw + FOUND);
-      left = uniform(found[slot].left);
-      const int item = found[slot].item, two = left > 0 && slot + 1 < SLOTS, rows = slot + 1 < SLOTS ? slot : SLOTS - 2;  // rows: the slot whose tile is rows 0 .. 31
-      if (two) {
-        bar_wait(FULL(slot + 1), phase, patience);
-        left = uniform(found[slot + 1].left);
+      const u32 begin = uniform(slot);
+      float s[HEADS / 2];
+      hold(s);
+#pragma unroll
+      for (int c = 0; c < 9; c++) {
+        if (c % 3 == 0) {
+          bar_wait(LANDED(third), news, patience);
+          advance<THIRDS>(third, news);
+          wgmma_fence();
+        }
+        const u64 keys = descriptor_of(base + slot_after(begin, c) * SLOT, 16, 1024, SWIZZLE_128);
+#pragma unroll
+        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, keys + 2 * k, query + c * (CHUNK >> 4) + 2 * k, c || k);
       }
-      const u32 mine = rows + warp / 2;  // the slot of this warp's tokens
-      const bool seen = mine == slot || two;
-      const u32 word = seen ? found[mine].word >> (16 * (warp & 1) + lane / 4) : 0;
-      const u64 keys = descriptor_of(base + (u32)uniform(rows) * TILE, 16, GROUP, SWIZZLE_128);
-      float part[CHAINS][HEADS / 2], s[HEADS / 2];
-      shared_to_copy_engine();
+      wgmma_commit();
+      const Found* found = (const Found*)(raw + FOUND) + begin;
+      const u32 word = found->words[warp / 2] >> (16 * (warp & 1) + lane / 4);
+      const int item = found->item;
+      left = uniform(found->left);
+      for (int c = 0; c < 9; c++) advance<SLOTS>(slot, phase);
+      bar_wait(DONE(made), turn, patience);
+      wgmma_wait<0>(); hold(s);
+      __syncwarp();
+      if (lane == 0) bar_arrive(FREE(slot_after(begin, 8)));  // the last columns are no values
 #pragma unroll
-      for (int c = 0; c < CHAINS; c++) hold(part[c]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 36; k++) wgmma<KIND, K_MAJOR>(part[k % CHAINS], keys + (k & 3) * 2 + (k >> 2) * 64, query + (k & 3) * 2 + (k >> 2) * 64, k >= CHAINS);
-      wgmma_commit(); wgmma_wait<0>();
-#pragma unroll
-      for (int c = 0; c < CHAINS; c++) hold(part[c]);
-#pragma unroll
-      for (int i = 0; i < HEADS / 2; i++) s[i] = word >> (i & 2) * 4 & 1 ? (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]) : -inf();
+      for (int i = 0; i < HEADS / 2; i++)
+        if (!(word >> (i & 2) * 4 & 1)) s[i] = -inf();
       float factor[COLUMNS];
       const bool moved = probabilities(raw, s, h, factor, p.scale2, warp, lane);
-      if (moved || first) {  // factors before these have been applied, and nobody needs the heads' inverses of the item before
-        const u32 before = slot == 0 ? SLOTS - 1 : slot - 1;
-        bar_wait(FREE(before), slot == 0 ? phase ^ 1 : phase, patience);
-        if (warp == 0 && lane < 4)
+      if (moved && warp == 0 && lane < 4)
 #pragma unroll
-          for (int i = 0; i < COLUMNS; i++) ((float*)(raw + FACTORS))[head_of(lane, i)] = factor[i];
-      }
-      if (seen) store_probabilities(base + mine * TILE, s, warp, lane);
-      if (tid == 0) {
-        ((int*)(raw + MOVED))[slot] = moved && !first;
-        if (two) ((int*)(raw + MOVED))[slot + 1] = 0;
-      }
-      if (left <= 0) finish(p, raw, Item(p, item), h, warp, lane);
-      shared_to_copy_engine();
-      for (int tiles = 0; tiles <= two; tiles++) {
-        bar_arrive(READY(slot));
-        advance<SLOTS>(slot, phase);
-      }
+        for (int i = 0; i < COLUMNS; i++) ((float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)] = factor[i];
+      store_probabilities(base + WEIGHTS + made * CHUNK, s, warp, lane);
+      if (tid == 0) ((Made*)(raw + MADE))[made] = {moved && !first, left, item, 0};
+      if (left <= 0) finish(p, raw, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, warp, lane);
+      bar_arrive(READY(made));
+      advance<2>(made, turn);
       first = false;
     } while (left > 0);
   }
 }
 
-// Sums out through the item's last tile, whose values nobody needs any more: rows of a head, coalesced.
-__device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[8][HEADS / 2], const Item& x, u32 slot, int tid) {
+// Sums out through slots whose values nobody needs any more, eight heads each: rows of a head, coalesced.
+__device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[8][HEADS / 2], const float* inverse, const Item& x, u32 slot, int tid) {
   const int warp = tid / 32, lane = tid & 31, row = lane & 7, part = HEADS == 8 ? 0 : lane >> 4;
   float f[COLUMNS];
 #pragma unroll
-  for (int i = 0; i < COLUMNS; i++) f[i] = ((const float*)(raw + INVERSE))[head_of(lane, i)];
+  for (int i = 0; i < COLUMNS; i++) f[i] = inverse[head_of(lane, i)];
   named_sync(2, 128);
 #pragma unroll
   for (int c = 0; c < 8; c++)
 #pragma unroll
     for (int j = 0; j < HEADS / 8; j += 2) {
-      const u32 to = base + slot * TILE + ((j + part) * 8 + row) * 1024 + ((8 * c + 2 * warp + (lane >> 3 & 1) ^ row) << 4);
+      const u32 to = base + slot_after(slot, j + part) * SLOT + row * 1024 + ((8 * c + 2 * warp + (lane >> 3 & 1) ^ row) << 4);
       const int j2 = HEADS == 8 ? j : j + 1;
       const float *y = &o[c][4 * j], *z = &o[c][4 * j2], *fy = &f[2 * j], *fz = &f[2 * j2];
       stmatrix_transposed_at(to, pack<KIND>(y[0] * fy[0], y[1] * fy[1]), pack<KIND>(y[2] * fy[0], y[3] * fy[1]), pack<KIND>(z[0] * fz[0], z[1] * fz[1]), pack<KIND>(z[2] * fz[0], z[3] * fz[1]));
@@ -279,61 +326,87 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
   named_sync(2, 128);
   char* out = (char*)p.out + (((i64)x.b * p.Hq + x.head) * p.at.T + x.t) * 1024 + tid % 64 * 16;
 #pragma unroll 4
-  for (int head = tid / 64; head < x.rows; head += 2) *(uint4*)(out + (i64)head * p.at.T * 1024) = *(const uint4*)(raw + slot * TILE + head * 1024 + (tid % 64 ^ (head & 7)) * 16);
+  for (int head = tid / 64; head < x.rows; head += 2)
+    *(uint4*)(out + (i64)head * p.at.T * 1024) = *(const uint4*)(raw + slot_after(slot, head / 8) * SLOT + (head & 7) * 1024 + (tid % 64 ^ (head & 7)) * 16);
 }
 
 __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, lane = tid & 31;
-  u32 slot = 0, phase = 0, patience = PATIENCE;
+  u32 slot = 0, made = 0, turn = 0, patience = PATIENCE;
   float o[8][HEADS / 2];
   for (int left = 0; left >= 0;) {
-    bar_wait(READY(slot), phase, patience);  // the query passes by
-    if (lane == 0) bar_arrive(FREE(slot));
-    advance<SLOTS>(slot, phase);
+    slot = slot_after(slot, QUERY_SLOTS);
     bool first = true;
     do {
-      bar_wait(READY(slot), phase, patience);
-      const Found found = ((const Found*)(raw + FOUND))[slot];
-      left = uniform(found.left);
-      if (((const int*)(raw + MOVED))[slot]) {
+      bar_wait(READY(made), turn, patience);
+      const Made step = ((const Made*)(raw + MADE))[made];
+      left = uniform(step.left);
+      if (step.moved) {
         float f[COLUMNS];
 #pragma unroll
-        for (int i = 0; i < COLUMNS; i++) f[i] = ((const float*)(raw + FACTORS))[head_of(lane, i)];
+        for (int i = 0; i < COLUMNS; i++) f[i] = ((const float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)];
 #pragma unroll
         for (int c = 0; c < 8; c++)
 #pragma unroll
           for (int i = 0; i < HEADS / 2; i++) o[c][i] *= f[i / 4 * 2 + i % 2];
       }
-      const u64 a = descriptor_of(base + slot * TILE, 1024, GROUP, SWIZZLE_128), b = descriptor_of(base + slot * TILE + LAST, 16, GROUP, SWIZZLE_128);
+      shared_to_copy_engine();  // here, where nobody waits for it
+      const u32 begin = uniform(slot);
+      const u64 weights = descriptor_of(base + WEIGHTS + (u32)uniform(made) * CHUNK, 16, 1024, SWIZZLE_128);
+      const int kept = left <= 0 ? HEADS / 8 : 0;  // slots that the sums leave through
 #pragma unroll
       for (int c = 0; c < 8; c++) hold(o[c]);
-      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 2; k++)
+      for (int c = 0; c < 8; c++) {
+        wgmma_fence();
+        const u64 v = descriptor_of(base + slot_after(begin, c) * SLOT, SLOT, 1024, SWIZZLE_128);
 #pragma unroll
-        for (int c = 0; c < 8; c++) wgmma<KIND, K_MAJOR, M_MAJOR>(o[c], a + k * (2 * GROUP >> 4) + c * 64, b + 2 * k, !first || k);
-      wgmma_commit(); wgmma_wait<0>();
+        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR, M_MAJOR>(o[c], v + k * 128, weights + 2 * k, !first || k);
+        wgmma_commit();
+        if (c) {
+          wgmma_wait<1>();
+          if (lane == 0 && c - 1 >= kept) bar_arrive(FREE(slot_after(begin, c - 1)));
+        }
+      }
+      wgmma_wait<0>();
 #pragma unroll
       for (int c = 0; c < 8; c++) hold(o[c]);
-      if (left <= 0) store(p, raw, base, o, Item(p, found.item), slot, tid);
+      if (left <= 0) store(p, raw, base, o, (const float*)(raw + INVERSE) + made * HEADS, Item(p, step.item), begin, tid);
       __syncwarp();
-      if (lane == 0) bar_arrive(FREE(slot));
+      if (lane == 0) {
+        for (int c = 0; c < kept; c++) bar_arrive(FREE(slot_after(begin, c)));
+        bar_arrive(FREE(slot_after(begin, 7)));
+        bar_arrive(DONE(made));
+      }
       first = false;
-      advance<SLOTS>(slot, phase);
+      slot = slot_after(slot, 9);
+      advance<2>(made, turn);
     } while (left > 0);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 4); bar_init(READY(s), 128); }
+    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 4); }
+    for (int s = 0; s < 2; s++) { bar_init(READY(s), 128); bar_init(DONE(s), 4); }
+    for (int s = 0; s < THIRDS; s++) bar_init(LANDED(s), 1);
     bar_fence();
   }
   __syncthreads();
-  if (group == 0) gather(p, raw, base, bars);
-  else if (group == 1) scores(p, raw, base, bars);
-  else values(p, raw, base, bars);
+  if (group == 0) {
+    fewer_registers<72>();
+    gather(p, raw, base, bars);
+  } else if (group == 1) {
+    more_registers<208>();
+    scores(p, raw, base, bars);
+  } else if (group == 2) {
+    more_registers<208>();
+    values(p, raw, base, bars);
+  } else {
+    fewer_registers<24>();
+    if (threadIdx.x == 384) herald(raw, bars);
+  }
 }

@@ -10,7 +10,7 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import KINDS, POSITIONS, SELECTED, ceil_div, position_values, selected_values
 
 FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
-SOURCE, THREADS, TILE, MOST = "gather_tokens_hopper", 384, 4 * 9 * 1024, 32  # MOST: heads that gather their tokens once
+SOURCE, THREADS, SLOT, MOST = "gather_tokens_hopper", 512, 64 * 128, 32  # MOST: heads that gather their tokens once
 
 
 def heads_of(Hq: int) -> int:
@@ -19,12 +19,12 @@ def heads_of(Hq: int) -> int:
 
 
 def shared_bytes(heads: int) -> int:
-    slots = 6 if heads == 8 else 4
-    return slots * TILE + heads * (1152 + 14 * 4) + slots * (16 + 3 * 8) + ceil_div(slots, 2) * 8
+    slots = {8: 26, 16: 25, 32: 22}[heads]
+    return slots * (SLOT + 32) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 136
 
 
 def resources(Hq: int) -> Resources:
-    return Resources(THREADS, shared_bytes(heads_of(Hq)), 168)
+    return Resources(THREADS, shared_bytes(heads_of(Hq)), 128)
 
 
 def artifacts(kind: str, Hq: int) -> list[dict]:

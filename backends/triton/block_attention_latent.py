@@ -13,7 +13,7 @@ from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.block_attention_decode import merge, merge_constants
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
+from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, page_of
 from sparsetile.backends.triton.tiles import entries_of, finish
@@ -95,7 +95,7 @@ def bring(q, k, table, lists, kinds, tables, at, sizes, strides, pages, items, B
                 mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
                 copy_rows(k_tiles, s, keys + key * sks, ok, 0, B)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                found.index(s).store(ok.to(gl.int32))
+                found.index(s).store(ok.to(gl.int8))
                 mbarrier.arrive(full.index(s))
                 n += 1
 
@@ -151,7 +151,7 @@ def values(W: gl.constexpr, to, lists, at, sizes, items, BQ: gl.constexpr, SPLIT
 def attend_latent(q, k, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
                   sqb, sqh, sqt, skb, sks, slb, first, nq, Hq, parts, T, S, items, q_start, scale, table_b, pool, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr,
                   INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, PAGE: gl.constexpr):
-    queries, keys, weights, end = make_memory(q.dtype.element_ty)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, ARRIVALS)
     sizes = (Hq, parts, T, S)
     strides = (sqb, sqh, sqt, skb, sks)
     lists = (offsets, cols, list_of, slb, first, nq)

@@ -7,10 +7,9 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton import latent_gluon, latent_rows, relaunch
+from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
+from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.latents import latent_of
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.tiles import finish
@@ -56,7 +55,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
                 mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
                 copy_rows(k_tiles, s, rows, ok, 0, B)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                found.index(s).store(ok.to(gl.int32))
+                found.index(s).store(ok.to(gl.int8))
                 mbarrier.arrive(full.index(s))
                 n += 1
 
@@ -103,7 +102,7 @@ def values(W: gl.constexpr, out, lengths, sizes, items, keys, weights, end):
 @gluon.jit(do_not_specialize=["Hq", "parts", "T", "S", "K", "items", "q_start"])
 def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
                  CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    queries, keys, weights, end = make_memory(q.dtype.element_ty)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, ARRIVALS)
     sizes = (Hq, parts, T, S, K)
     strides = (sqb, sqh, sqt, skb, sks)
     gl.warp_specialize([
@@ -120,48 +119,27 @@ def takes(q, k, v, indices, granularity: int, scale: float, softcap, kind: str) 
     return (indices.shape[1], granularity) == (1, 1) and latent_gluon.fits(q, k, v, scale, softcap, kind)
 
 
-def takes_bytes(q, k, indices, granularity: int, scale: float, softcap, kind: str, latent) -> bool:
-    """The same for rows in the fp8 layout, of queries so few that the keys of a sequence may be written once more."""
-    fits = (latent, k.shape[1], indices.shape[1], granularity) == ((512, 64), 1, 1, 1) and softcap is None and 1e-30 < scale < 1e38 and kind == str(q.dtype)[6:]
-    return fits and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k)) and latent_rows.sequences(q.shape[2], indices.shape[3], sum(latent)) > 0
-
-
-def launch_on_bytes(q, k, indices, out, lse, place, latent, *, lengths, causal, kv_length, q_start, **given):
-    """The same for rows in the fp8 layout: as many sequences at a time as their keys of 16 bits have room for."""
-    T, K = q.shape[2], indices.shape[3]
-    for b in range(0, len(q), step := latent_rows.sequences(T, K, sum(latent))):
-        few = slice(b, b + step)
-        some = lambda x: x if x is None or isinstance(x, int) else x[few]  # noqa: B023, E731
-        keys, found = latent_rows.launch(k[few], indices[few], str(q.dtype)[6:], place, lengths=some(lengths), causal=causal, kv_length=some(kv_length), q_start=some(q_start), latent=latent)
-        launch(q[few], keys, found, out[few], some(lse), place, lengths=some(lengths), causal=False, kv_length=None, q_start=0, **given)
-
-
 @lru_cache
 def constants(causal: bool, from_length: bool) -> relaunch.Constants:
     return relaunch.Constants(CAUSAL=causal, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
 
 
-def launch(q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
-    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None)."""
+def launch(kernel, q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
+    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). kernel: gather_gluon, or that over bytes (gather_bytes_gluon.py)."""
     (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
     parts, host = -(-Hq // HEADS.value), q_start if isinstance(q_start, int) else None
     items = B * T * parts
     pointers = (q, k, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
-    relaunch.launch(gather_gluon, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
+    relaunch.launch(kernel, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
 
 
-def resources() -> Resources:
-    return latent_gluon.resources()
-
-
-def artifacts(problem) -> list[dict]:
-    before = latent_rows.artifacts(problem) if latent_of(problem) is not None else []
-    has, pointer = (problem.features & {"sink"} if before else problem.features).__contains__, POINTER[problem.dtype("q")]  # of keys that were made for it all else has been said
+def artifacts(kernel, problem) -> list[dict]:
+    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
     made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
     options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    pointers = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "sks")
     signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [*before, dict(fn=gather_gluon, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    return [dict(fn=kernel, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]

@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.gather_backward_keys_gluon import ENTRIES, NARROW, STAGES, THIRDS, WIDE, keys_gluon
+from sparsetile.backends.triton.gather_backward_keys_gluon import ENTRIES, NARROW, STAGED, STAGES, THIRDS, WIDE, keys_gluon
 from sparsetile.backends.triton.gather_backward_queries_gluon import HEADS, KEYS, LATENT, ROTARY, SLOTS, queries_gluon
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.maps import can_map, steps
@@ -64,12 +64,10 @@ def units(bounds, out, rows, BK: tl.constexpr):
 
 @triton.jit
 def finish(sums, scaled, before, dk, words, FIRST: tl.constexpr, LAST: tl.constexpr, BK: tl.constexpr):
-    """Integers to floats, added to those of the chunks before; rounded at the end. sums int32 [rows, 576], cleared for the next chunk; before float32, alike. Odd columns get back
-    what a negative neighbour has borrowed (`keys_gluon`)."""
+    """Integers to floats, added to those of the chunks before; rounded at the end. sums int32 [rows, 576], cleared for the next chunk; before float32, alike."""
     x = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
     ok = x < words
-    whole = tl.load(sums + x, ok, 0) + ((x % 2 == 1) & (tl.load(sums + tl.maximum(x - 1, 0), ok, 0) < 0)).to(tl.int32)
-    y = whole.to(tl.float32) / tl.load(scaled + x // 576, ok, 1.0)
+    y = tl.load(sums + x, ok, 0).to(tl.float32) / tl.load(scaled + x // 576, ok, 1.0)
     if not FIRST:
         y += tl.load(before + x, ok, 0.0)
     tl.debug_barrier()  # another thread may store where this one reads
@@ -123,6 +121,8 @@ def run(q, k, indices, lse, delta, dout, *, place, lengths, causal, scale, kv_le
     groups, sms = -(-Hq // (HEADS.value * group)), max(place.sms, 1)
     lines = groups * group * places * HEADS.value                                  # of the scratch, 2 x 128 bytes each, of a query
     some = min(T, max(1, SCRATCH // (B * lines * 256)))
+    if sms < some < T:
+        some -= some % sms  # or the last items of each chunk leave processors idle
     scratch = [place.empty((B * some * lines, ENTRIES.value), kind) for _ in range(2)]
     dq, dk, weights = place.empty((B, Hq, T, WIDTH), kind), place.empty((B, 1, S, WIDTH), out_dtype), place.empty((B, Hq, T, 2), "float32")
     bounds, scaled, sums = place.zeros((BINS, B * S), "int64"), place.empty((B * S,), "float32"), place.zeros((B * S, WIDTH), "int32")
@@ -151,7 +151,7 @@ def run(q, k, indices, lse, delta, dout, *, place, lengths, causal, scale, kv_le
 def resources(problem) -> Resources:
     row, heads = 2 * WIDTH, blocks_of(problem["Hq"]) * HEADS.value
     first = HEADS.value * (row + 2 * LATENT.value) + SLOTS.value * KEYS.value * (row + 4 * HEADS.value) + 1024
-    second = heads * 4 * (WIDE.value + NARROW.value + STAGES.value * ENTRIES.value) + 512
+    second = heads * 4 * (WIDE.value + NARROW.value + STAGES.value * ENTRIES.value) + 2 * STAGED + 512
     return Resources(threads=512, shared=max(first, second), registers=128)
 
 

@@ -2,7 +2,7 @@
 
 An item is one query, a group of up to 128 heads and a third of the columns: 192, as 128 + 64. Two groups of `multiply` take turns of 64 entries: while one multiplies, the other adds;
 `bring` loads heads and tiles through the copy engine. Contributions are added as 32-bit integers in a unit of their key, to the same bits in any order; units keep every sum below 2^30.
-Those of two neighbouring columns go as one word of 64 bits, so that the four lanes of a row fill a sector: a negative lower one borrows from the upper, which `finish` gives back.
+The copy engine adds whole rows, which Gluon has no word for: each warp stages eight rows of its tile at a time in shared memory of its own.
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -16,6 +16,10 @@ THIRDS = gl.constexpr(3)
 WIDE = gl.constexpr(128)
 NARROW = gl.constexpr(64)
 STAGES = gl.constexpr(2)  # one for each group
+ROW = gl.constexpr(4 * (128 + 64))  # bytes of a staged row
+STAGED = 4 * 8 * ROW.value  # bytes of a group: eight rows of each warp
+# an area whose address PTX knows, as Gluon's allocations have none; of each group its own, since braces make a scope
+RESERVE = gl.constexpr(f"{{ .shared .align 1024 .b8 staged[{STAGED}]; mov.u32 $0, staged; }}")
 
 
 @gluon.jit
@@ -60,14 +64,56 @@ def bring(q_maps, o_maps, p_map, d_map, lengths, sizes, each, items, places, hea
 
 
 @gluon.jit
-def _add(x, sums, entry, ok, COLUMN: gl.constexpr):
-    """Integers [64, W] to the sums of their keys, from word COLUMN on."""
-    even, odd = gl.split(gl.reshape(x, [ENTRIES, x.shape[1] // 2, 2]))
-    word = (odd.to(gl.int64) << 32) + even.to(gl.int64)
-    Q: gl.constexpr = word.type.layout
-    to = sums + gl.convert_layout(gl.where(ok, entry, 0), gl.SliceLayout(1, Q)).to(gl.int64) * (WIDTH // 2) + COLUMN
-    gl.atomic_add(gl.expand_dims(to, 1) + gl.expand_dims(gl.arange(0, x.shape[1] // 2, gl.SliceLayout(0, Q)), 0), word, sem="relaxed",
-                  mask=gl.expand_dims(gl.convert_layout(ok, gl.SliceLayout(1, Q)), 1))
+def _blocks(x):
+    """[32, W / 32, 8, 2, 2]: four blocks of eight columns in turn, from another one on in each row of four, since rows of 768 bytes begin at one bank."""
+    low, high = gl.split(x)
+    k0, k2 = gl.split(low)
+    k1, k3 = gl.split(high)
+    Q: gl.constexpr = k0.type.layout
+    row = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, Q))), 1), 2)
+    odd = (row & 1) != 0
+    later = (row & 2) != 0
+    s0 = gl.where(odd, k1, k0)
+    s1 = gl.where(odd, k2, k1)
+    s2 = gl.where(odd, k3, k2)
+    s3 = gl.where(odd, k0, k3)
+    return gl.where(later, s2, s0), gl.where(later, s3, s1), gl.where(later, s0, s2), gl.where(later, s1, s3)
+
+
+@gluon.jit
+def _halves(x):
+    """Of each warp's sixteen rows the first eight and the last eight as `_blocks`: registers only."""
+    W: gl.constexpr = x.shape[1]
+    low, high = gl.split(gl.permute(gl.reshape(x, [4, 2, 8, W // 32, 2, 2, 8]), (0, 2, 3, 6, 4, 5, 1)))
+    return _blocks(gl.reshape(low, [32, W // 32, 8, 2, 2])), _blocks(gl.reshape(high, [32, W // 32, 8, 2, 2]))
+
+
+@gluon.jit
+def _stage(x, to, k: gl.constexpr):
+    """Block k of every four, [32, W / 32, 8], as `_blocks` turned it."""
+    even, odd = gl.split(gl.reshape(x, [32, x.shape[1] * 4, 2]))
+    Q: gl.constexpr = even.type.layout
+    row = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, Q)), 1)
+    pair = gl.expand_dims(gl.arange(0, even.shape[1], gl.SliceLayout(0, Q)), 0)
+    at = to + row * ROW + (pair >> 2) * 128 + ((row + k) & 3) * 32 + (pair & 3) * 8
+    gl.inline_asm_elementwise("st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;", "=r,r,r,r", [at, even, odd], gl.int32, False, 1)
+
+
+@gluon.jit
+def _send(wide, narrow, staged, sums, e):
+    """Eight rows of each warp to where `sums` points, an address in each lane (0: nowhere)."""
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [e], gl.int32, False, 1)  # what was staged before
+    for k in gl.static_range(4):
+        _stage(wide[k], staged, k)
+        _stage(narrow[k], staged + 4 * WIDE, k)
+    row = staged + (e >> 5) * (8 * ROW) + (e & 7) * ROW
+    fence_async_shared()
+    gl.thread_barrier()  # a warp's rows are its own, but Triton's ptxas drops a barrier of one warp, and with it the wait for the stores
+    gl.inline_asm_elementwise("""{ .reg .pred p;
+        setp.ne.s64 p, $1, 0;
+        @p cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [$1], [$2], 768;
+        cp.async.bulk.commit_group;
+        mov.u32 $0, 0; }""", "=r,l,r", [sums, row], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -80,6 +126,8 @@ def multiply(W: gl.constexpr, sums, units, indices, lengths, at, sizes, each, it
     zero = gl.zeros([ENTRIES, WIDE], gl.float32, L)
     none = gl.zeros([ENTRIES, NARROW], gl.float32, M)
     r = gl.arange(0, ENTRIES, gl.SliceLayout(1, L))
+    e = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    staged = gl.inline_asm_elementwise(RESERVE, "=r,r", [each], gl.int32, False, 1)
     n = 0
     j = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -88,13 +136,15 @@ def multiply(W: gl.constexpr, sums, units, indices, lengths, at, sizes, each, it
             limit = limit_of(b, t, at, T, S, CAUSAL, FROM_LENGTH)
             mbarrier.wait(loaded, j & 1)
             j += 1
-            base = (sums + b.to(gl.int64) * S * WIDTH + third * (WIDE + NARROW)).to(gl.pointer_type(gl.int64), bitcast=True)
+            base = sums + b.to(gl.int64) * S * WIDTH + third * (WIDE + NARROW)
             for first in range(((n ^ W) & 1) * ENTRIES, count, 2 * ENTRIES):
                 m = n + first // ENTRIES
                 s = m % STAGES
                 entry = gl.load(indices + line + first + r, mask=first + r < count, other=-1)
-                ok = (entry >= 0) & (entry < limit)
-                unit = gl.load(units + b.to(gl.int64) * S + entry, mask=ok, other=0.0)
+                unit = gl.load(units + b.to(gl.int64) * S + entry, mask=(entry >= 0) & (entry < limit), other=0.0)
+                mine = first + (e >> 5) * 16 + (e & 7)
+                low = gl.load(indices + line + mine, mask=((e & 31) < 8) & (mine < count), other=-1)
+                high = gl.load(indices + line + mine + 8, mask=((e & 31) < 8) & (mine + 8 < count), other=-1)
                 mbarrier.wait(full.index(s), (m // STAGES) & 1)
                 a = tiles[0].index(s).permute((1, 0))
                 p = tiles[1].index(s).permute((1, 0))
@@ -107,10 +157,13 @@ def multiply(W: gl.constexpr, sums, units, indices, lengths, at, sizes, each, it
                 mbarrier.arrive(free.index(s))
                 x = gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x * gl.expand_dims(unit, 1)], gl.int32, True, 1)
                 z = gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [z * gl.expand_dims(gl.convert_layout(unit, gl.SliceLayout(1, M)), 1)], gl.int32, True, 1)
-                _add(x, base, entry, ok, 0)
-                _add(z, base, entry, ok, WIDE // 2)
+                wide = _halves(x)
+                narrow = _halves(z)
+                _send(wide[0], narrow[0], staged, gl.where((low >= 0) & (low < limit), (base + low.to(gl.int64) * WIDTH).to(gl.int64), 0), e)
+                _send(wide[1], narrow[1], staged, gl.where((high >= 0) & (high < limit), (base + high.to(gl.int64) * WIDTH).to(gl.int64), 0), e)
             mbarrier.arrive(left)
             n += (count + ENTRIES - 1) // ENTRIES
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r,r", [e], gl.int32, False, 1)
 
 
 @gluon.jit(do_not_specialize=["groups", "T", "S", "K", "first", "some", "each", "items", "places", "q_start"])

@@ -3,16 +3,23 @@
     latent [B,S,R]  w_uk [H,R,Dn]  w_uv [H,R,Dv]  k_rope [B,S,P]  latent_scale [B,S,ceil(R/128)] float32  ->  k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's dtype
 
 k[h] = latent w_uk[h], followed by the rotary part, the same for every head and bit-equal if its type is k's; v[h] = latent w_uv[h]. Weights are read in place.
-Scales multiply the float32 sums of their group of 128, so that scaled values are never rounded.
+Scales multiply the float32 sums of their group of 128, so that scaled values are never rounded. The path "gluon" (latent_decompress_gluon.py) is for sm_90a and
+DeepSeek's sizes; calls that its copy engine cannot serve (`takes`: odd strides, w_uk and w_uv standing differently) run on the portable one.
 """
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
-from sparsetile.backends.contract import Resources
+from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton import head_product as product
 from sparsetile.backends.triton.float8 import passed, pointer, product_dtype
 
-TUNABLES = product.TUNABLES
+TUNABLES = (
+    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, latents in registers; 16-bit types, R 512, Dn = Dv = 128, P up to 64"),
+    *(replace(knob, paths=("portable",)) for knob in product.TUNABLES),
+    Tunable("windows", (4, 8, 2, 1), "parts that the heads are taken in, so that a part's weights stay in L2", ("gluon",)),
+)
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -50,13 +57,39 @@ def supports(problem):
     return None
 
 
+def no_gluon(problem) -> str | None:
+    """Why the path "gluon" is not for this problem."""
+    if problem.arch != "sm_90a":
+        return f"path gluon: {problem.arch} lacks its instructions; take portable"
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
+        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    kinds = {problem.dtype("latent"), problem.dtype("w_uk")}
+    if len(kinds) > 1 or not kinds <= {"float16", "bfloat16"} or "scale" in problem.features:
+        return f"path gluon takes float16 or bfloat16 latents without scales, and weights of the same type, not {'/'.join(sorted(map(str, kinds)))}; take portable"
+    if (problem["R"], problem["Dn"], problem["Dv"]) != (512, 128, 128) or problem["P"] > 64 or problem["P"] % 8:
+        return f"path gluon takes R 512, Dn = Dv = 128, P a multiple of 8 up to 64, not {problem['R']}, {problem['Dn']}, {problem['Dv']}, {problem['P']}; take portable"
+    return None
+
+
 def resources(problem, config):
+    if config["path"] == "gluon":
+        refused = no_gluon(problem)
+        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        if isinstance(portable, str):
+            return portable
+        from sparsetile.backends.triton import latent_decompress_gluon
+        return latent_decompress_gluon.resources()
     asked = product.refusal(problem, config, "latent", "w_uk")
     return asked if isinstance(asked, str) else Resources(threads=32 * config["warps"], shared=asked)
 
 
 def default_config(problem):
-    return product.default_config(problem.arch, product_dtype(problem.dtype("latent"), problem.dtype("w_uk"), problem.arch), problem["S"])
+    return portable_config(problem) | (dict(path="gluon") if problem["S"] >= 256 and no_gluon(problem) is None else {})
+
+
+def portable_config(problem):
+    tiles = product.default_config(problem.arch, product_dtype(problem.dtype("latent"), problem.dtype("w_uk"), problem.arch), problem["S"])
+    return dict(path="portable", **tiles, windows=4)
 
 
 def fixed_for(config, dtype, S, R, Dn, Dv, P) -> dict:
@@ -64,6 +97,9 @@ def fixed_for(config, dtype, S, R, Dn, Dv, P) -> dict:
 
 
 def artifacts(problem, config):
+    if config["path"] == "gluon":
+        from sparsetile.backends.triton import latent_decompress_gluon
+        return latent_decompress_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     arch, kind = problem.arch, problem.dtype("w_uk")
     S, R, Dn, Dv, P = (problem[axis] for axis in ("S", "R", "Dn", "Dv", "P"))
     arrays = {"latent": pointer(problem.dtype("latent"), arch), "w_uk": pointer(kind, arch), "w_uv": pointer(kind, arch), "k": pointer(kind, arch), "v": pointer(kind, arch)}
@@ -85,6 +121,11 @@ def run(latent, w_uk, w_uv, *, place, config, k_rope=None, latent_scale=None):
     k, v = place.empty((B, H, S, Dn + P), names[1]), place.empty((B, H, S, Dv), names[1])
     if not B * H * S:
         return k, v
+    if config["path"] == "gluon" and latent_scale is None:
+        from sparsetile.backends.triton import latent_decompress_gluon
+        if latent_decompress_gluon.takes(latent, w_uk, w_uv, k_rope):
+            latent_decompress_gluon.launch(latent, w_uk, w_uv, k_rope, k, v, place, config)
+            return k, v
     fixed = fixed_for(config, product_dtype(*names, place.arch), S, R, Dn, Dv, P)
     tiles = triton.cdiv(Dn, fixed["BLOCK_M"]) + triton.cdiv(Dv, fixed["BLOCK_M"])
     decompress[(B * triton.cdiv(S, fixed["BLOCK_T"]) * H * tiles,)](

@@ -18,12 +18,14 @@ PIECE = gl.constexpr(128)  # columns of a piece of the latent, of which there ar
 ROTARY = gl.constexpr(64)
 HELD = gl.constexpr(3)  # pieces of the query in registers
 STAGES = gl.constexpr(5)
-COPIERS = gl.constexpr(128)  # threads of the group that brings tiles, each of which arrives
+COPIERS = gl.constexpr(128)  # threads of the group that brings tiles
+ARRIVALS = gl.constexpr(129)  # each of them with its copies, and which keys are seen
 
 
 @gluon.jit
-def make_memory(kind: gl.constexpr):
-    """Pieces of the query and of keys, probabilities, which of a tile's keys are seen, what sums are multiplied by before a tile and at the end, barriers."""
+def make_memory(kind: gl.constexpr, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Pieces of the query and of keys, probabilities, which of a tile's keys are seen, what sums are multiplied by before a tile and at the end, barriers: a tile is there after
+    ARRIVALS of the threads that bring it."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -32,26 +34,24 @@ def make_memory(kind: gl.constexpr):
                gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile),
                gl.allocate_shared_memory(kind, [STAGES, KEYS, ROTARY], tile))
     p_tiles = gl.allocate_shared_memory(kind, [STAGES, HEADS, KEYS], gl.NVMMASharedLayout(64, 16, 2))
-    found = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], flat)
+    found = gl.allocate_shared_memory(gl.int8, [STAGES, KEYS], flat)
     factors = gl.allocate_shared_memory(gl.float32, [STAGES, HEADS], flat)
     last = gl.allocate_shared_memory(gl.float32, [1, HEADS], flat)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], B)  # full, free
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    last_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    last_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    mbarrier.init(q_full.index(0), count=COPIERS)
-    mbarrier.init(q_free.index(0), count=1)
-    mbarrier.init(last_full.index(0), count=1)
-    mbarrier.init(last_free.index(0), count=2)
+    last_bars = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    mbarrier.init(q_bars.index(0), count=COPIERS)
+    mbarrier.init(q_bars.index(1), count=1)
+    mbarrier.init(last_bars.index(0), count=1)
+    mbarrier.init(last_bars.index(1), count=2)
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=COPIERS + 1)
+        mbarrier.init(full.index(s), count=ARRIVALS)
         mbarrier.init(ready.index(s), count=1)
         mbarrier.init(free.index(s), count=2)
     fence_async_shared()
-    return (q_tiles, q_full, q_free), (k_tiles, found, full, free), (p_tiles, factors, ready), (last, last_full, last_free)
+    return (q_tiles, q_bars), (k_tiles, found, full, free), (p_tiles, factors, ready), (last, last_bars)
 
 
 @gluon.jit
@@ -65,12 +65,12 @@ def copy_rows(tiles, s, rows, ok, FIRST: gl.constexpr, B: gl.constexpr):
 @gluon.jit
 def copy_query(q, head, Hq, sqh, j, queries, B: gl.constexpr):
     """What `score` does not hold of heads head .. of the query where `q` points, the j-th of this block of threads: zeros past the last."""
-    q_tiles, q_full, q_free = queries
+    q_tiles, q_bars = queries
     h = gl.arange(0, HEADS, gl.SliceLayout(1, B))
     exists = h < Hq - head
-    mbarrier.wait(q_free.index(0), (j & 1) ^ 1)
+    mbarrier.wait(q_bars.index(1), (j & 1) ^ 1)
     copy_rows(q_tiles, 0, q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh, exists, HELD, B)
-    async_copy.mbarrier_arrive(q_full.index(0), increment_count=False)
+    async_copy.mbarrier_arrive(q_bars.index(0), increment_count=False)
 
 
 @gluon.jit
@@ -85,6 +85,7 @@ def load_piece(q, head, Hq, sqh, n: gl.constexpr, A: gl.constexpr):
 @gluon.jit
 def products(q0, q1, q2, q_tiles, n, k_tiles, full, L: gl.constexpr):
     """Scores of tile n, on their way."""
+    STAGES: gl.constexpr = k_tiles[0].shape[0]
     s = n % STAGES
     zero = gl.zeros([HEADS, KEYS], gl.float32, L)
     mbarrier.wait(full.index(s), (n // STAGES) & 1)
@@ -100,7 +101,7 @@ def products(q0, q1, q2, q_tiles, n, k_tiles, full, L: gl.constexpr):
 def weigh(x, n, m, l, scale2, found, weights):
     """Scores of tile n become probabilities for `add_values`."""
     p_tiles, factors, ready = weights
-    s = n % STAGES
+    s = n % p_tiles.shape[0]
     ok = found.index(s).load(gl.SliceLayout(0, x.type.layout))
     p, f, m, l = soften(gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf")), m, l, scale2, True)
     p_tiles.index(s).store(p.to(p_tiles.dtype))
@@ -116,7 +117,7 @@ def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     R: gl.constexpr = gl.SliceLayout(1, L)
-    q_tiles, q_full, q_free = queries
+    q_tiles, q_bars = queries
     k_tiles, found, full, free = keys
     m = gl.full([HEADS], float("-inf"), gl.float32, R)
     l = gl.zeros([HEADS], gl.float32, R)
@@ -124,13 +125,13 @@ def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
     q1 = load_piece(q, head, Hq, sqh, 1, A)
     q2 = load_piece(q, head, Hq, sqh, 2, A)
     if count > 0:
-        mbarrier.wait(q_full.index(0), j & 1)
+        mbarrier.wait(q_bars.index(0), j & 1)
         x = warpgroup_mma_wait(0, deps=(products(q0, q1, q2, q_tiles, n, k_tiles, full, L), ))
         for i in range(n, n + count - 1):
             following = products(q0, q1, q2, q_tiles, i + 1, k_tiles, full, L)
             m, l = weigh(x, i, m, l, scale2, found, weights)
             x = warpgroup_mma_wait(0, deps=(following, ))
-        mbarrier.arrive(q_free.index(0))
+        mbarrier.arrive(q_bars.index(1))
         m, l = weigh(x, n + count - 1, m, l, scale2, found, weights)
     return m, l
 
@@ -141,6 +142,7 @@ def add_values(W: gl.constexpr, count, n, keys, weights):
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     k_tiles, found, full, free = keys
     p_tiles, factors, ready = weights
+    STAGES: gl.constexpr = p_tiles.shape[0]
     a = gl.zeros([HEADS, PIECE], gl.float32, O)
     b = gl.zeros([HEADS, PIECE], gl.float32, O)
     for i in range(count):
@@ -159,18 +161,18 @@ def add_values(W: gl.constexpr, count, n, keys, weights):
 @gluon.jit
 def give_last(factor, turn, end):
     """From `score`: what sums of this block's item `turn` are multiplied by."""
-    last, last_full, last_free = end
-    mbarrier.wait(last_free.index(0), (turn & 1) ^ 1)
+    last, last_bars = end
+    mbarrier.wait(last_bars.index(1), (turn & 1) ^ 1)
     last.index(0).store(factor)
-    mbarrier.arrive(last_full.index(0))
+    mbarrier.arrive(last_bars.index(0))
 
 
 @gluon.jit
 def take_last(turn, end, layout: gl.constexpr):
-    last, last_full, last_free = end
-    mbarrier.wait(last_full.index(0), turn & 1)
+    last, last_bars = end
+    mbarrier.wait(last_bars.index(0), turn & 1)
     factor = last.index(0).load(layout)
-    mbarrier.arrive(last_free.index(0))
+    mbarrier.arrive(last_bars.index(1))
     return factor
 
 
@@ -191,6 +193,7 @@ def fits(q, k, v, scale: float, softcap, kind: str) -> bool:
     return ours and shared and not any(x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:3]) for x in (q, k))
 
 
-def resources() -> Resources:
+def resources(stages: int = STAGES.value, more: int = 0) -> Resources:
+    """`more` bytes beside the query, the tiles, their masks and factors; a few for barriers and for what the groups of warps are told."""
     held, tile = 2 * HEADS.value * ((4 - HELD.value) * PIECE.value + ROTARY.value), 2 * KEYS.value * (4 * PIECE.value + ROTARY.value) + 2 * HEADS.value * KEYS.value
-    return Resources(threads=512, shared=held + STAGES.value * (tile + 4 * KEYS.value + 4 * HEADS.value) + 1024, registers=128)
+    return Resources(threads=512, shared=held + stages * (tile + KEYS.value + 4 * HEADS.value) + more + 880, registers=128)

@@ -16,7 +16,7 @@ def order_keys(bits):
     size = bits & 0x7FFFFFFF
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
     keys = tl.where(size == 0, 0x80000000, keys)
-    return tl.where((size > 0x7F800000) | (bits == -8388608), tl.zeros_like(keys), keys)
+    return tl.where((size > 0x7F800000) | (bits == -8388608), 0, keys)
 
 
 @triton.jit
