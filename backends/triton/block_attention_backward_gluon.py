@@ -58,7 +58,8 @@ def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *,
     items, order = B * Hk * key_tiles, schedule(lists, True) if key_tiles == lists.nk else None
     relaunch.launch(keys_gluon, (min(items, sms),), place,
                     (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[1:]),
-                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, ahead(lists, "by_key_offsets") if order is not None else 0, items, host or 0, float(scale)), by_keys, (q.dtype,),
+                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles,
+                     ahead(lists, "by_key_offsets") if order is not None else 0, items, host or 0, float(scale)), by_keys, (q.dtype,),
                     (*queries, *mapped(k, 64), Map(v, 64, V0), *mapped(flat(dk), 64), Map(flat(dv), 64, V0)))
 
 
@@ -136,7 +137,8 @@ def artifacts(problem, path: str) -> list[dict]:
     return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
             artifact(ordered_gluon, made, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "walk", "kinds", "ranks", "turns", "ticket"),
                      (*integers, "Hk", "nk", "q_tiles", "together", "ascending"),
-                     maps=lambda made: dict(q=mapped(4, 64, 128), dout=mapped(4, 64, made["V0"]), k=mapped(4, 64, 128), v=mapped(4, 64, made["V0"]), dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
+                     maps=lambda made: dict(q=mapped(4, 64, 128), dout=mapped(4, 64, made["V0"]), k=mapped(4, 64, 128), v=mapped(4, 64, made["V0"]),
+                                            dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
             artifact(finish, after, dict(sums="*fp32", turns="*i32", dq=pointer) | {name: "*i32" for name in positions}, ("Hq", "T", "S", "tiles", "q_start"))]
 
 

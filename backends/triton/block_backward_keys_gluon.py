@@ -309,8 +309,11 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, lse, d
     tables = (intervals, bitmaps)
     lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule)
     gl.warp_specialize([
-        (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_queries, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, False, INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
+        (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS,
+                         INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS,
+                         INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (bring_queries, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, False,
+                         INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
         (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
     ], [4, 1, 1], [240, 24, 24])

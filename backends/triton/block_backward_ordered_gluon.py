@@ -208,7 +208,8 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
 def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offsets, entries, walk, kinds, ranks, turns, intervals, bitmaps, list_of, kv_length, q_starts, ticket,
                   slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, q_tiles, together, ascending, items, q_start, scale,
                   D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each; sums: of float32 [heads, q_tiles, half, columns / 32, 64 rows, 32 columns], 64 x 32. offsets, entries: the lists by key; walk, kinds, ranks: block_backward_order.py.
+    """q, dout, k, v, dk_map, dv_map: tensor maps, 64 rows each; sums: of float32 [heads, q_tiles, half, columns / 32, 64 rows, 32 columns], 64 x 32.
+    offsets, entries: the lists by key; walk, kinds, ranks: block_backward_order.py.
     turns: zeros, [heads, q_tiles, 2]."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -251,9 +252,12 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     tables = (intervals, bitmaps)
     lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, ascending)
     gl.warp_specialize([
-        (multiply_ordered, (0, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
-        (multiply_ordered, (1, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue, memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
-        (bring_queries, ((q, None, dout, k, None, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, 0, V0, STAGES, 1, True, INTERVALS, BITMAPS, queue, (sq, sq, sg, sk, sk, sv), rows, (k_full, k_free, k_landed), q_bars)),
+        (multiply_ordered, (0, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue,
+                            memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
+        (multiply_ordered, (1, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue,
+                            memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
+        (bring_queries, ((q, None, dout, k, None, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, 0, V0, STAGES, 1, True,
+                         INTERVALS, BITMAPS, queue, (sq, sq, sg, sk, sk, sv), rows, (k_full, k_free, k_landed), q_bars)),
         (take, (gl.constexpr(open_ordered), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, 0, together), Hk, T, S, EDGE, FROM_LENGTH, queue, True)),
         (add, (0, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(0), dq_free.index(0))),
         (add, (1, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(1), dq_free.index(1))),
