@@ -7,6 +7,7 @@ Order of precedence, written only here:
   tuning    SPARSETILE_TUNE=off ignores profiles, cache (default) reads them, on tunes at a miss through the hook that autotune installs.
 """
 import importlib
+import itertools
 import logging
 import os
 from contextlib import contextmanager
@@ -143,6 +144,16 @@ def refusal(backend: str, problem: Problem, device: int | None) -> str | None:
     return kernel(backend, problem.op).supports(problem)
 
 
+def _portable(module: ModuleType, problem: Problem, known: dict, config: dict):
+    """Configs of the portable path, the first of its values, around the knobs that are given: its own default, then every other."""
+    least = {name: knob.values[0] for name, knob in known.items()}
+    if hasattr(module, "portable_config"):
+        yield {**least, **module.portable_config(problem), **config}
+    free = [knob for knob in known.values() if knob.name not in (*config, "path") and (not knob.paths or least["path"] in knob.paths)]
+    for values in itertools.product(*(knob.values for knob in free)):
+        yield {**least, **{knob.name: value for knob, value in zip(free, values)}, **config}
+
+
 def check_config(module: ModuleType, problem: Problem, config: dict, origin: str) -> dict:
     """The config with the kernel's defaults for knobs it does not name; errors name the knob."""
     known = {t.name: t for t in module.TUNABLES}
@@ -154,12 +165,16 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
     config = {name: known[name].values[known[name].values.index(value)] for name, value in config.items()}  # 64.0 is 64
     full = {**module.default_config(problem), **config}
     asked = module.resources(problem, full)
-    if not isinstance(asked, Resources) and "path" in known and "path" not in config:  # the default's variant has no room for this; the portable one always has
-        full = {**{name: knob.values[0] for name, knob in known.items()}, **config}
-        asked = module.resources(problem, full)
-    if not isinstance(asked, Resources):
-        raise Unsupported(f"{origin}: {asked}")
-    return full
+    if isinstance(asked, Resources):
+        return full
+    sentences = [asked]
+    if "path" in known and "path" not in config:  # the default's variant is not for this, e.g. for a layout's blocks
+        for full in _portable(module, problem, known, config):
+            asked = module.resources(problem, full)
+            if isinstance(asked, Resources):
+                return full
+            sentences.append(asked)
+    raise Unsupported(f"{origin}: {sentences[min(1, len(sentences) - 1)]}")
 
 
 def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None, rule=None) -> Choice:

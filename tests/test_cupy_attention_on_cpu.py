@@ -84,6 +84,7 @@ class Case:
     Hk: int = 2
     T: int = 50
     S: int = 70
+    beyond: int = 0                          # keys of the lists past the last one there is
     D: int = 32
     Dv: int = 24
     rule: str = "window"
@@ -113,6 +114,7 @@ RULES = {
     "holes": lambda p, s, rng: (p // 128 % 2 == 1) & (p % 7 != 3) & (s < 100),
     "late": lambda p, s, rng: (s < 100) | (s >= 128) & (p >= 0),
     "quarter": lambda p, s, rng: (s < 128) | (s // 128 == p // 512),
+    "columns": lambda p, s, rng: (s < 384) | (s // 128 == p // 128),
     "global": lambda p, s, rng: (p < 128) | (s < 128) & (s <= p),
 }
 BLOCK_CASES = [
@@ -135,7 +137,7 @@ def scene(c, kind, rng, place):
     limit = np.full(c.B, c.S) if c.lengths is None else np.clip(c.lengths, 0, c.S)
     starts = np.broadcast_to(limit - c.T if c.start is None else c.start, (c.B,))
     first, P = int(starts.min()), int(starts.max() - starts.min()) + c.T
-    masks = np.stack([RULES[c.rule](first + np.arange(P)[:, None], np.arange(c.S)[None], rng) for _ in range(c.lists)])
+    masks = np.stack([RULES[c.rule](first + np.arange(P)[:, None], np.arange(c.S + c.beyond)[None], rng) for _ in range(c.lists)])
     q_order = k_order = None
     if c.order:  # slots in any order, some of them empty; a position or key without a slot is seen nowhere
         slots = lambda n, m: rng.permutation(np.concatenate((np.arange(n), np.full(-n % m + m, -1))))  # noqa: E731
@@ -146,7 +148,7 @@ def scene(c, kind, rng, place):
     count = np.zeros((c.B, c.Hq, c.T, c.S), bool)
     for b in range(c.B):
         for h in range(c.Hq):
-            count[b, h] = masks[list_of[b % len(list_of), h % list_of.shape[1]]][starts[b] - first:][:c.T] & (np.arange(c.S) < limit[b])
+            count[b, h] = masks[list_of[b % len(list_of), h % list_of.shape[1]]][starts[b] - first:][:c.T, :c.S] & (np.arange(c.S) < limit[b])
     hide(k, v, count, c.Hq)
     at = dict(place=place, scale=c.scale, softcap=c.softcap, kv_length=None if c.lengths is None else place.put(np.array(c.lengths, np.int32)),
               q_start=place.put(np.array(c.start, np.int32)) if isinstance(c.start, tuple) else c.start)
@@ -435,6 +437,7 @@ TWO_PASS_CASES = [  # how much is worked on at a time, and the case
     ("all", Case(B=1, Hq=2, Hk=2, rule="holes", T=256, S=256, D=16, Dv=16)),  # whole tiles, and keys of a block that none of them sees
     ("all", Case(B=1, Hq=2, Hk=2, rule="global", T=600, S=2300, D=16, Dv=16)),  # key blocks and rows far longer than others: sections
     ("all", Case(B=2, Hq=2, Hk=1, rule="global", T=400, S=600, D=16, Dv=8, start=(300, 812), lengths=(600, 90))),  # of two heads; without queries; of keys that do not exist
+    ("all", Case(B=1, Hq=1, Hk=1, rule="columns", T=600, S=200, beyond=4920, D=16, Dv=16, start=0)),  # more key blocks are far longer than there are
     ("a block", Case(B=2, Hq=1, Hk=1, rule="late", T=130, S=600, D=16, Dv=64, lengths=(200, 600))),
     ("all", Case(B=2, Hq=1, Hk=1, rule="causal", T=100, S=256, D=64, Dv=64, start=(0, 100))),
     ("all", Case(B=16, Hq=2, Hk=1, rule="window", T=5, S=3, D=16, Dv=16)),

@@ -9,7 +9,7 @@ from drivers import EVERY
 import sparsetile as st
 from sparsetile.autotune import store
 from sparsetile.backends import devices
-from sparsetile.backends.contract import KERNELS, Problem, Unsupported
+from sparsetile.backends.contract import KERNELS, Problem, Resources, Unsupported
 from sparsetile.ops import dispatch
 from sparsetile.ops.latent import latent_cost
 from sparsetile.profiles import lookup, misses, schema
@@ -357,3 +357,16 @@ def test_tiles_of_a_layout_find_a_variant_with_room_for_them(backend, tiles):
     assert (full["block_q"], full["block_k"]) == tiles and (full["path"] == "portable") == (tiles != (128, 128))
     with pytest.raises(Unsupported, match="path"):
         dispatch.check_config(kernel, problem, {"path": kernel.default_config(problem)["path"], "block_q": 64, "block_k": 64}, "config")
+
+
+@pytest.mark.parametrize("D", [64, 128, 136, 176, 192])
+@pytest.mark.parametrize("block_q, block_k", [(16, 128), (32, 128), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)])
+def test_blocks_of_a_layout_that_the_default_cannot_have(D, block_q, block_k):
+    """On a Hopper the default of Triton's backward has blocks of 128: a layout of others runs by the portable default where it has room, else by what has."""
+    module = pytest.importorskip("sparsetile.backends.triton.block_attention_backward")
+    problem = Problem.of("block_attention_backward", dict(B=1, Hq=4, Hk=4, T=4096, S=4096, D=D, Dv=min(D, 128)), dict(q="bfloat16", k="bfloat16", v="bfloat16"), "sm_90a", ["causal", "interval", "lse"])
+    found = dispatch.check_config(module, problem, dict(block_q=block_q, block_k=block_k), "layout")
+    usual = module.portable_config(problem) | dict(block_q=block_q, block_k=block_k)
+    if found["path"] == "portable" and isinstance(module.resources(problem, usual), Resources):
+        assert found == usual
+    assert (found["block_q"], found["block_k"]) == (block_q, block_k)
