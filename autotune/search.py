@@ -178,7 +178,7 @@ def answering(storage):
     except Exception as error:
         if storage is None or type(error).__module__.partition(".")[0] not in ("optuna", "sqlalchemy", "grpc"):
             raise
-        raise RuntimeError(f"storage: expected an answer of {_shown(os.fsdecode(storage))}, got none ({_why(error.__cause__ or error)}); run it again when it answers: what it was told is kept") from None
+        raise RuntimeError(f"storage: expected an answer of {_shown(os.fsdecode(storage) if isinstance(storage, (str, bytes, os.PathLike)) else str(storage))}, got none ({_why(error.__cause__ or error)}); run it again when it answers: what it was told is kept") from None
 
 
 def _shown(storage: str) -> str:
@@ -224,12 +224,16 @@ class _FileLock:
     def acquire(self):
         self.handle = open(f"{self.path}.lock", "a")
         fcntl.flock(self.handle, fcntl.LOCK_EX)
-        with open(self.path, "r+b") as journal:
-            size = end = journal.seek(0, os.SEEK_END)
-            while end and (journal.seek(end - 1), journal.read(1))[1] != b"\n":
-                end -= 1
-            if end < size:
-                journal.truncate(end)
+        try:
+            with open(self.path, "r+b") as journal:
+                size = end = journal.seek(0, os.SEEK_END)
+                while end and (journal.seek(end - 1), journal.read(1))[1] != b"\n":
+                    end -= 1
+                if end < size:
+                    journal.truncate(end)
+        except OSError:  # a journal that cannot be written: nobody else waits for it
+            self.release()
+            raise
         return True
 
     def release(self):

@@ -15,7 +15,7 @@ LONGEST = 15  # times their seconds that a CPU's finals may take
 
 
 class Stopwatch:
-    """Times calls on one device. `cold` empties the L2 cache between calls on a GPU, by writing at least `flush_mb`: the host launches meanwhile."""
+    """Times calls on one device. `cold` empties the L2 cache between calls on a GPU, by writing at least `flush_mb` (an eighth of its memory at most): the host launches meanwhile."""
 
     def __init__(self, device: int | None, cold: bool = True, flush_mb: int = 64):
         self.device, self.cold = device, cold
@@ -23,7 +23,8 @@ class Stopwatch:
             import torch
             from sparsetile.backends import devices
             self.torch = torch
-            size = max(2 * devices.device_info(device).l2_mb, flush_mb) << 20
+            info = devices.device_info(device)
+            size = max(2 * info.l2_mb, min(flush_mb, int(info.memory_gb * 128))) << 20
             self.flush = torch.empty(size // 4, dtype=torch.int32, device=f"cuda:{device}") if cold else None
 
     def synchronize(self):

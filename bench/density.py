@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from sparsetile.autotune import measure, tasks, timing  # noqa: E402
+from sparsetile.autotune import tasks, timing  # noqa: E402
 from sparsetile.bench import spot  # noqa: E402
 from sparsetile.ops.patterns import Causal, Full, RandomBlocks  # noqa: E402
 

@@ -51,6 +51,7 @@ def test_schema_accepts_and_both_schemas_agree():
     assert schema.check(profile()) is None
     validator = jsonschema.Draft202012Validator(schema.json_schema())
     validator.validate(profile())
+    assert schema.json_schema()["properties"]["op"]["enum"] == list(schema.OPS)
     for name, data in BAD.items():
         assert not validator.is_valid(data) or name in ("features a word",), name
 

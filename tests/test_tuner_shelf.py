@@ -1,5 +1,4 @@
 """Profiles in an operator's hands: show, diff, merge, export, report, verify; recorded misses and the work list they make."""
-import json
 import multiprocessing
 import subprocess
 import sys

@@ -15,6 +15,7 @@ from sparsetile.backends.cupy.operands import KINDS, ceil_div, padded
 
 ROWS = KEYS = 128
 MOST = 4          # parts
+PLANS = 8  # that are kept of a layout
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together where there is one pass
 LOG2E = 1.4426950408889634
 
@@ -34,6 +35,9 @@ def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
     key = "cupy.plan", start, T, S
     extras = parts[0].extras
     if key not in extras:
+        kept = [other for other in extras if isinstance(other, tuple) and other[0] == key[0]]
+        if len(kept) >= PLANS:  # keys grow by one a step
+            del extras[kept[0]]
         extras[key] = _plan(parts, axes, T, S, start, place)
     return extras[key]
 

@@ -117,6 +117,7 @@ def artifacts(problem, config):
 def run(latent, w_uk, w_uv, *, place, config, k_rope=None, latent_scale=None):
     (B, S, R), (H, _, Dn), Dv = latent.shape, w_uk.shape, w_uv.shape[2]
     P = 0 if k_rope is None else k_rope.shape[2]
+    k_rope = k_rope if P else None  # no tensor map has a width of 0
     names = [str(array.dtype).removeprefix("torch.") for array in (latent, w_uk)]
     k, v = place.empty((B, H, S, Dn + P), names[1]), place.empty((B, H, S, Dv), names[1])
     if not B * H * S:
