@@ -370,3 +370,14 @@ def test_blocks_of_a_layout_that_the_default_cannot_have(D, block_q, block_k):
     if found["path"] == "portable" and isinstance(module.resources(problem, usual), Resources):
         assert found == usual
     assert (found["block_q"], found["block_k"]) == (block_q, block_k)
+
+
+def test_a_layouts_own_variable_holds(monkeypatch):
+    """Without it the framework's operators make the lists where no backend has the kernel; named, a backend runs or raises."""
+    torch = pytest.importorskip("torch")
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    monkeypatch.setenv("SPARSETILE_BACKEND", "numba")
+    assert st.Layout.from_block_mask(mask, 32, 32) is not None
+    monkeypatch.setenv("SPARSETILE_BACKEND_LAYOUT", "numba")
+    with pytest.raises(Unsupported, match="numba has no layout kernel"):
+        st.Layout.from_block_mask(mask, 32, 32)
