@@ -174,7 +174,7 @@ def check_config(module: ModuleType, problem: Problem, config: dict, origin: str
             if isinstance(asked, Resources):
                 return full
             sentences.append(asked)
-    raise Unsupported(f"{origin}: {sentences[min(1, len(sentences) - 1)]}")
+    raise Unsupported(f"{origin}: {sentences[:2][-1]}")  # of the portable path, where that was tried
 
 
 def choose(op: str, problem: Problem, device: int | None, backend: str | None = None, config=None, fixed: dict | None = None, rule=None) -> Choice:

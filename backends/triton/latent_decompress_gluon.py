@@ -9,12 +9,12 @@ from functools import lru_cache
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
+from sparsetile.backends.triton.block_attention_gluon import Map, map_layout
 from sparsetile.backends.triton.launch import POINTER
-from sparsetile.backends.triton.maps import can_map, steps
+from sparsetile.backends.triton.maps import can_map
 
 ROWS = gl.constexpr(128)   # of latents, of a block of threads
 WIDTH = gl.constexpr(128)  # output columns of a tile: those of one head's keys or values
@@ -184,19 +184,6 @@ def decompress_gluon(latent, w_uk, w_uv, rope, k_map, rotary_map, v_map, H, bloc
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
-class _Map(TensorDescriptor):
-    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
-
-    def __init__(self, x, rows: int, columns: int):
-        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1, rows, columns], _layout()
-
-
-@lru_cache
-def _layout():
-    return gl.NVMMASharedLayout(128, 16, 3)
-
-
 def turned(w) -> bool:
     return w.stride(2) != 1
 
@@ -217,10 +204,10 @@ def launch(latent, w_uk, w_uv, k_rope, k, v, place, config):
     """Fills k [B,H,S,128+P] and v [B,H,S,128]."""
     (B, S, _), H, turn = latent.shape, w_uk.shape[0], turned(w_uk)
     each, windows = -(-S // ROWS.value), next(n for n in (config["windows"], 4, 2, 1) if 2 * H % n == 0)
-    weights = [_Map(w.transpose(1, 2), WIDTH.value, STEP.value) if turn else _Map(w, STEP.value, WIDTH.value) for w in (w_uk, w_uv)]
+    weights = [Map(w.transpose(1, 2), WIDTH.value, STEP.value) if turn else Map(w, STEP.value, WIDTH.value) for w in (w_uk, w_uv)]
     outs = [x.view(B * H, S, x.shape[3]) for x in (k, v)]
-    maps = (_Map(latent, ROWS.value, STEP.value), *weights, None if k_rope is None else _Map(k_rope, ROWS.value, STEP.value),
-            _Map(outs[0], 64, WIDTH.value), None if k_rope is None else _Map(outs[0], 64, STEP.value), _Map(outs[1], 64, WIDTH.value))
+    maps = (Map(latent, ROWS.value, STEP.value), *weights, None if k_rope is None else Map(k_rope, ROWS.value, STEP.value),
+            Map(outs[0], 64, WIDTH.value), None if k_rope is None else Map(outs[0], 64, STEP.value), Map(outs[1], 64, WIDTH.value))
     numbers = (H, B * each, each, 2 * H // windows, windows)
     relaunch.launch(decompress_gluon, (max(place.sms, 1),), place, (), numbers, constants(turn), (latent.dtype, k_rope is None), maps)
 
@@ -233,7 +220,7 @@ def artifacts(problem) -> list[dict]:
     pointer = POINTER[problem.dtype("w_uk")]
 
     def mapped(rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1, rows, columns]},{_layout()!r}>"
+        return f"tensordesc<{pointer[1:]}{[1, rows, columns]},{map_layout(3)!r}>"
 
     def artifact(turn):
         made = dict(constants(turn))
