@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drivers import through
 from numeric import assert_close, assert_same_bits, plain, to_numpy
 from without_torch import answers
 
@@ -21,6 +23,12 @@ from sparsetile.ops import dispatch, ready  # noqa: E402
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 both = pytest.mark.parametrize("backend", ["triton", "cupy"])
+
+
+def hoppers(name):
+    """On Hopper what stands inside takes the function that is named (drivers.through); other chips have their own paths."""
+    dispatch.clear_plans()  # a plan repeats launches without it
+    return through(name) if torch.cuda.get_device_capability() == (9, 0) else nullcontext()
 
 
 class Make:
@@ -137,6 +145,20 @@ def test_a_graph_is_replayed_with_new_inputs(backend, name, rng):
         torch.cuda.synchronize()
         for n, (got, want) in enumerate(zip(captured, run(case, backend, inputs))):
             assert_same_bits(f"result {n}", got, want)
+
+
+PATHS = {"decode": dict(triton="triton.block_attention_decode.run", cupy="cupy.split.run"),
+         "latent-decode": dict(triton="triton.block_attention_latent.launch", cupy="cupy.split.run_latent"),
+         "blocks": dict(cupy="cupy.gather_union.run"),
+         "sinks-gradients": dict(triton="triton.block_attention_backward_gluon.launch", cupy="cupy.two_pass.run")}
+
+
+@pytest.mark.parametrize("name, backend", [(name, backend) for name, of in PATHS.items() for backend in of])
+def test_cases_take_the_paths_that_they_are_for(name, backend, rng):
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    with hoppers(PATHS[name][backend]):
+        run(case, backend, inputs)
 
 
 @both
@@ -339,7 +361,9 @@ def test_deepseeks_scores_are_the_same_alone_and_in_pages(B, S, rng):
     one = torch.cat([st.indexer_scores(q[:, :, t:t + 1], k, w[:, :, t:t + 1], k_scale=scale, causal=False, backend="cupy") for t in range(2)], 1)
     assert torch.equal(one, st.indexer_scores(q, k, w, k_scale=scale, causal=False, backend="cupy"))
     assert torch.equal(one[:, 1:], st.indexer_scores(q[:, :, 1:], cache, w[:, :, 1:], backend="cupy")[:, :, :S])
-    chosen, known = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy"), st.topk(one, 2048, backend="cupy")
+    with hoppers("cupy.indexer_topk.run_fused") if S > 65536 else nullcontext():
+        chosen = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy")
+    known = st.topk(one, 2048, backend="cupy")
     assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
 
 
@@ -378,7 +402,8 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
     if isinstance(refused := grouped_matmul.resources(problem, config), str):
         pytest.skip(refused)
     call = lambda: latent.matmul(x, w, tail, "cupy", "torch", 0, config)  # noqa: E731
-    alone = call()
+    with through(dict(cublas="cupy.grouped_matmul.multiply", hopper="cupy.grouped_matmul_hopper.run")[path]):
+        alone = call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -420,7 +445,8 @@ def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turne
     w_uk, w_uv = (make.normal(H, 128, 512, dtype=dtype)().transpose(1, 2) if is_turned else make.normal(H, 512, 128, dtype=dtype)() for _ in range(2))
     problem = st.explain("latent_decompress", latent, w_uk, w_uv, k_rope=rope).problem
     config = {**dispatch.kernel(backend, "latent_decompress").default_config(problem), "windows": windows}
-    k, v = st.latent_decompress(latent, w_uk, w_uv, k_rope=rope, backend=backend, config=config)
+    with hoppers(dict(cupy="cupy.latent_decompress.run_hopper", triton="triton.latent_decompress_gluon.launch")[backend]):
+        k, v = st.latent_decompress(latent, w_uk, w_uv, k_rope=rope, backend=backend, config=config)
     rows = torch.tensor([0, 1, 63, 64, 127, 128, S // 2, S - 2, S - 1], device="cuda")
     held = [to_numpy(x) for x in (latent[:, rows], w_uk, w_uv)]
     tail = None if rope is None else to_numpy(rope[:, rows])
@@ -441,7 +467,9 @@ def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
     indices = rng.integers(-2, S // granularity + 3, (1, 2, T, K)).astype(np.int32)
     indices[..., 0], indices[:, :, 7::97] = 0, -5
     length = np.array([1209], np.int32)
-    out, lse = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True), kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
+    chosen = st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True)
+    with hoppers("cupy.gather_union.run") if backend == "cupy" else nullcontext():
+        out, lse = st.sparse_attention(q, k, v, chosen, kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
     count = oracle.selection_count(indices, S, Hq, granularity=granularity, causal=True, kv_length=length, q_start=length - T)
     count, given = np.broadcast_to(count, (1, Hq, T, S))[..., :1209].astype(np.int64), [to_numpy(x)[:, :, :1209] for x in (q, k, v)]
     truth, formula = (f(*given, count, scale=D ** -0.5)[:2] for f in (oracle.attention, plain.attention))
@@ -459,7 +487,8 @@ def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
     indices = rng.integers(0, T // 64 + 1, (1, G, T, 5)).astype(np.int32)
     indices[..., 0] = 0
     out = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), 64, causal=True), backend=backend)
-    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    with hoppers("cupy.gather_union.run_rows") if backend == "cupy" else nullcontext():
+        first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     count = np.broadcast_to(oracle.selection_count(indices, T, 4, granularity=64, causal=True, q_start=0), (1, 4, T, T)).astype(np.int64)
     given = [to_numpy(x.detach()) for x in (q, k, v)]
@@ -485,7 +514,8 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
     lengths = np.where(rng.random((1, 1, T)) < 0.2, rng.integers(-1, K + 9, (1, 1, T)), K).astype(np.int32)
     chosen = st.Selection(torch.from_numpy(indices).cuda(), lengths=torch.from_numpy(lengths).cuda(), causal=True)
     out = st.sparse_attention(q, k, None, chosen, value_width=512, backend=backend)
-    first, again = (torch.autograd.grad(out, (q, k), dout, retain_graph=True) for _ in range(2))
+    with hoppers(dict(cupy="cupy.gather_backward_hopper.run", triton="triton.gather_backward_gluon.run")[backend]):
+        first, again = (torch.autograd.grad(out, (q, k), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     count = oracle.selection_count(indices, S, Hq, lengths=lengths, causal=True, q_start=S - T)
     count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)
