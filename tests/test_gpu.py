@@ -416,23 +416,51 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
         assert torch.equal(got[..., 512:], tail)
 
 
-@both
-@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
-def test_the_largest_of_long_rows(backend, T, S, k, rng):
-    """Rows of every kind, some whole and some through windows, against PyTorch's stable sort."""
-    make = Make(rng)
+def rows_of_every_kind(make, T, S):
+    """scores [1,T,S]: normal, sorted both ways, many equal, rounded, close together, with NaN and -inf; some through windows. start, end [1,T]."""
     x = make.normal(1, T, S, dtype=torch.float32)()
     x[:, 1::8], x[:, 2::8], x[:, 3::8] = x[:, 1::8].sort(-1).values, x[:, 2::8].sort(-1, descending=True).values, (x[:, 3::8] - 1.8).relu()
     x[:, 4::8], x[:, 5::8], x[:, 6::8] = x[:, 4::8].round(), x[:, 5::8] * 1e-3 + 5, torch.where(x[:, 6::8] > 1.5, np.nan, torch.where(x[:, 6::8] < -1, -np.inf, x[:, 6::8]))
-    start, end = make.integers(0, S, 1, T)() * (torch.arange(T, device="cuda") % 3 == 0), make.integers(0, S + 9, 1, T)()
-    end[:, 1::2] = S
-    at = torch.arange(S, device="cuda")
-    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x, -np.inf)
+    t = torch.arange(T, device=x.device)
+    return x, torch.where(t % 3 == 1, make.integers(0, S, 1, T)(), 0).int(), torch.where(t % 5 > 2, make.integers(0, S + 9, 1, T)(), S).int()
+
+
+def assert_largest(got, x, start, end, k):
+    """Exactly what a stable sort in float64 puts first."""
+    T, S = x.shape[1:]
+    at = torch.arange(S, device=x.device)
+    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x.double(), -np.inf)
     order = given.sort(dim=-1, descending=True, stable=True)
     chosen = torch.where(order.values[..., :k] > -np.inf, order.indices[..., :k], S).sort(-1).values
-    got = st.topk(x, k, key_start=start.int(), key_end=end, backend=backend)
     assert torch.equal(got.indices.view(1, T, k).long(), torch.where(chosen < S, chosen, -1))
     assert torch.equal(got.lengths.view(1, T).long(), (chosen < S).sum(-1))
+
+
+@both
+@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
+def test_the_largest_of_long_rows(backend, T, S, k, rng):
+    x, start, end = rows_of_every_kind(Make(rng), T, S)
+    assert_largest(st.topk(x, k, key_start=start, key_end=end, backend=backend), x, start, end, k)
+
+
+@pytest.mark.parametrize("warps, programs", [(16, 1), (8, 2)])
+@pytest.mark.parametrize("T, S, k", [(1, 2 ** 20, 1), (1, 2 ** 20, 2048), (1, 2 ** 20, 2 ** 20), (9, 2 ** 20 + 3, 5000), (300, 40001, 7), (300, 33003, 64), (64, 65536, 513),
+                                     (40, 4099, 4099), (9, 700, 513), (3, 1, 1)])
+def test_the_largest_by_gluon(T, S, k, warps, programs, rng):
+    """Far from DeepSeek's 2048: one, fewer than a warp, more than a program's registers hold, whole rows; the path is named, since the default is another for some. CuPy's chooses the same."""
+    x, start, end = rows_of_every_kind(Make(rng), T, S)
+    config = dict(path="gluon", capacity=4096, sample=4096, select_warps=warps, programs=programs)
+    where = dict(key_start=start, key_end=end)
+    problem = st.explain("topk", x, k, **where).problem
+    kernel = dispatch.kernel("triton", "topk")
+    if isinstance(refused := kernel.resources(problem, {**kernel.default_config(problem), **config}), str):
+        assert torch.cuda.get_device_capability() != (9, 0), refused
+        pytest.skip(refused)
+    with through("triton.topk_gluon.launch"):
+        got = st.topk(x, k, **where, backend="triton", config=config)
+    assert_largest(got, x, start, end, k)
+    other = st.topk(x, k, **where, backend="cupy")
+    assert torch.equal(got.indices, other.indices) and torch.equal(got.lengths, other.lengths)
 
 
 @both
