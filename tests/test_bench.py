@@ -382,3 +382,40 @@ def test_cost_of_density_is_a_line_or_said_not_to_be(tmp_path):
     pytest.importorskip("matplotlib")
     density.plot({"forward cupy": {"times": found, "fit": fit}}, tmp_path / "density.png", "a GPU")
     assert (tmp_path / "density.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("direction, backend, quick", [("forward", "cupy", True), ("forward", "triton", False), ("backward", "cupy", False), ("backward", "triton", True), (None, None, True)])
+def test_density_does_what_its_command_line_says(direction, backend, quick, monkeypatch, tmp_path):
+    """At a small size, answered by the reference, with a clock of our own: the kernels and backends that the words name, checked, timed as long as they say, written and drawn."""
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    from sparsetile.bench import density
+
+    class OnCpu(tasks.Task):
+        def __init__(self, workload, device):
+            assert device == 0
+            super().__init__(replace(workload, sizes=tuple((axis, {"Hq": 2, "Hk": 2, "D": 16, "Dv": 8}.get(axis, size)) for axis, size in workload.sizes)), None)
+
+        def bound(self, backend):
+            asked.append((self.workload.kernel, backend))
+            return super().bound("reference")
+
+    class Clock:
+        def __init__(self, device, flush_mb):
+            self.centre = min
+
+    def finals(watch, calls, seconds, most=40):
+        timed.append((len(calls), seconds, most))
+        return [[1e3 * (n + 1)] * 5 for n in range(len(calls))]
+    asked, timed = [], []
+    for where, name, value in ((density, "N", 96), (density, "BLOCK", 8), (density, "RAGGED", 75), (density.tasks, "Task", OnCpu), (density.timing, "Stopwatch", Clock), (density.timing, "finals", finals),
+                               (density.torch.cuda, "get_device_name", lambda device: "a GPU")):
+        monkeypatch.setattr(where, name, value)
+    words = ["--quick"] * quick + (["--backend", backend, "--direction", direction] if backend else [])
+    assert density.main([*words, "--out", str(tmp_path / "out")]) == 1  # no line goes through such times
+    pairs = [(d, b) for d in ("forward", "backward") for b in ("cupy", "triton") if backend is None or (d, b) == (direction, backend)]
+    kernels = dict(forward="block_attention", backward="block_attention_backward")
+    assert list(dict.fromkeys(asked)) == [(kernels[d], b) for d, b in pairs] and timed == [(10, 0.5 if quick else 3.0, 40)] * len(pairs)
+    found = json.loads((tmp_path / "out/density.json").read_text())["results"]
+    assert list(found) == [f"{d} {b}" for d, b in pairs] and all(x["wrong"] == {} and len(x["times"]) == 10 and x["missed"] for x in found.values())
+    assert (tmp_path / "out/density.png").stat().st_size > 1000
