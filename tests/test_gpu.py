@@ -485,6 +485,22 @@ def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turne
 
 
 @both
+@pytest.mark.parametrize("T, mode", [(64, "absorbed"), (128, "absorbed"), (192, "decompressed")])
+def test_auto_over_latents_in_pages_is_the_mode_named(backend, T, mode, rng):
+    """512 tokens: a step that graphs record, and both sides of the cheaper mode (tests/test_deepseek_cache.py counts it)."""
+    make = Make(rng)
+    cache = st.PagedLatent.empty(make.normal(1)(), sequences=2, pages=20, page_size=64)
+    cache.append(make.normal(2, 512, 512)(), make.normal(2, 512, 64)())
+    given = make.normal(2, 4, T, 128)(), make.normal(2, 4, T, 64)(), cache, None, make.normal(4, 512, 128)(), make.normal(4, 512, 128)(), st.Causal()
+    with through(dict(absorbed=f"{backend}.grouped_matmul.run", decompressed=f"{backend}.latent_decompress.run")[mode]):
+        dispatch.clear_plans()
+        got = st.latent_attention(*given, backend=backend)
+    assert_same_bits(mode, got, st.latent_attention(*given, mode=mode, backend=backend))
+    other = dict(absorbed="decompressed", decompressed="absorbed")[mode]
+    assert not torch.equal(got, st.latent_attention(*given, mode=other, backend=backend))
+
+
+@both
 @pytest.mark.parametrize("Hq, D, Dv, granularity, K", [(32, 128, 128, 64, 12), (40, 64, 128, 32, 20), (6, 128, 64, 128, 5), (66, 96, 40, 16, 40)])
 def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
     """Native Sparse Attention's shapes: long unions, repeats, entries of every garbage, queries without keys, a length inside a block, NaN behind it."""
