@@ -293,6 +293,35 @@ def test_rows_of_latents_that_are_measured_in_workers():
     assert latent.table_rows(Namespace(quick=True, only=["32k"])) == [name for name in names if "32k" in name or name in ("latent decode h 128", "latent decode h 16")]
 
 
+@pytest.mark.parametrize("asked, how", [(True, "graph"), (True, "events: RuntimeError: no graph may hold this"), (False, None)])
+def test_graphs_are_timed_where_they_are_asked_for(asked, how, monkeypatch, capsys):
+    """All calls of a row or none: the graphs if each could be recorded, else the calls, and why; from the command line to the worker and in bench.latent's own rows."""
+    torch = pytest.importorskip("torch")
+    from argparse import Namespace
+
+    from sparsetile.autotune import graphs
+    from sparsetile.bench import gpu_worker, latent
+    orders, timed, calls = [], [], {"triton": lambda: None, "cupy": lambda: None}
+    monkeypatch.setattr(gpu_table, "supervise", lambda order, *rest: orders.append(order))
+    gpu_table.main(["--only", "merge", *["--graphs"] * asked])
+    assert orders[0]["rows"] == ["merge 32k"] and orders[0]["graph"] == asked
+
+    class Watch:
+        def __init__(self, *about, **more):
+            self.centre = min
+    graphs_of = lambda given, device: (["a graph"] * len(given) if how == "graph" else None, how)  # noqa: E731
+    for where, name, value in ((graphs, "record", graphs_of), (latent.timing, "finals", lambda watch, given, *rest: timed.append(given) or [[3.0] * 5 for _ in given]), (latent.timing, "Stopwatch", Watch),
+                               (gpu_worker, "clock_mhz", lambda: None), (gpu_worker.tasks, "Task", lambda w, device: Namespace(workload=w, inputs=())), (gpu_worker.spot, "Judge", lambda task: None),
+                               (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, compiled: [Namespace(name=name) for name in calls]),
+                               (gpu_worker, "ready", lambda who, judge, row: (calls[who.name], {}, 3.0)), (gpu_worker, "moved", lambda task: 6000), (torch.cuda, "synchronize", lambda: None)):
+        monkeypatch.setattr(where, name, value)
+    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), 0.1, False, set(), orders[0]["graph"])
+    found = gpu_table.Measured(None)
+    assert latent.here(torch, "cuda", Namespace(graphs=asked, seconds=0.1, quick=True), found, [("a row", lambda: [("a row", 1, 6000, calls)])], time.monotonic() + 60) == 0
+    said = [event for event in map(json.loads, (line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))) if "time_us" in event]
+    assert len(said) == 4 and {event.get("timed") for event in said} == {how} and timed == [["a graph"] * 2 if how == "graph" else list(calls.values())] * 2
+
+
 def test_peers_that_are_not_installed_are_said():
     pytest.importorskip("torch")
     from sparsetile.bench import latent
