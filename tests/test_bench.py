@@ -329,6 +329,19 @@ def test_peers_that_are_not_installed_are_said():
 
 
 # ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
+def test_a_step_over_rows_of_bytes_is_checked_and_timed(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import gather
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gather.main(["--bytes"])
+    line = capsys.readouterr().out
+    assert line.startswith("     4 heads, 2 x 150, 40 keys: reference ") and line.endswith(" ms (calls)\n") and float(line.split("reference ")[1].split()[0]) > 0
+    right = gather.sparse_attention
+    monkeypatch.setattr(gather, "sparse_attention", lambda q, cache, v, chosen, **how: right(q, cache, v, gather.Selection(chosen.indices // 2), **how))
+    with pytest.raises(AssertionError, match="sequence 0"):
+        gather.main(["--bytes"])
+
+
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")
     from sparsetile.bench import dsa
