@@ -168,21 +168,21 @@ def takes_hopper(q, k, v, dout, config, scale, softcap, out_kind) -> bool:
     return config["path"] != "portable" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
-def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int, int]:
+def sections(lists, section: int, key_tiles: int, group: int, sums: int) -> tuple[int, int, int]:
     """(query tiles of a section, sections of a split key block, key blocks of a list that may be split): 0 of them where none is, or where lists of one group of heads differ.
-    Their parts take at most as much scratch as dQ's sum; sections are longer where a static layout splits so many key blocks that they would not fit."""
+    Their parts take at most as much scratch as dQ's sum, beside two of them a tenth: all is to stay under 2.2 times dQ; sections are longer where a static layout splits so many key blocks that they would not fit."""
     if not section or not lists.nq or (group > 1 and lists.list_of.shape[1] > 1):
         return 1, 0, 0
-    known = lists.extras.get("by_key_offsets")
+    known, room = lists.extras.get("by_key_offsets"), key_tiles // (2 if sums == 1 else 20)
     if known is None:
         splits = lists.nk
     elif (splits := lists.extras.get("cupy.splits")) is None:  # as is_long of the kernel, of any number of keys
         count = (known[2::2] - known[:-2:2]).astype("int64").reshape(-1, lists.nk)
         splits = lists.extras["cupy.splits"] = int(((count > 16) & (count * lists.nk > 4 * count.sum(axis=1, keepdims=True))).sum(axis=1).max(initial=0))
-    while known is not None and splits * ceil_div(lists.nq, section) > key_tiles // 2 and section < lists.nq:
+    while known is not None and splits * ceil_div(lists.nq, section) > room and section < lists.nq:
         section *= 2
     each = ceil_div(lists.nq, section)
-    splits = min(splits, key_tiles // 2 // each)
+    splits = min(splits, room // each)
     return (section, each, splits) if splits else (1, 0, 0)
 
 
@@ -210,7 +210,7 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     halves, key_tiles, n = 2 * B * Hq * tiles, ceil_div(S, 128), config["sums"]
     rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((n * halves, 64, d["WIDTH"]), "float32"), place.empty((n * halves + 1,), "int32")
     columns = lists.by_key_offsets.shape[0] // 2  # key blocks of all lists
-    section, each, splits = sections(lists, config["section"], key_tiles, Hq // Hk)
+    section, each, splits = sections(lists, config["section"], key_tiles, Hq // Hk, n)
     count, places = columns // max(lists.nk, 1), key_tiles + each * splits
     walk, sequence, parts = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((count, places, 2), "int32"), place.empty((B * Hk * splits * each, 128 * (d["WIDTH"] + d["VALUES"])), "float32")
     before, blocks = place.empty((count, lists.nk + 1), "int32"), place.empty((count, splits), "int32")

@@ -165,6 +165,7 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):
             adds, rounds = 3 if i else 0, int(i == len(parts) - 1)
+            sums_of_keys = None
             sums_of_keys = place.empty((n_heads * part.cut * part.sections, 128, width + d["VALUES"]), "float32") if part.cut else None
             launch(part, "backward", lambda heads, blocks, part=part: min(heads * (blocks + part.cut * (part.sections - 1)), sms), 384, first_bytes, n, adds, rounds)
             if part.cut:
