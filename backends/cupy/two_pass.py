@@ -51,21 +51,9 @@ def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int) -
     return 1, blocks, min(most, lists.nq * blocks)
 
 
-def far_longer(lists, name: str, lines: int, taken: int | None = None) -> tuple[int, int]:
-    """Of the lists by row or by key, how many of the first `taken` lines (all, unless said: a layout may be longer than the keys) are far longer than the rest, at most in a list, and how long
-    the longest is; 0 where the host does not know."""
-    offsets, key = lists.extras.get(name), f"cupy.far.{name}.{taken}"
-    if offsets is None or not lines:
-        return 0, 0
-    if key not in lists.extras:
-        length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lines)[:, :taken]
-        lists.extras[key] = int((length > 4 * length.mean()).sum(axis=1).max()), int(length.max())
-    return lists.extras[key]
-
-
 def sections_of(lists, heads: int, group: int, key_tiles: int, most: int, place) -> tuple[int, int]:
     """(key blocks of a head that come in sections, sections of each): else a piece lasts as long as the longest of them (BigBird at 32k, four heads to a key head: 1024 query tiles beside the 170 of a multiprocessor)."""
-    count, longest = far_longer(lists, "by_key_offsets", lists.nk, key_tiles)
+    count, longest = lists.far_longer("by_key_offsets", key_tiles)
     sections = min(lists.nq, ceil_div(int(longest * place.sms / SHARE), max(heads * most, 1)))
     return (count, sections) if count and sections > 1 and (group == 1 or lists.list_of.shape[1] == 1) else (0, 1)
 
@@ -147,11 +135,11 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
         (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
         n_blocks = part.key_tiles if parted else n_blocks
         items = n_blocks + part.cut * (part.sections - 1)
-        ahead = min(far_longer(lists, "by_key_offsets", lists.nk, part.key_tiles)[0] * part.sections, items) if whole else 0
+        far = min(lists.far_longer("by_key_offsets", part.key_tiles)[0] * part.sections, items) if whole else 0
         nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
             grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps[:4], dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
-            *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
-            far_longer(lists, "offsets", lists.nq)[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
+            *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), far,
+            lists.far_longer("offsets")[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
             *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, 2 * B * Hq * part.tiles, part.intervals, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
 
     for part in parts:
