@@ -22,6 +22,7 @@ ROWS = {  # pattern, Hq, Hk, length, D, Dv
     "Longformer": (Window(256, 256) | Global(range(64)), 32, 32, 32768, 128, 128), "Longformer, groups": (Window(256, 256) | Global(range(64)), 32, 8, 32768, 128, 128),
     "BigBird": (presets.bigbird(128), 32, 32, 32768, 128, 128), "BigBird, groups": (presets.bigbird(128), 32, 8, 32768, 128, 128), "random": (RandomBlocks(26, 128, 1), 32, 32, 32768, 128, 128),
     "BigBird, D 64": (presets.bigbird(128), 16, 16, 16384, 64, 64),
+    "random, groups": (RandomBlocks(26, 128, 1), 32, 8, 32768, 128, 128), "random third, groups": (RandomBlocks(90, 128, 1), 32, 8, 32768, 128, 128),
     "random half": (RandomBlocks(128, 128, 1), 32, 32, 32768, 128, 128), "random most": (RandomBlocks(192, 128, 1), 32, 32, 32768, 128, 128),
     "D 64": (Causal(), 16, 16, 16384, 64, 64), "D 192": (Causal(), 16, 16, 16384, 192, 128),
     "strided": (Causal() & (Window(127) | Strided(128)), 32, 32, 32768, 128, 128), "strided, groups": (Causal() & (Window(127) | Strided(128)), 32, 8, 32768, 128, 128),
@@ -116,4 +117,6 @@ def test_one_head_of_half_the_blocks_is_a_piece(monkeypatch):
 
 
 def test_random_blocks_that_are_most_of_all_are_added_in_order(monkeypatch):
-    assert "order" in scratch("random most", monkeypatch)[1] and "queries" in scratch("random half", monkeypatch)[1]
+    """Or more than fit a piece of one key head: a third of them in groups of four heads ran at 147 TFLOP/s in two passes, at 417 so."""
+    for row, path in {"random most": "order", "random third, groups": "order", "random half": "queries", "random, groups": "queries"}.items():
+        assert path in scratch(row, monkeypatch)[1], row

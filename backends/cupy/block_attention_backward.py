@@ -112,20 +112,21 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 
 def waits(problem: Problem) -> bool:
-    """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random (fewer than half of them: see crowded)."""
+    """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random (unless crowded)."""
     return any({"global", "sinks", "random"} & set(word.split("+")) for word in problem.features) and not crowded(problem)
 
 
 def crowded(problem: Problem) -> bool:
-    """Random blocks that are more than half of all: dS of one head no longer fits two_pass's room, and key blocks meet nearly the same rows."""
-    return problem.density > 0.5 and "random" in problem.features
+    """Random blocks so many that dS of one key head does not fit two_pass's room: in pieces of few key blocks that path fills no chip, and where most blocks are there nobody waits long."""
+    blocks = problem.density * ceil_div(problem["T"], 128) * ceil_div(problem["S"], 128) * (problem["Hq"] // problem["Hk"])
+    return "random" in problem.features and blocks * two_pass.SLOPES > two_pass.room(problem["B"], problem["Hq"], problem["T"], problem["D"])
 
 
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296 on an H200; window 1024 433 / 375, window 4096 557 / 461 on an H100; sinks as globals, not measured.
     Of hopper on H100s, 8 heads / 8 and two sums / 2 and ascending: window 1024 419 / 429 (4 heads) / 432, documents 498 / 536 / 596, causal 8k 564 / 570 / 564, causal 32k 588 / 582 / 571 (1 head), causal 16k of D 64
     424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Random blocks on an H100, two_pass of 1 head / hopper of 2 heads / of 1 and freest: a third of them
-    539 / 477 / 409, three quarters 379 / 517 / 554, all 386 / 587 / 596 (dense 617). Layouts of several parts have two_pass only (strided 128 at heads
+    539 / 477 / 409, three quarters 379 / 517 / 554, all 386 / 587 / 596 (dense 617); groups of four heads: a third 147 / 354 / 417, three quarters 166 / 443 / 517, all 171 / 594 / 595. Layouts of several parts have two_pass only (strided 128 at heads
     2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
         kinds = {word for feature in problem.features for word in feature.split("+")}
