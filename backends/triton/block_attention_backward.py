@@ -328,7 +328,8 @@ def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
 
 def default_config(problem: Problem) -> dict:
     """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 413 / 434 (535),
-    window 1024 277 / 325 / 350 (442), documents 361 / 414 / 478 (602), random 10 % 317 / 454 / -, BigBird 300 / 442 / -, causal 16k of D 64 - / 381 / - (433), of D 192 222 / 427 / - (603).
+    window 1024 277 / 394 / 346 (441), documents 361 / 414 / 478 (602), random 10 % 317 / 465 / - (492), BigBird 300 / 451 / - (426), Longformer 190 / 316 / - (316),
+    causal 16k of D 64 - / 381 / - (433), of D 192 222 / 442 / - (550).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478."""
     if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
