@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, clear_word, key_range, make_memory, map_layout, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
-from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of, stretched
 from sparsetile.backends.triton.launch import POINTER, scales
 from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import finish
@@ -222,7 +222,7 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before
 
 
 def run(q, k, v, parts, *, place, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
-    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: ragged classes, lengths or positions known on the device only, more parts in one pass than PARTS."""
+    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes, more parts in one pass than PARTS."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     start = S - T if q_start is None else q_start
     if kv_length is not None or not isinstance(start, int) or not 1e-30 < scale < 1e38 or not all(map(can_map, (q, k, v))):
@@ -245,7 +245,9 @@ def launch(q, k, v, plan, number: int, out, lse, sums, place, scale: float, sink
     made = constants(D, DV, softcap is not None, plan.has_intervals, plan.has_bitmaps, mine.before, mine.masked, len(mine.keys), number > 0, last)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, rows = made["D0"], made["D1"], made["V0"], mine.rows
-    keys = [(Boxes(k, at, D0), Boxes(k, at, D1) if D1 else None, Boxes(v, at, V0)) for at in mine.keys] + [(None,) * 3] * (2 - len(mine.keys))
+    q = stretched(q, rows)
+    ends = [(stretched(k, at), stretched(v, at), at) for at in mine.keys]
+    keys = [(Boxes(x, at, D0), Boxes(x, at, D1) if D1 else None, Boxes(y, at, V0)) for x, y, at in ends] + [(None,) * 3] * (2 - len(ends))
     maps = (Boxes(q, rows, D0, 64), Boxes(q, rows, D1, 64) if D1 else None, *keys[0], *keys[1], Boxes(out, rows, V0, 64))
     heads, n, sms = B * Hq, mine.items.shape[0], max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), heads)
