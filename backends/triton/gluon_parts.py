@@ -109,7 +109,7 @@ def _plan(parts, T, S, start, place):
     if axis.ragged:  # the last pass's results leave by the engine
         return None
     intervals, bitmaps, moved = _tables(parts)
-    made = tuple(_pass([(parts[n], *keys[n], moved[n]) for n in members], *rows[members[0]], T, S, place) for members in passes.values())
+    made = tuple(_pass([(parts[n], *keys[n], moved[n]) for n in members], *rows[members[0]], S, place) for members in passes.values())
     return Plan(made, place.upload(intervals), place.upload(bitmaps), any(part.has_intervals for part in parts), any(part.has_bitmaps for part in parts))
 
 
@@ -147,8 +147,8 @@ def _tables(parts):
     return np.concatenate(intervals), np.concatenate(bitmaps), moved
 
 
-def _pass(members, rows: Axis, t, T, S, place) -> Pass:
-    made = [_entries(number, *member, rows, t, T, S) for number, member in enumerate(members)]
+def _pass(members, rows: Axis, t, S, place) -> Pass:
+    made = [_entries(number, *member, S) for number, member in enumerate(members)]
     items, entries, first = np.zeros((len(t), 6), np.int64), [], 0
     for tile in range(len(t)):
         mine = np.concatenate([found[offsets[tile]:offsets[tile + 1]] for offsets, found in made])
@@ -164,7 +164,7 @@ def _pass(members, rows: Axis, t, T, S, place) -> Pass:
     return Pass(rows, tuple(axis for _, axis, _, _ in members), words(items), words(entries), masked, before)
 
 
-def _entries(number, part, axis: Axis, firsts, moved, rows: Axis, t, T, S):
+def _entries(number, part, axis: Axis, firsts, moved, S):
     """(offsets by tile [nq + 1], entries [n, 9]) of a part."""
     host = part.extras
     offsets = host["offsets"][::2].astype(np.int64)
@@ -172,13 +172,10 @@ def _entries(number, part, axis: Axis, firsts, moved, rows: Axis, t, T, S):
     cols, kinds = host["cols"][:n].astype(np.int64), host["kinds"][:n].astype(np.int64)
     key = firsts[cols]
     left = (axis.positions(firsts) < S).sum(1)[cols]
-    tile = np.repeat(np.arange(len(t)), np.diff(offsets))
-    r = rows.positions(t)
-    begin, end = (r < 0).sum(1)[tile], (r < T).sum(1)[tile]
     seen = np.zeros((n, BLOCK // 32), np.int64)
     c, bit = np.arange(BLOCK), 1 << np.arange(32, dtype=np.int64)
-    for kind, a, b in {*zip(kinds.tolist(), begin.tolist(), end.tolist())}:
-        seen[(kinds == kind) & (begin == a) & (end == b)] = (_bits(host, kind) & ((c >= a) & (c < b))[:, None]).any(0).reshape(-1, 32) @ bit
+    for kind in {*kinds.tolist()}:
+        seen[kinds == kind] = _bits(host, kind).any(0).reshape(-1, 32) @ bit
     seen |= (c >= left[:, None]).reshape(n, -1, 32) @ bit  # zeros already
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
     return offsets, np.concatenate([np.stack([*axis.at(key), kinds, left, np.full(n, number)], 1), seen], 1)
