@@ -176,7 +176,7 @@ def _entries(number, part, axis: Axis, firsts, moved, S):
     c, bit = np.arange(BLOCK), 1 << np.arange(32, dtype=np.int64)
     for kind in {*kinds.tolist()}:
         seen[kinds == kind] = _bits(host, kind).any(0).reshape(-1, 32) @ bit
-    seen |= (c >= left[:, None]).reshape(n, -1, 32) @ bit  # zeros already
+    seen |= (c >= left[:, None]).reshape(n, BLOCK // 32, 32) @ bit  # zeros already
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
     return offsets, np.concatenate([np.stack([*axis.at(key), kinds, left, np.full(n, number)], 1), seen], 1)
 
