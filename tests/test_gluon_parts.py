@@ -28,10 +28,13 @@ CASES = [  # rule, T, S, passes, parts of the last one
 ]
 
 
+def known(rule, T, S):
+    """The parts with what the host knows of them."""
+    return [dataclasses.replace(part, extras={name: getattr(part, name) for name in NAMES if getattr(part, name) is not None}) for part in lower(rule, S - T, S, S, 128, 128)]
+
+
 def plan(rule, T, S):
-    parts = lower(rule, S - T, S, S, 128, 128)
-    known = [dataclasses.replace(part, extras={name: getattr(part, name) for name in NAMES if getattr(part, name) is not None}) for part in parts]
-    return gluon_parts.plan_of(known, T, S, S - T, PLACE)
+    return gluon_parts.plan_of(known(rule, T, S), T, S, S - T, PLACE)
 
 
 def boxed(axis, n):
@@ -91,6 +94,19 @@ def test_every_pair_once(rule, T, S, passes, parts):
     made = plan(rule, T, S)
     assert len(made.passes) == passes and len(made.passes[-1].keys) == parts
     assert (met_by(made, T, S) == rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S)).all()
+
+
+@pytest.mark.parametrize("rule, T, S, passes, parts", CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_every_pass_is_launched(rule, T, S, passes, parts, monkeypatch):
+    """With maps of arrays that end with whole steps, of keys inside wider rows too."""
+    torch, kernel = pytest.importorskip("torch"), pytest.importorskip("sparsetile.backends.triton.block_attention_parts_gluon")
+    launched, make = [], lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype))
+    place = SimpleNamespace(upload=torch.from_numpy, empty=make, zeros=make, sms=4)
+    monkeypatch.setattr(kernel.relaunch, "launch", lambda fn, grid, place, pointers, numbers, constants, kinds, maps: launched.append((constants, maps)))
+    q, k, v = (torch.zeros(1, 2, n, 72, dtype=torch.bfloat16)[..., :64] for n in (T, S, S))
+    assert kernel.run(q, k, v, known(rule, T, S), place=place, scale=1.0, q_start=S - T) is not None
+    assert [(made["AGAIN"], made["LAST"]) for made, _ in launched] == [(n > 0, n == passes - 1) for n in range(passes)] and launched[-1][0]["PARTS"] == parts
+    assert all((maps[-1] is not None) == made["LAST"] for made, maps in launched)
 
 
 @settings(max_examples=40, deadline=None)
