@@ -111,7 +111,8 @@ def here(torch, device, given, found, made, until) -> int:
                 at = clock()
                 for who, times in zip(calls, samples):
                     time_us = watch.centre(times)
-                    found.take(dict(row=row, who=who, time_us=round(time_us, 1), **timing.spread(times), tflops=round(flops / time_us / 1e6, 1), gbs=round(size / time_us / 1e3), clock_mhz=at, **({"timed": how} if how else {})))
+                    found.take(dict(row=row, who=who, time_us=round(time_us, 1), **timing.spread(times), tflops=round(flops / time_us / 1e6, 1), gbs=round(size / time_us / 1e3), clock_mhz=at,
+                                    **({"timed": how} if how else {})))
         except Exception as error:  # noqa: BLE001 (that row's: a wrong answer, no memory, no time)
             wrong += isinstance(error, AssertionError)
             found.take(dict(row=name, who="row", failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
