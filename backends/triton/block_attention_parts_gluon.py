@@ -1,7 +1,8 @@
-"""Block attention's forward over all parts of a layout, for Hopper in Gluon: the roles of block_attention_gluon.py, with tiles and key blocks that are residue classes or summaries as well.
+"""Block attention's forward over all parts of a layout, for Hopper in Gluon: the roles of block_attention_gluon.py, with tiles and key blocks that may be residue classes
+or summaries.
 
-One launch a pass (gluon_parts.py), whose items and entries were laid down on the host. A pass before the last leaves normalised sums and logsumexps in float32; the next one starts from
-them as if from one more key, so that parts are merged in a fixed order and rounded once. The sink stands in the last pass alone.
+One launch a pass (gluon_parts.py), whose items and entries were laid down on the host. A pass before the last leaves normalised sums and logsumexps in float32; the next
+one starts from them as if from one more key, so that parts are merged in a fixed order and rounded once. The sink stands in the last pass alone.
 """
 from functools import lru_cache
 
@@ -222,7 +223,8 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before
 
 
 def run(q, k, v, parts, *, place, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
-    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes, more parts in one pass than PARTS."""
+    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes, more parts
+    in one pass than PARTS."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     start = S - T if q_start is None else q_start
     if kv_length is not None or not isinstance(start, int) or not 1e-30 < scale < 1e38 or not all(map(can_map, (q, k, v))):
@@ -265,11 +267,13 @@ def artifacts(problem) -> list[dict]:
         options = {name: found.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         pointer = POINTER[kind]
         mapped = lambda run, rows, columns: f"tensordesc<{pointer[1:]}{box(Axis(BLOCK, run), columns, rows)},{map_layout(5)!r}>"  # noqa: E731
-        maps = dict(q0=mapped(runs[0], 64, found["D0"])) | ({"q1": mapped(runs[0], 64, found["D1"])} if found["D1"] else {}) | ({"out_map": mapped(runs[0], 64, found["V0"])} if last else {})
+        D0, D1, V0 = (found[name] for name in ("D0", "D1", "V0"))
+        maps = {"q0": mapped(runs[0], 64, D0)} | ({"q1": mapped(runs[0], 64, D1)} if D1 else {}) | ({"out_map": mapped(runs[0], 64, V0)} if last else {})
         for name, run in zip("ab", runs):
-            maps |= {f"k{name}0": mapped(run, BLOCK, found["D0"]), f"v{name}": mapped(run, BLOCK, found["V0"])} | ({f"k{name}1": mapped(run, BLOCK, found["D1"])} if found["D1"] else {})
+            maps |= {f"k{name}0": mapped(run, BLOCK, D0), f"v{name}": mapped(run, BLOCK, V0)} | ({f"k{name}1": mapped(run, BLOCK, D1)} if D1 else {})
         arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in ("lists", "entries", "intervals", "bitmaps", "ticket")}
         arrays |= ({"sums": "*fp32"} if again or not last else {}) | ({"sinks": "*fp32"} if has("sink") and last else {})
-        signature = maps | arrays | {name: "i32" for name in ("step", "heads", "Hq", "group", "T", "tiles", "section", "items")} | {name: "fp32" for name in ("scale", "inner", "outer")}
+        integers = ("step", "heads", "Hq", "group", "T", "tiles", "section", "items")
+        signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
         made.append(dict(fn=forward_parts_gluon, signature=signature, constexprs=found, options=options, div16=tuple(arrays)))
     return made

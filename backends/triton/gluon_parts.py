@@ -1,7 +1,7 @@
 """Parts of a layout as Hopper's copy engine reads them: what their items and entries are, laid down once on the host for a static layout.
 
-A residue class of a stride (every 128th position) and the summaries of Fixed (8 of each 128) are boxes of an array whose axis is seen as two, [B,H,x,y,D]; anything else is not.
-Parts whose tiles hold the same queries are one pass: their key blocks are entries of one item. A later pass starts from the sums of the one before.
+A residue class of a stride (every 128th position) and the summaries of Fixed (8 of each 128) are boxes of an array whose axis is seen as two, [B,H,x,y,D]; anything
+else is not. Parts whose tiles hold the same queries are one pass: their key blocks are entries of one item. A later pass starts from the sums of the one before.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ def _plan(parts, T, S, start, place):
 
 
 def axis_of(order, first: int, blocks: int, low: int, high: int):
-    """(Axis, first position of each block) of an order, or of contiguous blocks from `first` on; all positions from low to high - 1 that it goes over exist once. None: no boxes."""
+    """(Axis, first position of each block) of an order, or of contiguous blocks from `first` on, over positions from low to high - 1. None: its blocks are no boxes."""
     c = np.arange(BLOCK)
     grid = order.reshape(blocks, BLOCK).astype(np.int64) if order is not None else (first + np.arange(blocks, dtype=np.int64))[:, None] * BLOCK + c
     there = grid >= 0 if order is not None else (grid >= low) & (grid < high)
