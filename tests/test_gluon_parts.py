@@ -30,7 +30,8 @@ CASES = [  # rule, T, S, passes, parts of the last one
 
 def known(rule, T, S):
     """The parts with what the host knows of them."""
-    return [dataclasses.replace(part, extras={name: getattr(part, name) for name in NAMES if getattr(part, name) is not None}) for part in lower(rule, S - T, S, S, 128, 128)]
+    parts = lower(rule, S - T, S, S, 128, 128)
+    return [dataclasses.replace(part, extras={name: getattr(part, name) for name in NAMES if getattr(part, name) is not None}) for part in parts]
 
 
 def plan(rule, T, S):

@@ -223,8 +223,8 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before
 
 
 def run(q, k, v, parts, *, place, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
-    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes, more parts
-    in one pass than PARTS."""
+    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes,
+    more parts in one pass than PARTS."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     start = S - T if q_start is None else q_start
     if kv_length is not None or not isinstance(start, int) or not 1e-30 < scale < 1e38 or not all(map(can_map, (q, k, v))):
@@ -253,7 +253,8 @@ def launch(q, k, v, plan, number: int, out, lse, sums, place, scale: float, sink
     maps = (Boxes(q, rows, D0, 64), Boxes(q, rows, D1, 64) if D1 else None, *keys[0], *keys[1], Boxes(out, rows, V0, 64) if last else None)
     heads, n, sms = B * Hq, mine.items.shape[0], max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), heads)
-    pointers = (out, lse, sums, mine.items, mine.entries, plan.intervals, plan.bitmaps, sink_logits if last else None, place.zeros((1,), "int32") if heads * n > sms else None)
+    sinks, ticket = sink_logits if last else None, place.zeros((1,), "int32") if heads * n > sms else None
+    pointers = (out, lse, sums, mine.items, mine.entries, plan.intervals, plan.bitmaps, sinks, ticket)
     numbers = (rows.step if rows.run == 1 else 1, heads, Hq, Hq // Hk, T, n, section, heads * n, size, inner, outer)
     relaunch.launch(forward_parts_gluon, (min(heads * n, sms),), place, pointers, numbers, made, (q.dtype, tuple(at.run for at in mine.keys)), maps)
 
