@@ -427,10 +427,28 @@ def _plan(shapes, strides, lists_key, flags, config, softcap):
     return by_rows, by_columns, n, covers
 
 
+def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True):
+    """(dq, dk, dv) of a layout's parts, their sums made in float32 and rounded once, or None where that is not possible: then they are run apart and added."""
+    if config["path"] == "portable" or softcap is not None or max(q.shape[3], v.shape[3]) > 128 or not 1e-30 < scale < 1e38 or not q.numel() or not k.numel():
+        return None
+    from sparsetile.backends.triton import block_backward_parts
+    plan = block_backward_parts.plans(q, k, v, dout, parts, q_start, kv_length, place)
+    if plan is None:
+        return None
+    kind, shape, heads = str(q.dtype)[6:], q.shape, k.shape
+    dq, dk, dv = place.empty(tuple(shape), kind), place.empty(tuple(heads), kind), place.empty((*heads[:3], v.shape[3]), kind)
+    block_backward_parts.launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale)
+    return dq, dk, dv
+
+
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
     B, Hq, T, D = q.shape
     Hk, S, DV = k.shape[1], k.shape[2], v.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
+    if (lists.q_order is not None or lists.k_order is not None) and kind == str(q.dtype)[6:]:
+        found = run_parts(q, k, v, (lists,), lse, delta, dout, place=place, config=config, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        if found is not None:
+            return found
     if not B * Hq * T or not S or not lists.nq or not lists.nk:
         return place.zeros((B, Hq, T, D), kind), place.zeros((B, Hk, S, D), kind), place.zeros((B, Hk, S, DV), kind)
     dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys

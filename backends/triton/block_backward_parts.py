@@ -1,0 +1,152 @@
+"""Layouts of several parts (gluon_parts.py) in the backward, the host's side of block_backward_parts_gluon.py: path "gluon" of block_attention_backward.
+
+Part after part, in the order in which parts that run apart are added: dQ by tiles of queries (parts with the same tiles go together), then dK and dV by key blocks. Sums between parts are float32.
+"""
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from sparsetile.backends.triton import gluon_parts, relaunch
+from sparsetile.backends.triton.block_attention_gluon import map_layout
+from sparsetile.backends.triton.block_backward_parts_gluon import part_keys_gluon, part_queries_gluon
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box
+from sparsetile.backends.triton.launch import POINTER, power
+from sparsetile.backends.triton.maps import can_map
+
+KEY_STEP = 64  # keys of a step of `part_queries_gluon`: 64 leave room for the next item's queries
+LONG = 4  # so many times fewer key blocks than query tiles: the longest come first, of all heads
+
+
+@dataclass(frozen=True)
+class ByKey:
+    """A part by its key blocks. items [n, 6]: first key, first entry, 0, entries, (x, y) of the first box; entries [n, 4]: query of row 0, (x, y) of its tile, kind.
+    held [S]: which keys stand in the parts before it, None where all do. On the device."""
+    rows: Axis
+    keys: Axis
+    items: Any
+    entries: Any
+    held: Any
+    long: bool
+
+
+def by_key(parts, T: int, S: int, start: int, place) -> tuple | None:
+    """Of each part, in the order in which they are added; None where the last one lacks keys. Kept with the first part's lists."""
+    key, extras = ("triton.by_key", start, T, S), parts[0].extras
+    if key not in extras:
+        for old in [other for other in extras if isinstance(other, tuple) and other[0] == key[0]][gluon_parts.PLANS - 1:]:
+            del extras[old]
+        extras[key] = _by_key(parts, T, S, start, place)
+    return extras[key]
+
+
+def _by_key(parts, T, S, start, place):
+    made, seen, moved = [], np.zeros(S, bool), gluon_parts._tables(parts)[2]
+    for n in reversed(range(len(parts))):
+        part = parts[n]
+        rows, t = gluon_parts.axis_of(part.extras.get("q_order"), part.first, part.nq, start, start + T)
+        keys, firsts = gluon_parts.axis_of(part.extras.get("k_order"), 0, part.nk, 0, S)
+        held = None if not made or seen.all() else place.upload(seen.astype(np.int32))
+        items, entries = _lists_by_key(part, rows, t, keys, firsts, moved[n])
+        made.append(ByKey(rows, keys, _words(items, place), _words(entries, place), held, part.nk * LONG <= part.nq))
+        at = keys.positions(firsts)
+        seen = seen.copy()
+        seen[at[at < S]] = True
+        last = np.bincount(at[at < S], minlength=S)
+    return tuple(made) if last.all() else None
+
+
+def _words(x, place):
+    return place.upload(np.ascontiguousarray(x.astype(np.int32)))
+
+
+def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts, moved):
+    host = part.extras
+    offsets = host["offsets"][::2].astype(np.int64)
+    n = int(offsets[-1])
+    cols, kinds, tile = host["cols"][:n].astype(np.int64), host["kinds"][:n].astype(np.int64), np.repeat(np.arange(part.nq), np.diff(offsets))
+    kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
+    order = np.lexsort((tile, kinds >= 0, cols))  # full tiles before those with a mask
+    count = np.bincount(cols, minlength=part.nk)
+    items = np.stack([firsts, np.cumsum(count) - count, count * 0, count, *keys.at(firsts)], 1)
+    entries = np.stack([t[tile], *(x[tile] for x in rows.at(t)), kinds], 1)[order]
+    return items[np.argsort(-count, kind="stable")], np.concatenate([entries, np.zeros((1, 4), np.int64)])
+
+
+@lru_cache(1024)
+def constants(D: int, DV: int, runs: tuple, adds: bool, last: bool, intervals: bool, bitmaps: bool, key_step: int) -> tuple:
+    """Of `part_queries_gluon` (runs: of its parts' keys) and `part_keys_gluon` (of its own)."""
+    run = [0 if n in (1, BLOCK) else n for n in runs]
+    common = dict(D0=power(D, 64), V0=power(DV, 64), ADDS=adds, LAST=last, INTERVALS=intervals, BITMAPS=bitmaps)
+    return (relaunch.Constants(dict(D=D, RUN=run[0], RUN1=run[-1], KEY_STEP=key_step, **common), num_warps=4, enable_fp_fusion=False),
+            relaunch.Constants(dict(D=D, DV=DV, RUN=run[0], **common), num_warps=4, enable_fp_fusion=False))
+
+
+def plans(q, k, v, dout, parts, q_start, kv_length, place):
+    """(rows' plan, parts by key), or None where the parts are not as the copy engine can address them."""
+    T, S = q.shape[2], k.shape[2]
+    start = S - T if q_start is None and kv_length is None else q_start
+    if kv_length is not None or not isinstance(start, int) or not all(map(can_map, (q, k, v, dout))):
+        return None
+    rows = gluon_parts.plan_of(parts, T, S, start, place)
+    columns = rows and by_key(parts, T, S, start, place)
+    return (rows, columns) if columns else None
+
+
+def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
+    """Fills dq, dk and dv; plan: of `plans`."""
+    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
+    rows, columns = plan
+    tables = rows.intervals, rows.bitmaps
+    has = tuple(table.shape[0] > 0 for table in tables)
+    D0, V0, group, sms = power(D, 64), power(DV, 64), Hq // Hk, max(place.sms, 1)
+    wide = max(len(rows.passes) > 1 and B * Hq * T * D, len(columns) > 1 and B * Hk * S * (D + DV))
+    sums = place.empty((wide,), "float32") if wide else None
+    tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
+    for n, at in enumerate(rows.passes):
+        last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
+        made = constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, *has, KEY_STEP)[0]
+        step = made["KEY_STEP"]
+        second = (Boxes(k, at.keys[1], D0, step), Boxes(v, at.keys[1], V0, step)) if len(at.keys) > 1 else (None, None)
+        relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),
+                        (B * Hq, Hq, group, T, tiles, 0, B * Hq * tiles, at.rows.step if at.rows.run == 1 else 1, float(scale)), made, (q.dtype,),
+                        (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys[0], D0, step), Boxes(v, at.keys[0], V0, step), *second, Boxes(dq, at.rows, D0, 64)))
+    sums_k, sums_v = (sums[:B * Hk * S * D], sums[B * Hk * S * D:]) if len(columns) > 1 else (None, None)
+    for n, at in enumerate(columns):
+        last, tiles = n == len(columns) - 1, at.items.shape[0]
+        made, ticket = constants(D, DV, (at.keys.run,), n > 0, last, *has, KEY_STEP)[1], len(rows.passes) + n
+        relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (dk, dv, sums_k, sums_v, at.held, lse, delta, at.items, at.entries, *tables, tickets[ticket:ticket + 1]),
+                        (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step, at.keys.run, float(scale)), made, (q.dtype,),
+                        (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
+
+
+CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)  # of the Sparse Transformer's patterns
+
+
+def artifacts(problem) -> list[dict]:
+    """As for the strided and the fixed pattern of the Sparse Transformer."""
+    kind, D, DV = POINTER[problem.dtype("q")], problem["D"], problem["Dv"]
+    found = []
+
+    def mapped(axis, columns, positions=64):
+        return f"tensordesc<{kind[1:]}{box(axis, columns, positions)},{map_layout(5)!r}>"
+
+    def artifact(fn, made, maps, arrays, integers):
+        fixed = dict(made)
+        options = {name: fixed.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        signature = maps | {name: "*i32" for name in ("plan", "entries", "intervals", "bitmaps", "ticket")} | arrays | dict(lse="*fp32", delta="*fp32", scale="fp32") | {name: "i32" for name in integers}
+        return dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket"))
+    for rows, keys, adds, last in ((CLASS, (CLASS,), False, False), (PLAIN, (PLAIN,), True, True), (PLAIN, (SUMMARY, PLAIN), False, True)):
+        made = constants(D, DV, tuple(axis.run for axis in keys), adds, last, True, "bitmap" in problem.features, KEY_STEP)[0]
+        step, D0, V0 = made["KEY_STEP"], made["D0"], made["V0"]
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys[0], D0, step), v=mapped(keys[0], V0, step), dq_map=mapped(rows, D0))
+        maps |= dict(k1=mapped(keys[1], D0, step), v1=mapped(keys[1], V0, step)) if len(keys) > 1 else {}
+        found.append(artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32") if not last or adds else dict(dq=kind), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "step")))
+    for rows, keys, adds, last in ((CLASS, CLASS, False, False), (PLAIN, PLAIN, True, True), (PLAIN, SUMMARY, False, False)):
+        made = constants(D, DV, (keys.run,), adds, last, True, "bitmap" in problem.features, KEY_STEP)[1]
+        D0, V0 = made["D0"], made["V0"]
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0), dk_map=mapped(keys, D0), dv_map=mapped(keys, V0))
+        found.append(artifact(part_keys_gluon, made, maps, dict(dk=kind, dv=kind, k_sums="*fp32", v_sums="*fp32") | (dict(held="*i32") if adds else {}),
+                              ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run")))
+    return found

@@ -1,0 +1,454 @@
+"""Parts of a layout (gluon_parts.py), backward: dQ by tiles of 128 queries, dK and dV by blocks of 128 keys, as block_backward_queries_gluon.py and block_backward_keys_gluon.py, which say
+what the roles are. Tiles and key blocks are boxes of arrays whose axes are seen as two; a part's sums begin where those of the part before end, float32 and not scaled, and the last part's
+are rounded. Items of a layout of parts are short: queries, keys and sums of the next one come while this one's products run.
+"""
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range
+from sparsetile.backends.triton.block_backward_keys_gluon import STEP, seen_by
+from sparsetile.backends.triton.block_backward_queries_gluon import _unseen_out, known, probabilities
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
+
+
+@gluon.jit
+def open_part(number, plan, at, order, heads, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """An item as eight integers: head, what the plan knows of a tile or a key block (first position, first entry, entries that need no mask, entries, (x, y) of its first box), 0."""
+    head, place = drawn(number, order)
+    at = plan + 6 * place
+    return head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5), head * 0
+
+
+@gluon.jit
+def bring_box(boxes, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, RUN: gl.constexpr):
+    """Positions SIZE * n .. of the block whose first box is at (x, y). RUN: so many of them lie side by side; 0: they all have one x."""
+    if RUN:
+        tma.async_copy_global_to_shared(boxes, [b, h, x + n * (SIZE // RUN), y, 0], bar, to)
+    else:
+        tma.async_copy_global_to_shared(boxes, [b, h, x, y + n * SIZE, 0], bar, to)
+
+
+@gluon.jit
+def elements(line, position, positions, width: gl.constexpr, W0: gl.constexpr, L: gl.constexpr):
+    """(offsets, which exist) of rows at these positions of a head, which begins at row `line` of an array of rows of this width."""
+    c = gl.arange(0, W0, gl.SliceLayout(0, L))
+    there = gl.expand_dims((position >= 0) & (position < positions), 1)
+    if width < W0:
+        there = there & gl.expand_dims(c < width, 0)
+    return gl.expand_dims((line + position) * width, 1) + gl.expand_dims(c, 0), there
+
+
+@gluon.jit
+def begin(sums, line, position, positions, held, width: gl.constexpr, W0: gl.constexpr, ADDS: gl.constexpr, L: gl.constexpr):
+    """Sums of the parts before; held: which positions they have, None: all."""
+    acc = gl.zeros([64, W0], gl.float32, L)
+    if ADDS:
+        at, there = elements(line, position, positions, width, W0, L)
+        if held is not None:
+            there = there & (gl.expand_dims(gl.load(held + position, mask=(position >= 0) & (position < positions), other=0), 1) != 0)
+        acc = gl.load(sums + at, mask=there, other=0.0)
+    return acc
+
+
+@gluon.jit
+def bring_part_keys(maps, plan, Hq, group, D0: gl.constexpr, V0: gl.constexpr, KEY_STEP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr,
+                    queue, memory, q_bars, k_bars, v_bars):
+    """Queries and dout of an item, then keys and values, KEY_STEP at a time, of the part that each entry is of; keys of a masked block go by way of `clear_part`."""
+    q, dout, k, v, k1, v1 = maps
+    sq, sg, sk, sv = memory
+    q_full, q_free = q_bars
+    k_full, k_free, k_landed = k_bars
+    v_full, v_free = v_bars
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, count, x, y, _ = next_item(0, queue, 1)
+    while head >= 0:
+        b = head // Hq
+        h = head - b * Hq
+        hk = h // group
+        if count > 0:
+            u = j % BUFFERS
+            mbarrier.wait(q_free.index(u), ((j // BUFFERS) & 1) ^ 1)
+            mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + V0))
+            for w in gl.static_range(2):
+                bring_box(q, q_full.index(u), sq.index(2 * u + w), b, h, x, y, w, 64, 0)
+                bring_box(dout, q_full.index(u), sg.index(2 * u + w), b, h, x, y, w, 64, 0)
+            j += 1
+            for e in range(count):
+                at = plan + (first + e) * 9
+                kx = gl.load(at)
+                ky = gl.load(at + 1)
+                part = gl.load(at + 4)
+                for half in gl.static_range(KEYS // KEY_STEP):
+                    s = n % STAGES
+                    phase = ((n // STAGES) & 1) ^ 1
+                    mbarrier.wait(k_free.index(s), phase)
+                    mbarrier.wait(v_free.index(s), phase)
+                    mbarrier.expect(v_full.index(s), 2 * KEY_STEP * V0)
+                    if e < plain:
+                        mbarrier.expect(k_full.index(s), 2 * KEY_STEP * D0)
+                        if k1 is None:
+                            bring_box(k, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                        else:
+                            if part == 0:
+                                bring_box(k, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                            else:
+                                bring_box(k1, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
+                    else:
+                        mbarrier.expect(k_landed.index(s), 2 * KEY_STEP * D0)
+                        if k1 is None:
+                            bring_box(k, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                        else:
+                            if part == 0:
+                                bring_box(k, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                            else:
+                                bring_box(k1, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
+                    if k1 is None:
+                        bring_box(v, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                    else:
+                        if part == 0:
+                            bring_box(v, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
+                        else:
+                            bring_box(v1, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
+                    n += 1
+        turn += 1
+        head, t, first, plain, count, x, y, _ = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def clear_part(plan, KEY_STEP: gl.constexpr, STAGES: gl.constexpr, queue, sk, full, landed):
+    """Keys of a masked block that no query of the tile sees become zero when they have landed: 0 * NaN."""
+    n = 0
+    turns = 0
+    turn = 0
+    head, t, first, plain, count, x, y, _ = next_item(0, queue, 1)
+    while head >= 0:
+        for e in range(plain, count):
+            at = plan + (first + e) * 9 + 5
+            for half in gl.static_range(KEYS // KEY_STEP):
+                s = ((n + e) * (KEYS // KEY_STEP) + half) % STAGES
+                w0 = gl.load(at + half * (KEY_STEP // 32)).to(gl.uint32, bitcast=True)
+                w1 = gl.load(at + half * (KEY_STEP // 32) + 1).to(gl.uint32, bitcast=True)
+                all_seen = (w0 & w1) == 0xFFFFFFFF
+                if KEY_STEP == 128:
+                    w2 = gl.load(at + 2).to(gl.uint32, bitcast=True)
+                    w3 = gl.load(at + 3).to(gl.uint32, bitcast=True)
+                    all_seen = (w0 & w1 & w2 & w3) == 0xFFFFFFFF
+                mbarrier.wait(landed.index(s), (turns >> s) & 1)
+                turns ^= 1 << s
+                if not all_seen:
+                    clear_word(w0, 0, sk.index(s))
+                    clear_word(w1, 1, sk.index(s))
+                    if KEY_STEP == 128:
+                        clear_word(w2, 2, sk.index(s))
+                        clear_word(w3, 3, sk.index(s))
+                    fence_async_shared()
+                mbarrier.arrive(full.index(s))
+        n += count
+        turn += 1
+        head, t, first, plain, count, x, y, _ = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, plan, tables, Hq, T, step, scale, D: gl.constexpr, D0: gl.constexpr, KEY_STEP: gl.constexpr, STAGES: gl.constexpr,
+                          BUFFERS: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+    """A group of warps with rows 64 W .. of each tile, `step` apart."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEY_STEP, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    sq, sg, sk, sv = memory
+    q_full, q_free = q_bars
+    k_full, k_free = k_bars
+    v_full, v_free = v_bars
+    kind_of = sv.dtype
+    zero = gl.zeros([64, KEY_STEP], gl.float32, L)
+    r = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, L))
+    ro = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
+    n = 0
+    j = 0
+    turn = 0
+    head, t, first, plain, count, x, y, _ = next_item(0, queue, 4)
+    while head >= 0:
+        line = head.to(gl.int64) * T
+        acc = begin(sums, line, t + ro * step, T, None, D, D0, ADDS, O)
+        u = j % BUFFERS
+        if count > 0:
+            at = t + r * step
+            logs, shift = known(lse + line, delta + line, at, (at >= 0) & (at < T))
+            mbarrier.wait(q_full.index(u), (j // BUFFERS) & 1)
+            for e in range(count):
+                for half in gl.static_range(KEYS // KEY_STEP):
+                    s = n % STAGES
+                    phase = (n // STAGES) & 1
+                    mbarrier.wait(k_full.index(s), phase)
+                    st = warpgroup_mma(sq.index(2 * u + W), sk.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(s), phase)
+                    gt = warpgroup_mma(sg.index(2 * u + W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    raw = warpgroup_mma_wait(1, deps=(st, ))
+                    p = probabilities(raw, gl.expand_dims(logs, 1), scale)
+                    grad = warpgroup_mma_wait(0, deps=(gt, ))
+                    mbarrier.arrive(v_free.index(s))
+                    ds = p * (grad - gl.expand_dims(shift, 1))
+                    if INTERVALS or BITMAPS:
+                        if e >= plain:
+                            kind = gl.load(plan + (first + e) * 9 + 2)
+                            lo, hi = key_range(kind, r, tables, INTERVALS)
+                            hi = gl.minimum(hi, gl.load(plan + (first + e) * 9 + 3))
+                            ds = _unseen_out(ds, kind, lo, hi, r, half * KEY_STEP // 32, tables, BITMAPS, L)
+                    ds = ds.to(kind_of)
+                    acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc, ))
+                    mbarrier.arrive(k_free.index(s))
+                    n += 1
+        b = head // Hq
+        position = t + ro * step
+        if LAST:
+            out = (acc * scale).to(kind_of)
+            if (count == 0) | (t < 0):
+                at, there = elements(line, position, T, D, D0, O)
+                gl.store(dq + at, out, mask=there)
+            else:
+                sq.index(2 * u + W).store(out)
+                fence_async_shared()
+                tma.async_copy_shared_to_global(dq_map, [b, head - b * Hq, x, y + 64 * W, 0], sq.index(2 * u + W))
+                tma.store_wait(0)
+        if count > 0:
+            mbarrier.arrive(q_free.index(u))
+            j += 1
+        if not LAST:
+            at, there = elements(line, position, T, D, D0, O)
+            gl.store(sums + at, acc, mask=there)
+        turn += 1
+        head, t, first, plain, count, x, y, _ = next_item(turn, queue, 4)
+
+
+@gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "step"])
+def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, step, scale,
+                       D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
+                       INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None. Tiles `ahead` come before all others, of all heads."""
+    BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
+    STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sq = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D0], tile)
+    sg = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, V0], tile)
+    sk = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, D0], tile)
+    sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, V0], tile)
+    queue = make_queue(4)  # loading, clearing, two groups
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    for u in gl.static_range(BUFFERS):
+        mbarrier.init(q_full.index(u), count=1)
+        mbarrier.init(q_free.index(u), count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_free.index(s), count=2)
+        mbarrier.init(k_landed.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_free.index(s), count=2)
+    fence_async_shared()
+    memory = (sq, sg, sk, sv)
+    q_bars = (q_full, q_free)
+    v_bars = (v_full, v_free)
+    tables = (intervals, bitmaps)
+    gl.warp_specialize([
+        (multiply_part_queries, (0, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, step, scale, D, D0, KEY_STEP, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+                                 (k_full, k_free), v_bars)),
+        (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, step, scale, D, D0, KEY_STEP, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+                                 (k_full, k_free), v_bars)),
+        (bring_part_keys, ((q, dout, k, v, k1, v1), entries, Hq, group, D0, V0, KEY_STEP, STAGES, BUFFERS, RUN, RUN1, queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
+        (take, (gl.constexpr(open_part), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hq, T, T, False, False, queue, False)),
+        (clear_part, (entries, KEY_STEP, STAGES, queue, sk, k_full, k_landed)),
+    ], [4, 1, 1, 1], [232, 40, 40, 40])
+
+
+# ---------------------------------------------------------------------------------------------------------------- by key blocks
+@gluon.jit
+def bring_part_queries(maps, lse, delta, entries, Hk, group, T, step, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+    """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
+    q, dout, k, v = maps
+    sq, sg, sk, sv = memory
+    sl, sd = rows
+    k_full, k_free = k_bars
+    q_full, q_free = q_bars
+    n = 0
+    j = 0
+    turn = 0
+    head, key, first, full, count, x, y, _ = next_item(0, queue, 1)
+    while head >= 0:
+        b = head // Hk
+        hk = head - b * Hk
+        if count > 0:
+            u = j % 2
+            mbarrier.wait(k_free.index(u), ((j // 2) & 1) ^ 1)
+            mbarrier.expect(k_full.index(u), 2 * KEYS * (D0 + V0))
+            for w in gl.static_range(2):
+                bring_box(k, k_full.index(u), sk.index(2 * u + w), b, hk, x, y, w, 64, RUN)
+                bring_box(v, k_full.index(u), sv.index(2 * u + w), b, hk, x, y, w, 64, RUN)
+            j += 1
+            for m in range(group):
+                line = (head * group + m).to(gl.int64) * T
+                for e in range(count):
+                    entry = entries + (first + e) * 4
+                    t = gl.load(entry)
+                    qx = gl.load(entry + 1)
+                    qy = gl.load(entry + 2)
+                    for half in gl.static_range(2):
+                        s = n % STAGES
+                        at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * step
+                        logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
+                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
+                        bring_box(q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        bring_box(dout, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        sl.index(s).store(logs)
+                        sd.index(s).store(-less)
+                        mbarrier.arrive(q_full.index(s))
+                        n += 1
+        turn += 1
+        head, key, first, full, count, x, y, _ = next_item(turn, queue, 1)
+
+
+@gluon.jit
+def leave_part(acc, out, out_map, sums, through, line, position, S, b, hk, x, y, there_is, W: gl.constexpr, RUN: gl.constexpr, WIDTH: gl.constexpr, LAST: gl.constexpr, L: gl.constexpr):
+    """64 rows of a gradient: sums for the part after, or the answer, through shared memory where `there_is` such."""
+    if LAST:
+        z = acc.to(through.dtype)
+        if there_is:
+            through.store(z)
+            fence_async_shared()
+            if RUN:
+                tma.async_copy_shared_to_global(out_map, [b, hk, x + W * (64 // RUN), y, 0], through)
+            else:
+                tma.async_copy_shared_to_global(out_map, [b, hk, x, y + 64 * W, 0], through)
+        else:
+            at, there = elements(line, position, S, WIDTH, acc.shape[1], L)
+            gl.store(out + at, z, mask=there)
+    else:
+        at, there = elements(line, position, S, WIDTH, acc.shape[1], L)
+        gl.store(sums + at, acc, mask=there)
+
+
+@gluon.jit
+def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D: gl.constexpr, DV: gl.constexpr,
+                       D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+                       queue, memory, rows, k_bars, q_bars):
+    """A group of warps with keys 64 W .. of each block. Rows are keys, columns queries."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    OK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    OV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
+    C: gl.constexpr = gl.SliceLayout(0, L)
+    sq, sg, sk, sv = memory
+    sl, sd = rows
+    k_full, k_free = k_bars
+    q_full, q_free = q_bars
+    kind_of = sv.dtype
+    zero = gl.zeros([64, STEP], gl.float32, L)
+    r = gl.arange(0, STEP, C)
+    ck = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OK))
+    cv = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OV))
+    n = 0
+    j = 0
+    turn = 0
+    head, key, first, full, count, x, y, _ = next_item(0, queue, 4)
+    while head >= 0:
+        line = head.to(gl.int64) * S
+        at_k = key + ck // key_run * key_step + ck % key_run
+        at_v = key + cv // key_run * key_step + cv % key_run
+        acc_k = begin(k_sums, line, at_k, S, held, D, D0, ADDS, OK)
+        acc_v = begin(v_sums, line, at_v, S, held, DV, V0, ADDS, OV)
+        u = j % 2
+        if count > 0:
+            mbarrier.wait(k_full.index(u), (j // 2) & 1)
+            if LAST:
+                if j > 0:  # the item before: its gradients have left shared memory by now, or soon
+                    tma.store_wait(0)
+                    mbarrier.arrive(k_free.index(1 - u))
+            for m in range(group):
+                for e in range(count):
+                    kind = gl.load(entries + (first + e) * 4 + 3)
+                    t0 = gl.load(entries + (first + e) * 4)
+                    for half in gl.static_range(2):
+                        s = n % STAGES
+                        mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
+                        less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                        gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
+                        st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        logs = sl.index(s).load(C)
+                        raw, grad = warpgroup_mma_wait(0, deps=(st, gt))
+                        p = probabilities(raw, gl.expand_dims(logs, 0), scale)
+                        ds = p * grad
+                        if kind >= 0:
+                            t = t0 + (STEP * half + r) * step
+                            seen = seen_by(W, kind, r + STEP * half, (t >= 0) & (t < T), KEYS, tables, INTERVALS, BITMAPS, L)
+                            p = gl.where(seen, p, 0.0)
+                            ds = gl.where(seen, ds, 0.0)
+                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                        ds = ds.to(kind_of)
+                        kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
+                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                        mbarrier.arrive(q_free.index(s))
+                        n += 1
+        b = head // Hk
+        if LAST:
+            acc_k = acc_k * scale
+        else:
+            if count > 0:
+                mbarrier.arrive(k_free.index(u))
+        leave_part(acc_k, dk, dk_map, k_sums, sk.index(2 * u + W), line, at_k, S, b, head - b * Hk, x, y, count > 0, W, RUN, D, LAST, OK)
+        leave_part(acc_v, dv, dv_map, v_sums, sv.index(2 * u + W), line, at_v, S, b, head - b * Hk, x, y, count > 0, W, RUN, DV, LAST, OV)
+        if count > 0:
+            j += 1
+        turn += 1
+        head, key, first, full, count, x, y, _ = next_item(turn, queue, 4)
+    if LAST:
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run"])
+def part_keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, k_sums, v_sums, held, lse, delta, plan, entries, intervals, bitmaps, ticket,
+                    heads, Hk, group, T, S, tiles, ahead, items, step, key_step, key_run, scale,
+                    D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+    """q .. dv_map: tensor maps, 64 rows each. held [S]: which keys stand in the parts before, None: all."""
+    STAGES: gl.constexpr = 3
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sk = gl.allocate_shared_memory(v.dtype, [4, 64, D0], tile)  # two items'
+    sv = gl.allocate_shared_memory(v.dtype, [4, 64, V0], tile)
+    sq = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D0], tile)
+    sg = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, V0], tile)
+    sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
+    sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
+    queue = make_queue(3)  # loading, two groups
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    for u in gl.static_range(2):
+        mbarrier.init(k_full.index(u), count=1)
+        mbarrier.init(k_free.index(u), count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(s), count=2)
+        mbarrier.init(q_free.index(s), count=2)
+    fence_async_shared()
+    memory = (sq, sg, sk, sv)
+    rows = (sl, sd)
+    k_bars = (k_full, k_free)
+    q_bars = (q_full, q_free)
+    tables = (intervals, bitmaps)
+    gl.warp_specialize([
+        (multiply_part_keys, (0, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
+                              INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (multiply_part_keys, (1, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
+                              INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (bring_part_queries, ((q, dout, k, v), lse, delta, entries, Hk, group, T, step, D0, V0, STAGES, RUN, queue, memory, rows, k_bars, q_bars)),
+        (take, (gl.constexpr(open_part), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hk, T, S, False, False, queue, False)),
+    ], [4, 1, 1], [240, 24, 24])
