@@ -5,7 +5,7 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
 
-Two paths are for sm_90a (block_attention_backward_gluon.py). Calls that they do not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
+Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
 a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 from functools import lru_cache
@@ -486,7 +486,12 @@ def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
     if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
-        return block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
+        found = block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
+        words = {word for feature in problem.features for word in feature.split("+")}
+        if words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
+            from sparsetile.backends.triton import block_backward_parts
+            found += block_backward_parts.artifacts(problem, "strided" in words)
+        return found
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
     common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))

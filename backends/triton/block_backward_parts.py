@@ -121,32 +121,33 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
                         (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
 
 
-CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)  # of the Sparse Transformer's patterns
+CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
 
 
-def artifacts(problem) -> list[dict]:
-    """As for the strided and the fixed pattern of the Sparse Transformer."""
-    kind, D, DV = POINTER[problem.dtype("q")], problem["D"], problem["Dv"]
-    found = []
+def artifacts(problem, strided: bool) -> list[dict]:
+    """Of the Sparse Transformer's patterns: the strided one's class and window, or the fixed one's summaries and own blocks."""
+    kind, D, DV, bitmaps = POINTER[problem.dtype("q")], problem["D"], problem["Dv"], "bitmap" in problem.features
+    words, found = {name: "*i32" for name in ("plan", "entries", "intervals", "bitmaps", "ticket")} | dict(lse="*fp32", delta="*fp32", scale="fp32"), []
 
     def mapped(axis, columns, positions=64):
         return f"tensordesc<{kind[1:]}{box(axis, columns, positions)},{map_layout(5)!r}>"
 
     def artifact(fn, made, maps, arrays, integers):
-        fixed = dict(made)
+        fixed, signature = dict(made), maps | words | arrays | {name: "i32" for name in integers}
         options = {name: fixed.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-        signature = maps | {name: "*i32" for name in ("plan", "entries", "intervals", "bitmaps", "ticket")} | arrays | dict(lse="*fp32", delta="*fp32", scale="fp32") | {name: "i32" for name in integers}
-        return dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket"))
-    for rows, keys, adds, last in ((CLASS, (CLASS,), False, False), (PLAIN, (PLAIN,), True, True), (PLAIN, (SUMMARY, PLAIN), False, True)):
-        made = constants(D, DV, tuple(axis.run for axis in keys), adds, last, True, "bitmap" in problem.features, KEY_STEP)[0]
-        step, D0, V0 = made["KEY_STEP"], made["D0"], made["V0"]
-        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys[0], D0, step), v=mapped(keys[0], V0, step), dq_map=mapped(rows, D0))
-        maps |= dict(k1=mapped(keys[1], D0, step), v1=mapped(keys[1], V0, step)) if len(keys) > 1 else {}
-        found.append(artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32") if not last or adds else dict(dq=kind), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "step")))
-    for rows, keys, adds, last in ((CLASS, CLASS, False, False), (PLAIN, PLAIN, True, True), (PLAIN, SUMMARY, False, False)):
-        made = constants(D, DV, (keys.run,), adds, last, True, "bitmap" in problem.features, KEY_STEP)[1]
+        found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket")))
+    first, last = (False, False), (True, True)  # adds, last
+    for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
+        made = constants(D, DV, tuple(axis.run for axis in keys), *how, True, bitmaps, KEY_STEP)[0]
+        D0, V0 = made["D0"], made["V0"]
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), dq_map=mapped(rows, D0))
+        for name, axis in zip(("", "1"), keys):
+            maps |= {"k" + name: mapped(axis, D0, KEY_STEP), "v" + name: mapped(axis, V0, KEY_STEP)}
+        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "step"))
+    for rows, keys, how in ((CLASS if strided else PLAIN, CLASS if strided else SUMMARY, first), (PLAIN, PLAIN, last)):
+        made = constants(D, DV, (keys.run,), *how, True, bitmaps, KEY_STEP)[1]
         D0, V0 = made["D0"], made["V0"]
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0), dk_map=mapped(keys, D0), dv_map=mapped(keys, V0))
-        found.append(artifact(part_keys_gluon, made, maps, dict(dk=kind, dv=kind, k_sums="*fp32", v_sums="*fp32") | (dict(held="*i32") if adds else {}),
-                              ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run")))
+        artifact(part_keys_gluon, made, maps, dict(dk=kind, dv=kind, k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
+                 ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run"))
     return found
