@@ -63,6 +63,8 @@ class Plan:
     passes: tuple
     intervals: Any
     bitmaps: Any
+    has_intervals: bool
+    has_bitmaps: bool
 
 
 def plan_of(parts, T: int, S: int, start: int, place) -> Plan | None:
@@ -94,7 +96,7 @@ def _plan(parts, T, S, start, place):
             return None
     intervals, bitmaps, moved = _tables(parts)
     made = tuple(_pass([(parts[n], *keys[n], moved[n]) for n in members], *rows[members[0]], T, S, place) for members in passes.values())
-    return Plan(made, place.upload(intervals), place.upload(bitmaps))
+    return Plan(made, place.upload(intervals), place.upload(bitmaps), any(part.has_intervals for part in parts), any(part.has_bitmaps for part in parts))
 
 
 def axis_of(order, first: int, blocks: int, low: int, high: int):
