@@ -99,14 +99,13 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     rows, columns = plan
     tables = rows.intervals, rows.bitmaps
-    has = tuple(table.shape[0] > 0 for table in tables)
     D0, V0, group, sms = power(D, 64), power(DV, 64), Hq // Hk, max(place.sms, 1)
     wide = max(len(rows.passes) > 1 and B * Hq * T * D, len(columns) > 1 and B * Hk * S * (D + DV))
     sums = place.empty((wide,), "float32") if wide else None
     tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
     for n, at in enumerate(rows.passes):
         last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
-        made = constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, *has, KEY_STEP)[0]
+        made = constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, rows.has_intervals, rows.has_bitmaps, KEY_STEP)[0]
         step = made["KEY_STEP"]
         second = (Boxes(k, at.keys[1], D0, step), Boxes(v, at.keys[1], V0, step)) if len(at.keys) > 1 else (None, None)
         relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),
@@ -115,7 +114,7 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     sums_k, sums_v = (sums[:B * Hk * S * D], sums[B * Hk * S * D:]) if len(columns) > 1 else (None, None)
     for n, at in enumerate(columns):
         last, tiles = n == len(columns) - 1, at.items.shape[0]
-        made, ticket = constants(D, DV, (at.keys.run,), n > 0, last, *has, KEY_STEP)[1], len(rows.passes) + n
+        made, ticket = constants(D, DV, (at.keys.run,), n > 0, last, rows.has_intervals, rows.has_bitmaps, KEY_STEP)[1], len(rows.passes) + n
         relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (dk, dv, sums_k, sums_v, at.held, lse, delta, at.items, at.entries, *tables, tickets[ticket:ticket + 1]),
                         (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step, at.keys.run, float(scale)), made, (q.dtype,),
                         (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
