@@ -79,7 +79,7 @@ def constants(D: int, DV: int, runs: tuple, adds: bool, last: bool, intervals: b
     """Of `part_queries_gluon` (runs: of its parts' keys) and `part_keys_gluon` (of its own)."""
     run = [0 if n in (1, BLOCK) else n for n in runs]
     common = dict(D0=power(D, 64), V0=power(DV, 64), ADDS=adds, LAST=last, INTERVALS=intervals, BITMAPS=bitmaps)
-    return (relaunch.Constants(dict(D=D, RUN=run[0], RUN1=run[-1], KEY_STEP=key_step, **common), num_warps=4, enable_fp_fusion=False),
+    return (relaunch.Constants(dict(D=D, RUN=run[0], RUN1=run[-1], PARTS=len(runs), KEY_STEP=key_step, **common), num_warps=4, enable_fp_fusion=False),
             relaunch.Constants(dict(D=D, DV=DV, RUN=run[0], **common), num_warps=4, enable_fp_fusion=False))
 
 
@@ -116,7 +116,7 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
         last, tiles = n == len(columns) - 1, at.items.shape[0]
         made, ticket = constants(D, DV, (at.keys.run,), n > 0, last, rows.has_intervals, rows.has_bitmaps, KEY_STEP)[1], len(rows.passes) + n
         relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (dk, dv, sums_k, sums_v, at.held, lse, delta, at.items, at.entries, *tables, tickets[ticket:ticket + 1]),
-                        (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step, at.keys.run, float(scale)), made, (q.dtype,),
+                        (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step if at.keys.run < BLOCK else 1, float(scale)), made, (q.dtype,),
                         (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
 
 
@@ -142,11 +142,11 @@ def artifacts(problem, strided: bool) -> list[dict]:
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), dq_map=mapped(rows, D0))
         for name, axis in zip(("", "1"), keys):
             maps |= {"k" + name: mapped(axis, D0, KEY_STEP), "v" + name: mapped(axis, V0, KEY_STEP)}
-        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "step"))
+        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"))
     for rows, keys, how in ((CLASS if strided else PLAIN, CLASS if strided else SUMMARY, first), (PLAIN, PLAIN, last)):
         made = constants(D, DV, (keys.run,), *how, True, bitmaps, KEY_STEP)[1]
         D0, V0 = made["D0"], made["V0"]
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0), dk_map=mapped(keys, D0), dv_map=mapped(keys, V0))
         artifact(part_keys_gluon, made, maps, dict(dk=kind, dv=kind, k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
-                 ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run"))
+                 ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"))
     return found

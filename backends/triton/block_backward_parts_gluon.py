@@ -6,18 +6,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range
+from sparsetile.backends.triton.block_attention_gluon import clear_word
+from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP, seen_by
 from sparsetile.backends.triton.block_backward_queries_gluon import _unseen_out, known, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
-
-
-@gluon.jit
-def open_part(number, plan, at, order, heads, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """An item as eight integers: head, what the plan knows of a tile or a key block (first position, first entry, entries that need no mask, entries, (x, y) of its first box), 0."""
-    head, place = drawn(number, order)
-    at = plan + 6 * place
-    return head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 5), head * 0
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
 
 
 @gluon.jit
@@ -27,6 +20,14 @@ def bring_box(boxes, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, R
         tma.async_copy_global_to_shared(boxes, [b, h, x + n * (SIZE // RUN), y, 0], bar, to)
     else:
         tma.async_copy_global_to_shared(boxes, [b, h, x, y + n * SIZE, 0], bar, to)
+
+
+@gluon.jit
+def bring_of(parts, part, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, RUNS: gl.constexpr):
+    """`bring_box` of the part that an entry is of."""
+    for g in gl.static_range(len(parts)):
+        if part == g:
+            bring_box(parts[g], bar, to, b, h, x, y, n, SIZE, RUNS[g])
 
 
 @gluon.jit
@@ -52,14 +53,14 @@ def begin(sums, line, position, positions, held, width: gl.constexpr, W0: gl.con
 
 
 @gluon.jit
-def bring_part_keys(maps, plan, Hq, group, D0: gl.constexpr, V0: gl.constexpr, KEY_STEP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr,
-                    queue, memory, q_bars, k_bars, v_bars):
-    """Queries and dout of an item, then keys and values, KEY_STEP at a time, of the part that each entry is of; keys of a masked block go by way of `clear_part`."""
-    q, dout, k, v, k1, v1 = maps
+def bring_part_keys(maps, entries, Hq, group, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, RUNS: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+    """Queries and dout of an item, then keys and values, a step at a time, of the part that each entry is of; keys of a masked block go by way of `clear_part`."""
+    q, dout, k, v = maps
     sq, sg, sk, sv = memory
     q_full, q_free = q_bars
     k_full, k_free, k_landed = k_bars
     v_full, v_free = v_bars
+    KEY_STEP: gl.constexpr = sk.shape[1]
     n = 0
     j = 0
     turn = 0
@@ -77,74 +78,49 @@ def bring_part_keys(maps, plan, Hq, group, D0: gl.constexpr, V0: gl.constexpr, K
                 bring_box(dout, q_full.index(u), sg.index(2 * u + w), b, h, x, y, w, 64, 0)
             j += 1
             for e in range(count):
-                at = plan + (first + e) * 9
-                kx = gl.load(at)
-                ky = gl.load(at + 1)
-                part = gl.load(at + 4)
-                for half in gl.static_range(KEYS // KEY_STEP):
+                entry = entries + (first + e) * FIELDS
+                kx = gl.load(entry)
+                ky = gl.load(entry + 1)
+                part = gl.load(entry + 4)
+                for step in gl.static_range(KEYS // KEY_STEP):
                     s = n % STAGES
                     phase = ((n // STAGES) & 1) ^ 1
                     mbarrier.wait(k_free.index(s), phase)
-                    mbarrier.wait(v_free.index(s), phase)
-                    mbarrier.expect(v_full.index(s), 2 * KEY_STEP * V0)
                     if e < plain:
                         mbarrier.expect(k_full.index(s), 2 * KEY_STEP * D0)
-                        if k1 is None:
-                            bring_box(k, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                        else:
-                            if part == 0:
-                                bring_box(k, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                            else:
-                                bring_box(k1, k_full.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
+                        bring_of(k, part, k_full.index(s), sk.index(s), b, hk, kx, ky, step, KEY_STEP, RUNS)
                     else:
                         mbarrier.expect(k_landed.index(s), 2 * KEY_STEP * D0)
-                        if k1 is None:
-                            bring_box(k, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                        else:
-                            if part == 0:
-                                bring_box(k, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                            else:
-                                bring_box(k1, k_landed.index(s), sk.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
-                    if k1 is None:
-                        bring_box(v, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                    else:
-                        if part == 0:
-                            bring_box(v, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN)
-                        else:
-                            bring_box(v1, v_full.index(s), sv.index(s), b, hk, kx, ky, half, KEY_STEP, RUN1)
+                        bring_of(k, part, k_landed.index(s), sk.index(s), b, hk, kx, ky, step, KEY_STEP, RUNS)
+                    mbarrier.wait(v_free.index(s), phase)
+                    mbarrier.expect(v_full.index(s), 2 * KEY_STEP * V0)
+                    bring_of(v, part, v_full.index(s), sv.index(s), b, hk, kx, ky, step, KEY_STEP, RUNS)
                     n += 1
         turn += 1
         head, t, first, plain, count, x, y, _ = next_item(turn, queue, 1)
 
 
 @gluon.jit
-def clear_part(plan, KEY_STEP: gl.constexpr, STAGES: gl.constexpr, queue, sk, full, landed):
+def clear_part(entries, STAGES: gl.constexpr, queue, sk, full, landed):
     """Keys of a masked block that no query of the tile sees become zero when they have landed: 0 * NaN."""
+    WORDS: gl.constexpr = sk.shape[1] // 32
+    STEPS: gl.constexpr = KEYS // sk.shape[1]
     n = 0
     turns = 0
     turn = 0
     head, t, first, plain, count, x, y, _ = next_item(0, queue, 1)
     while head >= 0:
         for e in range(plain, count):
-            at = plan + (first + e) * 9 + 5
-            for half in gl.static_range(KEYS // KEY_STEP):
-                s = ((n + e) * (KEYS // KEY_STEP) + half) % STAGES
-                w0 = gl.load(at + half * (KEY_STEP // 32)).to(gl.uint32, bitcast=True)
-                w1 = gl.load(at + half * (KEY_STEP // 32) + 1).to(gl.uint32, bitcast=True)
-                all_seen = (w0 & w1) == 0xFFFFFFFF
-                if KEY_STEP == 128:
-                    w2 = gl.load(at + 2).to(gl.uint32, bitcast=True)
-                    w3 = gl.load(at + 3).to(gl.uint32, bitcast=True)
-                    all_seen = (w0 & w1 & w2 & w3) == 0xFFFFFFFF
+            for step in gl.static_range(STEPS):
+                seen = entries + (first + e) * FIELDS + 5 + step * WORDS
+                s = ((n + e) * STEPS + step) % STAGES
                 mbarrier.wait(landed.index(s), (turns >> s) & 1)
                 turns ^= 1 << s
-                if not all_seen:
-                    clear_word(w0, 0, sk.index(s))
-                    clear_word(w1, 1, sk.index(s))
-                    if KEY_STEP == 128:
-                        clear_word(w2, 2, sk.index(s))
-                        clear_word(w3, 3, sk.index(s))
-                    fence_async_shared()
+                for w in gl.static_range(WORDS):
+                    word = gl.load(seen + w).to(gl.uint32, bitcast=True)
+                    if word != 0xFFFFFFFF:
+                        clear_word(word, w, sk.index(s))
+                fence_async_shared()
                 mbarrier.arrive(full.index(s))
         n += count
         turn += 1
@@ -152,12 +128,13 @@ def clear_part(plan, KEY_STEP: gl.constexpr, STAGES: gl.constexpr, queue, sk, fu
 
 
 @gluon.jit
-def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, plan, tables, Hq, T, step, scale, D: gl.constexpr, D0: gl.constexpr, KEY_STEP: gl.constexpr, STAGES: gl.constexpr,
+def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D: gl.constexpr, D0: gl.constexpr, STAGES: gl.constexpr,
                           BUFFERS: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
-    """A group of warps with rows 64 W .. of each tile, `step` apart."""
+    """A group of warps with rows 64 W .. of each tile, so far `apart`."""
+    sq, sg, sk, sv = memory
+    KEY_STEP: gl.constexpr = sk.shape[1]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEY_STEP, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
-    sq, sg, sk, sv = memory
     q_full, q_free = q_bars
     k_full, k_free = k_bars
     v_full, v_free = v_bars
@@ -171,14 +148,14 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, plan, t
     head, t, first, plain, count, x, y, _ = next_item(0, queue, 4)
     while head >= 0:
         line = head.to(gl.int64) * T
-        acc = begin(sums, line, t + ro * step, T, None, D, D0, ADDS, O)
+        acc = begin(sums, line, t + ro * apart, T, None, D, D0, ADDS, O)
         u = j % BUFFERS
         if count > 0:
-            at = t + r * step
+            at = t + r * apart
             logs, shift = known(lse + line, delta + line, at, (at >= 0) & (at < T))
             mbarrier.wait(q_full.index(u), (j // BUFFERS) & 1)
             for e in range(count):
-                for half in gl.static_range(KEYS // KEY_STEP):
+                for step in gl.static_range(KEYS // KEY_STEP):
                     s = n % STAGES
                     phase = (n // STAGES) & 1
                     mbarrier.wait(k_full.index(s), phase)
@@ -192,17 +169,15 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, plan, t
                     ds = p * (grad - gl.expand_dims(shift, 1))
                     if INTERVALS or BITMAPS:
                         if e >= plain:
-                            kind = gl.load(plan + (first + e) * 9 + 2)
-                            lo, hi = key_range(kind, r, tables, INTERVALS)
-                            hi = gl.minimum(hi, gl.load(plan + (first + e) * 9 + 3))
-                            ds = _unseen_out(ds, kind, lo, hi, r, half * KEY_STEP // 32, tables, BITMAPS, L)
+                            kind, lo, hi = _look(e, first, r, entries, tables, INTERVALS, True)
+                            ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
                     ds = ds.to(kind_of)
                     acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=(acc, ))
                     mbarrier.arrive(k_free.index(s))
                     n += 1
         b = head // Hq
-        position = t + ro * step
+        position = t + ro * apart
         if LAST:
             out = (acc * scale).to(kind_of)
             if (count == 0) | (t < 0):
@@ -223,11 +198,11 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, plan, t
         head, t, first, plain, count, x, y, _ = next_item(turn, queue, 4)
 
 
-@gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "step"])
-def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, step, scale,
-                       D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
+@gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"])
+def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, apart, scale,
+                       D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, PARTS: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
                        INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None. Tiles `ahead` come before all others, of all heads."""
+    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None. apart: queries of a tile. Tiles `ahead` come before all others, of all heads."""
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -259,20 +234,20 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
     v_bars = (v_full, v_free)
     tables = (intervals, bitmaps)
     gl.warp_specialize([
-        (multiply_part_queries, (0, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, step, scale, D, D0, KEY_STEP, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+        (multiply_part_queries, (0, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
                                  (k_full, k_free), v_bars)),
-        (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, step, scale, D, D0, KEY_STEP, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+        (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
                                  (k_full, k_free), v_bars)),
-        (bring_part_keys, ((q, dout, k, v, k1, v1), entries, Hq, group, D0, V0, KEY_STEP, STAGES, BUFFERS, RUN, RUN1, queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
-        (take, (gl.constexpr(open_part), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hq, T, T, False, False, queue, False)),
-        (clear_part, (entries, KEY_STEP, STAGES, queue, sk, k_full, k_landed)),
+        (bring_part_keys, ((q, dout, (k, k1)[:PARTS], (v, v1)[:PARTS]), entries, Hq, group, D0, V0, STAGES, BUFFERS, (RUN, RUN1), queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
+        (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hq, T, T, False, False, queue, False)),
+        (clear_part, (entries, STAGES, queue, sk, k_full, k_landed)),
     ], [4, 1, 1, 1], [232, 40, 40, 40])
 
 
 # ---------------------------------------------------------------------------------------------------------------- by key blocks
 @gluon.jit
-def bring_part_queries(maps, lse, delta, entries, Hk, group, T, step, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, queue, memory, rows, k_bars, q_bars):
-    """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
+def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+    """Keys and values of an item, then queries, dout and what is known of their rows, 64 a apart, head after head of the group."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
     sl, sd = rows
@@ -302,7 +277,7 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, step, D0: gl.con
                     qy = gl.load(entry + 2)
                     for half in gl.static_range(2):
                         s = n % STAGES
-                        at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * step
+                        at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * apart
                         logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
                         mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
                         mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
@@ -337,7 +312,7 @@ def leave_part(acc, out, out_map, sums, through, line, position, S, b, hk, x, y,
 
 
 @gluon.jit
-def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D: gl.constexpr, DV: gl.constexpr,
+def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D: gl.constexpr, DV: gl.constexpr,
                        D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
                        queue, memory, rows, k_bars, q_bars):
     """A group of warps with keys 64 W .. of each block. Rows are keys, columns queries."""
@@ -360,8 +335,8 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
     head, key, first, full, count, x, y, _ = next_item(0, queue, 4)
     while head >= 0:
         line = head.to(gl.int64) * S
-        at_k = key + ck // key_run * key_step + ck % key_run
-        at_v = key + cv // key_run * key_step + cv % key_run
+        at_k = key + (ck // RUN * key_step + ck % RUN if RUN else ck * key_step)
+        at_v = key + (cv // RUN * key_step + cv % RUN if RUN else cv * key_step)
         acc_k = begin(k_sums, line, at_k, S, held, D, D0, ADDS, OK)
         acc_v = begin(v_sums, line, at_v, S, held, DV, V0, ADDS, OV)
         u = j % 2
@@ -386,7 +361,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
                         p = probabilities(raw, gl.expand_dims(logs, 0), scale)
                         ds = p * grad
                         if kind >= 0:
-                            t = t0 + (STEP * half + r) * step
+                            t = t0 + (STEP * half + r) * apart
                             seen = seen_by(W, kind, r + STEP * half, (t >= 0) & (t < T), KEYS, tables, INTERVALS, BITMAPS, L)
                             p = gl.where(seen, p, 0.0)
                             ds = gl.where(seen, ds, 0.0)
@@ -412,9 +387,9 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "step", "key_step", "key_run"])
+@gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"])
 def part_keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, k_sums, v_sums, held, lse, delta, plan, entries, intervals, bitmaps, ticket,
-                    heads, Hk, group, T, S, tiles, ahead, items, step, key_step, key_run, scale,
+                    heads, Hk, group, T, S, tiles, ahead, items, apart, key_step, scale,
                     D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
     """q .. dv_map: tensor maps, 64 rows each. held [S]: which keys stand in the parts before, None: all."""
     STAGES: gl.constexpr = 3
@@ -445,10 +420,10 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, k_sums, v_sums, held,
     q_bars = (q_full, q_free)
     tables = (intervals, bitmaps)
     gl.warp_specialize([
-        (multiply_part_keys, (0, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
+        (multiply_part_keys, (0, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
                               INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (multiply_part_keys, (1, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, step, key_step, key_run, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
+        (multiply_part_keys, (1, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
                               INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_part_queries, ((q, dout, k, v), lse, delta, entries, Hk, group, T, step, D0, V0, STAGES, RUN, queue, memory, rows, k_bars, q_bars)),
-        (take, (gl.constexpr(open_part), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hk, T, S, False, False, queue, False)),
+        (bring_part_queries, ((q, dout, k, v), lse, delta, entries, Hk, group, T, apart, D0, V0, STAGES, RUN, queue, memory, rows, k_bars, q_bars)),
+        (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hk, T, S, False, False, queue, False)),
     ], [4, 1, 1], [240, 24, 24])
