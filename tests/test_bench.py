@@ -382,3 +382,22 @@ def test_cost_of_density_is_a_line_or_said_not_to_be(tmp_path):
     pytest.importorskip("matplotlib")
     density.plot({"forward cupy": {"times": found, "fit": fit}}, tmp_path / "density.png", "a GPU")
     assert (tmp_path / "density.png").stat().st_size > 1000
+
+
+# -------------------------------------------------------------------------------------------------------------- other lengths
+def test_other_lengths_vary_rows_of_the_table():
+    pytest.importorskip("torch")
+    from sparsetile.bench import grid
+    cases = grid.cases()
+    table = {(GPU[row.workload].option("pattern"), GPU[row.workload].kernel, GPU[row.workload]["S"], GPU[row.workload]["Hk"]) for row in gpu_rows.ROWS if row.workload.startswith(("gpu/causal/", "gpu/window", "gpu/longformer", "gpu/bigbird"))}
+    shapes = {(w.option("pattern"), w.kernel, w["S"], w["Hk"]) for _, w, _ in cases}
+    assert len({name for name, *_ in cases}) == len(shapes) == len(cases) and not shapes & table
+    assert {(n, heads) for _, _, n, heads in shapes | table} == {(n, heads) for n in grid.LENGTHS for heads in grid.KEY_HEADS} and len(shapes | table) == len(grid.PATTERNS) * 2 * 6
+    assert all(w["Hq"] == 32 and w["T"] == w["S"] for _, w, _ in cases)
+
+
+def test_the_floor_of_another_length_follows_the_peer_there():
+    pytest.importorskip("torch")
+    from sparsetile.bench import grid
+    causal, window = (next(row for row in gpu_rows.ROWS if row.name == name) for name in ("fwd causal 32k", "fwd window 4096"))
+    assert grid.floor(causal, {"cuDNN": 302.0, "cupy": 9.0}) == pytest.approx(325) and grid.floor(window, {"Flex": 820.0}) == pytest.approx(1280) and grid.floor(window, {"cuDNN": 820.0}) is None

@@ -359,24 +359,19 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
-def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
-            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
-            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
-            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
-    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
-    BEFORE: a tile may start before the call's first query."""
+@gluon.jit
+def make_memory(kind: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr):
+    """Query tiles in halves of 64 rows, keys in two widths, values; barriers of each."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
-    sk0 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D0], tile)
+    sq0 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D0], tile)
+    sk0 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D0], tile)
     sq1 = sq0
     sk1 = sk0
     if D1:
-        sq1 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D1], tile)
-        sk1 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D1], tile)
-    sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, V0], tile)
-    queue = make_queue(READERS)
+        sq1 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D1], tile)
+        sk1 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D1], tile)
+    sv = gl.allocate_shared_memory(kind, [STAGES, KEYS, V0], tile)
     q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
@@ -394,12 +389,20 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         mbarrier.init(v_free.index(s), count=2)
         mbarrier.init(v_landed.index(s), count=1)
     fence_async_shared()
+    return (sq0, sq1, sk0, sk1, sv), (q_full, q_free), (k_full, k_free), (v_full, v_free, v_landed)
+
+
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
+def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
+            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
+            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
+            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
+    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
+    BEFORE: a tile may start before the call's first query."""
+    queue = make_queue(READERS)
+    memory, q_bars, k_bars, v_bars = make_memory(v.dtype, D0, D1, V0, QUERIES)
     MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
     FEW: gl.constexpr = 56 if BITMAPS or EDGE else 40 if MASKED or CAP else 24  # registers of a thread that does not multiply; three times four warps share 504
-    memory = (sq0, sq1, sk0, sk1, sv)
-    q_bars = (q_full, q_free)
-    k_bars = (k_full, k_free)
-    v_bars = (v_full, v_free, v_landed)
     tables = (intervals, bitmaps)
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
@@ -409,7 +412,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
         (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
-        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, sv, sv, v_full, v_landed)),
+        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, memory[4], memory[4], v_bars[0], v_bars[2])),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 

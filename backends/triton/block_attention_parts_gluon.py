@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, clear_word, key_range, map_layout, widths
+from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, clear_word, key_range, make_memory, map_layout, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of
 from sparsetile.backends.triton.launch import POINTER, scales
@@ -155,15 +155,13 @@ def multiply(W: gl.constexpr, out_map, out, lse, sums, sinks, entries, tables, H
         m = gl.full([64], float("-inf"), gl.float32, R)
         l = gl.zeros([64], gl.float32, R)
         acc = gl.zeros([64, V0], gl.float32, O)
-        if AGAIN or not LAST:
-            mine = t + rows * step
-            there = gl.expand_dims((mine >= 0) & (mine < T), 1) & gl.expand_dims(c >= 0, 0)
-            own = sums + gl.expand_dims((line + mine) * V0, 1) + gl.expand_dims(c, 0)
+        mine = t + rows * step
+        there = gl.expand_dims((mine >= 0) & (mine < T), 1)
         if AGAIN:
             logs = gl.load(lse + line + query, mask=ok, other=float("-inf"))
             m = logs / scale
             l = gl.where(logs == float("-inf"), 0.0, 1.0)
-            acc = gl.load(own, mask=there, other=0.0)
+            acc = gl.load(sums + gl.expand_dims((line + mine) * V0, 1) + gl.expand_dims(c, 0), mask=there & gl.expand_dims(c >= 0, 0), other=0.0)
         m, l, acc, n = attend(_look, W, first, plain, count, n, turn, (m, l, acc), entries, tables, (scale2, inner, outer),
                               D1, QUERIES, CAP, INTERVALS, BITMAPS, False, MASKED, AGAIN, tiles, q_bars, k_bars, v_bars)
         b = head // Hq
@@ -172,23 +170,20 @@ def multiply(W: gl.constexpr, out_map, out, lse, sums, sinks, entries, tables, H
         if lse is not None:
             gl.store(lse + line + query, logs, mask=ok)
         acc = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O)), 1)
-        if LAST:
+        if LAST:  # as block_attention_gluon.multiply
             value = acc.to(kind_of)
             to = tiles[0].index(2 * (turn % QUERIES) + W)._reinterpret(kind_of, [64, V0], tiles[0].layout)
             to.store(value)
             fence_async_shared()
-            # the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
             if BEFORE:
                 if y + W * 64 < 0:
-                    place = t + rows * step
-                    inside = gl.expand_dims((place >= 0) & (place < T), 1) & gl.expand_dims(c < DV, 0)
-                    gl.store(out + gl.expand_dims((line + place) * DV, 1) + gl.expand_dims(c, 0), value, mask=inside)
+                    gl.store(out + gl.expand_dims((line + mine) * DV, 1) + gl.expand_dims(c, 0), value, mask=there & gl.expand_dims(c < DV, 0))
                 else:
                     tma.async_copy_shared_to_global(out_map, [b, h, x, y + W * 64, 0], to)
             else:
                 tma.async_copy_shared_to_global(out_map, [b, h, x, y + W * 64, 0], to)
         else:
-            gl.store(own, acc, mask=there)
+            gl.store(sums + gl.expand_dims((line + mine) * V0, 1) + gl.expand_dims(c, 0), acc, mask=there & gl.expand_dims(c >= 0, 0))
         if QUERIES == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_free.index(0))
@@ -204,40 +199,9 @@ def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, s
                         BITMAPS: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, AGAIN: gl.constexpr, LAST: gl.constexpr):
     """q0 .. out_map: tensor maps; of widths in one part the second is None, and so are those of a part that is not there. step: between the queries of a tile.
     sums [B,Hq,T,V0] float32: of the passes before (AGAIN) or for the next one (not LAST). ticket: 0, or None where every program has one item."""
-    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    B: gl.constexpr = mbarrier.MBarrierLayout()
-    kind = va.dtype
-    sq0 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D0], tile)
-    sk0 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D0], tile)
-    sq1 = sq0
-    sk1 = sk0
-    if D1:
-        sq1 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D1], tile)
-        sk1 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D1], tile)
-    sv = gl.allocate_shared_memory(kind, [STAGES, KEYS, V0], tile)
     queue = make_queue(READERS)
-    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for s in gl.static_range(QUERIES):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_free.index(s), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=2)
-        mbarrier.init(v_landed.index(s), count=1)
-    fence_async_shared()
-    FEW: gl.constexpr = 40  # registers of a thread that does not multiply; three times four warps share 504
-    memory = (sq0, sq1, sk0, sk1, sv)
-    q_bars = (q_full, q_free)
-    k_bars = (k_full, k_free)
-    v_bars = (v_full, v_free, v_landed)
+    memory, q_bars, k_bars, v_bars = make_memory(va.dtype, D0, D1, V0, QUERIES)
+    FEW: gl.constexpr = 24 if CAP else 40  # registers of a thread that does not multiply; three times four warps share 504
     tables = (intervals, bitmaps)
     gl.warp_specialize([
         (multiply, (0, out_map, out, lse, sums, sinks, entries, tables, Hq, T, step, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS,
@@ -246,7 +210,7 @@ def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, s
                     BEFORE, MASKED, AGAIN, LAST, queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1), ((ka0, ka1, va), (kb0, kb1, vb)), entries, Hq, group, D0, D1, V0, QUERIES, PARTS, queue, memory, q_bars, k_bars, v_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, lists, (0, ), (heads, tiles, 0, section), Hq, T, T, False, False, queue, False)),
-        (clear, (entries, MASKED, queue, sv, v_full, v_landed)),
+        (clear, (entries, MASKED, queue, memory[4], v_bars[0], v_bars[2])),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 

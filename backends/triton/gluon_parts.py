@@ -87,7 +87,7 @@ def _plan(parts, T, S, start, place):
     if None in rows or None in keys:
         return None
     passes = {}
-    for n in reversed(range(len(parts))):  # in the order of the merge of parts run apart, the plain one last
+    for n in reversed(range(len(parts))):  # the plain part comes last
         passes.setdefault((rows[n][0], rows[n][1].tobytes()), []).append(n)
     for members in passes.values():
         axis, t = rows[members[0]]
@@ -143,7 +143,7 @@ def _pass(members, rows: Axis, t, T, S, place) -> Pass:
         first += len(mine)
     items[:, 4], items[:, 5] = rows.at(t)
     masked, before = bool((items[:, 2] < items[:, 3]).any()), bool((t < 0).any())
-    items = items[np.argsort(-items[:, 3], kind="stable")]
+    items = items[np.argsort(-(items[:, 3] // 4), kind="stable")]  # the longest first, but neighbours of about one length together: they read the same keys
     entries = np.concatenate([*entries, np.zeros((1, 9), np.int64)])
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
     return Pass(rows, tuple(axis for _, axis, _, _ in members), words(items), words(entries), masked, before)
