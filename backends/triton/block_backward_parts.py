@@ -71,7 +71,7 @@ def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts, moved):
     count = np.bincount(cols, minlength=part.nk)
     items = np.stack([firsts, np.cumsum(count) - count, count * 0, count, *keys.at(firsts)], 1)
     entries = np.stack([t[tile], *(x[tile] for x in rows.at(t)), kinds], 1)[order]
-    return items[np.argsort(-count, kind="stable")], np.concatenate([entries, np.zeros((1, 4), np.int64)])
+    return items[np.argsort(-(count // 4), kind="stable")], np.concatenate([entries, np.zeros((1, 4), np.int64)])
 
 
 @lru_cache(1024)
