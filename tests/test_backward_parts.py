@@ -23,22 +23,10 @@ def known(rule, T, S):
     return [dataclasses.replace(part, extras={name: getattr(part, name) for name in NAMES if getattr(part, name) is not None}) for part in parts]
 
 
-def seen(tables, kind):
-    """[128, 128] of a kind: -1 all, even an interval of keys a row, odd a bitmap."""
-    c = np.arange(128)
-    if kind < 0:
-        return np.ones((128, 128), bool)
-    if kind & 1:
-        return (tables.bitmaps.view(np.uint32)[kind >> 1][:, c // 32] >> (c % 32) & 1).astype(bool)
-    low, high = tables.intervals[kind >> 1].T[:, :, None]
-    return (c >= low) & (c < high)
-
-
 @pytest.mark.parametrize("rule, T, S, parts", [(STRIDED, 2048, 2048, 2), (STRIDED, 1600, 2000, 2), (FIXED, 640, 640, 2), (FIXED, 300, 640, 2), (Causal() & Strided(2), 400, 400, 1)], ids=str)
 def test_lists_by_key(rule, T, S, parts):
     """Every pair once; a part adds to the sums of keys that parts before it hold, and to no others."""
-    layout = known(rule, T, S)
-    tables, made = backward.gluon_parts.plan_of(layout, T, S, S - T, PLACE), backward.by_key(layout, T, S, S - T, PLACE)
+    made = backward.by_key(known(rule, T, S), T, S, S - T, PLACE)
     assert len(made) == parts
     met, held, r = np.zeros((T, S), int), np.zeros(S, bool), np.arange(128)
     for n, part in enumerate(made):
@@ -49,7 +37,10 @@ def test_lists_by_key(rule, T, S, parts):
             held[keys[keys < S]] = True
             for t, _, _, kind in part.entries[first:first + count]:
                 rows = t + r * (part.rows.step if part.rows.run == 1 else 1)
-                a, b = np.nonzero(seen(tables, kind) & ((rows >= 0) & (rows < T))[:, None] & (keys < S))
+                inside = (rows >= 0) & (rows < T)
+                bits = (part.seen[kind].view(np.uint32)[:, r // 32] >> (r % 32) & 1).astype(bool) if kind >= 0 else np.broadcast_to(inside, (128, 128))
+                assert not bits[:, ~inside].any()
+                b, a = np.nonzero(bits & (keys < S)[:, None])
                 np.add.at(met, (rows[a], keys[b]), 1)
     assert (met == rule.mask(T, S)).all() and held.all()
 

@@ -21,12 +21,13 @@ LONG = 4  # so many times fewer key blocks than query tiles: the longest come fi
 
 @dataclass(frozen=True)
 class ByKey:
-    """A part by its key blocks. items [n, 6]: first key, first entry, 0, entries, (x, y) of the first box; entries [n, 4]: query of row 0, (x, y) of its tile, kind.
-    held [S]: which keys stand in the parts before it, None where all do. On the device."""
+    """A part by its key blocks. items [n, 6]: first key, first entry, 0, entries, (x, y) of the first box; entries [n, 4]: query of row 0, (x, y) of its tile, kind: -1 all, else one of
+    seen [kinds, 128, 4]: which of the tile's queries see each key, as bits. held [S]: which keys stand in the parts before it, None where all do. On the device."""
     rows: Axis
     keys: Axis
     items: Any
     entries: Any
+    seen: Any
     held: Any
     long: bool
 
@@ -42,45 +43,55 @@ def by_key(parts, T: int, S: int, start: int, place) -> tuple | None:
 
 
 def _by_key(parts, T, S, start, place):
-    made, seen, moved = [], np.zeros(S, bool), gluon_parts._tables(parts)[2]
+    made, before = [], np.zeros(S, bool)
     for n in reversed(range(len(parts))):
         part = parts[n]
         rows, t = gluon_parts.axis_of(part.extras.get("q_order"), part.first, part.nq, start, start + T)
         keys, firsts = gluon_parts.axis_of(part.extras.get("k_order"), 0, part.nk, 0, S)
-        held = None if not made or seen.all() else place.upload(seen.astype(np.int32))
-        items, entries = _lists_by_key(part, rows, t, keys, firsts, moved[n])
-        made.append(ByKey(rows, keys, _words(items, place), _words(entries, place), held, part.nk * LONG <= part.nq))
+        held = None if not made or before.all() else place.upload(before.astype(np.int32))
+        made.append(ByKey(rows, keys, *(_words(x, place) for x in _lists_by_key(part, rows, t, keys, firsts, T)), held, part.nk * LONG <= part.nq))
         at = keys.positions(firsts)
-        seen = seen.copy()
-        seen[at[at < S]] = True
-        last = np.bincount(at[at < S], minlength=S)
-    return tuple(made) if last.all() else None
+        before[at[at < S]] = True
+    return tuple(made) if len(np.unique(at[at < S])) == S else None
 
 
 def _words(x, place):
-    return place.upload(np.ascontiguousarray(x.astype(np.int32)))
+    return place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))
 
 
-def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts, moved):
+def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts, T: int):
+    """(items, entries, seen) of ByKey."""
     host = part.extras
     offsets = host["offsets"][::2].astype(np.int64)
     n = int(offsets[-1])
     cols, kinds, tile = host["cols"][:n].astype(np.int64), host["kinds"][:n].astype(np.int64), np.repeat(np.arange(part.nq), np.diff(offsets))
-    kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
-    order = np.lexsort((tile, kinds >= 0, cols))  # full tiles before those with a mask
+    r = rows.positions(t)
+    begin, end = (r < 0).sum(1)[tile], (r < T).sum(1)[tile]
+    mine, seen, c = np.full(n, -1), [], np.arange(BLOCK)
+    for kind, a, b in sorted({*zip(kinds.tolist(), begin.tolist(), end.tolist())}):
+        if kind >= 0:
+            mine[(kinds == kind) & (begin == a) & (end == b)] = len(seen)
+            bits = gluon_parts._bits(host, kind) & ((c >= a) & (c < b))[:, None]
+            seen.append(bits.T.reshape(BLOCK, -1, 32) @ (1 << np.arange(32, dtype=np.int64)))
+    order = np.lexsort((tile, mine >= 0, cols))  # full tiles before those with a mask
     count = np.bincount(cols, minlength=part.nk)
     items = np.stack([firsts, np.cumsum(count) - count, count * 0, count, *keys.at(firsts)], 1)
-    entries = np.stack([t[tile], *(x[tile] for x in rows.at(t)), kinds], 1)[order]
-    return items[np.argsort(-(count // 4), kind="stable")], np.concatenate([entries, np.zeros((1, 4), np.int64)])
+    entries = np.stack([t[tile], *(x[tile] for x in rows.at(t)), mine], 1)[order]
+    return items[np.argsort(-(count // 4), kind="stable")], np.concatenate([entries, np.zeros((1, 4), np.int64)]), np.asarray(seen, np.int64).reshape(-1, BLOCK, BLOCK // 32)
 
 
 @lru_cache(1024)
-def constants(D: int, DV: int, runs: tuple, adds: bool, last: bool, intervals: bool, bitmaps: bool, key_step: int) -> tuple:
-    """Of `part_queries_gluon` (runs: of its parts' keys) and `part_keys_gluon` (of its own)."""
+def row_constants(D: int, DV: int, runs: tuple, adds: bool, last: bool, before: bool, intervals: bool, bitmaps: bool, key_step: int) -> relaunch.Constants:
+    """Of `part_queries_gluon`; runs: of its parts' keys."""
     run = [0 if n in (1, BLOCK) else n for n in runs]
-    common = dict(D0=power(D, 64), V0=power(DV, 64), ADDS=adds, LAST=last, INTERVALS=intervals, BITMAPS=bitmaps)
-    return (relaunch.Constants(dict(D=D, RUN=run[0], RUN1=run[-1], PARTS=len(runs), KEY_STEP=key_step, **common), num_warps=4, enable_fp_fusion=False),
-            relaunch.Constants(dict(D=D, DV=DV, RUN=run[0], **common), num_warps=4, enable_fp_fusion=False))
+    return relaunch.Constants(dict(D=D, D0=power(D, 64), V0=power(DV, 64), RUN=run[0], RUN1=run[-1], PARTS=len(runs), KEY_STEP=key_step, ADDS=adds, LAST=last, BEFORE=before, INTERVALS=intervals,
+                                   BITMAPS=bitmaps), num_warps=4, enable_fp_fusion=False)
+
+
+@lru_cache(1024)
+def key_constants(D: int, DV: int, run: int, adds: bool, last: bool, masked: bool) -> relaunch.Constants:
+    """Of `part_keys_gluon`."""
+    return relaunch.Constants(dict(D=D, DV=DV, D0=power(D, 64), V0=power(DV, 64), RUN=0 if run in (1, BLOCK) else run, ADDS=adds, LAST=last, MASKED=masked), num_warps=4, enable_fp_fusion=False)
 
 
 def plans(q, k, v, dout, parts, q_start, kv_length, place):
@@ -105,7 +116,7 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
     for n, at in enumerate(rows.passes):
         last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
-        made = constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, rows.has_intervals, rows.has_bitmaps, KEY_STEP)[0]
+        made = row_constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, at.before, rows.has_intervals, rows.has_bitmaps, KEY_STEP)
         step = made["KEY_STEP"]
         second = (Boxes(k, at.keys[1], D0, step), Boxes(v, at.keys[1], V0, step)) if len(at.keys) > 1 else (None, None)
         relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),
@@ -114,8 +125,8 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     sums_k, sums_v = (sums[:B * Hk * S * D], sums[B * Hk * S * D:]) if len(columns) > 1 else (None, None)
     for n, at in enumerate(columns):
         last, tiles = n == len(columns) - 1, at.items.shape[0]
-        made, ticket = constants(D, DV, (at.keys.run,), n > 0, last, rows.has_intervals, rows.has_bitmaps, KEY_STEP)[1], len(rows.passes) + n
-        relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (dk, dv, sums_k, sums_v, at.held, lse, delta, at.items, at.entries, *tables, tickets[ticket:ticket + 1]),
+        made, ticket = key_constants(D, DV, at.keys.run, n > 0, last, at.seen.shape[0] > 0), len(rows.passes) + n
+        relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (sums_k, sums_v, at.held, lse, delta, at.items, at.entries, at.seen, tickets[ticket:ticket + 1]),
                         (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step if at.keys.run < BLOCK else 1, float(scale)), made, (q.dtype,),
                         (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
 
@@ -125,8 +136,8 @@ CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
 
 def artifacts(problem, strided: bool) -> list[dict]:
     """Of the Sparse Transformer's patterns: the strided one's class and window, or the fixed one's summaries and own blocks."""
-    kind, D, DV, bitmaps = POINTER[problem.dtype("q")], problem["D"], problem["Dv"], "bitmap" in problem.features
-    words, found = {name: "*i32" for name in ("plan", "entries", "intervals", "bitmaps", "ticket")} | dict(lse="*fp32", delta="*fp32", scale="fp32"), []
+    kind, D, DV, has = POINTER[problem.dtype("q")], problem["D"], problem["Dv"], problem.features.__contains__
+    words, found = {name: "*i32" for name in ("plan", "entries", "ticket")} | dict(lse="*fp32", delta="*fp32", scale="fp32"), []
 
     def mapped(axis, columns, positions=64):
         return f"tensordesc<{kind[1:]}{box(axis, columns, positions)},{map_layout(5)!r}>"
@@ -137,16 +148,16 @@ def artifacts(problem, strided: bool) -> list[dict]:
         found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket")))
     first, last = (False, False), (True, True)  # adds, last
     for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
-        made = constants(D, DV, tuple(axis.run for axis in keys), *how, True, bitmaps, KEY_STEP)[0]
+        made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, has("q_start"), True, has("bitmap"), KEY_STEP)
         D0, V0 = made["D0"], made["V0"]
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), dq_map=mapped(rows, D0))
         for name, axis in zip(("", "1"), keys):
             maps |= {"k" + name: mapped(axis, D0, KEY_STEP), "v" + name: mapped(axis, V0, KEY_STEP)}
-        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"))
+        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32", intervals="*i32", bitmaps="*i32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"))
     for rows, keys, how in ((CLASS if strided else PLAIN, CLASS if strided else SUMMARY, first), (PLAIN, PLAIN, last)):
-        made = constants(D, DV, (keys.run,), *how, True, bitmaps, KEY_STEP)[1]
+        made = key_constants(D, DV, keys.run, *how, True)
         D0, V0 = made["D0"], made["V0"]
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0), dk_map=mapped(keys, D0), dv_map=mapped(keys, V0))
-        artifact(part_keys_gluon, made, maps, dict(dk=kind, dv=kind, k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
+        artifact(part_keys_gluon, made, maps, dict(seen="*i32", k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
                  ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"))
     return found

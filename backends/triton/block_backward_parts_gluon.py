@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_gluon import clear_word
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
-from sparsetile.backends.triton.block_backward_keys_gluon import STEP, seen_by
+from sparsetile.backends.triton.block_backward_keys_gluon import STEP
 from sparsetile.backends.triton.block_backward_queries_gluon import _unseen_out, known, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
 
@@ -41,6 +41,18 @@ def elements(line, position, positions, width: gl.constexpr, W0: gl.constexpr, L
 
 
 @gluon.jit
+def leave_box(rows, boxes, through, head, heads, x, y, W: gl.constexpr, RUN: gl.constexpr):
+    """64 rows of a gradient through shared memory to where they stand."""
+    through.store(rows)
+    fence_async_shared()
+    b = head // heads
+    if RUN:
+        tma.async_copy_shared_to_global(boxes, [b, head - b * heads, x + W * (64 // RUN), y, 0], through)
+    else:
+        tma.async_copy_shared_to_global(boxes, [b, head - b * heads, x, y + W * 64, 0], through)
+
+
+@gluon.jit
 def begin(sums, line, position, positions, held, width: gl.constexpr, W0: gl.constexpr, ADDS: gl.constexpr, L: gl.constexpr):
     """Sums of the parts before; held: which positions they have, None: all."""
     acc = gl.zeros([64, W0], gl.float32, L)
@@ -62,21 +74,21 @@ def bring_part_keys(maps, entries, Hq, group, D0: gl.constexpr, V0: gl.constexpr
     v_full, v_free = v_bars
     KEY_STEP: gl.constexpr = sk.shape[1]
     n = 0
-    j = 0
     turn = 0
     head, t, first, plain, count, x, y, _ = next_item(0, queue, 1)
     while head >= 0:
         b = head // Hq
         h = head - b * Hq
         hk = h // group
-        if count > 0:
-            u = j % BUFFERS
-            mbarrier.wait(q_free.index(u), ((j // BUFFERS) & 1) ^ 1)
+        u = turn % BUFFERS
+        mbarrier.wait(q_free.index(u), ((turn // BUFFERS) & 1) ^ 1)
+        if count == 0:
+            mbarrier.arrive(q_full.index(u))
+        else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + V0))
             for w in gl.static_range(2):
                 bring_box(q, q_full.index(u), sq.index(2 * u + w), b, h, x, y, w, 64, 0)
                 bring_box(dout, q_full.index(u), sg.index(2 * u + w), b, h, x, y, w, 64, 0)
-            j += 1
             for e in range(count):
                 entry = entries + (first + e) * FIELDS
                 kx = gl.load(entry)
@@ -129,7 +141,8 @@ def clear_part(entries, STAGES: gl.constexpr, queue, sk, full, landed):
 
 @gluon.jit
 def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D: gl.constexpr, D0: gl.constexpr, STAGES: gl.constexpr,
-                          BUFFERS: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+                          BUFFERS: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, BEFORE: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+                          queue, memory, q_bars, k_bars, v_bars):
     """A group of warps with rows 64 W .. of each tile, so far `apart`."""
     sq, sg, sk, sv = memory
     KEY_STEP: gl.constexpr = sk.shape[1]
@@ -143,56 +156,51 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
     r = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, L))
     ro = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, O))
     n = 0
-    j = 0
     turn = 0
     head, t, first, plain, count, x, y, _ = next_item(0, queue, 4)
     while head >= 0:
         line = head.to(gl.int64) * T
         acc = begin(sums, line, t + ro * apart, T, None, D, D0, ADDS, O)
-        u = j % BUFFERS
-        if count > 0:
-            at = t + r * apart
-            logs, shift = known(lse + line, delta + line, at, (at >= 0) & (at < T))
-            mbarrier.wait(q_full.index(u), (j // BUFFERS) & 1)
-            for e in range(count):
-                for step in gl.static_range(KEYS // KEY_STEP):
-                    s = n % STAGES
-                    phase = (n // STAGES) & 1
-                    mbarrier.wait(k_full.index(s), phase)
-                    st = warpgroup_mma(sq.index(2 * u + W), sk.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    mbarrier.wait(v_full.index(s), phase)
-                    gt = warpgroup_mma(sg.index(2 * u + W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    raw = warpgroup_mma_wait(1, deps=(st, ))
-                    p = probabilities(raw, gl.expand_dims(logs, 1), scale)
-                    grad = warpgroup_mma_wait(0, deps=(gt, ))
-                    mbarrier.arrive(v_free.index(s))
-                    ds = p * (grad - gl.expand_dims(shift, 1))
-                    if INTERVALS or BITMAPS:
-                        if e >= plain:
-                            kind, lo, hi = _look(e, first, r, entries, tables, INTERVALS, True)
-                            ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
-                    ds = ds.to(kind_of)
-                    acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc, ))
-                    mbarrier.arrive(k_free.index(s))
-                    n += 1
-        b = head // Hq
-        position = t + ro * apart
+        u = turn % BUFFERS
+        at = t + r * apart
+        logs, shift = known(lse + line, delta + line, at, (at >= 0) & (at < T))
+        mbarrier.wait(q_full.index(u), (turn // BUFFERS) & 1)
+        for e in range(count):
+            for step in gl.static_range(KEYS // KEY_STEP):
+                s = n % STAGES
+                phase = (n // STAGES) & 1
+                mbarrier.wait(k_full.index(s), phase)
+                st = warpgroup_mma(sq.index(2 * u + W), sk.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(s), phase)
+                gt = warpgroup_mma(sg.index(2 * u + W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                raw = warpgroup_mma_wait(1, deps=(st, ))
+                p = probabilities(raw, gl.expand_dims(logs, 1), scale)
+                grad = warpgroup_mma_wait(0, deps=(gt, ))
+                mbarrier.arrive(v_free.index(s))
+                ds = p * (grad - gl.expand_dims(shift, 1))
+                if INTERVALS or BITMAPS:
+                    if e >= plain:
+                        kind, lo, hi = _look(e, first, r, entries, tables, INTERVALS, True)
+                        ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
+                ds = ds.to(kind_of)
+                acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc, ))
+                mbarrier.arrive(k_free.index(s))
+                n += 1
         if LAST:
             out = (acc * scale).to(kind_of)
-            if (count == 0) | (t < 0):
-                at, there = elements(line, position, T, D, D0, O)
-                gl.store(dq + at, out, mask=there)
+            if BEFORE:
+                if t < 0:  # no coordinate of the copy engine on the way out
+                    at, there = elements(line, t + ro * apart, T, D, D0, O)
+                    gl.store(dq + at, out, mask=there)
+                else:
+                    leave_box(out, dq_map, sq.index(2 * u + W), head, Hq, x, y, W, 0)
             else:
-                sq.index(2 * u + W).store(out)
-                fence_async_shared()
-                tma.async_copy_shared_to_global(dq_map, [b, head - b * Hq, x, y + 64 * W, 0], sq.index(2 * u + W))
-                tma.store_wait(0)
-        if count > 0:
-            mbarrier.arrive(q_free.index(u))
-            j += 1
+                leave_box(out, dq_map, sq.index(2 * u + W), head, Hq, x, y, W, 0)
+            tma.store_wait(0)
+        mbarrier.arrive(q_free.index(u))
         if not LAST:
-            at, there = elements(line, position, T, D, D0, O)
+            at, there = elements(line, t + ro * apart, T, D, D0, O)
             gl.store(sums + at, acc, mask=there)
         turn += 1
         head, t, first, plain, count, x, y, _ = next_item(turn, queue, 4)
@@ -201,7 +209,7 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
 @gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"])
 def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, apart, scale,
                        D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, PARTS: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
-                       INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
+                       BEFORE: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
     """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None. apart: queries of a tile. Tiles `ahead` come before all others, of all heads."""
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
@@ -234,9 +242,9 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
     v_bars = (v_full, v_free)
     tables = (intervals, bitmaps)
     gl.warp_specialize([
-        (multiply_part_queries, (0, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+        (multiply_part_queries, (0, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, BEFORE, INTERVALS, BITMAPS, queue, memory, q_bars,
                                  (k_full, k_free), v_bars)),
-        (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, INTERVALS, BITMAPS, queue, memory, q_bars,
+        (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, BEFORE, INTERVALS, BITMAPS, queue, memory, q_bars,
                                  (k_full, k_free), v_bars)),
         (bring_part_keys, ((q, dout, (k, k1)[:PARTS], (v, v1)[:PARTS]), entries, Hq, group, D0, V0, STAGES, BUFFERS, (RUN, RUN1), queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hq, T, T, False, False, queue, False)),
@@ -247,27 +255,27 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
 # ---------------------------------------------------------------------------------------------------------------- by key blocks
 @gluon.jit
 def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, queue, memory, rows, k_bars, q_bars):
-    """Keys and values of an item, then queries, dout and what is known of their rows, 64 a apart, head after head of the group."""
+    """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
     sl, sd = rows
     k_full, k_free = k_bars
     q_full, q_free = q_bars
     n = 0
-    j = 0
     turn = 0
     head, key, first, full, count, x, y, _ = next_item(0, queue, 1)
     while head >= 0:
         b = head // Hk
         hk = head - b * Hk
-        if count > 0:
-            u = j % 2
-            mbarrier.wait(k_free.index(u), ((j // 2) & 1) ^ 1)
+        u = turn % 2
+        mbarrier.wait(k_free.index(u), ((turn // 2) & 1) ^ 1)
+        if count == 0:
+            mbarrier.arrive(k_full.index(u))
+        else:
             mbarrier.expect(k_full.index(u), 2 * KEYS * (D0 + V0))
             for w in gl.static_range(2):
                 bring_box(k, k_full.index(u), sk.index(2 * u + w), b, hk, x, y, w, 64, RUN)
                 bring_box(v, k_full.index(u), sv.index(2 * u + w), b, hk, x, y, w, 64, RUN)
-            j += 1
             for m in range(group):
                 line = (head * group + m).to(gl.int64) * T
                 for e in range(count):
@@ -292,29 +300,17 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
 
 
 @gluon.jit
-def leave_part(acc, out, out_map, sums, through, line, position, S, b, hk, x, y, there_is, W: gl.constexpr, RUN: gl.constexpr, WIDTH: gl.constexpr, LAST: gl.constexpr, L: gl.constexpr):
-    """64 rows of a gradient: sums for the part after, or the answer, through shared memory where `there_is` such."""
-    if LAST:
-        z = acc.to(through.dtype)
-        if there_is:
-            through.store(z)
-            fence_async_shared()
-            if RUN:
-                tma.async_copy_shared_to_global(out_map, [b, hk, x + W * (64 // RUN), y, 0], through)
-            else:
-                tma.async_copy_shared_to_global(out_map, [b, hk, x, y + 64 * W, 0], through)
-        else:
-            at, there = elements(line, position, S, WIDTH, acc.shape[1], L)
-            gl.store(out + at, z, mask=there)
-    else:
-        at, there = elements(line, position, S, WIDTH, acc.shape[1], L)
-        gl.store(sums + at, acc, mask=there)
+def _seen_bits(seen, kind, W: gl.constexpr, half: gl.constexpr, L: gl.constexpr):
+    """Which of the queries 64 half .., columns, see each of this group's keys, rows."""
+    c = gl.arange(0, 64, gl.SliceLayout(0, L))
+    at = seen + kind.to(gl.int64) * (KEYS * 4) + (64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))) * 4 + 2 * half
+    words = gl.where(gl.expand_dims(c, 0) >= 32, gl.expand_dims(gl.load(at + 1), 1), gl.expand_dims(gl.load(at), 1))
+    return (words >> gl.expand_dims(c & 31, 0)) & 1 != 0
 
 
 @gluon.jit
-def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D: gl.constexpr, DV: gl.constexpr,
-                       D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
-                       queue, memory, rows, k_bars, q_bars):
+def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr,
+                       V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """A group of warps with keys 64 W .. of each block. Rows are keys, columns queries."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     OK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
@@ -326,11 +322,9 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
     q_full, q_free = q_bars
     kind_of = sv.dtype
     zero = gl.zeros([64, STEP], gl.float32, L)
-    r = gl.arange(0, STEP, C)
     ck = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OK))
     cv = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OV))
     n = 0
-    j = 0
     turn = 0
     head, key, first, full, count, x, y, _ = next_item(0, queue, 4)
     while head >= 0:
@@ -339,48 +333,45 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
         at_v = key + (cv // RUN * key_step + cv % RUN if RUN else cv * key_step)
         acc_k = begin(k_sums, line, at_k, S, held, D, D0, ADDS, OK)
         acc_v = begin(v_sums, line, at_v, S, held, DV, V0, ADDS, OV)
-        u = j % 2
-        if count > 0:
-            mbarrier.wait(k_full.index(u), (j // 2) & 1)
-            if LAST:
-                if j > 0:  # the item before: its gradients have left shared memory by now, or soon
-                    tma.store_wait(0)
-                    mbarrier.arrive(k_free.index(1 - u))
-            for m in range(group):
-                for e in range(count):
-                    kind = gl.load(entries + (first + e) * 4 + 3)
-                    t0 = gl.load(entries + (first + e) * 4)
-                    for half in gl.static_range(2):
-                        s = n % STAGES
-                        mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
-                        less = gl.expand_dims(sd.index(s).load(C), 0) + zero
-                        gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
-                        st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                        logs = sl.index(s).load(C)
-                        raw, grad = warpgroup_mma_wait(0, deps=(st, gt))
-                        p = probabilities(raw, gl.expand_dims(logs, 0), scale)
-                        ds = p * grad
-                        if kind >= 0:
-                            t = t0 + (STEP * half + r) * apart
-                            seen = seen_by(W, kind, r + STEP * half, (t >= 0) & (t < T), KEYS, tables, INTERVALS, BITMAPS, L)
-                            p = gl.where(seen, p, 0.0)
-                            ds = gl.where(seen, ds, 0.0)
-                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                        ds = ds.to(kind_of)
-                        kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
-                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
-                        mbarrier.arrive(q_free.index(s))
-                        n += 1
-        b = head // Hk
+        u = turn % 2
+        mbarrier.wait(k_full.index(u), (turn // 2) & 1)
         if LAST:
-            acc_k = acc_k * scale
+            if turn > 0:  # the item before: its gradients have left shared memory by now, or soon
+                tma.store_wait(0)
+                mbarrier.arrive(k_free.index(1 - u))
+        for m in range(group):
+            for e in range(count):
+                kind = gl.load(entries + (first + e) * 4 + 3)
+                for half in gl.static_range(2):
+                    s = n % STAGES
+                    mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
+                    less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                    gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
+                    st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    logs = sl.index(s).load(C)
+                    raw, grad = warpgroup_mma_wait(0, deps=(st, gt))
+                    p = probabilities(raw, gl.expand_dims(logs, 0), scale)
+                    ds = p * grad
+                    if MASKED:
+                        if kind >= 0:
+                            there = _seen_bits(seen, kind, W, half, L)
+                            p = gl.where(there, p, 0.0)
+                            ds = gl.where(there, ds, 0.0)
+                    vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                    ds = ds.to(kind_of)
+                    kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
+                    acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                    mbarrier.arrive(q_free.index(s))
+                    n += 1
+        if LAST:
+            leave_box((acc_k * scale).to(kind_of), dk_map, sk.index(2 * u + W), head, Hk, x, y, W, RUN)
+            leave_box(acc_v.to(kind_of), dv_map, sv.index(2 * u + W), head, Hk, x, y, W, RUN)
         else:
-            if count > 0:
-                mbarrier.arrive(k_free.index(u))
-        leave_part(acc_k, dk, dk_map, k_sums, sk.index(2 * u + W), line, at_k, S, b, head - b * Hk, x, y, count > 0, W, RUN, D, LAST, OK)
-        leave_part(acc_v, dv, dv_map, v_sums, sv.index(2 * u + W), line, at_v, S, b, head - b * Hk, x, y, count > 0, W, RUN, DV, LAST, OV)
-        if count > 0:
-            j += 1
+            mbarrier.arrive(k_free.index(u))
+            at, there = elements(line, at_k, S, D, D0, OK)
+            gl.store(k_sums + at, acc_k, mask=there)
+            at, there = elements(line, at_v, S, DV, V0, OV)
+            gl.store(v_sums + at, acc_v, mask=there)
         turn += 1
         head, key, first, full, count, x, y, _ = next_item(turn, queue, 4)
     if LAST:
@@ -388,10 +379,10 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, dk, dv, k_sums, v_sums, 
 
 
 @gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"])
-def part_keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, k_sums, v_sums, held, lse, delta, plan, entries, intervals, bitmaps, ticket,
+def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, delta, plan, entries, seen, ticket,
                     heads, Hk, group, T, S, tiles, ahead, items, apart, key_step, scale,
-                    D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """q .. dv_map: tensor maps, 64 rows each. held [S]: which keys stand in the parts before, None: all."""
+                    D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr):
+    """q .. dv_map: tensor maps, 64 rows each. seen [n, 128, 4]: for each kind of a block which queries see a key, as bits. held [S]: which keys stand in the parts before, None: all."""
     STAGES: gl.constexpr = 3
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -418,12 +409,9 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, dk, dv, k_sums, v_sums, held,
     rows = (sl, sd)
     k_bars = (k_full, k_free)
     q_bars = (q_full, q_free)
-    tables = (intervals, bitmaps)
     gl.warp_specialize([
-        (multiply_part_keys, (0, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
-                              INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (multiply_part_keys, (1, dk_map, dv_map, dk, dv, k_sums, v_sums, held, entries, tables, Hk, group, T, S, apart, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST,
-                              INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
+        (multiply_part_keys, (0, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
+        (multiply_part_keys, (1, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
         (bring_part_queries, ((q, dout, k, v), lse, delta, entries, Hk, group, T, apart, D0, V0, STAGES, RUN, queue, memory, rows, k_bars, q_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hk, T, S, False, False, queue, False)),
     ], [4, 1, 1], [240, 24, 24])
