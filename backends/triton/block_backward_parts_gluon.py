@@ -300,12 +300,10 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
 
 
 @gluon.jit
-def _seen_bits(seen, kind, W: gl.constexpr, half: gl.constexpr, L: gl.constexpr):
-    """Which of the queries 64 half .., columns, see each of this group's keys, rows."""
-    c = gl.arange(0, 64, gl.SliceLayout(0, L))
+def _query_words(seen, kind, W: gl.constexpr, half: gl.constexpr, L: gl.constexpr):
+    """Two words for each of this group's keys: which of the queries 64 half .. see it."""
     at = seen + kind.to(gl.int64) * (KEYS * 4) + (64 * W + gl.arange(0, 64, gl.SliceLayout(1, L))) * 4 + 2 * half
-    words = gl.where(gl.expand_dims(c, 0) >= 32, gl.expand_dims(gl.load(at + 1), 1), gl.expand_dims(gl.load(at), 1))
-    return (words >> gl.expand_dims(c & 31, 0)) & 1 != 0
+    return gl.load(at, mask=kind >= 0, other=-1), gl.load(at + 1, mask=kind >= 0, other=-1)
 
 
 @gluon.jit
@@ -322,6 +320,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
     q_full, q_free = q_bars
     kind_of = sv.dtype
     zero = gl.zeros([64, STEP], gl.float32, L)
+    c = gl.expand_dims(gl.arange(0, STEP, C), 0)
     ck = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OK))
     cv = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, OV))
     n = 0
@@ -344,6 +343,8 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
                 kind = gl.load(entries + (first + e) * 4 + 3)
                 for half in gl.static_range(2):
                     s = n % STAGES
+                    if MASKED:
+                        low, high = _query_words(seen, kind, W, half, L)  # before products whose end would be waited for first
                     mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
                     less = gl.expand_dims(sd.index(s).load(C), 0) + zero
                     gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
@@ -354,7 +355,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
                     ds = p * grad
                     if MASKED:
                         if kind >= 0:
-                            there = _seen_bits(seen, kind, W, half, L)
+                            there = (gl.where(c >= 32, gl.expand_dims(high, 1), gl.expand_dims(low, 1)) >> (c & 31)) & 1 != 0
                             p = gl.where(there, p, 0.0)
                             ds = gl.where(there, ds, 0.0)
                     vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
