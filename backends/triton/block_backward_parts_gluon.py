@@ -166,6 +166,8 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
         logs, shift = known(lse + line, delta + line, at, (at >= 0) & (at < T))
         mbarrier.wait(q_full.index(u), (turn // BUFFERS) & 1)
         for e in range(count):
+            if INTERVALS or BITMAPS:
+                kind, lo, hi = _look(e, first, r, entries, tables, INTERVALS, True)
             for step in gl.static_range(KEYS // KEY_STEP):
                 s = n % STAGES
                 phase = (n // STAGES) & 1
@@ -180,7 +182,6 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
                 ds = p * (grad - gl.expand_dims(shift, 1))
                 if INTERVALS or BITMAPS:
                     if e >= plain:
-                        kind, lo, hi = _look(e, first, r, entries, tables, INTERVALS, True)
                         ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
                 ds = ds.to(kind_of)
                 acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
