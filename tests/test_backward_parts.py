@@ -78,4 +78,4 @@ def test_gradients(monkeypatch, rule, B, Hq, Hk, T, S, D, Dv, kind, rng):
     assert len(calls) == 2
     for name, got, twice, truth, measure in zip(("dq", "dk", "dv"), first, again, truths, measures):
         assert_close(name, to_numpy(got), truth, measure, reduction=S + T * Hq // Hk + D)
-        assert_same_bits(got, twice)
+        assert_same_bits(name, got, twice)
