@@ -20,7 +20,7 @@ SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and wh
     ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 320,
     ("block_attention_backward", "part_keys_gluon"): 88, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("importance_topk", "score_by_queries"): 96, ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88,
-    ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
+    ("block_attention", "forward_parts_gluon"): 16, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
 }
 
 
@@ -39,6 +39,7 @@ def cases():
         yield op, "64-float32", attention(64, 64, SINGLE)
     yield "block_attention_backward", "128-random", attention(128, 128, features=("interval", "random"))
     yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
+    yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
     yield "block_attention", "decode-64-t16", attention(64, 64, Hq=32, Hk=8, T=16, features=("bitmap", "softcap"))
     yield "block_attention", "decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length"))

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, clear_word, key_range, make_memory, map_layout, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
-from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of, stretched
 from sparsetile.backends.triton.launch import POINTER, scales
 from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import finish
@@ -197,7 +197,7 @@ def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, s
                         step, heads, Hq, group, T, tiles, section, items, scale, inner, outer,
                         D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr,
                         BITMAPS: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, AGAIN: gl.constexpr, LAST: gl.constexpr):
-    """q0 .. out_map: tensor maps; of widths in one part the second is None, and so are those of a part that is not there. step: between the queries of a tile.
+    """q0 .. out_map: tensor maps, None where a width is in one part, a part is not there, or the pass is not the last. step: between the queries of a tile.
     sums [B,Hq,T,V0] float32: of the passes before (AGAIN) or for the next one (not LAST). ticket: 0, or None where every program has one item."""
     queue = make_queue(READERS)
     memory, q_bars, k_bars, v_bars = make_memory(va.dtype, D0, D1, V0, QUERIES)
@@ -222,7 +222,7 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before
 
 
 def run(q, k, v, parts, *, place, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True):
-    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: ragged classes, lengths or positions known on the device only, more parts in one pass than PARTS."""
+    """(out, lse) of a layout's parts, or None where they have to be run apart and merged: lengths or positions known on the device only, orders that are no boxes, more parts in one pass than PARTS."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     start = S - T if q_start is None else q_start
     if kv_length is not None or not isinstance(start, int) or not 1e-30 < scale < 1e38 or not all(map(can_map, (q, k, v))):
@@ -245,8 +245,10 @@ def launch(q, k, v, plan, number: int, out, lse, sums, place, scale: float, sink
     made = constants(D, DV, softcap is not None, plan.has_intervals, plan.has_bitmaps, mine.before, mine.masked, len(mine.keys), number > 0, last)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, rows = made["D0"], made["D1"], made["V0"], mine.rows
-    keys = [(Boxes(k, at, D0), Boxes(k, at, D1) if D1 else None, Boxes(v, at, V0)) for at in mine.keys] + [(None,) * 3] * (2 - len(mine.keys))
-    maps = (Boxes(q, rows, D0, 64), Boxes(q, rows, D1, 64) if D1 else None, *keys[0], *keys[1], Boxes(out, rows, V0, 64))
+    q = stretched(q, rows)
+    ends = [(stretched(k, at), stretched(v, at), at) for at in mine.keys]
+    keys = [(Boxes(x, at, D0), Boxes(x, at, D1) if D1 else None, Boxes(y, at, V0)) for x, y, at in ends] + [(None,) * 3] * (2 - len(ends))
+    maps = (Boxes(q, rows, D0, 64), Boxes(q, rows, D1, 64) if D1 else None, *keys[0], *keys[1], Boxes(out, rows, V0, 64) if last else None)
     heads, n, sms = B * Hq, mine.items.shape[0], max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), heads)
     pointers = (out, lse, sums, mine.items, mine.entries, plan.intervals, plan.bitmaps, sink_logits if last else None, place.zeros((1,), "int32") if heads * n > sms else None)
@@ -263,9 +265,7 @@ def artifacts(problem) -> list[dict]:
         options = {name: found.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         pointer = POINTER[kind]
         mapped = lambda run, rows, columns: f"tensordesc<{pointer[1:]}{box(Axis(BLOCK, run), columns, rows)},{map_layout(5)!r}>"  # noqa: E731
-        maps = dict(q0=mapped(runs[0], 64, found["D0"]), out_map=mapped(runs[0], 64, found["V0"]))
-        if found["D1"]:
-            maps["q1"] = mapped(runs[0], 64, found["D1"])
+        maps = dict(q0=mapped(runs[0], 64, found["D0"])) | ({"q1": mapped(runs[0], 64, found["D1"])} if found["D1"] else {}) | ({"out_map": mapped(runs[0], 64, found["V0"])} if last else {})
         for name, run in zip("ab", runs):
             maps |= {f"k{name}0": mapped(run, BLOCK, found["D0"]), f"v{name}": mapped(run, BLOCK, found["V0"])} | ({f"k{name}1": mapped(run, BLOCK, found["D1"])} if found["D1"] else {})
         arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in ("lists", "entries", "intervals", "bitmaps", "ticket")}

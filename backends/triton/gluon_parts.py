@@ -19,9 +19,11 @@ PLANS = 8  # that are kept of a layout
 
 @dataclass(frozen=True)
 class Axis:
-    """Position c of a block stands c // run * step + c % run after the block's first; those outside the call's do not exist. Contiguous: step = run = BLOCK."""
+    """Position c of a block stands c // run * step + c % run after the block's first; those outside the call's do not exist. Contiguous: step = run = BLOCK.
+    ragged: some stand behind the last whole step, so that the engine wants an array that ends with a whole one (`stretched`)."""
     step: int
     run: int
+    ragged: bool = False
 
     def at(self, first):
         """(x, y) of positions in the array as the engine sees it."""
@@ -32,11 +34,21 @@ class Axis:
         return first[:, None] + c // self.run * self.step + c % self.run
 
 
+def stretched(x, axis: Axis):
+    """x [B,H,n,D], with zeros up to the end of a step where the axis is ragged."""
+    rest = -x.shape[2] % axis.step
+    if not (axis.ragged and rest):
+        return x
+    from torch.nn.functional import pad
+    return pad(x, (0, 0, 0, rest))
+
+
 class Boxes(TensorDescriptor):
     """x [B,H,n,D] as [B,H,x,y,D] along an axis, in boxes of so many positions and columns; without the checks of its parent, which maps.can_map has made."""
 
     def __init__(self, x, axis: Axis, columns: int, positions: int = BLOCK):
         (B, H, n, D), (b, h, row, _), step, run = x.shape, steps(x), axis.step, axis.run
+        assert not (axis.ragged and n % step), "an array that ends within a step: `stretched` makes it whole"
         two, between = ((1, n), (row, row)) if run == BLOCK else ((step, n // step), (row, row * step)) if run == 1 else ((n // step, step), (row * step, row))
         self.base, self.shape, self.strides, self.padding = x, [B, H, *two, D], [b, h, *between, 1], "zero"
         self.block_shape, self.layout = box(axis, columns, positions), map_layout(5, 8 * x.element_size())
@@ -94,8 +106,10 @@ def _plan(parts, T, S, start, place):
         at = axis.positions(t)
         if len(members) > PARTS or 1 < axis.run < BLOCK or ((at >= 0) & (at < T)).sum() < T:
             return None
+    if axis.ragged:  # the last pass's results leave by the engine
+        return None
     intervals, bitmaps, moved = _tables(parts)
-    made = tuple(_pass([(parts[n], *keys[n], moved[n]) for n in members], *rows[members[0]], T, S, place) for members in passes.values())
+    made = tuple(_pass([(parts[n], *keys[n], moved[n]) for n in members], *rows[members[0]], S, place) for members in passes.values())
     return Plan(made, place.upload(intervals), place.upload(bitmaps), any(part.has_intervals for part in parts), any(part.has_bitmaps for part in parts))
 
 
@@ -117,9 +131,10 @@ def axis_of(order, first: int, blocks: int, low: int, high: int):
     if BLOCK % run or axis.step < run or (((line >= low) & (line < high)) != there).any() or (line != grid)[there].any():
         return None
     inside = starts - low  # as the array counts
-    if run < BLOCK and ((high - low) % axis.step or run > 1 and (inside % axis.step + run > axis.step).any()):
+    if 1 < run < BLOCK and (inside % axis.step + run > axis.step).any():
         return None
-    return axis, inside
+    whole = (high - low) // axis.step * axis.step
+    return Axis(axis.step, run, run < BLOCK and bool((line[there] - low >= whole).any())), inside
 
 
 def _tables(parts):
@@ -132,8 +147,8 @@ def _tables(parts):
     return np.concatenate(intervals), np.concatenate(bitmaps), moved
 
 
-def _pass(members, rows: Axis, t, T, S, place) -> Pass:
-    made = [_entries(number, *member, rows, t, T, S) for number, member in enumerate(members)]
+def _pass(members, rows: Axis, t, S, place) -> Pass:
+    made = [_entries(number, *member, S) for number, member in enumerate(members)]
     items, entries, first = np.zeros((len(t), 6), np.int64), [], 0
     for tile in range(len(t)):
         mine = np.concatenate([found[offsets[tile]:offsets[tile + 1]] for offsets, found in made])
@@ -149,7 +164,7 @@ def _pass(members, rows: Axis, t, T, S, place) -> Pass:
     return Pass(rows, tuple(axis for _, axis, _, _ in members), words(items), words(entries), masked, before)
 
 
-def _entries(number, part, axis: Axis, firsts, moved, rows: Axis, t, T, S):
+def _entries(number, part, axis: Axis, firsts, moved, S):
     """(offsets by tile [nq + 1], entries [n, 9]) of a part."""
     host = part.extras
     offsets = host["offsets"][::2].astype(np.int64)
@@ -157,14 +172,11 @@ def _entries(number, part, axis: Axis, firsts, moved, rows: Axis, t, T, S):
     cols, kinds = host["cols"][:n].astype(np.int64), host["kinds"][:n].astype(np.int64)
     key = firsts[cols]
     left = (axis.positions(firsts) < S).sum(1)[cols]
-    tile = np.repeat(np.arange(len(t)), np.diff(offsets))
-    r = rows.positions(t)
-    begin, end = (r < 0).sum(1)[tile], (r < T).sum(1)[tile]
     seen = np.zeros((n, BLOCK // 32), np.int64)
     c, bit = np.arange(BLOCK), 1 << np.arange(32, dtype=np.int64)
-    for kind, a, b in {*zip(kinds.tolist(), begin.tolist(), end.tolist())}:
-        seen[(kinds == kind) & (begin == a) & (end == b)] = (_bits(host, kind) & ((c >= a) & (c < b))[:, None]).any(0).reshape(-1, 32) @ bit
-    seen |= (c >= left[:, None]).reshape(n, -1, 32) @ bit  # zeros already
+    for kind in {*kinds.tolist()}:
+        seen[kinds == kind] = _bits(host, kind).any(0).reshape(-1, 32) @ bit
+    seen |= (c >= left[:, None]).reshape(n, BLOCK // 32, 32) @ bit  # zeros already
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
     return offsets, np.concatenate([np.stack([*axis.at(key), kinds, left, np.full(n, number)], 1), seen], 1)
 
