@@ -25,7 +25,7 @@ TUNABLES = (
     Tunable("num_stages", (1, 2, 3), "blocks in flight", ("portable",)),
     Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept", ("portable",)),
     Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
-    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
+    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own, as for layouts of several parts always; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
     Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
     Tunable("walk", ("descending", "ascending"), "rows of an item from the last to the first and key blocks ascending, or both the other way", ("gluon_ordered",)),
 )
@@ -330,7 +330,8 @@ def default_config(problem: Problem) -> dict:
     """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 413 / 434 (535),
     window 1024 277 / 325 / 350 (442), documents 361 / 414 / 478 (602), random 10 % 317 / 454 / -, BigBird 300 / 442 / -, causal 16k of D 64 - / 381 / - (433), of D 192 222 / 427 / - (603).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
-    documents 449 / 460 / - / 478."""
+    documents 449 / 460 / - / 478.
+    Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
     if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path

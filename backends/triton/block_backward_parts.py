@@ -11,7 +11,7 @@ import numpy as np
 from sparsetile.backends.triton import gluon_parts, relaunch
 from sparsetile.backends.triton.block_attention_gluon import map_layout
 from sparsetile.backends.triton.block_backward_parts_gluon import part_keys_gluon, part_queries_gluon
-from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, stretched
 from sparsetile.backends.triton.launch import POINTER, power
 from sparsetile.backends.triton.maps import can_map
 
@@ -33,7 +33,7 @@ class ByKey:
 
 
 def by_key(parts, T: int, S: int, start: int, place) -> tuple | None:
-    """Of each part, in the order in which they are added; None where the last one lacks keys. Kept with the first part's lists."""
+    """Of each part, in the order in which they are added; None where the last one, whose results leave by the copy engine, lacks keys or is ragged. Kept with the first part's lists."""
     key, extras = ("triton.by_key", start, T, S), parts[0].extras
     if key not in extras:
         for old in [other for other in extras if isinstance(other, tuple) and other[0] == key[0]][gluon_parts.PLANS - 1:]:
@@ -49,30 +49,26 @@ def _by_key(parts, T, S, start, place):
         rows, t = gluon_parts.axis_of(part.extras.get("q_order"), part.first, part.nq, start, start + T)
         keys, firsts = gluon_parts.axis_of(part.extras.get("k_order"), 0, part.nk, 0, S)
         held = None if not made or before.all() else place.upload(before.astype(np.int32))
-        made.append(ByKey(rows, keys, *(_words(x, place) for x in _lists_by_key(part, rows, t, keys, firsts, T)), held, part.nk * LONG <= part.nq))
+        made.append(ByKey(rows, keys, *(_words(x, place) for x in _lists_by_key(part, rows, t, keys, firsts)), held, part.nk * LONG <= part.nq))
         at = keys.positions(firsts)
         before[at[at < S]] = True
-    return tuple(made) if len(np.unique(at[at < S])) == S else None
+    return tuple(made) if len(np.unique(at[at < S])) == S and not keys.ragged else None
 
 
 def _words(x, place):
     return place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))
 
 
-def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts, T: int):
+def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts):
     """(items, entries, seen) of ByKey."""
     host = part.extras
     offsets = host["offsets"][::2].astype(np.int64)
     n = int(offsets[-1])
     cols, kinds, tile = host["cols"][:n].astype(np.int64), host["kinds"][:n].astype(np.int64), np.repeat(np.arange(part.nq), np.diff(offsets))
-    r = rows.positions(t)
-    begin, end = (r < 0).sum(1)[tile], (r < T).sum(1)[tile]
-    mine, seen, c = np.full(n, -1), [], np.arange(BLOCK)
-    for kind, a, b in sorted({*zip(kinds.tolist(), begin.tolist(), end.tolist())}):
-        if kind >= 0:
-            mine[(kinds == kind) & (begin == a) & (end == b)] = len(seen)
-            bits = gluon_parts._bits(host, kind) & ((c >= a) & (c < b))[:, None]
-            seen.append(bits.T.reshape(BLOCK, -1, 32) @ (1 << np.arange(32, dtype=np.int64)))
+    mine, seen = np.full(n, -1), []
+    for kind in sorted({*kinds[kinds >= 0].tolist()}):
+        mine[kinds == kind] = len(seen)
+        seen.append(gluon_parts._bits(host, kind).T.reshape(BLOCK, BLOCK // 32, 32) @ (1 << np.arange(32, dtype=np.int64)))
     order = np.lexsort((tile, mine >= 0, cols))  # full tiles before those with a mask
     count = np.bincount(cols, minlength=part.nk)
     items = np.stack([firsts, np.cumsum(count) - count, count * 0, count, *keys.at(firsts)], 1)
@@ -113,22 +109,30 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     D0, V0, group, sms = power(D, 64), power(DV, 64), Hq // Hk, max(place.sms, 1)
     wide = max(len(rows.passes) > 1 and B * Hq * T * D, len(columns) > 1 and B * Hk * S * (D + DV))
     sums = place.empty((wide,), "float32") if wide else None
+    whole = {}
+
+    def boxes(name, x, axis, *size):
+        key = name, axis.step * axis.ragged
+        if key not in whole:
+            whole[key] = stretched(x, axis)
+        return Boxes(whole[key], axis, *size)
     tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
     for n, at in enumerate(rows.passes):
         last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
         made = row_constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, at.before, rows.has_intervals, rows.has_bitmaps, KEY_STEP)
         step = made["KEY_STEP"]
-        second = (Boxes(k, at.keys[1], D0, step), Boxes(v, at.keys[1], V0, step)) if len(at.keys) > 1 else (None, None)
+        keys = [one for axis in at.keys for one in (boxes("k", k, axis, D0, step), boxes("v", v, axis, V0, step))] + [None, None]
         relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),
                         (B * Hq, Hq, group, T, tiles, 0, B * Hq * tiles, at.rows.step if at.rows.run == 1 else 1, float(scale)), made, (q.dtype,),
-                        (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys[0], D0, step), Boxes(v, at.keys[0], V0, step), *second, Boxes(dq, at.rows, D0, 64)))
+                        (boxes("q", q, at.rows, D0, 64), boxes("dout", dout, at.rows, V0, 64), *keys[:4], Boxes(dq, at.rows, D0, 64) if last else None))
     sums_k, sums_v = (sums[:B * Hk * S * D], sums[B * Hk * S * D:]) if len(columns) > 1 else (None, None)
     for n, at in enumerate(columns):
         last, tiles = n == len(columns) - 1, at.items.shape[0]
         made, ticket = key_constants(D, DV, at.keys.run, n > 0, last, at.seen.shape[0] > 0), len(rows.passes) + n
         relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (sums_k, sums_v, at.held, lse, delta, at.items, at.entries, at.seen, tickets[ticket:ticket + 1]),
                         (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step if at.keys.run < BLOCK else 1, float(scale)), made, (q.dtype,),
-                        (Boxes(q, at.rows, D0, 64), Boxes(dout, at.rows, V0, 64), Boxes(k, at.keys, D0, 64), Boxes(v, at.keys, V0, 64), Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)))
+                        (boxes("q", q, at.rows, D0, 64), boxes("dout", dout, at.rows, V0, 64), boxes("k", k, at.keys, D0, 64), boxes("v", v, at.keys, V0, 64),
+                         *((Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)) if last else (None, None))))
 
 
 CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
@@ -150,14 +154,14 @@ def artifacts(problem, strided: bool) -> list[dict]:
     for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
         made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, has("q_start"), True, has("bitmap"), KEY_STEP)
         D0, V0 = made["D0"], made["V0"]
-        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), dq_map=mapped(rows, D0))
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0)) | (dict(dq_map=mapped(rows, D0)) if how[1] else {})
         for name, axis in zip(("", "1"), keys):
             maps |= {"k" + name: mapped(axis, D0, KEY_STEP), "v" + name: mapped(axis, V0, KEY_STEP)}
         artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32", intervals="*i32", bitmaps="*i32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"))
     for rows, keys, how in ((CLASS if strided else PLAIN, CLASS if strided else SUMMARY, first), (PLAIN, PLAIN, last)):
         made = key_constants(D, DV, keys.run, *how, True)
         D0, V0 = made["D0"], made["V0"]
-        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0), dk_map=mapped(keys, D0), dv_map=mapped(keys, V0))
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0)) | (dict(dk_map=mapped(keys, D0), dv_map=mapped(keys, V0)) if how[1] else {})
         artifact(part_keys_gluon, made, maps, dict(seen="*i32", k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
                  ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"))
     return found

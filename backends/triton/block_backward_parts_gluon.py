@@ -211,7 +211,7 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
 def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, apart, scale,
                        D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, PARTS: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
                        BEFORE: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None. apart: queries of a tile. Tiles `ahead` come before all others, of all heads."""
+    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None, as dq_map is where the pass is not the last. apart: queries of a tile. Tiles `ahead` come before all others, of all heads."""
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -384,7 +384,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
 def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, delta, plan, entries, seen, ticket,
                     heads, Hk, group, T, S, tiles, ahead, items, apart, key_step, scale,
                     D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr):
-    """q .. dv_map: tensor maps, 64 rows each. seen [n, 128, 4]: for each kind of a block which queries see a key, as bits. held [S]: which keys stand in the parts before, None: all."""
+    """q .. dv_map: tensor maps, 64 rows each, of gradients None where the part is not the last. seen [n, 128, 4]: for each kind of a block which queries see a key, as bits. held [S]: which keys stand in the parts before, None: all."""
     STAGES: gl.constexpr = 3
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
