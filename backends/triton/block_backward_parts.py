@@ -36,8 +36,9 @@ def by_key(parts, T: int, S: int, start: int, place) -> tuple | None:
     """Of each part, in the order in which they are added; None where the last one, whose results leave by the copy engine, lacks keys or is ragged. Kept with the first part's lists."""
     key, extras = ("triton.by_key", start, T, S), parts[0].extras
     if key not in extras:
-        for old in [other for other in extras if isinstance(other, tuple) and other[0] == key[0]][gluon_parts.PLANS - 1:]:
-            del extras[old]
+        kept = [other for other in extras if isinstance(other, tuple) and other[0] == key[0]]
+        if len(kept) >= gluon_parts.PLANS:  # as plan_of
+            del extras[kept[0]]
         extras[key] = _by_key(parts, T, S, start, place)
     return extras[key]
 
@@ -109,7 +110,7 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     D0, V0, group, sms = power(D, 64), power(DV, 64), Hq // Hk, max(place.sms, 1)
     wide = max(len(rows.passes) > 1 and B * Hq * T * D, len(columns) > 1 and B * Hk * S * (D + DV))
     sums = place.empty((wide,), "float32") if wide else None
-    whole = {}
+    whole = {}  # an array with a ragged axis is stretched once
 
     def boxes(name, x, axis, *size):
         key = name, axis.step * axis.ragged
