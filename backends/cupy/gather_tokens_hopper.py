@@ -19,8 +19,7 @@ def heads_of(Hq: int) -> int:
 
 
 def shared_bytes(heads: int) -> int:
-    slots = {8: 26, 16: 25, 32: 22}[heads]
-    return slots * (SLOT + 32) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 136
+    return 27 * (SLOT + 32) + heads * (2 * 128 + 4 * 4) + 192
 
 
 def resources(Hq: int) -> Resources:
