@@ -177,27 +177,25 @@ __device__ __forceinline__ void store_probabilities(u32 weights, const float (&s
     stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[4 * c], s[4 * c + 1]), pack<KIND>(s[4 * c + 4], s[4 * c + 5]), pack<KIND>(s[4 * c + 8], s[4 * c + 9]), pack<KIND>(s[4 * c + 12], s[4 * c + 13]));
 }
 
-// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up.
-__device__ __forceinline__ void hear(u32 bars, int slots, u32& slot, u32& phase, u32& news, u32& patience) {
-  for (int n = 0; n < slots; n++) {
-    bar_wait(FULL(slot), phase, patience);
-    advance<SLOTS>(slot, phase);
-  }
-  shared_to_copy_engine();
-  u32 unused = 0;
-  bar_arrive(LANDED(news));
-  advance<NEWS>(news, unused);
-}
-
-// Of the query, too: nobody gives a slot back that has not been heard of, so no slot is filled twice meanwhile.
+// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up. Of the query, too: nobody gives back what was not
+// announced, so that no slot is filled twice before the herald heard of it.
 __device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
-  u32 slot = 0, phase = 0, news = 0, patience = PATIENCE;
+  u32 slot = 0, phase = 0, news = 0, unused = 0, patience = PATIENCE;
+  const auto announce = [&](int slots) {
+    for (int n = 0; n < slots; n++) {
+      bar_wait(FULL(slot), phase, patience);
+      advance<SLOTS>(slot, phase);
+    }
+    shared_to_copy_engine();
+    bar_arrive(LANDED(news));
+    advance<NEWS>(news, unused);
+  };
   for (int left = 0; left >= 0;) {
-    hear(bars, QUERY_SLOTS, slot, phase, news, patience);
+    announce(QUERY_SLOTS);
     do {
       bar_wait(FULL(slot), phase, patience);
       left = ((const Found*)(raw + FOUND))[slot].left;
-      for (int n = 0; n < 3; n++) hear(bars, 3, slot, phase, news, patience);
+      for (int n = 0; n < 3; n++) announce(3);
     } while (left > 0);
   }
 }
