@@ -200,6 +200,9 @@ __device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
   }
 }
 
+// Zeros, too, have registers of their own from here on: a product takes four that stand side by side, and would wait for their copies.
+__device__ __forceinline__ void hold(u32 (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
+
 // The query of a warp's heads from the ring: A of the products over 16 columns each
 __device__ __forceinline__ void take_query(u32 base, u32 begin, u32 (&q)[36][4], int warp, int lane) {
   const u32 row = warp * 8 + (lane & 7), here = base + row * 128;

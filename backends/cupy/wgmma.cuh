@@ -19,7 +19,6 @@ inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int N> inline void wgmma_wait() {}
 template <int N> inline void hold(float (&)[N]) {}
-template <int N> inline void hold(u32 (&)[N]) {}
 #else
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -27,10 +26,6 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
 template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {  // accumulators are read or written from here on, not before
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
-}
-template <int N> __device__ __forceinline__ void hold(u32 (&a)[N]) {  // operands that stay in these registers, zeros too
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i]));
 }
 #endif
 
