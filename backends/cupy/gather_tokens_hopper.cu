@@ -1,12 +1,11 @@
-// Attention over selected keys for few heads, by Hopper's own instructions: keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and bfloat16.
-// Heads are the rows of the first product and the columns of the second, HEADS = 8, 16 or 32, which are not padded to 64 there:
-//   S [64, 64 tokens] = Q K^T        O^T [512, HEADS] += V^T P^T
-// Q stands in registers for an item. Of the 16 rows of a warp eight are heads and eight are empty: shared memory, which bounds the kernel, is read for the keys alone, and a thread makes
-// probabilities of one head.
+// Attention over selected keys for few heads, by Hopper's own instructions: keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and
+// bfloat16. Tokens are the rows of both products, heads their columns, so that HEADS = 8, 16 or 32 are not padded to 64:
+//   S^T [64 tokens, HEADS] = K Q^T        O^T [512, HEADS] += V^T P^T
 //
 // Persistent, four warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the fourth announces what has landed.
 // A slot of the ring is 64 columns of 64 tokens, so that scores begin when the first columns are there, values give back column by column, and memory that is no whole step still
-// holds what is on its way: with slots of 32 whole tokens a step's way from its gathering to its values bound the kernel. The query passes through the ring.
+// holds what is on its way: with slots of 32 whole tokens a step's way from its gathering to its values bound the kernel. The query passes through the ring and stands beside it from
+// then on.
 #include "selections.cuh"
 #include "wgmma.cuh"
 
@@ -30,19 +29,20 @@ struct Params {
   float scale, scale2;     // above 0; the second is for powers of two
 };
 
-constexpr int N = 64, SLOT = N * 128, SLOTS = 27, CHUNK = HEADS * 128;  // CHUNK: 64 columns of the query, probabilities of 64 tokens
-constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, WARPS = HEADS / 8, COLUMNS = HEADS / 4;  // WARPS: those that have heads
-constexpr int WEIGHTS = SLOTS * SLOT, FACTORS = WEIGHTS + 2 * CHUNK, INVERSE = FACTORS + 2 * HEADS * 4, FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 32;
+constexpr int N = 64, SLOT = N * 128, SLOTS = HEADS == 8 ? 26 : HEADS == 16 ? 25 : 22, CHUNK = HEADS * 128;  // CHUNK: 64 columns of the query
+constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, COLUMNS = HEADS / 4;
+constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + 9 * CHUNK, TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
+constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 16;
 constexpr int NEWS = 12;  // announcements, of a query or of three slots: more than the ring can hold
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
 #define READY(s) (bars + 8 * (2 * SLOTS + (s)))
 #define DONE(s) (bars + 8 * (2 * SLOTS + 2 + (s)))
-#define LANDED(n) (bars + 8 * (2 * SLOTS + 4 + (n)))
+#define LANDED(s) (bars + 8 * (2 * SLOTS + 4 + (s)))
 
 struct Found { u32 words[2]; int left, item; };      // of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all
-struct Made { int moved[4], left, item, unused[2]; };  // of a step's probabilities; moved: earlier sums of a warp's heads take a factor first
+struct Made { int moved, left, item, unused; };      // of a step's probabilities; moved: earlier sums take a factor first
 __device__ __forceinline__ u32 slot_after(u32 slot, u32 n) { return slot + n < SLOTS ? slot + n : slot + n - SLOTS; }
 
 struct Item {
@@ -119,62 +119,104 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
   }
 }
 
-// Of a lane's head: the largest product this lane has seen, the reference m of the sums (powers of two), the sum of this lane's tokens.
-struct Head { float top, m, sum; bool wide; };
+// Of the heads of a lane (8 j + 2 (lane % 4) + e is the one with index 2 j + e): the largest product this lane has seen, the reference m of the sums (powers of two), the sum of its tokens.
+struct Heads { float top[COLUMNS], m[COLUMNS], sum[COLUMNS]; bool wide; };
+__device__ __forceinline__ int head_of(int lane, int i) { return i / 2 * 8 + 2 * (lane & 3) + (i & 1); }
 
-// The four lanes of a head
-__device__ __forceinline__ float largest_of(float x) { x = fmaxf(x, __shfl_xor_sync(~0u, x, 1)); return fmaxf(x, __shfl_xor_sync(~0u, x, 2)); }
-__device__ __forceinline__ float sum_of(float x) { x += __shfl_xor_sync(~0u, x, 1); return x + __shfl_xor_sync(~0u, x, 2); }
+// The largest of all lanes and warps that hold a head; the group's votes keep two exchanges apart.
+__device__ __forceinline__ void exchange_tops(unsigned char* raw, Heads& h, int warp, int lane) {
+  float* tops = (float*)(raw + TOPS);
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) h.top[i] = fmaxf(h.top[i], __shfl_xor_sync(~0u, h.top[i], lanes));
+    if (lane < 4) tops[warp * HEADS + head_of(lane, i)] = h.top[i];
+  }
+  named_sync(1, 128);
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++)
+#pragma unroll
+    for (int w = 0; w < 4; w++) h.top[i] = fmaxf(h.top[i], tops[w * HEADS + head_of(lane, i)]);
+}
 
 // Products of 64 tokens become probabilities relative to 2^m (latent_hopper.cuh has the reasons). Whether a reference moved: then `factor` is for what was summed before.
-__device__ __forceinline__ bool probabilities(float (&s)[N / 2], Head& h, float& factor, float scale2) {
+__device__ __forceinline__ bool probabilities(unsigned char* raw, float (&s)[HEADS / 2], Heads& h, float (&factor)[COLUMNS], float scale2, int warp, int lane) {
+  bool above = false;
 #pragma unroll
-  for (int c = 0; c < 8; c++) h.top = fmaxf(h.top, fmaxf(s[4 * c], s[4 * c + 1]));
-  factor = 1.f;
-  const bool moved = __any_sync(~0u, fmaf(h.top, scale2, -LAZY) > h.m);
+  for (int i = 0; i < COLUMNS; i++) {
+    factor[i] = 1.f;
+    h.top[i] = fmaxf(h.top[i], fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]));
+    above |= fmaf(h.top[i], scale2, -LAZY) > h.m[i];
+  }
+  const bool moved = named_or(1, 128, above);  // and from here on all four warps' products are done with the tile
   if (moved) {
-    h.top = largest_of(h.top);
-    const float m = __fmul_rn(h.top, scale2);
-    if (m > h.m) {
-      factor = ex2(h.m - m);
-      h.m = m;
-      h.sum *= factor;
+    exchange_tops(raw, h, warp, lane);
+    bool wide = false;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+      const float m = __fmul_rn(h.top[i], scale2);
+      if (m > h.m[i]) {
+        factor[i] = ex2(h.m[i] - m);
+        h.m[i] = m;
+        h.sum[i] *= factor[i];
+      }
+      wide |= fabsf(h.m[i]) > WIDE && h.top[i] != -inf();
     }
-    h.wide = __any_sync(~0u, fabsf(h.m) > WIDE && h.top != -inf());
+    h.wide = __any_sync(~0u, wide);
   }
   float unit = scale2;
   if (h.wide) {
     unit = 1.f;
 #pragma unroll
-    for (int c = 0; c < 8; c++) { s[4 * c] = __fmul_rn(s[4 * c], scale2); s[4 * c + 1] = __fmul_rn(s[4 * c + 1], scale2); }
+    for (int i = 0; i < HEADS / 2; i++) s[i] = __fmul_rn(s[i], scale2);
   }
 #pragma unroll
-  for (int c = 0; c < 8; c++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      s[4 * c + e] = ex2(fmaf(s[4 * c + e], unit, -h.m));
-      h.sum += s[4 * c + e];
-    }
+  for (int i = 0; i < HEADS / 2; i++) {
+    s[i] = ex2(fmaf(s[i], unit, -h.m[i / 4 * 2 + i % 2]));
+    h.sum[i / 4 * 2 + i % 2] += s[i];
+  }
   return moved;
 }
 
-// At the end of an item: sums relative to 2^m become sums relative to the head's largest score, in natural units and rounded once as the backward does.
-__device__ __forceinline__ void finish(const Params& p, const Item& x, float* inverse, const Head& h, int head, int lane) {
-  const float top = largest_of(h.top), sum = sum_of(h.sum);
-  if (lane & 3) return;
-  const bool empty = top == -inf() && sum == 0.f;
-  const float largest = __fmul_rn(top, p.scale), unit = ex2(h.wide ? h.m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -h.m)), total = sum * unit;
-  const float sink = p.sink && head < x.rows ? ex2((__ldg(p.sink + x.head + head) - largest) * LOG2E) : 0.f;
-  inverse[head] = empty ? 0.f : unit / (total + sink);
-  if (p.lse && head < x.rows) p.lse[((i64)x.b * p.Hq + x.head + head) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
+// At the end of an item, a thread for each head: sums relative to 2^m become sums relative to the head's largest score, in natural units and rounded once as the backward does.
+__device__ __forceinline__ void finish(const Params& p, unsigned char* raw, const Item& x, float* inverse, Heads& h, int warp, int lane) {
+  float2* ends = (float2*)(raw + ENDS);  // not TOPS: a warp behind may still read there
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      h.sum[i] += __shfl_xor_sync(~0u, h.sum[i], lanes);
+      h.top[i] = fmaxf(h.top[i], __shfl_xor_sync(~0u, h.top[i], lanes));
+    }
+    if (lane < 4) {
+      const int head = head_of(lane, i);
+      ends[warp * HEADS + head] = make_float2(h.top[i], h.sum[i]);
+      if (warp == 0) inverse[head] = h.m[i];
+    }
+  }
+  named_sync(1, 128);
+  const int head = warp * 32 + lane;
+  if (head < HEADS) {
+    const float m = inverse[head];
+    float top = -inf(), sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < 4; w++) { top = fmaxf(top, ends[w * HEADS + head].x); sum += ends[w * HEADS + head].y; }
+    const bool empty = top == -inf() && sum == 0.f;
+    const float largest = __fmul_rn(top, p.scale), unit = ex2(h.wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
+    const float sink = p.sink && head < x.rows ? ex2((__ldg(p.sink + x.head + head) - largest) * LOG2E) : 0.f;
+    inverse[head] = empty ? 0.f : unit / (total + sink);
+    if (p.lse && head < x.rows) p.lse[((i64)x.b * p.Hq + x.head + head) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
+  }
 }
 
-// Probabilities of a warp's heads, 64 tokens a row: K-major for the second product
-__device__ __forceinline__ void store_probabilities(u32 weights, const float (&s)[N / 2], int warp, int lane) {
-  const u32 row = lane & 7, to = weights + warp * 1024 + row * 128;
+// Probabilities of a warp's 16 tokens, a row for each head: K-major for the second product.
+__device__ __forceinline__ void store_probabilities(u32 weights, const float (&s)[HEADS / 2], int warp, int lane) {
+  const u32 row = lane & 7, part = HEADS == 8 ? 0 : lane >> 4, to = weights + part * 1024 + row * 128 + ((warp * 2 + (lane >> 3 & 1) ^ row) << 4);
 #pragma unroll
-  for (int c = 0; c < 8; c += 4)
-    stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[4 * c], s[4 * c + 1]), pack<KIND>(s[4 * c + 4], s[4 * c + 5]), pack<KIND>(s[4 * c + 8], s[4 * c + 9]), pack<KIND>(s[4 * c + 12], s[4 * c + 13]));
+  for (int j = 0; j < HEADS / 8; j += 2) {
+    const float *x = &s[4 * j], *y = HEADS == 8 ? x : x + 4;  // 8 heads: the same twice
+    stmatrix_transposed_at(to + j * 1024, pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3]), pack<KIND>(y[0], y[1]), pack<KIND>(y[2], y[3]));
+  }
 }
 
 // Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up. Of the query, too: nobody gives back what was not
@@ -200,45 +242,31 @@ __device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
   }
 }
 
-// Zeros, too, have registers of their own from here on: a product takes four that stand side by side, and would wait for their copies.
-__device__ __forceinline__ void hold(u32 (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
-
-// The query of a warp's heads from the ring: A of the products over 16 columns each
-__device__ __forceinline__ void take_query(u32 base, u32 begin, u32 (&q)[36][4], int warp, int lane) {
-  const u32 row = warp * 8 + (lane & 7), here = base + row * 128;
-#pragma unroll
-  for (int c = 0; c < 9; c++) {
-    const u32 from = here + slot_after(begin, c * HEADS / N) * SLOT + c * HEADS % N * 128;
-#pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      u32 x[4] = {};
-      if (warp < WARPS) ldmatrix_at(x, from + ((2 * k + (lane >> 3) ^ row & 7) << 4));
-#pragma unroll
-      for (int i = 0; i < 4; i++) { q[4 * c + k + i / 2][i % 2 * 2] = x[i]; q[4 * c + k + i / 2][i % 2 * 2 + 1] = 0; }
-      hold(q[4 * c + k]);
-      hold(q[4 * c + k + 1]);
-    }
-  }
-}
-
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
-  const int tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid & 31, head = warp * 8 + lane / 4;
-  u32 slot = 0, phase = 0, news = 0, heard = 0, made = 0, turn = 1, patience = PATIENCE;
+  const int tid = threadIdx.x % 128, warp = tid / 32, lane = tid & 31;
+  const u64 query = descriptor_of(base + QUERY, 16, 1024, SWIZZLE_128);
+  u32 slot = 0, news = 0, heard = 0, made = 0, turn = 1, patience = PATIENCE;
   for (int left = 0; left >= 0;) {
     bar_wait(LANDED(news), heard, patience);
     advance<NEWS>(news, heard);
-    u32 q[36][4];
-    take_query(base, slot, q, warp, lane);
-    __syncwarp();
-    for (int n = 0; n < QUERY_SLOTS; n++) {
+#pragma unroll 1
+    for (int part = 0; part < QUERY_SLOTS; part++) {
+#pragma unroll
+      for (int i = tid; i < SLOT / 16; i += 128)
+        if (part * (SLOT / 16) + i < 9 * CHUNK / 16) ((uint4*)(raw + QUERY + part * SLOT))[i] = ((const uint4*)(raw + slot * SLOT))[i];
+      __syncwarp();
       if (lane == 0) bar_arrive(FREE(slot));
-      advance<SLOTS>(slot, phase);
+      slot = slot_after(slot, 1);
     }
-    Head h = {-inf(), LOWEST, 0.f, false};
+    shared_to_copy_engine();
+    named_sync(1, 128);
+    Heads h = {};
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) { h.top[i] = -inf(); h.m[i] = LOWEST; }
     bool first = true;
     do {
       const u32 begin = uniform(slot);
-      float s[N / 2];
+      float s[HEADS / 2];
       hold(s);
 #pragma unroll
       for (int c = 0; c < 9; c++) {
@@ -249,40 +277,35 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         }
         const u64 keys = descriptor_of(base + slot_after(begin, c) * SLOT, 16, 1024, SWIZZLE_128);
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, q[4 * c + k], keys + 2 * k, c || k);
+        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, keys + 2 * k, query + c * (CHUNK >> 4) + 2 * k, c || k);
       }
       wgmma_commit();
-      const Found found = ((const Found*)(raw + FOUND))[begin];
-      left = uniform(found.left);
+      const Found* found = (const Found*)(raw + FOUND) + begin;
+      const u32 word = found->words[warp / 2] >> (16 * (warp & 1) + lane / 4);
+      const int item = found->item;
+      left = uniform(found->left);
       slot = slot_after(slot, 9);
       bar_wait(DONE(made), turn, patience);
       wgmma_wait<0>(); hold(s);
       __syncwarp();
       if (lane == 0) bar_arrive(FREE(slot_after(begin, 8)));  // the last columns are no values
-      if (warp < WARPS) {
-        if ((found.words[0] & found.words[1]) != ~0u)
 #pragma unroll
-          for (int c = 0; c < 8; c++)
+      for (int i = 0; i < HEADS / 2; i++)
+        if (!(word >> (i & 2) * 4 & 1)) s[i] = -inf();
+      float factor[COLUMNS];
+      const bool moved = probabilities(raw, s, h, factor, p.scale2, warp, lane);
+      if (moved && warp == 0 && lane < 4)
 #pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (!(found.words[c / 4] >> (c % 4 * 8 + 2 * (lane & 3) + e) & 1)) s[4 * c + e] = -inf();
-        float factor;
-        const bool moved = probabilities(s, h, factor, p.scale2);
-        store_probabilities(base + WEIGHTS + made * CHUNK, s, warp, lane);
-        if (lane % 4 == 0) ((float*)(raw + FACTORS))[made * HEADS + head] = factor;
-        if (lane == 0) ((Made*)(raw + MADE))[made].moved[warp] = moved && !first;
-        if (left <= 0) finish(p, Item(p, found.item), (float*)(raw + INVERSE) + made * HEADS, h, head, lane);
-      }
-      if (tid == 0) { ((Made*)(raw + MADE))[made].left = left; ((Made*)(raw + MADE))[made].item = found.item; }
+        for (int i = 0; i < COLUMNS; i++) ((float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)] = factor[i];
+      store_probabilities(base + WEIGHTS + made * CHUNK, s, warp, lane);
+      if (tid == 0) ((Made*)(raw + MADE))[made] = {moved && !first, left, item, 0};
+      if (left <= 0) finish(p, raw, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, warp, lane);
       bar_arrive(READY(made));
       advance<2>(made, turn);
       first = false;
     } while (left > 0);
   }
 }
-
-// Which head a lane's sums with index 4 j + e (and + 2) are of, i = 2 j + e
-__device__ __forceinline__ int head_of(int lane, int i) { return i / 2 * 8 + 2 * (lane & 3) + (i & 1); }
 
 // Sums out through slots whose values nobody needs any more, eight heads each: rows of a head, coalesced.
 __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[8][HEADS / 2], const float* inverse, const Item& x, u32 slot, int tid) {
@@ -318,9 +341,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       bar_wait(READY(made), turn, patience);
       const Made step = ((const Made*)(raw + MADE))[made];
       left = uniform(step.left);
-      bool moved = false;
-      for (int w = 0; w < WARPS; w++) moved |= step.moved[w] != 0;
-      if (moved) {
+      if (step.moved) {
         float f[COLUMNS];
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) f[i] = ((const float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)];
@@ -379,10 +400,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const 
     fewer_registers<72>();
     gather(p, raw, base, bars);
   } else if (group == 1) {
-    more_registers<224>();
+    more_registers<208>();
     scores(p, raw, base, bars);
   } else if (group == 2) {
-    more_registers<192>();
+    more_registers<208>();
     values(p, raw, base, bars);
   } else {
     fewer_registers<24>();

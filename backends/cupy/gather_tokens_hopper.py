@@ -1,7 +1,7 @@
-"""Path "tokens" of gather_attention: few heads of DeepSeek's latent by warpgroup products, up to 32 at a time (gather_tokens_hopper.cu).
+"""Path "tokens" of gather_attention: few heads of DeepSeek's latent by warpgroup products whose rows are tokens (gather_tokens_hopper.cu).
 
-A product has at least 64 rows. Heads as rows of both products (path "hopper") pad 8 heads to 64; here tokens are the rows of the second, and 8, 16 or 32 heads its columns: its
-sums fit beside everything else, and each gathered tile is read twice instead of being multiplied eight times. More heads than 32 gather their tokens once for each 32.
+A product has at least 64 rows. Heads as rows (path "hopper") pad 8 heads to 64; tokens as rows and heads as columns multiply 8, 16 or 32 heads, and read each gathered
+tile twice instead of multiplying it eight times. More heads than 32 gather their tokens once for each 32.
 """
 import math
 
@@ -19,7 +19,8 @@ def heads_of(Hq: int) -> int:
 
 
 def shared_bytes(heads: int) -> int:
-    return 27 * (SLOT + 32) + heads * (2 * 128 + 4 * 4) + 192
+    slots = {8: 26, 16: 25, 32: 22}[heads]
+    return slots * (SLOT + 32) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 160
 
 
 def resources(Hq: int) -> Resources:
