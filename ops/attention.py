@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
-from sparsetile.ops import checks, dispatch, ready
+from sparsetile.ops import checks, dispatch, ready, selected_blocks
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.lowering import lower
@@ -281,6 +281,7 @@ def _entries(selection: Selection, place):
 
 def forward(call: Call, return_lse: bool, key=None):
     """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay."""
+    call = selected_blocks.where_they_pay(call)
     name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
     choice = choose(call, name, lse=return_lse)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
@@ -323,8 +324,8 @@ def _forward(call, choice, place, return_lse, key):
 # ------------------------------------------------------------------------------------------------------------------ backward
 def backward(call: Call, out, lse, dout, dlse=None, config=None):
     """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
+    call = selected_blocks.where_they_pay(replace(call, config=config))  # the call's own config speaks of the forward
     selected = isinstance(call.rule, Selection)
-    call = replace(call, config=config)  # the call's own config speaks of the forward
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():

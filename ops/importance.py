@@ -145,7 +145,7 @@ def select(call: Call):
 
 
 def selection(call: Call, indices, lengths, scores):
-    found = Selection(indices, call.select_block, lengths, True)
+    found = Selection(indices, call.select_block, lengths, True, distinct=True)
     return (found, scores) if call.return_scores else found
 
 

@@ -30,7 +30,7 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
         ends = lib.minimum(own, (length + block - 1) // block)
         chosen = best_keys(call.q, window_means(call.k, length, block, block), past, ends, backend=backend)
         indices = lib.concatenate([chosen, indices], 3)
-    return Selection(indices, block, causal=True)
+    return Selection(indices, block, causal=True, distinct=True)
 
 
 def moba(q, k, v, *, block=512, top_k=3, kv_length=None, q_start=None, backend=None, **options):
