@@ -172,7 +172,7 @@ def features_of(call: Call, gradient: bool, lse: bool) -> list[str]:
     rule = call.rule
     words = [("sink", call.sink_logits is not None), ("softcap", call.softcap is not None), ("kv_length", call.kv_length is not None), ("lse", lse),
              ("gradient", gradient), ("shared_kv", call.v is None), ("q_start", call.q_start is not None and not isinstance(call.q_start, int)),
-             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead)), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None)]
+             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead) or isinstance(rule, Selection) and call.q.shape[1] == rule.indices.shape[1] > call.k.shape[1]), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None)]
     return [word for word, on in words if on]
 
 
