@@ -281,7 +281,7 @@ def _entries(selection: Selection, place):
 
 def forward(call: Call, return_lse: bool, key=None):
     """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay."""
-    call = selected_blocks.where_they_pay(call)
+    call = selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention", lse=return_lse))
     name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
     choice = choose(call, name, lse=return_lse)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
@@ -324,7 +324,8 @@ def _forward(call, choice, place, return_lse, key):
 # ------------------------------------------------------------------------------------------------------------------ backward
 def backward(call: Call, out, lse, dout, dlse=None, config=None):
     """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
-    call = selected_blocks.where_they_pay(replace(call, config=config))  # the call's own config speaks of the forward
+    call = replace(call, config=config)  # the call's own config speaks of the forward
+    call = selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention_backward", gradient=True))
     selected = isinstance(call.rule, Selection)
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)

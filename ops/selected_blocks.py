@@ -12,12 +12,15 @@ from sparsetile.ops import device_lists, dispatch
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.selection import Selection
 
-BLOCK, PASSED, MOST = 128, 32, 1 << 30
+OP, BLOCK, PASSED, MOST = "sparse_attention", 128, 32, 1 << 30
 
 
-def where_they_pay(call):
-    """A call of sparse_attention: as it is, or with a layout in place of its selection."""
-    return (as_blocks(call) or call) if isinstance(call.rule, Selection) and pays(call) else call
+def where_they_pay(call, problem_of):
+    """A call of sparse_attention: as it is, or with a layout in place of its selection. problem_of(call): that of the kernel which takes the selection; on its path "blocks" it stays."""
+    if not (isinstance(call.rule, Selection) and pays(call)):
+        return call
+    taken = dispatch.find(OP, problem_of(call), call.device, call.backend)
+    return call if taken is not None and taken.config.get("path") == "blocks" else as_blocks(call) or call
 
 
 def pays(call) -> bool:
@@ -39,10 +42,10 @@ def as_blocks(call):
     s = call.rule
     problem = Problem.of("selection_bitmaps", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, K=int(s.indices.shape[3])), dict(indices="int32"), devices.device_info(call.device).arch,
                          ["causal"] * s.causal, 1.0, s.granularity)
-    choice = dispatch.find("selection_bitmaps", problem, call.device, call.backend)
+    choice = dispatch.find(OP, problem, call.device, call.backend)
     if choice is None:
         return None
-    dispatch.before("selection_bitmaps", problem, call.device, choice.backend)  # for an explanation
+    dispatch.before(OP, problem, call.device, choice.backend)  # for an explanation
     G = int(s.indices.shape[1])
     nq, nk = -(-T // BLOCK), -(-S // BLOCK)
     if dispatch.is_explaining():  # the attention kernel is the one to explain: its tiles are all it needs
