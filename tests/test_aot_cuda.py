@@ -19,6 +19,7 @@ SPILLS = {  # source -> bytes that a thread may store and load: registers that p
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 224,  # the planning warp has 24 registers
     "block_attention_backward_two_pass": 272,  # the same warp; D 192: where an item's keys leave
+    "selection_bitmaps": 8,  # a call of 64-bit division
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
