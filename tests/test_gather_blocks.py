@@ -2,7 +2,7 @@
 import numpy as np
 import oracle
 import pytest
-from judge import attention, normal
+from judge import attention, gradients, normal
 from numeric import assert_same_bits
 
 import sparsetile as st
@@ -45,6 +45,29 @@ def test_rows_of_one_block_share_a_tile(on, backend, case, rng, monkeypatch):
     assert ran
     for name, x, y in zip(("out", "lse"), first, call()):
         assert_same_bits(name, x, y)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", [pytest.param("triton", id="triton", marks=pytest.mark.interp)])
+def test_gradients_of_sorted_pairs(on, backend, case, rng, monkeypatch):
+    from sparsetile.backends.triton import gather_blocks, gather_blocks_backward
+    ran, run, how = [], gather_blocks_backward.run, dict(CASES[case])
+    monkeypatch.setattr(gather_blocks_backward, "run", lambda *x, **y: ran.append(1) or run(*x, **y))
+    monkeypatch.setattr(gather_blocks, "pays", lambda problem: True)
+    G, granularity, causal = how.pop("G"), how.pop("granularity"), how.pop("causal", False)
+    monkeypatch.setattr(gather_blocks_backward, "SCRATCH", how.pop("scratch", 1 << 20))
+    if on.interpreted:
+        for module, name, size in ((gather_blocks, "ROWS", 16), (gather_blocks, "KEYS", 32), (gather_blocks, "CHUNK", 32), (gather_blocks_backward, "KEYS", 32), (gather_blocks_backward, "QUERIES", 16), (gather_blocks_backward, "STEP", 32)):
+            monkeypatch.setattr(module, name, size)
+    q, k, v = (normal(rng, (B, heads, n, width), np.float16) for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, DV)))
+    entries, lengths = entries_of(rng, G, granularity), rng.integers(-2, K + 3, (B, G, T)).astype(np.int32) if how.pop("lengths", False) else None
+    places = dict(kv_length=np.array([S + 9, 70], np.int32) if how.pop("kv_length", False) else None, q_start=np.array([100, -3], np.int32) if how.pop("q_start", False) else None)
+    how["sink_logits"] = rng.standard_normal(Hq).astype(np.float32) if how.pop("sink", False) else None
+    count = oracle.selection_count(entries, S, Hq, lengths=lengths, granularity=granularity, causal=causal, **places)
+    rule = lambda: st.Selection(on.tensor(entries), granularity, None if lengths is None else on.tensor(lengths), causal)  # noqa: E731
+    options = {name: x for name, x in places.items() if x is not None} | how
+    gradients(on, q, k, v, rule(), count, rng, with_lse=True, **options)
+    assert ran
 
 
 def test_where_it_is_the_first_choice():

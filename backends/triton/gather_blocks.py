@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton.launch import POINTER, parts, power, scales
+from sparsetile.backends.triton.launch import POINTER, parts, power, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, negated, place_of, product, soften, store
 
 ROWS, KEYS, CHUNK, SCRATCH = 128, 64, 128, 1 << 30
@@ -143,6 +143,8 @@ def refusal(problem) -> str | None:
         return f"path blocks takes widths up to 128, not {problem['D']} and {problem['Dv']}; take portable"
     if problem.granularity < KEYS or problem["K"] > 64:
         return f"path blocks takes up to 64 entries of at least {KEYS} keys, not {problem['K']} of {problem.granularity}; take portable"
+    if resources().shared > shared_limit(problem.arch):
+        return f"path blocks: {resources().shared} bytes of shared memory, {problem.arch} has {shared_limit(problem.arch)}; take portable"
     return None
 
 
@@ -203,21 +205,30 @@ def run(q, k, v, indices, out_kind, place_, *, lengths, granularity, causal, sca
     return torch.cat(outs, axis).view(B, Hq, T, DV), torch.cat(lses, axis).view(B, Hq, T)
 
 
-def some(q, k, v, indices, lengths, kv_length, q_start, place_, first, lists, granularity, causal, scale, softcap):
-    """The parts of the key heads first ... first + lists - 1 of all batches' key heads."""
-    (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
-    pairs, bins = Hq // Hk * T * K, -(-S // granularity)
+def sorted_pairs(given, sizes, lists, host, place_, how):
+    """order [lists, capacity]: pairs by entry, -1 after those of an entry; where each entry's begin, and how many they are [lists, bins]."""
+    *_, S, _, pairs = sizes
+    bins = -(-S // how["GRANULARITY"])
     chunks, capacity = -(-pairs // CHUNK), (bins + -(-pairs // ROWS)) * ROWS
-    how, tile = constants(D, DV, granularity, causal, q_start is None)
-    starts, host = (None, q_start) if isinstance(q_start, int) else (q_start, 0)
-    given, sizes = (indices, lengths, kv_length, starts), (first, Hq, Hk, G, T, S, K, pairs)
     counts = place_.zeros((lists, bins, chunks), "int32")
     count[(chunks, lists)](*given, counts, *sizes, bins, chunks, host, **how, CHUNK=CHUNK, num_warps=4)
     running = counts.cumsum(2, dtype=counts.dtype)
     rows = (running[:, :, -1:] + (ROWS - 1)) // ROWS * ROWS
-    begins = running - counts + (rows.cumsum(1, dtype=counts.dtype) - rows)
+    first = rows.cumsum(1, dtype=counts.dtype) - rows
     order = place_.full((lists, capacity), "int32", -1)
-    place[(chunks, lists)](*given, begins, order, *sizes, bins, chunks, capacity, host, **how, CHUNK=CHUNK, num_warps=4)
+    place[(chunks, lists)](*given, running - counts + first, order, *sizes, bins, chunks, capacity, host, **how, CHUNK=CHUNK, num_warps=4)
+    return order, first[:, :, 0].contiguous(), running[:, :, -1].contiguous()
+
+
+def some(q, k, v, indices, lengths, kv_length, q_start, place_, first, lists, granularity, causal, scale, softcap):
+    """The parts of the key heads first ... first + lists - 1 of all batches' key heads."""
+    (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
+    how, tile = constants(D, DV, granularity, causal, q_start is None)
+    starts, host = (None, q_start) if isinstance(q_start, int) else (q_start, 0)
+    pairs = Hq // Hk * T * K
+    given, sizes = (indices, lengths, kv_length, starts), (first, Hq, Hk, G, T, S, K, pairs)
+    order, _, _ = sorted_pairs(given, sizes, lists, host, place_, how)
+    capacity = order.shape[1]
     out, lse = place_.empty((lists, pairs, DV), "float32"), place_.full((lists, pairs), "float32", float("-inf"))
     size, inner, outer, negate = scales(scale, softcap)
     attend[(capacity // ROWS, lists)](q, k, v, out, lse, order, *given, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, capacity, host, size, inner, outer, **tile, **how,
