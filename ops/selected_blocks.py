@@ -12,7 +12,7 @@ from sparsetile.ops import device_lists, dispatch
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.selection import Selection
 
-OP, BLOCK, PASSED, MOST = "sparse_attention", 128, 32, 1 << 30
+OP, BLOCK, PASSED, MOST, LEAST = "sparse_attention", 128, 32, 1 << 30, 1 << 24
 
 
 def where_they_pay(call, problem_of):
@@ -30,7 +30,8 @@ def pays(call) -> bool:
         return False
     G, K = (int(n) for n in rule.indices.shape[1::2])
     shared, seen = Hq // max(G, Hk), min(K * rule.granularity, S)
-    return min(T, S) >= BLOCK and B > 0 and S * shared <= PASSED * seen and B * G * T * S // 8 <= max(MOST, 4 * B * G * T * K)
+    long = B * Hq * T * seen >= LEAST * shared  # else the host, which makes the lists, takes longer than the rows
+    return min(T, S) >= BLOCK and long and shared < 16 and S * shared <= PASSED * seen and B * G * T * S // 8 <= max(MOST, 4 * B * G * T * K)
 
 
 def as_blocks(call):
