@@ -1,4 +1,7 @@
 """Selections as bitmaps of blocks: every backend's bits are the reference's, the reference's are the selection's own mask, and attention under them is attention over the entries."""
+from types import SimpleNamespace
+
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
@@ -119,3 +122,14 @@ def test_gradients_under_bits(on, backend, as_blocks, rng):
     count = oracle.selection_count(entries, S, 4, granularity=32, causal=True)
     gradients(on, q, k, v, st.Selection(on.tensor(entries), 32, causal=True, distinct=True), count, rng, with_lse=True)
     assert len(as_blocks) == 2
+
+
+def test_where_blocks_pay():
+    """Lists of each head over few keys for what they hold; on a GPU, of 16 bits, where entries are distinct and nobody named a config. Not where a group fills a tile's rows, nor for short calls."""
+    def pays(Hq=32, Hk=8, G=32, T=16384, S=16384, K=2048, granularity=1, kind=ml_dtypes.bfloat16, distinct=True, **more):
+        rule = SimpleNamespace(indices=SimpleNamespace(shape=(1, G, T, K)), granularity=granularity, distinct=distinct)
+        call = dict(rule=rule, sizes=(1, Hq, Hk, T, S, 128, 128), device=0, config=None, table=None, latent=None, q=np.zeros(1, kind)) | more
+        return selected_blocks.pays(SimpleNamespace(**call))
+    assert pays() and pays(K=4, granularity=512) and pays(S=65536) and pays(G=8, K=32, granularity=64)
+    assert not any((pays(S=65537), pays(distinct=False), pays(device=None), pays(config={}), pays(table=0), pays(latent=(512, 64)), pays(kind=np.float32), pays(T=100), pays(T=1024, S=1024, K=256),
+                    pays(Hq=64, Hk=4, G=4, S=1024, T=1024, K=16, granularity=64), pays(T=65536, S=65536, K=4, granularity=512)))
