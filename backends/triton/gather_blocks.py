@@ -1,6 +1,6 @@
 """Path "blocks" of gather_attention: queries that chose the same block of keys are brought together, each tile of them multiplies with that block alone.
 
-A pair is a query row and one of its entries; pair x of a key head's list is (head of the group, query, place), the last fastest. `count` and `place` sort the pairs by entry, each entry's
+A pair is a query row and one of its entries; pair x of a key head's list is (head of the group, query, place), the last fastest. `count_pairs` and `place_pairs` sort the pairs by entry, each entry's
 from a whole tile on; `attend` runs a tile of ROWS pairs through its block, and the parts of a row are merged by LSE in the order of its list, so no order of additions hangs on the sort.
 Scratch: a float32 row [Dv] for each pair, of so many key heads at a time as SCRATCH holds. Nothing returns to the host; a CUDA graph holds it. An entry given twice is two pairs.
 """
@@ -32,7 +32,7 @@ def pairs_of(x, b, hk, there, indices, lengths, limit, start, Hq, Hk, G, T, K, G
 
 
 @triton.jit(do_not_specialize=["first", "Hq", "Hk", "G", "T", "S", "K", "pairs", "bins", "chunks", "q_start"])
-def count(indices, lengths, kv_length, q_starts, counts, first, Hq, Hk, G, T, S, K, pairs, bins, chunks, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
+def count_pairs(indices, lengths, kv_length, q_starts, counts, first, Hq, Hk, G, T, S, K, pairs, bins, chunks, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
           FROM_LENGTH: tl.constexpr, CHUNK: tl.constexpr):
     """counts [lists, bins, chunks]: the pairs of each chunk with each entry."""
     list_ = tl.program_id(1)
@@ -44,7 +44,7 @@ def count(indices, lengths, kv_length, q_starts, counts, first, Hq, Hk, G, T, S,
 
 
 @triton.jit(do_not_specialize=["first", "Hq", "Hk", "G", "T", "S", "K", "pairs", "bins", "chunks", "capacity", "q_start"])
-def place(indices, lengths, kv_length, q_starts, begins, order, first, Hq, Hk, G, T, S, K, pairs, bins, chunks, capacity, q_start, GRANULARITY: tl.constexpr,
+def place_pairs(indices, lengths, kv_length, q_starts, begins, order, first, Hq, Hk, G, T, S, K, pairs, bins, chunks, capacity, q_start, GRANULARITY: tl.constexpr,
           CAUSAL: tl.constexpr, FROM_LENGTH: tl.constexpr, CHUNK: tl.constexpr):
     """order [lists, capacity]: pairs by entry, in their own order within one; begins [lists, bins, chunks]: where each chunk's begin."""
     list_ = tl.program_id(1)
@@ -174,7 +174,7 @@ def artifacts(problem) -> list[dict]:
     arrays = dict.fromkeys(("indices", "lengths", "counts", "begins", "order"), "*i32") | {n: "*i32" for n, on in (("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on}
     arrays |= dict.fromkeys("qkv", pointer) | dict.fromkeys(("out", "lse"), "*fp32")
     found = []
-    for fn, fixed, how_compiled in ((count, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (place, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (attend, tile, OPTIONS)):
+    for fn, fixed, how_compiled in ((count_pairs, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (place_pairs, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (attend, tile, OPTIONS)):
         names = [n for n in fn.arg_names if n not in fixed and not (n in ("kv_length", "q_starts") and n not in arrays)]
         signature = {n: arrays.get(n) or ("fp32" if n in ("scale", "inner", "outer") else "i32") for n in names}
         aligned = [n for n in names if n in arrays or n.startswith("s") and len(n) == 3 and problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0]
@@ -182,54 +182,54 @@ def artifacts(problem) -> list[dict]:
     return found
 
 
-def run(q, k, v, indices, out_kind, place_, *, lengths, granularity, causal, scale, sink_logits, softcap, kv_length, q_start):
+def run(q, k, v, indices, out_kind, place, *, lengths, granularity, causal, scale, sink_logits, softcap, kv_length, q_start):
     from sparsetile.backends.triton import merge_attention
     (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
     group = Hq // Hk
     pairs = group * T * K
     most = max(1, SCRATCH // (pairs * DV * 4))  # key heads at a time: of whole batches, or of one
-    step_ = most // Hk * Hk or most
+    at_once = most // Hk * Hk or most
     outs, lses = [], []
-    for first in ([*range(0, B * Hk, step_)] if step_ >= Hk else [b * Hk + h for b in range(B) for h in range(0, Hk, step_)]):
-        lists = min(step_, B * Hk - first if step_ >= Hk else Hk - first % Hk)
-        part, logs = some(q, k, v, indices, lengths, kv_length, q_start, place_, first, lists, granularity, causal, scale, softcap)
-        shape = (lists // Hk, Hq, T, K) if step_ >= Hk else (1, lists * group, T, K)
+    for first in ([*range(0, B * Hk, at_once)] if at_once >= Hk else [b * Hk + h for b in range(B) for h in range(0, Hk, at_once)]):
+        lists = min(at_once, B * Hk - first if at_once >= Hk else Hk - first % Hk)
+        part, logs = some(q, k, v, indices, lengths, kv_length, q_start, place, first, lists, granularity, causal, scale, softcap)
+        shape = (lists // Hk, Hq, T, K) if at_once >= Hk else (1, lists * group, T, K)
         part, logs = part.view(*shape, DV), logs.view(shape)
-        sinks = sink_logits if sink_logits is None or step_ >= Hk else sink_logits[first % Hk * group:(first % Hk + lists) * group]
-        out, lse = merge_attention.run([part[..., n, :] for n in range(K)], [logs[..., n] for n in range(K)], place=place_, config=dict(rows=8, num_warps=4), sink_logits=sinks, out_dtype=out_kind)
+        sinks = sink_logits if sink_logits is None or at_once >= Hk else sink_logits[first % Hk * group:(first % Hk + lists) * group]
+        out, lse = merge_attention.run([part[..., n, :] for n in range(K)], [logs[..., n] for n in range(K)], place=place, config=dict(rows=8, num_warps=4), sink_logits=sinks, out_dtype=out_kind)
         outs.append(out), lses.append(lse)
     if len(outs) == 1:
         return outs[0], lses[0]
     import torch
-    axis = int(step_ < Hk)
+    axis = int(at_once < Hk)
     return torch.cat(outs, axis).view(B, Hq, T, DV), torch.cat(lses, axis).view(B, Hq, T)
 
 
-def sorted_pairs(given, sizes, lists, host, place_, how):
+def sorted_pairs(given, sizes, lists, host, place, how):
     """order [lists, capacity]: pairs by entry, -1 after those of an entry; where each entry's begin, and how many they are [lists, bins]."""
     *_, S, _, pairs = sizes
     bins = -(-S // how["GRANULARITY"])
     chunks, capacity = -(-pairs // CHUNK), (bins + -(-pairs // ROWS)) * ROWS
-    counts = place_.zeros((lists, bins, chunks), "int32")
-    count[(chunks, lists)](*given, counts, *sizes, bins, chunks, host, **how, CHUNK=CHUNK, num_warps=4)
+    counts = place.zeros((lists, bins, chunks), "int32")
+    count_pairs[(chunks, lists)](*given, counts, *sizes, bins, chunks, host, **how, CHUNK=CHUNK, num_warps=4)
     running = counts.cumsum(2, dtype=counts.dtype)
     rows = (running[:, :, -1:] + (ROWS - 1)) // ROWS * ROWS
     first = rows.cumsum(1, dtype=counts.dtype) - rows
-    order = place_.full((lists, capacity), "int32", -1)
-    place[(chunks, lists)](*given, running - counts + first, order, *sizes, bins, chunks, capacity, host, **how, CHUNK=CHUNK, num_warps=4)
+    order = place.full((lists, capacity), "int32", -1)
+    place_pairs[(chunks, lists)](*given, running - counts + first, order, *sizes, bins, chunks, capacity, host, **how, CHUNK=CHUNK, num_warps=4)
     return order, first[:, :, 0].contiguous(), running[:, :, -1].contiguous()
 
 
-def some(q, k, v, indices, lengths, kv_length, q_start, place_, first, lists, granularity, causal, scale, softcap):
+def some(q, k, v, indices, lengths, kv_length, q_start, place, first, lists, granularity, causal, scale, softcap):
     """The parts of the key heads first ... first + lists - 1 of all batches' key heads."""
     (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
     how, tile = constants(D, DV, granularity, causal, q_start is None)
     starts, host = (None, q_start) if isinstance(q_start, int) else (q_start, 0)
     pairs = Hq // Hk * T * K
     given, sizes = (indices, lengths, kv_length, starts), (first, Hq, Hk, G, T, S, K, pairs)
-    order, _, _ = sorted_pairs(given, sizes, lists, host, place_, how)
+    order, _, _ = sorted_pairs(given, sizes, lists, host, place, how)
     capacity = order.shape[1]
-    out, lse = place_.empty((lists, pairs, DV), "float32"), place_.full((lists, pairs), "float32", float("-inf"))
+    out, lse = place.empty((lists, pairs, DV), "float32"), place.full((lists, pairs), "float32", float("-inf"))
     size, inner, outer, negate = scales(scale, softcap)
     attend[(capacity // ROWS, lists)](q, k, v, out, lse, order, *given, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, capacity, host, size, inner, outer, **tile, **how,
                                       NEGATE=negate, CAP=softcap is not None, **OPTIONS)
