@@ -60,7 +60,7 @@ def importance_topk(q, k, lse, top_k, *, block=32, stride=16, select_block=64, k
     them. Scores of T x blocks are never held: memory is O(T * top_k) and a bounded scratch. Nothing of it is differentiated.
     Source: Native Sparse Attention (arXiv 2502.11089), equations 8 to 11; its formula counts blocks and compressed keys from 1.
     """
-    on_device = getattr(q_start, "ndim", 0) > 0
+    on_device = not (q_start is None or isinstance(q_start, int)) and getattr(q_start, "ndim", 0) > 0  # in this order torch.compile can read a number
     key = None
     if config is None:
         options = top_k, block, stride, select_block, keys, scale, None if on_device else q_start, force_first, force_last, return_scores, backend

@@ -29,8 +29,10 @@ def key_of(op: str, tensors, options: tuple, rule=None):
     if type(tensors[0]).__module__ != "torch":
         return None
     import torch  # not looked for in sys.modules: torch.compile would walk over all of them, while they grow
+    if type(tensors[0]) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch):
+        return None
     kinds = tuple(map(type, options))  # 1 == True, and is refused
-    if not PLAIN.issuperset(kinds) or type(tensors[0]) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch):
+    if not PLAIN.issuperset(kinds):
         return None
     tensor, strided, grad = torch.Tensor, torch.strided, torch.is_grad_enabled()
     read = _readers.get(op)
