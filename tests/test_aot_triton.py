@@ -77,6 +77,10 @@ def cases():
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
     yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=HALF, pool="uint8"), ("indexer_fp8",))
     yield "page_rows", "selection", (dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), ())
+    yield "gather_attention", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "lse"), 512)
+    yield "gather_attention_backward", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "gradient"), 512)
+    for granularity in (1, 64):
+        yield "selection_bitmaps", f"blocks of {granularity}", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, K=2048), dict(indices="int32"), ("causal",), granularity)
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 
