@@ -1,4 +1,5 @@
-"""Triton's one-pass backward (path gluon_ordered): which turn each addition to dQ has, and dQ from its sums; the kernel between them runs on Hopper only (test_gpu.py, test_lists.py)."""
+"""Around Triton's backwards for Hopper: which turn each addition to dQ has and dQ from its sums (path gluon_ordered), partial blocks as keys see them and sums of sections (path gluon); the kernels
+between them run on Hopper only (test_gpu.py, test_lists.py)."""
 import numpy as np
 import pytest
 
