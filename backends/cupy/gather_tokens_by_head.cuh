@@ -60,7 +60,8 @@ __device__ __forceinline__ void store_probabilities(u32 weights, const float (&s
   const u32 row = lane & 7, to = weights + warp * 1024 + row * 128;
 #pragma unroll
   for (int c = 0; c < 8; c += 4)
-    stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[4 * c], s[4 * c + 1]), pack<KIND>(s[4 * c + 4], s[4 * c + 5]), pack<KIND>(s[4 * c + 8], s[4 * c + 9]), pack<KIND>(s[4 * c + 12], s[4 * c + 13]));
+    stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[4 * c], s[4 * c + 1]), pack<KIND>(s[4 * c + 4], s[4 * c + 5]), pack<KIND>(s[4 * c + 8], s[4 * c + 9]),
+                pack<KIND>(s[4 * c + 12], s[4 * c + 13]));
 }
 
 // Zeros, too, have registers of their own from here on: a product takes four that stand side by side, and would wait for their copies.

@@ -32,7 +32,8 @@ struct Params {
 
 constexpr int N = 64, PART = N * 128, SLOT = 3 * PART, SLOTS = HEADS == 32 ? 9 : 8, CHUNK = HEADS * 128;  // PART, CHUNK: 64 columns of a slot and of the query
 constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, QUERY_PARTS = (9 * CHUNK + PART - 1) / PART, COLUMNS = HEADS / 4;
-constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + (HEADS == 32 ? 0 : 9 * CHUNK), TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
+constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + (HEADS == 32 ? 0 : 9 * CHUNK), TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4;
+constexpr int FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
 constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 32;
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
