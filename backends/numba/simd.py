@@ -49,12 +49,15 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 LANES = int(os.environ.get("SPARSETILE_CPU_LANES", 0)) or (16 if "avx512f" in FEATURES else 8 if "avx2" in FEATURES else 4)
 """float32 values in a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE)."""
-VECTORS = 2 if LANES == 8 or X86 and LANES == 4 else 4
+REGISTERS = 16 if LANES == 8 or X86 and LANES == 4 else 32
+VECTORS = REGISTERS // 8
 """Vectors side by side in a register tile: 6 x 2 accumulators fit 16 registers, 6 x 4 fit 32."""
 HALF = ARM or "f16c" in FEATURES or "avx512f" in FEATURES
 """float16 conversions are instructions; otherwise they are done with integers."""
 SCALES = LANES == 16 and {"avx512f", "avx512dq"} <= FEATURES
 """The part of a float32 behind its whole number, and a product with a power of two, are instructions."""
+COMPRESS = LANES == 16 and "avx512f" in FEATURES
+"""Chosen lanes are moved together by one instruction."""
 PAIRS = LANES == 16 and "avx512bf16" in FEATURES
 """Pair products: one instruction adds two products of bfloat16 to each float32 lane."""
 FAST_PAIRS = PAIRS and (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
@@ -368,6 +371,14 @@ put_f32 = op("iif", _put_f32)
 def address(array) -> int:
     """Of the first element of a NumPy array, from Python; 0 for None."""
     return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def _ask_row(e, source, count):
+    """For the cache lines of `count` bytes, which will be read: into the second cache, for the first has few lines on their way."""
+    e.loop(count, [], lambda k, _: (e.call("llvm.prefetch.p0", ir.VoidType(), e.at(source, k, I8), *(ir.Constant(I32, x) for x in (0, 2, 1))), [])[1], 64)
+
+
+ask_row = op("ii", _ask_row)
 
 
 def _transpose_tile(e, source, source_step, target, target_step):
