@@ -135,6 +135,10 @@ class Vectors:
         """For the cache line at an address, which will be read and written."""
         self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, 0, I8), *(ir.Constant(I32, x) for x in (1, 3, 1)))
 
+    def fetch(self, address):
+        """The cache line at an address, which will be read: into the second cache, for the first has few lines on their way."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, 0, I8), *(ir.Constant(I32, x) for x in (0, 2, 1)))
+
     def splat(self, x):
         """A scalar in all lanes."""
         kind = self.of(x.type)
@@ -374,8 +378,8 @@ def address(array) -> int:
 
 
 def _ask_row(e, source, count):
-    """For the cache lines of `count` bytes, which will be read: into the second cache, for the first has few lines on their way."""
-    e.loop(count, [], lambda k, _: (e.call("llvm.prefetch.p0", ir.VoidType(), e.at(source, k, I8), *(ir.Constant(I32, x) for x in (0, 2, 1))), [])[1], 64)
+    """For the cache lines of `count` bytes."""
+    e.loop(count, [], lambda k, _: (e.fetch(e.add(source, k)), [])[1], 64)
 
 
 ask_row = op("ii", _ask_row)

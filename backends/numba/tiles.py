@@ -12,6 +12,7 @@ import math
 
 from llvmlite import ir
 
+from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.convert import float_to_bfloat
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, op
@@ -60,9 +61,10 @@ def _seen(e, words, key, cols=VECTORS):
 
 
 def _score(masked, pairs=False, cols=VECTORS):
-    def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
+    def score(e, asks, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
+            ask_next(e, asks)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS[cols])
             if masked:
                 words, first_key = mask
@@ -80,13 +82,13 @@ def _score(masked, pairs=False, cols=VECTORS):
     return score
 
 
-score = op("iiiiiiii", _score(False))
-"""(K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
-score_masked = op("iiiiiiiiii", _score(True))
+score = op("iiiiiiiii", _score(False))
+"""(list of what to ask for, K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
+score_masked = op("iiiiiiiiiii", _score(True))
 """The same with (..., words, first key): unseen pairs become -inf."""
-score_half = op("iiiiiiiiii", _score(True, cols=HALF))
+score_half = op("iiiiiiiiiii", _score(True, cols=HALF))
 """The same of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further."""
-score_pairs, score_pairs_masked = op("iiiiiiii", _score(False, PAIRS)), op("iiiiiiiiii", _score(True, PAIRS))
+score_pairs, score_pairs_masked = op("iiiiiiiii", _score(False, PAIRS)), op("iiiiiiiiiii", _score(True, PAIRS))
 """The same of bfloat16, two to a word: D counts words. Where the CPU has no pair products these are never called."""
 
 
@@ -167,9 +169,10 @@ exponent, exponent_pairs = op("iiiii", _exponent(False)), op("iiiii", _exponent(
 
 
 def _values(pairs, cols=VECTORS):
-    def values(e, pv, v_step, ps, keys, po, sixes, fours):
+    def values(e, asks, pv, v_step, ps, keys, po, sixes, fours):
         """O^T += V^T P over any number of keys."""
         def group(rows, first, _):
+            ask_next(e, asks)
             acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
@@ -180,8 +183,8 @@ def _values(pairs, cols=VECTORS):
     return values
 
 
-add_values, add_values_pairs, add_values_half = (op("iiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
-"""(V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
+add_values, add_values_pairs, add_values_half = (op("iiiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
+"""(list of what to ask for, V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
 
 
 def _interleave(e, source, step, pairs, width, target, padded):
