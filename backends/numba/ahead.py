@@ -5,17 +5,17 @@ All at once would hold the few lines that may be on their way to the nearest cac
 A list at an address: where its next entry is, then entries of int64 (address, row step, bytes of a row, rows left); one without rows ends it.
 """
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import I64, put_i64
+from sparsetile.backends.numba.simd import I64, VECTORS, put_i64
 
 ENTRY = 32
 ROOM = 8 + ENTRY * 8
-ROWS = 2  # at each register tile: a window's tile has some 200 and more, for four to seven times its 64 rows
+ROWS = 2  # at each register tile: a window's tile has some 180 and more, for four to seven times its 64 rows
 
 
-def ask_next(e, asks):
-    """The next rows of a list, for emitters."""
+def ask_next(e, asks, rows, cols):
+    """The next rows of a list, for emitters, at a register tile of full size: the others are few, and each would be compiled."""
     b = e.b
-    for _ in range(ROWS):
+    for _ in range(ROWS if (rows, cols) == (6, VECTORS) else 0):
         entry = e.load(asks, 0, I64)
         left = e.load(entry, 24, I64)
         with b.if_then(b.icmp_signed(">", left, e.i(0))):

@@ -152,7 +152,8 @@ def _block(jobs, memory, kind, slot, limit, bases):
 
 @kernel
 def _ask_ahead(job, memory, bases, b, h, i):
-    """Ask for this tile's rows of the output and for what this thread is likely to read next, for tiles go down and threads take turns: rows of Q, and key blocks that this tile has not seen."""
+    """Ask for this tile's rows of the output and for what this thread is likely to read next, for tiles go down and threads take turns:
+    rows of Q, and key blocks that this tile has not seen."""
     asks, row, count = memory + job.asks, get_i64(memory + job.rows, 0), job.block_q
     n = ask_for(asks, 0, 0, 0, 0, 0)
     if job.q_order != 0 or row < 0:

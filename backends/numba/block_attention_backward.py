@@ -246,7 +246,8 @@ def _store_queries(jobs, memory, b, h):
 
 @kernel
 def _ask_ahead(job, memory, where, b, h, i, more):
-    """Ask for this tile's rows of dQ and, if there is a tile after block i in the share (more), for its rows of Q and dO, the key blocks that this tile has not seen, and where their sums will stand."""
+    """Ask for this tile's rows of dQ and, if the share has a tile after block i (more), for its rows of Q and dO, the key block
+    that this tile has not seen, and where its sums will stand."""
     asks, row, count = memory + job.asks, get_i64(memory + job.rows, 0), job.block_q
     n = ask_for(asks, 0, 0, 0, 0, 0)
     if job.q_order != 0 or row < 0:

@@ -19,7 +19,7 @@ def _probability(masked, capped, cols=VECTORS):
         high, low = [b.fneg(x) for x in _panel(e, pl, cols=cols)], _panel(e, pl, STEP, cols=cols)
 
         def group(rows, first, _):
-            ask_next(e, asks)
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
@@ -55,7 +55,7 @@ def _score_gradient(capped, cols=VECTORS):
         b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px, cols=cols)
 
         def group(rows, first, _):
-            ask_next(e, asks)
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
@@ -76,7 +76,7 @@ def _queries(cols):
     def queries(e, asks, pk, k_step, pd, p_step, keys, po, sixes, fours):
         """dQ^T += K^T dS"""
         def group(rows, first, _):
-            ask_next(e, asks)
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):

@@ -28,7 +28,7 @@ JOB = np.dtype(
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "asks", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
-table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
+table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. tiles: blocks of queries of one batch and head. turns: threads that take them in turn. memory: scratch, in which the last line's names are offsets. What is absent is 0.
 Scores times sign times unit are natural logarithms (a softcap takes the scale in)."""
 job_at = record_at(JOB)
 START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2

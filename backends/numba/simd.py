@@ -204,7 +204,7 @@ class Vectors:
         return y
 
     def exp2(self, x):
-        """2**x for x <= 127, exactly 0 below 2**-100 (no slow denormals), NaN where x is NaN; relative error 2.5e-7."""
+        """2**x, exactly 0 below 2**-100 (no slow denormals), inf from 2**127.5 or 2**128 on, NaN where x is NaN; relative error 2.5e-7."""
         b = self.b
         if SCALES and self.lanes == 16:
             there = b.bitcast(b.fcmp_unordered(">=", x, self.f(-100)), I16)
@@ -213,6 +213,7 @@ class Vectors:
         low = self.f(-100)
         below = b.fcmp_ordered("<", x, low)
         x = b.select(below, low, x)
+        x = b.select(b.fcmp_ordered(">", x, self.f(128)), self.f(128), x)
         magic = self.f(MAGIC + 127)  # with float32's bias: the low bits shifted up are 2**round(x)
         z = b.fadd(x, magic)
         part = b.fsub(x, b.fsub(z, magic))
