@@ -77,7 +77,7 @@ def _few(task):
 
 def _cudnn(q, k, v):
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _flash(rule):
@@ -96,7 +96,7 @@ def _flex(task):
     torch._dynamo.reset()  # a new pattern is a new program; after eight of one function dynamo would stop compiling
     blocks = create_block_mask(_sees(rule, w, task.inputs[0].device), None, None, w["T"], w["S"], device=task.inputs[0].device, _compile=True)
     flex = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: flex(q, k, v, block_mask=blocks)
+    return lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _sees(rule, w, device):
