@@ -765,11 +765,12 @@ def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
 
 
+@pytest.mark.parametrize("case", [FEW[0], FEW[2]], ids=str)
 @pytest.mark.parametrize("slow", range(4), ids=["gather", "scores", "values", "herald"])
-def test_groups_of_few_heads_that_lag(slow, rng, monkeypatch):
+def test_groups_of_few_heads_that_lag(slow, case, rng, monkeypatch):
     """Whichever of the groups falls behind, the others wait before they come round the ring again."""
     monkeypatch.setenv("SPARSETILE_EMULATE_SLOW", str(slow))
-    test_gather_attention_on_hopper("tokens", FEW[0], "bfloat16", True, rng, monkeypatch)
+    test_gather_attention_on_hopper("tokens", case, "bfloat16", True, rng, monkeypatch)
 
 
 # the backward knows neither sinks nor split lists; one call is enough to see that the other path takes what this one does not

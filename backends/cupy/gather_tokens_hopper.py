@@ -19,8 +19,8 @@ def heads_of(Hq: int) -> int:
 
 
 def shared_bytes(heads: int) -> int:
-    slots = 7 if heads == 32 else 8
-    return slots * (SLOT + 16 + 3 * 8) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 64
+    slots, query = (9, 0) if heads == 32 else (8, 9 * 128)  # 32 heads: the query stands in registers
+    return slots * (SLOT + 16 + 3 * 8) + heads * (query + 2 * 128 + 16 * 4) + 96
 
 
 def resources(Hq: int) -> Resources:

@@ -327,8 +327,9 @@ def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
 
 
 def default_config(problem: Problem) -> dict:
-    """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 413 / 434 (535),
-    window 1024 277 / 325 / 350 (442), documents 361 / 414 / 478 (602), random 10 % 317 / 454 / -, BigBird 300 / 442 / -, causal 16k of D 64 - / 381 / - (433), of D 192 222 / 427 / - (603).
+    """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 458 / 433 (581),
+    window 1024 277 / 394 / 346 (441), documents 361 / 426 / 435 to 478 (535 to 602), random 10 % 317 / 465 / - (492), BigBird 300 / 451 / - (426), Longformer 190 / 316 / - (316),
+    Longformer with eight key heads - / 328 / - (353), causal 16k of D 64 - / 370 / - (432), of D 192 222 / 450 / - (535).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478.
     Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
@@ -336,7 +337,7 @@ def default_config(problem: Problem) -> dict:
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
     kinds = {word for feature in problem.features for word in feature.split("+")}
-    if kinds & {"global", "sinks", "random"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other
+    if kinds & {"global", "sinks", "random", "window"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
         return config
     if "documents" in kinds and problem["Hq"] == problem["Hk"]:
         return config | dict(path="gluon_ordered", heads=2, walk="ascending")

@@ -153,7 +153,7 @@ def artifacts(problem, strided: bool) -> list[dict]:
         found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket")))
     first, last = (False, False), (True, True)  # adds, last
     for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
-        made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, has("q_start"), True, has("bitmap"), KEY_STEP)
+        made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, True, True, has("bitmap"), KEY_STEP)  # calls may begin within a tile
         D0, V0 = made["D0"], made["V0"]
         maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0)) | (dict(dq_map=mapped(rows, D0)) if how[1] else {})
         for name, axis in zip(("", "1"), keys):

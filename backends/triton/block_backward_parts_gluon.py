@@ -192,8 +192,8 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
             out = (acc * scale).to(kind_of)
             if BEFORE:
                 if t < 0:  # no coordinate of the copy engine on the way out
-                    at, there = elements(line, t + ro * apart, T, D, D0, O)
-                    gl.store(dq + at, out, mask=there)
+                    to, there = elements(line, t + ro * apart, T, D, D0, O)
+                    gl.store(dq + to, out, mask=there)
                 else:
                     leave_box(out, dq_map, sq.index(2 * u + W), head, Hq, x, y, W, 0)
             else:
@@ -201,8 +201,8 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
             tma.store_wait(0)
         mbarrier.arrive(q_free.index(u))
         if not LAST:
-            at, there = elements(line, t + ro * apart, T, D, D0, O)
-            gl.store(sums + at, acc, mask=there)
+            to, there = elements(line, t + ro * apart, T, D, D0, O)
+            gl.store(sums + to, acc, mask=there)
         turn += 1
         head, t, first, plain, count, x, y, _ = next_item(turn, queue, 4)
 
