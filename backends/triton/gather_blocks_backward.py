@@ -11,7 +11,7 @@ from sparsetile.backends.triton.launch import POINTER, power
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 KEYS, QUERIES, STEP = 128, 32, 64  # a tile of `keys`; keys of a step of `queries`, whose tile has gather_blocks.ROWS pairs
-OPTIONS = dict(num_warps=8, num_stages=2, enable_fp_fusion=False), dict(num_warps=8, num_stages=2, enable_fp_fusion=False)
+OPTIONS = dict(num_warps=8, num_stages=3, enable_fp_fusion=False), dict(num_warps=8, num_stages=2, enable_fp_fusion=False)
 
 
 @triton.jit
