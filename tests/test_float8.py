@@ -72,16 +72,15 @@ def test_scales_apart_by_eight_decades(on, backend, kind, T, rng):
     k[:, :, 128:256], v[:, :, 128:256] = FP8.type(0), FP8.type(0)
     k[:, :, 256:384], v[:, :, 256:384] = FP8.type(448), FP8.type(-448)
     scales["k_scale"] = np.float32([1e-2, 1e4, 1e-4, 0, -3e-3, 2e-2]).reshape(B, Hk, 6)
-    scales["v_scale"] = np.float32([1e4, 0, 1e-4, 3e2, -1e-2, 1e3]).reshape(B, Hk, 6)
+    scales["v_scale"] = np.float32([1e4, 0, 1e-4, 3e2, -1e-2, 1e3]).reshape(B, Hk, 6) * np.float32(1e-2 if kind == "float16" else 1)  # whose outputs end at 65504
     attention(on, q, k, v, st.Full(), np.ones((1, 1, 1, 1)), out_dtype="float32" if kind == FP8.name else None, **scales)
 
 
 @every
-@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("kind, T", [("bfloat16", 70), ("float8_e4m3fn", 1)])
 def test_what_nobody_sees_may_hold_anything(on, backend, kind, T, rng):
     """NaN in keys, values and scales of blocks that a window skips or a length cuts; queries far past it see nothing."""
-    case = 1, 4, 2, T, 530, 64, 64
+    case = 1, 2, 1, T, 530, 64, 64
     q, k, v, scales = made(rng, kind, case)
     options = dict(kv_length=np.int32([400]), q_start=np.int32([390 - T // 2]))
     count = oracle.visible(1, T, 530, rule=lambda p, s: (s >= p - 9) & (s <= p - 3), **options)
@@ -105,7 +104,7 @@ def test_nan_that_is_seen_spreads(on, backend, rng):
 @every
 def test_strides_are_read_in_place(on, backend, rng):
     """[B,S,H,D] as serving engines keep it, and a column of a wider array; scales turned over too."""
-    q, k, v, scales = made(rng, "bfloat16", (2, 4, 2, 5, 150, 64, 64))
+    q, k, v, scales = made(rng, "bfloat16", (1, 2, 2, 2, 150, 64, 64))
     want = on.sparse_attention(q, k, v, st.Causal(), **scales)
     turned = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v)]
     q, k, v = (on.put(x).swapaxes(1, 2) if isinstance(on.put(x), np.ndarray) else on.put(x).transpose(1, 2) for x in turned)
