@@ -15,10 +15,8 @@ RULES = {"window": lambda p, s, rng: (s <= p) & (s > p - 100), "full": lambda p,
 CASES = [  # kind, rule, (B, Hq, Hk, T, S, D, Dv), path, what else
     ("bfloat16", "window", (1, 2, 1, 70, 300, 64, 48), "portable", {}),
     ("float8_e4m3fn", "random", (1, 2, 1, 40, 150, 40, 24), "portable", dict(order=True, out_dtype="float32")),
-    ("float16", "full", (1, 2, 2, 33, 133, 31, 40), "portable", dict(odd=True)),
     ("float8_e4m3fn", "full", (2, 4, 1, 3, 270, 64, 64), "decode", dict(lengths=(270, 129))),
-    ("bfloat16", "window", (1, 8, 2, 5, 300, 40, 72), "decode", dict(softcap=3.0)),
-    ("float16", "random", (1, 2, 1, 2, 140, 31, 64), "decode", dict(odd=True)),
+    ("float16", "random", (1, 2, 1, 2, 140, 31, 64), "decode", dict(odd=True, softcap=3.0)),
 ]
 
 
@@ -31,12 +29,12 @@ def test_attention(kind, rule, case, path, more, rng):
     if more.get("odd"):  # rows that no copy of four bytes divides
         k, v = (np.concatenate([np.zeros_like(x[..., :3]), x], -1)[..., 3:] for x in (k, v))
     lengths = np.array(more.get("lengths", [S] * B), np.int32)
-    first = int(lengths.min()) - T
+    first = int(lengths.min()) - T - 31  # tiles hold queries before the call's, which see keys that it does not
     mask = RULES[rule](first + np.arange(S - first)[:, None], np.arange(S)[None], rng)
     q_order = k_order = None
     if more.get("order"):
         slots = lambda n: rng.permutation(np.concatenate((np.arange(n), np.full(-n % 128, -1))))  # noqa: E731
-        first, mask = 0, np.concatenate([mask[-T:], mask[-T:]])[:T]
+        first, mask = 0, mask[-T:] & (np.arange(S) < 128)
         q_order, k_order = slots(T), slots(S)
     start = 0 if q_order is not None else None
     count = np.stack([mask[(0 if start == 0 else n - T - first):][:T] & (np.arange(S) < n) for n in lengths])[:, None]
