@@ -25,7 +25,7 @@ def test_attention(kind, rule, case, path, more, rng):
     place, (B, Hq, Hk, T, S, D, Dv) = CpuPlace(), case
     q, k, v, scales = made(rng, kind, case)
     scales["k_scale"][..., -1] *= -1
-    scales["v_scale"][..., 0] *= np.float32(3e4 if kind != "float16" else 1e-4)
+    scales["v_scale"][..., 0] *= np.float32(3e7 if kind != "float16" else 1e-4)
     if more.get("odd"):  # rows that no copy of four bytes divides
         k, v = (np.concatenate([np.zeros_like(x[..., :3]), x], -1)[..., 3:] for x in (k, v))
     lengths = np.array(more.get("lengths", [S] * B), np.int32)
