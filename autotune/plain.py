@@ -75,7 +75,7 @@ def _attention_float8(q, k, v, count, scale, softcap, sink_logits, out_dtype, sc
         one if x is None else np.where(seen, np.repeat(spread(x, Hq), 128, axis=2)[..., :S], one)[:, :, None] for x in scales[1:])
     with np.errstate(all="ignore"):
         wk, wv = _without_unseen(spread(k, Hq), count), _without_unseen(spread(v, Hq), count)
-        x = q.astype(np.float32) @ wk.swapaxes(-1, -2) * (by_query * by_key) * np.float32(scale)
+        x = q.astype(np.float32) @ wk.swapaxes(-1, -2) * (by_query * by_key * np.float32(scale))
         x = x if softcap is None else np.float32(softcap) * np.tanh(x / np.float32(softcap))
         p, lse, _ = _softmax(x, count, sink_logits)
         return (rounded(p * by_value, ml_dtypes.bfloat16) @ wv).astype(out_dtype or (ml_dtypes.bfloat16 if "float8" in q.dtype.name else q.dtype)), lse

@@ -65,14 +65,14 @@ def test_attention(on, backend, name, kind, case, features, rng):
 @every
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize("T", [2, 40])
-def test_scales_apart_by_eight_decades(on, backend, kind, T, rng):
-    """Each 128 keys have a scale of their own, from 1e-4 to 1e4; one of 0, one of values that are all 0 or all 448, one with the other sign, and one for the ragged end."""
+def test_scales_apart_by_ten_decades(on, backend, kind, T, rng):
+    """Each 128 keys have a scale of their own, from 1e-4 to 1e6, which float16 does not hold; one of 0, one of values that are all 0 or all 448, one with the other sign, and one for the ragged end."""
     B, Hq, Hk, S, D = 1, 2, 1, 128 * 5 + 3, 64
     q, k, v, scales = made(rng, kind, (B, Hq, Hk, T, S, D, D))
     k[:, :, 128:256], v[:, :, 128:256] = FP8.type(0), FP8.type(0)
     k[:, :, 256:384], v[:, :, 256:384] = FP8.type(448), FP8.type(-448)
     scales["k_scale"] = np.float32([1e-2, 1e4, 1e-4, 0, -3e-3, 2e-2]).reshape(B, Hk, 6)
-    scales["v_scale"] = np.float32([1e4, 0, 1e-4, 3e2, -1e-2, 1e3]).reshape(B, Hk, 6) * np.float32(1e-2 if kind == "float16" else 1)  # whose outputs end at 65504
+    scales["v_scale"] = np.float32([1e6, 0, 1e-4, 3e2, -1e-2, 1e3]).reshape(B, Hk, 6) * np.float32(1e-4 if kind == "float16" else 1)  # whose outputs end at 65504
     attention(on, q, k, v, st.Full(), np.ones((1, 1, 1, 1)), out_dtype="float32" if kind == FP8.name else None, **scales)
 
 
@@ -91,6 +91,15 @@ def test_what_nobody_sees_may_hold_anything(on, backend, kind, T, rng):
         scales[name][:, :, [0, 1, 4]] = NAN
     assert unseen[:256].all() and unseen[512:].all() and not unseen[256:384].all() and not unseen[384:512].all()
     attention(on, q, k, v, st.Window(9) & ~st.Window(2), count, **options, **scales)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("T", [1, 40])
+def test_products_that_float32_does_not_hold(on, backend, T, rng):
+    """Scores are small all the same: the CPU does such rows again in float64."""
+    q, k, v, scales = made(rng, "bfloat16", (1, 2, 1, T, 140, 64, 64))
+    scales["k_scale"] = scales["k_scale"] * np.float32(3e37)
+    attention(on, q, k, v, st.Full(), np.ones((1, 1, 1, 1)), scale=1e-37, **scales)
 
 
 @every

@@ -20,7 +20,7 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, hopper_parts, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, SCALES, ceil_div, copy_bytes, first_fitting, float8_defines, fp8_defines, is_float8, latent_shape,
-                                               lists_values, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
+                                               lists_values, output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
@@ -151,13 +151,9 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
     return dict(common, KIND=KINDS[product_kind(kind)], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
 
 
-def default_out(kind: str) -> str:
-    return "bfloat16" if kind == "float8_e4m3fn" else kind
-
-
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
-    d = defines(kind, problem.dtype("out", default_out(kind)), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order, page_defines(problem) | fp8_defines(latent_shape(problem)) | float8_defines(kind, problem.dtype("k"), math.gcd(16, problem["D"], problem["Dv"])))
+    d = defines(kind, problem.dtype("out", output_kind(kind)), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order, page_defines(problem) | fp8_defines(latent_shape(problem)) | float8_defines(kind, problem.dtype("k"), math.gcd(16, problem["D"], problem["Dv"])))
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
     if config["path"] in ("decode", "latent"):
         return split.artifacts(problem, config) + portable
@@ -232,7 +228,7 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         q_scale=None, k_scale=None, v_scale=None):
     (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     S = k.shape[2] * (1 if table is None else table.shape[1])
-    kind, out_kind, scales = q.dtype, out_dtype or default_out(q.dtype), (q_scale, k_scale, v_scale)
+    kind, out_kind, scales = q.dtype, out_dtype or output_kind(q.dtype), (q_scale, k_scale, v_scale)
     out = place.empty((B, Hq, T, Dv), out_kind)
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     tiles = query_tiles(lists, T, q_start, S, kv_length)

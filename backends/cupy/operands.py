@@ -109,6 +109,11 @@ def product_kind(kind: str) -> str:
     return "float16" if kind == "float8_e4m3fn" else kind
 
 
+def output_kind(kind: str) -> str:
+    """The type of the output for queries of this type, unless told otherwise."""
+    return "bfloat16" if kind == "float8_e4m3fn" else kind
+
+
 def float8_defines(kind: str, keys: str, copy: int) -> dict:
     """copy: bytes that divide every row of keys and values"""
     return dict(FLOAT8=2 if kind == keys else 1, COPY8=copy if copy >= 4 else 1) if keys == "float8_e4m3fn" else {}

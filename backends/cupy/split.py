@@ -11,7 +11,7 @@ from sparsetile.backends.contract import Problem, Resources, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, SCALES, ceil_div, copy_bytes, float8_defines, fp8_defines, is_float8, latent_shape, lists_values,
-                                               padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, same_memory, scale_values, through_pages)
+                                               output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, same_memory, scale_values, through_pages)
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
@@ -125,7 +125,7 @@ def candidates(problem: Problem) -> list[dict]:
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
-    copy, out_kind = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv"))), "bfloat16" if kind == "float8_e4m3fn" else kind
+    copy, out_kind = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv"))), output_kind(kind)
     more = page_defines(problem) | float8_defines(kind, problem.dtype("k"), math.gcd(16, problem["D"], problem["Dv"])) | (dict(OUT_KIND=KINDS[out_kind]) if is_float8(problem) else {})
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem), latent_shape(problem)), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])] if config["path"] == "latent" else []

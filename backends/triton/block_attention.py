@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.float8 import exact, key_scales, of_keys, passed, pointer, query_scales, widen
+from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales, widen
 from sparsetile.backends.triton.float8 import refusal as no_float8
 from sparsetile.backends.triton.launch import BYTES, FAR, options, power, refusal, scales, schedule, shared_limit, tiles
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
@@ -464,8 +464,7 @@ def artifacts(problem: Problem, config) -> list[dict]:
     widths_of = {"k0_map": made["D0"], "k1_map": made["D1"], "v_map": made["V0"]} if made["MAPS"] else {}
     maps = {name: f"tensordesc<{own[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
     keys = "*u8" if latent_of(problem) else pointer(problem.dtype("k", "float32"), problem.arch)
-    out = own if problem.dtype("q") != "float8_e4m3fn" else "*bf16"
-    signature = {"q": own, "k": keys, "v": keys, "out": out, "lse": "*fp32"} | dict.fromkeys([f"{x}_scale" for x in ("kv" if problem.dtype("q") != "float8_e4m3fn" else "qkv") if of_keys(problem) and has("scale")], "*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    signature = {"q": own, "k": keys, "v": keys, "lse": "*fp32"} | more_pointers(problem, problem.arch) | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())

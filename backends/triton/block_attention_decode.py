@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton.block_attention import _step
-from sparsetile.backends.triton.float8 import exact, of_keys, passed, pointer, query_scales
+from sparsetile.backends.triton.float8 import exact, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
 from sparsetile.backends.triton.launch import BYTES, FAR, options, power, scales, shared_limit, tiles
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
@@ -277,12 +277,11 @@ def artifacts(problem: Problem, config) -> list[dict]:
                      intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % config["block_k"] != 0, from_length=has("kv_length") and not has("q_start"), far=False, page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch, float8=of_keys(problem))
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     keys = "*u8" if latent_of(problem) else pointer(problem.dtype("k", "float32"), problem.arch)
-    out = own if problem.dtype("q") != "float8_e4m3fn" else "*bf16"
-    signature = {"q": own, "k": keys, "v": keys, "out": out} | dict.fromkeys([f"{x}_scale" for x in ("kv" if problem.dtype("q") != "float8_e4m3fn" else "qkv") if of_keys(problem) and has("scale")], "*fp32") | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    signature = {"q": own, "k": keys, "v": keys} | more_pointers(problem, problem.arch) | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if D % 16 == 0 and DV % 16 == 0 else ())
     signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    joined = {"sums": "*fp32", "tops": "*fp32", "out": out, "lse": "*fp32", "Hq": "i32", "T": "i32", "lines": "i32", "scale": "fp32"} | ({"sinks": "*fp32"} if has("sink") else {})
+    joined = {"sums": "*fp32", "tops": "*fp32", "out": signature["out"], "lse": "*fp32", "Hq": "i32", "T": "i32", "lines": "i32", "scale": "fp32"} | ({"sinks": "*fp32"} if has("sink") else {})
     return [dict(fn=attend, signature=signature, constexprs=made, options=options(config), div16=div16),
             dict(fn=merge, signature=joined, constexprs=merge_constants(DV, 8), options=dict(num_warps=4, enable_fp_fusion=False), div16=("sums", "tops", "out", "lse"))]

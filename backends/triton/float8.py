@@ -29,6 +29,13 @@ def refusal(problem) -> str | None:
     return "the triton kernel reads float8 keys in one piece, not through a page table; gather them" if "paged" in problem.features else None
 
 
+def more_pointers(problem, arch: str) -> dict:
+    """Of an attention kernel's signature: its output's, and those of the scales that a problem has."""
+    eight, own = problem.dtype("q") == "float8_e4m3fn", problem.dtype("q", "float32")
+    scales = ("q_scale", "k_scale", "v_scale")[not eight:] if of_keys(problem) and "scale" in problem.features else ()
+    return {"out": pointer("bfloat16" if eight else own, arch)} | dict.fromkeys(scales, "*fp32")
+
+
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64", "int32": "*i32", "uint8": "*u8"}
 
 
