@@ -138,7 +138,7 @@ def default_config(problem: Problem) -> dict:
     if problem.dtype("q") == "float32":
         tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
     elif D <= 128:
-        tries = [(rows, 128, 64), (min(rows, 64), 64, 32)]
+        tries = [(rows, 128, 128)] * is_float8(problem) + [(rows, 128, 64), (min(rows, 64), 64, 32)]
     else:
         tries = [(min(rows, 64), 64, 32 if D > 256 else 64), (min(rows, 64), 64, 32), (32, 64, 32)]
     return first_fitting(problem, resources, [dict(path="portable", block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])

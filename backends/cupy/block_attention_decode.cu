@@ -5,7 +5,7 @@
 // shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
 // Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
 // the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV), FLOAT8 (float8.cuh; then OUT_KIND and COPY8, of k and v: stages hold
-// bytes, which become elements in a tile of their own).
+// bytes, which become elements in a tile of their own, first the keys, and once all warps have their scores the values).
 #include "split.cuh"
 #include "latents.cuh"
 #include "float8.cuh"
@@ -135,7 +135,7 @@ __device__ __forceinline__ float natural(const Params& p, float dot) { return SO
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
-  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *converted = stages + STAGES * STAGE, *sp = converted + (FLOAT8 ? TK * (KS + VS) : 0);
+  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *converted = stages + STAGES * STAGE, *sp = converted + (FLOAT8 ? TK * (KS > VS ? KS : VS) : 0);
   float *tops = (float*)(sp + ROWS * PS), *sums = tops + WARPS * ROWS;  // [WARPS][ROWS] each
   int* box = (int*)(sums + WARPS * ROWS);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + 2 * (lane & 3);
@@ -227,9 +227,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
       const float by_key = scale_at(p.scales.k, at_scale), by_value = scale_at(p.scales.v, at_scale);
       const u8* bytes = (const u8*)(stages + stage * STAGE);
       convert_tile<KIND, TK, DP, THREADS>(converted, KS, bytes);
-      convert_tile<VALUE_KIND, TK, DVP, THREADS>(converted + TK * KS, VS, bytes + TK * DP);
       __syncthreads();
-      const u16 *sk = converted, *sv = sk + TK * KS;
+      const u16 *sk = converted, *sv = converted;
 #else
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
 #endif
@@ -258,6 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           if ((lane & 3) == 0) tops[warp * ROWS + row] = top;
         }
       __syncthreads();
+#if FLOAT8
+      convert_tile<VALUE_KIND, TK, DVP, THREADS>(converted, VS, bytes + TK * DP);
+#endif
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll

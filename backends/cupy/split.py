@@ -43,12 +43,14 @@ class Tiles:
         self.rows, self.threads = 16 * self.row_tiles, 128
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
         if float8:  # bytes in the stages, and one tile of what they become
-            tile, stage = stage, tile_k * (padded(D) + self.columns)
+            tile, stage = tile_k * (max(padded(D), self.columns) + 8) * 2, tile_k * (padded(D) + self.columns)
         fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8 + (tile if float8 else 0)
-        half = limit // 2 - 1024  # the chip keeps 1 KiB of each block for itself
+        room = lambda residents: limit // residents - 1024 * (residents > 1)  # noqa: E731  the chip keeps 1 KiB of each block for itself
         most = MOST_STAGES if latent is None else 2  # the fp8 layout passes through registers: no copy is in flight, another block of threads fills the gaps
-        self.residents = 2 if fixed + (max(3 * stage, 65536) if latent is None else 2 * stage) <= half else 1
-        self.stages = max(2, min(most, ((half if self.residents == 2 else limit) - fixed) // stage))
+        least = 2 * stage if float8 or latent is not None else max(3 * stage, 65536)
+        beside = 3 if float8 and self.row_tiles == 1 and self.columns <= 128 else 2  # half the bytes a step wait for as many barriers; wider rows leave no registers for a third block
+        self.residents = next(n for n in (beside, 2, 1) if n == 1 or fixed + least <= room(n))
+        self.stages = max(2, min(most, (room(self.residents) - fixed) // stage))
         self.shared = fixed + self.stages * stage
         self.more = fp8_defines(latent)
 

@@ -301,8 +301,8 @@ def portable_config(problem: Problem) -> dict:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
         config.update(block_q=64 if latent_of(problem) is None else 32, block_k=32, num_warps=8, num_stages=1)
-    elif of_keys(problem) and wide <= 128:
-        config.update(num_warps=8)  # converted tiles take registers: four would spill
+    elif of_keys(problem) and wide <= 128 and problem.arch != "gfx942":
+        config.update(block_k=128 if problem.arch in ("sm_90a", "sm_100") else 64, num_warps=8)  # converted tiles take registers: four warps would spill
     elif wide > 128:
         config.update(block_k=64 if problem.arch in ("sm_90a", "sm_100", "cpu") else 32, num_warps=8)
     if problem.arch == "gfx942":
