@@ -81,6 +81,16 @@ def exact(x):
 
 
 @triton.jit
+def widened(x, DTYPE: tl.constexpr):
+    """A tile of float8, or of its values in 16 bits, in the other type of 16 bits. By way of float32: of float16 and bfloat16 chips convert two elements at once from it, one at a time from each other."""
+    half = exact(x)
+    if half.dtype == DTYPE:
+        return half
+    else:
+        return half.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
 def key_scales(k_scale, v_scale, s, ok):
     """(of scores, of probabilities): the scales of keys s, one for 128 keys; 1 without, and where not ok (None: all are)."""
     by_key = 1.0
