@@ -134,6 +134,17 @@ class Lists:
     longest: int = 0
     extras: dict = field(default_factory=dict)  # what a backend derives once per layout (schedules, orders), under its own key; "offsets": those of a static layout on the host
 
+    def far_longer(self, offsets: str, taken: int | None = None) -> tuple[int, int]:
+        """How many lines of a list have more than four times the entries of the mean, at most, and how many entries the longest has: a piece of work ends no earlier than those do. Lines are by row
+        (offsets "offsets") or by key ("by_key_offsets"), the first `taken` of them, or all: a layout may be longer than the keys. (0, 0) where the host does not know the layout; counted once."""
+        known, lines, key = self.extras.get(offsets), self.nq if offsets == "offsets" else self.nk, f"far_longer.{offsets}.{taken}"
+        if known is None or not lines:
+            return 0, 0
+        if key not in self.extras:
+            length = (known[2::2] - known[:-2:2]).reshape(-1, lines)[:, :taken]
+            self.extras[key] = int((length > 4 * length.mean()).sum(axis=1).max()), int(length.max())
+        return self.extras[key]
+
 
 def density_bucket(density: float) -> float:
     """Rounded up to a power of two, at least 2**-12."""

@@ -39,7 +39,7 @@ def measured(kernel: str, backend: str, seconds: float) -> tuple[dict, dict]:
         calls[label], pairs[label] = task.bound(backend), pattern.pairs(n, n)
         if found := spot.Judge(task).wrong(calls[label]()):
             wrong[label] = found
-    times = timing.finals(watch, list(calls.values()), seconds, 5)
+    times = timing.finals(watch, list(calls.values()), seconds)
     return {label: (pairs[label], watch.centre(x) / 1e3) for label, x in zip(calls, times)}, wrong
 
 
@@ -78,7 +78,7 @@ def plot(results: dict, path: Path, gpu: str):
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="five repeats, or what half a second holds; else three seconds")
     parser.add_argument("--backend", choices=BACKENDS, help="only this one")
     parser.add_argument("--direction", choices=DIRECTIONS, help="only this one")
     parser.add_argument("--out", type=Path, default=Path("density"), help="folder of the plot and the figures")

@@ -1,14 +1,16 @@
-"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] (a GPU with compute capability 9.0).
+"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] [--bytes] (a GPU with compute capability 9.0).
 
 Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths or the query's position, empty rows,
 sinks. Timed: CuPy's and Triton's paths of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16.
+--bytes: a decode step instead, over DeepSeek's rows of 656 bytes in pages of 64, 128 sequences of 32k, positions translated in the call, as a CUDA graph; without a GPU at a small size on the CPU.
 """
-import sys
+import argparse
 
 import numpy as np
 
-from sparsetile.autotune import numeric, plain, timing
+from sparsetile.autotune import graphs, numeric, plain, timing
 from sparsetile.ops.attention import sparse_attention
+from sparsetile.ops.caches.latent import PagedLatent
 from sparsetile.ops.selection import Selection
 
 D, DV = 576, 512
@@ -56,8 +58,55 @@ def check(torch, backend, path, T=300, Hq=128, S=8192, K=2048, causal=False):
     print(f"{backend} {path}{', causal' * causal}: 12 queries x {len(heads)} of {Hq} heads within the policy, the same bits twice", flush=True)
 
 
-def main(quick):
+def cached(torch, device, B, S):
+    """A cache of B sequences of S random latents in DeepSeek's bytes, and the same rows as numbers [B,S,576]."""
+    torch.manual_seed(0)
+    cache = PagedLatent.empty(torch.zeros(1, device=device), sequences=B, pages=B * -(-S // 64), dtype="float8")
+    for first in range(0, S, 2048):
+        n = min(2048, S - first)
+        cache.append(torch.randn(B, n, DV, device=device), torch.randn(B, n, D - DV, device=device), backend="reference" if device == "cpu" else None)
+    return cache, torch.cat(cache.gather("bfloat16"), -1)
+
+
+def check_step(got, q, rows, indices):
+    """The first and the last sequence, some heads, in float64 on the rows that gather() gives."""
+    for b in (0, q.shape[0] - 1):
+        heads, keys = [0, q.shape[1] - 1], numeric.to_numpy(rows[b][indices[b, 0, 0].long()])[None, None]
+        query, count = numeric.to_numpy(q[b:b + 1, heads]), np.ones((1, 1, 1, keys.shape[2]))
+        truth, formula = (plain.attention(query.astype(kind), keys.astype(kind), keys[..., :DV].astype(kind), count, scale=D ** -0.5)[0] for kind in (np.float64, query.dtype))
+        numeric.assert_close(f"sequence {b}", numeric.to_numpy(got[b:b + 1, heads]), truth, formula, reduction=keys.shape[2] + D)
+
+
+def step(torch, device, backends, B, S, K, heads, seconds):
+    """A line for each number of heads: milliseconds of each backend, and whether graphs were timed."""
+    cache, rows = cached(torch, device, B, S)
+    indices = torch.stack([torch.rand(S, device=device).topk(K).indices.int() for _ in range(B)])[:, None, None]
+    watch = timing.Stopwatch(None if device == "cpu" else 0)
+    for Hq in heads:
+        q = torch.randn(B, Hq, 1, D, device=device).bfloat16()
+        calls = [lambda backend=backend: sparse_attention(q, cache, None, Selection(indices), backend=backend) for backend in backends]
+        for call in calls:
+            check_step(call(), q, rows, indices)
+        recorded, how = (None, "calls") if device == "cpu" else graphs.record(calls, 0)
+        times = [watch.centre(x) / 1e3 for x in timing.finals(watch, recorded or calls, seconds)]
+        print(f"{Hq:6} heads, {B} x {S}, {K} keys: " + ", ".join(f"{backend} {ms:.4f} ms" for backend, ms in zip(backends, times)) + f" ({how})", flush=True)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument("--bytes", action="store_true", help="a decode step over rows of 656 bytes")
+    given = parser.parse_args(arguments)
     import torch
+    if not given.bytes:
+        prefill(torch, given.quick)
+    elif torch.cuda.is_available():
+        step(torch, "cuda", ("cupy", "triton"), 128, 32768, 2048, (128, 64), 0.5 if given.quick else 2.0)
+    else:
+        step(torch, "cpu", ("reference",), 2, 150, 40, (4,), 0.0)
+
+
+def prefill(torch, quick):
     for Hq in (128, 70, 17, 1):
         check(torch, "triton", "gluon", Hq=Hq)
         check(torch, "cupy", "hopper", Hq=Hq)
@@ -79,4 +128,4 @@ def main(quick):
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    main()

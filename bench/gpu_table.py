@@ -160,6 +160,7 @@ def main(argv=None) -> int:
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     parser.add_argument("--seconds", type=float, default=0.8, help="time for a row's rounds, at least five rounds each (default: 0.8)")
     parser.add_argument("--compiled", action="store_true", help="also peers that torch.compile makes: FlexAttention, decompression with split and concat (tens of seconds a row)")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the calls: short ones cost less than the host needs to launch them; every line says how it was timed")
     parser.add_argument("--limit", type=float, default=60, help="seconds of silence after which a worker is stopped (default: 60; 180 with --compiled)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop and print what there is (default: 8.5)")
     parser.add_argument("--out", help="file of JSON lines that the results are appended to")
@@ -181,7 +182,7 @@ def main(argv=None) -> int:
         out = open(args.out, "a")
     found = Measured(out)
     found.take({"machine": {"commit": args.commit or provenance.commit()}})
-    order = dict(rows=list(names), without=[], seconds=args.seconds, compiled=args.compiled)
+    order = dict(rows=list(names), without=[], seconds=args.seconds, compiled=args.compiled, graph=args.graphs)
     supervise(order, found, max(args.limit, 180) if args.compiled else args.limit, until)
     print("\n" + table(found, names))
     return 0

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from sparsetile.autotune import measure, tasks, timing
+from sparsetile.autotune import graphs, measure, tasks, timing
 from sparsetile.backends import arrays
 from sparsetile.bench import gpu_rows, peers, spot
 from sparsetile.bench.gpu_rows import ROWS
@@ -93,8 +93,8 @@ def ready(who: peers.Peer, judge, row: str) -> tuple | None:
         return None
 
 
-def measured(row: gpu_rows.Row, watch, seconds: float, compiled: bool, without: set):
-    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn."""
+def measured(row: gpu_rows.Row, watch, seconds: float, compiled: bool, without: set, graph: bool = False):
+    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses."""
     say(row=row.name, who="inputs", trying=True)
     try:
         task = tasks.Task(tasks.find(row.workload), 0)
@@ -111,13 +111,14 @@ def measured(row: gpu_rows.Row, watch, seconds: float, compiled: bool, without: 
     slow = max(us for _, _, us in found.values()) > SLOW_US
     calls = [call for call, _, _ in found.values()]
     say(row=row.name, who="timing", trying=True)
-    samples = timing.finals(watch, calls, seconds, 3 if slow else 40)
+    recorded, how = graphs.record(calls, 0) if graph else (None, None)
+    samples = timing.finals(watch, recorded or calls, seconds, 3 if slow else 40)
     calls[0]()
     clock = clock_mhz()  # under load
     torch.cuda.synchronize()
     for (name, (_, known, _)), times in zip(found.items(), samples):
         time_us = watch.centre(times)
-        say(row=row.name, who=name, time_us=round(time_us, 1), **timing.spread(times), **known, clock_mhz=clock,
+        say(row=row.name, who=name, time_us=round(time_us, 1), **timing.spread(times), **known, clock_mhz=clock, **({"timed": how} if graph else {}),
             **({"tflops": round(flops / time_us / 1e6, 1)} if flops else {}), gbs=round(moved(task) / time_us / 1e3))
 
 
@@ -148,7 +149,7 @@ def moved(task) -> float:
 
 
 def main(order: dict) -> int:
-    """order: rows (names), without ([row, who] pairs), seconds, compiled."""
+    """order: rows (names), without ([row, who] pairs), seconds, compiled, graph."""
     torch.cuda.init()
     watch = timing.Stopwatch(0, flush_mb=FLUSH_MB)
     say(machine=machine())
@@ -157,7 +158,7 @@ def main(order: dict) -> int:
     for row in ROWS:
         if row.name in order["rows"]:
             start = time.monotonic()
-            measured(row, watch, order["seconds"], order["compiled"], without)
+            measured(row, watch, order["seconds"], order["compiled"], without, order.get("graph", False))
             torch.cuda.empty_cache()
             say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
     return 0

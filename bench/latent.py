@@ -1,4 +1,4 @@
-"""Latent KV on one GPU, checked, then timed: python -m sparsetile.bench.latent [--quick] [--budget seconds] [--only WORD ...] [--out results.jsonl]
+"""Latent KV on one GPU, checked, then timed: python -m sparsetile.bench.latent [--quick] [--graphs] [--budget seconds] [--only WORD ...] [--out results.jsonl]
 
 DeepSeek's sizes (128 heads, rank 512, rotary 64, Dn = Dv = 128), bfloat16, CuPy and Triton in turn with their peers, cold L2, medians, the clock beside each row:
 products     the two products of the absorbed mode, prefill of 4096 queries and decode of 128 sequences, beside cuBLAS's batched product; with the rotary tail beside product + copy
@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:
 
 import numpy as np  # noqa: E402
 
-from sparsetile.autotune import numeric, plain, timing  # noqa: E402
+from sparsetile.autotune import graphs, numeric, plain, timing  # noqa: E402
 from sparsetile.bench import gpu_rows, gpu_table  # noqa: E402
 from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops import latent  # noqa: E402
@@ -105,12 +105,14 @@ def here(torch, device, given, found, made, until) -> int:
             for row, flops, size, calls in rows():
                 for call in (*calls.values(), *calls.values()):
                     call()
-                samples = timing.finals(watch, list(calls.values()), given.seconds, 8 if given.quick else 20)
+                recorded, how = graphs.record(list(calls.values()), 0) if given.graphs and device != "cpu" else (None, None)
+                samples = timing.finals(watch, recorded or list(calls.values()), given.seconds, 8 if given.quick else 20)
                 next(iter(calls.values()))()
                 at = clock()
                 for who, times in zip(calls, samples):
                     time_us = watch.centre(times)
-                    found.take(dict(row=row, who=who, time_us=round(time_us, 1), **timing.spread(times), tflops=round(flops / time_us / 1e6, 1), gbs=round(size / time_us / 1e3), clock_mhz=at))
+                    found.take(dict(row=row, who=who, time_us=round(time_us, 1), **timing.spread(times), tflops=round(flops / time_us / 1e6, 1), gbs=round(size / time_us / 1e3), clock_mhz=at,
+                                    **({"timed": how} if how else {})))
         except Exception as error:  # noqa: BLE001 (that row's: a wrong answer, no memory, no time)
             wrong += isinstance(error, AssertionError)
             found.take(dict(row=name, who="row", failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
@@ -153,6 +155,7 @@ def main(arguments=None) -> int:
     import torch
     parser = argparse.ArgumentParser(prog="sparsetile.bench.latent", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="without 128k at B 8 and 128, fewer rounds, nothing of torch.compile")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the calls where they can be recorded, as a decode step is; every line of --out says how it was timed")
     parser.add_argument("--budget", type=float, default=500, help="seconds after which rows that are left are said and not measured (default: 500)")
     parser.add_argument("--only", nargs="*", default=[], help="rows that contain one of these words: products, backward, decode, decompress, 'h 16', 32k ...")
     parser.add_argument("--out", help="file of JSON lines that the results are appended to")
@@ -173,7 +176,7 @@ def main(arguments=None) -> int:
             for who in absent(peers.OF_LATENTS):
                 print(who, flush=True)
         for names, compiled in (([n for n in table_rows(given) if "decode" in n], False), ([n for n in table_rows(given) if "decompress" in n], not given.quick)):
-            gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=compiled), found, 180 if compiled else 60, until)
+            gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=compiled, graph=given.graphs), found, 180 if compiled else 60, until)
     print(f"\n{lines(found, backends)}")
     return int(wrong > 0 or any("wrong answer" in event.get("failed", "") for events in found.rows.values() for event in events.values()))
 

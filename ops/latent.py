@@ -1,18 +1,13 @@
 """Latent KV (MLA): rebuild keys and values from a latent, or attend in the latent width itself."""
-from functools import lru_cache
-
 from sparsetile.backends import arrays, devices, places
-from sparsetile.backends.contract import Problem, Unsupported, density_bucket
-from sparsetile.ops import attention, checks, dispatch
+from sparsetile.backends.contract import Problem, Unsupported
+from sparsetile.ops import attention, checks, dispatch, latent_mode
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.latent import parts
 from sparsetile.ops.caches.paged import Cache
-from sparsetile.ops.pattern import Pattern
-from sparsetile.ops.selection import Selection
+from sparsetile.ops.latent_mode import MODES, WIDEST
 
-MOST_REBUILT = 4 << 30  # bytes of keys and values that "auto" makes of a cache, which is there to save them
-STEP = 64  # queries of a decoding step, which graphs record, at most: a call that warms up and the one that is recorded must take one mode
-FLOATS, MODES = ("float32", "float16", "bfloat16", "float64"), ("absorbed", "decompressed")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, backend=None, config=None):
@@ -66,7 +61,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     sparse_attention. scale defaults to (Dn + P)**-0.5 in both modes (never the absorbed width).
     mode   "absorbed": queries times w_uk, attention with the latent as the one shared key and value head (width R + P -> R), result times w_uv;
            "decompressed": keys and values of all heads are rebuilt first; "auto": what an entry of a profile's latent_attention.yaml says of these sizes
-           (config {mode: absorbed}), else the cheaper by `latent_cost`, a stated count of operations and bytes.
+           (config {mode: absorbed}), else the cheaper by `latent_mode.latent_cost`, a stated count of operations and bytes. Under torch.compile B, T and S count as the next power of two,
+           so that one graph serves many lengths: near the boundary "auto" may be the other mode than the eager call's, and its last bits another's; name a mode where they must agree.
     latent_scale [B,S,ceil(R/128)] float32 multiplies groups of 128 latent values (decompressed mode).
     latent may be a PagedLatent with k_rope=None. Absorbed its latents are read where they lie, in 16 or 32 bits or in the fp8 layout; decompressed they are gathered first, as many as
     the host's book knows of: a CUDA graph that records this does not see them grow, so "auto" is "absorbed" while one is recorded and for up to 64 queries, without a book, for layouts and
@@ -98,12 +94,11 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     if mode == "absorbed" and not plain:
         raise Unsupported("mode: 'absorbed' needs latent and k_rope in q_nope's element type and no latent_scale, which these arguments are not; mode='decompressed' takes scales")
     if mode == "auto" and cache is not None:
-        fits = T > STEP and R + P <= 576 and _in_one_piece(cache, pattern, caller) and B * H * cache.held() * (Dn + P + Dv) * arrays.ITEMSIZE[kind] <= MOST_REBUILT
-        mode = _mode(pattern, T, (B, pow2_up(cache.held()), *sizes[2:]), kind, device, backend, caller) if fits else "absorbed"
+        mode = latent_mode.of_cache(cache, pattern, T, (B, *sizes[1:]), kind, device, backend, caller)
     elif mode == "auto":
-        mode = _mode(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= 576 else "decompressed"
+        mode = latent_mode.of(pattern, T, sizes, kind, device, backend, caller) if plain and R + P <= WIDEST else "decompressed"
     if cache is not None and mode == "decompressed":
-        if not _of_any_length(pattern):
+        if not latent_mode.of_any_length(pattern):
             raise Unsupported("pattern: mode='decompressed' rebuilds as many keys of a cache as its longest sequence holds, got a rule over all that it may hold; mode='absorbed' takes it")
         kv_length = cache.shorter(kv_length)
         if dispatch.is_explaining():
@@ -129,8 +124,8 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
         k, v = latent_decompress(latent, w_uk, w_uv, k_rope=k_rope, latent_scale=latent_scale, backend=backend)
         q = q_nope if q_rope is None else _concat(q_nope, q_rope, caller, device)
         return attention.sparse_attention(q, k, v, pattern, return_lse=return_lse, config=config, **options)
-    if R + P > 576:
-        raise Unsupported(f"mode: 'absorbed' works in width R + P, which must be at most 576 and is {R + P}; mode='decompressed' would run it")
+    if R + P > WIDEST:
+        raise Unsupported(f"mode: 'absorbed' works in width R + P, which must be at most {WIDEST} and is {R + P}; mode='decompressed' would run it")
     keys = cache
     if cache is None:
         keys = _unsqueeze(latent if k_rope is None else _joined(latent, k_rope, caller, device))  # [B,1,S,R+P]
@@ -141,20 +136,6 @@ def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, pattern=None, *
     out, lse = got if return_lse else (got, None)                                  # [B,H,T,R]
     out = absorb(out, _transposed(w_uv), None, backend)                            # [B,H,T,Dv]
     return (out, lse) if return_lse else out
-
-
-def _of_any_length(pattern) -> bool:
-    """Whether a rule means the same for a cache's capacity as for the keys that it holds."""
-    return pattern is None or isinstance(pattern, Selection) or isinstance(pattern, Pattern) and not pattern.needs_exact_S
-
-
-def _in_one_piece(cache, pattern, caller) -> bool:
-    """Whether a cache may be rebuilt without being asked to."""
-    if caller == "torch":
-        import torch
-        if torch.compiler.is_compiling() or cache.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-    return cache.book is not None and _of_any_length(pattern) and caller != "cupy"  # which cannot ask CuPy's streams
 
 
 def _gathered(cache, k_rope, latent_scale, kind):
@@ -206,76 +187,6 @@ def matmul(x, w, tail, backend, caller, device, config=None, out_dtype=None, inn
             return place.give(place.zeros((B, 1 if inner_heads else H, T, M + P), out_dtype or arrays.dtype_name(x)))
         return place.give(choice.kernel.run(place.native(x), place.weights(w), place=place, config=choice.config, tail=None if tail is None else place.native(tail),
                                             out_dtype=out_dtype, **({"inner_heads": True} if inner_heads else {})))
-
-
-def latent_cost(T, S, H, R, Dn, Dv, P, pairs=None) -> dict:
-    """Operations and bytes (16-bit elements) of both modes of latent attention, and seconds on a device of 790 TFLOP/s and 4.3 TB/s per batch entry.
-
-    absorbed:     2 T H R (Dn + Dv) for the two products, 2 pairs (2 R + P) per head; reads the latent once per query tile of 64 rows of all heads
-    decompressed: 2 S H R (Dn + Dv) to rebuild, 2 pairs (Dn + P + Dv) per head; writes and reads keys and values once
-
-    There is no third mode that feeds rebuilt tiles to attention without writing them. At DeepSeek's widths a key of a head costs 262144 operations to rebuild, 0.33 ns, and 1280 bytes to
-    write and read, 0.30 ns: rebuilt for every 128 queries it costs three times what attention over it does. With one tile of queries absorbed is cheaper (up to T = 171), with two in a
-    cluster the weights of a head, 262 KB, do not fit shared memory: read again for every 128 keys they are 2 KB a key, more than what is saved.
-    """
-    pairs = T * S if pairs is None else pairs
-    absorbed = 2 * T * H * R * (Dn + Dv) + 2 * pairs * H * (2 * R + P), 2 * S * (R + P) * max(1, T * H // 4096) + 4 * T * H * (R + P)
-    rebuilt = 2 * S * H * R * (Dn + Dv) + 2 * pairs * H * (Dn + P + Dv), 2 * S * (R + P) + 4 * S * H * (Dn + P + Dv)
-    return {name: dict(flops=flops, bytes=size, seconds=max(flops / 790e12, size / 4.3e12)) for name, (flops, size) in
-            dict(absorbed=absorbed, decompressed=rebuilt).items()}
-
-
-@lru_cache(1024)
-def _pairs(pattern, T, S) -> int:
-    """Counted once: it costs the host more than all else in a call, 0.2 ms for causal 2048 x 2048."""
-    return int(T * S * pattern.density(T, S))
-
-
-_modes = {}
-dispatch.PLAN_CACHES.append(_modes)
-
-
-def _mode(rule, T, sizes, kind, device, backend, caller) -> str:
-    """The mode that "auto" means. A Selection is known by how many keys it gives at most, a pattern by what it is; a layout counts as dense."""
-    rule = rule.indices.shape[3] * rule.granularity if isinstance(rule, Selection) else rule if isinstance(rule, Pattern) else None
-    if caller == "torch":
-        import torch
-        if torch.compiler.is_compiling():
-            from sparsetile.ops import torch_ops
-            text, (B, S, *widths) = rule.canonical() if isinstance(rule, Pattern) else rule, sizes
-            return torch_ops.latent_mode(text, pow2_up(T), pow2_up(B), pow2_up(S), *widths, kind, device, backend)
-    return cheaper_mode(rule, T, sizes, kind, device, backend)
-
-
-def pow2_up(n) -> int:
-    """A length as a profile's keys have it. Written so that torch.compile, which may know it as a symbol, is told no more than that."""
-    power = 1
-    while power < n:
-        power *= 2
-    return power
-
-
-def cheaper_mode(rule, T, sizes, kind, device, backend) -> str:
-    """What a profile says, else the cheaper mode by latent_cost. rule: a pattern, so many keys of each query, or None for all."""
-    key = rule, T, sizes, kind, device, backend, dispatch.environment("latent_attention")
-    if key not in _modes:
-        if len(_modes) >= 1024:  # shapes come and go
-            _modes.clear()
-        _modes[key] = decide(rule, T, sizes, kind, device, backend)
-    return _modes[key]
-
-
-def decide(rule, T, sizes, kind, device, backend) -> str:
-    B, S, H, R, Dn, Dv, P = sizes
-    pairs = T * S if rule is None or not T * S else T * min(S, rule) if isinstance(rule, int) else _pairs(rule, T, S)
-    problem = Problem.of("latent_attention", dict(B=B, H=H, T=T, S=S, R=R, Dn=Dn, Dv=Dv, P=P), dict(latent=kind), devices.device_info(device).arch,
-                         ["selection"] * isinstance(rule, int), density_bucket(pairs / max(1, T * S)))
-    asked = dispatch.requested_backend("latent_attention", backend)
-    found = None if dispatch.tune_mode() == "off" else dispatch.looked_up(problem, device, None if asked == "auto" else asked)
-    if found is not None and found.config.get("mode") in MODES:
-        return found.config["mode"]
-    cost = latent_cost(T, S, H, R, Dn, Dv, P, pairs)
-    return "absorbed" if cost["absorbed"]["seconds"] <= cost["decompressed"]["seconds"] else "decompressed"
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared

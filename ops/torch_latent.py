@@ -2,6 +2,7 @@
 import torch
 
 from sparsetile.ops import latent as latent_op
+from sparsetile.ops import latent_mode as modes
 from sparsetile.ops import torch_gradients
 from sparsetile.ops.patterns import Causal, Full
 from sparsetile.ops.torch_attention import pattern_of
@@ -13,9 +14,9 @@ for shared in (Full(), Causal()):  # one object for all callers: its text must n
 
 @torch.compiler.assume_constant_result
 def latent_mode(rule, T, B, S, *about) -> str:
-    """latent.decide while torch.compile traces: it counts pairs and reads profiles, which no graph can hold. rule: a pattern's text, a number of keys or None."""
+    """latent_mode.decide while torch.compile traces: it counts pairs and reads profiles, which no graph can hold. rule: a pattern's text, a number of keys or None."""
     *widths, kind, device, backend = about
-    return latent_op.decide(pattern_of(rule) if isinstance(rule, str) else rule, T, (B, S, *widths), kind, device, backend)
+    return modes.decide(pattern_of(rule) if isinstance(rule, str) else rule, T, (B, S, *widths), kind, device, backend)
 
 
 _decompress = define("latent_decompress(Tensor latent, Tensor w_uk, Tensor w_uv, Tensor? k_rope, Tensor? latent_scale, str backend, str config) -> (Tensor, Tensor)",

@@ -1,5 +1,7 @@
 """Tests call the public functions on any backend through this: NumPy arrays in and out, the backend named, never a fallback."""
+from contextlib import contextmanager
 from importlib import import_module
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,16 @@ NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float8_e4m3fn": np.dtype(ml_
 
 def numpy_dtype(name):
     return NUMPY.get(name) or np.dtype(name)
+
+
+@contextmanager
+def through(name):
+    """What stands inside calls this function, folder.module.function of the backends, at least once: a kernel that quietly takes another path fails."""
+    module, _, function = f"sparsetile.backends.{name}".rpartition(".")
+    module = import_module(module)
+    with mock.patch.object(module, function, wraps=getattr(module, function)) as seen:
+        yield
+    assert seen.called, f"{name} was not called: another path was taken"
 
 
 def to_torch(x, device="cpu"):

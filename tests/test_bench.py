@@ -293,6 +293,35 @@ def test_rows_of_latents_that_are_measured_in_workers():
     assert latent.table_rows(Namespace(quick=True, only=["32k"])) == [name for name in names if "32k" in name or name in ("latent decode h 128", "latent decode h 16")]
 
 
+@pytest.mark.parametrize("asked, how", [(True, "graph"), (True, "events: RuntimeError: no graph may hold this"), (False, None)])
+def test_graphs_are_timed_where_they_are_asked_for(asked, how, monkeypatch, capsys):
+    """All calls of a row or none: the graphs if each could be recorded, else the calls, and why; from the command line to the worker and in bench.latent's own rows."""
+    torch = pytest.importorskip("torch")
+    from argparse import Namespace
+
+    from sparsetile.autotune import graphs
+    from sparsetile.bench import gpu_worker, latent
+    orders, timed, calls = [], [], {"triton": lambda: None, "cupy": lambda: None}
+    monkeypatch.setattr(gpu_table, "supervise", lambda order, *rest: orders.append(order))
+    gpu_table.main(["--only", "merge", *["--graphs"] * asked])
+    assert orders[0]["rows"] == ["merge 32k"] and orders[0]["graph"] == asked
+
+    class Watch:
+        def __init__(self, *about, **more):
+            self.centre = min
+    graphs_of = lambda given, device: (["a graph"] * len(given) if how == "graph" else None, how)  # noqa: E731
+    for where, name, value in ((graphs, "record", graphs_of), (latent.timing, "finals", lambda watch, given, *rest: timed.append(given) or [[3.0] * 5 for _ in given]), (latent.timing, "Stopwatch", Watch),
+                               (gpu_worker, "clock_mhz", lambda: None), (gpu_worker.tasks, "Task", lambda w, device: Namespace(workload=w, inputs=())), (gpu_worker.spot, "Judge", lambda task: None),
+                               (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, compiled: [Namespace(name=name) for name in calls]),
+                               (gpu_worker, "ready", lambda who, judge, row: (calls[who.name], {}, 3.0)), (gpu_worker, "moved", lambda task: 6000), (torch.cuda, "synchronize", lambda: None)):
+        monkeypatch.setattr(where, name, value)
+    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), 0.1, False, set(), orders[0]["graph"])
+    found = gpu_table.Measured(None)
+    assert latent.here(torch, "cuda", Namespace(graphs=asked, seconds=0.1, quick=True), found, [("a row", lambda: [("a row", 1, 6000, calls)])], time.monotonic() + 60) == 0
+    said = [event for event in map(json.loads, (line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))) if "time_us" in event]
+    assert len(said) == 4 and {event.get("timed") for event in said} == {how} and timed == [["a graph"] * 2 if how == "graph" else list(calls.values())] * 2
+
+
 def test_peers_that_are_not_installed_are_said():
     pytest.importorskip("torch")
     from sparsetile.bench import latent
@@ -300,6 +329,19 @@ def test_peers_that_are_not_installed_are_said():
 
 
 # ------------------------------------------------------------------------------------------------------ DeepSeek sparse attention
+def test_a_step_over_rows_of_bytes_is_checked_and_timed(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import gather
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gather.main(["--bytes"])
+    line = capsys.readouterr().out
+    assert line.startswith("     4 heads, 2 x 150, 40 keys: reference ") and line.endswith(" ms (calls)\n") and float(line.split("reference ")[1].split()[0]) > 0
+    right = gather.sparse_attention
+    monkeypatch.setattr(gather, "sparse_attention", lambda q, cache, v, chosen, **how: right(q, cache, v, gather.Selection(chosen.indices // 2), **how))
+    with pytest.raises(AssertionError, match="sequence 0"):
+        gather.main(["--bytes"])
+
+
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")
     from sparsetile.bench import dsa
@@ -382,6 +424,43 @@ def test_cost_of_density_is_a_line_or_said_not_to_be(tmp_path):
     pytest.importorskip("matplotlib")
     density.plot({"forward cupy": {"times": found, "fit": fit}}, tmp_path / "density.png", "a GPU")
     assert (tmp_path / "density.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("direction, backend, quick", [("forward", "cupy", True), ("forward", "triton", False), ("backward", "cupy", False), ("backward", "triton", True), (None, None, True)])
+def test_density_does_what_its_command_line_says(direction, backend, quick, monkeypatch, tmp_path):
+    """At a small size, answered by the reference, with a clock of our own: the kernels and backends that the words name, checked, timed as long as they say, written and drawn."""
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    from sparsetile.bench import density
+
+    class OnCpu(tasks.Task):
+        def __init__(self, workload, device):
+            assert device == 0
+            super().__init__(replace(workload, sizes=tuple((axis, {"Hq": 2, "Hk": 2, "D": 16, "Dv": 8}.get(axis, size)) for axis, size in workload.sizes)), None)
+
+        def bound(self, backend):
+            asked.append((self.workload.kernel, backend))
+            return super().bound("reference")
+
+    class Clock:
+        def __init__(self, device, flush_mb):
+            self.centre = min
+
+    def finals(watch, calls, seconds, most=40):
+        timed.append((len(calls), seconds, most))
+        return [[1e3 * (n + 1)] * 5 for n in range(len(calls))]
+    asked, timed = [], []
+    for where, name, value in ((density, "N", 96), (density, "BLOCK", 8), (density, "RAGGED", 75), (density.tasks, "Task", OnCpu), (density.timing, "Stopwatch", Clock), (density.timing, "finals", finals),
+                               (density.torch.cuda, "get_device_name", lambda device: "a GPU")):
+        monkeypatch.setattr(where, name, value)
+    words = ["--quick"] * quick + (["--backend", backend, "--direction", direction] if backend else [])
+    assert density.main([*words, "--out", str(tmp_path / "out")]) == 1  # no line goes through such times
+    pairs = [(d, b) for d in ("forward", "backward") for b in ("cupy", "triton") if backend is None or (d, b) == (direction, backend)]
+    kernels = dict(forward="block_attention", backward="block_attention_backward")
+    assert list(dict.fromkeys(asked)) == [(kernels[d], b) for d, b in pairs] and timed == [(10, 0.5 if quick else 3.0, 40)] * len(pairs)
+    found = json.loads((tmp_path / "out/density.json").read_text())["results"]
+    assert list(found) == [f"{d} {b}" for d, b in pairs] and all(x["wrong"] == {} and len(x["times"]) == 10 and x["missed"] for x in found.values())
+    assert (tmp_path / "out/density.png").stat().st_size > 1000
 
 
 # -------------------------------------------------------------------------------------------------------------- other lengths

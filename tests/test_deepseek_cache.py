@@ -1,4 +1,6 @@
 """DeepSeek-V3's attention over a paged latent cache, against Hugging Face's eager code with random weights and against float64."""
+from functools import lru_cache
+
 import cache_format
 import ml_dtypes
 import numpy as np
@@ -7,14 +9,14 @@ import pytest
 from numeric import assert_close, assert_same_bits, plain, to_numpy
 
 import sparsetile as st
-from sparsetile.ops import latent
+from sparsetile.ops import latent, latent_mode
 
 H, R, DN, DV, P, HIDDEN, TOKENS, B = 4, 128, 16, 12, 8, 64, 33, 2
 CPU = pytest.mark.parametrize("backend", ["reference", "numba"])
 
 
-@pytest.fixture(scope="module")
-def deepseek():
+@lru_cache(None)
+def full_pass(tokens):
     """Captured from one full causal pass in float64 (truth) and float32 (the plain formula): queries, latents, rotary parts, weights, attention's output before o_proj."""
     torch = pytest.importorskip("torch")
     model = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
@@ -23,10 +25,10 @@ def deepseek():
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     attention = model.DeepseekV3Attention(config, 0).eval().double()
-    hidden = torch.randn(B, TOKENS, HIDDEN, dtype=torch.float64)
-    angle = torch.arange(TOKENS)[:, None] / 10000.0 ** (torch.arange(0, P, 2) / P)
+    hidden = torch.randn(B, tokens, HIDDEN, dtype=torch.float64)
+    angle = torch.arange(tokens)[:, None] / 10000.0 ** (torch.arange(0, P, 2) / P)
     cos, sin = (f(torch.cat([angle, angle], -1)).double()[None].expand(B, -1, -1) for f in (torch.cos, torch.sin))
-    mask = torch.full((TOKENS, TOKENS), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    mask = torch.full((tokens, tokens), float("-inf"), dtype=torch.float64).triu(1)[None, None]
     seen = {}
     attention.q_b_proj.register_forward_hook(lambda m, i, out: seen.update(q=out))
     attention.kv_a_layernorm.register_forward_hook(lambda m, i, out: seen.update(latent=out))
@@ -36,12 +38,17 @@ def deepseek():
     with torch.no_grad():
         for kind in (torch.float32, torch.float64):
             attention.to(kind)(hidden.to(kind), (cos.to(kind), sin.to(kind)), mask.to(kind))
-            found.append(seen["out"].view(B, TOKENS, H, DV).transpose(1, 2).double().numpy())
-        q, rope = seen["q"].view(B, TOKENS, H, DN + P).transpose(1, 2), seen["rope"][:, None]
+            found.append(seen["out"].view(B, tokens, H, DV).transpose(1, 2).double().numpy())
+        q, rope = seen["q"].view(B, tokens, H, DN + P).transpose(1, 2), seen["rope"][:, None]
         q_rope, rope = model.apply_rotary_pos_emb_interleave(q[..., DN:], rope, cos, sin)
         w = attention.kv_b_proj.weight.view(H, DN + DV, R).transpose(1, 2)
-    wide = [x.detach().double().numpy() for x in (q[..., :DN], q_rope, seen["latent"].reshape(B, TOKENS, R), rope[:, 0], w[..., :DN], w[..., DN:])]
+    wide = [x.detach().double().numpy() for x in (q[..., :DN], q_rope, seen["latent"].reshape(B, tokens, R), rope[:, 0], w[..., :DN], w[..., DN:])]
     return (*found, float(attention.scaling), *wide)
+
+
+@pytest.fixture(scope="module")
+def deepseek():
+    return full_pass(TOKENS)
 
 
 def steps():
@@ -139,11 +146,39 @@ def test_the_mode_over_a_cache_is_the_cheaper(T, S, rule, kernel, monkeypatch):
     ask = lambda: st.explain("latent_attention", *given[0], cache, None, *given[1], rule)  # noqa: E731
     found = ask()
     assert found.kernel == kernel and (kernel == "block_attention" or dict(found.problem.dims)["S"] == S)
-    monkeypatch.setattr(latent, "MOST_REBUILT", 2 * S * 320 * 4 - 1)  # a byte less than its keys and values
+    monkeypatch.setattr(latent_mode, "MOST_REBUILT", 2 * S * 320 * 4 - 1)  # a byte less than its keys and values
     assert ask().kernel == "block_attention"
     if rule is not None and rule.needs_exact_S:
         with pytest.raises(st.Unsupported, match="pattern: mode='decompressed' rebuilds"):
             st.latent_attention(*given[0], cache, None, *given[1], rule, mode="decompressed")
+
+
+# The last T of `held` tokens, on both sides of each boundary: of a step that graphs record, of the cheaper mode for 256 keys and for 512, of a cache that holds 256 and then one more.
+SIDES = [(64, 200, "absorbed", "numpy"), (67, 200, "absorbed", "torch"), (68, 200, "decompressed", "torch"), (200, 200, "decompressed", "numpy"), (77, 300, "absorbed", "numpy"),
+         (78, 300, "decompressed", "numpy"), (70, 256, "decompressed", "numpy"), (70, 257, "absorbed", "numpy")]
+
+
+@CPU
+@pytest.mark.parametrize("T, held, mode, caller", SIDES)
+def test_auto_over_a_cache_on_both_sides_of_its_boundaries(backend, T, held, mode, caller, monkeypatch):
+    """Which mode it took, by what it called, counted by hand in operations and bytes; and what Hugging Face's full pass gives these tokens either way."""
+    measure, truth, scale, *wide = full_pass(300)
+    S = 256 if held <= 256 else 512
+    pairs = T * (S - T) + T * (T + 1) // 2
+    absorbed = max(2 * H * (T * R * (DN + DV) + pairs * (2 * R + P)) / 790e12, (2 * S * (R + P) + 4 * T * H * (R + P)) / 4.3e12)
+    rebuilt = max(2 * H * (S * R * (DN + DV) + pairs * (DN + P + DV)) / 790e12, (2 * S * (R + P) + 4 * S * H * (DN + P + DV)) / 4.3e12)
+    assert ("decompressed" if T > 64 and rebuilt < absorbed else "absorbed") == mode
+    give = pytest.importorskip("torch").from_numpy if caller == "torch" else lambda x: x
+    q_nope, q_rope, c, rope, w_uk, w_uv = (give(x.astype(np.float32)) for x in wide)
+    cache = st.PagedLatent.empty(c[:, :0], sequences=B, pages=40, page_size=16, rank=R, rotary=P)
+    cache.append(c[:, :held], rope[:, :held], backend=backend)
+    taken, absorb, rebuild = [], latent.absorb, latent.latent_decompress
+    monkeypatch.setattr(latent, "absorb", lambda *a, **k: taken.append("absorbed") or absorb(*a, **k))
+    monkeypatch.setattr(latent, "latent_decompress", lambda *a, **k: taken.append("decompressed") or rebuild(*a, **k))
+    part = slice(held - T, held)
+    got = st.latent_attention(q_nope[:, :, part], q_rope[:, :, part], cache, None, w_uk, w_uv, st.Causal(), scale=scale, backend=backend)
+    assert set(taken) == {mode}
+    assert_close("out", to_numpy(got), truth[:, :, part], measure[:, :, part].astype(np.float32), reduction=R + P + held)
 
 
 def test_the_float8_cache_is_read_where_it_lies(deepseek):

@@ -11,7 +11,7 @@ from sparsetile.autotune import store
 from sparsetile.backends import devices
 from sparsetile.backends.contract import KERNELS, Problem, Resources, Unsupported
 from sparsetile.ops import dispatch
-from sparsetile.ops.latent import latent_cost
+from sparsetile.ops.latent_mode import latent_cost
 from sparsetile.profiles import lookup, misses, schema
 
 DEVICE = {"name": devices.device_info(None).name, "arch": "cpu"}

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drivers import through
 from numeric import assert_close, assert_same_bits, plain, to_numpy
 from without_torch import answers
 
@@ -21,6 +23,12 @@ from sparsetile.ops import dispatch, ready  # noqa: E402
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 both = pytest.mark.parametrize("backend", ["triton", "cupy"])
+
+
+def hoppers(name):
+    """On Hopper what stands inside takes the function that is named (drivers.through); other chips have their own paths."""
+    dispatch.clear_plans()  # a plan repeats launches without it
+    return through(name) if torch.cuda.get_device_capability() == (9, 0) else nullcontext()
 
 
 class Make:
@@ -141,6 +149,20 @@ def test_a_graph_is_replayed_with_new_inputs(backend, name, rng):
         torch.cuda.synchronize()
         for n, (got, want) in enumerate(zip(captured, run(case, backend, inputs))):
             assert_same_bits(f"result {n}", got, want)
+
+
+PATHS = {"decode": dict(triton="triton.block_attention_decode.run", cupy="cupy.split.run"),
+         "latent-decode": dict(triton="triton.block_attention_latent.launch", cupy="cupy.split.run_latent"),
+         "blocks": dict(cupy="cupy.gather_union.run"),
+         "sinks-gradients": dict(triton="triton.block_attention_backward_gluon.launch", cupy="cupy.two_pass.run")}
+
+
+@pytest.mark.parametrize("name, backend", [(name, backend) for name, of in PATHS.items() for backend in of])
+def test_cases_take_the_paths_that_they_are_for(name, backend, rng):
+    case = cases(Make(rng))[name]
+    inputs = [make() for make in case[0]]
+    with hoppers(PATHS[name][backend]):
+        run(case, backend, inputs)
 
 
 @both
@@ -343,7 +365,9 @@ def test_deepseeks_scores_are_the_same_alone_and_in_pages(B, S, rng):
     one = torch.cat([st.indexer_scores(q[:, :, t:t + 1], k, w[:, :, t:t + 1], k_scale=scale, causal=False, backend="cupy") for t in range(2)], 1)
     assert torch.equal(one, st.indexer_scores(q, k, w, k_scale=scale, causal=False, backend="cupy"))
     assert torch.equal(one[:, 1:], st.indexer_scores(q[:, :, 1:], cache, w[:, :, 1:], backend="cupy")[:, :, :S])
-    chosen, known = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy"), st.topk(one, 2048, backend="cupy")
+    with hoppers("cupy.indexer_topk.run_fused") if S > 65536 else nullcontext():
+        chosen = st.indexer_topk(q, k, w, 2048, k_scale=scale, causal=False, backend="cupy")
+    known = st.topk(one, 2048, backend="cupy")
     assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
 
 
@@ -382,7 +406,8 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
     if isinstance(refused := grouped_matmul.resources(problem, config), str):
         pytest.skip(refused)
     call = lambda: latent.matmul(x, w, tail, "cupy", "torch", 0, config)  # noqa: E731
-    alone = call()
+    with through(dict(cublas="cupy.grouped_matmul.multiply", hopper="cupy.grouped_matmul_hopper.run")[path]):
+        alone = call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -395,23 +420,51 @@ def test_products_alone_and_in_a_graph(B, T, is_turned, path, rng):
         assert torch.equal(got[..., 512:], tail)
 
 
-@both
-@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
-def test_the_largest_of_long_rows(backend, T, S, k, rng):
-    """Rows of every kind, some whole and some through windows, against PyTorch's stable sort."""
-    make = Make(rng)
+def rows_of_every_kind(make, T, S):
+    """scores [1,T,S]: normal, sorted both ways, many equal, rounded, close together, with NaN and -inf; some through windows. start, end [1,T]."""
     x = make.normal(1, T, S, dtype=torch.float32)()
     x[:, 1::8], x[:, 2::8], x[:, 3::8] = x[:, 1::8].sort(-1).values, x[:, 2::8].sort(-1, descending=True).values, (x[:, 3::8] - 1.8).relu()
     x[:, 4::8], x[:, 5::8], x[:, 6::8] = x[:, 4::8].round(), x[:, 5::8] * 1e-3 + 5, torch.where(x[:, 6::8] > 1.5, np.nan, torch.where(x[:, 6::8] < -1, -np.inf, x[:, 6::8]))
-    start, end = make.integers(0, S, 1, T)() * (torch.arange(T, device="cuda") % 3 == 0), make.integers(0, S + 9, 1, T)()
-    end[:, 1::2] = S
-    at = torch.arange(S, device="cuda")
-    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x, -np.inf)
+    t = torch.arange(T, device=x.device)
+    return x, torch.where(t % 3 == 1, make.integers(0, S, 1, T)(), 0).int(), torch.where(t % 5 > 2, make.integers(0, S + 9, 1, T)(), S).int()
+
+
+def assert_largest(got, x, start, end, k):
+    """Exactly what a stable sort in float64 puts first."""
+    T, S = x.shape[1:]
+    at = torch.arange(S, device=x.device)
+    given = torch.where((at >= start[..., None]) & (at < end[..., None]) & ~x.isnan(), x.double(), -np.inf)
     order = given.sort(dim=-1, descending=True, stable=True)
     chosen = torch.where(order.values[..., :k] > -np.inf, order.indices[..., :k], S).sort(-1).values
-    got = st.topk(x, k, key_start=start.int(), key_end=end, backend=backend)
     assert torch.equal(got.indices.view(1, T, k).long(), torch.where(chosen < S, chosen, -1))
     assert torch.equal(got.lengths.view(1, T).long(), (chosen < S).sum(-1))
+
+
+@both
+@pytest.mark.parametrize("T, S, k", [(40, 131072, 2048), (600, 33003, 2048), (600, 16384, 100), (300, 20000, 3900)])
+def test_the_largest_of_long_rows(backend, T, S, k, rng):
+    x, start, end = rows_of_every_kind(Make(rng), T, S)
+    assert_largest(st.topk(x, k, key_start=start, key_end=end, backend=backend), x, start, end, k)
+
+
+@pytest.mark.parametrize("warps, programs", [(16, 1), (8, 2)])
+@pytest.mark.parametrize("T, S, k", [(1, 2 ** 20, 1), (1, 2 ** 20, 2048), (1, 2 ** 20, 2 ** 20), (9, 2 ** 20 + 3, 5000), (300, 40001, 7), (300, 33003, 64), (64, 65536, 513),
+                                     (40, 4099, 4099), (9, 700, 513), (3, 1, 1)])
+def test_the_largest_by_gluon(T, S, k, warps, programs, rng):
+    """Far from DeepSeek's 2048: one, fewer than a warp, more than a program's registers hold, whole rows; the path is named, since the default is another for some. CuPy's chooses the same."""
+    x, start, end = rows_of_every_kind(Make(rng), T, S)
+    config = dict(path="gluon", capacity=4096, sample=4096, select_warps=warps, programs=programs)
+    where = dict(key_start=start, key_end=end)
+    problem = st.explain("topk", x, k, **where).problem
+    kernel = dispatch.kernel("triton", "topk")
+    if isinstance(refused := kernel.resources(problem, {**kernel.default_config(problem), **config}), str):
+        assert torch.cuda.get_device_capability() != (9, 0), refused
+        pytest.skip(refused)
+    with through("triton.topk_gluon.launch"):
+        got = st.topk(x, k, **where, backend="triton", config=config)
+    assert_largest(got, x, start, end, k)
+    other = st.topk(x, k, **where, backend="cupy")
+    assert torch.equal(got.indices, other.indices) and torch.equal(got.lengths, other.lengths)
 
 
 @both
@@ -424,7 +477,8 @@ def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turne
     w_uk, w_uv = (make.normal(H, 128, 512, dtype=dtype)().transpose(1, 2) if is_turned else make.normal(H, 512, 128, dtype=dtype)() for _ in range(2))
     problem = st.explain("latent_decompress", latent, w_uk, w_uv, k_rope=rope).problem
     config = {**dispatch.kernel(backend, "latent_decompress").default_config(problem), "windows": windows}
-    k, v = st.latent_decompress(latent, w_uk, w_uv, k_rope=rope, backend=backend, config=config)
+    with hoppers(dict(cupy="cupy.latent_decompress.run_hopper", triton="triton.latent_decompress_gluon.launch")[backend]):
+        k, v = st.latent_decompress(latent, w_uk, w_uv, k_rope=rope, backend=backend, config=config)
     rows = torch.tensor([0, 1, 63, 64, 127, 128, S // 2, S - 2, S - 1], device="cuda")
     held = [to_numpy(x) for x in (latent[:, rows], w_uk, w_uv)]
     tail = None if rope is None else to_numpy(rope[:, rows])
@@ -432,6 +486,22 @@ def test_keys_and_values_of_deepseeks_latent(backend, kind, B, S, H, P, is_turne
         assert_close(name, to_numpy(got[:, :, rows]), true, one, reduction=512)
     if P:
         assert torch.equal(k[..., 128:], rope[:, None].expand(B, H, S, P))
+
+
+@both
+@pytest.mark.parametrize("T, mode", [(64, "absorbed"), (128, "absorbed"), (192, "decompressed")])
+def test_auto_over_latents_in_pages_is_the_mode_named(backend, T, mode, rng):
+    """512 tokens: a step that graphs record, and both sides of the cheaper mode (tests/test_deepseek_cache.py counts it)."""
+    make = Make(rng)
+    cache = st.PagedLatent.empty(make.normal(1)(), sequences=2, pages=20, page_size=64)
+    cache.append(make.normal(2, 512, 512)(), make.normal(2, 512, 64)())
+    given = make.normal(2, 4, T, 128)(), make.normal(2, 4, T, 64)(), cache, None, make.normal(4, 512, 128)(), make.normal(4, 512, 128)(), st.Causal()
+    with through(dict(absorbed=f"{backend}.grouped_matmul.run", decompressed=f"{backend}.latent_decompress.run")[mode]):
+        dispatch.clear_plans()
+        got = st.latent_attention(*given, backend=backend)
+    assert_same_bits(mode, got, st.latent_attention(*given, mode=mode, backend=backend))
+    other = dict(absorbed="decompressed", decompressed="absorbed")[mode]
+    assert not torch.equal(got, st.latent_attention(*given, mode=other, backend=backend))
 
 
 @both
@@ -445,7 +515,9 @@ def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
     indices = rng.integers(-2, S // granularity + 3, (1, 2, T, K)).astype(np.int32)
     indices[..., 0], indices[:, :, 7::97] = 0, -5
     length = np.array([1209], np.int32)
-    out, lse = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True), kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
+    chosen = st.Selection(torch.from_numpy(indices).cuda(), granularity, causal=True)
+    with hoppers("cupy.gather_union.run") if backend == "cupy" else nullcontext():
+        out, lse = st.sparse_attention(q, k, v, chosen, kv_length=torch.from_numpy(length).cuda(), return_lse=True, backend=backend)
     count = oracle.selection_count(indices, S, Hq, granularity=granularity, causal=True, kv_length=length, q_start=length - T)
     count, given = np.broadcast_to(count, (1, Hq, T, S))[..., :1209].astype(np.int64), [to_numpy(x)[:, :, :1209] for x in (q, k, v)]
     truth, formula = (f(*given, count, scale=D ** -0.5)[:2] for f in (oracle.attention, plain.attention))
@@ -463,7 +535,8 @@ def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
     indices = rng.integers(0, T // 64 + 1, (1, G, T, 5)).astype(np.int32)
     indices[..., 0] = 0
     out = st.sparse_attention(q, k, v, st.Selection(torch.from_numpy(indices).cuda(), 64, causal=True), backend=backend)
-    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    with hoppers("cupy.gather_union.run_rows") if backend == "cupy" else nullcontext():
+        first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     count = np.broadcast_to(oracle.selection_count(indices, T, 4, granularity=64, causal=True, q_start=0), (1, 4, T, T)).astype(np.int64)
     given = [to_numpy(x.detach()) for x in (q, k, v)]
@@ -489,7 +562,8 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
     lengths = np.where(rng.random((1, 1, T)) < 0.2, rng.integers(-1, K + 9, (1, 1, T)), K).astype(np.int32)
     chosen = st.Selection(torch.from_numpy(indices).cuda(), lengths=torch.from_numpy(lengths).cuda(), causal=True)
     out = st.sparse_attention(q, k, None, chosen, value_width=512, backend=backend)
-    first, again = (torch.autograd.grad(out, (q, k), dout, retain_graph=True) for _ in range(2))
+    with hoppers(dict(cupy="cupy.gather_backward_hopper.run", triton="triton.gather_backward_gluon.run")[backend]):
+        first, again = (torch.autograd.grad(out, (q, k), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     count = oracle.selection_count(indices, S, Hq, lengths=lengths, causal=True, q_start=S - T)
     count = np.broadcast_to(count, (1, Hq, T, S)).astype(np.int64)

@@ -388,3 +388,20 @@ def test_the_decoder_sees_broken_lists():
     for wrong in (twice, flipped):
         with pytest.raises(ValueError):
             decode(wrong, 300, 300, 0)
+
+
+@pytest.mark.parametrize("rule, most", [(Window(40, 40) | Global(range(3)), (1, 1)), (Causal(), (0, 0)), (Window(40, 40), (0, 0))], ids=str)
+def test_lines_that_are_far_longer_than_the_mean(rule, most):
+    """Of rows and of keys, against the blocks of the dense mask; keys past the last one there is are left out of the mean where so many lines are taken; nothing of lists that the host does not know."""
+    part = lower(rule, 0, 1000, 1600, 32, 64)[0]
+    assert part.far_longer("offsets") == (0, 0)
+    for name in ("offsets", "by_key_offsets"):
+        part.extras[name] = getattr(part, name)
+    mask = np.zeros((32 * part.nq, 64 * part.nk), bool)
+    mask[:1000, :1600] = rule.visible(np.arange(1000)[:, None], np.arange(1600), 1600)
+    kept = mask.reshape(part.nq, 32, part.nk, 64).any((1, 3))
+    for name, length in (("offsets", kept.sum(1)), ("by_key_offsets", kept.sum(0))):
+        for taken in (None, 16):
+            line = length[:taken]
+            assert part.far_longer(name, taken) == part.far_longer(name, taken) == ((line > 4 * line.mean()).sum(), line.max())
+    assert (part.far_longer("offsets")[0], part.far_longer("by_key_offsets")[0]) == most

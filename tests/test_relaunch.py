@@ -1,13 +1,18 @@
 """Launching a Triton kernel again (backends/triton/relaunch.py): what goes to the compiled kernel, and what makes a launch another one. The kernel stands in."""
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from triton import knobs  # noqa: E402
 
+from sparsetile.autotune import tasks  # noqa: E402
 from sparsetile.backends import places  # noqa: E402
+from sparsetile.backends.contract import TUNED  # noqa: E402
 from sparsetile.backends.triton import relaunch  # noqa: E402
+from sparsetile.ops import dispatch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not relaunch._KNOWN, reason="another Triton: every launch takes Triton's own way")
 
@@ -69,3 +74,20 @@ def test_profilers_see_every_launch(fn):
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
     assert fn.bound == 3 and not fn.calls
+
+
+def test_another_triton_has_no_gluon(monkeypatch):
+    """Gluon's names change from version to version: with another Triton every path that is written in it is refused in a sentence, and no default is one of them."""
+    gluon, asked = ("gluon", "gluon_ordered", "latent"), {}
+    kernels = {name: dispatch.kernel("triton", name) for name in TUNED if dispatch.has_kernel("triton", name)}
+    kernels = {name: kernel for name, kernel in kernels.items() if kernel.TUNABLES[0].name == "path" and "gluon" in kernel.TUNABLES[0].values}
+    problems = [replace(tasks.Task(w, None, hollow=True).problem, arch="sm_90a") for w in tasks.workloads() if w.kernel in kernels]
+    assert {p.op for p in problems if kernels[p.op].default_config(p)["path"] in gluon} == {*kernels} and len(kernels) >= 5
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+    for p in problems:
+        default = kernels[p.op].default_config(p)
+        assert default["path"] not in gluon
+        for path in {*gluon} & {*kernels[p.op].TUNABLES[0].values}:
+            asked.setdefault((p.op, path), []).append(kernels[p.op].resources(p, {**default, "path": path, "block_q": 128, "block_k": 128}))
+    assert all(isinstance(x, str) for refused in asked.values() for x in refused)
+    assert {key for key, refused in asked.items() if not any("is written for Triton 3.6, not 3.7.0" in x for x in refused)} == set()

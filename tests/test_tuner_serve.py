@@ -3,6 +3,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,13 @@ def test_a_journal_with_half_a_line_goes_on(tmp_path):
     assert fleet.WorkList(path).done("a") and fleet.WorkList(path).done("b")
 
 
-def test_the_proxy_shares_a_work_list():
+def test_the_proxy_shares_a_work_list(tmp_path):
+    """In front of PostgreSQL where a server can run here, else of SQLite: the proxy and its protocol are the same."""
     pytest.importorskip("grpc", reason="grpcio is not installed")
-    if postgres.missing():
-        pytest.skip(postgres.missing())
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    with postgres.server() as url:
+    with nullcontext(f"sqlite:///{tmp_path}/list.db") if postgres.missing() else postgres.server() as url:
         proxy = subprocess.Popen([sys.executable, "-m", "sparsetile", "proxy", url, "--port", str(port)], cwd=ROOT)
         try:
             for _ in range(100):

@@ -176,8 +176,7 @@ def longest_first(lists, place):
         if offsets is None or not lists.nq:
             return None, 0
         length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq)
-        ahead = (length > 4 * length.mean()).sum(axis=1).max()
-        found = lists.extras["cupy.longest_first"] = place.upload((-length).argsort(axis=1, kind="stable").astype("int32")), int(ahead)
+        found = lists.extras["cupy.longest_first"] = place.upload((-length).argsort(axis=1, kind="stable").astype("int32")), lists.far_longer("offsets")[0]
     return found
 
 
@@ -188,14 +187,14 @@ def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_le
     maps = at.rows(place, q, bq), at.keys(place, k), at.keys(place, v), hopper.tensor_map(place, out, (Dv, T, B * Hq), (1, Dv, T * Dv), (64, 64, 1))
     start = S - T if q_start is None and kv_length is None else q_start
     covered = axes is not None or isinstance(start, int) and start // bq == lists.first and tiles == lists.nq
-    order, ahead = longest_first(lists, place) if covered else (None, 0)
+    order, far = longest_first(lists, place) if covered else (None, 0)
     section = max(1, CACHED // max(1, 2 * S * (D + Dv))) * (Hq // Hk)
     items = B * Hq * tiles
     ticket = place.zeros((1,), "int32") if items > place.sms else None
     function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq, axes is not None), place)
     function(min(items, max(place.sms, 1)), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq)), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
              *map(nvrtc.ptr, before), nvrtc.ptr(partial), nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start),
-             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, ahead, min(section, B * Hq), items, scale, scale * LOG2E)
+             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, far, min(section, B * Hq), items, scale, scale * LOG2E)
     return out, lse
 
 

@@ -112,18 +112,27 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 
 def waits(problem: Problem) -> bool:
-    """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random."""
-    return any({"global", "sinks", "random"} & set(word.split("+")) for word in problem.features)
+    """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random (unless crowded)."""
+    return any({"global", "sinks", "random"} & set(word.split("+")) for word in problem.features) and not crowded(problem)
+
+
+def crowded(problem: Problem) -> bool:
+    """Random blocks so many that dS of one key head does not fit two_pass's room: in pieces of few key blocks that path fills no chip, and where most blocks are there nobody waits long."""
+    blocks = problem.density * ceil_div(problem["T"], 128) * ceil_div(problem["S"], 128) * (problem["Hq"] // problem["Hk"])
+    return "random" in problem.features and blocks * two_pass.SLOPES > two_pass.room(problem["B"], problem["Hq"], problem["T"], problem["D"])
 
 
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296 on an H200; window 1024 433 / 375, window 4096 557 / 461 on an H100; sinks as globals, not measured.
     Of hopper on H100s, 8 heads / 8 and two sums / 2 and ascending: window 1024 419 / 429 (4 heads) / 432, documents 498 / 536 / 596, causal 8k 564 / 570 / 564, causal 32k 588 / 582 / 571 (1 head), causal 16k of D 64
-    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Layouts of several parts have two_pass only (strided 128 at heads
+    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Random blocks on an H100, two_pass of 1 head / hopper of 2 heads / of 1 and freest: a third of them
+    539 / 477 / 409, three quarters 379 / 517 / 554, all 386 / 587 / 596 (dense 617); groups of four heads: a third 147 / 354 / 417, three quarters 166 / 443 / 517, all 171 / 594 / 595. Layouts of several parts have two_pass only (strided 128 at heads
     2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
         kinds = {word for feature in problem.features for word in feature.split("+")}
         alone = problem["Hq"] == problem["Hk"]
+        if crowded(problem):
+            return dict(path="hopper", heads=1, walk="freest", scratch=2)
         if kinds & {"window", "documents"} and alone and "kv_length" not in kinds:  # where keys end early, key blocks past them would come first, with every key masked
             return dict(path="hopper", heads=2, walk="ascending", scratch=2)
         two = "causal" in kinds and "documents" not in kinds and (problem["T"] <= 16384 or not alone)
@@ -168,21 +177,21 @@ def takes_hopper(q, k, v, dout, config, scale, softcap, out_kind) -> bool:
     return config["path"] != "portable" and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v, dout)))
 
 
-def sections(lists, section: int, key_tiles: int, group: int) -> tuple[int, int, int]:
+def sections(lists, section: int, key_tiles: int, group: int, sums: int) -> tuple[int, int, int]:
     """(query tiles of a section, sections of a split key block, key blocks of a list that may be split): 0 of them where none is, or where lists of one group of heads differ.
-    Their parts take at most as much scratch as dQ's sum; sections are longer where a static layout splits so many key blocks that they would not fit."""
+    Their parts take at most as much scratch as dQ's sum, beside two of them a tenth: all is to stay under 2.2 times dQ; sections are longer where a static layout splits so many key blocks that they would not fit."""
     if not section or not lists.nq or (group > 1 and lists.list_of.shape[1] > 1):
         return 1, 0, 0
-    known = lists.extras.get("by_key_offsets")
+    known, room = lists.extras.get("by_key_offsets"), key_tiles // (2 if sums == 1 else 20)
     if known is None:
         splits = lists.nk
     elif (splits := lists.extras.get("cupy.splits")) is None:  # as is_long of the kernel, of any number of keys
         count = (known[2::2] - known[:-2:2]).astype("int64").reshape(-1, lists.nk)
         splits = lists.extras["cupy.splits"] = int(((count > 16) & (count * lists.nk > 4 * count.sum(axis=1, keepdims=True))).sum(axis=1).max(initial=0))
-    while known is not None and splits * ceil_div(lists.nq, section) > key_tiles // 2 and section < lists.nq:
+    while known is not None and splits * ceil_div(lists.nq, section) > room and section < lists.nq:
         section *= 2
     each = ceil_div(lists.nq, section)
-    splits = min(splits, key_tiles // 2 // each)
+    splits = min(splits, room // each)
     return (section, each, splits) if splits else (1, 0, 0)
 
 
@@ -210,7 +219,7 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     halves, key_tiles, n = 2 * B * Hq * tiles, ceil_div(S, 128), config["sums"]
     rows, sums, turns = place.empty((halves, 196), "float32"), place.empty((n * halves, 64, d["WIDTH"]), "float32"), place.empty((n * halves + 1,), "int32")
     columns = lists.by_key_offsets.shape[0] // 2  # key blocks of all lists
-    section, each, splits = sections(lists, config["section"], key_tiles, Hq // Hk)
+    section, each, splits = sections(lists, config["section"], key_tiles, Hq // Hk, n)
     count, places = columns // max(lists.nk, 1), key_tiles + each * splits
     walk, sequence, parts = place.empty((lists.by_key_rows.shape[0], 4), "int32"), place.empty((count, places, 2), "int32"), place.empty((B * Hk * splits * each, 128 * (d["WIDTH"] + d["VALUES"])), "float32")
     before, blocks = place.empty((count, lists.nk + 1), "int32"), place.empty((count, splits), "int32")

@@ -32,14 +32,15 @@ def default_scratch(problem) -> int:
     return 2 if 2 * GIB >= 264 * item else 4
 
 
-def room(B: int, Hq: int, T: int, D: int, group: int) -> int:
-    """Bytes for dS that keep all scratch under 2.2 x dQ in float32: 2 x, less the sums of one key head's dQ, which pieces of key blocks need; rows and K's copy are under 0.2 x. Small calls
+def room(B: int, Hq: int, T: int, D: int, held: int = 0) -> int:
+    """Bytes for dS that keep all scratch under 2.2 x dQ in float32: 2 x, less the sums of dQ of `held` heads, which pieces of key blocks need; rows and K's copy are under 0.2 x. Small calls
     may take 64 MiB all the same: pieces of a few blocks would cost more in launches."""
-    return max(4 * T * D * (2 * B * Hq - group), 2 ** 26)
+    return max(4 * T * D * (2 * B * Hq - held), 2 ** 26)
 
 
-def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int) -> tuple[int, int, int]:
-    """(key heads, key blocks, entries of a head at most) of a piece. The host knows a static layout's entries; of others what there is room for."""
+def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int, most_of_blocks: int) -> tuple[int, int, int]:
+    """(key heads, key blocks, entries of a head at most) of a piece: as many whole heads as most_bytes of dS hold, else key blocks of one in most_of_blocks bytes. The host knows a static
+    layout's entries; of others what there is room for."""
     known, blocks = lists.extras.get("by_key_offsets"), min(lists.nk, key_tiles)
     most = min(lists.by_key_rows.shape[0], lists.nq * blocks)
     if known is not None and lists.nk:
@@ -47,25 +48,13 @@ def pieces(lists, key_heads: int, group: int, key_tiles: int, most_bytes: int) -
     each = max(most, 1) * group * SLOPES
     if each <= most_bytes:
         return ceil_div(key_heads, ceil_div(key_heads, most_bytes // each)), key_tiles, most
-    blocks = max(1, min(blocks, most_bytes // (lists.nq * group * SLOPES)))
+    blocks = max(1, min(blocks, most_of_blocks // (lists.nq * group * SLOPES)))
     return 1, blocks, min(most, lists.nq * blocks)
-
-
-def far_longer(lists, name: str, lines: int, taken: int | None = None) -> tuple[int, int]:
-    """Of the lists by row or by key, how many of the first `taken` lines (all, unless said: a layout may be longer than the keys) are far longer than the rest, at most in a list, and how long
-    the longest is; 0 where the host does not know."""
-    offsets, key = lists.extras.get(name), f"cupy.far.{name}.{taken}"
-    if offsets is None or not lines:
-        return 0, 0
-    if key not in lists.extras:
-        length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lines)[:, :taken]
-        lists.extras[key] = int((length > 4 * length.mean()).sum(axis=1).max()), int(length.max())
-    return lists.extras[key]
 
 
 def sections_of(lists, heads: int, group: int, key_tiles: int, most: int, place) -> tuple[int, int]:
     """(key blocks of a head that come in sections, sections of each): else a piece lasts as long as the longest of them (BigBird at 32k, four heads to a key head: 1024 query tiles beside the 170 of a multiprocessor)."""
-    count, longest = far_longer(lists, "by_key_offsets", lists.nk, key_tiles)
+    count, longest = lists.far_longer("by_key_offsets", key_tiles)
     sections = min(lists.nq, ceil_div(int(longest * place.sms / SHARE), max(heads * most, 1)))
     return (count, sections) if count and sections > 1 and (group == 1 or lists.list_of.shape[1] == 1) else (0, 1)
 
@@ -78,7 +67,7 @@ def pieces_of_parts(parts, shape, width: int, most_bytes: int) -> tuple[int, int
     blocks = max(part.lists.nk for part in parts)
     sums = max(part.sections * part.lists.nk for part in parts if part.sections > 1) if any(part.sections > 1 for part in parts) else 0
     each = max(most, 1) * Hq // Hk * SLOPES + blocks * 128 * width * 2 + 4 * (Hq // Hk * T * width + (S + 128 * sums) * (width + Dv))
-    return (ceil_div(B * Hk, ceil_div(B * Hk, max(most_bytes // each, 1))), blocks, most) if each <= 2 * room(B, Hq, T, D, Hq // Hk) else None
+    return (ceil_div(B * Hk, ceil_div(B * Hk, max(most_bytes // each, 1))), blocks, most) if each <= 2 * room(B, Hq, T, D) else None
 
 
 def held_before(parts, i: int, S: int, place):
@@ -122,13 +111,14 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
     None where parts of a layout do not fit (pieces_of_parts)."""
     B, Hq, Hk, T, S, D, Dv = shape
     group, key_heads, width, parted = Hq // Hk, B * Hk, d["WIDTH"], parts[0].axes is not None
-    most_bytes, tiles = min(config["scratch"] * GIB, room(B, Hq, T, D, group)), ceil_div(S, 128)
+    most_bytes, most_of_blocks = (min(config["scratch"] * GIB, room(B, Hq, T, D, held)) for held in (0, group))
+    tiles = ceil_div(S, 128)
     for i, part in enumerate(parts):
         part.held = held_before(parts, i, S, place) if parted else None
     for part in parts[:-1]:  # a few long items for all multiprocessors: the longest of 128 (fixed 128 + 8 at 32k) took twice the mean
         if part.lists.nk * SECTIONS <= part.lists.nq:
             part.cut, part.sections = part.lists.nk, SECTIONS
-    piece = pieces_of_parts(parts, shape, width, most_bytes) if parted else pieces(parts[0].lists, key_heads, group, tiles, most_bytes)
+    piece = pieces_of_parts(parts, shape, width, most_bytes) if parted else pieces(parts[0].lists, key_heads, group, tiles, most_bytes, most_of_blocks)
     if piece is None:
         return None
     heads, blocks, most = piece
@@ -147,11 +137,11 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
         (head, n_heads, block, n_blocks), lists, axes = cuts[n], part.lists, part.axes
         n_blocks = part.key_tiles if parted else n_blocks
         items = n_blocks + part.cut * (part.sections - 1)
-        ahead = min(far_longer(lists, "by_key_offsets", lists.nk, part.key_tiles)[0] * part.sections, items) if whole else 0
+        far = min(lists.far_longer("by_key_offsets", part.key_tiles)[0] * part.sections, items) if whole else 0
         nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
             grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps[:4], dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
-            *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), ahead,
-            far_longer(lists, "offsets", lists.nq)[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
+            *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), far,
+            lists.far_longer("offsets")[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
             *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, 2 * B * Hq * part.tiles, part.intervals, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
 
     for part in parts:
@@ -165,6 +155,7 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
             wide = tuple(x.ptr for x in between)
         for i, part in enumerate(parts):
             adds, rounds = 3 if i else 0, int(i == len(parts) - 1)
+            sums_of_keys = None
             sums_of_keys = place.empty((n_heads * part.cut * part.sections, 128, width + d["VALUES"]), "float32") if part.cut else None
             launch(part, "backward", lambda heads, blocks, part=part: min(heads * (blocks + part.cut * (part.sections - 1)), sms), 384, first_bytes, n, adds, rounds)
             if part.cut:
