@@ -132,9 +132,13 @@ def test_pytorch_eager_compiled_and_without_gradients(rng):
         assert_same_bits("eager", want, call(q, k, v, scales))
         assert_same_bits("compiled", want, torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, scales))
         with pytest.raises(st.Unsupported, match="no gradients.*no_grad"):
-            call(q, k, v, scales | {"k_scale": scales["k_scale"].requires_grad_()})
+            call(q, k, v, scales | {"k_scale": scales["k_scale"].clone().requires_grad_()})
         with torch.no_grad():
             assert_same_bits("no_grad", want, call(q, k, v, scales))
+        bare = [st.sparse_attention(q, k, v, st.Causal(), scale=1e-3) for _ in range(3)]  # without scales a call like an earlier one goes straight to its kernel
+        assert torch.equal(bare[0], bare[1]) and torch.equal(bare[0], bare[2]) and bare[0].dtype == torch.bfloat16
+        one = {name: torch.ones_like(x) for name, x in scales.items()}
+        assert torch.equal(bare[0], st.sparse_attention(q, k, v, st.Causal(), scale=1e-3, **one))
 
 
 def test_jax_eager_and_jitted(rng):
