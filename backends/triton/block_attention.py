@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales, widened
+from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.float8 import refusal as no_float8
 from sparsetile.backends.triton.launch import BYTES, FAR, options, power, refusal, scales, schedule, shared_limit, tiles
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
@@ -64,7 +64,7 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
         else:
             k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
             if FLOAT8:
-                k0 = widened(k0, q0.dtype)
+                k0 = exact(k0).to(q0.dtype)
         s = product(q0, tl.trans(k0), tl.zeros([BQ, BK], tl.float32))
         if D1:
             if LATENT:
@@ -72,7 +72,7 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
             else:
                 k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
                 if FLOAT8:
-                    k1 = widened(k1, q0.dtype)
+                    k1 = exact(k1).to(q0.dtype)
             s = product(q1, tl.trans(k1), s)
     if FLOAT8:
         s = s * (by_query * by_key)
@@ -91,7 +91,7 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
         v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
     if FLOAT8:
         p = p * by_value
-        v0 = widened(v0, tl.bfloat16)
+        v0 = exact(v0).to(tl.bfloat16)
     return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
 
 
