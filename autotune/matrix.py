@@ -73,6 +73,8 @@ def cases(kernel: str):
                 yield kind, form, dict(B=1, T=4096, D=width), dict(rows=kind, pool="uint8"), [form]
     elif kernel == "page_rows":
         yield "int32", "", dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), []
+    elif kernel == "selection_bitmaps":
+        yield "int32", "", dict(B=1, Hq=8, Hk=8, T=4096, S=4096, K=2048), dict(indices="int32"), []
     else:
         assert kernel == "layout", f"{kernel}: say here what it is asked about"
         yield "boolean", "", dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), []

@@ -5,7 +5,7 @@
 
 A run can be noted if all it does is to allocate by `empty` and to launch, and if each argument of a launch is a number, a constant, the address of an input or of an allocation, or one of
 the lists. A Recorder knows these by their type and lets nothing else onto a tape. Tensors are alike if they agree in all but their addresses, and these in what kernels are compiled for:
-multiples of 16 bytes, and whether k and v begin at the same place.
+how far they lie from multiples of 16 bytes, and whether k and v begin at the same place.
 """
 import math
 from itertools import accumulate
@@ -33,7 +33,8 @@ class Recorder:
         self.stream = Address(place.stream, 0)
         at = [0 if x is None else x.data_ptr() for x in tensors]
         self._same, self._inputs = at[1] == at[2], len(at)
-        self._refused = any(a % 16 for a in at) or len({id(x) for x in natives if x is not None}) < sum(x is not None for x in natives)
+        self._rests = [a % 16 for a in at]
+        self._refused = len({id(x) for x in natives if x is not None}) < sum(x is not None for x in natives)
         for slot, (x, a) in enumerate(zip(natives, at), 1):
             if x is not None:
                 self._refused |= self._enter(x, slot) != a
@@ -79,7 +80,7 @@ class Recorder:
         """Whether it is the same the next time, or an address that is known: not a tensor, a tensor map, or an address that somebody has counted on from."""
         if type(x) is int:
             return not any(x in memory for memory in self._memory)
-        return type(x) in (Address, float, bool, str, type(None)) or type(x) is tuple and all(map(self._plain, x))
+        return type(x) in (Address, float, bool, str, type(None)) or type(x) is tuple and not any(type(y) is Address for y in x) and all(map(self._plain, x))
 
     def tape(self, *results):
         """Repeats the run; its answers are the results that are not None. None if the run cannot be repeated."""
@@ -90,21 +91,21 @@ class Recorder:
         order = [*range(first), *kept, *(slot for slot in range(first, first + len(self._made)) if slot not in kept)]
         made = [self._made[slot - first] for slot in order[first:]]
         steps = [(call, args, [(n, order.index(slot)) for n, slot in moves]) for call, args, moves in self._steps]
-        return Tape(made[:len(kept)], made[len(kept):], steps, self._same)
+        return Tape(made[:len(kept)], made[len(kept):], steps, self._same, self._rests)
 
 
 class Tape:
-    def __init__(self, made, scratch, steps, same: bool):
-        """made, scratch: shape, strides, type and device of each result, and of what else is allocated: one piece of memory here."""
-        self.made, self.steps, self.same = made, steps, same
+    def __init__(self, made, scratch, steps, same: bool, rests: list):
+        """made, scratch: shape, strides, type and device of each result, and of what else is allocated: one piece of memory here. rests: of the inputs' addresses by 16."""
+        self.made, self.steps, self.same, self.rests = made, steps, same, rests
         ends = list(accumulate([-(-math.prod(shape) * dtype.itemsize // 256) * 256 for shape, _, dtype, _ in scratch], initial=0))
         self.offsets, self.size, self.device = ends[:-1], ends[-1], made[0][3]
 
     def __call__(self, stream: int, q, k, v, *more):
         """The run's results on these tensors; None if their addresses are not alike, and nothing was done."""
-        a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        slots = [stream, a, b, c, *[0 if x is None else x.data_ptr() for x in more]]
-        if (a | b | c) % 16 or (b == c) != self.same or any([x % 16 for x in slots[4:]]):
+        b, c = k.data_ptr(), v.data_ptr()
+        slots = [stream, q.data_ptr(), b, c, *[0 if x is None else x.data_ptr() for x in more]]
+        if (b == c) != self.same or [x % 16 for x in slots[1:]] != self.rests:
             return None
         made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in self.made]
         slots += [x.data_ptr() for x in made]

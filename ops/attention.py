@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
-from sparsetile.ops import checks, dispatch, float8, ready
+from sparsetile.ops import checks, dispatch, float8, ready, selected_blocks
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.lowering import lower
@@ -86,10 +86,11 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     """
     key = None
     if config is None and q_scale is None and k_scale is None and v_scale is None and out_dtype is None:
-        key = ready.key_of(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32)
+        key, tensors = ready.attention_key(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32)
         found = ready.find(key)
         if found is not None:
-            return found(q, k, v, sink_logits, kv_length)
+            results = found(*tensors)
+            return tuple(results) if return_lse else results[0]
     checks.flag("return_lse", return_lse), checks.flag("deterministic", deterministic), checks.flag("allow_tf32", allow_tf32)
     call = check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, q_scale, k_scale, v_scale, out_dtype)
     if call.caller == "torch" and not dispatch.is_explaining():
@@ -193,7 +194,7 @@ def features_of(call: Call, gradient: bool, lse: bool) -> list[str]:
     rule = call.rule
     words = [("sink", call.sink_logits is not None), ("softcap", call.softcap is not None), ("kv_length", call.kv_length is not None), ("lse", lse),
              ("gradient", gradient), ("shared_kv", call.v is None), ("q_start", call.q_start is not None and not isinstance(call.q_start, int)),
-             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead)), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None),
+             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead) or isinstance(rule, Selection) and call.q.shape[1] == rule.indices.shape[1] > call.k.shape[1]), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None),
              ("scale", call.scaled)]
     return [word for word, on in words if on]
 
@@ -302,7 +303,9 @@ def _entries(selection: Selection, place):
 
 
 def forward(call: Call, return_lse: bool, key=None):
-    """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay."""
+    """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay, or on the caller's entries."""
+    given, call = call, selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention", lse=return_lse))
+    key = key if call is given else None
     name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
     choice = choose(call, name, lse=return_lse)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
@@ -326,14 +329,17 @@ def _forward(call, choice, place, return_lse, key):
     if isinstance(call.rule, Selection):
         s = call.rule
         indices, lengths = _entries(s, place)
-        return choice.kernel.run(q, k, v, indices, lengths=lengths, granularity=s.granularity, causal=s.causal, config=choice.config, sink_logits=sink,
-                                 return_lse=return_lse, **common)
+        how = dict(granularity=s.granularity, causal=s.causal, config=choice.config, return_lse=return_lse)
+        if key is not None:
+            ready.remember(key, _ready(call, choice, lambda q, k, v, indices, lengths=None, **rest: choice.kernel.run(q, k, v, indices, lengths=lengths, **how, **rest)))
+        return choice.kernel.run(q, k, v, indices, lengths=lengths, sink_logits=sink, **how, **common)
     parts = lists_for(call, choice.config, place)
     if len(parts) == 1:
-        if key is not None and call.out_dtype is None:
-            ready.remember(key, call, choice, parts[0], return_lse)
         if call.out_dtype is not None:
             common["out_dtype"] = call.out_dtype
+        elif key is not None:
+            run = lambda q, k, v, **rest: choice.kernel.run(q, k, v, parts[0], config=choice.config, return_lse=return_lse, **rest)  # noqa: E731
+            ready.remember(key, _ready(call, choice, run, parts[0]))
         return choice.kernel.run(q, k, v, parts[0], config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
     if hasattr(choice.kernel, "run_parts") and not float8.is_float8(call.k):
         found = choice.kernel.run_parts(q, k, v, parts, config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
@@ -344,11 +350,21 @@ def _forward(call, choice, place, return_lse, key):
     return merge_native([out for out, _ in results], [lse for _, lse in results], sink, kind, choice.backend, place, call.device)
 
 
+def _ready(call, choice, run, lists=ready.NO_LISTS) -> ready.Ready:
+    """The next call like this one: run(q, k, v, a selection's entries and lengths) with what stays the same."""
+    same = dict(scale=call.scale, softcap=call.softcap, q_start=call.q_start)
+
+    def launch(place, q, k, v, sink, length, *entries):
+        return run(q, k, v, *entries, place=place, sink_logits=sink, kv_length=length, **same)
+    return ready.Ready(choice, call.device, launch, lists, plain=3, value_width=call.value_width if call.v is None else None)
+
+
 # ------------------------------------------------------------------------------------------------------------------ backward
 def backward(call: Call, out, lse, dout, dlse=None, config=None):
     """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
-    selected = isinstance(call.rule, Selection)
     call = replace(call, config=config)  # the call's own config speaks of the forward
+    call = selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention_backward", gradient=True))
+    selected = isinstance(call.rule, Selection)
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
     with place.guard():

@@ -77,7 +77,7 @@ def environment(op: str) -> tuple:
     return read()
 
 
-_OP_OF = {"attention_delta": "sparse_attention", "grouped_matmul": "latent_attention", "indexer_scores_backward": "indexer_scores",
+_OP_OF = {"attention_delta": "sparse_attention", "selection_bitmaps": "sparse_attention", "grouped_matmul": "latent_attention", "indexer_scores_backward": "indexer_scores",
           **{f"{keys}_attention{direction}": "sparse_attention" for keys in ("block", "gather") for direction in ("", "_backward")}}
 
 

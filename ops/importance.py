@@ -1,11 +1,12 @@
 """importance_topk: the blocks of keys that matter most to a query, by what a coarser attention gave to compressed keys; exact, without all blocks' scores."""
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops import checks, dispatch
+from sparsetile.ops import checks, dispatch, ready
 from sparsetile.ops.selection import Selection
 
 OP, FLOATS, MOST = "importance_topk", ("float32", "float16", "bfloat16", "float64"), 2 ** 24
@@ -59,6 +60,16 @@ def importance_topk(q, k, lse, top_k, *, block=32, stride=16, select_block=64, k
     them. Scores of T x blocks are never held: memory is O(T * top_k) and a bounded scratch. Nothing of it is differentiated.
     Source: Native Sparse Attention (arXiv 2502.11089), equations 8 to 11; its formula counts blocks and compressed keys from 1.
     """
+    on_device = not (q_start is None or isinstance(q_start, int)) and getattr(q_start, "ndim", 0) > 0  # in this order torch.compile can read a number
+    key = None
+    if config is None:
+        options = top_k, block, stride, select_block, keys, scale, None if on_device else q_start, force_first, force_last, return_scores, backend
+        key = ready.key_of(OP, (q, k, lse, kv_length, q_start if on_device else None), options)
+        found = ready.find(key)
+        if found is not None:
+            call = replace(found.kept, q=q, k=k, lse=lse, kv_length=kv_length, **dict(q_start=q_start) if on_device else {})
+            indices, lengths, *scores = found(q, k, lse, *ends_of(call))
+            return selection(call, indices, lengths, *scores or [None])
     call = check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config)
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
@@ -68,7 +79,7 @@ def importance_topk(q, k, lse, top_k, *, block=32, stride=16, select_block=64, k
         from sparsetile.ops import jax_ops
         if jax_ops.traced(q, k, lse, kv_length, q_start):
             return selection(call, *_traced(call, jax_ops))
-    return selection(call, *select(call))
+    return selection(call, *select(call, key))
 
 
 def check(q, k, lse, top_k, block, stride, select_block, keys, scale, kv_length, q_start, force_first, force_last, return_scores, backend, config) -> Call:
@@ -124,8 +135,33 @@ def ends(call: Call):
     return tuple(xp.astype(lib.broadcast_to(x, (B, Hk, T)), "int32") for x in both)
 
 
-def select(call: Call):
-    """Of a checked call: indices [B,Hk,T,K], lengths [B,Hk,T], scores [B,Hk,T,K] or None."""
+_ends = OrderedDict()
+dispatch.PLAN_CACHES.append(_ends)
+
+
+def ends_of(call: Call):
+    """`ends`, which for positions that the host knows are kept, those of the last 16 shapes."""
+    if call.kv_length is not None or not isinstance(call.q_start, int):
+        return ends(call)
+    key = call.sizes, call.block, call.stride, call.select_block, call.keys, call.q_start, call.caller, call.device
+    found = _ends.get(key)
+    if found is None:
+        found = ends(call)
+        if call.caller == "torch" and not _captured(call):
+            _ends[key] = found
+            if len(_ends) > 16:
+                _ends.popitem(last=False)
+    return found
+
+
+def _captured(call: Call) -> bool:
+    """Whether what the call allocates is a CUDA graph's, or a tracer's."""
+    import torch
+    return torch.compiler.is_compiling() or type(call.q) is not torch.Tensor or ready.transformed(torch) or call.device is not None and torch.cuda.is_current_stream_capturing()
+
+
+def select(call: Call, key=None):
+    """Of a checked call: indices [B,Hk,T,K], lengths [B,Hk,T], scores [B,Hk,T,K] or None. One with a key is remembered under it."""
     B, Hq, Hk, T, C, D = call.sizes
     kind, K = arrays.dtype_name(call.q), call.top_k
     words = [w for w in ("force_first", "force_last", "return_scores") if getattr(call, w)]
@@ -137,15 +173,20 @@ def select(call: Call):
             scores = place.full((B, Hk, T, K), "float32", float("-inf")) if call.return_scores else None
             got = place.full((B, Hk, T, K), "int32", -1), place.zeros((B, Hk, T), "int32"), scores
         else:
-            key_end, block_end = (place.packed(place.native(x)) for x in ends(call))
-            got = choice.kernel.run(place.native(call.q), place.native(call.k), place.packed(place.native(call.lse)), K, place=place, config=choice.config, key_end=key_end,
-                                    block_end=block_end, blocks=-(-call.keys // call.select_block), reach=call.block // call.stride, step=call.select_block // call.stride,
-                                    scale=call.scale, force_first=call.force_first, force_last=call.force_last, return_scores=call.return_scores)
+            how = dict(config=choice.config, blocks=-(-call.keys // call.select_block), reach=call.block // call.stride, step=call.select_block // call.stride,
+                       scale=call.scale, force_first=call.force_first, force_last=call.force_last, return_scores=call.return_scores)
+
+            def launch(place, q, k, lse, key_end, block_end):
+                return choice.kernel.run(q, k, lse, K, place=place, key_end=key_end, block_end=block_end, **how)
+            if key is not None:
+                ready.remember(key, ready.Ready(choice, call.device, launch, plain=2, kept=replace(call, **dict.fromkeys(("q", "k", "lse", "kv_length")),
+                                                                                                 **{} if isinstance(call.q_start, int) else dict(q_start=None))))
+            got = launch(place, place.native(call.q), place.native(call.k), *(place.packed(place.native(x)) for x in (call.lse, *ends_of(call))))
         return tuple(None if x is None else place.give(x) for x in got)
 
 
 def selection(call: Call, indices, lengths, scores):
-    found = Selection(indices, call.select_block, lengths, True)
+    found = Selection(indices, call.select_block, lengths, True, distinct=True)
     return (found, scores) if call.return_scores else found
 
 

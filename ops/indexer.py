@@ -262,5 +262,5 @@ def _window(call: Call, place) -> dict:
 
 
 def _selection(indices, lengths, scores, pool, causal):
-    selection = Selection(indices[:, None], pool, lengths[:, None], causal)
+    selection = Selection(indices[:, None], pool, lengths[:, None], causal, distinct=True)
     return selection if scores is None else (selection, scores[:, None])

@@ -20,19 +20,23 @@ class Selection:
     lengths      int32 [B,G,T] or None: entries at or past it are not read (values outside 0..K are clamped)
     causal       keys past the query's position are not seen, inside an entry too
     restriction  a pattern that the call applies to the entries first, once positions are known; made by `selection & pattern`
+    distinct     the caller's word that no query has an entry twice (then one may count once, or twice): a call may then run as blocks under a mask, where lists of few heads are long.
+                 So says every selector of ours, but for Reformer's
     """
     indices: Any
     granularity: int = 1
     lengths: Any = None
     causal: bool = False
     restriction: Pattern | None = None
+    distinct: bool = False
 
     def __post_init__(self):
         for name in ("indices", "lengths"):
             if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, _from_lists(name, getattr(self, name)))
         object.__setattr__(self, "granularity", integer("Selection", "granularity", self.granularity, 1, most=2 ** 31 - 1))
-        object.__setattr__(self, "causal", flag("Selection", "causal", self.causal))
+        for name in ("causal", "distinct"):
+            object.__setattr__(self, name, flag("Selection", name, getattr(self, name)))
         shape = _shape("indices", self.indices, 4, "[B,G,T,K]")
         if self.lengths is not None:
             got = _shape("lengths", self.lengths, 3, "[B,G,T]")

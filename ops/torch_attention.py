@@ -1,7 +1,7 @@
 """PyTorch's operator of sparse_attention, its backward, and the rule as text that crosses their boundary.
 
     "p<pattern>"                     a pattern's canonical text
-    "s<granularity>,<causal>"        a selection; tables = [indices] or [indices, lengths]
+    "s<granularity>,<causal>,<distinct>"   a selection; tables = [indices] or [indices, lengths]
     "l<T>,<S>;<part>;..."            a layout; tables = its parts' arrays, in order; a part's text is its numbers and which arrays it has
 """
 from dataclasses import replace
@@ -22,7 +22,7 @@ def encode(rule) -> tuple[str, list]:
     if isinstance(rule, Pattern):
         return "p" + rule.canonical(), []
     if isinstance(rule, Selection):
-        return f"s{rule.granularity},{int(rule.causal)}", [rule.indices] + ([] if rule.lengths is None else [rule.lengths])
+        return f"s{rule.granularity},{int(rule.causal)},{int(rule.distinct)}", [rule.indices] + ([] if rule.lengths is None else [rule.lengths])
     tables, text = [], f"l{rule.T},{rule.S}"
     for part in rule.parts:
         held = [getattr(part, name) for name in attention_op._ARRAYS]
@@ -45,8 +45,8 @@ def decode(text: str, tables):
     if text[0] == "p":
         return pattern_of(text[1:])
     if text[0] == "s":
-        granularity, causal = map(int, text[1:].split(","))
-        return Selection(tables[0], granularity, tables[1] if len(tables) > 1 else None, bool(causal))
+        granularity, causal, distinct = map(int, text[1:].split(","))
+        return Selection(tables[0], granularity, tables[1] if len(tables) > 1 else None, bool(causal), distinct=bool(distinct))
     sizes, *said = text[1:].split(";")
     T, S = map(int, sizes.split(","))
     tables, parts = iter(tables), []

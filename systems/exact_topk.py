@@ -24,7 +24,7 @@ def exact_topk_selection(q, k, *, top_k=2048, causal=True, scale=None, kv_length
     scale = D ** -0.5 if scale is None else checks.number("scale", scale)
     start, length = places(call)
     ends = xp.module(call.q).minimum(start + xp.arange(call.q, T) + 1, length) if causal else length
-    return Selection(best_keys(call.q, call.k, min(top_k, max(S, 1)), ends, weight=scale, backend=backend))
+    return Selection(best_keys(call.q, call.k, min(top_k, max(S, 1)), ends, weight=scale, backend=backend), distinct=True)
 
 
 def exact_topk(q, k, v, *, top_k=2048, causal=True, scale=None, kv_length=None, q_start=None, backend=None, **options):

@@ -48,7 +48,7 @@ def infllm_v2_selection(q, k, *, block=32, stride=16, select_block=64, top_k=96,
         forced = (j < force_first) | (j >= last - force_last)
         scores = lib.where(forced[:, None], float("inf"), _pooled(weights, blocks, select_block // stride, block // stride))
         found.append(best_scores(scores, min(top_k, blocks), last[..., 0], backend=backend))
-    return Selection(lib.concatenate(found, 2), select_block, causal=True)
+    return Selection(lib.concatenate(found, 2), select_block, causal=True, distinct=True)
 
 
 def _pooled(weights, blocks, step, span):

@@ -47,7 +47,7 @@ def vertical_slash_selection(q, k, *, vertical=1000, slash=6096, last_q=64, forc
     there = (s >= 0) & (s < S)
     again = xp.along(upright, lib.where(there, s, 0).reshape(B, Hq, -1)).reshape(s.shape) > 0
     chosen = lib.concatenate([lib.broadcast_to(v[:, :, None], (B, Hq, T, v.shape[2])), lib.where(there & ~again, s, -1)], 3)
-    return Selection(xp.astype(chosen, "int32"), causal=True)
+    return Selection(xp.astype(chosen, "int32"), causal=True, distinct=True)
 
 
 def _lines(sums, count, end, forced, backend):

@@ -3,7 +3,7 @@ from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.selection import Selection
-from sparsetile.systems.scores import best_keys, check, places, window_means
+from sparsetile.systems.scores import best_keys, check, places, positions, window_means
 
 
 def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, backend=None) -> Selection:
@@ -21,16 +21,18 @@ def moba_selection(q, k, *, block=512, top_k=3, kv_length=None, q_start=None, ba
     call = check(q, k, kv_length, q_start, backend)
     B, Hq, _, T, S, _, _ = call.sizes
     lib = xp.module(call.q)
-    start, length = places(call)
-    own = (start + xp.arange(call.q, T)) // block                               # [B or 1, T]
+    own = positions(call) // block                                              # [B or 1, T]
     block = min(block, max(S, 1))                                               # a longer one is the only one: its number stays
     indices = lib.broadcast_to(own[:, None, :, None], (B, Hq, T, 1))
     past = min(top_k - 1, -(-S // block))                                       # all of them for a query past the keys, whose own block does not exist
     if past > 0:
-        ends = lib.minimum(own, (length + block - 1) // block)
-        chosen = best_keys(call.q, window_means(call.k, length, block, block), past, ends, backend=backend)
+        length, ends = None, own
+        if call.kv_length is not None or not isinstance(call.q_start, int) or call.q_start + T > S:  # else no query stands past the keys
+            _, length = places(call)
+            ends = lib.minimum(own, (length + block - 1) // block)
+        chosen = best_keys(call.q, window_means(call.k, None if call.kv_length is None else length, block, block), past, ends, backend=backend)
         indices = lib.concatenate([chosen, indices], 3)
-    return Selection(indices, block, causal=True)
+    return Selection(indices, block, causal=True, distinct=True)
 
 
 def moba(q, k, v, *, block=512, top_k=3, kv_length=None, q_start=None, backend=None, **options):

@@ -77,4 +77,4 @@ def _earlier(positions, keys) -> Selection:
     lib, (B, C, H, wk), wq = xp.module(keys), keys.shape, positions.shape[3]
     seen = (keys[..., None, :] >= 0) & (keys[..., None, :] <= positions[..., None])    # [B,C,H,wq,wk]
     every = lib.broadcast_to(xp.arange(keys, wk), (B * C, H, wq, wk))
-    return Selection(every, lengths=xp.total(xp.astype(seen, "int32"), 4).reshape(B * C, H, wq))
+    return Selection(every, lengths=xp.total(xp.astype(seen, "int32"), 4).reshape(B * C, H, wq), distinct=True)

@@ -4,6 +4,7 @@ from sparsetile.ops import array_operators as xp
 from sparsetile.ops import attention, dispatch
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.indexer import indexer_topk, topk
+from sparsetile.systems.compression import mean
 
 
 def check(q, k, kv_length=None, q_start=None, backend=None) -> attention.Call:
@@ -21,12 +22,24 @@ def places(call: attention.Call):
     return start[:, None], length[:, None]
 
 
+def positions(call: attention.Call):
+    """Of all queries, int32 [B or 1, T]."""
+    T = call.sizes[3]
+    if isinstance(call.q_start, int) and -2 ** 31 <= call.q_start < 2 ** 31 - T:
+        return xp.arange(call.q, call.q_start, call.q_start + T)[None]  # one launch
+    return places(call)[0] + xp.arange(call.q, T)
+
+
 def window_means(k, length, size: int, stride: int):
-    """k [B,Hk,S,D], length [B or 1, 1] -> [B,Hk,ceil(S/stride),D]: mean of the existing keys among stride*n .. stride*n + size - 1; float32 sums (float64 of float64), k's type.
+    """k [B,Hk,S,D], length [B or 1, 1] or None: all -> [B,Hk,ceil(S/stride),D]: mean of the existing keys among stride*n .. stride*n + size - 1; float32 sums (float64 of float64), k's type.
 
     size is a multiple of stride. Keys at or past length are not read.
     """
     lib, (B, Hk, S, D), n = xp.module(k), k.shape, -(-k.shape[2] // stride)
+    if length is None:
+        if size == stride and S == n * stride:  # read once, as they lie
+            return mean(k.reshape(B, Hk, n, stride, D))
+        length = xp.full(k, (1, 1), S)
     exists = (xp.arange(k, S) < length)[:, None, :, None]
     wide = lib.where(exists, xp.wide(k), 0)
     padded = lib.concatenate([wide, xp.zeros_of(wide, (B, Hk, (n + size // stride - 1) * stride - S, D))], 2)

@@ -1,6 +1,6 @@
 // Runs one .cu of backends/cupy on the CPU, exactly as written: one fiber per CUDA thread, barriers by yielding, tensor-core instructions by their
 // definition in the PTX manual. Slow, deterministic, and strict: shared memory starts as NaN, and asynchronous copies land as late as the waits allow
-// (or at once, SPARSETILE_EMULATE_EAGER=1), so a missing wait or barrier gives a wrong answer.
+// (or at once, SPARSETILE_EMULATE_EAGER=1), so a missing wait or barrier gives a wrong answer. SPARSETILE_EMULATE_SLOW=n: of 64 turns warpgroup n gets one.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -50,7 +50,7 @@ struct Deposit { const uint32_t *a, *b; float* c; uint32_t b0, b1; const void* r
 constexpr int MOST = 1024; constexpr size_t STACK = 256 << 10;
 static Fiber fibers[MOST]; static jmp_buf home; static ucontext_t home_context; static int now, threads; static unsigned long long steps;
 static Barrier block, warp[MOST / 32]; static Deposit deposit[MOST]; static unsigned char* shared; static char* stacks;
-static bool eager; static void (*body)(const void*); static const void* arguments;
+static bool eager; static int slow; static void (*body)(const void*); static const void* arguments;
 
 static void yield() { if (!_setjmp(fibers[now].at)) _longjmp(home, 1); }
 template <class F> static void arrive(Barrier& b, int n, F last) {  // the last to arrive works for all
@@ -71,6 +71,7 @@ static void block_of_threads(int n) {
     for (int i = 0; i < n; i++) {
       Fiber& f = fibers[i];
       if (f.done) continue;
+      if (i / 128 == slow && steps % 64) { left++; continue; }
       now = i; threadIdx = {(unsigned)i, 0, 0};
       if (!_setjmp(home)) {
         if (f.started) _longjmp(f.at, 1);
@@ -188,6 +189,7 @@ template <class P, void (*KERNEL)(P)> static int emulate_launch(int x, int y, in
   using namespace emulate;
   if (!stacks) stacks = (char*)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   eager = getenv("SPARSETILE_EMULATE_EAGER") != nullptr;
+  slow = getenv("SPARSETILE_EMULATE_SLOW") ? atoi(getenv("SPARSETILE_EMULATE_SLOW")) : -1;
   unsigned char* raw = (unsigned char*)aligned_alloc(1024, (bytes + 1024 + 1023) / 1024 * 1024);
   shared = raw; arguments = p; body = [](const void* q) { KERNEL(*(const P*)q); };
   gridDim = {(unsigned)x, (unsigned)y, (unsigned)z}; blockDim = {(unsigned)n, 1, 1};

@@ -19,6 +19,7 @@ SPILLS = {  # source -> bytes that a thread may store and load: registers that p
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
     "block_attention_backward_hopper": 224,  # the planning warp has 24 registers
     "block_attention_backward_two_pass": 272,  # the same warp; D 192: where an item's keys leave
+    "selection_bitmaps": 8,  # a call of 64-bit division
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item
     "gather_attention_union": 192, "gather_backward_union": 160,  # addresses of the item, once a block
     "gather_backward_queries_hopper": 64, "gather_backward_keys_hopper": 112,  # beside 160 and 192 sums a thread: which item it is, once an item; four sums on their way
@@ -73,6 +74,8 @@ def cases():
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
     yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=SINGLE, pool="uint8"), ("indexer_fp8",))
     yield "page_rows", "selection", (dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), ())
+    for granularity in (1, 64):
+        yield "selection_bitmaps", f"blocks of {granularity}", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, K=2048), dict(indices="int32"), ("causal",), granularity)
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 

@@ -17,9 +17,10 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(interpreted(), reason="TRITON_
 HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
-    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 320, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
+    ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 320,
+    ("block_attention_backward", "part_keys_gluon"): 88, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("importance_topk", "score_by_queries"): 96, ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88,
-    ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
+    ("block_attention", "forward_parts_gluon"): 16, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
 }
 
 
@@ -36,7 +37,9 @@ def cases():
         yield op, "128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order", "bitmap"))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "64-float32", attention(64, 64, SINGLE)
-    yield "block_attention_backward", "128-random", attention(128, 128, features=("interval", "random"))
+    yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))
+    yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
+    yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
     yield "block_attention", "decode-64-t16", attention(64, 64, Hq=32, Hk=8, T=16, features=("bitmap", "softcap"))
     yield "block_attention", "decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length"))
@@ -77,6 +80,10 @@ def cases():
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
     yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=HALF, pool="uint8"), ("indexer_fp8",))
     yield "page_rows", "selection", (dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), ())
+    yield "gather_attention", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "lse"), 512)
+    yield "gather_attention_backward", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "gradient"), 512)
+    for granularity in (1, 64):
+        yield "selection_bitmaps", f"blocks of {granularity}", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, K=2048), dict(indices="int32"), ("causal",), granularity)
     yield "layout", "blocks", (dict(B=1, Hq=8, Hk=8, T=4096, S=4096, D=128, Dv=128), dict(mask="uint8"), ())
 
 

@@ -61,3 +61,47 @@ def test_sums_become_gradients(rng):
     sums[0, 2] = 0
     truth = (sums.reshape(Hq, tiles * 2, 4, 64, 32).transpose(0, 1, 3, 2, 4).reshape(Hq, tiles * 128, 128)[:, start % 128:start % 128 + T, :D] * np.float32(0.5)).astype(np.float16)
     assert np.array_equal(dq[0].cpu().numpy(), truth)
+
+
+@pytest.mark.parametrize("intervals, bitmaps", [(3, 0), (0, 2), (2, 3)])
+def test_kinds_as_keys_see_them(intervals, bitmaps, rng):
+    """Path gluon: which queries see each key of a partial block, and which quarters of it hold a pair, or nothing else."""
+    from sparsetile.backends.triton.block_backward_kinds import turn_kinds
+    seen = np.zeros((2 * max(intervals, bitmaps), 128, 128), bool)
+    ends = np.sort(rng.integers(0, 129, (intervals, 128, 2)), 2)
+    ends[:1, 64:], ends[:1, :64, 0], ends[:1, :64, 1] = 64, 0, 80  # a quarter seen entirely, one in part, two not at all
+    bits = rng.integers(0, 2, (bitmaps, 128, 128)).astype(bool)
+    bits[:1, :64, :64], bits[:1, 64:, 64:] = False, True
+    seen[:2 * intervals:2] = (ends[..., :1] <= np.arange(128)) & (np.arange(128) < ends[..., 1:])
+    seen[1:2 * bitmaps:2] = bits
+    words, quarters = (torch.full((len(seen), n), -9, dtype=torch.int32, device=DEVICE) for n in (512, 1))
+    tables = [torch.from_numpy(x).to(DEVICE) if len(x) else None for x in (ends.astype(np.int32), np.packbits(bits, -1, "little").view(np.int32))]
+    turn_kinds[(intervals + bitmaps,)](*tables, words, quarters, intervals, INTERVALS=intervals > 0, BITMAPS=bitmaps > 0)
+    for kind in [*range(0, 2 * intervals, 2), *range(1, 2 * bitmaps, 2)]:
+        assert np.array_equal(np.unpackbits(words[kind].cpu().numpy().view(np.uint8), bitorder="little").reshape(128, 128).T, seen[kind])
+        parts = seen[kind].reshape(2, 64, 2, 64)
+        assert quarters[kind].item() == sum(int(parts[i, :, j].any()) << 2 * i + j | int(parts[i, :, j].all()) << 4 + 2 * i + j for i in (0, 1) for j in (0, 1))
+
+
+@pytest.mark.parametrize("D, Dv", [(72, 40), (168, 64)])
+def test_sections_become_gradients(D, Dv, rng):
+    """Path gluon: sums of the sections of far longer blocks, to where the block's rows stand; keys past the last are 0, queries outside of the call are left alone."""
+    from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries
+    B, Hq, Hk, T, S, start, nq, nk, far, sections = 2, 4, 2, 300, 290, 70, 3, 3, 2, 3
+    D0, D1, V0 = 128, 64 if D > 128 else 0, 64
+    list_of, lengths = np.array([[0], [1]], np.int32), np.array([290, 200], np.int32)
+    order_q, order_k = np.array([[2, 0, 1], [1, 0, 2]], np.int32), np.array([[2, 1, 0], [0, 2, 1]], np.int32)
+    sums_q, sums_k = (rng.standard_normal((sections, far, B * H, 128, width)).astype(np.float32) for H, width in ((Hq, D0 + D1), (Hk, D0 + D1 + V0)))
+    dq, dk, dv = (torch.full((B, H, n, width), 7.0, dtype=torch.float16, device=DEVICE) for H, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv)))
+    at = [torch.from_numpy(x).to(DEVICE) for x in (sums_q, sums_k, list_of, order_q, order_k, lengths)]
+    shape = dict(D=D, D0=D0, D1=D1, R=64)
+    join_queries[(B * Hq * far * 2,)](at[0], dq, at[2], at[3], 1, 0, B * Hq, Hq, T, nq, 0, B * Hq * far, sections, start, **shape)
+    join_keys[(B * Hk * far * 2,)](at[1], dk, dv, at[2], at[4], at[5], None, 1, 0, B * Hk, Hk, Hq // Hk, T, S, nk, B * Hk * far, sections, start, **shape, DV=Dv, V0=V0, FROM_LENGTH=False)
+    for got, sums, order, heads, width, begin, skip in ((dq, sums_q, order_q, Hq, D, 0, start), (dk, sums_k, order_k, Hk, D, 0, 0), (dv, sums_k, order_k, Hk, Dv, D0 + D1, 0)):
+        total = sums[0] + sums[1] + sums[2]
+        truth = np.full(got.shape, 7.0, np.float16)
+        for b, h, rank in np.ndindex(B, heads, far):
+            for r, row in enumerate(range(order[b, rank] * 128 - skip, order[b, rank] * 128 - skip + 128)):
+                if 0 <= row < truth.shape[2]:
+                    truth[b, h, row] = total[rank, b * heads + h, r, begin:begin + width] if skip or row < lengths[b] else 0
+        assert np.array_equal(got.cpu().numpy(), truth)

@@ -765,6 +765,13 @@ def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
 
 
+@pytest.mark.parametrize("slow", range(4), ids=["gather", "scores", "values", "herald"])
+def test_groups_of_few_heads_that_lag(slow, rng, monkeypatch):
+    """Whichever of the groups falls behind, the others wait before they come round the ring again."""
+    monkeypatch.setenv("SPARSETILE_EMULATE_SLOW", str(slow))
+    test_gather_attention_on_hopper("tokens", FEW[0], "bfloat16", True, rng, monkeypatch)
+
+
 # the backward knows neither sinks nor split lists; one call is enough to see that the other path takes what this one does not
 GRADIENTS = [pytest.param(c, kind, eager, id=f"{c}-{kind}-{'eager' if eager else 'late'}") for c in LATENTS if not c.sink and (c.B, c.T) != (2, 1)
              for kind in ("bfloat16", "float16")[:2 - c.portable] for eager in (False, True)[:2 - c.portable]]

@@ -525,6 +525,49 @@ def test_blocks_that_neighbours_share(backend, Hq, D, Dv, granularity, K, rng):
         assert_close(name, to_numpy(got), true, one, reduction=S)
 
 
+# rule, T, S, Hq, Hk, D, Dv, sink, softcap
+PARTS = {"strided": (st.Causal() & (st.Window(15) | st.Strided(16)), 2048, 2048, 4, 2, 128, 128, True, None),
+         "strided-cap": (st.Causal() & (st.Window(10) | st.Strided(8)), 1600, 2000, 2, 1, 64, 40, False, 3.0),
+         "strided-float16": (st.Causal() & (st.Window(9) | st.Strided(10)), 1280, 1280, 2, 2, 192, 128, False, None),
+         "strided-ragged": (st.Causal() & (st.Window(10) | st.Strided(8)), 2045, 2051, 4, 2, 128, 64, True, None),
+         "fixed-ragged": (st.Causal() & st.Fixed(32, 8), 650, 671, 2, 1, 64, 64, False, None),
+         "fixed": (st.Causal() & st.Fixed(128, 8), 1024, 1024, 2, 1, 128, 128, False, None),
+         "fixed-before": (st.Causal() & st.Fixed(32, 8), 400, 640, 4, 2, 192, 128, True, None),
+         "one": (st.Causal() & st.Strided(2), 400, 400, 2, 2, 96, 72, True, None),
+         "dilated": (st.Causal() & st.Dilated(1000, 0, 8), 1984, 1984, 2, 1, 128, 64, False, None),
+         "empty-rows": (st.Causal() & st.Strided(8) & ~st.Window(39), 1024, 1024, 2, 1, 64, 64, True, None)}
+
+
+@both
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_together(backend, name, rng, monkeypatch):
+    """Residue classes and summaries by Hopper's copy engine, each part from the sums of the one before: ragged ends, rows without keys, NaN in what nobody sees, keys inside wider rows; twice the same bits."""
+    import oracle
+    rule, T, S, Hq, Hk, D, Dv, sink, cap = PARTS[name]
+    make, kind = Make(rng), torch.float16 if name.endswith("float16") else torch.bfloat16
+    q, k, v = make.normal(2, T, Hq, D, dtype=kind)().transpose(1, 2), make.normal(2, Hk, S, D + 8, dtype=kind)()[..., :D], make.normal(2, Hk, S, Dv, dtype=kind)()
+    seen = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S)
+    nobody = torch.from_numpy(~seen.any(0)).cuda()
+    given = [to_numpy(x) for x in (q, k, v)]
+    k[:, :, nobody], v[:, :, nobody] = np.nan, np.nan
+    sinks = make.normal(Hq, dtype=torch.float32)() if sink else None
+    kernel, answers = dispatch.kernel(backend, "block_attention"), []
+    problem = st.explain("sparse_attention", q, k, v, rule, sink_logits=sinks, softcap=cap, backend=backend).problem
+    config = kernel.default_config(problem)
+    if isinstance(refused := kernel.resources(problem, {**config, "path": dict(triton="gluon", cupy="hopper")[backend]}), str):
+        pytest.skip(refused)
+    together = kernel.run_parts
+    monkeypatch.setattr(kernel, "run_parts", lambda *a, **how: answers.append(together(*a, **how)) or answers[-1])
+    call = lambda: st.sparse_attention(q, k, v, rule, sink_logits=sinks, softcap=cap, return_lse=True, backend=backend, config=config)  # noqa: E731
+    (out, lse), again = call(), call()
+    assert backend == "cupy" and (cap is not None or name.endswith("ragged")) or len(answers) == 2 and None not in answers
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    count, how = np.broadcast_to(seen, (2, Hq, T, S)).astype(np.int64), dict(scale=D ** -0.5, sink_logits=None if sinks is None else to_numpy(sinks), softcap=cap)
+    truth, formula = (f(*given, count, **how)[:2] for f in (oracle.attention, plain.attention))
+    for what, got, true, one in zip(("out", "lse"), (out, lse), truth, formula):
+        assert_close(what, to_numpy(got), true, one, reduction=S)
+
+
 @both
 @pytest.mark.parametrize("G", [1, 2])
 def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):

@@ -128,10 +128,11 @@ def test_variants_of_the_forward(on, backend, variant, style, rng):
 
 BACKWARD = {"triton-portable": dict(path="portable", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),  # where a call of those below needs it
             "triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+            "triton-wide": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64, width=136),
             "triton-ordered": dict(path="gluon_ordered", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "triton-ascending": dict(path="gluon_ordered", heads=2, walk="ascending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
-BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", "triton-gluon": "triton.block_attention_backward_gluon.launch",
+BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", "triton-gluon": "triton.block_attention_backward_gluon.launch", "triton-wide": "triton.block_attention_backward_gluon.launch",
                     "triton-ordered": "triton.block_attention_backward_gluon.launch_ordered", "triton-ascending": "triton.block_attention_backward_gluon.launch_ordered",
                     "cupy-hopper": "cupy.block_attention_backward.run_hopper", "cupy-two_pass": "cupy.two_pass.run"}
 
@@ -141,8 +142,8 @@ BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", 
 @pytest.mark.parametrize("ends", [True, False])
 def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     """Rows at no multiple of 16 bytes, queries before the lists' first, keys that nobody sees are NaN, a device length of 0; the same bits twice."""
-    options, config = STYLES[style], BACKWARD[variant]
-    B, T, S, D, Dv = 3, 203, 330, 72, 40
+    options, config = STYLES[style], dict(BACKWARD[variant])
+    B, T, S, D, Dv = 3, 203, 330, config.pop("width", 72), 40
     Hq, Hk = (4, 4) if options.get("each") else (4, 2)
     L, p0 = (3, 0) if options.get("each") else (1, options["p0"])
     list_of = rng.integers(0, L, (B, Hq)) if options.get("each") else np.zeros((1, 1), int)
@@ -161,6 +162,33 @@ def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     args = (q, k, v, lists, lse.astype(np.float32), (out * dout.astype(float)).sum(-1).astype(np.float32), dout)
     twice = [Kernels(on).run("block_attention_backward", *args, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config, by=BACKWARD_ENTRIES[variant],
                              scale=D ** -0.5, kv_length=lengths if ends else None, q_start=p0, features=["interval", "bitmap", "lse"] + ["kv_length"] * ends) for _ in range(2)]
+    for name, got, again, truth, measure in zip(("dq", "dk", "dv"), *twice, truths, measures):
+        assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)
+        assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), name
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("D, ends", [(40, False), (72, True), (136, False)])
+def test_far_longer_lists_come_in_sections(on, backend, D, ends, rng, monkeypatch):
+    """Path gluon: a tile of queries that see all keys, a block of keys that all queries see; two key heads are too few for one multiprocessor each to do such a list alone."""
+    from sparsetile.backends.triton import block_backward_two_gluon as gluon
+    found, sections_of = [], gluon.sections_of
+    monkeypatch.setattr(gluon, "sections_of", lambda *args: found.append(sections_of(*args)) or found[-1])
+    B, Hq, Hk, T, S, Dv = 1, 2, 1, 1500, 1500, 40
+    p, s = np.arange(T)[:, None], np.arange(S)
+    mask = ((np.abs(p - s) <= 3) & (p // 128 == s // 128) | (s < 20) | (p < 70))[None]
+    lists = build(mask, 0, 128, 128)
+    lists.extras.update(offsets=lists.offsets, by_key_offsets=lists.by_key_offsets)
+    q, k, v, dout = (normal(rng, (B, heads, n, width), numpy_dtype("bfloat16")) for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv), (Hq, T, Dv)))
+    lengths = np.array([1401], np.int32) if ends else None
+    count = np.broadcast_to(mask, (B, Hq, T, S)) & (np.arange(S) < (lengths[0] if ends else S))
+    how = dict(scale=D ** -0.5)
+    out, lse = oracle.attention(q, k, v, count, **how)
+    truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
+    args = (q, k, v, lists, lse.astype(np.float32), (out * dout.astype(float)).sum(-1).astype(np.float32), dout)
+    twice = [Kernels(on).run("block_attention_backward", *args, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=BACKWARD["triton-gluon"], by=BACKWARD_ENTRIES["triton-gluon"],
+                             scale=D ** -0.5, kv_length=lengths, q_start=0, features=["interval", "bitmap", "lse"] + ["kv_length"] * ends) for _ in range(2)]
+    assert len(found) == 4 and min(found) > 1, f"sections of queries and of keys: {found}"
     for name, got, again, truth, measure in zip(("dq", "dk", "dv"), *twice, truths, measures):
         assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)
         assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), name

@@ -69,6 +69,13 @@ def test_heads_share_lanes_when_queries_are_few(T, groups):
         attention(Driver("numba"), q, k, v, pattern, visible(2, T, 150, rule=rule), sink_logits=sinks)
 
 
+@pytest.mark.parametrize("T", [8, 16, 32])
+def test_heads_share_lanes_when_queries_start_inside_a_block(T):
+    """The second head's rows then stand where their numbers in the block say, and the first head's do not."""
+    q, k, v = tensors(6, Hq=4, T=T, S=2 * T)
+    attention(Driver("numba"), q, k, v, st.Causal(), visible(2, T, 2 * T, rule=lambda p, s: s <= p))
+
+
 def test_unseen_nan_between_seen_keys():
     """Keys that no query of the call sees lie inside of chunks that are read."""
     q, k, v = tensors(3, T=64, S=64)

@@ -79,9 +79,10 @@ def test_floats_are_rounded_to_nearest_even(name):
         assert same(out, x.astype(kind))
 
 
-def _unary(function):
+def _unary(function, lanes=LANES):
     def emit(e, source, target, count):
-        e.loop(count, [], lambda k, _: (e.store(function(e, e.load(e.add(source, e.mul(k, 4)))), e.add(target, e.mul(k, 4))), [])[1], LANES)
+        e = simd.Vectors(e.b, lanes)
+        e.loop(count, [], lambda k, _: (e.store(function(e, e.load(e.add(source, e.mul(k, 4)))), e.add(target, e.mul(k, 4))), [])[1], lanes)
     call = op("iii", emit)
 
     @numba.njit
@@ -114,6 +115,9 @@ def test_exp2_log2_tanh():
     assert np.max(np.abs(_unary(lambda e, x: e.exp2(x))(x) / exact - 1)) < 2.5e-7
     low = np.array([-100.5, -1e4, -3e38, -np.inf, 0, np.nan], np.float32)
     assert np.array_equal(_unary(lambda e, x: e.exp2(x))(low), np.array([0, 0, 0, 0, 1, np.nan], np.float32), equal_nan=True)
+    for lanes in (LANES, 1):  # with the instructions of wide vectors, where there are any, and without
+        high = _unary(lambda e, x: e.exp2(x), lanes)(np.array([128, 200, 1e9, 3e38, np.inf], np.float32))
+        assert np.all(high == np.inf), "a weight that overflows must be seen: its row is done anew"
     y = np.exp2(rng.uniform(-126, 127, 20000)).astype(np.float32)
     assert np.max(np.abs(_unary(lambda e, x: e.log2(x))(y) - np.log2(y.astype(np.float64)))) < 8e-6
     y = rng.uniform(0.5, 2, 20000).astype(np.float32)

@@ -107,3 +107,53 @@ def test_shapes_that_come_and_go_are_forgotten(monkeypatch):
     for T in range(1, 9):
         st.sparse_attention(q[:, :, :T], k, v, RULE)
     assert len(ready._calls) <= 4
+
+
+def chosen(seed=0, T=9, **how):
+    g = torch.Generator().manual_seed(seed)
+    return st.Selection(torch.randint(-1, 14, (2, 2, T, 5), generator=g, dtype=torch.int32), **how)
+
+
+def test_selections_are_short_too_and_their_entries_are_read_anew(monkeypatch):
+    long, (q, k, v) = count(monkeypatch), tensors()
+    lengths = torch.full((2, 2, 9), 3, dtype=torch.int32)
+    changes = [dict(), dict(causal=True), dict(granularity=3), dict(lengths=lengths), dict(distinct=True)]
+    for how in changes:
+        st.sparse_attention(q, k, v, chosen(0, **how), return_lse=True)
+    assert len(long) == len(changes)
+    for how in changes:
+        got = st.sparse_attention(q, k, v, chosen(1, **how), return_lse=True)
+        assert len(long) == len(changes)
+        want = st.sparse_attention(*(x.numpy() for x in (q, k, v)), st.Selection(chosen(1).indices.numpy(), how.get("granularity", 1), lengths.numpy() if "lengths" in how else None, "causal" in how), return_lse=True)
+        assert all(torch.equal(x, torch.from_numpy(y)) for x, y in zip(got, want))
+        del long[len(changes):]
+    with pytest.raises(ValueError, match="T = 9"):
+        st.sparse_attention(q, k, v, chosen(T=8))
+    st.sparse_attention(q, k, v, chosen() & st.Window(3))
+    st.sparse_attention(q, k, v, chosen() & st.Window(3))
+    assert len(long) == len(changes) + 3
+
+
+def test_importance_and_weighted_sums(monkeypatch):
+    """Positions that the host knows, and such as stand on the device and are read anew."""
+    from sparsetile.ops import importance, merge
+    q, k, _ = tensors()
+    lse, long, check = torch.rand(2, 4, 9) + 3, [], importance.check
+    monkeypatch.setattr(importance, "check", lambda *a, **more: long.append(1) or check(*a, **more))
+    how = dict(block=4, stride=2, select_block=4, force_last=1)
+    for more in (dict(), dict(q_start=3), dict(return_scores=True), dict(kv_length=True), dict(q_start=True)):
+        put = lambda seed: {name: torch.tensor([5 + seed, 20 - seed], dtype=torch.int32) if value is True and name != "return_scores" else value for name, value in more.items()}  # noqa: B023, E731
+        st.importance_topk(q, k, lse, 3, **how, **put(0))
+        before = len(long)
+        got = st.importance_topk(q.flip(0), k, lse, 3, **how, **put(2))
+        assert len(long) == before
+        dispatch.clear_plans()
+        want = st.importance_topk(q.flip(0), k, lse, 3, **how, **put(2))
+        assert len(long) == before + 1
+        (a, *scores), (b, *right) = (x if "return_scores" in more else (x,) for x in (got, want))
+        assert torch.equal(a.indices, b.indices) and torch.equal(a.lengths, b.lengths) and all(map(torch.equal, scores, right))
+    with pytest.raises(TypeError, match="return_scores"):
+        st.importance_topk(q, k, lse, 3, **how, return_scores=1)
+    whole, gates = q.round(), (torch.arange(144.0).reshape(2, 4, 9, 2) / 8).unbind(-1)  # products and sums that are exact
+    merge.weighted_sum((whole, whole), gates)
+    assert torch.equal(merge.weighted_sum((whole, whole + 1), gates[::-1]), whole * gates[1][..., None] + (whole + 1) * gates[0][..., None])

@@ -110,7 +110,8 @@ def test_what_is_not_known_is_not_repeated(run):
 def test_tensors_that_are_not_alike_are_turned_away():
     q, k, v = three()
     odd = torch.randn(17)[1:]
-    assert record(copied, q, k, odd) is None
+    made = record(copied, q, k, odd)
+    assert made(0, q, k, v, None, None) is None and torch.equal(made(0, k, q, torch.arange(17.0)[1:], None, None)[0], torch.arange(17.0)[1:])
     made = record(copied, q, k, v)
     assert made(0, q, k, odd, None, None) is None and made(0, q, v, v, None, None) is None and made(0, q, k, v, odd, None) is None and len(launches) == 1
     assert made(0, q, q, v, None, None) is not None  # q and k may be one

@@ -3,9 +3,9 @@
 //   S^T [64 tokens, HEADS] = K Q^T        O^T [512, HEADS] += V^T P^T
 //
 // Persistent, four warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the fourth announces what has landed.
-// A slot of the ring is 64 columns of 64 tokens, so that scores begin when the first columns are there, values give back column by column, and memory that is no whole step still
-// holds what is on its way: with slots of 32 whole tokens a step's way from its gathering to its values bound the kernel. The query passes through the ring and stands beside it from
-// then on.
+// A slot of the ring is a third of a step, 192 columns of 64 tokens: scores begin when the first columns are there, values give back third by third, and memory that is no whole step
+// still holds what is on its way. With slots of 32 whole tokens a step's way from its gathering to its values bound the kernel; slots of 64 columns ask for three times the waits and
+// arrivals, which cost as much as products. The query passes through the ring and stands beside it from then on.
 #include "selections.cuh"
 #include "wgmma.cuh"
 
@@ -29,21 +29,21 @@ struct Params {
   float scale, scale2;     // above 0; the second is for powers of two
 };
 
-constexpr int N = 64, SLOT = N * 128, SLOTS = HEADS == 8 ? 26 : HEADS == 16 ? 25 : 22, CHUNK = HEADS * 128;  // CHUNK: 64 columns of the query
-constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, COLUMNS = HEADS / 4;
+constexpr int N = 64, PART = N * 128, SLOT = 3 * PART, SLOTS = HEADS == 32 ? 7 : 8, CHUNK = HEADS * 128;  // PART, CHUNK: 64 columns of a slot and of the query
+constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, QUERY_PARTS = (9 * CHUNK + PART - 1) / PART, COLUMNS = HEADS / 4;
 constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + 9 * CHUNK, TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4, FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
 constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 16;
-constexpr int THIRDS = 9;  // three slots each that are announced at a time: of as many steps as the ring can hold
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
-#define READY(s) (bars + 8 * (2 * SLOTS + (s)))
-#define DONE(s) (bars + 8 * (2 * SLOTS + 2 + (s)))
-#define LANDED(s) (bars + 8 * (2 * SLOTS + 4 + (s)))
+#define LANDED(s) (bars + 8 * (2 * SLOTS + (s)))
+#define READY(s) (bars + 8 * (3 * SLOTS + (s)))
+#define DONE(s) (bars + 8 * (3 * SLOTS + 2 + (s)))
 
 struct Found { u32 words[2]; int left, item; };      // of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all
 struct Made { int moved, left, item, unused; };      // of a step's probabilities; moved: earlier sums take a factor first
 __device__ __forceinline__ u32 slot_after(u32 slot, u32 n) { return slot + n < SLOTS ? slot + n : slot + n - SLOTS; }
+__device__ __forceinline__ u32 part_after(u32 slot, int c) { return slot_after(slot, c / 3) * SLOT + c % 3 * PART; }  // where part c of what begins with a slot stands
 
 struct Item {
   int head, rows, t, b;  // head: the first of `rows`
@@ -56,7 +56,7 @@ struct Item {
   }
 };
 
-// 16 bytes of each of four rows of a slot, 16 rows apart
+// 16 bytes of each of four rows of a part, 16 rows apart
 __device__ __forceinline__ void fetch_rows(u32 to, const char* const (&rows)[4], int column, u32 exist) {
 #pragma unroll
   for (int m = 0; m < 4; m++) fetch<true>(to + m * 2048, rows[m] + column, exist >> m & 1);
@@ -75,7 +75,7 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
     int low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;
     const char* rows[4];
 #pragma unroll 1
-    for (int part = 0; part < QUERY_SLOTS; part++) {
+    for (int part = 0; part < QUERY_PARTS; part++) {
       const char* from = (const char*)p.q + x.b * p.qb + x.head * p.qh + x.t * p.qt + column;
       u32 exist = 0;
 #pragma unroll
@@ -84,11 +84,13 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
         rows[m] = is ? from + head * p.qh + chunk * 128 : (const char*)p.q;
         exist |= is << m;
       }
-      bar_wait(FREE(slot), phase, patience);
-      fetch_rows(here + slot * SLOT, rows, 0, exist);
-      copies_arrive(FULL(slot));
-      if (tid == 0) bar_arrive(FULL(slot));
-      advance<SLOTS>(slot, phase);
+      if (part % 3 == 0) bar_wait(FREE(slot), phase, patience);
+      fetch_rows(here + slot * SLOT + part % 3 * PART, rows, 0, exist);
+      if (part % 3 == 2 || part == QUERY_PARTS - 1) {
+        copies_arrive(FULL(slot));
+        if (tid == 0) bar_arrive(FULL(slot));
+        advance<SLOTS>(slot, phase);
+      }
     }
 #pragma unroll 1
     while (left) {
@@ -105,12 +107,13 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
       next += N; to_come -= N; left--;
       low = to_come > 0 ? __ldg(next) : -1, high = to_come > 32 ? __ldg(next + 32) : -1;  // asked for a step ahead
 #pragma unroll
-      for (int c = 0; c < 9; c++) {
+      for (int n = 0; n < 3; n++) {
         bar_wait(FREE(slot), phase, patience);
-        fetch_rows(here + slot * SLOT, rows, c * 128, exist);
+#pragma unroll
+        for (int c = 0; c < 3; c++) fetch_rows(here + slot * SLOT + c * PART, rows, (3 * n + c) * 128, exist);
         copies_arrive(FULL(slot));
         if (tid == 0) {
-          if (c == 0) ((Found*)(raw + FOUND))[slot] = {{seen[0], seen[1]}, left || it + (int)gridDim.x < p.items ? left : -1, number};
+          if (n == 0) ((Found*)(raw + FOUND))[slot] = {{seen[0], seen[1]}, left || it + (int)gridDim.x < p.items ? left : -1, number};
           bar_arrive(FULL(slot));
         }
         advance<SLOTS>(slot, phase);
@@ -219,26 +222,22 @@ __device__ __forceinline__ void store_probabilities(u32 weights, const float (&s
   }
 }
 
-// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up.
+// Hears of what has landed and says so, with the fence that the tensor cores ask for: between products it would hold them up. Of the query, too: nobody gives back what was not
+// announced, so that no slot is filled twice before the herald heard of it.
 __device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
-  u32 slot = 0, phase = 0, third = 0, unused = 0, patience = PATIENCE;
+  u32 slot = 0, phase = 0, patience = PATIENCE;
+  const auto announce = [&] {
+    bar_wait(FULL(slot), phase, patience);
+    shared_to_copy_engine();
+    bar_arrive(LANDED(slot));
+    advance<SLOTS>(slot, phase);
+  };
   for (int left = 0; left >= 0;) {
-    for (int part = 0; part < QUERY_SLOTS; part++) {
-      bar_wait(FULL(slot), phase, patience);
-      advance<SLOTS>(slot, phase);
-    }
+    for (int n = 0; n < QUERY_SLOTS; n++) announce();
     do {
       bar_wait(FULL(slot), phase, patience);
       left = ((const Found*)(raw + FOUND))[slot].left;
-      for (int n = 0; n < 3; n++) {
-        for (int c = 0; c < 3; c++) {
-          bar_wait(FULL(slot), phase, patience);
-          advance<SLOTS>(slot, phase);
-        }
-        shared_to_copy_engine();
-        bar_arrive(LANDED(third));
-        advance<THIRDS>(third, unused);
-      }
+      for (int n = 0; n < 3; n++) announce();
     } while (left > 0);
   }
 }
@@ -246,16 +245,16 @@ __device__ __forceinline__ void herald(unsigned char* raw, u32 bars) {
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, warp = tid / 32, lane = tid & 31;
   const u64 query = descriptor_of(base + QUERY, 16, 1024, SWIZZLE_128);
-  u32 slot = 0, phase = 0, third = 0, news = 0, made = 0, turn = 1, patience = PATIENCE;
+  u32 slot = 0, phase = 0, made = 0, turn = 1, patience = PATIENCE;
   for (int left = 0; left >= 0;) {
 #pragma unroll 1
     for (int part = 0; part < QUERY_SLOTS; part++) {
-      bar_wait(FULL(slot), phase, patience);
+      bar_wait(LANDED(slot), phase, patience);
 #pragma unroll
       for (int i = tid; i < SLOT / 16; i += 128)
         if (part * (SLOT / 16) + i < 9 * CHUNK / 16) ((uint4*)(raw + QUERY + part * SLOT))[i] = ((const uint4*)(raw + slot * SLOT))[i];
       __syncwarp();
-      if (lane == 0) bar_arrive(FREE(slot));
+      if (lane < 2) bar_arrive(FREE(slot));  // for the other group, too
       advance<SLOTS>(slot, phase);
     }
     shared_to_copy_engine();
@@ -271,11 +270,11 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
 #pragma unroll
       for (int c = 0; c < 9; c++) {
         if (c % 3 == 0) {
-          bar_wait(LANDED(third), news, patience);
-          advance<THIRDS>(third, news);
+          bar_wait(LANDED(slot), phase, patience);
+          advance<SLOTS>(slot, phase);
           wgmma_fence();
         }
-        const u64 keys = descriptor_of(base + slot_after(begin, c) * SLOT, 16, 1024, SWIZZLE_128);
+        const u64 keys = descriptor_of(base + part_after(begin, c), 16, 1024, SWIZZLE_128);
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(s, keys + 2 * k, query + c * (CHUNK >> 4) + 2 * k, c || k);
       }
@@ -284,11 +283,10 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       const u32 word = found->words[warp / 2] >> (16 * (warp & 1) + lane / 4);
       const int item = found->item;
       left = uniform(found->left);
-      for (int c = 0; c < 9; c++) advance<SLOTS>(slot, phase);
       bar_wait(DONE(made), turn, patience);
       wgmma_wait<0>(); hold(s);
       __syncwarp();
-      if (lane == 0) bar_arrive(FREE(slot_after(begin, 8)));  // the last columns are no values
+      if (lane < 3) bar_arrive(FREE(slot_after(begin, lane)));  // for this group; the other gives back what it has added
 #pragma unroll
       for (int i = 0; i < HEADS / 2; i++)
         if (!(word >> (i & 2) * 4 & 1)) s[i] = -inf();
@@ -300,14 +298,15 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       store_probabilities(base + WEIGHTS + made * CHUNK, s, warp, lane);
       if (tid == 0) ((Made*)(raw + MADE))[made] = {moved && !first, left, item, 0};
       if (left <= 0) finish(p, raw, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, warp, lane);
-      bar_arrive(READY(made));
+      __syncwarp();
+      if (lane == 0) bar_arrive(READY(made));
       advance<2>(made, turn);
       first = false;
     } while (left > 0);
   }
 }
 
-// Sums out through slots whose values nobody needs any more, eight heads each: rows of a head, coalesced.
+// Sums out through slots whose values nobody needs any more, eight heads to a part: rows of a head, coalesced.
 __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 base, const float (&o)[8][HEADS / 2], const float* inverse, const Item& x, u32 slot, int tid) {
   const int warp = tid / 32, lane = tid & 31, row = lane & 7, part = HEADS == 8 ? 0 : lane >> 4;
   float f[COLUMNS];
@@ -318,7 +317,7 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
   for (int c = 0; c < 8; c++)
 #pragma unroll
     for (int j = 0; j < HEADS / 8; j += 2) {
-      const u32 to = base + slot_after(slot, j + part) * SLOT + row * 1024 + ((8 * c + 2 * warp + (lane >> 3 & 1) ^ row) << 4);
+      const u32 to = base + part_after(slot, j + part) + row * 1024 + ((8 * c + 2 * warp + (lane >> 3 & 1) ^ row) << 4);
       const int j2 = HEADS == 8 ? j : j + 1;
       const float *y = &o[c][4 * j], *z = &o[c][4 * j2], *fy = &f[2 * j], *fz = &f[2 * j2];
       stmatrix_transposed_at(to, pack<KIND>(y[0] * fy[0], y[1] * fy[1]), pack<KIND>(y[2] * fy[0], y[3] * fy[1]), pack<KIND>(z[0] * fz[0], z[1] * fz[1]), pack<KIND>(z[2] * fz[0], z[3] * fz[1]));
@@ -327,7 +326,7 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
   char* out = (char*)p.out + (((i64)x.b * p.Hq + x.head) * p.at.T + x.t) * 1024 + tid % 64 * 16;
 #pragma unroll 4
   for (int head = tid / 64; head < x.rows; head += 2)
-    *(uint4*)(out + (i64)head * p.at.T * 1024) = *(const uint4*)(raw + slot_after(slot, head / 8) * SLOT + (head & 7) * 1024 + (tid % 64 ^ (head & 7)) * 16);
+    *(uint4*)(out + (i64)head * p.at.T * 1024) = *(const uint4*)(raw + part_after(slot, head / 8) + (head & 7) * 1024 + (tid % 64 ^ (head & 7)) * 16);
 }
 
 __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 base, u32 bars) {
@@ -353,19 +352,19 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       shared_to_copy_engine();  // here, where nobody waits for it
       const u32 begin = uniform(slot);
       const u64 weights = descriptor_of(base + WEIGHTS + (u32)uniform(made) * CHUNK, 16, 1024, SWIZZLE_128);
-      const int kept = left <= 0 ? HEADS / 8 : 0;  // slots that the sums leave through
+      const int kept = left <= 0 ? (HEADS + 23) / 24 : 0;  // slots that the sums leave through
 #pragma unroll
       for (int c = 0; c < 8; c++) hold(o[c]);
 #pragma unroll
       for (int c = 0; c < 8; c++) {
         wgmma_fence();
-        const u64 v = descriptor_of(base + slot_after(begin, c) * SLOT, SLOT, 1024, SWIZZLE_128);
+        const u64 v = descriptor_of(base + part_after(begin, c), PART, 1024, SWIZZLE_128);
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR, M_MAJOR>(o[c], v + k * 128, weights + 2 * k, !first || k);
         wgmma_commit();
         if (c) {
           wgmma_wait<1>();
-          if (lane == 0 && c - 1 >= kept) bar_arrive(FREE(slot_after(begin, c - 1)));
+          if (c % 3 == 0 && lane == 0 && c / 3 - 1 >= kept) bar_arrive(FREE(slot_after(begin, c / 3 - 1)));
         }
       }
       wgmma_wait<0>();
@@ -375,11 +374,11 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       __syncwarp();
       if (lane == 0) {
         for (int c = 0; c < kept; c++) bar_arrive(FREE(slot_after(begin, c)));
-        bar_arrive(FREE(slot_after(begin, 7)));
+        bar_arrive(FREE(slot_after(begin, 2)));
         bar_arrive(DONE(made));
       }
       first = false;
-      slot = slot_after(slot, 9);
+      slot = slot_after(slot, 3);
       advance<2>(made, turn);
     } while (left > 0);
   }
@@ -390,9 +389,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const 
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 4); }
-    for (int s = 0; s < 2; s++) { bar_init(READY(s), 128); bar_init(DONE(s), 4); }
-    for (int s = 0; s < THIRDS; s++) bar_init(LANDED(s), 1);
+    for (int s = 0; s < SLOTS; s++) { bar_init(FULL(s), 129); bar_init(FREE(s), 8); bar_init(LANDED(s), 1); }
+    for (int s = 0; s < 2; s++) { bar_init(READY(s), 4); bar_init(DONE(s), 4); }
     bar_fence();
   }
   __syncthreads();

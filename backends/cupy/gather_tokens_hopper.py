@@ -10,7 +10,7 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import KINDS, POSITIONS, SELECTED, ceil_div, position_values, selected_values
 
 FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
-SOURCE, THREADS, SLOT, MOST = "gather_tokens_hopper", 512, 64 * 128, 32  # MOST: heads that gather their tokens once
+SOURCE, THREADS, SLOT, MOST = "gather_tokens_hopper", 512, 3 * 64 * 128, 32  # MOST: heads that gather their tokens once
 
 
 def heads_of(Hq: int) -> int:
@@ -19,8 +19,8 @@ def heads_of(Hq: int) -> int:
 
 
 def shared_bytes(heads: int) -> int:
-    slots = {8: 26, 16: 25, 32: 22}[heads]
-    return slots * (SLOT + 32) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 136
+    slots = 7 if heads == 32 else 8
+    return slots * (SLOT + 16 + 3 * 8) + heads * (9 * 128 + 2 * 128 + 16 * 4) + 64
 
 
 def resources(Hq: int) -> Resources:

@@ -14,7 +14,7 @@ from sparsetile.backends.numba.far import far, fill_record, on_threads, record_a
 from sparsetile.backends.numba.convert import F32_CODE
 from sparsetile.backends.numba.job import code_of
 from sparsetile.backends.numba.rows import load_row
-from sparsetile.backends.numba.simd import LANES, address, next_task, op, put_f32
+from sparsetile.backends.numba.simd import LANES, address, ask_row, next_task, op, put_f32
 
 TUNABLES = ()
 FEATURES = ("out", "dout", "out_b", "out_h", "out_t", "dout_b", "dout_h", "dout_t", "out_code", "dout_code", "H", "T", "Dv", "rows", "sums",
@@ -22,6 +22,7 @@ FEATURES = ("out", "dout", "out_b", "out_h", "out_t", "dout_b", "dout_h", "dout_
 DELTA = np.dtype([(name, "i8") for name in FEATURES])
 job_at = record_at(DELTA)
 BATCH = 64  # rows taken at a time
+AHEAD = 16  # rows that are asked for before they are read
 FAR_SINK = 80.0  # where the sink holds all but exp(-80) of a row, P is 0 in float32: a larger factor could only make 0 * inf of it
 
 
@@ -62,6 +63,9 @@ def work(jobs, thread):
                 load_row(job.out_code, out, job.Dv, left, padded)
                 load_row(job.dout_code, dout, job.Dv, right, padded)
                 out, dout = left, right
+            else:
+                ask_row(out + AHEAD * job.out_t, 4 * job.Dv)
+                ask_row(dout + AHEAD * job.dout_t, 4 * job.Dv)
             put_f32(job.sums, row, dot(out, dout, padded))
 
 

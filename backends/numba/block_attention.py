@@ -21,11 +21,12 @@ import numpy as np
 from sparsetile.backends.arrays import numpy_name
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.numba import few, tiles
-from sparsetile.backends.numba.convert import denormal_rows, fill_zero
+from sparsetile.backends.numba.ahead import ROOM as ASKS, ask_for
+from sparsetile.backends.numba.convert import denormal_rows, fill_zero, size_of
 from sparsetile.backends.numba.exact import exact
 from sparsetile.backends.numba.far import far, on_threads, scratch, set_fields
 from sparsetile.backends.numba.finish import write_tile
-from sparsetile.backends.numba.job import job_at, key_limit, list_block, make_job, run_of_keys, scales_of, table_of, tile_block, tile_rows
+from sparsetile.backends.numba.job import job_at, key_limit, list_block, list_ends, make_job, run_of_keys, scales_of, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, scale_keys, scale_queries, span_of, up, whole
 from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
@@ -57,24 +58,24 @@ def default_config(problem):
 
 
 @kernel
-def scores_of(job, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain, half):
+def scores_of(job, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain, half):
     """Scores of a run of keys. plain: no mask is needed. half: which lanes see any of them. What a softcap makes of them is masked later, and its maxima are others."""
     if half != BOTH:
         own = HALF_STEP * (half >> 1)
         tiles.fill_half(ps + HALF_STEP - own, STEP, 6 * sixes + 4 * fours, NOTHING)
-        tiles.score_half(pk, k_step, qt + own, D, ps + own, top + own, sixes, fours, words + own, low)
+        tiles.score_half(asks, pk, k_step, qt + own, D, ps + own, top + own, sixes, fours, words + own, low)
         return
     if job.capped != 0:
         top, plain = top + 3 * STEP, True
     if job.pairs != 0:
         if plain:
-            tiles.score_pairs(pk, k_step, qt, D, ps, top, sixes, fours)
+            tiles.score_pairs(asks, pk, k_step, qt, D, ps, top, sixes, fours)
         else:
-            tiles.score_pairs_masked(pk, k_step, qt, D, ps, top, sixes, fours, words, low)
+            tiles.score_pairs_masked(asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low)
     elif plain:
-        tiles.score(pk, k_step, qt, D, ps, top, sixes, fours)
+        tiles.score(asks, pk, k_step, qt, D, ps, top, sixes, fours)
     else:
-        tiles.score_masked(pk, k_step, qt, D, ps, top, sixes, fours, words, low)
+        tiles.score_masked(asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low)
 
 
 @far("iiiiii")
@@ -82,7 +83,7 @@ def _block(jobs, memory, kind, slot, limit, bases):
     """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values, its page table, and the scales of both."""
     job = job_at(jobs)
     D, Dvp, panels, pc, ps, rows, spans = job.D >> job.pairs, job.Dvp, job.panels, job.constants, memory + job.s, memory + job.rows, memory + job.spans
-    base_k, base_v, table, total = get_i64(bases, 0), get_i64(bases, 1), get_i64(bases, 2), spans + 16 * WORDS * panels
+    asks, base_k, base_v, table, total = memory + job.asks, get_i64(bases, 0), get_i64(bases, 1), get_i64(bases, 2), spans + 16 * WORDS * panels
     sixes_v, fours_v = split(Dvp)
     for first in range(0, job.block_k, CHUNK):
         at, count = slot + first, min(CHUNK, job.block_k - first)
@@ -134,7 +135,7 @@ def _block(jobs, memory, kind, slot, limit, bases):
                 first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
                 count = (end - first_key + 3) & ~3
                 sixes, fours = split(count)
-                scores_of(job, pk + first_key * k_step, k_step, qt, D, ps + STEP * (first_key - low), top, sixes, fours, words, first_key, dense and count == high - low, half)
+                scores_of(job, asks, pk + first_key * k_step, k_step, qt, D, ps + STEP * (first_key - low), top, sixes, fours, words, first_key, dense and count == high - low, half)
             written = cut - low + ((high - cut + 3) & ~3)
             tiles.fill(ps + STEP * written, PANEL * (padded - written), NOTHING)  # two runs may end before what one would have filled up
             if job.capped != 0:
@@ -142,16 +143,36 @@ def _block(jobs, memory, kind, slot, limit, bases):
             tiles.rescale(top, top + STEP, top + 2 * STEP, po, Dvp, pc)
             if job.pairs != 0:
                 tiles.exponent_pairs(ps, padded, top + STEP, top + 2 * STEP, pc)
-                tiles.add_values_pairs(pv + (low >> 1) * v_step, v_step, ps, (high - low + 1) >> 1, po, sixes_v, fours_v)
+                tiles.add_values_pairs(asks, pv + (low >> 1) * v_step, v_step, ps, (high - low + 1) >> 1, po, sixes_v, fours_v)
                 continue
             tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
             for run in range(1 if cut == high else 2):
                 first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
                 own, other = ps + STEP * (first_key - low), HALF_STEP * (half >> 1)
                 if half == BOTH:
-                    tiles.add_values(pv + first_key * v_step, v_step, own, end - first_key, po, sixes_v, fours_v)
+                    tiles.add_values(asks, pv + first_key * v_step, v_step, own, end - first_key, po, sixes_v, fours_v)
                 else:
-                    tiles.add_values_half(pv + first_key * v_step, v_step, own + other, end - first_key, po + other, sixes_v, fours_v)
+                    tiles.add_values_half(asks, pv + first_key * v_step, v_step, own + other, end - first_key, po + other, sixes_v, fours_v)
+
+
+@kernel
+def _ask_ahead(job, memory, bases, b, h, i):
+    """Ask for this tile's rows of the output and for what this thread is likely to read next, for tiles go down and threads take turns:
+    rows of Q, and key blocks that this tile has not seen."""
+    asks, row, count = memory + job.asks, get_i64(memory + job.rows, 0), job.block_q
+    n = ask_for(asks, 0, 0, 0, 0, 0)
+    if job.q_order != 0 or row < 0:
+        return
+    n = ask_for(asks, n, job.out + b * job.out_b + h * job.out_h + row * job.out_t, job.out_t, job.Dv * size_of(job.out_code), min(count, job.T - row))
+    row, then = row - count * job.turns, i - job.turns
+    if row < 0 or then < 0:
+        return
+    n = ask_for(asks, n, job.q + b * job.q_b + h * job.q_h + row * job.q_t, job.q_t, job.D * size_of(job.q_code), count)
+    first, now = list_ends(job, b, h, then)[0], list_ends(job, b, h, i)[0]
+    if job.k_order == 0 and job.table == 0:
+        at, rows = first * job.block_k, min(now - first, job.turns) * job.block_k
+        n = ask_for(asks, n, get_i64(bases, 0) + at * job.k_t, job.k_t, job.D * size_of(job.k_code), rows)
+        n = ask_for(asks, n, get_i64(bases, 1) + at * job.v_t, job.v_t, job.Dv * size_of(job.v_code), rows)
 
 
 @far("iiiiii")
@@ -181,6 +202,7 @@ def _tile(jobs, memory, b, h, heads, tile):
             if job.q_scale != 0:
                 scale_queries(job.q_scale + 4 * (b * job.Hq + h) * job.T, rows + 8 * PANEL * p, memory + job.qt + STEP * job.Dq * p, job.Dq, 0, 0)
         begin, partial, end = list_block(job, b, h, i)
+        _ask_ahead(job, memory, bases, b, h, i)
         for entry in range(begin, end):
             _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, bases)
     write_tile(jobs, memory, b, h, 1 if i >= 0 else 0)
@@ -236,9 +258,9 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     if config["pairs"] and table is None and parts is None and lists.k_order is None and scale > 0 and D % 2 == Dv % 2 == 0 and not any(denormal_rows(address(x), x.strides[:3], x.shape) for x in (q, k, v)):
         job["pairs"], job["Dq"], job["direct_k"] = 1, up(D // 2, LANES), 1
     threads = min(numba.get_num_threads(), tasks) if lse.size * int(job["S"][0]) * (D + Dv) > SMALL else 1
-    _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP)
+    _memory = scratch(job, threads, **shared, ot=panels * width * STEP, state=4 * panels * STEP, saw=panels * STEP, asks=ASKS)
     lost = np.full(lse.shape, wide, np.uint8)
-    set_fields(job, lost=address(lost), stack=stack)
+    set_fields(job, lost=address(lost), stack=stack, turns=threads)
     counter = alive[0]["counter"]
     if not wide and parts is not None:
         on_threads(few.work, job, threads)

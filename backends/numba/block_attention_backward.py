@@ -19,13 +19,14 @@ import numpy as np
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba import block_attention, tiles
 from sparsetile.backends.numba import gradient_tiles as gt
+from sparsetile.backends.numba.ahead import ROOM as ASKS, ask_for
 from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
-from sparsetile.backends.numba.convert import F32_CODE, fill_zero
+from sparsetile.backends.numba.convert import F32_CODE, fill_zero, size_of
 from sparsetile.backends.numba.exact_backward import exact_backward
 from sparsetile.backends.numba.far import far, keep, on_threads, scratch, set_fields, take
 from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, make_job, tile_block, tile_rows
+from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, list_ends, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
 from sparsetile.backends.numba.rows import store_rows
 from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
@@ -50,7 +51,7 @@ def default_config(problem):
 
 
 @kernel
-def _gradients(job, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, half):
+def _gradients(job, asks, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, half):
     """P, dS and dQ of one panel against a run of keys, for the half of its lanes that sees any of them (or BOTH)."""
     D, Dv, pc, step = job.D, job.Dv, job.constants, STEP * job.panels
     sixes, fours = split((keys + 3) & ~3)
@@ -59,20 +60,20 @@ def _gradients(job, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, maske
         own = HALF_STEP * (half >> 1)
         tiles.fill_half(P + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
         tiles.fill_half(dS + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
-        gt.probability_half(pk, k_step, qt, D, P + own, step, lse, pc, sixes, fours, words + own, first)
-        gt.score_gradient_half(pv, v_step, g, Dv, P + own, dS + own, step, lse + 2 * STEP, pc, sixes, fours)
-        gt.add_queries_half(pk, k_step, dS + own, step, keys, dqt, sixes_d, fours_d)
+        gt.probability_half(asks, pk, k_step, qt, D, P + own, step, lse, pc, sixes, fours, words + own, first)
+        gt.score_gradient_half(asks, pv, v_step, g, Dv, P + own, dS + own, step, lse + 2 * STEP, pc, sixes, fours)
+        gt.add_queries_half(asks, pk, k_step, dS + own, step, keys, dqt, sixes_d, fours_d)
         return
     if job.capped != 0:
-        gt.probability_capped(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first, dS)
-        gt.score_gradient_capped(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+        gt.probability_capped(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first, dS)
+        gt.score_gradient_capped(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
     else:
         if masked != 0:
-            gt.probability_masked(pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
+            gt.probability_masked(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
         else:
-            gt.probability(pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
-        gt.score_gradient(pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
-    gt.add_queries(pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
+            gt.probability(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
+        gt.score_gradient(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+    gt.add_queries(asks, pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
 
 
 @far("iiiiii")
@@ -94,7 +95,7 @@ def _products(jobs, memory, masked, low, high, where):
         for run in range(1 if cut == high else 2):
             first, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
             own = HALF_STEP * (half >> 1) if half != BOTH else 0
-            _gradients(job, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
+            _gradients(job, memory + job.asks, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
                        memory + job.dqt + STEP * job.Dp * p + own, P + step * (first - low), dS + step * (first - low), memory + job.rows_lse + 3 * STEP * p + own,
                        words, masked, first, end - first, half)
     for r in range(high - low, padded):  # what register tiles read past the keys
@@ -243,6 +244,32 @@ def _store_queries(jobs, memory, b, h):
         store_panel(dqt, job.Dp, memory + job.flat, memory + job.rows + 8 * PANEL * p, job.dq + b * job.dq_b + h * job.dq_h, 0, job.dq_t, job.T, job.dq_code, job.D)
 
 
+@kernel
+def _ask_ahead(job, memory, where, b, h, i, more):
+    """Ask for this tile's rows of dQ and, if the share has a tile after block i (more), for its rows of Q and dO, the key block
+    that this tile has not seen, and where its sums will stand."""
+    asks, row, count = memory + job.asks, get_i64(memory + job.rows, 0), job.block_q
+    n = ask_for(asks, 0, 0, 0, 0, 0)
+    if job.q_order != 0 or row < 0:
+        return
+    n = ask_for(asks, n, job.dq + b * job.dq_b + h * job.dq_h + row * job.dq_t, job.dq_t, job.D * size_of(job.dq_code), min(count, job.T - row))
+    row, i = row + count, i + 1
+    if not more or i >= job.nq or row >= job.T:
+        return
+    rows = min(count, job.T - row)
+    n = ask_for(asks, n, job.q + b * job.q_b + h * job.q_h + row * job.q_t, job.q_t, job.D * size_of(job.q_code), rows)
+    n = ask_for(asks, n, job.dout + b * job.dout_b + h * job.dout_h + row * job.dout_t, job.dout_t, job.Dv * size_of(job.dout_code), rows)
+    last = list_ends(job, b, h, i)[1]
+    at, rows = last * job.block_k, min(job.block_k, job.S - last * job.block_k)
+    if job.k_order != 0 or last <= list_ends(job, b, h, i - 1)[1]:
+        return
+    own = 15 if job.owners != 0 and get_i64(job.owners, last) == get_i64(where, 14) else 4
+    n = ask_for(asks, n, get_i64(where, 8) + at * job.k_t, job.k_t, job.D * size_of(job.k_code), rows)
+    n = ask_for(asks, n, get_i64(where, 9) + at * job.v_t, job.v_t, job.Dv * size_of(job.v_code), rows)
+    n = ask_for(asks, n, get_i64(where, own) + at * 4 * job.Dp, 4 * job.Dp, 4 * job.Dp, rows)
+    n = ask_for(asks, n, get_i64(where, own + 1) + at * 4 * job.width, 4 * job.width, 4 * job.width, rows)
+
+
 @far("ii")
 def work(jobs, thread):
     job = job_at(jobs)
@@ -275,6 +302,7 @@ def work(jobs, thread):
                 if i >= 0:
                     _load_rows(jobs, memory, b, h, where)
                     begin, partial, end = list_block(job, b, h, i)
+                    _ask_ahead(job, memory, where, b, h, i, tile + 1 < get_i64(job.cuts, share + 1))
                     for entry in range(begin, end):
                         _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit, where)
                 _store_queries(jobs, memory, b, h)
@@ -384,7 +412,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     set_fields(job, shares=shares, owners=address(owners if direct else None), cuts=address(cuts), sums_k=sums_k, sums_v=sums_v, sum_rows=sum_rows, touched=address(touched), touched_step=touched.shape[1])
     rows, chunk = panels * PANEL, CHUNK + 4
     shared |= dict(spans=shared["spans"] + 192, gt=panels * width * STEP, dqt=panels * Dp * STEP, q_rows=rows * (4 * Dp + APART), g_rows=rows * (4 * width + APART), p=4 * rows * chunk,
-                   ds=4 * rows * chunk, bounds=16 * chunk, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width))
+                   ds=4 * rows * chunk, bounds=16 * chunk, asks=ASKS, rows_lse=3 * panels * STEP, more=4 * chunk * (Dp + width))
     _memory = scratch(job, threads, **shared)
     for head in range(0, B * Hk, heads):
         set_fields(job, head=head, heads=min(heads, B * Hk - head))

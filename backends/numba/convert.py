@@ -11,6 +11,12 @@ CODE = {"float32": F32_CODE, "float16": F16_CODE, "bfloat16": BF16_CODE, "float8
 SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float64": 8, "int32": 4}
 
 
+@kernel
+def size_of(code):
+    """Bytes of an element."""
+    return 4 if code == F32_CODE else 1 if code == FP8_CODE else 2
+
+
 def half_to_float(e, bits, hardware=HALF):
     """int16 lanes -> float32 lanes."""
     b = e.b

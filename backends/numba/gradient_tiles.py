@@ -6,18 +6,20 @@ A row's lse, in powers of two, is the sum of two float32 (`high`, `low`): scores
 """
 from llvmlite import ir
 
+from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
 from sparsetile.backends.numba.tiles import HALF, PANEL, STEP, STEPS, WIDTH, _groups, _panel, _seen
 
 
 def _probability(masked, capped, cols=VECTORS):
-    def probability(e, pk, k_step, pq, D, pp, p_step, pl, pc, sixes, fours, *more):
+    def probability(e, asks, pk, k_step, pq, D, pp, p_step, pl, pc, sixes, fours, *more):
         """P = 2 ** (c K Q^T - lse), 0 where unseen. With a softcap its slope goes to pd, where dS will be."""
         b = e.b
         c, outer, inner = (e.splat(e.load(pc, offset, F)) for offset in (0, 4, 8))
         high, low = [b.fneg(x) for x in _panel(e, pl, cols=cols)], _panel(e, pl, STEP, cols=cols)
 
         def group(rows, first, _):
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
@@ -37,22 +39,23 @@ def _probability(masked, capped, cols=VECTORS):
     return probability
 
 
-probability = op("iiiiiiiiii", _probability(False, False))
-"""(K, K's row step, Q^T, D, P, P's row step, lse, constants, sixes, fours)"""
-probability_masked = op("iiiiiiiiiiii", _probability(True, False))
+probability = op("iiiiiiiiiii", _probability(False, False))
+"""(list of what to ask for, K, K's row step, Q^T, D, P, P's row step, lse, constants, sixes, fours)"""
+probability_masked = op("iiiiiiiiiiiii", _probability(True, False))
 """The same with (..., words, first key)."""
-probability_capped = op("iiiiiiiiiiiii", _probability(True, True))
+probability_capped = op("iiiiiiiiiiiiii", _probability(True, True))
 """The same with (..., words, first key, dS)."""
-probability_half = op("iiiiiiiiiiii", _probability(True, False, HALF))
+probability_half = op("iiiiiiiiiiiii", _probability(True, False, HALF))
 """probability_masked of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further; so are score_gradient_half and add_queries_half."""
 
 
 def _score_gradient(capped, cols=VECTORS):
-    def score_gradient(e, pv, v_step, pg, Dv, pp, pd, p_step, px, pc, sixes, fours):
+    def score_gradient(e, asks, pv, v_step, pg, Dv, pp, pd, p_step, px, pc, sixes, fours):
         """dS = slope P (V dO^T - delta)"""
         b, slope, delta = e.b, e.splat(e.load(pc, 12, F)), _panel(e, px, cols=cols)
 
         def group(rows, first, _):
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS[cols])
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
@@ -64,15 +67,16 @@ def _score_gradient(capped, cols=VECTORS):
     return score_gradient
 
 
-score_gradient = op("iiiiiiiiiii", _score_gradient(False))
-"""(V, V's row step, dO^T, Dv, P, dS, their row step, delta, constants, sixes, fours)"""
-score_gradient_capped, score_gradient_half = op("iiiiiiiiiii", _score_gradient(True)), op("iiiiiiiiiii", _score_gradient(False, HALF))
+score_gradient = op("iiiiiiiiiiii", _score_gradient(False))
+"""(list of what to ask for, V, V's row step, dO^T, Dv, P, dS, their row step, delta, constants, sixes, fours)"""
+score_gradient_capped, score_gradient_half = op("iiiiiiiiiiii", _score_gradient(True)), op("iiiiiiiiiiii", _score_gradient(False, HALF))
 
 
 def _queries(cols):
-    def queries(e, pk, k_step, pd, p_step, keys, po, sixes, fours):
+    def queries(e, asks, pk, k_step, pd, p_step, keys, po, sixes, fours):
         """dQ^T += K^T dS"""
         def group(rows, first, _):
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
@@ -83,8 +87,8 @@ def _queries(cols):
     return queries
 
 
-add_queries, add_queries_half = op("iiiiiiii", _queries(VECTORS)), op("iiiiiiii", _queries(HALF))
-"""(K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
+add_queries, add_queries_half = op("iiiiiiiii", _queries(VECTORS)), op("iiiiiiiii", _queries(HALF))
+"""(list of what to ask for, K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
 
 
 def _reach(e, words, words_step, panels, first_key, count, bounds):

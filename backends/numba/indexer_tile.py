@@ -11,9 +11,10 @@ from sparsetile.backends.numba.far import far, record_at, scratch
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row, load_rows
 from sparsetile.backends.numba.selector import FLOOR, window
-from sparsetile.backends.numba.simd import F, LANES, address, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
+from sparsetile.backends.numba.simd import F, LANES, REGISTERS, address, ask_row, get_f32, get_i32, get_i64, op, put_f32, transpose_tile
 
 HEADS, VECTORS = 4, 3          # 12 accumulators, 3 keys' vectors, 1 broadcast: AVX2's 16 registers
+MORE = HEADS * (2 if REGISTERS == 32 else 1)  # heads at a time while there are so many
 KEYS = VECTORS * LANES         # of a panel [D, KEYS], which stays in the first cache while all queries of a tile pass over it
 CHUNK = 8 * KEYS               # keys whose scores are held before they compete
 
@@ -22,15 +23,18 @@ def _score(e, q, q_step, weights, H, D, panel, scale, out, low):
     """KEYS scores of one query. q: rows of heads, q_step bytes apart, rows up to a multiple of HEADS readable."""
     b, low = e.b, e.splat(low)
 
-    def group(h, sums):
-        acc = e.gemm(HEADS, VECTORS, e.add(q, e.mul(h, q_step)), q_step, 4, panel, 4 * KEYS, D)
-        for r in range(HEADS):
+    def group(heads, h, sums, all_there=True):
+        acc = e.gemm(heads, VECTORS, e.add(q, e.mul(h, q_step)), q_step, 4, panel, 4 * KEYS, D)
+        for r in range(heads):
             w = e.splat(e.load(weights, e.mul(e.add(h, r), 4), F))
             there = b.icmp_signed("<", e.add(h, r), H)  # a head that pads must not turn an infinite key into NaN
             # max(low, x) is x where x is NaN: it must be seen, so that it is never chosen
-            sums = [b.select(there, e.fma(e.max(low, acc[r * VECTORS + n]), w, s), s) for n, s in enumerate(sums)]
+            new = [e.fma(e.max(low, acc[r * VECTORS + n]), w, s) for n, s in enumerate(sums)]
+            sums = new if all_there else [b.select(there, x, s) for x, s in zip(new, sums)]
         return sums
-    for n, x in enumerate(e.loop(H, [e.f(0)] * VECTORS, group, HEADS)):
+    main = b.and_(H, e.i(-MORE))
+    sums = e.loop(main, [e.f(0)] * VECTORS, lambda h, s: group(MORE, h, s), MORE)
+    for n, x in enumerate(e.loop(b.sub(H, main), sums, lambda h, s: group(HEADS, e.add(main, h), s, False), HEADS)):
         e.store(b.fmul(x, e.load(scale, 4 * LANES * n)), out, 4 * LANES * n)
 
 
@@ -41,7 +45,7 @@ INDEXER = np.dtype([(name, "i8") for name in (
     "counter", "q", "q_b", "q_h", "q_t", "q_code", "k", "k_b", "k_s", "k_code", "weights", "k_scale", "key_start", "key_end", "causal", "q_start", "q_starts", "table", "table_b", "page", "pages", "scale_b",
     "B", "H", "T", "S", "D", "padded", "heads", "queries", "memory", "memory_step", "qf", "wf", "rows", "panel", "scale", "scores", "bounds",
     "given", "shares", "share", "state", "candidates", "room", "top_k", "keep", "pool", "force_first", "force_last", "forced", "parts",
-    "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf", "row", "blocks", "reach", "step")]
+    "indices", "lengths", "chosen", "out", "threads", "dscores", "dq", "dk", "dweights", "grads", "da", "dw", "dqf", "dkf", "row", "row_bytes", "blocks", "reach", "step")]
                    + [("low", "f8"), ("factor", "f8")])
 """x: address of an array; x_b, x_h, x_t, x_s: bytes from batch to batch, head to head, row to row; x_code: its element type. Absent: 0.
 memory: float32 scratch of a thread, memory_step bytes; qf, wf, rows, panel, scale, scores: offsets in it. low: 0 for relu, else -inf."""
@@ -143,7 +147,10 @@ def score_chunk(jobs, b, t0, count, first, last, starts, ends, memory, fresh):
         if not seen:
             continue
         holes = load_keys(jobs, b, s, last, memory)
+        ahead = job.k + b * job.k_b + (s + KEYS) * job.k_s if job.table == 0 and s + 2 * KEYS <= job.S else 0
         for n in range(count):
+            for x in range(n * KEYS // count, (n + 1) * KEYS // count if ahead != 0 else 0):
+                ask_row(ahead + x * job.k_s, job.row_bytes)
             if get_i64(starts, n) < s + KEYS and get_i64(ends, n) > s:
                 score_keys(memory + job.qf + 4 * job.padded * job.heads * n, 4 * job.padded, memory + job.wf + 4 * job.heads * n, job.H, job.D,
                            memory + job.panel, memory + job.scale, memory + job.scores + 4 * (CHUNK * n + s - first), np.float32(job.low))
@@ -178,7 +185,7 @@ def make_indexer(q, k, weights, *, table=None, k_scale, key_start, key_end, caus
     values = {name: address(x) for name, x in alive.items()}
     values |= dict(zip(("q_b", "q_h", "q_t"), q.strides)) | dict(zip(("k_b", "k_s"), k.strides))
     values |= dict(q_code=CODE.get(q.dtype.name, 0), k_code=CODE.get(k.dtype.name, 0), causal=int(causal), q_start=0 if each else int(q_start), B=B, H=H, T=T, S=S, D=D, threads=threads,
-                   padded=padded, heads=heads, queries=queries, row=row, low=0.0 if activation == "relu" else -np.inf)
+                   padded=padded, heads=heads, queries=queries, row=row, row_bytes=D * k.itemsize, low=0.0 if activation == "relu" else -np.inf)
     values |= dict(page=page, pages=len(k), table_b=0 if table is None else table.shape[1], scale_b=0 if k_scale is None else k_scale.strides[0])
     for name, x in values.items():
         job[name] = x

@@ -24,12 +24,12 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "table", "table_b", "page", "pool", "q_scale", "k_scale", "v_scale", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step",
-        "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
+        "table", "table_b", "page", "pool", "q_scale", "k_scale", "v_scale", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step", "turns",
+        "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "asks", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
 table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. q_scale [B,Hq,T], k_scale and v_scale [B,Hk,ceil(S/128)]: float32, what rows of float8 are
-multiplied by. tiles: blocks of queries of one batch and head. memory: scratch, in which the last line's names are offsets. What is absent is 0.
+multiplied by. tiles: blocks of queries of one batch and head. turns: threads that take them in turn. memory: scratch, in which the last line's names are offsets. What is absent is 0.
 Scores times sign times unit are natural logarithms (a softcap takes the scale in)."""
 job_at = record_at(JOB)
 START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2
@@ -151,6 +151,18 @@ def list_block(job, b, h, i):
     l = get_i32(job.list_of, b * job.list_b + h * job.list_h)
     x = 2 * (l * job.nq + i)
     return get_i32(job.offsets, x), get_i32(job.offsets, x + 1), get_i32(job.offsets, x + 2)
+
+
+@kernel
+def list_ends(job, b, h, i):
+    """First and last key block of the list of block i, S and -1 if it has none; full ones and partial ones are each in order."""
+    begin, partial, end = list_block(job, b, h, i)
+    first, last = job.S, -1
+    if begin < partial:
+        first, last = get_i32(job.cols, begin), get_i32(job.cols, partial - 1)
+    if partial < end:
+        first, last = min(first, get_i32(job.cols, partial)), max(last, get_i32(job.cols, end - 1))
+    return first, last
 
 
 @kernel

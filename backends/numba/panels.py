@@ -9,7 +9,7 @@ from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_of, row_word
 from sparsetile.backends.numba.rows import load_row, load_rows, store_rows
 from sparsetile.backends.numba.simd import LANES, get_f32, get_i64, highest_bit, lowest_bit, put_f32, put_i32, put_i64, transpose_tile
-from sparsetile.backends.numba.tiles import PANEL, STEP, interleave, times, word_common, word_union
+from sparsetile.backends.numba.tiles import PANEL, STEP, interleave, interval_words, times, word_common, word_union
 
 CHUNK = 64  # keys at a time: their rows of K and V stay in the nearest cache
 WORDS = CHUNK // 32 + 1  # one more, always 0: register tiles may reach three keys past the chunk
@@ -172,12 +172,16 @@ def chunk_words(jobs, kind, slot, first, count, limit, rows, panels, words, span
                         there |= 1 << c
         union = 0
         for p in range(panels):
-            lanes, span = words + 4 * PANEL * (p * WORDS + w), spans + 16 * WORDS * p
-            for n in range(PANEL):
-                word = 0
-                if there != 0 and get_i64(rows, p * PANEL + n) >= 0:
-                    word = there if kind < 0 else there & row_word(job, kind, get_i64(block_rows, p * PANEL + n), (first >> 5) + w)
-                put_i32(lanes, n, word)
+            lanes, span, last = words + 4 * PANEL * (p * WORDS + w), spans + 16 * WORDS * p, (p + 1) * PANEL - 1
+            # Intervals, and rows of the first head with none left out: as they lie in the table.
+            if kind >= 0 and kind & 1 == 0 and 0 <= get_i64(rows, last) < job.T and get_i64(block_rows, last) == last:
+                interval_words(job.intervals + 8 * ((kind >> 1) * job.block_q + p * PANEL), 32 * ((first >> 5) + w), there, rows + 8 * p * PANEL, lanes)
+            else:
+                for n in range(PANEL):
+                    word = 0
+                    if there != 0 and get_i64(rows, p * PANEL + n) >= 0:
+                        word = there if kind < 0 else there & row_word(job, kind, get_i64(block_rows, p * PANEL + n), (first >> 5) + w)
+                    put_i32(lanes, n, word)
             put_i64(span, w, word_union(lanes))
             put_i64(span, WORDS + w, word_common(lanes))
             union |= get_i64(span, w)

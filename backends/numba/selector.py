@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I8, I32, I64, get_f32, get_i32, get_i64, op, put_f32
+from sparsetile.backends.numba.simd import COMPRESS, F, I1, I8, I32, I64, get_f32, get_i32, get_i64, op, put_f32
 
 STEP = 32   # scores looked at together
 FORCED = 0x7fffffff  # order of an entry that is taken whatever its score; above that of +inf
@@ -35,6 +35,21 @@ def _push(e, candidates, room, count, value, index):
     at = e.add(candidates, e.mul(count, 4))
     e.store(_ordered(e.b, e.b.fadd(value, e.scalar(0))), at)  # -0.0 + 0.0 is 0.0
     e.store(e.b.trunc(index, I32), e.add(at, e.mul(room, 4)))
+
+
+def _push_above(e, values, floor, candidates, room, count, index):
+    """Those of STEP scores that are above the floor; behind them what is written next is overwritten. Returns the new count."""
+    b, room, limit = e.b, e.mul(room, 4), e.splat(floor)
+    index = b.add(e.splat(b.trunc(index, I32)), ir.Constant(e.VI, list(range(e.lanes))))
+    for first in range(0, STEP, e.lanes):
+        x = e.load(values, 4 * first)
+        take, at = b.fcmp_ordered(">", x, limit), e.add(candidates, e.mul(count, 4))
+        bits = e.as_int(b.fadd(x, e.f(0)))
+        order = b.xor(bits, b.and_(b.ashr(bits, e.n(31)), e.n(0x7fffffff)))
+        for y, to in ((order, at), (b.add(index, e.n(first)), e.add(at, room))):
+            e.store(e.call(f"llvm.experimental.vector.compress.v{e.lanes}i32", e.VI, y, take, y), to)
+        count = b.add(count, e.call("llvm.ctpop.i64", I64, b.zext(b.bitcast(take, ir.IntType(e.lanes)), I64)))
+    return count
 
 
 def _push_forced(e, candidates, room, count, index):
@@ -88,6 +103,21 @@ def _keep(e, candidates, room, count, limit, ties):
     return e.loop(count, [e.i(0), ties], body)[0]
 
 
+def _keep_from(e, candidates, room, count, limit):
+    """Keep orders from the limit on, LANES at a time, in place; what is stored behind them stood there or was read before."""
+    b, room, limit = e.b, e.mul(room, 4), e.splat(e.b.trunc(limit, I32))
+
+    def body(k, held):
+        source, target = e.add(candidates, e.mul(k, 4)), e.add(candidates, e.mul(held[0], 4))
+        x, index = e.load(source, 0, e.VI), e.load(e.add(source, room), 0, e.VI)
+        take = b.icmp_signed(">=", x, limit)
+        for y, to in ((x, target), (index, e.add(target, room))):
+            e.store(e.call(f"llvm.experimental.vector.compress.v{e.lanes}i32", e.VI, y, take, y), to)
+        bits = b.zext(b.bitcast(take, ir.IntType(e.lanes)), I64)
+        return [b.add(held[0], e.call("llvm.ctpop.i64", I64, bits))]
+    e.loop(count, [e.i(0)], body, e.lanes)
+
+
 def _top_of(e, values, count, top):
     """The largest of `top` and `count` scores, NaN passed over."""
     b, main = e.b, e.b.and_(count, e.i(-e.lanes))
@@ -106,12 +136,14 @@ def _fill(e, orders, count):
 
 above = op("if", _above, "i")
 push = op("iiifi", _push)
+push_above = op("ifiiii", _push_above, "i")
 push_forced = op("iiii", _push_forced)
 score_of = op("i", _score_of, "f")
 count_from = op("iii", _count_from, "i")
 top_of = op("iif", _top_of, "f")
 largest = op("ii", _largest, "i")
 keep = op("iiiii", _keep, "i")
+keep_from = op("iiii", _keep_from)
 fill_least = op("ii", _fill)
 put_i32 = op("iii", lambda e, address, index, x: e.store(e.b.trunc(x, I32), e.add(address, e.mul(index, 4))))
 put_i64 = op("iii", lambda e, address, index, x: e.store(x, e.add(address, e.mul(index, 8))))
@@ -139,10 +171,13 @@ def cut(candidates, room, count, k):
             low, found = middle, at_least
         else:
             high = middle
-    ties = k
-    if found != k:
-        ties = k - (count_from(candidates, padded, low + 1) if low < FORCED else 0)
-    keep(candidates, room, count, low, ties)
+    if COMPRESS and found == k:
+        keep_from(candidates, room, padded, low)
+    else:
+        ties = k
+        if found != k:
+            ties = k - (count_from(candidates, padded, low + 1) if low < FORCED else 0)
+        keep(candidates, room, count, low, ties)
     return score_of(low)
 
 
@@ -153,6 +188,8 @@ def offer(values, count, base, k, candidates, room, state):
     while first < count:
         if count - first >= STEP:
             bits = above(values + 4 * first, floor)
+            if COMPRESS and bits != 0:
+                held, bits = push_above(values + 4 * first, floor, candidates, room, held, base + first), 0
         else:
             bits = 0
             for n in range(count - first):

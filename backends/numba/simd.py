@@ -49,12 +49,15 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 LANES = int(os.environ.get("SPARSETILE_CPU_LANES", 0)) or (16 if "avx512f" in FEATURES else 8 if "avx2" in FEATURES else 4)
 """float32 values in a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE)."""
-VECTORS = 2 if LANES == 8 or X86 and LANES == 4 else 4
+REGISTERS = 16 if LANES == 8 or X86 and LANES == 4 else 32
+VECTORS = REGISTERS // 8
 """Vectors side by side in a register tile: 6 x 2 accumulators fit 16 registers, 6 x 4 fit 32."""
 HALF = ARM or "f16c" in FEATURES or "avx512f" in FEATURES
 """float16 conversions are instructions; otherwise they are done with integers."""
 SCALES = LANES == 16 and {"avx512f", "avx512dq"} <= FEATURES
 """The part of a float32 behind its whole number, and a product with a power of two, are instructions."""
+COMPRESS = LANES == 16 and "avx512f" in FEATURES
+"""Chosen lanes are moved together by one instruction."""
 PAIRS = LANES == 16 and "avx512bf16" in FEATURES
 """Pair products: one instruction adds two products of bfloat16 to each float32 lane."""
 FAST_PAIRS = PAIRS and (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
@@ -132,6 +135,10 @@ class Vectors:
         """For the cache line at an address, which will be read and written."""
         self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, 0, I8), *(ir.Constant(I32, x) for x in (1, 3, 1)))
 
+    def fetch(self, address):
+        """The cache line at an address, which will be read: into the second cache, for the first has few lines on their way."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, 0, I8), *(ir.Constant(I32, x) for x in (0, 2, 1)))
+
     def splat(self, x):
         """A scalar in all lanes."""
         kind = self.of(x.type)
@@ -197,7 +204,7 @@ class Vectors:
         return y
 
     def exp2(self, x):
-        """2**x for x <= 127, exactly 0 below 2**-100 (no slow denormals), NaN where x is NaN; relative error 2.5e-7."""
+        """2**x, exactly 0 below 2**-100 (no slow denormals), inf from 2**127.5 or 2**128 on, NaN where x is NaN; relative error 2.5e-7."""
         b = self.b
         if SCALES and self.lanes == 16:
             there = b.bitcast(b.fcmp_unordered(">=", x, self.f(-100)), I16)
@@ -206,6 +213,7 @@ class Vectors:
         low = self.f(-100)
         below = b.fcmp_ordered("<", x, low)
         x = b.select(below, low, x)
+        x = b.select(b.fcmp_ordered(">", x, self.f(128)), self.f(128), x)
         magic = self.f(MAGIC + 127)  # with float32's bias: the low bits shifted up are 2**round(x)
         z = b.fadd(x, magic)
         part = b.fsub(x, b.fsub(z, magic))
@@ -368,6 +376,14 @@ put_f32 = op("iif", _put_f32)
 def address(array) -> int:
     """Of the first element of a NumPy array, from Python; 0 for None."""
     return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def _ask_row(e, source, count):
+    """For the cache lines of `count` bytes."""
+    e.loop(count, [], lambda k, _: (e.fetch(e.add(source, k)), [])[1], 64)
+
+
+ask_row = op("ii", _ask_row)
 
 
 def _transpose_tile(e, source, source_step, target, target_step):

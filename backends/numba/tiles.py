@@ -12,6 +12,7 @@ import math
 
 from llvmlite import ir
 
+from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.convert import float_to_bfloat
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, op
@@ -60,9 +61,10 @@ def _seen(e, words, key, cols=VECTORS):
 
 
 def _score(masked, pairs=False, cols=VECTORS):
-    def score(e, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
+    def score(e, asks, pk, k_step, pq, D, ps, pm, sixes, fours, *mask):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS[cols])
             if masked:
                 words, first_key = mask
@@ -80,13 +82,13 @@ def _score(masked, pairs=False, cols=VECTORS):
     return score
 
 
-score = op("iiiiiiii", _score(False))
-"""(K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
-score_masked = op("iiiiiiiiii", _score(True))
+score = op("iiiiiiiii", _score(False))
+"""(list of what to ask for, K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
+score_masked = op("iiiiiiiiiii", _score(True))
 """The same with (..., words, first key): unseen pairs become -inf."""
-score_half = op("iiiiiiiiii", _score(True, cols=HALF))
+score_half = op("iiiiiiiiiii", _score(True, cols=HALF))
 """The same of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further."""
-score_pairs, score_pairs_masked = op("iiiiiiii", _score(False, PAIRS)), op("iiiiiiiiii", _score(True, PAIRS))
+score_pairs, score_pairs_masked = op("iiiiiiiii", _score(False, PAIRS)), op("iiiiiiiiiii", _score(True, PAIRS))
 """The same of bfloat16, two to a word: D counts words. Where the CPU has no pair products these are never called."""
 
 
@@ -167,9 +169,10 @@ exponent, exponent_pairs = op("iiiii", _exponent(False)), op("iiiii", _exponent(
 
 
 def _values(pairs, cols=VECTORS):
-    def values(e, pv, v_step, ps, keys, po, sixes, fours):
+    def values(e, asks, pv, v_step, ps, keys, po, sixes, fours):
         """O^T += V^T P over any number of keys."""
         def group(rows, first, _):
+            ask_next(e, asks, rows, cols)
             acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS[cols])
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
@@ -180,8 +183,8 @@ def _values(pairs, cols=VECTORS):
     return values
 
 
-add_values, add_values_pairs, add_values_half = (op("iiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
-"""(V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
+add_values, add_values_pairs, add_values_half = (op("iiiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
+"""(list of what to ask for, V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
 
 
 def _interleave(e, source, step, pairs, width, target, padded):
@@ -256,6 +259,25 @@ def _word_reduce(name):
 
 word_union, word_common = op("i", _word_reduce("or"), "i"), op("i", _word_reduce("and"), "i")
 """Of the PANEL int32 at an address, as 0 .. 2**32 - 1."""
+
+
+def _interval_words(e, intervals, first, there, rows, words):
+    """Words of the 32 keys from `first` on that PANEL rows see, of those that are `there`. Intervals (two int32 a row) and rows' numbers
+    (int64, below 0: no row) follow each other."""
+    b, first, there = e.b, e.splat(e.b.trunc(first, I32)), e.splat(e.b.trunc(there, I32))
+
+    def below(x):
+        """Bits before the x-th, x clipped to 0 .. 32."""
+        x = b.select(b.icmp_signed(">", x, e.n(0)), x, e.n(0))
+        return b.select(b.icmp_signed("<", x, e.n(32)), b.sub(b.shl(e.n(1), b.and_(x, e.n(31))), e.n(1)), e.n(-1))
+    for n in range(VECTORS):
+        pairs = [e.load(intervals, (2 * n + half) * WIDTH, e.VI) for half in (0, 1)]
+        low, high = (b.sub(b.shuffle_vector(*pairs, ir.Constant(e.VI, [2 * lane + end for lane in range(LANES)])), first) for end in (0, 1))
+        there_ = b.icmp_signed(">=", e.load(rows, 8 * LANES * n, e.of(I64)), ir.Constant(e.of(I64), [0] * LANES))
+        e.store(b.select(there_, b.and_(b.and_(below(high), b.not_(below(low))), there), e.n(0)), words, n * WIDTH)
+
+
+interval_words = op("iiiii", _interval_words)
 
 
 def _word_halves(e, words):

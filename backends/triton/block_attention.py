@@ -7,8 +7,8 @@ A key of a partial block that no row of the tile sees is never read into a produ
 With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart (pages.py); keys in a page that is not one of 0 .. N - 1
 do not exist, so that every block has a mask. latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.py), whose first R columns are the values. The paths portable and decode read them where they lie.
 
-The path "gluon" is for sm_90a. Calls that it does not know (orders, scales that are not positive, outputs of another type, arrays that the copy engine cannot
-address) take the portable one with the same blocks.
+The path "gluon" is for sm_90a. Calls that it does not know (scales that are not positive, outputs of another type, arrays and orders that the copy engine cannot
+address) take the portable one with the same blocks. Parts whose orders it can address run together (block_attention_parts_gluon.py).
 The path "decode" is for few queries; calls with orders take the portable one. The path "latent" is for them on sm_90a with DeepSeek's latent, 576 wide, of which 512 are the
 values; calls that its copies cannot serve (`takes`) run on "decode".
 """
@@ -286,7 +286,7 @@ def default_config(problem: Problem) -> dict:
                 fast = few | dict(path="latent", block_k=32)
                 return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
-    if config["block_q"] == 128 and "order" not in problem.features and no_gluon(problem) is None:
+    if config["block_q"] == 128 and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
     return config
 
@@ -393,6 +393,14 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
+def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, return_lse=True, table=None, latent=None):
+    """(out, lse) of a layout's parts, each starting from the sums of those before, or None where that is not possible: then they are run apart and merged."""
+    if config["path"] != "gluon" or table is not None:
+        return None
+    from sparsetile.backends.triton import block_attention_parts_gluon
+    return block_attention_parts_gluon.run(q, k, v, parts, place=place, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start, return_lse=return_lse)
+
+
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None,
         q_scale=None, k_scale=None, v_scale=None):
     B, Hq, T, D = q.shape
@@ -401,6 +409,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     ordered = lists.q_order is not None
     if not B * Hq * T or not S or not lists.nq or not lists.nk:
         return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
+    if (ordered or lists.k_order is not None) and kind == str(q.dtype)[6:]:
+        found = run_parts(q, k, v, (lists,), place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
+                          return_lse=return_lse, table=table)
+        if found is not None:
+            return found
     make = place.zeros if ordered else place.empty
     out = make((B, Hq, T, DV), kind)
     lse = None
@@ -447,7 +460,11 @@ def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
-        return block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
+        found = block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
+        if "order" in problem.features:
+            from sparsetile.backends.triton import block_attention_parts_gluon
+            found += block_attention_parts_gluon.artifacts(problem)
+        return found
     if config["path"] == "latent":
         from sparsetile.backends.triton import block_attention_latent
         return block_attention_latent.artifacts(problem, config) + artifacts(problem, {**config, "path": "decode"})

@@ -5,7 +5,7 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
 
-Two paths are for sm_90a (block_attention_backward_gluon.py). Calls that they do not know (orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
+Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
 a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
 """
 from functools import lru_cache
@@ -25,7 +25,7 @@ TUNABLES = (
     Tunable("num_stages", (1, 2, 3), "blocks in flight", ("portable",)),
     Tunable("chunk", (0, 32, 64, 128), "columns of a product at a time, read again for every block; 0: all, a program's own tiles are kept", ("portable",)),
     Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
-    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
+    Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own, as for layouts of several parts always; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
     Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
     Tunable("walk", ("descending", "ascending"), "rows of an item from the last to the first and key blocks ascending, or both the other way", ("gluon_ordered",)),
 )
@@ -327,15 +327,17 @@ def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
 
 
 def default_config(problem: Problem) -> dict:
-    """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 413 / 434 (535),
-    window 1024 277 / 325 / 350 (442), documents 361 / 414 / 478 (602), random 10 % 317 / 454 / -, BigBird 300 / 442 / -, causal 16k of D 64 - / 381 / - (433), of D 192 222 / 427 / - (603).
+    """TFLOP/s on H100s in several runs, portable / gluon / gluon_ordered (CuPy beside the last): causal 8k 385 / 436 / 495 (586), 32k 369 / 447 / 498 (614), window 4096 366 / 458 / 433 (581),
+    window 1024 277 / 394 / 346 (441), documents 361 / 426 / 435 to 478 (535 to 602), random 10 % 317 / 465 / - (492), BigBird 300 / 451 / - (426), Longformer 190 / 316 / - (316),
+    Longformer with eight key heads - / 328 / - (353), causal 16k of D 64 - / 370 / - (432), of D 192 222 / 450 / - (535).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
-    documents 449 / 460 / - / 478."""
+    documents 449 / 460 / - / 478.
+    Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
     if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
     kinds = {word for feature in problem.features for word in feature.split("+")}
-    if kinds & {"global", "sinks", "random"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other
+    if kinds & {"global", "sinks", "random", "window"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
         return config
     if "documents" in kinds and problem["Hq"] == problem["Hk"]:
         return config | dict(path="gluon_ordered", heads=2, walk="ascending")
@@ -427,10 +429,28 @@ def _plan(shapes, strides, lists_key, flags, config, softcap):
     return by_rows, by_columns, n, covers
 
 
+def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True):
+    """(dq, dk, dv) of a layout's parts, their sums made in float32 and rounded once, or None where that is not possible: then they are run apart and added."""
+    if config["path"] == "portable" or softcap is not None or max(q.shape[3], v.shape[3]) > 128 or not 1e-30 < scale < 1e38 or not q.numel() or not k.numel():
+        return None
+    from sparsetile.backends.triton import block_backward_parts
+    plan = block_backward_parts.plans(q, k, v, dout, parts, q_start, kv_length, place)
+    if plan is None:
+        return None
+    kind, shape, heads = str(q.dtype)[6:], q.shape, k.shape
+    dq, dk, dv = place.empty(tuple(shape), kind), place.empty(tuple(heads), kind), place.empty((*heads[:3], v.shape[3]), kind)
+    block_backward_parts.launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale)
+    return dq, dk, dv
+
+
 def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
     B, Hq, T, D = q.shape
     Hk, S, DV = k.shape[1], k.shape[2], v.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
+    if (lists.q_order is not None or lists.k_order is not None) and kind == str(q.dtype)[6:]:
+        found = run_parts(q, k, v, (lists,), lse, delta, dout, place=place, config=config, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        if found is not None:
+            return found
     if not B * Hq * T or not S or not lists.nq or not lists.nk:
         return place.zeros((B, Hq, T, D), kind), place.zeros((B, Hk, S, D), kind), place.zeros((B, Hk, S, DV), kind)
     dq = (place.zeros if lists.q_order is not None else place.empty)((B, Hq, T, D), kind)  # an order may lack queries or keys
@@ -468,7 +488,12 @@ def artifacts(problem: Problem, config) -> list[dict]:
     """What run would compile for the problem: with the words of its features."""
     if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
-        return block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
+        found = block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
+        words = {word for feature in problem.features for word in feature.split("+")}
+        if words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
+            from sparsetile.backends.triton import block_backward_parts
+            found += block_backward_parts.artifacts(problem, "strided" in words)
+        return found
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]
     common = dict(cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"), from_length=has("kv_length") and not has("q_start"), steps=(D, D, DV, DV))

@@ -1,6 +1,6 @@
 """Paths "gluon" and "gluon_ordered" of block_attention_backward, the host's side: for Hopper, float16 and bfloat16, blocks of 128 x 128.
 
-gluon: dQ by the lists of queries (block_backward_queries_gluon.py), dK and dV by the lists of keys (block_backward_keys_gluon.py), seven products, no sum has two owners; D up to 192.
+gluon: seven products in two kernels, no sum has two owners; D up to 192 (block_backward_two_gluon.py).
 gluon_ordered: five products in one pass, dQ added in a fixed order (block_backward_ordered_gluon.py, block_backward_order.py); D 65 to 128. Each sum is in one order: twice the same call
 gives the same bits. Scores are rounded as in the portable source (tiles.py), hence as in the forward.
 """
@@ -8,59 +8,18 @@ from functools import lru_cache
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map, ahead, map_layout
+from sparsetile.backends.triton.block_attention_gluon import Map, map_layout
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
+from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_order import finish, order
 from sparsetile.backends.triton.block_backward_ordered_gluon import ordered_gluon
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
+from sparsetile.backends.triton.block_backward_two_gluon import KEY_STAGES, constants, launch, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
-from sparsetile.backends.triton.launch import POINTER, power, schedule, tiles
+from sparsetile.backends.triton.launch import POINTER, power, tiles
 from sparsetile.backends.triton.maps import can_map
 
-KEY_STAGES = 3  # steps of `keys_gluon` under way
-
-
-def widths(D: int, DV: int) -> dict:
-    """Columns as they lie in shared memory."""
-    return dict(D0=64 if D <= 64 else 128, D1=64 if D > 128 else 0, V0=power(DV, 64))
-
-
-@lru_cache(1024)
-def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edge_q=False, from_length=False) -> tuple:
-    """Of `queries_gluon` and `keys_gluon`. edge_k: some keys of a block may not exist; edge_q: some queries of a tile."""
-    w, common = widths(D, DV), dict(INTERVALS=intervals, BITMAPS=bitmaps, FROM_LENGTH=from_length)
-    return (relaunch.Constants(dict(D=D, **w, EDGE=edge_k, **common), num_warps=4, enable_fp_fusion=False),
-            relaunch.Constants(dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, EDGE=edge_q, **common), num_warps=4, enable_fp_fusion=False))
-
-
-def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start):
-    """Fills dq, dk and dv."""
-    (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
-    group, sms, host = Hq // Hk, max(place.sms, 1), q_start if isinstance(q_start, int) else None
-    n, key_tiles = tiles(T, ROWS.value, host), -(-S // KEYS.value)
-    covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
-    exact = covers and host % ROWS.value == 0 and T % ROWS.value == 0
-    order = schedule(lists) if covers else None
-    by_rows, by_keys = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, not exact, q_start is None)
-    D0, D1, V0, list_of = by_rows["D0"], by_rows["D1"], by_rows["V0"], lists.list_of
-    strides = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
-    starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
-
-    def mapped(x, rows):
-        return Map(x, rows, D0), Map(x, rows, D1) if D1 else None
-    queries, step = (*mapped(q, 64), Map(dout, 64, V0)), 64 if D1 else KEYS.value
-    ticket = place.zeros((2,), "int32")
-    items = B * Hq * n
-    relaunch.launch(queries_gluon, (min(items, sms),), place,
-                    (dq, lse, delta, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[:1]),
-                    (*strides, B * Hq, Hq, group, T, S, lists.first, lists.nq, n, ahead(lists) if order is not None else 0, items, host or 0, float(scale)), by_rows, (q.dtype,),
-                    (*queries, *mapped(k, step), Map(v, step, V0), *mapped(flat(dq), 64)))
-    items, order = B * Hk * key_tiles, schedule(lists, True) if key_tiles == lists.nk else None
-    relaunch.launch(keys_gluon, (min(items, sms),), place,
-                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length, starts, ticket[1:]),
-                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles,
-                     ahead(lists, "by_key_offsets") if order is not None else 0, items, host or 0, float(scale)), by_keys, (q.dtype,),
-                    (*queries, *mapped(k, 64), Map(v, 64, V0), *mapped(flat(dk), 64), Map(flat(dv), 64, V0)))
+__all__ = ["artifacts", "launch", "launch_ordered", "resources", "takes"]
 
 
 @lru_cache(1024)
@@ -124,14 +83,25 @@ def artifacts(problem, path: str) -> list[dict]:
     def inputs(made, keys):
         return halves("q", 4, 64, made) | dict(dout=mapped(4, 64, made["V0"])) | halves("k", 4, keys, made) | dict(v=mapped(4, keys, made["V0"]))
 
-    def words(*names):
-        return {name: "*i32" for name in (*names, "intervals", "bitmaps", "list_of", *positions)}
+    def words(*names, tables=("intervals", "bitmaps")):
+        return {name: "*i32" for name in (*names, *tables, "list_of", *positions)}
     if path == "gluon":
-        by_rows, by_keys = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length)
-        return [artifact(queries_gluon, by_rows, dict(dq=pointer) | rows | words("offsets", "cols", "kinds", "schedule", "ticket"), (*integers, "Hq", "ahead"),
-                         maps=lambda made: inputs(made, 64 if made["D1"] else KEYS.value) | halves("dq_map", 3, 64, made)),
-                artifact(keys_gluon, by_keys, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "kinds", "schedule", "ticket"), (*integers, "Hk", "nk", "ahead"),
-                         maps=lambda made: inputs(made, 64) | halves("dk_map", 3, 64, made) | dict(dv_map=mapped(3, 64, made["V0"])))]
+        made = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length)
+        sums, turned = dict(sums="*fp32") if has("global") else {}, ["words", "quarters"] if any(tables) else []
+        lists, more = ("offsets", "kinds", "schedule", "ticket"), ("ahead", "sections")
+        found = [artifact(queries_gluon, made["queries_gluon"], dict(dq=pointer) | rows | sums | words(*lists, "cols", *turned[1:]), (*integers, "Hq", *more),
+                          maps=lambda made: inputs(made, made["STEP"]) | halves("dq_map", 3, 64, made)),
+                 artifact(keys_gluon, made["keys_gluon"], dict(dk=pointer, dv=pointer) | rows | sums | words(*lists, "entries", *turned, tables=()), (*integers, "Hk", "nk", *more),
+                          maps=lambda made: inputs(made, 64) | halves("dk_map", 3, 64, made) | dict(dv_map=mapped(3, 64, made["V0"])))]
+        if turned:
+            found.append(artifact(turn_kinds, made["turn_kinds"], {name: "*i32" for name in ("intervals", "bitmaps", *turned)}, ("n_intervals",), ()))
+        if sums:
+            of_joins = {name: "*i32" for name in ("list_of", "schedule")}
+            found.append(artifact(join_queries, made["join_queries"], sums | dict(dq=pointer) | of_joins,
+                                  ("slb", "slh", "heads", "Hq", "T", "nq", "first", "far", "sections", "q_start"), ()))
+            found.append(artifact(join_keys, made["join_keys"], sums | dict(dk=pointer, dv=pointer) | of_joins | {name: "*i32" for name in positions},
+                                  ("slb", "slh", "heads", "Hk", "group", "T", "S", "nk", "far", "sections", "q_start"), ()))
+        return found
     before, made, after = ordered_constants(D, DV, *tables, edge_q, from_length)
     lists = ("offsets", "cols", "by_key_offsets", "by_key_rows", "by_key_kinds", "walk", "kinds", "ranks")
     return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
@@ -147,5 +117,5 @@ def resources(D: int, DV: int, path: str) -> Resources:
     items. Of `ordered_gluon`: one item's, two steps, and two of dS and dQ."""
     w = widths(D, DV)
     wide = w["D0"] + w["D1"] + w["V0"]
-    two = (256 * (1 if w["D1"] else 2) + KEY_STAGES * 128) * wide + KEY_STAGES * 512 + 640
+    two = (256 * (1 if w["D1"] else 2) + KEY_STAGES * 128) * wide + KEY_STAGES * 520 + 700
     return Resources(threads=384, shared=two if path == "gluon" else 512 * wide + 98304 + 1024 + 800, registers=168)

@@ -226,21 +226,99 @@ def _give_back(turn, u, q_free, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer,
-             D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
-             EDGE: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
-    """A group of warps with rows 64 W .. of each item."""
+def _look(e, place, r, lists, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
+    first, kept, gap, limit = place
+    cols, kinds = lists
+    return look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
+
+
+@gluon.jit
+def attend(LOOK: gl.constexpr, W: gl.constexpr, place, plain, count, n, turn, sums, lists, tables, scales, D1: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
+           INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, MASKED: gl.constexpr, AGAIN: gl.constexpr, tiles, q_bars, k_bars, v_bars):
+    """(maximum, sum, sum of values, blocks met) after an item's blocks, from those before. LOOK: `_look` or another of its kind. AGAIN: there were keys before."""
+    m, l, acc = sums
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
+    O: gl.constexpr = acc.type.layout
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     R: gl.constexpr = gl.SliceLayout(1, L)
     sq0, sq1, sk0, sk1, sv = tiles
     q_full, q_free = q_bars
     k_full, k_free = k_bars
     v_full, v_free, v_landed = v_bars
+    scale2, inner, outer = scales
+    kind_of = sv.dtype
+    zero = gl.zeros([64, KEYS], gl.float32, L)
+    r = W * 64 + gl.arange(0, 64, R)
+    u = turn % QUERIES
+    q0 = sq0.index(2 * u + W)
+    q1 = sq1.index(2 * u + W)
+    mbarrier.wait(q_full.index(u), (turn // QUERIES) & 1)
+    if count == 0:
+        _give_back(turn, u, q_free, QUERIES)
+    else:
+        mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
+        st = _scores(q0, q1, sk0.index(n % STAGES), sk1.index(n % STAGES), zero, D1)
+        kind = -1
+        lo, hi = r, r
+        if MASKED:  # while the products run
+            if plain == 0:
+                kind, lo, hi = LOOK(0, place, r, lists, tables, INTERVALS, EDGE)
+        _give_back(turn, u, q_free, QUERIES)
+        s = warpgroup_mma_wait(0, deps=(st, ))
+        mbarrier.arrive(k_free.index(n % STAGES))
+        if CAP:
+            s = capped(s, inner, outer)
+        if MASKED:
+            if plain == 0:
+                s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+        x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
+        if AGAIN:
+            acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
+        p = gl.convert_layout(x.to(kind_of), P)
+        for e in range(1, count):
+            s0 = n % STAGES  # of the block before
+            phase = (n // STAGES) & 1
+            n += 1
+            s1 = n % STAGES
+            mbarrier.wait(k_full.index(s1), (n // STAGES) & 1)
+            st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
+            mbarrier.wait(v_full.index(s0), phase)
+            ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
+            if MASKED:
+                if e >= plain:
+                    kind, lo, hi = LOOK(e, place, r, lists, tables, INTERVALS, EDGE)
+            s = warpgroup_mma_wait(1, deps=(st, ))
+            mbarrier.arrive(k_free.index(s1))
+            if CAP:
+                s = capped(s, inner, outer)
+            if MASKED:
+                if e >= plain:
+                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+            x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
+            p2 = gl.convert_layout(x.to(kind_of), P)
+            acc = warpgroup_mma_wait(0, deps=(ot, ))
+            mbarrier.arrive(v_free.index(s0))
+            acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
+            p = p2
+        mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+        ot = warpgroup_mma(p, sv.index(n % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(ot, ))
+        mbarrier.arrive(v_free.index(n % STAGES))
+        n += 1
+    return m, l, acc, n
+
+
+@gluon.jit
+def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq, T, scale, inner, outer,
+             D1: gl.constexpr, V0: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+             EDGE: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, queue, tiles, q_bars, k_bars, v_bars):
+    """A group of warps with rows 64 W .. of each item."""
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
+    R: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
+    sq0, sq1, sk0, sk1, sv = tiles
+    q_full, q_free = q_bars
     kind_of = sv.dtype
     scale2 = scale * 1.4426950408889634
-    zero = gl.zeros([64, KEYS], gl.float32, L)
     r = W * 64 + gl.arange(0, 64, R)
     n = 0
     turn = 0
@@ -249,60 +327,8 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
         m = gl.full([64], float("-inf"), gl.float32, R)
         l = gl.zeros([64], gl.float32, R)
         acc = gl.zeros([64, V0], gl.float32, O)
-        u = turn % QUERIES
-        q0 = sq0.index(2 * u + W)
-        q1 = sq1.index(2 * u + W)
-        mbarrier.wait(q_full.index(u), (turn // QUERIES) & 1)
-        if count == 0:
-            _give_back(turn, u, q_free, QUERIES)
-        else:
-            mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
-            st = _scores(q0, q1, sk0.index(n % STAGES), sk1.index(n % STAGES), zero, D1)
-            kind = -1
-            lo, hi = r, r
-            if MASKED:  # while the products run
-                if plain == 0:
-                    kind, lo, hi = look(0, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
-            _give_back(turn, u, q_free, QUERIES)
-            s = warpgroup_mma_wait(0, deps=(st, ))
-            mbarrier.arrive(k_free.index(n % STAGES))
-            if CAP:
-                s = capped(s, inner, outer)
-            if MASKED:
-                if plain == 0:
-                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
-            x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
-            p = gl.convert_layout(x.to(kind_of), P)
-            for e in range(1, count):
-                s0 = n % STAGES  # of the block before
-                phase = (n // STAGES) & 1
-                n += 1
-                s1 = n % STAGES
-                mbarrier.wait(k_full.index(s1), (n // STAGES) & 1)
-                st = _scores(q0, q1, sk0.index(s1), sk1.index(s1), zero, D1)
-                mbarrier.wait(v_full.index(s0), phase)
-                ot = warpgroup_mma(p, sv.index(s0), acc, is_async=True)
-                if MASKED:
-                    if e >= plain:
-                        kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, EDGE)
-                s = warpgroup_mma_wait(1, deps=(st, ))
-                mbarrier.arrive(k_free.index(s1))
-                if CAP:
-                    s = capped(s, inner, outer)
-                if MASKED:
-                    if e >= plain:
-                        s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
-                x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
-                p2 = gl.convert_layout(x.to(kind_of), P)
-                acc = warpgroup_mma_wait(0, deps=(ot, ))
-                mbarrier.arrive(v_free.index(s0))
-                acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
-                p = p2
-            mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
-            ot = warpgroup_mma(p, sv.index(n % STAGES), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(ot, ))
-            mbarrier.arrive(v_free.index(n % STAGES))
-            n += 1
+        m, l, acc, n = attend(_look, W, (first, kept, gap, limit), plain, count, n, turn, (m, l, acc), (cols, kinds), tables, (scale2, inner, outer),
+                              D1, QUERIES, CAP, INTERVALS, BITMAPS, EDGE, MASKED, False, tiles, q_bars, k_bars, v_bars)
         h = head - head // Hq * Hq
         factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
         query = t + r
@@ -311,7 +337,7 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
         if lse is not None:
             gl.store(lse + line + query, logs, mask=ok)
         y = (acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O)), 1)).to(kind_of)
-        to = q0._reinterpret(kind_of, [64, V0], sq0.layout)
+        to = sq0.index(2 * (turn % QUERIES) + W)._reinterpret(kind_of, [64, V0], sq0.layout)
         to.store(y)
         fence_async_shared()
         # the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
@@ -333,24 +359,19 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
-def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
-            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
-            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
-            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
-    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
-    BEFORE: a tile may start before the call's first query."""
+@gluon.jit
+def make_memory(kind: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr):
+    """Query tiles in halves of 64 rows, keys in two widths, values; barriers of each."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    sq0 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D0], tile)
-    sk0 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D0], tile)
+    sq0 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D0], tile)
+    sk0 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D0], tile)
     sq1 = sq0
     sk1 = sk0
     if D1:
-        sq1 = gl.allocate_shared_memory(v.dtype, [2 * QUERIES, 64, D1], tile)
-        sk1 = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, D1], tile)
-    sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, V0], tile)
-    queue = make_queue(READERS)
+        sq1 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D1], tile)
+        sk1 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D1], tile)
+    sv = gl.allocate_shared_memory(kind, [STAGES, KEYS, V0], tile)
     q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
@@ -368,12 +389,20 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
         mbarrier.init(v_free.index(s), count=2)
         mbarrier.init(v_landed.index(s), count=1)
     fence_async_shared()
+    return (sq0, sq1, sk0, sk1, sv), (q_full, q_free), (k_full, k_free), (v_full, v_free, v_landed)
+
+
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])
+def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, sinks, ticket,
+            slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, items, q_start, scale, inner, outer,
+            D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr,
+            INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, BEFORE: gl.constexpr):
+    """q0, q1, k0, k1, v, out_map: tensor maps; q1 and k1 None where one part holds the width. ticket: 0, or None where every program has one item.
+    BEFORE: a tile may start before the call's first query."""
+    queue = make_queue(READERS)
+    memory, q_bars, k_bars, v_bars = make_memory(v.dtype, D0, D1, V0, QUERIES)
     MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
     FEW: gl.constexpr = 56 if BITMAPS or EDGE else 40 if MASKED or CAP else 24  # registers of a thread that does not multiply; three times four warps share 504
-    memory = (sq0, sq1, sk0, sk1, sv)
-    q_bars = (q_full, q_free)
-    k_bars = (k_full, k_free)
-    v_bars = (v_full, v_free, v_landed)
     tables = (intervals, bitmaps)
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
@@ -383,7 +412,7 @@ def forward_gluon(q0, q1, k0, k1, v, out_map, out, lse, offsets, cols, kinds, in
                     queue, memory, q_bars, k_bars, v_bars)),
         (bring, ((q0, q1, k0, k1, v), cols, Hq, group, D0, D1, V0, QUERIES, queue, memory, q_bars, k_bars, v_bars)),
         (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, section), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
-        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, sv, sv, v_full, v_landed)),
+        (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, 1, False, STAGES, queue, memory[4], memory[4], v_bars[0], v_bars[2])),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
 
 

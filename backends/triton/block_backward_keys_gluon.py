@@ -1,15 +1,16 @@
 """Path "gluon" of block_attention_backward, keys: dK and dV. An item is a block of 128 keys of a key head; the queries that see it pass by, 64 a step, head after head of the group.
 
-A persistent block of threads has four roles: `take` draws items, `bring_queries` loads, through the copy engine where it can, the next item's keys ahead, and two groups of `multiply_keys`
-hold 64 keys each. Full blocks run no mask code.
+A persistent block of threads has four roles: `take` draws items, `bring_steps` loads, through the copy engine where it can, the next item's keys ahead, and two groups of
+`multiply_keys` hold 64 keys each. What a step is comes with it: steps whose queries see no key of the block are left out, a group passes over those that see none of its own, and only
+quarters of a block seen in part run mask code. Above D 128 the groups take turns: one begins its scores when the other's are under way (D 192 on an H100: 440 -> 450 TFLOP/s).
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear_word, key_range, key_word
-from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, item_at, make_queue, next_item, place_of, take
+from sparsetile.backends.triton.block_attention_gluon import bring_tile, key_word
+from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, leave_sums, probabilities
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_queue, next_item, place_of, section_of, take
 from sparsetile.backends.triton.tiles import queries_of
 
 STEP = gl.constexpr(64)  # queries
@@ -18,53 +19,30 @@ READERS = gl.constexpr(3)  # of an item: loading, two groups
 
 @gluon.jit
 def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """An item as eight integers: key head (batch * Hk + head), block, first entry, how many are full, how many there are, what lies between, keys that exist, query of row 0 of query tile 0."""
+    """An item as eight integers: key head (batch * Hk + head), block, first entry, how many are full, how many there are, what lies between, keys that exist, query of row 0 of query tile 0.
+    Of a section of a far longer block: -1 - its number in place of the keys that exist."""
     offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule = lists
-    head, block = drawn(number, order)
+    item, n, slot = cut(number, order)
+    head, block = drawn(item, (order[0], order[1], order[2], order[3]))
     b = head // Hk
     which = gl.load(list_of + b * slb + (head - b * Hk) * group * slh)
     if schedule is not None:
         block = gl.load(schedule + which * nk + block)
     limit, start = place_of(b, T, S, at, FROM_LENGTH)
     a, e, m, c = queries_of(gl.where(block * KEYS < limit, block, nk), which, offsets, entries, start, T, first, nq, nk, ROWS, EDGE)
-    return head, block, a, e - a, e - a + c - m, m - e, limit, first * ROWS - start
+    a, full, count, gap, _ = section_of(a, e - a, e - a + c - m, m - e, n, gl.where(slot >= 0, order[4], 1))
+    return head, block, a, full, count, gap, gl.where(slot >= 0, -1 - slot, limit), first * ROWS - start
 
 
 @gluon.jit
-def _bring_block(maps, at, bar, memory, u, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr):
-    q0, q1, dout, k0, k1, v = maps
-    sq0, sq1, sg, sk0, sk1, sv = memory
+def bring_block(maps, at, bar, memory, u, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr):
+    k0, k1, v = maps
+    sk0, sk1, sv = memory
     mbarrier.expect(bar, 2 * KEYS * (D0 + D1 + V0))
     for w in gl.static_range(2):
         to = [at[0], at[1], at[2] + 64 * w, 0]
         bring_tile(k0, k1, bar, sk0.index(2 * u + w), sk1.index(2 * u + w), to, D1)
         tma.async_copy_global_to_shared(v, to, bar, sv.index(2 * u + w))
-
-
-@gluon.jit
-def _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk, sv, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """Keys and values that no query of the call sees become zero: in dQ they would be multiplied (0 * NaN)."""
-    r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
-    w0 = gl.to_tensor(0).to(gl.uint32)
-    w1 = w0
-    w2 = w0
-    w3 = w0
-    for e in range(first, first + count):
-        kind = gl.load(kinds + e)
-        t = row0 + gl.load(entries + e) * ROWS + r
-        lo, hi = key_range(kind, r, tables, INTERVALS)
-        hi = gl.where((t >= 0) & (t < T), gl.minimum(hi, limit - block * KEYS), 0)
-        w0 |= gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-        w1 |= gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-        w2 |= gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-        w3 |= gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
-    for x in gl.static_range(2):
-        to = (sk, sv)[x]
-        clear_word(w0, 0, to.index(0))
-        clear_word(w1, 1, to.index(0))
-        clear_word(w2, 0, to.index(1))
-        clear_word(w3, 1, to.index(1))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -77,107 +55,114 @@ def known_rows(lse, delta, line, t, T):
 
 
 @gluon.jit
-def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, ORDERED: gl.constexpr,
-                  INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
-    """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. ORDERED: keys that no query sees
-    become zero, and the next item is drawn when all of this one is under way: an item that waits for another to be done would keep those back that wait for it."""
+def bring_steps(maps, lse, delta, entries, kinds, quarters, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+                MASKS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+    """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. With each step come its first row and a word: bits 0
+    and 1 say which groups of keys are seen, 2 and 3 which entirely, 4 that it is the item's last (never left out), 5 which half of the tile it is, 6 in which buffer its keys are, and
+    from bit 8 on stands the kind."""
     q0, q1, dout, k0, k1, v = maps
     sq0, sq1, sg, sk0, sk1, sv = memory
-    sl, sd = rows
-    k_full, k_free, k_landed = k_bars
+    sl, sd, sr, sf = rows
+    k_full, k_free = k_bars
     q_full, q_free = q_bars
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     n = 0
     j = 0
     turn = 0
-    landed = 0
-    head, block, first, full, count, gap, limit, row0 = item_at(0, queue, 1)
-    if not ORDERED:
-        mbarrier.arrive(queue[2].index(0))
+    head, block, first, full, count, gap, limit, row0 = next_item(0, queue, 1)
     while head >= 0:
         b = head // Hk
         hk = head - b * Hk
         if count > 0:
             u = j % BUFFERS
-            bar = k_full.index(u)
-            some_unseen = False
-            if ORDERED:  # blocks all partial, or keys end within
-                some_unseen = (full == 0) | (block * KEYS + KEYS > limit)
             mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
-            if ORDERED:
-                if some_unseen:
-                    _bring_block(maps, [b, hk, block * KEYS, 0], k_landed.index(0), memory, u, D0, D1, V0)
-                    mbarrier.wait(k_landed.index(0), landed)
-                    landed ^= 1
-                    _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, sk0, sv, INTERVALS, BITMAPS)
-                    mbarrier.arrive(bar)
-                else:
-                    _bring_block(maps, [b, hk, block * KEYS, 0], bar, memory, u, D0, D1, V0)
-            else:
-                _bring_block(maps, [b, hk, block * KEYS, 0], bar, memory, u, D0, D1, V0)
+            bring_block((k0, k1, v), [b, hk, block * KEYS, 0], k_full.index(u), (sk0, sk1, sv), u, D0, D1, V0)
             j += 1
             for m in range(group):
                 h = hk * group + m
                 line = (head * group + m).to(gl.int64) * T
-                t = row0 + gl.load(entries + first + gl.where(full == 0, gap, 0)) * ROWS
+                entry = first + gl.where(full == 0, gap, 0)
+                its_entry = entry
+                t0 = row0 + gl.load(entries + entry) * ROWS
+                kind = gl.load(kinds + entry)
+                seen = 255
+                if MASKS:
+                    seen = gl.load(quarters + kind, mask=kind >= 0, other=255)
                 for e in range(count):
-                    following = gl.load(entries + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0))
+                    entry = its_entry
+                    its_entry = first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0)
+                    following = gl.load(entries + its_entry)
+                    its_kind = gl.load(kinds + its_entry)
                     for half in gl.static_range(2):
-                        s = n % STAGES
-                        logs, less = known_rows(lse, delta, line, t + STEP * half, T)
-                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + D1 + V0))
-                        bring_tile(q0, q1, q_full.index(s), sq0.index(s), sq1.index(s), [b, h, t + STEP * half, 0], D1)
-                        tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
-                        sl.index(s).store(logs)
-                        sd.index(s).store(less)
-                        mbarrier.arrive(q_full.index(s))
-                        n += 1
-                    t = row0 + following * ROWS
-        if ORDERED:
-            mbarrier.arrive(queue[2].index(turn % 2))
+                        t = t0 + STEP * half
+                        last = gl.where((m == group - 1) & (e == count - 1) & (half == 1), 16, 0)
+                        some = gl.where((t > -STEP) & (t < T), (seen >> (2 * half)) & 3, 0)
+                        if (some | last) > 0:
+                            s = n % STAGES
+                            every = gl.where((t >= 0) & (t + STEP <= T), (seen >> (2 + 2 * half)) & 12, 0)
+                            logs, less = known_rows(lse, delta, line, t, T)
+                            mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                            mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + D1 + V0))
+                            bring_tile(q0, q1, q_full.index(s), sq0.index(s), sq1.index(s), [b, h, t, 0], D1)
+                            tma.async_copy_global_to_shared(dout, [b, h, t, 0], q_full.index(s), sg.index(s))
+                            sl.index(s).store(logs)
+                            sd.index(s).store(less)
+                            sr.index(s).store(gl.full([1], 0, gl.int32, one) + t)
+                            sf.index(s).store(gl.full([1], 0, gl.int32, one) + (some | every | last | (32 * half) | (u << 6) | (kind << 8)))
+                            mbarrier.arrive(q_full.index(s))
+                            n += 1
+                    t0 = row0 + following * ROWS
+                    kind = its_kind
+                    if MASKS:
+                        seen = gl.load(quarters + kind, mask=kind >= 0, other=255)
         turn += 1
-        head, block, first, full, count, gap, limit, row0 = item_at(turn, queue, 1)
-        if not ORDERED:
-            mbarrier.arrive(queue[2].index(turn % 2))
+        head, block, first, full, count, gap, limit, row0 = next_item(turn, queue, 1)
 
 
 @gluon.jit
-def seen_by(W: gl.constexpr, kind, r, exists, left, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, L: gl.constexpr):
-    """Which of the queries, columns, see each of this group's keys, rows, of which the block has `left`."""
-    intervals, bitmaps = tables
-    c = gl.arange(0, 64, gl.SliceLayout(1, L))
-    key = gl.expand_dims(c + 64 * W, 1)
-    seen = gl.expand_dims(exists, 0) & (key < left)
-    if INTERVALS:
-        rule = (kind >= 0) & ((kind & 1) == 0)
-        both = gl.load(intervals.to(gl.pointer_type(gl.int64), bitcast=True) + gl.where(rule, kind >> 1, 0).to(gl.int64) * ROWS + r)  # two rows in one load
-        both = gl.where(rule, both, KEYS << 32)
-        seen = seen & (key >= gl.expand_dims(both.to(gl.int32), 0)) & (key < gl.expand_dims((both >> 32).to(gl.int32), 0))
-    if BITMAPS:
-        if kind >= 0:
-            if (kind & 1) == 1:
-                at = bitmaps + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + 2 * W
-                words = gl.where(gl.expand_dims(c, 1) >= 32, gl.expand_dims(gl.load(at + 1), 0), gl.expand_dims(gl.load(at), 0))
-                seen = seen & ((words >> gl.expand_dims(c & 31, 1)) & 1 != 0)
-    return seen
+def _known(x):
+    """The one number of a tensor that every thread holds."""
+    return gl.sum(x, 0)
 
 
 @gluon.jit
-def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
-                  V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+def _words(words, kind, partial, key, flags, t, T, MASKS: gl.constexpr):
+    """Of each key two words: which of a step's queries, from t on, see it."""
+    low = key_word(-1, -t, T - t, key, 0, None, False)
+    high = key_word(-1, -t, T - t, key, 1, None, False)
+    if MASKS:
+        at = words + kind.to(gl.int64) * (4 * KEYS) + key * 4 + ((flags >> 4) & 2)
+        ok = partial & (kind >= 0)
+        low &= gl.load(at, mask=ok, other=-1).to(gl.uint32, bitcast=True)
+        high &= gl.load(at + 1, mask=ok, other=-1).to(gl.uint32, bitcast=True)
+    return low, high
+
+
+@gluon.jit
+def _where_seen(x, low, high, L: gl.constexpr):
+    """x [64 keys, 64 queries] where a bit of the keys' two words says that the query sees the key, else 0."""
+    c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, L)), 0)
+    word = gl.where(c >= 32, gl.expand_dims(high, 1), gl.expand_dims(low, 1))
+    return gl.where((word >> (c & 31).to(gl.uint32)) & 1 != 0, x, 0.0)
+
+
+@gluon.jit
+def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, scale, D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+                  V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, MASKS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """A group of warps with keys 64 W .. of each item. Rows are keys, columns queries."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     OK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
     OK1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V0, 16])
     C: gl.constexpr = gl.SliceLayout(0, L)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     sq0, sq1, sg, sk0, sk1, sv = memory
-    sl, sd = rows
+    sl, sd, sr, sf = rows
     k_full, k_free = k_bars
-    q_full, q_free = q_bars
+    q_full, q_free, my_turn, your_turn = q_bars
     kind_of = sv.dtype
     zero = gl.zeros([64, STEP], gl.float32, L)
-    r = gl.arange(0, STEP, C)
+    key = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, L))
     n = 0
     j = 0
     turn = 0
@@ -193,73 +178,88 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, entries, kinds, tabl
                 if j > 0:  # the item before: its sums have left shared memory by now, or soon
                     tma.store_wait(0)
                     mbarrier.arrive(k_free.index(1 - u))
-            for m in range(group):
-                for e in range(count):
-                    entry = first + e + gl.where(e >= full, gap, 0)
-                    kind = gl.load(kinds + entry)
-                    t0 = row0 + gl.load(entries + entry) * ROWS
-                    masked = (kind >= 0) | (t0 < 0) | (t0 + ROWS > T)
-                    for half in gl.static_range(2):
-                        s = n % STAGES
-                        mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
-                        if D1:  # fewer registers: one product of scores at a time, dV between them
-                            st = warpgroup_mma(sk0.index(2 * u + W), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                            st = warpgroup_mma(sk1.index(2 * u + W), sq1.index(s).permute((1, 0)), st, is_async=True)
-                            x = warpgroup_mma_wait(0, deps=(st, ))
-                            p = probabilities(x, gl.expand_dims(sl.index(s).load(C), 0), scale)
-                            if masked:
-                                t = t0 + STEP * half + r
-                                seen = seen_by(W, kind, r + STEP * half, (t >= 0) & (t < T), KEYS, tables, INTERVALS, BITMAPS, L)
-                                p = gl.where(seen, p, 0.0)
-                            vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                            acc_v = warpgroup_mma_wait(0, deps=(vt, ))
-                            less = gl.expand_dims(sd.index(s).load(C), 0) + zero
-                            gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)
-                            ds = p * warpgroup_mma_wait(0, deps=(gt, ))
-                            if masked:
-                                ds = gl.where(p > 0, ds, 0.0)
-                            ds = ds.to(kind_of)
-                            kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
-                            kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)
-                            acc_k, acc_k1 = warpgroup_mma_wait(0, deps=(kt, kt1))
-                        else:
-                            less = gl.expand_dims(sd.index(s).load(C), 0) + zero
-                            gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
-                            st = warpgroup_mma(sk0.index(2 * u + W), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                            logs = sl.index(s).load(C)
-                            x, grad = warpgroup_mma_wait(0, deps=(st, gt))
-                            p = probabilities(x, gl.expand_dims(logs, 0), scale)
-                            ds = p * grad
-                            if masked:
-                                t = t0 + STEP * half + r
-                                exists = (t >= 0) & (t < T)
-                                seen = seen_by(W, kind, r + STEP * half, exists, KEYS, tables, INTERVALS, BITMAPS, L)
-                                p = gl.where(seen, p, 0.0)
-                                ds = gl.where(seen, ds, 0.0)
-                            vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                            ds = ds.to(kind_of)
-                            kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
-                            acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
-                        mbarrier.arrive(q_free.index(s))
-                        n += 1
-        row = block * KEYS + W * 64
-        there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
-        there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
-        yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
-        there_1 = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK1)) < limit, 1)
-        yk1 = gl.where(there_1, acc_k1 * scale, 0.0).to(kind_of)
-        yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
+            more = count > 0
+            while more:
+                s = n % STAGES
+                mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
+                flags = _known(sf.index(s).load(one))
+                t = _known(sr.index(s).load(one))
+                if D1 == 0:  # all at once: the word alone would take as long
+                    less = sd.index(s).load(C)
+                    logs = sl.index(s).load(C)
+                more = (flags & 16) == 0
+                if D1:
+                    mbarrier.wait(my_turn, (n & 1) ^ (1 - W))
+                if (flags >> W) & 1 != 0:
+                    kind = flags >> 8
+                    at = 2 * ((flags >> 6) & 1) + W  # known within the step only: else the descriptors of all tiles are kept in registers, and spill
+                    partial = ((flags >> (2 + W)) & 1) == 0
+                    if D1:  # fewer registers: one product of scores at a time, dV between them
+                        st = warpgroup_mma(sk0.index(at), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        st = warpgroup_mma(sk1.index(at), sq1.index(s).permute((1, 0)), st, is_async=True)
+                        mbarrier.arrive(your_turn)
+                        low, high = _words(words, kind, partial, key, flags, t, T, MASKS)
+                        x = warpgroup_mma_wait(0, deps=(st, ))
+                        p = probabilities(x, gl.expand_dims(sl.index(s).load(C), 0), scale)
+                        if partial:
+                            p = _where_seen(p, low, high, L)
+                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                        acc_v = warpgroup_mma_wait(0, deps=(vt, ))
+                        gt = warpgroup_mma(sv.index(at), sg.index(s).permute((1, 0)), gl.expand_dims(sd.index(s).load(C), 0) + zero, is_async=True)
+                        ds = p * warpgroup_mma_wait(0, deps=(gt, ))
+                        if partial:
+                            ds = gl.where(p > 0, ds, 0.0)
+                        ds = ds.to(kind_of)
+                        kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
+                        kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)
+                        acc_k, acc_k1 = warpgroup_mma_wait(0, deps=(kt, kt1))
+                    else:
+                        gt = warpgroup_mma(sv.index(at), sg.index(s).permute((1, 0)), gl.expand_dims(less, 0) + zero, is_async=True)  # before any product is under way
+                        st = warpgroup_mma(sk0.index(at), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        low, high = _words(words, kind, partial, key, flags, t, T, MASKS)
+                        x, grad = warpgroup_mma_wait(0, deps=(st, gt))
+                        p = probabilities(x, gl.expand_dims(logs, 0), scale)
+                        ds = p * grad
+                        if partial:
+                            p = _where_seen(p, low, high, L)
+                            ds = _where_seen(ds, low, high, L)
+                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
+                        ds = ds.to(kind_of)
+                        kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
+                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                elif D1:
+                    mbarrier.arrive(your_turn)
+                mbarrier.arrive(q_free.index(s))
+                n += 1
         line = head.to(gl.int64) * S
-        if count == 0:
-            leave(yk, dk, dk_maps[0], head, row, S, None, line, 0, D, OK)
-            leave(yv, dv, dv_map, head, row, S, None, line, 0, DV, OV)
-            if D1:
-                leave(yk1, dk, dk_maps[1], head, row, S, None, line, D0, D, OK1)
-        else:
-            leave(yk, dk, dk_maps[0], head, row, S, sk0.index(2 * u + W), line, 0, D, OK)
-            leave(yv, dv, dv_map, head, row, S, sv.index(2 * u + W), line, 0, DV, OV)
-            if D1:
-                leave(yk1, dk, dk_maps[1], head, row, S, sk1.index(2 * u + W), line, D0, D, OK1)
+        row = block * KEYS + W * 64
+        whole = True
+        if sums is not None:
+            whole = limit >= 0
+            if limit < 0:
+                to = sums + (-1 - limit).to(gl.int64) * (KEYS * (D0 + D1 + V0))
+                leave_sums(acc_k * scale, to, W * 64, 0, D0 + D1 + V0, OK)
+                leave_sums(acc_v, to, W * 64, D0 + D1, D0 + D1 + V0, OV)
+                if D1:
+                    leave_sums(acc_k1 * scale, to, W * 64, D0, D0 + D1 + V0, OK1)
+        if whole:
+            there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
+            there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
+            yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
+            there_1 = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK1)) < limit, 1)
+            yk1 = gl.where(there_1, acc_k1 * scale, 0.0).to(kind_of)
+            yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
+            if count == 0:
+                leave(yk, dk, dk_maps[0], head, row, S, None, line, 0, D, OK)
+                leave(yv, dv, dv_map, head, row, S, None, line, 0, DV, OV)
+                if D1:
+                    leave(yk1, dk, dk_maps[1], head, row, S, None, line, D0, D, OK1)
+            else:
+                leave(yk, dk, dk_maps[0], head, row, S, sk0.index(2 * u + W), line, 0, D, OK)
+                leave(yv, dv, dv_map, head, row, S, sv.index(2 * u + W), line, 0, DV, OV)
+                if D1:
+                    leave(yk1, dk, dk_maps[1], head, row, S, sk1.index(2 * u + W), line, D0, D, OK1)
+        if count > 0:
             if BUFFERS == 1:
                 tma.store_wait(0)
                 mbarrier.arrive(k_free.index(0))
@@ -269,12 +269,13 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, entries, kinds, tabl
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "ahead", "items", "q_start"])
-def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, lse, delta, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
-               slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, ahead, items, q_start, scale,
-               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr,
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "ahead", "sections", "items", "q_start"])
+def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, sums, lse, delta, offsets, entries, kinds, words, quarters, list_of, schedule, kv_length, q_starts, ticket,
+               slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, ahead, sections, items, q_start, scale,
+               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, MASKS: gl.constexpr, EDGE: gl.constexpr,
                FROM_LENGTH: gl.constexpr):
-    """q0 .. dv_map: tensor maps, 64 rows each; those of columns 128 on None where D is at most that. offsets, entries, kinds: the lists by key."""
+    """q0 .. dv_map: tensor maps, 64 rows each; those of columns 128 on None where D is at most that. offsets, entries, kinds: the lists by key. words, quarters: turn_kinds.
+    sums: of sections, float32 [section, 128 keys, D0 + D1 + V0], or None where nothing is cut."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
@@ -290,6 +291,8 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, lse, d
         sk1 = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D1], tile)
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
+    sr = gl.allocate_shared_memory(gl.int32, [STAGES, 1], line)
+    sf = gl.allocate_shared_memory(gl.int32, [STAGES, 1], line)
     queue = make_queue(READERS)
     k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
     k_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
@@ -301,19 +304,21 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, lse, d
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=2)
         mbarrier.init(q_free.index(s), count=2)
+    turn0 = gl.allocate_shared_memory(gl.int64, [1], B)
+    turn1 = gl.allocate_shared_memory(gl.int64, [1], B)
+    mbarrier.init(turn0, count=1)
+    mbarrier.init(turn1, count=1)
     fence_async_shared()
     memory = (sq0, sq1, sg, sk0, sk1, sv)
-    rows = (sl, sd)
+    rows = (sl, sd, sr, sf)
     k_bars = (k_full, k_free)
     q_bars = (q_full, q_free)
-    tables = (intervals, bitmaps)
     lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule)
     gl.warp_specialize([
-        (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS,
-                         INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, entries, kinds, tables, group, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS,
-                         INTERVALS, BITMAPS, queue, memory, rows, k_bars, q_bars)),
-        (bring_queries, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, tables, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, False,
-                         INTERVALS, BITMAPS, queue, memory, rows, (k_full, k_free, None), q_bars)),
-        (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
+        (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, sums, words, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, MASKS,
+                         queue, memory, rows, k_bars, (q_full, q_free, turn0, turn1))),
+        (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, sums, words, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, MASKS,
+                         queue, memory, rows, k_bars, (q_full, q_free, turn1, turn0))),
+        (bring_steps, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, quarters, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, MASKS, queue, memory, rows, k_bars, q_bars)),
+        (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1, sections), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
     ], [4, 1, 1], [240, 24, 24])

@@ -4,7 +4,7 @@ An item is a block of 128 keys of a key head: keys and values stay in shared mem
 group. Items are taken by a ticket, key blocks of a head ascending, and a row's sum is added to in that order, whatever the order in which an item walks its rows: of the items not finished
 the one with the lowest ticket waits for nobody, and some block of threads holds it. How many come before an addition (its rank) is known from the lists (block_backward_order.py).
 
-A persistent block of threads has six roles: `take` and `bring_queries` as in block_backward_keys_gluon.py, two warps `add` halves of dQ to its sums through the copy engine, two groups of
+A persistent block of threads has six roles: `take` and `bring_queries` draw and load items (block_backward_ordered_rows_gluon.py), two warps `add` halves of dQ to its sums through the copy engine, two groups of
 `multiply_ordered` hold 64 keys each. Each makes half the columns of dQ, from both groups' dS, a step late.
 """
 import triton.experimental.gluon.language as gl
@@ -13,7 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_backward_keys_gluon import STEP, bring_queries, seen_by
+from sparsetile.backends.triton.block_backward_keys_gluon import STEP
+from sparsetile.backends.triton.block_backward_ordered_rows_gluon import bring_queries, seen_by
 from sparsetile.backends.triton.block_backward_queries_gluon import leave, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
@@ -256,8 +257,8 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
                             memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
         (multiply_ordered, (1, dk_map, dv_map, dk, dv, walk, kinds, tables, group, T, S, scale, D, DV, V0, INTERVALS, BITMAPS, queue,
                             memory, rows, images, k_bars, q_bars, ds_full, dq_bars)),
-        (bring_queries, ((q, None, dout, k, None, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, 0, V0, STAGES, 1, True,
-                         INTERVALS, BITMAPS, queue, (sq, sq, sg, sk, sk, sv), rows, (k_full, k_free, k_landed), q_bars)),
+        (bring_queries, ((q, dout, k, v), lse, delta, walk, kinds, tables, Hk, group, T, D0, V0, STAGES, INTERVALS, BITMAPS, queue, memory, rows,
+                         (k_full.index(0), k_free.index(0), k_landed.index(0)), q_bars)),
         (take, (gl.constexpr(open_ordered), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, 0, together), Hk, T, S, EDGE, FROM_LENGTH, queue, True)),
         (add, (0, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(0), dq_free.index(0))),
         (add, (1, sums, turns, walk, ranks, group, q_tiles, queue, dq, dq_full.index(1), dq_free.index(1))),

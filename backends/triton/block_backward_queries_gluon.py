@@ -1,7 +1,7 @@
-"""Path "gluon" of block_attention_backward, queries: dQ. An item is a tile of 128 queries of one head; its keys and values pass by, 128 a step.
+"""Path "gluon" of block_attention_backward, queries: dQ. An item is a tile of 128 queries of one head; its keys and values pass by, 64 or 128 a step.
 
 A persistent block of threads has five roles, as in the forward: `take` draws items, `bring_keys` loads through the copy engine, `clear` makes keys that no query of the tile sees zero
-(0 * NaN), and two groups of `multiply_queries` hold 64 rows each. Full blocks run no mask code.
+(0 * NaN), and two groups of `multiply_queries` hold 64 rows each. Full blocks run no mask code, and a group passes over keys that none of its rows sees.
 """
 import triton
 import triton.experimental.gluon.language as gl
@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear, key_word, look
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, make_queue, next_item, open_item, section_of, take
 
 READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
 
@@ -45,7 +45,24 @@ def leave(y, out, out_map, head, row, rows, through, line, COL: gl.constexpr, WI
 
 
 @gluon.jit
-def bring_keys(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+def leave_sums(y, to, row, COL: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
+    """64 rows of a section's sums, from column COL on, to rows row .. of a matrix of WIDTH columns."""
+    r = row + gl.arange(0, 64, gl.SliceLayout(1, L))
+    c = COL + gl.arange(0, y.shape[1], gl.SliceLayout(0, L))
+    gl.store(to + gl.expand_dims(r * WIDTH, 1) + gl.expand_dims(c, 0), y)
+
+
+@gluon.jit
+def open_rows(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """`open_item`, but far longer tiles come in sections: the head of a section is so many times `heads` further on as its number says, counted from 1."""
+    item, n, slot = cut(number, order)
+    head, t, first, plain, kept, count, gap, limit = open_item(item, lists, at, (order[0], order[1], order[2], order[3]), Hq, T, S, EDGE, FROM_LENGTH)
+    first, kept, count, gap, before = section_of(first, kept, count, gap, n, gl.where(slot >= 0, order[4], 1))
+    return head + (slot + 1) * order[0], t, first, gl.minimum(gl.maximum(plain - before, 0), count), kept, count, gap, limit
+
+
+@gluon.jit
+def bring_keys(maps, cols, heads, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
     """Queries and dout of an item, then its keys and values, STEP at a time; keys of a masked block go by way of `clear`."""
     q0, q1, dout, k0, k1, v = maps
     sq0, sq1, sg, sk0, sk1, sv = memory
@@ -57,6 +74,7 @@ def bring_keys(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl
     turn = 0
     head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
     while head >= 0:
+        head %= heads
         b = head // Hq
         h = head - b * Hq
         hk = h // group
@@ -102,13 +120,21 @@ def _unseen_out(x, kind, lo, hi, r, FIRST: gl.constexpr, tables, BITMAPS: gl.con
 
 
 @gluon.jit
-def multiply_queries(W: gl.constexpr, dq_maps, dq, lse, delta, cols, kinds, tables, T, scale, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-                     INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+def _quarters_of(entry, kinds, quarters):
+    """What turn_kinds says of an entry: all bits of a full block."""
+    kind = gl.load(kinds + entry)
+    return gl.load(quarters + kind, mask=kind >= 0, other=255)
+
+
+@gluon.jit
+def multiply_queries(W: gl.constexpr, dq_maps, dq, sums, lse, delta, cols, kinds, quarters, tables, heads, T, scale, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+                     STEP: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
     """A group of warps with rows 64 W .. of each item."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
     O1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     R: gl.constexpr = gl.SliceLayout(1, L)
+    MASKS: gl.constexpr = INTERVALS or BITMAPS
     sq0, sq1, sg, sk0, sk1, sv = memory
     q_full, q_free = q_bars
     k_full, k_free, k_landed = k_bars
@@ -123,47 +149,77 @@ def multiply_queries(W: gl.constexpr, dq_maps, dq, lse, delta, cols, kinds, tabl
     while head >= 0:
         acc = gl.zeros([64, D0], gl.float32, O)
         acc1 = gl.zeros([64, 64], gl.float32, O1)
+        slot = head // heads - 1
+        head %= heads
         line = head.to(gl.int64) * T
         if count > 0:
             logs, shift = known(lse + line, delta + line, t + r, (t + r >= 0) & (t + r < T))
             mbarrier.wait(q_full, j & 1)
+            ahead = 255
+            if MASKS:
+                if plain == 0:
+                    ahead = _quarters_of(first + gl.where(kept == 0, gap, 0), kinds, quarters)
             for e in range(count):
+                seen = ahead
+                following = -1
+                if MASKS:
+                    if e + 1 >= plain:
+                        following = gl.load(kinds + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= kept, gap, 0))
                 for part in gl.static_range(KEYS // STEP):
                     s = n % STAGES
                     phase = (n // STAGES) & 1
                     mbarrier.wait(k_full.index(s), phase)
-                    st = warpgroup_mma(sq0.index(W), sk0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    if D1:
-                        st = warpgroup_mma(sq1.index(W), sk1.index(s).permute((1, 0)), st, is_async=True)
-                    mbarrier.wait(v_full.index(s), phase)
-                    gt = warpgroup_mma(sg.index(W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    x = warpgroup_mma_wait(1, deps=(st, ))
-                    p = probabilities(x, gl.expand_dims(logs, 1), scale)
-                    grad = warpgroup_mma_wait(0, deps=(gt, ))
-                    mbarrier.arrive(v_free.index(s))
-                    ds = p * (grad - gl.expand_dims(shift, 1))
-                    if MASKED:
-                        if e >= plain:
-                            kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
-                            ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
-                    ds = ds.to(kind_of)
-                    at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)
-                    if D1:
-                        at1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O1, 2)), sk1.index(s), acc1, is_async=True)
-                        acc, acc1 = warpgroup_mma_wait(0, deps=(at, at1))
+                    if (seen >> (2 * W + part)) & (1 if STEP == 64 else 3) != 0:
+                        st = warpgroup_mma(sq0.index(W), sk0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        if D1:
+                            st = warpgroup_mma(sq1.index(W), sk1.index(s).permute((1, 0)), st, is_async=True)
+                        mbarrier.wait(v_full.index(s), phase)
+                        gt = warpgroup_mma(sg.index(W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        kind = -1
+                        lo, hi = r, r
+                        if MASKED:  # while the products run
+                            if e >= plain:
+                                kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
+                        x = warpgroup_mma_wait(1, deps=(st, ))
+                        p = probabilities(x, gl.expand_dims(logs, 1), scale)
+                        grad = warpgroup_mma_wait(0, deps=(gt, ))
+                        mbarrier.arrive(v_free.index(s))
+                        ds = p * (grad - gl.expand_dims(shift, 1))
+                        if MASKED:
+                            if e >= plain:
+                                ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
+                        ds = ds.to(kind_of)
+                        at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)
+                        if D1:
+                            at1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O1, 2)), sk1.index(s), acc1, is_async=True)
+                            acc, acc1 = warpgroup_mma_wait(0, deps=(at, at1))
+                        else:
+                            acc = warpgroup_mma_wait(0, deps=(at, ))
                     else:
-                        acc = warpgroup_mma_wait(0, deps=(at, ))
+                        mbarrier.wait(v_full.index(s), phase)
+                        mbarrier.arrive(v_free.index(s))
                     mbarrier.arrive(k_free.index(s))
                     n += 1
+                if MASKS:
+                    ahead = gl.load(quarters + following, mask=following >= 0, other=255)
         row = t + W * 64
-        if (count == 0) | (row < 0):
-            leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, None, line, 0, D, O)
-            if D1:
-                leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, None, line, D0, D, O1)
-        else:
-            leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, sq0.index(W), line, 0, D, O)
-            if D1:
-                leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, sq1.index(W), line, D0, D, O1)
+        whole = True
+        if sums is not None:
+            whole = slot < 0
+            if slot >= 0:
+                to = sums + slot.to(gl.int64) * (ROWS * (D0 + D1))
+                leave_sums(acc * scale, to, W * 64, 0, D0 + D1, O)
+                if D1:
+                    leave_sums(acc1 * scale, to, W * 64, D0, D0 + D1, O1)
+        if whole:
+            if (count == 0) | (row < 0):
+                leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, None, line, 0, D, O)
+                if D1:
+                    leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, None, line, D0, D, O1)
+            else:
+                leave((acc * scale).to(kind_of), dq, dq_maps[0], head, row, T, sq0.index(W), line, 0, D, O)
+                if D1:
+                    leave((acc1 * scale).to(kind_of), dq, dq_maps[1], head, row, T, sq1.index(W), line, D0, D, O1)
         if count > 0:
             tma.store_wait(0)
             mbarrier.arrive(q_free)
@@ -172,13 +228,14 @@ def multiply_queries(W: gl.constexpr, dq_maps, dq, lse, delta, cols, kinds, tabl
         head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 4)
 
 
-@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "items", "q_start"])
-def queries_gluon(q0, q1, dout, k0, k1, v, dq_map0, dq_map1, dq, lse, delta, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
-                  slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, items, q_start, scale,
-                  D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """q0 .. dq_map1: tensor maps; those of columns 128 on None where D is at most that."""
-    STEP: gl.constexpr = 64 if D1 else KEYS
-    STAGES: gl.constexpr = 3 if D1 else 2
+@gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "sections", "items", "q_start"])
+def queries_gluon(q0, q1, dout, k0, k1, v, dq_map0, dq_map1, dq, sums, lse, delta, offsets, cols, kinds, quarters, intervals, bitmaps, list_of, schedule, kv_length, q_starts, ticket,
+                  slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, sections, items, q_start, scale,
+                  D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STEP: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+                  EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """q0 .. dq_map1: tensor maps; those of columns 128 on None where D is at most that. quarters: turn_kinds.
+    sums: of sections, float32 [section, 128 queries, D0 + D1], or None where nothing is cut."""
+    STAGES: gl.constexpr = 2 if STEP == KEYS else 3 if D1 else 4
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     sq0 = gl.allocate_shared_memory(v.dtype, [2, 64, D0], tile)
@@ -215,9 +272,11 @@ def queries_gluon(q0, q1, dout, k0, k1, v, dq_map0, dq_map1, dq, lse, delta, off
     tables = (intervals, bitmaps)
     lists = (offsets, cols, list_of, slb, slh, first, nq, schedule)
     gl.warp_specialize([
-        (multiply_queries, (0, (dq_map0, dq_map1), dq, lse, delta, cols, kinds, tables, T, scale, D, D0, D1, STEP, STAGES, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
-        (multiply_queries, (1, (dq_map0, dq_map1), dq, lse, delta, cols, kinds, tables, T, scale, D, D0, D1, STEP, STAGES, INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
-        (bring_keys, ((q0, q1, dout, k0, k1, v), cols, Hq, group, D0, D1, V0, STEP, STAGES, queue, memory, q_bars, k_bars, v_bars)),
-        (take, (gl.constexpr(open_item), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
+        (multiply_queries, (0, (dq_map0, dq_map1), dq, sums, lse, delta, cols, kinds, quarters, tables, heads, T, scale, D, D0, D1, STEP, STAGES,
+                            INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
+        (multiply_queries, (1, (dq_map0, dq_map1), dq, sums, lse, delta, cols, kinds, quarters, tables, heads, T, scale, D, D0, D1, STEP, STAGES,
+                            INTERVALS, BITMAPS, MASKED, queue, memory, q_bars, k_bars, v_bars)),
+        (bring_keys, ((q0, q1, dout, k0, k1, v), cols, heads, Hq, group, D0, D1, V0, STEP, STAGES, queue, memory, q_bars, k_bars, v_bars)),
+        (take, (gl.constexpr(open_rows), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1, sections), Hq, T, S, EDGE, FROM_LENGTH, queue, False)),
         (clear, (cols, kinds, tables, T, INTERVALS, BITMAPS, MASKED, KEYS // STEP, D1 > 0, STAGES, queue, sk0, sk1, k_full, k_landed)),
     ], [4, 1, 1, 1], [232, 40, 40, 40])

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton import gather_blocks
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, refusal, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
-            "The rest is for portable"),
+    Tunable("path", ("portable", "gluon", "blocks"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
+            "blocks: queries that chose the same block of keys are brought together; 16 bits, widths up to 128, blocks of 64 and more. The rest is for portable"),
     Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
     Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time", ("portable",)),
     Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
@@ -144,6 +145,8 @@ def no_gluon(problem: Problem) -> str | None:
 def default_config(problem: Problem) -> dict:
     """Up to 16 heads the portable tile of 16 rows is ahead of one of 64: 2.0 ms against 2.6 for 4096 queries and 2048 keys each. Rows of bytes it converts one after the other: 0.30 ms
     against 0.14 for 128 queries."""
+    if gather_blocks.pays(problem):
+        return portable_config(problem) | dict(path="blocks")
     return portable_config(problem) | (dict(path="gluon") if (problem["Hq"] > 16 or latent_of(problem) is not None) and no_gluon(problem) is None else {})
 
 
@@ -181,6 +184,9 @@ def resources(problem: Problem, config) -> Resources | str:
             return portable
         from sparsetile.backends.triton import gather_bytes_gluon, latent_gluon
         return latent_gluon.resources() if latent_of(problem) is None else gather_bytes_gluon.resources()
+    if config["path"] == "blocks":
+        portable = gather_blocks.refusal(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        return portable if isinstance(portable, str) else gather_blocks.resources()
     D0, D1, V0, slices = _widths(problem["D"], problem["Dv"], config, latent_of(problem))
     if latent_of(problem) is not None and slices > 1:
         return "tiles of the fp8 layout of a latent cache hold whole rows: value_block is 0"
@@ -232,6 +238,9 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
         if latent is not None and gather_bytes_gluon.takes(q, k, indices, granularity, scale, softcap, kind, latent):
             gather_attention_gluon.launch(gather_bytes_gluon.gather_bytes_gluon, q, k, indices, out, lse, place, **given)
             return out, lse
+    if config["path"] == "blocks" and gather_blocks.takes(q, indices, latent, granularity):
+        return gather_blocks.run(q, k, v, indices, kind, place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
+                                 kv_length=kv_length, q_start=q_start)
     host = q_start if isinstance(q_start, int) else None
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
@@ -242,6 +251,8 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
+    if config["path"] == "blocks":
+        return gather_blocks.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     if config["path"] == "gluon":
         from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon
         kernel = gather_attention_gluon.gather_gluon if latent_of(problem) is None else gather_bytes_gluon.gather_bytes_gluon

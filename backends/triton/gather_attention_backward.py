@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton import gather_blocks, gather_blocks_backward
 from sparsetile.backends.triton.gather_attention import keys_of, no_gluon, shared_rows
 from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, shared_limit
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values"),
+    Tunable("path", ("portable", "gluon", "blocks"), "gluon: Hopper's own instructions, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. "
+            "blocks: queries that chose the same block of keys are brought together, as in the forward"),
     Tunable("heads", (16, 32, 64), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
     Tunable("block_k", (16, 32, 64), "keys gathered at a time", ("portable",)),
     Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
@@ -191,6 +193,8 @@ def supports(problem: Problem) -> str | None:
 
 
 def default_config(problem: Problem) -> dict:
+    if gather_blocks.pays(problem):
+        return portable_config(problem) | dict(path="blocks")
     return portable_config(problem) | (dict(path="gluon") if no_gluon(problem) is None else {})
 
 
@@ -220,6 +224,9 @@ def resources(problem: Problem, config) -> Resources | str:
             return portable
         from sparsetile.backends.triton import gather_backward_gluon
         return gather_backward_gluon.resources(problem)
+    if config["path"] == "blocks":
+        portable = gather_blocks.refusal(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        return portable if isinstance(portable, str) else gather_blocks_backward.resources()
     (D0, D1), (V0, V1) = parts(problem["D"]), parts(problem["Dv"])
     size, rows, keys = BYTES[problem.dtype("q", "float32")], config["heads"], config["block_k"]
     sums = max(rows * (D0 + D1), keys * (D0 + D1 + V0 + V1)) + 2 * rows * keys
@@ -242,6 +249,9 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     B, Hq, T, D = q.shape
     Hk, S, DV, G, K = k.shape[1], k.shape[2], v.shape[3], indices.shape[1], indices.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
+    if config["path"] == "blocks" and B * Hq * T and S and K and gather_blocks.takes(q, indices, None, granularity):
+        return gather_blocks_backward.run(q, k, v, indices, lse, delta, place.cast(dout, str(q.dtype)[6:]), kind, place, lengths=lengths, granularity=granularity, causal=bool(causal),
+                                          scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start)
     dk, dv = place.zeros((B, Hk, S, D), "float32"), place.zeros((B, Hk, S, DV), "float32")
     if not B * Hq * T or not S or not K:
         return place.zeros((B, Hq, T, D), kind), place.cast(dk, kind), place.cast(dv, kind)
@@ -278,6 +288,8 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
+    if config["path"] == "blocks":
+        return gather_blocks_backward.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
     if config["path"] == "gluon":
         from sparsetile.backends.triton import gather_backward_gluon
         return gather_backward_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})

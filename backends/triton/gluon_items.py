@@ -41,6 +41,25 @@ def drawn(number, order):
 
 
 @gluon.jit
+def cut(number, order):
+    """(item, section, its place among the sections or -1): the first `ahead` tiles of every head come `sections` times, before everything else."""
+    heads, tiles, ahead, together, sections = order
+    far = heads * ahead
+    cut_up = (number < far * sections) & (sections > 1)
+    n = gl.where(cut_up, number // gl.maximum(far, 1), 0)
+    return gl.where(cut_up, number - n * far, number - far * (sections - 1)), n, gl.where(cut_up, number, -1)
+
+
+@gluon.jit
+def section_of(first, kept, count, gap, n, sections):
+    """Entries of section n of an item: first, how many stand before the gap, how many there are, the gap; and how many of the item's come before."""
+    a = count * n // sections
+    b = count * (n + 1) // sections
+    beyond = a >= kept
+    return first + a + gl.where(beyond, gap, 0), gl.maximum(gl.minimum(kept, b) - a, 0), b - a, gl.where(beyond, 0, gap), a
+
+
+@gluon.jit
 def open_item(number, lists, at, order, Hq, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
     """An item as eight integers: head (batch * Hq + head), query of row 0 (negative where the tile starts before the call), first entry, how many entries need no mask,
     how many stand before the gap, how many there are, the gap, keys that exist."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton import index_score, indexer_scores, select_rows
+from sparsetile.backends.triton import index_score, indexer_scores, select_few, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
 from sparsetile.backends.triton.select import kth_key, order_keys
 
@@ -152,7 +152,7 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
     batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
     by_row = config["path"] == "row"
     shares, sums = (place.empty((n,), "float32") for n in (batches * queries * row_stride(C), 0 if by_row else batches * queries * row_stride(blocks)))
-    kept = None if by_row else select_rows.buffers(batches * queries, place, config)
+    kept = None if by_row or values is None and select_few.serves(blocks, top_k) else select_rows.buffers(batches * queries, place, config)
     constants, options = row_constants(blocks, top_k, step, reach, not return_scores)
     for b in range(0, rows, batches):
         for t in range(0, T, queries):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.triton import index_score, indexer_scores, pages, select_rows
+from sparsetile.backends.triton import index_score, indexer_scores, pages, select_few, select_rows
 
 TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "scores held at a time"),)
 
@@ -137,7 +137,7 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     scratch = place.empty((batches * queries * stride,), "float32")
     blocks = -(-S // pool)
     pooled = place.empty((batches * queries * row_stride(blocks),), "float32") if pool > 1 else None
-    kept = select_rows.buffers(batches * queries, place, config)
+    kept = None if values is None and select_few.serves(blocks, top_k) else select_rows.buffers(batches * queries, place, config)
     by_batch = not isinstance(q_start, int)
     for b in range(0, B, batches):
         for t in range(0, T, queries):

@@ -5,12 +5,15 @@
 A row is looked at from `start` to `end` and, if causal, up to its own position; with `pool` g the columns are blocks of g keys while starts, ends and positions
 count keys. One kernel finds a bound from a sample of each row, one reads the rows and keeps what passes it, `splits` programs a row (more than one for few long
 rows), one chooses among the candidates. One kernel for all three holds too many registers. Rows go through in chunks, so that the candidates' buffer is bounded.
+Rows of few columns take one launch of another kernel (select_few.py).
 """
 import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Tunable
+from sparsetile.backends.triton import select_few
 from sparsetile.backends.triton.select import LINE, bound_rank, choose, choose_by_radix, keep_candidates, load_candidates, pad, sample_bound
+from sparsetile.backends.triton.select_few import row_window
 
 TUNABLES = (
     Tunable("capacity", (4096, 8192, 16384, 2048, 1024, 512), "candidates of a row that are sorted out in registers; rows with more take five passes"),
@@ -19,28 +22,6 @@ TUNABLES = (
     Tunable("splits", (1, 2, 4, 8, 16), "programs that read one row (few long rows)"),
 )
 SCRATCH = 256 << 20  # bytes of candidates held at a time
-
-
-@triton.jit
-def row_window(starts, ends, q_starts, b, t, item, S, position, pool, force_first, force_last, CAUSAL: tl.constexpr):
-    """Columns lo <= c < hi a row may choose from, and the forced ones: c < first or c >= last. All clamped to the row."""
-    lo = t * 0
-    hi = lo + S
-    if starts is not None:
-        lo = tl.minimum(tl.maximum(tl.load(starts + item), 0), S)
-    if ends is not None:
-        hi = tl.minimum(tl.maximum(tl.load(ends + item), 0), S)
-    if CAUSAL:
-        end = t.to(tl.int64) + 1 + position  # wide: positions may be any int32
-        if q_starts is not None:
-            end += tl.load(q_starts + b)
-        hi = tl.minimum(hi, tl.maximum(tl.minimum(end, S), 0).to(tl.int32))
-    hi = tl.maximum(hi, lo)
-    block_lo = lo // pool
-    block_hi = tl.where(hi > lo, (hi + pool - 1) // pool, block_lo)
-    first = tl.minimum(force_first, block_hi - block_lo) + block_lo
-    last = block_hi - tl.minimum(force_last, block_hi - block_lo)
-    return block_lo, block_hi, first, last
 
 
 @triton.jit
@@ -198,10 +179,14 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
     """
     B, T = scores.shape[0], scores.shape[1]
     S = scores.shape[2] * pool if width is None else width
+    window, columns = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last), -(-S // pool)
+    if values is None and select_few.serves(columns, top_k):
+        how = select_few.how(columns, top_k, causal, bool(force_first or force_last), everything)
+        select_few.few_columns[(triton.cdiv(B * T, how["ROWS"]),)](scores, starts, ends, q_starts, out, lengths, B * T, *window, **how)
+        return
     bounds, kept, counts = scratch if scratch is not None else buffers(B * T, place, config)
     sample, keep, choose_ = constants(config, causal, bool(force_first or force_last), everything, values is not None)
     sampling, keeping, choosing = options(config, place.arch)
-    window = (T, T_all, S, top_k, scores.stride(0), scores.stride(1), position, pool, force_first, force_last)
     sample_rows[(B * T,)](scores, starts, ends, q_starts, bounds, 0, *window, **sample, **sampling)
     for first in range(0, B * T, kept.shape[0]):
         rows = min(kept.shape[0], B * T - first)
@@ -221,8 +206,12 @@ def row_artifacts(config, arch, *, causal, forced, everything, windows, q_starts
     arrays = {"scores": "*fp32", "starts": "*i32", "ends": "*i32", "q_starts": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32", "bounds": "*i32", "buffer": "*i64", "counts": "*i32"}
     numbers = {name: "i32" for name in ("first_row", "T", "T_all", "S", "k", "stride_b", "stride_t", "position", "force_first", "force_last")}
     absent = {name: None for name, there in (("starts", windows), ("ends", windows or ends), ("q_starts", q_starts), ("values", values)) if not there}
-    found = []
-    for fn, fixed, how in zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values), options(config, arch)):
+    found, kernels = [], list(zip((sample_rows, keep_rows, choose_rows), constants(config, causal, forced, everything, values), options(config, arch)))
+    if not values:
+        few = select_few.how(128, 4, causal, forced, everything)
+        numbers["rows"] = "i32"
+        kernels.append((select_few.few_columns, {name: few[name] for name in few if name != "num_warps"}, dict(num_warps=few["num_warps"])))
+    for fn, fixed, how in kernels:
         fixed = {**{name: value for name, value in absent.items() if name in fn.arg_names}, "pool": 1, **fixed}
         signature = {name: kind for name, kind in {**arrays, **numbers}.items() if name in fn.arg_names and name not in fixed}
         found.append({"fn": fn, "signature": signature, "constexprs": fixed, "options": how,

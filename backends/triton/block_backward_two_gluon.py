@@ -1,0 +1,121 @@
+"""Path "gluon" of block_attention_backward, its kernels from the host: dQ by the lists of queries (block_backward_queries_gluon.py), dK and dV by the lists of keys
+(block_backward_keys_gluon.py); seven products, no sum has two owners. D up to 192.
+
+Lists far longer than the rest come in sections where one alone would take longer than a multiprocessor's share of everything; their float32 sums are added in order
+(block_backward_kinds.py).
+"""
+from functools import lru_cache
+
+from sparsetile.backends.triton import relaunch
+from sparsetile.backends.triton.block_attention_gluon import Map, ahead
+from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
+from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
+from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS
+from sparsetile.backends.triton.launch import power, schedule, tiles
+
+KEY_STAGES = 3  # steps of `keys_gluon` under way
+
+
+def widths(D: int, DV: int) -> dict:
+    """Columns as they lie in shared memory."""
+    return dict(D0=64 if D <= 64 else 128, D1=64 if D > 128 else 0, V0=power(DV, 64))
+
+
+@lru_cache(1024)
+def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edge_q=False, from_length=False) -> dict:
+    """Of each kernel by its name. edge_k: some keys of a block may not exist; edge_q: some queries of a tile.
+    Keys of a step of dQ: 64, of which more are under way (Longformer 1.33 -> 1.19 ms, random blocks 3.60 -> 3.52), but at D 64 such a step has too little to do (1.49 -> 1.72)."""
+    w, tables, place, gluon = widths(D, DV), dict(INTERVALS=intervals, BITMAPS=bitmaps), dict(FROM_LENGTH=from_length), dict(num_warps=4, enable_fp_fusion=False)
+    halves = dict(D=D, D0=w["D0"], D1=w["D1"])
+    made = dict(queries_gluon=dict(D=D, **w, STEP=128 if D <= 64 else 64, EDGE=edge_k, **tables, **place, **gluon),
+                keys_gluon=dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, MASKS=intervals or bitmaps, EDGE=edge_q, **place, **gluon), turn_kinds=dict(**tables, num_warps=8),
+                join_queries=dict(**halves, R=16, num_warps=4), join_keys=dict(D=D, DV=DV, **w, **place, R=16, num_warps=4))
+    return {name: relaunch.Constants(values) for name, values in made.items()}
+
+
+def sections_of(lists, name: str, heads: int, far: int, sms: int) -> int:
+    """In how many sections the far longer lists, `far` of each head, come: 1 where the longest is no more than a multiprocessor's share of everything, else so many that one is half
+    of that."""
+    if not far:
+        return 1
+    found = lists.extras.get(f"triton.longest.{name}")
+    if found is None:
+        offsets = lists.extras[name]
+        length = offsets[2::2] - offsets[:-2:2]
+        found = lists.extras[f"triton.longest.{name}"] = int(length.max()), len(length) // (lists.nq if name == "offsets" else lists.nk) / int(length.sum())
+    longest, lists_by_entry = found
+    shares = longest * lists_by_entry * sms / heads
+    return 1 if shares <= 1 else min(-(-longest // 4), int(2 * shares) + 1)
+
+
+class Call:
+    """What the kernels of a call have in common."""
+
+    def __init__(self, q, k, v, dout, lists, lse, delta, place, scale: float, kv_length, q_start):
+        (self.B, self.Hq, self.T, D), (self.Hk, self.S), DV = q.shape, k.shape[1:3], v.shape[3]
+        self.k, self.v, self.lists, self.known, self.place, self.scale, self.kind = k, v, lists, (lse, delta), place, float(scale), (q.dtype,)
+        self.group, self.sms, host = self.Hq // self.Hk, max(place.sms, 1), q_start if isinstance(q_start, int) else None
+        self.tiles, self.key_tiles = tiles(self.T, ROWS.value, host), -(-self.S // KEYS.value)
+        covers = host is not None and host // ROWS.value == lists.first and self.tiles == lists.nq
+        exact = covers and host % ROWS.value == 0 and self.T % ROWS.value == 0
+        self.made = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > self.S, not exact, q_start is None)
+        self.D0, self.D1, self.V0 = (self.made["queries_gluon"][name] for name in ("D0", "D1", "V0"))
+        self.order, self.order_by_key = schedule(lists) if covers else None, schedule(lists, True) if self.key_tiles == lists.nk else None
+        self.far, self.far_by_key = ahead(lists) if self.order is not None else 0, ahead(lists, "by_key_offsets") if self.order_by_key is not None else 0
+        self.strides = tuple(lists.list_of.stride(i) if lists.list_of.shape[i] > 1 else 0 for i in (0, 1))
+        self.positions, self.start = (kv_length, None if q_start is None or host is not None else q_start), host or 0
+        self.maps = *self.halves(q, 64), Map(dout, 64, self.V0)
+
+    def halves(self, x, rows: int) -> tuple:
+        """Tensor maps of the first 128 columns and of the rest."""
+        return Map(x, rows, self.D0), Map(x, rows, self.D1) if self.D1 else None
+
+    def launch(self, kernel, programs: int, pointers: tuple, numbers: tuple, maps: tuple = ()):
+        relaunch.launch(kernel, (programs,), self.place, pointers, numbers, self.made[kernel.__name__], self.kind, maps)
+
+    def turn_kinds(self):
+        """Partial blocks as keys see them, and which quarters of them hold a pair; None where there are none."""
+        lists = self.lists
+        self.words = self.quarters = None
+        if lists.has_intervals or lists.has_bitmaps:
+            intervals, bitmaps = (0 if table is None else table.shape[0] for table in (lists.intervals, lists.bitmaps))
+            self.words, self.quarters = (self.place.empty((2 * max(intervals, bitmaps), n), "int32") for n in (512, 1))
+            self.launch(turn_kinds, intervals + bitmaps, (lists.intervals, lists.bitmaps, self.words, self.quarters), (intervals,))
+
+
+def flat(x):
+    return x.view(-1, *x.shape[2:])
+
+
+def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start):
+    """Fills dq, dk and dv."""
+    call, ticket = Call(q, k, v, dout, lists, lse, delta, place, scale, kv_length, q_start), place.zeros((2,), "int32")
+    call.turn_kinds()
+    by_queries(call, dq, ticket[:1])
+    by_keys(call, dk, dv, ticket[1:])
+
+
+def by_queries(c: Call, dq, ticket):
+    lists, heads, sections = c.lists, c.B * c.Hq, sections_of(c.lists, "offsets", c.B * c.Hq, c.far, c.sms)
+    sums = c.place.empty((heads * c.far * sections, ROWS.value, c.D0 + c.D1), "float32") if sections > 1 else None
+    items, step = heads * (c.tiles + c.far * (sections - 1)), c.made["queries_gluon"]["STEP"]
+    c.launch(queries_gluon, min(items, c.sms),
+             (dq, sums, *c.known, lists.offsets, lists.cols, lists.kinds, c.quarters, lists.intervals, lists.bitmaps, lists.list_of, c.order, *c.positions, ticket),
+             (*c.strides, heads, c.Hq, c.group, c.T, c.S, lists.first, lists.nq, c.tiles, c.far, sections, items, c.start, c.scale),
+             (*c.maps, *c.halves(c.k, step), Map(c.v, step, c.V0), *c.halves(flat(dq), 64)))
+    if sections > 1:
+        c.launch(join_queries, heads * c.far * 8, (sums, dq, lists.list_of, c.order), (*c.strides, heads, c.Hq, c.T, lists.nq, lists.first, heads * c.far, sections, c.start))
+
+
+def by_keys(c: Call, dk, dv, ticket):
+    lists, heads, sections = c.lists, c.B * c.Hk, sections_of(c.lists, "by_key_offsets", c.B * c.Hk, c.far_by_key, c.sms)
+    sums = c.place.empty((heads * c.far_by_key * sections, KEYS.value, c.D0 + c.D1 + c.V0), "float32") if sections > 1 else None
+    items = heads * (c.key_tiles + c.far_by_key * (sections - 1))
+    c.launch(keys_gluon, min(items, c.sms),
+             (dk, dv, sums, *c.known, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, c.words, c.quarters, lists.list_of, c.order_by_key, *c.positions, ticket),
+             (*c.strides, heads, c.Hk, c.group, c.T, c.S, lists.first, lists.nq, lists.nk, c.key_tiles, c.far_by_key, sections, items, c.start, c.scale),
+             (*c.maps, *c.halves(c.k, 64), Map(c.v, 64, c.V0), *c.halves(flat(dk), 64), Map(flat(dv), 64, c.V0)))
+    if sections > 1:
+        c.launch(join_keys, heads * c.far_by_key * 8, (sums, dk, dv, lists.list_of, c.order_by_key, *c.positions),
+                 (*c.strides, heads, c.Hk, c.group, c.T, c.S, lists.nk, heads * c.far_by_key, sections, c.start))

@@ -1,0 +1,107 @@
+"""A selection as bitmaps of blocks, on the device, without a host round trip, CUDA-graph safe.
+
+    indices [B,G,T,K] int32, lengths [B,G,T] or None  ->  bitmaps [B*G*nq*nk, block_q, block_k / 32] int32, kinds [B*G, nq, nk] int32
+
+Row t stands in block t // block_q; bit c % 32 of word c // 32 says whether it sees key j * block_k + c. Kind -2: no row of the block sees a key of it, else 2 n + 1 for row n of the bitmaps.
+Holes, `lengths` and causality as in gather_attention; an entry given twice shows once.
+Each run of entries within one word of 32 keys is joined first (`joined`), so that words, not entries, meet in the second-level cache.
+"""
+import triton
+import triton.language as tl
+
+from sparsetile.backends.contract import Resources, Tunable
+from sparsetile.backends.triton.gather_attention import keys_of
+from sparsetile.backends.triton.tiles import place_of
+
+TUNABLES = (Tunable("entries", (1024, 256, 512, 2048), "keys of a row taken at a time"),)
+
+
+@triton.jit
+def joined(word_a, bits_a, word_b, bits_b):
+    """Bits of neighbours in one word; two runs of one word that meet without what stood between them lose nothing."""
+    return word_b, tl.where(word_a == word_b, bits_a | bits_b, bits_b)
+
+
+@triton.jit(do_not_specialize=["G", "T", "S", "K", "nk", "q_start"])
+def single_keys(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, K, nq, nk, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
+                FROM_LENGTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ENTRIES: tl.constexpr):
+    """One row by one program, key after key."""
+    t = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    limit, start = place_of(line // G, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    row = line * T + t
+    count = K
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + row), 0), K)
+    block = (line * nq + t // BQ) * nk
+    for at in tl.range(0, count * GRANULARITY, ENTRIES):
+        key, ok = keys_of(indices + row * K, at, count, limit, start + t, GRANULARITY, CAUSAL, ENTRIES)
+        after, real = keys_of(indices + row * K, at + 1, count, limit, start + t, GRANULARITY, CAUSAL, ENTRIES)
+        word = tl.where(ok, key // 32, -1).to(tl.int32)
+        bits = tl.where(ok, (tl.full([ENTRIES], 1, tl.uint32) << (key % 32).to(tl.uint32)), 0).to(tl.int32, bitcast=True)
+        _, bits = tl.associative_scan((word, bits), 0, joined)
+        last = ok & ((tl.where(real, after // 32, -1).to(tl.int32) != word) | (tl.arange(0, ENTRIES) == ENTRIES - 1))
+        column = block + word // (BK // 32)
+        tl.atomic_or(bitmaps + (column * BQ + t % BQ) * (BK // 32) + word % (BK // 32), bits, mask=last, sem="relaxed")
+        tl.store(kinds + column, (2 * column + 1).to(tl.int32), mask=last)
+
+
+@triton.jit(do_not_specialize=["G", "T", "S", "K", "nk", "q_start"])
+def whole_words(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, K, nq, nk, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
+                FROM_LENGTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ENTRIES: tl.constexpr):
+    """The same where entries are whole words of 32 keys."""
+    t = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    limit, start = place_of(line // G, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
+    row = line * T + t
+    count = K
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + row), 0), K)
+    if CAUSAL:
+        limit = tl.minimum(limit.to(tl.int64), tl.maximum(start + t + 1, 0))
+    block = (line * nq + t // BQ) * nk
+    WORDS: tl.constexpr = GRANULARITY // 32
+    for at in tl.range(0, count * WORDS, ENTRIES):
+        place = at + tl.arange(0, ENTRIES)
+        entry = tl.load(indices + row * K + place // WORDS, mask=place // WORDS < count, other=-1)
+        ok = (entry >= 0) & (entry <= limit // GRANULARITY)
+        word = tl.where(ok, entry, 0) * WORDS + place % WORDS
+        seen = tl.minimum(tl.maximum(limit - word.to(tl.int64) * 32, 0), 32).to(tl.int32)
+        ok = ok & (seen > 0)
+        bits = (tl.full([ENTRIES], 0xFFFFFFFF, tl.uint32) >> tl.minimum(32 - seen, 31).to(tl.uint32)).to(tl.int32, bitcast=True)
+        column = block + word // (BK // 32)
+        tl.store(bitmaps + (column * BQ + t % BQ) * (BK // 32) + word % (BK // 32), bits, mask=ok)
+        tl.store(kinds + column, (2 * column + 1).to(tl.int32), mask=ok)
+
+
+def supports(problem):
+    return None
+
+
+def resources(problem, config):
+    return Resources(threads=128, shared=4096)
+
+
+def default_config(problem):
+    return {"entries": 1024}
+
+
+def artifacts(problem, config):
+    numbers = {name: "i32" for name in ("G", "T", "S", "K", "nq", "nk", "q_start")}
+    fn = whole_words if problem.granularity % 32 == 0 else single_keys
+    arrays = {name: "*i32" for name in ("indices", "lengths", "kv_length", "q_starts", "bitmaps", "kinds")}
+    constants = {"GRANULARITY": problem.granularity, "CAUSAL": "causal" in problem.features, "FROM_LENGTH": False, "BQ": 128, "BK": 128, "ENTRIES": config["entries"]}
+    return [{"fn": fn, "signature": {**arrays, **numbers}, "constexprs": constants, "options": {"num_warps": 4}, "div16": tuple(arrays)}]
+
+
+def run(indices, *, place, config, S, block_q, block_k, lengths=None, granularity=1, causal=False, kv_length=None, q_start=None):
+    B, G, T, K = indices.shape
+    nq, nk = -(-T // block_q), -(-S // block_k)
+    bitmaps, kinds = place.zeros((B * G * nq * nk, block_q, block_k // 32), "int32"), place.full((B * G, nq, nk), "int32", -2)
+    host = q_start if isinstance(q_start, int) else None
+    words = granularity // 32 if granularity % 32 == 0 else granularity
+    if K:
+        fn = whole_words if granularity % 32 == 0 else single_keys
+        fn[(T, B * G)](indices, lengths, kv_length, None if host is not None else q_start, bitmaps, kinds, G, T, S, K, nq, nk, host or 0, GRANULARITY=granularity, CAUSAL=bool(causal),
+                       FROM_LENGTH=q_start is None, BQ=block_q, BK=block_k, ENTRIES=min(config["entries"], max(32, 1 << (K * words - 1).bit_length())), num_warps=4)
+    return bitmaps, kinds

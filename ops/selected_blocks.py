@@ -1,0 +1,65 @@
+"""A selection in the place of which block attention reads bitmaps: where few heads share a list, a tile of queries multiplied with all keys of a block costs less than each row's own keys.
+
+A list of its own for each head fills one of the 16 rows that a product of gather attention has at least, and reads every key for itself: 100 ps a query, head and key on Hopper, where a pair of a
+masked block takes 2. So up to 32 keys passed for one that is seen, blocks win; and up to there the bitmaps of single keys, a bit a key, are no larger than the entries, 32 bits each.
+"""
+from dataclasses import replace
+
+from sparsetile.backends import arrays, devices, places
+from sparsetile.backends.contract import Lists, Problem
+from sparsetile.ops import array_operators as xp
+from sparsetile.ops import device_lists, dispatch
+from sparsetile.ops.layout import Layout
+from sparsetile.ops.selection import Selection
+
+OP, BLOCK, PASSED, MOST, LEAST = "sparse_attention", 128, 32, 1 << 30, 1 << 24
+
+
+def where_they_pay(call, problem_of):
+    """A call of sparse_attention: as it is, or with a layout in place of its selection. problem_of(call): that of the kernel which takes the selection; on its path "blocks" it stays."""
+    if not (isinstance(call.rule, Selection) and pays(call)):
+        return call
+    taken = dispatch.find(OP, problem_of(call), call.device, call.backend)
+    return call if taken is not None and taken.config.get("path") == "blocks" else as_blocks(call) or call
+
+
+def pays(call) -> bool:
+    """Whether a call over a selection runs as blocks."""
+    rule, (B, Hq, Hk, T, S, D, Dv) = call.rule, call.sizes
+    if not rule.distinct or call.device is None or call.config is not None or call.table is not None or call.latent is not None or arrays.dtype_name(call.q) not in ("bfloat16", "float16"):
+        return False
+    G, K = (int(n) for n in rule.indices.shape[1::2])
+    shared, seen = Hq // max(G, Hk), min(K * rule.granularity, S)
+    long = B * Hq * T * seen >= LEAST * shared  # else the host, which makes the lists, takes longer than the rows
+    return min(T, S) >= BLOCK and long and shared < 16 and S * shared <= PASSED * seen and B * G * T * S // 8 <= max(MOST, 4 * B * G * T * K)
+
+
+def as_blocks(call):
+    """The call with a layout in place of its selection, made where its entries are: no host round trip, CUDA-graph safe. None where no backend that may run has the kernel.
+
+    Rows of the layout are numbered from query 0: lengths, positions and causality are in its bits.
+    """
+    B, Hq, Hk, T, S, _, _ = call.sizes
+    s = call.rule
+    problem = Problem.of("selection_bitmaps", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, K=int(s.indices.shape[3])), dict(indices="int32"), devices.device_info(call.device).arch,
+                         ["causal"] * s.causal, 1.0, s.granularity)
+    choice = dispatch.find(OP, problem, call.device, call.backend)
+    if choice is None:
+        return None
+    dispatch.before(OP, problem, call.device, choice.backend)  # for an explanation
+    G = int(s.indices.shape[1])
+    nq, nk = -(-T // BLOCK), -(-S // BLOCK)
+    if dispatch.is_explaining():  # the attention kernel is the one to explain: its tiles are all it needs
+        empty = xp.full(s.indices, (1,), 0)
+        part = Lists(BLOCK, BLOCK, 0, nq, nk, *[empty] * 8, list_of=xp.full(s.indices, (1, 1), 0), has_bitmaps=True)
+    else:
+        place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
+        with place.guard():
+            indices, lengths, kv_length = (None if x is None else place.packed(place.native(x)) for x in (s.indices, s.lengths, call.kv_length))
+            start = call.q_start if call.q_start is None or isinstance(call.q_start, int) else place.packed(place.native(call.q_start))
+            bitmaps, kinds = (place.give(x) for x in choice.kernel.run(indices, place=place, config=choice.config, S=S, block_q=BLOCK, block_k=BLOCK, lengths=lengths,
+                                                                       granularity=s.granularity, causal=s.causal, kv_length=kv_length, q_start=start))
+        part = device_lists.lists(kinds, BLOCK, BLOCK, (B, G), bitmaps=bitmaps)
+        if G not in (1, Hq):
+            part = replace(part, list_of=xp.astype(xp.module(kinds).broadcast_to(part.list_of[:, :, None], (B, G, Hq // G)).reshape(B, Hq), "int32"))
+    return replace(call, rule=Layout((part,), T, S, 0), q_start=0, kv_length=None)
