@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsetile.backends.contract import ARCHES, BACKENDS, KERNELS, Problem, Unsupported
 from sparsetile.ops import attention, dispatch, indexer, latent
+from sparsetile.ops.selection import Selection
 
 MARKS = "<!-- matrix: written by python -m sparsetile.autotune.matrix README.md -->", "<!-- matrix: end -->"
 ARCHES_OF = {"triton": ARCHES, "cupy": tuple(a for a in ARCHES if a.startswith("sm_")), "numba": ("cpu",), "reference": ("cpu",)}
@@ -32,6 +33,10 @@ def cases(kernel: str):
             if not kernel.endswith("_backward") and kind != "float64":
                 pages = ["paged", "kv_length"] * (kernel == "block_attention")
                 yield kind, f"fp8 latents, queries of {SHORT[kind]}", dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=576, Dv=512, K=512), dict(q=kind, k="latent_fp8", v="latent_fp8"), ["shared_kv", *pages]
+        for kind in (FLOAT8, "bfloat16", "float16") * (kernel == "block_attention"):
+            for D, Dv, more in WIDTHS:
+                special = ", ".join([f"fp8 keys, queries of {SHORT[kind]}"] * (kind != FLOAT8) + [f"fp8 D {D}, Dv {Dv}"] * (D > 128))
+                yield FLOAT8, special, dict(B=1, Hq=8, Hk=1, T=4096, S=4096, D=D, Dv=Dv), dict(q=kind, k=FLOAT8, v=FLOAT8), ["scale", *[more] * bool(more)]
     elif kernel == "attention_delta":
         for kind in (*FLOATS, "float64"):
             yield kind, "", dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), []
@@ -97,7 +102,7 @@ def everywhere() -> list[str]:
     import ml_dtypes
     x, w, one = np.zeros((1, 1, 4, 8), np.float32), np.zeros((1, 8, 8), np.float32), np.ones((1, 1, 1), np.float32)
     low = x.astype(ml_dtypes.float8_e4m3fn)
-    calls = [lambda: attention.sparse_attention(x, x, x, k_scale=one), lambda: attention.sparse_attention(low, low, low),
+    calls = [lambda: attention.sparse_attention(low, low, low, Selection(np.zeros((1, 1, 4, 1), np.int32)), k_scale=one), lambda: _gradient("float8"),
              lambda: latent.latent_attention(x, None, x[0].astype(low.dtype), None, w, w, latent_scale=np.ones((1, 4, 1), np.float32), mode="absorbed"),
              lambda: latent.latent_attention(x, None, np.zeros((1, 4, 600), np.float32), None, *[np.zeros((1, 600, 8), np.float32)] * 2, mode="absorbed"),
              *(lambda op=op: _gradient(op) for op in ("indexer_scores", "indexer_topk", "latent_decompress", "latent_attention"))]
@@ -114,6 +119,8 @@ def _refusal(call) -> str | None:
 def _gradient(op):
     import torch
     x, w = torch.zeros(1, 1, 4, 8, requires_grad=True), torch.zeros(1, 8, 8, requires_grad=True)
+    if op == "float8":
+        return attention.sparse_attention(x.bfloat16(), *[x.detach().to(torch.float8_e4m3fn)] * 2)
     if op.startswith("indexer"):
         arguments = (x, x[0], torch.ones(1, 1, 4))
         got = indexer.indexer_scores(*arguments) if op == "indexer_scores" else indexer.indexer_topk(*arguments, 2, return_scores=True)[1]

@@ -4,6 +4,7 @@ It rounds where the op must and nowhere else: inputs (they come rounded); probab
 output; absorbed queries and the output in the latent width before w_uv; float8 values. Everything between is float32 (float64 for float64 inputs).
 `count` [B,Hq,T,S] (or what broadcasts to it) says how often a query sees a key.
 """
+import ml_dtypes
 import numpy as np
 
 
@@ -50,15 +51,34 @@ def _softmax(x, count, sink_logits):
     return p.astype(x.dtype), lse, lse_total.astype(x.dtype)
 
 
-def attention(q, k, v, count, *, scale, softcap=None, sink_logits=None, out_dtype=None):
-    """q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  ->  out [B,Hq,T,Dv], lse [B,Hq,T]"""
+def attention(q, k, v, count, *, scale, softcap=None, sink_logits=None, out_dtype=None, q_scale=None, k_scale=None, v_scale=None):
+    """q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
+
+    float8: products of its values are exact; scores are multiplied by q_scale [B,Hq,T] and k_scale [B,Hk,ceil(S/128)]; probabilities by v_scale, and rounded to bfloat16, whose range holds that.
+    """
     Hq = q.shape[1]
+    if "float8" in k.dtype.name:
+        return _attention_float8(q, k, v, count, scale, softcap, sink_logits, out_dtype, (q_scale, k_scale, v_scale))
     count = np.broadcast_to(count, (q.shape[0], Hq, q.shape[2], k.shape[2]))
     with np.errstate(all="ignore"):
         wk, wv = _without_unseen(spread(k, Hq), count), _without_unseen(spread(v, Hq), count)
         x, _ = _scores(q.astype(working(q)), wk, scale, softcap)
         p, lse, _ = _softmax(x, count, sink_logits)
         return (rounded(p, v.dtype) @ wv).astype(out_dtype or q.dtype), lse
+
+
+def _attention_float8(q, k, v, count, scale, softcap, sink_logits, out_dtype, scales):
+    Hq, (S, one) = q.shape[1], (k.shape[2], np.float32(1))
+    count = np.broadcast_to(count, (q.shape[0], Hq, q.shape[2], S))
+    seen = (count > 0).any(axis=2)
+    by_query, by_key, by_value = one if scales[0] is None else scales[0][..., None], *(
+        one if x is None else np.where(seen, np.repeat(spread(x, Hq), 128, axis=2)[..., :S], one)[:, :, None] for x in scales[1:])
+    with np.errstate(all="ignore"):
+        wk, wv = _without_unseen(spread(k, Hq), count), _without_unseen(spread(v, Hq), count)
+        x = q.astype(np.float32) @ wk.swapaxes(-1, -2) * (by_query * by_key * np.float32(scale))
+        x = x if softcap is None else np.float32(softcap) * np.tanh(x / np.float32(softcap))
+        p, lse, _ = _softmax(x, count, sink_logits)
+        return (rounded(p * by_value, ml_dtypes.bfloat16) @ wv).astype(out_dtype or (ml_dtypes.bfloat16 if "float8" in q.dtype.name else q.dtype)), lse
 
 
 def attention_gradients(q, k, v, count, dout, *, dlse=None, scale, softcap=None, sink_logits=None):

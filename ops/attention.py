@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Lists, Problem, Unsupported, density_bucket
-from sparsetile.ops import checks, dispatch, ready, selected_blocks
+from sparsetile.ops import checks, dispatch, float8, ready, selected_blocks
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.lowering import lower
@@ -36,6 +36,8 @@ class Call:
     device: int | None
     table: Any = None  # [B,pages] int32: k and v are pages [N,Hk,page,width] of a cache
     latent: Any = None  # (R, P): rows of k are bytes, the fp8 layout of a latent cache
+    scales: tuple = (None, None, None)  # q_scale, k_scale, v_scale of float8 operands
+    out_dtype: str | None = None  # where it is not q's own: of float8 queries
 
     @property
     def sizes(self):
@@ -44,15 +46,23 @@ class Call:
         return B, Hq, Hk, T, S if self.table is None else S * self.table.shape[1], D, self.value_width
 
     @property
+    def out_kind(self) -> str:
+        return self.out_dtype or arrays.dtype_name(self.q)
+
+    @property
+    def scaled(self) -> bool:
+        return any(x is not None for x in self.scales)
+
+    @property
     def arrays(self):
         return self.q, self.k, self.v, self.sink_logits
 
 
 def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None, softcap=None, kv_length=None, q_start=None, value_width=None,
-                     q_scale=None, k_scale=None, v_scale=None, return_lse=False, deterministic=True, allow_tf32=False, backend=None, config=None):
+                     q_scale=None, k_scale=None, v_scale=None, out_dtype=None, return_lse=False, deterministic=True, allow_tf32=False, backend=None, config=None):
     """softmax(scale * q k^T) v over the keys each query sees.
 
-    q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] (Hq % Hk == 0; float32, float16, bfloat16, float64 on CPU; any D, Dv in 1..576), of NumPy, PyTorch,
+    q [B,Hq,T,D], k [B,Hk,S,D], v [B,Hk,S,Dv] (Hq % Hk == 0; float32, float16, bfloat16, float64 on CPU; float8_e4m3fn as below; any D, Dv in 1..576), of NumPy, PyTorch,
     CuPy or JAX, all on one device. k may be a cache (PagedKV, PagedLatent, RollingKV) with v=None: lengths and values are its own, and nothing is differentiable
     but q over a selection. v=None with value_width=Dv takes the first Dv columns of k (the shared latent of MLA).
     pattern       a Pattern, a Layout or a Selection; None is Full(). Query t stands at position p = q_start + t.
@@ -62,28 +72,31 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     kv_length     [B] int32: keys at or past it do not exist (values are clamped to 0..S)
     q_start       int, or [B] int32 on the device; kv_length - T by default, S - T without lengths (bottom-right). With a pattern, values on the device reach
                   from -T to S: queries that stand farther out may see nothing
+    q_scale, k_scale, v_scale   of float8_e4m3fn (CuPy has no such arrays), float32: q's [B,Hq,T], k's and v's [B,Hk,ceil(S/128)], one for 128 keys; None is 1. k and v are of that type both, q is too or
+                  is float16 or bfloat16. Not differentiable, nor for selections and caches
+    out_dtype     of float8 queries: bfloat16 (default), float16 or float32
     return_lse    also return the natural logarithm of the sum over keys (without the sink) [B,Hq,T] float32 (float64 for float64 inputs); in rows whose sink exceeds it by
                   more than 80 its gradient is 0 on the CPU
     deterministic False permits another order of additions in the backward
     allow_tf32    permits TF32 products of float32 inputs where a backend has them (none has yet)
 
-    Returns out [B,Hq,T,Dv] in q's element type, of the caller's array type, on the caller's device and stream [, lse]. A query that sees no key: out 0,
+    Returns out [B,Hq,T,Dv] in q's element type (or out_dtype), of the caller's array type, on the caller's device and stream [, lse]. A query that sees no key: out 0,
     LSE -inf, gradients 0. A key that no query sees is never read into a result, even if it holds NaN. Differentiable in PyTorch: q, k, v, sink_logits, LSE.
     Raises ValueError or TypeError for bad arguments, Unsupported for a limit of the chosen backend.
     """
     key = None
-    if config is None and q_scale is None and k_scale is None and v_scale is None:
+    if config is None and q_scale is None and k_scale is None and v_scale is None and out_dtype is None:
         key, tensors = ready.attention_key(q, k, v, pattern, scale, softcap, sink_logits, kv_length, q_start, value_width, backend, return_lse, deterministic, allow_tf32)
         found = ready.find(key)
         if found is not None:
             results = found(*tensors)
             return tuple(results) if return_lse else results[0]
-    if q_scale is not None or k_scale is not None or v_scale is not None:
-        raise Unsupported("sparse_attention: float8 scales (q_scale, k_scale, v_scale) are not supported by any backend yet; pass float16 or bfloat16 arrays")
     checks.flag("return_lse", return_lse), checks.flag("deterministic", deterministic), checks.flag("allow_tf32", allow_tf32)
-    call = check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config)
+    call = check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, q_scale, k_scale, v_scale, out_dtype)
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
+        if float8.is_float8(call.k):
+            float8.no_gradients(*call.arrays, *call.scales)
         if torch_ops.wanted(*call.arrays):
             if call.table is not None or call.latent is not None:
                 raise Unsupported("k: a cache read through its pages is neither differentiated nor traced by torch.compile yet; call under torch.no_grad(), or pass cache.gather()")
@@ -91,13 +104,14 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
             return (out, lse) if return_lse else out
     elif call.caller == "jax":
         from sparsetile.ops import jax_ops
-        if jax_ops.traced(*call.arrays, kv_length, q_start, jax_ops.tables(call.rule)):
+        if jax_ops.traced(*call.arrays, *call.scales, kv_length, q_start, jax_ops.tables(call.rule)):
             return jax_ops.attention(call, return_lse)
     out, lse = forward(call, return_lse, key)
     return (out, lse) if return_lse else out
 
 
-def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config) -> Call:
+def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config,
+          q_scale=None, k_scale=None, v_scale=None, out_dtype=None) -> Call:
     """Everything that can be said of the arguments before a backend is chosen."""
     checks.options(backend, config)
     checks.array("q", q, 4, "[B,Hq,T,D]")
@@ -109,12 +123,13 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     B, Hq, T, D = q.shape
     _, Hk, S, _ = k.shape
     S = S if table is None else S * table.shape[1]
-    kind = arrays.dtype_name(q)
-    if "float8" in kind:
-        raise Unsupported("q: float8 queries are not supported by any backend yet; pass float16 or bfloat16 arrays")
-    checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
-    if latent is None:
-        checks.same("k", "element type of q", kind, arrays.dtype_name(k), "convert q, k and v to one type")
+    kind, keys = arrays.dtype_name(q), arrays.dtype_name(k)
+    if latent is None and float8.FLOAT8 in (kind, keys):
+        float8.types(kind, keys)
+    else:
+        checks.array("q", q, 4, "[B,Hq,T,D]", FLOATS)
+    if latent is None and keys != float8.FLOAT8:
+        checks.same("k", "element type of q", kind, keys, "convert q, k and v to one type")
     checks.same("k", "batch size of q", B, (k if table is None else table).shape[0], "expand it with a zero stride or repeat it")
     checks.same("k", "width D of q", D, k.shape[3] if latent is None else sum(latent), "q and k are multiplied over D")
     if Hk == 0 or Hq % Hk:
@@ -125,7 +140,7 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
             raise ValueError("v: expected an array [B,Hk,S,Dv], or value_width=Dv with v=None, got None for both; pass one of them")
         checks.integer("value_width", value_width, *((1, D) if latent is None else (latent[0],) * 2))
     else:
-        checks.same("v", "element type of q", kind, arrays.dtype_name(v), "convert q, k and v to one type")
+        checks.same("v", f"element type of {'k' if keys == float8.FLOAT8 else 'q'}", keys, arrays.dtype_name(v), "convert q, k and v to one type")
         checks.same("v", "shape [B,Hk,S] of k", list(k.shape[:3]), list(v.shape[:3]), "k and v hold the same keys")
         checks.width("v", v.shape[3])
         if value_width is not None and checks.integer("value_width", value_width) != v.shape[3]:
@@ -136,11 +151,16 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
         raise TypeError(f"pattern: expected a Pattern, a Layout, a Selection or None, got {type(rule).__name__}; see sparsetile.Causal(), Window(left), Selection(indices)")
     scale = D ** -0.5 if scale is None else checks.number("scale", scale)
     softcap = checks.number("softcap", softcap, 0, optional=True)
+    given = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    float8.scales(given, {"q_scale": kind, "k_scale": keys, "v_scale": keys}, float8.shapes_of(B, Hq, Hk, T, S), latent is not None or table is not None)
+    out_dtype = float8.output(out_dtype, kind)
     checks.row("sink_logits", sink_logits, (Hq,), "[Hq]")
     checks.lengths("kv_length", kv_length, (B,), "[B]")
     q_start = checks.start(q_start, B, None if kv_length is not None else S - T)
-    named = {"q": q, "k": k, "v": v, "sink_logits": sink_logits, "page_table": table, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
+    named = {"q": q, "k": k, "v": v, **given, "sink_logits": sink_logits, "page_table": table, "kv_length": kv_length, "q_start": None if isinstance(q_start, int) else q_start}
     if isinstance(rule, Selection):
+        if keys == float8.FLOAT8:
+            raise Unsupported("pattern: a Selection over float8 keys is not supported by any backend yet; pass k and v in the type of q")
         rule.check(B, Hq, Hk, T)
         rule = rule.within(S)
         named |= {"pattern.indices": rule.indices, "pattern.lengths": rule.lengths}
@@ -151,7 +171,8 @@ def check(q, k, v, pattern, scale, sink_logits, softcap, kv_length, q_start, val
     caller, device = checks.together(named)
     if isinstance(rule, Selection) and rule.restriction is not None:
         rule = rule.resolve(S, q_start, kv_length)
-    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table, latent)
+    return Call(q, k, v, rule, scale, sink_logits, softcap, kv_length, q_start, value_width, deterministic, backend, config, caller, device, table, latent,
+                (q_scale, k_scale, v_scale), out_dtype)
 
 
 def _cached(q, cache, v, pattern, kv_length, q_start, value_width, backend):
@@ -173,7 +194,8 @@ def features_of(call: Call, gradient: bool, lse: bool) -> list[str]:
     rule = call.rule
     words = [("sink", call.sink_logits is not None), ("softcap", call.softcap is not None), ("kv_length", call.kv_length is not None), ("lse", lse),
              ("gradient", gradient), ("shared_kv", call.v is None), ("q_start", call.q_start is not None and not isinstance(call.q_start, int)),
-             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead) or isinstance(rule, Selection) and call.q.shape[1] == rule.indices.shape[1] > call.k.shape[1]), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None)]
+             ("causal", isinstance(rule, Selection) and rule.causal), ("per_head", isinstance(rule, PerHead) or isinstance(rule, Selection) and call.q.shape[1] == rule.indices.shape[1] > call.k.shape[1]), ("layout", isinstance(rule, Layout)), ("paged", call.table is not None),
+             ("scale", call.scaled)]
     return [word for word, on in words if on]
 
 
@@ -186,7 +208,7 @@ def problem_of(call: Call, name: str, gradient=False, lse=False) -> Problem:
     elif isinstance(rule, Pattern) and T and S and isinstance(call.q_start, int):
         density = density_bucket(rule.density(T, S, q_start=call.q_start))
     kind = arrays.dtype_name(call.q)
-    keys = kind if call.latent is None else "latent_fp8"
+    keys = arrays.dtype_name(call.k) if call.latent is None else "latent_fp8"
     features = features_of(call, gradient, lse)
     if isinstance(rule, Pattern):
         features += ["dense"] if rule == Full() else ["static", rule.kind]
@@ -206,7 +228,7 @@ def choose(call: Call, name: str, gradient=False, lse=False) -> dispatch.Choice:
         rule_key = rule if isinstance(rule, Pattern) else (id(type(rule)), rule.block_q, rule.block_k)
     start = call.q_start if isinstance(call.q_start, int) else None if call.q_start is None else "device"
     config = None if call.config is None else tuple(sorted(call.config.items()))
-    key = (name, call.sizes, arrays.dtype_name(call.q), call.device, rule_key, start, call.kv_length is None, call.sink_logits is None, call.softcap is None,
+    key = (name, call.sizes, arrays.dtype_name(call.q), arrays.dtype_name(call.k), call.scaled, call.device, rule_key, start, call.kv_length is None, call.sink_logits is None, call.softcap is None,
            gradient, lse, call.v is None, call.table is None, call.latent, call.backend, config, dispatch.environment(OP))
     if not dispatch.is_explaining() and key in _choices:
         _choices.move_to_end(key)
@@ -294,12 +316,12 @@ def forward(call: Call, return_lse: bool, key=None):
 
 def _forward(call, choice, place, return_lse, key):
     B, Hq, Hk, T, S, D, Dv = call.sizes
-    kind = arrays.dtype_name(call.q)
+    kind = call.out_kind
     wide = "float64" if kind == "float64" else "float32"
     if B * Hq * T == 0 or S == 0:
         return place.zeros((B, Hq, T, Dv), kind), place.full((B, Hq, T), wide, float("-inf"))
     q, k, v, sink, length, start = _natives(call, place)
-    common = dict(place=place, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start)
+    common = dict(place=place, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start, **float8.natives(call, place))
     if call.table is not None:
         common["table"] = place.packed(place.native(call.table))
     if call.latent is not None:
@@ -313,11 +335,13 @@ def _forward(call, choice, place, return_lse, key):
         return choice.kernel.run(q, k, v, indices, lengths=lengths, sink_logits=sink, **how, **common)
     parts = lists_for(call, choice.config, place)
     if len(parts) == 1:
-        if key is not None:
+        if call.out_dtype is not None:
+            common["out_dtype"] = call.out_dtype
+        elif key is not None:
             run = lambda q, k, v, **rest: choice.kernel.run(q, k, v, parts[0], config=choice.config, return_lse=return_lse, **rest)  # noqa: E731
             ready.remember(key, _ready(call, choice, run, parts[0]))
         return choice.kernel.run(q, k, v, parts[0], config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
-    if hasattr(choice.kernel, "run_parts"):
+    if hasattr(choice.kernel, "run_parts") and not float8.is_float8(call.k):
         found = choice.kernel.run_parts(q, k, v, parts, config=choice.config, sink_logits=sink, return_lse=return_lse, **common)
         if found is not None:
             return found

@@ -53,11 +53,12 @@ def attention(call, return_lse):
     from sparsetile.ops.attention import sparse_attention
     B, Hq, _, T, _, _, Dv = call.sizes
 
-    def host(q, k, v, sink, length, start, held):
+    def host(q, k, v, scales, sink, length, start, held):
         got = sparse_attention(q, k, v, on_the_host(call.rule, held), scale=call.scale, sink_logits=sink, softcap=call.softcap, kv_length=length, q_start=start if start is None or start.ndim else int(start),
-                               value_width=call.value_width if v is None else None, return_lse=return_lse, backend=call.backend, config=call.config)
+                               value_width=call.value_width if v is None else None, return_lse=return_lse, backend=call.backend, config=call.config,
+                               out_dtype=call.out_dtype, **dict(zip(("q_scale", "k_scale", "v_scale"), scales)))
         return got if return_lse else (got,)
-    shapes = [((B, Hq, T, Dv), call.q.dtype)] + [((B, Hq, T), "float64" if str(call.q.dtype) == "float64" else "float32")] * return_lse
+    shapes = [((B, Hq, T, Dv), call.out_kind)] + [((B, Hq, T), "float64" if str(call.q.dtype) == "float64" else "float32")] * return_lse
     start = np.int32(call.q_start) if isinstance(call.q_start, int) else call.q_start
-    got = callback(host, shapes, call.q, call.k, call.v, call.sink_logits, call.kv_length, start, tables(call.rule))
+    got = callback(host, shapes, call.q, call.k, call.v, call.scales, call.sink_logits, call.kv_length, start, tables(call.rule))
     return tuple(got) if return_lse else got[0]

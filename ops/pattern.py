@@ -24,7 +24,7 @@ def shown(value) -> str:
     """A value as error messages quote it: short, whatever it is."""
     if type(value) is int and abs(value) >= 2 ** 70:
         return f"an integer of {value.bit_length()} bits"
-    text = f"an array of shape {list(value.shape)}" if getattr(value, "ndim", 0) else " ".join(repr(value).split())
+    text = f"an array of shape {list(value.shape)}" if not isinstance(value, type) and getattr(value, "ndim", 0) else " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:60] + "..." + text[-17:]
 
 

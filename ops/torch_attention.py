@@ -4,12 +4,14 @@
     "s<granularity>,<causal>,<distinct>"   a selection; tables = [indices] or [indices, lengths]
     "l<T>,<S>;<part>;..."            a layout; tables = its parts' arrays, in order; a part's text is its numbers and which arrays it has
 """
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from sparsetile.backends.contract import Lists
 from sparsetile.ops import attention as attention_op
+from sparsetile.ops.float8 import is_float8
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Pattern
 from sparsetile.ops.selection import Selection
@@ -68,8 +70,11 @@ def _call(q, k, v, rule, tables, sink_logits, kv_length, q_start, start, scale, 
 def attention(call):
     """(out, lse) of a checked call, through the registered operator."""
     rule, tables = encode(call.rule)
-    return _attention(call.q, call.k, call.v, rule, tables, call.sink_logits, call.kv_length, *start_arguments(call.q_start), call.scale, call.softcap or 0.0, call.value_width,
-                      call.deterministic, call.backend or "", options_text(call.config))
+    rest = (rule, tables, call.sink_logits, call.kv_length, *start_arguments(call.q_start), call.scale, call.softcap or 0.0, call.value_width,
+            call.deterministic, call.backend or "", options_text(call.config))
+    if is_float8(call.k):
+        return _attention_float8(call.q, call.k, call.v, *call.scales, call.out_kind, *rest)
+    return _attention(call.q, call.k, call.v, *rest)
 
 
 def _attention_run(q, k, v, *rest):
@@ -113,3 +118,18 @@ _attention = define(f"attention(Tensor q, Tensor k, Tensor? v, {_RULE}) -> (Tens
 _attention_backward = define(f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor? v, {_RULE}) "
                              "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)", _attention_backward_run, _attention_backward_fake)
 differentiable("attention", _attention_autograd, _attention_setup)
+
+
+# ------------------------------------------------------------------------------------------------------------------- float8
+def _float8_run(q, k, v, q_scale, k_scale, v_scale, out_dtype, *rest):
+    call = replace(_call(q, k, v, *rest), scales=(q_scale, k_scale, v_scale), out_dtype=out_dtype if is_float8(q) else None)
+    return attention_op.forward(call, True)
+
+
+def _float8_fake(q, k, v, q_scale, k_scale, v_scale, out_dtype, rule, tables, sink_logits, kv_length, q_start, start, scale, softcap, value_width, *rest):
+    B, Hq, T, _ = q.shape
+    return q.new_empty((B, Hq, T, value_width), dtype=getattr(torch, out_dtype)), q.new_empty((B, Hq, T), dtype=torch.float32)
+
+
+_attention_float8 = define("attention_float8(Tensor q, Tensor k, Tensor? v, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, str out_dtype, "
+                           f"{_RULE}) -> (Tensor out, Tensor lse)", _float8_run, _float8_fake)

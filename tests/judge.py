@@ -16,14 +16,19 @@ def attention(on, q, k, v, rule, count, *, scale=None, softcap=None, sink_logits
     """sparse_attention's out and lse, or those of a system that takes its arguments (op, with rule None). v=None: the first value_width columns of k."""
     width, rule = None if v is not None else value_width, () if rule is None else (rule,)
     out, lse = arrays(*getattr(on, op)(q, k, v, *rule, scale=scale, softcap=softcap, sink_logits=sink_logits, value_width=width, return_lse=True, **options))
-    answer(out, lse, q, k, k[..., :value_width] if v is None else v, count, scale=scale, softcap=softcap, sink_logits=sink_logits, name=name)
+    scales = {x: options[x] for x in ("q_scale", "k_scale", "v_scale") if x in options}
+    answer(out, lse, q, k, k[..., :value_width] if v is None else v, count, scale=scale, softcap=softcap, sink_logits=sink_logits, name=name, **scales)
     return out, lse
 
 
-def answer(out, lse, q, k, v, count, *, scale=None, softcap=None, sink_logits=None, name=""):
+def answer(out, lse, q, k, v, count, *, scale=None, softcap=None, sink_logits=None, name="", q_scale=None, k_scale=None, v_scale=None):
     """An attention's out and lse by the policy."""
-    how = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, sink_logits=sink_logits)
-    (truth, truth_lse), (measure, measure_lse) = oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)
+    how, float8 = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, sink_logits=sink_logits), {}
+    exact = q, k, v
+    if "float8" in k.dtype.name:
+        exact = [oracle.dequantised(x, x_scale, rows) for x, x_scale, rows in ((q, q_scale, 1), (k, k_scale, 128), (v, v_scale, 128))]
+        float8 = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out_dtype=out.dtype)
+    (truth, truth_lse), (measure, measure_lse) = oracle.attention(*exact, count, **how), plain.attention(q, k, v, count, **how, **float8)
     S, D = k.shape[2:]
     assert_close(name + "out", out, truth, measure, reduction=S + D)
     rows = lambda x: x.reshape(len(x), -1)  # one number a query: its row is the sample, for an lse may be nothing but cancellation

@@ -10,6 +10,11 @@ def widen(x):
     return x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
 
 
+def dequantised(x, scale, rows):
+    """float8 x [B,H,N,width] with scale [B,H,ceil(N/rows)], one for `rows` of its rows; None is 1"""
+    return widen(x) if scale is None else widen(x) * np.stack([widen(scale)[..., n // rows] for n in range(x.shape[2])], axis=-1)[..., None]
+
+
 def _prepared(q, k, v, count, scale, softcap):
     """k and v per query head, scores masked with -inf, derivative of the softcap. Keys nobody sees are 0 before anything is computed."""
     group = q.shape[1] // k.shape[1]

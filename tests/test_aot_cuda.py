@@ -53,6 +53,7 @@ def cases():
     for op, T, Hq, features in (("block_attention", 1, 128, ("paged",)), ("block_attention", 4096, 16, ("paged",)), ("gather_attention", 1, 128, ()), ("gather_attention", 1, 16, ())):
         dims, kinds, _ = attention(576, 512, Hq=Hq, Hk=1, T=T)
         yield op, f"float8-latent-h{Hq}-t{T}", (dims, kinds | dict(k="latent_fp8", v="latent_fp8"), ("shared_kv", *features))
+    yield "block_attention", "float8-128x128-t1", (attention(128, 128, Hq=32, Hk=8, T=1)[0], dict(q=HALF, k="float8_e4m3fn", v="float8_e4m3fn"), ("scale",))
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -48,6 +48,9 @@ def cases():
     yield "block_attention", "paged-decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length", "paged"))
     yield "block_attention", "paged-decode-576x512", attention(576, 512, Hq=16, Hk=1, T=1, features=("shared_kv", "kv_length", "paged"))
     yield "block_attention", "paged-128", attention(128, 128, features=("interval", "kv_length", "paged"))
+    for T, name in ((4096, "float8-128"), (1, "float8-decode-128")):
+        dims, kinds, _ = attention(128, 128, Hq=32, Hk=8, T=T)
+        yield "block_attention", name, (dims, kinds | dict(k=EIGHT, v=EIGHT), ("interval", "kv_length", "scale"))
     for op in ("gather_attention", "gather_attention_backward"):
         yield op, "128", attention(128, 128, features=())
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1, features=("shared_kv", "causal"))
@@ -87,7 +90,7 @@ def cases():
 def everywhere():
     first = set()
     for op, name, case in cases():
-        for arch in aot.TARGETS if op not in first else ("sm_90a",):
+        for arch in aot.TARGETS if op not in first else ("sm_90a", "sm_80", "gfx942") if name == "float8-decode-128" else ("sm_90a",):  # two of which cannot convert it
             yield pytest.param(op, case, arch, id=f"{op}-{name}-{arch}")
         first.add(op)
 

@@ -112,6 +112,7 @@ def select(indices=ints(2, 1, 6, 3), **options):
 
 CALLS = {
     "attention": (st.sparse_attention, dict(q=Q, k=K, v=V, pattern=st.Causal())),
+    "float8": (st.sparse_attention, dict(q=Q.astype(FP8), k=K.astype(FP8), v=V.astype(FP8), q_scale=real(2, 4, 6), k_scale=real(2, 2, 1), v_scale=real(2, 2, 1), pattern=st.Causal())),
     "selection": (select, {}),
     "layout": (st.Layout.of, dict(pattern=st.Causal(), T=6, S=10)),
     "mask layout": (st.Layout.from_block_mask, dict(mask=np.ones((2, 3), bool), block_q=32, block_k=32)),
@@ -179,7 +180,14 @@ ATTENTION = [
     *[("kv_length", dict(kv_length=x)) for x in (5, [5, 5], ints(3), ints(1), ints(2, 1), ints(2, dtype=np.int64), ints(2, dtype=np.uint32), real(2), np.int32(5), torch.zeros(2, dtype=torch.int64))],
     ("q_start", dict(kv_length=ints(2, value=5), q_start=ints(3))),
     *[(name, {name: x}) for name in ("return_lse", "deterministic", "allow_tf32") for x in (None, 1, "yes", np.bool_(True))],
-    ("k_scale", dict(k_scale=real(2, 2, 1))), ("q_scale", dict(q_scale=1.0)), ("v_scale", dict(v_scale=real(2, 2, 1))),
+    ("k_scale", dict(k_scale=real(2, 2, 1))), ("q_scale", dict(q_scale=1.0)), ("v_scale", dict(v_scale=real(2, 2, 1))), *[("out_dtype", dict(out_dtype=x)) for x in ("float16", "float", 3, np.float16)],
+]
+FLOAT8 = [
+    *[(name, {name: x}) for name in ("k_scale", "v_scale") for x in (1.0, [[[1.0]]], real(2, 2), real(2, 2, 2), real(2, 4, 1), real(1, 2, 1), real(2, 2, 10), real(2, 2, 1, 1), real(2, 2, 1, dtype=F64), real(2, 2, 1, dtype=BF16), ints(2, 2, 1), tensor(real(2, 2, 1)))],
+    *[("q_scale", dict(q_scale=x)) for x in (1.0, real(2, 4), real(2, 4, 1), real(2, 2, 6), real(2, 4, 6, 1), real(2, 4, 6, dtype=F64), real(2, 4, 6, dtype=BF16), tensor(real(2, 4, 6)))],
+    *[("out_dtype", dict(out_dtype=x)) for x in ("float64", "float8_e4m3fn", "bf16", 3, np.float16, torch.float16)], ("q_scale", dict(q=Q.astype(BF16), q_scale=real(2, 4, 6))), ("out_dtype", dict(q=Q.astype(BF16), q_scale=None, out_dtype="float16")),
+    ("k", dict(q=Q)), ("k", dict(q=Q.astype(F64))), ("q", dict(k=K)), ("q", dict(k=K.astype(BF16), v=V.astype(BF16))), ("v", dict(v=V)), ("v", dict(v=V.astype(BF16))), ("k", dict(q=Q.astype(ml_dtypes.float8_e5m2))),
+    ("pattern", dict(pattern=st.Selection(ints(2, 1, 6, 3)))), *backends(),
 ]
 
 SELECTIONS = [
@@ -287,7 +295,7 @@ PRESETS = [
     ("op", lambda: st.explain("attend", Q, K, V)), ("op", lambda: st.explain(3)), ("op", lambda: st.explain("Window", 3)), ("op", lambda: st.explain(print, "x")), ("op", lambda: st.explain(None)), ("q", lambda: st.explain("sparse_attention", None, K, V)),
 ]
 
-FAMILIES = {"attention": ATTENTION, "selection": SELECTIONS, "scores": SCORES, "indexer": INDEXER, "topk": TOPK, "decompress": DECOMPRESS, "latent": LATENTS, "merge": MERGE}
+FAMILIES = {"attention": ATTENTION, "float8": FLOAT8, "selection": SELECTIONS, "scores": SCORES, "indexer": INDEXER, "topk": TOPK, "decompress": DECOMPRESS, "latent": LATENTS, "merge": MERGE}
 CASES = [(family, word, lambda function=CALLS[family][0], good=CALLS[family][1], changes=changes: function(**{**good, **changes}), changes) for family, cases in FAMILIES.items() for word, changes in cases]
 CASES += [("layouts", word, lambda function=CALLS[family][0], good=CALLS[family][1], changes=changes: function(**{**good, **changes}), (family, changes)) for family, word, changes in LAYOUTS]
 CASES += [(family, word, call, "") for family, cases in (("patterns", PATTERNS), ("presets", PRESETS)) for word, call in cases]

@@ -60,6 +60,7 @@ def cases(make):
     latent = [make.normal(2, 90, 128), make.normal(4, 128, 64), make.normal(4, 128, 64), make.normal(2, 90, 32)]
     heads = [make.normal(2, 4, 50, 64), make.normal(2, 4, 50, 32)]
     index = dict(zip(("index_q", "index_k", "index_weights"), (make.normal(2, 8, 50, 64), make.normal(2, 90, 64), make.normal(2, 8, 50, dtype=torch.float32))))
+    eight = lambda x: x.to(torch.float8_e4m3fn)  # noqa: E731
     chosen = lambda s: (s.indices, s.lengths)  # noqa: E731
     paged_indexer = lambda b, q, keys, w: (st.indexer_scores(q, keys, w, backend=b), *(x for k in (40, 900) for x in chosen(st.indexer_topk(q, keys, w, k, backend=b))))  # noqa: E731
     absorbed = lambda mode: lambda b, qn, qr, c, uk, uv, r: [st.latent_attention(qn, qr, c, r, uk, uv, st.Causal(), mode=mode, backend=b)]  # noqa: E731
@@ -91,6 +92,9 @@ def cases(make):
                            lambda b, q, c, table, n: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Causal())),
         "float8-latents-selection": ([make.normal(3, 20, 2, 576), make.integers(0, 63, 50, 32, 656), make.integers(-2, 52, 3, 47), make.integers(0, 1505, 3), make.integers(-2, 1510, 3, 1, 2, 300)],
                                      lambda b, q, c, table, n, i: attend(b, q, st.PagedLatent(c.to(torch.uint8), table, n, rank=512, rotary=64), None, st.Selection(i))),
+        "quantised": ([*qkv(140, 300), make.normal(2, 2, 3, dtype=torch.float32), make.normal(2, 2, 3, dtype=torch.float32)], lambda b, q, k, v, a, c: attend(b, q, *map(eight, (k, v)), window, k_scale=a, v_scale=c)),
+        "quantised-decode": ([make.normal(3, 8, 4, 128), make.normal(3, 2, 3000, 128), make.normal(3, 2, 3000, 128), make.normal(3, 8, 4, dtype=torch.float32), make.integers(0, 3001, 3)],
+                             lambda b, q, k, v, a, n: attend(b, *map(eight, (q, k, v)), st.Window(700) | st.Sink(4), q_scale=a, kv_length=n)),
         "pages-of-indexer-keys": ([make.normal(2, 64, 3, 128), make.integers(0, 63, 30, 64 * 132), make.normal(2, 64, 3, dtype=torch.float32), make.integers(-2, 32, 2, 15), make.integers(0, 961, 2)],
                                   lambda b, q, k, w, table, n: paged_indexer(b, q.to(torch.float8_e4m3fn), st.IndexerKeys(k.to(torch.uint8), table, n), w)),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
@@ -232,7 +236,7 @@ def test_on_a_thread_that_is_new(backend, name, rng):
 
 FORWARD = [name for name in NAMES if "gradients" not in name]
 CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py asserts
-BYTES = ("float8-latents", "float8-latents-selection", "pages-of-indexer-keys")  # their cases make bytes and float8 in torch's words
+BYTES = ("float8-latents", "float8-latents-selection", "pages-of-indexer-keys", "quantised", "quantised-decode")  # their cases make bytes and float8 in torch's words
 
 
 def from_torch(x, to):
@@ -256,7 +260,7 @@ def test_cupy_arrays(backend, name, rng):
 
 
 @both
-@pytest.mark.parametrize("name", [name for name in FORWARD if name not in CACHED])
+@pytest.mark.parametrize("name", [name for name in FORWARD if name not in (*CACHED, *BYTES)])
 def test_jax_arrays(backend, name, rng):
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":

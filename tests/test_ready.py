@@ -80,8 +80,10 @@ def test_errors_gradients_and_explanations_take_the_long_way(monkeypatch):
     st.sparse_attention(q, k, v, RULE, return_lse=True)
     with pytest.raises(TypeError, match="return_lse"):
         st.sparse_attention(q, k, v, RULE, return_lse=1)
-    with pytest.raises(st.Unsupported, match="float8"):
+    with pytest.raises(ValueError, match="q_scale"):
         st.sparse_attention(q, k, v, RULE, return_lse=True, q_scale=torch.ones(2, 4, 9))
+    with pytest.raises(ValueError, match="out_dtype"):
+        st.sparse_attention(q, k, v, RULE, return_lse=True, out_dtype="float16")
     assert st.sparse_attention(q.requires_grad_(), k, v, RULE, return_lse=True)[0].requires_grad
     with torch.no_grad():
         assert not st.sparse_attention(q, k, v, RULE, return_lse=True)[0].requires_grad

@@ -12,14 +12,15 @@ float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused 
 arrays that the copy engine cannot address) take the portable one with the same blocks. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
 rows of one tile, keys are split over the chip; calls with orders take the portable one.
 """
+import math
 import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper, hopper_parts, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
-from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, first_fitting, fp8_defines, latent_shape, lists_values,
-                                               padded, page_defines, position_values, problem_copy_bytes, query_tiles, sliced, through_pages)
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, SCALES, ceil_div, copy_bytes, first_fitting, float8_defines, fp8_defines, is_float8, latent_shape,
+                                               lists_values, output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
 
 TUNABLES = (
     Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
@@ -38,6 +39,10 @@ HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as 
 
 def supports(problem: Problem) -> str | None:
     kinds = {problem.dtype(name) for name in "qkv"} - {"latent_fp8"}
+    if is_float8(problem):
+        if kinds - {"float8_e4m3fn", *HALVES} or problem.dtype("v") != "float8_e4m3fn" or "paged" in problem.features:
+            return f"CuPy reads float8 keys and values both, in one piece, for queries of float8_e4m3fn, float16 and bfloat16, not {'/'.join(str(problem.dtype(n)) for n in 'qkv')}{' behind a page table' * ('paged' in problem.features)}; cast or gather them"
+        kinds = set()
     if latent_shape(problem) is not None and problem.dtype("q") not in HALVES:
         return f"CuPy reads the fp8 layout of a latent cache for queries of float16 and bfloat16, not {problem.dtype('q')}; pass cache.gather()"
     if len(kinds) > 1 or not kinds <= {"float32", *HALVES}:
@@ -61,6 +66,8 @@ def no_hopper(problem: Problem) -> str | None:
     """Why the path "hopper" is not for this problem."""
     if "paged" in problem.features:
         return "path hopper reads keys in one piece, not through a page table; take portable"
+    if is_float8(problem):
+        return "path hopper takes keys and values of 16 bits, not float8; take portable"
     if problem.arch != "sm_90a":
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
     if problem.dtype("q") not in HALVES or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
@@ -124,14 +131,14 @@ def default_config(problem: Problem) -> dict:
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
         bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k; classes seldom fill 192 rows: of stride 128 at 16k half as much work again
         return first_fitting(problem, resources, [dict(path="hopper", block_q=bq, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
-    if rows == 32 and problem.dtype("q") in HALVES and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
+    if rows == 32 and problem.dtype("q") != "float32" and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
         few = first_fitting(problem, resources, split.candidates(problem))
         if not isinstance(resources(problem, few), str):
             return few
     if problem.dtype("q") == "float32":
         tries = [(min(rows, 64), 64, 32), (32, 64, 32)]
     elif D <= 128:
-        tries = [(rows, 128, 64), (min(rows, 64), 64, 32)]
+        tries = [(rows, 128, 128)] * is_float8(problem) + [(rows, 128, 64), (min(rows, 64), 64, 32)]
     else:
         tries = [(min(rows, 64), 64, 32 if D > 256 else 64), (min(rows, 64), 64, 32), (32, 64, 32)]
     return first_fitting(problem, resources, [dict(path="portable", block_q=q, block_k=k, tile_k=tk, row_tiles=1) for q, k, tk in tries])
@@ -141,12 +148,12 @@ def defines(kind: str, out_kind: str, D: int, Dv: int, config: dict, copy: int, 
     common = dict(OUT_KIND=KINDS[out_kind], BQ=config["block_q"], BK=config["block_k"], TK=config["tile_k"], DP=padded(D), SOFTCAP=int(softcap), Q_ORDER=int(q_order), K_ORDER=int(k_order), **more)
     if kind == "float32":
         return dict(common, DVP=sliced(Dv)[1], COPY=4)
-    return dict(common, KIND=KINDS[kind], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
+    return dict(common, KIND=KINDS[product_kind(kind)], MT=config["row_tiles"], DVP=sliced(Dv)[1], COPY=copy)
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     kind, order = problem.dtype("q"), "order" in problem.features
-    d = defines(kind, problem.dtype("out", kind), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order, page_defines(problem) | fp8_defines(latent_shape(problem)))
+    d = defines(kind, problem.dtype("out", output_kind(kind)), problem["D"], problem["Dv"], config, problem_copy_bytes(problem, "D", "Dv"), "softcap" in problem.features, order, order, page_defines(problem) | fp8_defines(latent_shape(problem)) | float8_defines(kind, problem.dtype("k"), math.gcd(16, problem["D"], problem["Dv"])))
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
     if config["path"] in ("decode", "latent"):
         return split.artifacts(problem, config) + portable
@@ -158,7 +165,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
 
 
 def takes_hopper(q, k, v, config, scale, softcap, out_kind, table) -> bool:
-    return config["path"] == "hopper" and table is None and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
+    return config["path"] == "hopper" and table is None and k.dtype == q.dtype and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
 def longest_first(lists, place):
@@ -216,10 +223,11 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     return out, lse
 
 
-def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None):
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None,
+        q_scale=None, k_scale=None, v_scale=None):
     (B, Hq, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     S = k.shape[2] * (1 if table is None else table.shape[1])
-    kind, out_kind = q.dtype, out_dtype or q.dtype
+    kind, out_kind, scales = q.dtype, out_dtype or output_kind(q.dtype), (q_scale, k_scale, v_scale)
     out = place.empty((B, Hq, T, Dv), out_kind)
     lse = place.empty((B, Hq, T), "float32") if return_lse else None
     tiles = query_tiles(lists, T, q_start, S, kv_length)
@@ -232,18 +240,19 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
             return found
     elif takes_hopper(q, k, v, config, scale, softcap, out_kind, table) and B * Hq * tiles < 2 ** 31 - place.sms:
         return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
-    if split.takes(q, lists, config, out_kind):
+    if split.takes(q, k, lists, config, out_kind):
         return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
-                         table=table, latent=latent)
+                         table=table, latent=latent, scales=scales)
     _, k, v, pages, page = through_pages(table, k, v)
     float32 = kind == "float32"
     slices = sliced(Dv)[0]
-    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None, page | fp8_defines(latent))
+    d = defines(kind, out_kind, D, Dv, config, copy_bytes(q) if k.dtype == "float8_e4m3fn" else copy_bytes(q, k, v), softcap is not None, lists.q_order is not None, lists.k_order is not None,
+                page | fp8_defines(latent) | float8_defines(kind, k.dtype, copy_bytes(k, v)))
     source = "block_attention_float32" if float32 else "block_attention"
-    function = nvrtc.function(source, "forward", PAGES * bool(page) + FIELDS, d, place)
+    function = nvrtc.function(source, "forward", PAGES * bool(page) + FIELDS + SCALES * (k.dtype == "float8_e4m3fn"), d, place)
     if B * Hq * tiles * slices >= 2 ** 31:
         raise Unsupported(f"CuPy block attention launches at most 2^31 - 1 tiles, not {B * Hq * tiles * slices}; split the batch")
     function(B * Hq * tiles * slices, _threads(config, float32), shared_bytes(D, Dv, config, float32), place.stream, *pages,
              q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *position_values(T, S, kv_length, q_start),
-             *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, D, Dv, tiles, slices, scale, softcap or 0.0)
+             *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, D, Dv, tiles, slices, scale, softcap or 0.0, *scale_values(k, scales))
     return out, lse

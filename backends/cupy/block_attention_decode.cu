@@ -4,9 +4,11 @@
 // Of a step's keys a warp makes the scores of a quarter for all rows, then the output of a quarter of the value columns for all keys: maxima and probabilities pass through
 // shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
 // Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
-// the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV).
+// the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV), FLOAT8 (float8.cuh; then OUT_KIND and COPY8, of k and v: stages hold
+// bytes, which become elements in a tile of their own, first the keys, and once all warps have their scores the values).
 #include "split.cuh"
 #include "latents.cuh"
+#include "float8.cuh"
 #include "mma.cuh"
 
 struct Params : Pages {
@@ -20,14 +22,20 @@ struct Params : Pages {
   i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
   int Hq, group, pack, heads, tiles, parts, D, Dv;  // pack: heads in a tile; heads: 1, or Hq where each has a list of its own; parts: tiles of rows
   float scale, softcap;
+#if FLOAT8
+  Scales scales;
+#endif
 };
+#ifndef OUT_KIND
+#define OUT_KIND KIND
+#endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, KEYS = TK / WARPS, NT = KEYS / 8, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
-constexpr int STAGE = TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
+constexpr int STAGE = FLOAT8 ? TK * (DP + DVP) / 2 : TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
 constexpr bool WHOLE = PAGE && PAGE % TK == 0;  // a page holds all keys of a step: one look tells where they are
 constexpr u64 ALL = TK == 64 ? ~0ull : (1ull << 32) - 1;
 static_assert(TK == 32 || TK == 64, "a lane's word of keys");
-static_assert(DVP % (16 * WARPS) == 0 && BK % TK == 0 && (!SHARED_KV || DVP <= DP), "tiles");
+static_assert(DVP % (16 * WARPS) == 0 && BK % TK == 0 && (!SHARED_KV || DVP <= DP && !FLOAT8), "tiles");
 
 struct Job {
   int b, head, t, row, count;  // of its first query: its number and its row in the tile of the lists; head: the first of its list
@@ -127,7 +135,7 @@ __device__ __forceinline__ float natural(const Params& p, float dot) { return SO
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
-  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *sp = stages + STAGES * STAGE;
+  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *converted = stages + STAGES * STAGE, *sp = converted + (FLOAT8 ? TK * (KS > VS ? KS : VS) : 0);
   float *tops = (float*)(sp + ROWS * PS), *sums = tops + WARPS * ROWS;  // [WARPS][ROWS] each
   int* box = (int*)(sums + WARPS * ROWS);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + 2 * (lane & 3);
@@ -150,9 +158,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     tile.first = member % p.parts * ROWS;
     tile.rows = imin(job.count * p.pack - tile.first, ROWS);
     tile.pack = p.pack;
-    const u16* q = (const u16*)p.q + job.b * p.qb;
-    const u16* k = (const u16*)p.k + job.b * p.kb + (tile.head / p.group) * p.kh;
-    const u16* v = (const u16*)p.v + job.b * p.vb + (tile.head / p.group) * p.vh;
+    const Query* q = (const Query*)p.q + job.b * p.qb;
+    const Key* k = (const Key*)p.k + job.b * p.kb + (tile.head / p.group) * p.kh;
+    const Key* v = (const Key*)p.v + job.b * p.vb + (tile.head / p.group) * p.vh;
     const auto load = [&](const Steps& y, int stage) {
       u16* to = stages + stage * STAGE;
       const i64 first = y.block * BK + y.c;
@@ -161,6 +169,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #endif
 #if LATENT
       copy_latents<KIND, TK, DP, COPY, THREADS, MT == 1 ? 4 : 1>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + at(r) * p.kt : nullptr; });
+#elif FLOAT8
+      copy_tile<u8, TK, DP, COPY8, THREADS>((u8*)to, DP, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
+      copy_tile<u8, TK, DVP, COPY8, THREADS>((u8*)to + TK * DP, DVP, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
 #elif PAGE
       copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + at(r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)
@@ -178,7 +189,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     Steps now = {x, x + take, 0, 0, 0, 0};
     now.settle(p, job);
     Steps ahead = now;
+#if FLOAT8
+    const i64 groups = ((i64)job.b * (p.Hq / p.group) + tile.head / p.group) * ((p.at.S + 127) / 128);
+    float by_query[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = 16 * m + 8 * h + g;
+        by_query[m][h] = row < tile.rows ? scale_at(p.scales.q, ((i64)job.b * p.Hq + tile.head_of(row)) * p.at.T + job.t + tile.query(row)) : 1.f;
+      }
+#endif
+#if FLOAT8 == 2
+    copy_float8<KIND, ROWS, DP, COPY, THREADS>(sq, KS, p.D, p.qd, [&](int r) { return r < tile.rows ? q + tile.head_of(r) * p.qh + (job.t + tile.query(r)) * p.qt : nullptr; });
+#else
     copy_tile<u16, ROWS, DP, COPY, THREADS>(sq, KS, q, p.D, p.qd, [&](int r) { return r < tile.rows ? q + tile.head_of(r) * p.qh + (job.t + tile.query(r)) * p.qt : nullptr; });
+#endif
     for (int s = 0; s < STAGES - 1; s++) {
       if (ahead.x < ahead.end) {
         load(ahead, s);
@@ -196,7 +222,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         ahead.settle(p, job);
       }
       cp_commit();
+#if FLOAT8
+      const i64 at_scale = groups + (now.block * BK + now.c) / 128;
+      const float by_key = scale_at(p.scales.k, at_scale), by_value = scale_at(p.scales.v, at_scale);
+      const u8* bytes = (const u8*)(stages + stage * STAGE);
+      convert_tile<KIND, TK, DP, THREADS>(converted, KS, bytes);
+      __syncthreads();
+      const u16 *sk = converted, *sv = converted;
+#else
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
+#endif
       float s[MT][NT][4];
       scores(s, sq, sk, warp);
       const bool masked = PAGE && !WHOLE || now.x >= job.run.plain;
@@ -211,6 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #pragma unroll
           for (int e = 0; e < 2 * NT; e++) {
             float& y = s[m][e / 2][2 * h + e % 2];
+#if FLOAT8
+            y *= by_query[m][h] * by_key;
+#endif
             y = word >> (e / 2 * 8 + e % 2) & 1 ? natural(p, y) : -inf();
             top = fmaxf(top, y);
           }
@@ -219,6 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           if ((lane & 3) == 0) tops[warp * ROWS + row] = top;
         }
       __syncthreads();
+#if FLOAT8
+      convert_tile<VALUE_KIND, TK, DVP, THREADS>(converted, VS, bytes + TK * DP);
+#endif
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -234,7 +275,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           for (int n = 0; n < NT; n++) {
             const float a = ex2((s[m][n][2 * h] - zero) * LOG2E), b = ex2((s[m][n][2 * h + 1] - zero) * LOG2E);
             sum[m][h] += a + b;
+#if FLOAT8
+            *(u32*)(sp + row * PS + KEYS * warp + 8 * n + 2 * (lane & 3)) = pack<VALUE_KIND>(a * by_value, b * by_value);
+#else
             *(u32*)(sp + row * PS + KEYS * warp + 8 * n + 2 * (lane & 3)) = pack<KIND>(a, b);
+#endif
           }
 #pragma unroll
           for (int n = 0; n < VT; n++) { o[m][n][2 * h] *= factor; o[m][n][2 * h + 1] *= factor; }
@@ -251,8 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           load_b_columns(b, sv, SHARED_KV ? KS : VS, 16 * c, warp * COLUMNS + 8 * n);
 #pragma unroll
           for (int m = 0; m < MT; m++) {
-            mma<KIND>(o[m][n], a[m], b[0], b[1]);
-            mma<KIND>(o[m][n + 1], a[m], b[2], b[3]);
+            mma<VALUE_KIND>(o[m][n], a[m], b[0], b[1]);
+            mma<VALUE_KIND>(o[m][n + 1], a[m], b[2], b[3]);
           }
         }
       }
@@ -295,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #pragma unroll
         for (int n = 0; n < VT; n++)
           if (column + 8 * n < p.Dv)
-            store_pair<KIND>((u16*)p.out + line * p.Dv + column + 8 * n, empty ? 0.f : o[m][n][2 * h] * inverse, empty ? 0.f : o[m][n][2 * h + 1] * inverse, column + 8 * n + 1 < p.Dv, p.Dv % 2 == 0);
+            store_pair<OUT_KIND>((Element<OUT_KIND>*)p.out + line * p.Dv + column + 8 * n, empty ? 0.f : o[m][n][2 * h] * inverse, empty ? 0.f : o[m][n][2 * h + 1] * inverse, column + 8 * n + 1 < p.Dv, p.Dv % 2 == 0);
       }
     // ---- the next item
     at += take;

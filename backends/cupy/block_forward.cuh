@@ -1,6 +1,9 @@
 // What the two forward kernels over block lists share: their arguments, and which tile a CTA works on.
 #pragma once
 #include "lists.cuh"
+#ifndef FLOAT8  // float8.cuh
+#define FLOAT8 0
+#endif
 
 struct Params : Pages {
   const void *q, *k, *v;
@@ -12,6 +15,9 @@ struct Params : Pages {
   i64 qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd;
   int Hq, group, D, Dv, tiles, slices;
   float scale, softcap;
+#if FLOAT8
+  Scales scales;
+#endif
 };
 
 struct Tile {

@@ -44,7 +44,7 @@ def _copy_bytes(least, arrays):
 
 def problem_copy_bytes(problem, *axes) -> int:
     """The same for a problem: what contiguous arrays give."""
-    size = 4 if problem.dtype("q") == "float32" else 2
+    size = {"float32": 4, "float8_e4m3fn": 1}.get(problem.dtype("q"), 2)
     row = [] if latent_shape(problem) is None else [problem["Dv"] + problem["Dv"] // 32 + 2 * (problem["D"] - problem["Dv"])]
     return max(size, math.gcd(16, *row, *(problem[axis] * size for axis in axes)))
 
@@ -97,6 +97,34 @@ def latent_shape(problem) -> tuple | None:
 
 def fp8_defines(latent) -> dict:
     return {} if latent is None else dict(LATENT=latent[0])
+
+
+def is_float8(problem) -> bool:
+    """Whether keys and values are float8 (float8.cuh)."""
+    return problem.dtype("k") == "float8_e4m3fn"
+
+
+def product_kind(kind: str) -> str:
+    """The type in which queries of this type are multiplied."""
+    return "float16" if kind == "float8_e4m3fn" else kind
+
+
+def output_kind(kind: str) -> str:
+    """The type of the output for queries of this type, unless told otherwise."""
+    return "bfloat16" if kind == "float8_e4m3fn" else kind
+
+
+def float8_defines(kind: str, keys: str, copy: int) -> dict:
+    """copy: bytes that divide every row of keys and values"""
+    return dict(FLOAT8=2 if kind == keys else 1, COPY8=copy if copy >= 4 else 1) if keys == "float8_e4m3fn" else {}
+
+
+SCALES = "3Q"  # struct Scales
+
+
+def scale_values(k, scales) -> tuple:
+    """The fields of struct Scales, which calls on float8 keys alone have."""
+    return tuple(0 if x is None else x.ptr for x in scales) if k.dtype == "float8_e4m3fn" else ()
 
 
 def page_defines(problem) -> dict:

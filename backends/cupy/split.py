@@ -10,8 +10,8 @@ import struct
 from sparsetile.backends.contract import Problem, Resources, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import hopper
-from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, ceil_div, copy_bytes, fp8_defines, latent_shape, lists_values, padded,
-                                               page_defines, position_values, problem_copy_bytes, query_tiles, same_memory, through_pages)
+from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, SCALES, ceil_div, copy_bytes, float8_defines, fp8_defines, is_float8, latent_shape, lists_values,
+                                               output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, same_memory, scale_values, through_pages)
 
 SPLIT = "3Q4i"  # struct Split
 NO_SPLIT = (0,) * 7  # every item is whole
@@ -36,22 +36,26 @@ def row_tiles(queries: int, pack: int, columns: int) -> int:
 class Tiles:
     """What the kernel is compiled for, and what it asks of the chip."""
 
-    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int, latent=None):
+    def __init__(self, D: int, Dv: int, queries: int, pack: int, tile_k: int, shared_kv: bool, limit: int, latent=None, float8=False):
         self.tile_k, self.columns = tile_k, ceil_div(Dv, 64) * 64  # each warp's quarter is a multiple of 16
-        self.shared_kv = shared_kv and self.columns <= padded(D)
+        self.shared_kv = shared_kv and self.columns <= padded(D) and not float8  # whose values are of another type than its keys
         self.row_tiles = row_tiles(queries, pack, self.columns)
         self.rows, self.threads = 16 * self.row_tiles, 128
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
-        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8
-        half = limit // 2 - 1024  # the chip keeps 1 KiB of each block for itself
+        if float8:  # bytes in the stages, and one tile of what they become
+            tile, stage = tile_k * (max(padded(D), self.columns) + 8) * 2, tile_k * (padded(D) + self.columns)
+        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8 + (tile if float8 else 0)
+        room = lambda residents: limit // residents - 1024 * (residents > 1)  # noqa: E731  the chip keeps 1 KiB of each block for itself
         most = MOST_STAGES if latent is None else 2  # the fp8 layout passes through registers: no copy is in flight, another block of threads fills the gaps
-        self.residents = 2 if fixed + (max(3 * stage, 65536) if latent is None else 2 * stage) <= half else 1
-        self.stages = max(2, min(most, ((half if self.residents == 2 else limit) - fixed) // stage))
+        least = 2 * stage if float8 or latent is not None else max(3 * stage, 65536)
+        beside = 3 if float8 and self.row_tiles == 1 and self.columns <= 128 else 2  # half the bytes a step wait for as many barriers; wider rows leave no registers for a third block
+        self.residents = next(n for n in (beside, 2, 1) if n == 1 or fixed + least <= room(n))
+        self.stages = max(2, min(most, (room(self.residents) - fixed) // stage))
         self.shared = fixed + self.stages * stage
         self.more = fp8_defines(latent)
 
     def defines(self, kind: str, D: int, lists: tuple, copy: int, softcap: bool, pages: dict) -> dict:
-        return dict(KIND=KINDS[kind], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
+        return dict(KIND=KINDS[product_kind(kind)], BQ=lists[0], BK=lists[1], TK=self.tile_k, MT=self.row_tiles, DP=padded(D), DVP=self.columns, STAGES=self.stages, COPY=copy,
                     SHARED_KV=int(self.shared_kv), SOFTCAP=int(softcap), **self.more, **pages)
 
     def merge_defines(self, kind: str, block_q: int, rows: int) -> dict:
@@ -60,11 +64,11 @@ class Tiles:
 
 def tiles_of(problem: Problem, config: dict) -> Tiles:
     pack = 1 if "per_head" in problem.features else problem["Hq"] // problem["Hk"]
-    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch), latent_shape(problem))
+    return Tiles(problem["D"], problem["Dv"], min(problem["T"], config["block_q"]), pack, config["tile_k"], "shared_kv" in problem.features, nvrtc.shared_limit(problem.arch), latent_shape(problem), is_float8(problem))
 
 
 def resources(problem: Problem, config: dict):
-    if problem.dtype("q") not in HALVES:
+    if problem.dtype("q") == "float32":
         return f"path decode takes float16 and bfloat16, not {problem.dtype('q')}; take portable"
     if min(problem["T"], config["block_q"]) > QUERIES:
         return f"path decode takes up to {QUERIES} queries a tile, not {min(problem['T'], config['block_q'])}; take block_q {QUERIES} or path portable"
@@ -80,6 +84,8 @@ def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
     if problem.arch != "sm_90a":
         return f"path latent: {problem.arch} lacks its instructions; take decode"
+    if is_float8(problem):
+        return "path latent takes latents of 16 bits or in the fp8 layout of a cache, not float8 keys and values; take decode"
     if latent_shape(problem) is not None and "paged" not in problem.features:
         return "path latent reads the fp8 layout of a latent cache behind a page table only; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
@@ -114,23 +120,24 @@ def candidates(problem: Problem) -> list[dict]:
     2942 GB/s on an H100 against 2894 of decode by 64 keys a step and 2311 by 32, which are for keys that do not fit otherwise (barriers a byte count for more than bytes in flight)."""
     group = problem["Hq"] // problem["Hk"]
     fp8 = latent_shape(problem) is not None
-    latent = group > 16 or (group, problem["T"]) == (16, 1) or fp8 and problem["T"] < 4  # it takes queries one by one: more of 16 heads are one tile of decode, which converts fp8 in 3.6 times the time
+    latent = not is_float8(problem) and (group > 16 or (group, problem["T"]) == (16, 1) or fp8 and problem["T"] < 4)  # it takes queries one by one: more of 16 heads are one tile of decode, which converts fp8 in 3.6 times the time
     steps = (32,) if fp8 else (64, 32)  # of the fp8 layout two blocks of threads have to fit
     return [dict(path=path, block_q=QUERIES, block_k=128, tile_k=tk, row_tiles=1) for path in (["latent"] * latent + ["decode"]) for tk in steps]
 
 
 def artifacts(problem: Problem, config: dict) -> list[dict]:
     t, kind = tiles_of(problem, config), problem.dtype("q")
-    copy = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv")))
+    copy, out_kind = problem_copy_bytes(problem, *(("D",) if t.shared_kv else ("D", "Dv"))), output_kind(kind)
+    more = page_defines(problem) | float8_defines(kind, problem.dtype("k"), math.gcd(16, problem["D"], problem["Dv"])) | (dict(OUT_KIND=KINDS[out_kind]) if is_float8(problem) else {})
     own = [dict(source="block_attention_latent", defines=latent_defines(kind, (config["block_q"], config["block_k"]), page_defines(problem), latent_shape(problem)), names=["attend_latent"]),
            dict(source="merge_split", defines=latent_merge_defines(kind, problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])] if config["path"] == "latent" else []
-    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, page_defines(problem)), names=["attend"]),
-            dict(source="merge_split", defines=t.merge_defines(kind, config["block_q"], problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
+    return own + [dict(source="block_attention_decode", defines=t.defines(kind, problem["D"], (config["block_q"], config["block_k"]), copy, "softcap" in problem.features, more), names=["attend"]),
+            dict(source="merge_split", defines=t.merge_defines(out_kind, config["block_q"], problem["B"] * problem["Hq"] * problem["T"]), names=["merge"])]
 
 
-def takes(q, lists, config: dict, out_kind: str) -> bool:
+def takes(q, k, lists, config: dict, out_kind: str) -> bool:
     """Whether a call may run on the path "decode", or "latent"."""
-    return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and out_kind == q.dtype and min(q.shape[2], lists.block_q) <= QUERIES
+    return config["path"] in ("decode", "latent") and lists.q_order is None and lists.k_order is None and (out_kind == q.dtype or k.dtype == "float8_e4m3fn" and out_kind in HALVES) and min(q.shape[2], lists.block_q) <= QUERIES
 
 
 def takes_latent(q, k, v, lists, config: dict, scale: float, softcap, table, latent) -> bool:
@@ -166,7 +173,7 @@ def run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_st
     return out, lse
 
 
-def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
+def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None, scales=()):
     if takes_latent(q, k, v, lists, config, scale, softcap, table, latent):
         return run_latent(q, k, lists, out, lse, place, scale, sink_logits, kv_length, q_start, table, latent)
     S, k, v, pages, page = through_pages(table, k, v)
@@ -174,18 +181,20 @@ def run(q, k, v, lists, out, lse, *, place, config, scale, sink_logits=None, sof
     heads = Hq if lists.list_of.shape[1] > 1 else 1
     pack = Hq // Hk if heads == 1 else 1
     queries, tiles = min(T, lists.block_q), query_tiles(lists, T, q_start, S, kv_length)
-    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch), latent)
+    t = Tiles(D, Dv, queries, pack, config["tile_k"], same_memory(k, v), nvrtc.shared_limit(place.arch), latent, k.dtype == "float8_e4m3fn")
     parts = ceil_div(queries * pack, t.rows)
     jobs, members, shares = B * heads * tiles, parts * (Hk if heads == 1 else 1), max(place.sms, 1) * t.residents
     if max(jobs * lists.nk, B * Hq * T) >= 2 ** 31:
         raise Unsupported(f"CuPy's path decode takes at most 2^31 - 1 key blocks and rows, not {jobs * lists.nk} and {B * Hq * T}; split the batch or take path portable")
     scratch, split = split_values(place, 2 * shares, t.rows, t.columns, jobs, members, shares)
-    copy = copy_bytes(q, k) if t.shared_kv else copy_bytes(q, k, v)
+    float8 = k.dtype == "float8_e4m3fn"
+    copy = copy_bytes(q) if float8 else copy_bytes(q, k) if t.shared_kv else copy_bytes(q, k, v)
+    more = page | (float8_defines(q.dtype, k.dtype, copy_bytes(k, v)) | dict(OUT_KIND=KINDS[out.dtype]) if float8 else {})
     at = position_values(T, S, kv_length, q_start)
-    attend = nvrtc.function("block_attention_decode", "attend", PAGES * bool(page) + FIELDS, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None, page), place)
+    attend = nvrtc.function("block_attention_decode", "attend", PAGES * bool(page) + FIELDS + SCALES * float8, t.defines(q.dtype, D, (lists.block_q, lists.block_k), copy, softcap is not None, more), place)
     attend(shares, t.threads, t.shared, place.stream, *pages, q.ptr, k.ptr, v.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), *lists_values(lists), *at, *split,
-           *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0)
-    merge(place, t.merge_defines(q.dtype, lists.block_q, B * Hq * T), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1))
+           *q.strides, *k.strides, *v.strides, Hq, Hq // Hk, pack, heads, tiles, parts, D, Dv, scale, softcap or 0.0, *scale_values(k, scales))
+    merge(place, t.merge_defines(out.dtype, lists.block_q, B * Hq * T), t.columns, out, lse, sink_logits, split, at, (Hq, Dv, pack, heads, tiles, parts, 1))
     return out, lse
 
 

@@ -6,6 +6,7 @@ Query t stands at q_start + t (None: the last T keys'). Keys at or past min(S, k
 softcap comes before masking; the sink stands in the denominator only. Values of keys that no query of a tile sees are not read.
 With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart: key s is row s % page of page table[b, s // page];
 where that is not one of 0 .. N - 1 the key does not exist. Keys that lie in rows that follow each other are read in place.
+Rows of float8 are multiplied by q_scale [B,Hq,T], k_scale and v_scale [B,Hk,ceil(S/128)] as they become float32.
 
 A task is one block of queries of one batch and head (where queries are few, of the heads that share a key head); threads take tasks from a counter, and none shares a sum with another, so results do
 not depend on their number. Keys and values are read in place where they are float32 rows; other types, permuted keys, holes between seen
@@ -25,9 +26,9 @@ from sparsetile.backends.numba.convert import denormal_rows, fill_zero, size_of
 from sparsetile.backends.numba.exact import exact
 from sparsetile.backends.numba.far import far, on_threads, scratch, set_fields
 from sparsetile.backends.numba.finish import write_tile
-from sparsetile.backends.numba.job import job_at, key_limit, list_block, list_ends, make_job, run_of_keys, table_of, tile_block, tile_rows
+from sparsetile.backends.numba.job import job_at, key_limit, list_block, list_ends, make_job, run_of_keys, scales_of, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, span_of, up, whole
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, scale_keys, scale_queries, span_of, up, whole
 from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
 from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
 
@@ -79,7 +80,7 @@ def scores_of(job, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low, p
 
 @far("iiiiii")
 def _block(jobs, memory, kind, slot, limit, bases):
-    """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values, and its page table."""
+    """All panels against one block of keys, chunk by chunk. bases: addresses of this head's keys and values, its page table, and the scales of both."""
     job = job_at(jobs)
     D, Dvp, panels, pc, ps, rows, spans = job.D >> job.pairs, job.Dvp, job.panels, job.constants, memory + job.s, memory + job.rows, memory + job.spans
     asks, base_k, base_v, table, total = memory + job.asks, get_i64(bases, 0), get_i64(bases, 1), get_i64(bases, 2), spans + 16 * WORDS * panels
@@ -101,12 +102,16 @@ def _block(jobs, memory, kind, slot, limit, bases):
         if not (job.direct_k != 0 and row >= 0 and (not masked or row + high + 3 <= job.pool)):  # register tiles of four rows may read three rows more
             pk, k_step = memory + job.keys, 4 * job.Dq
             load_keys(jobs, base_k, job.k_t, 0 if job.pairs else job.k_code, D, job.Dq, at, high, limit, total, pk, row, table)
+            if get_i64(bases, 3) != 0:
+                scale_keys(jobs, get_i64(bases, 3), at, high, limit, total, pk, job.Dq)
         if job.pairs != 0:
             pv, v_step = memory + job.values, 4 * job.width
             load_pairs(jobs, base_v, at, limit, total, pv, pv + 2 * (CHUNK + 4) * job.width)
         elif not (job.direct_v != 0 and dense and row >= 0):
             pv, v_step = memory + job.values, 4 * Dvp
             load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, Dvp, at, high, limit, total, pv, row, table)
+            if get_i64(bases, 4) != 0:
+                scale_keys(jobs, get_i64(bases, 4), at, high, limit, total, pv, Dvp)
         for p in range(panels):
             if get_i64(rows, job.panels * PANEL + p) == 0:
                 continue
@@ -189,9 +194,13 @@ def _tile(jobs, memory, b, h, heads, tile):
         put_i64(bases, 0, job.k + b * job.k_b + j * job.k_h)
         put_i64(bases, 1, job.v + b * job.v_b + j * job.v_h)
         put_i64(bases, 2, table_of(job, b))
+        put_i64(bases, 3, scales_of(job, job.k_scale, b, j))
+        put_i64(bases, 4, scales_of(job, job.v_scale, b, j))
         for p in range(panels):
             load_panel(job.q + b * job.q_b + h * job.q_h, job.q_h, job.q_t, job.T, 0 if job.pairs else job.q_code, job.D >> job.pairs, job.Dq, rows + 8 * PANEL * p, job.sign,
                        memory + job.flat, 4 * job.Dq, memory + job.qt + STEP * job.Dq * p, 0)
+            if job.q_scale != 0:
+                scale_queries(job.q_scale + 4 * (b * job.Hq + h) * job.T, rows + 8 * PANEL * p, memory + job.qt + STEP * job.Dq * p, job.Dq, 0, 0)
         begin, partial, end = list_block(job, b, h, i)
         _ask_ahead(job, memory, bases, b, h, i)
         for entry in range(begin, end):
@@ -223,11 +232,11 @@ def sizes(job, D, Dv, block_q, k, v, k_order):
     set_fields(job, panels=panels, Dp=Dp, Dq=Dp, Dvp=up(Dv, 4), width=width, direct_k=k.dtype == np.float32 and k_order is None,
                direct_v=v.dtype == np.float32 and k_order is None and Dv % 4 == 0)
     return dict(rows=8 * panels * (2 * PANEL + 2), flat=4 * PANEL * max(Dp, width), qt=panels * Dp * STEP, s=(CHUNK + 4) * STEP, words=panels * WORDS * STEP,
-                spans=16 * WORDS * (panels + 1) + 24, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
+                spans=16 * WORDS * (panels + 1) + 40, keys=4 * (CHUNK + 4) * Dp, values=4 * (CHUNK + 4) * width)
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
-        table=None):
+        table=None, q_scale=None, k_scale=None, v_scale=None):
     B, Hq, T, D = q.shape
     Dv, wide = v.shape[3], q.dtype == np.float64
     kind = numpy_name(q.dtype)
@@ -236,7 +245,8 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     out, lse = make((B, Hq, T, Dv), kind), place.full((B, Hq, T), "float64" if wide else "float32", -math.inf)
     if lse.size == 0:
         return out, lse if return_lse else None
-    job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits, table=table)
+    job, alive = make_job(lists, q=q, k=k, v=v, out=out, lse=lse, scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start, sink_logits=sink_logits, table=table,
+                          scales=(q_scale, k_scale, v_scale))
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     panels, width, tiles_ = up(lists.block_q, PANEL) // PANEL, up(Dv, LANES), int(job["tiles"][0])
     group, rows, stack = Hq // k.shape[1], min(T, lists.block_q), 1

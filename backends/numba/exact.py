@@ -8,7 +8,7 @@ import numpy as np
 
 from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.job import F64_CODE, job_at, key_limit, key_of, list_block, row_word, table_of, tile_block, tile_rows
+from sparsetile.backends.numba.job import F64_CODE, job_at, key_limit, key_of, list_block, row_word, scales_of, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.rows import load_row, store_row
 from sparsetile.backends.numba.simd import F, F64, get_byte, get_f32, get_i32, get_i64, next_task, op
 
@@ -68,7 +68,9 @@ def exact_row(job, b, h, i, r, t):
     top, total = -math.inf, 0.0
     j = h // (job.Hq // job.Hk)
     pk, pv, limit = job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, key_limit(job, b)
-    table = table_of(job, b)
+    table, scales_k, scales_v = table_of(job, b), scales_of(job, job.k_scale, b, j), scales_of(job, job.v_scale, b, j)
+    if job.q_scale != 0:
+        scale *= get_f32(job.q_scale, (b * job.Hq + h) * job.T + t)
     begin, partial, end = list_block(job, b, h, i) if i >= 0 else (0, 0, 0)
     for entry in range(begin, end):
         column = get_i32(job.cols, entry)
@@ -83,6 +85,8 @@ def exact_row(job, b, h, i, r, t):
                     continue
                 read_wide(job.k_code, pk + s * job.k_t, D, y, narrow)
                 score = dot(x, y, D) * scale
+                if scales_k != 0:
+                    score *= get_f32(scales_k, s >> 7)
                 if job.capped:
                     score = math.tanh(score / cap) * cap
                 if score > top:
@@ -94,8 +98,9 @@ def exact_row(job, b, h, i, r, t):
                 p = math.exp(score - top) if score > -math.inf else 0.0 * score if score != score else 0.0
                 total += p
                 read_wide(job.v_code, pv + s * job.v_t, Dv, y, narrow)
+                weight = p * get_f32(scales_v, s >> 7) if scales_v != 0 else p
                 for d in range(Dv):
-                    o[d] += p * y[d]
+                    o[d] += weight * y[d]
     put_lse(job, b, h, t, top + math.log(total) if total > 0 else -math.inf if total == 0 else math.nan)
     inverse = row_factor(job, h, top, total)
     for d in range(Dv):

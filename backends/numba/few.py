@@ -12,8 +12,8 @@ from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.far import far, set_fields
 from sparsetile.backends.numba.few_tiles import KEYS, ROWS
 from sparsetile.backends.numba.finish import write_tile
-from sparsetile.backends.numba.job import LARGEST, job_at, key_limit, list_block, run_of_keys, table_of, tile_block, tile_rows
-from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, span_of, up, whole
+from sparsetile.backends.numba.job import LARGEST, job_at, key_limit, list_block, run_of_keys, scales_of, table_of, tile_block, tile_rows
+from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, scale_keys, scale_queries, span_of, up, whole
 from sparsetile.backends.numba.simd import LANES, VECTORS, address, get_f32, get_i32, next_task, put_f32, put_i32
 from sparsetile.backends.numba.tiles import PANEL, STEP
 
@@ -32,8 +32,8 @@ def _mask(ps, words, first, keys):
                 put_f32(ps, c * ROWS + r, NOTHING)
 
 
-@far("iiiiiiiii")
-def _block(jobs, memory, kind, slot, limit, base_k, base_v, table, part):
+@far("iiiiiiiiiii")
+def _block(jobs, memory, kind, slot, limit, base_k, base_v, table, scales_k, scales_v, part):
     """All rows against one block of keys, chunk by chunk."""
     job = job_at(jobs)
     D, width, pc, ps, rows, spans, words = job.Dp, job.width, job.constants, memory + job.s, memory + job.rows, memory + job.spans, memory + job.words
@@ -60,9 +60,13 @@ def _block(jobs, memory, kind, slot, limit, base_k, base_v, table, part):
         if not (dense and job.k_order == 0 and k_code < 3 and D == job.D):
             pk, k_step, k_code = memory + job.keys, 4 * D, 0
             load_keys(jobs, base_k, job.k_t, job.k_code, job.D, D, at, keys, limit, total, pk, row, table)
+            if scales_k != 0:
+                scale_keys(jobs, scales_k, at, keys, limit, total, pk, D)
         if not (dense and job.k_order == 0 and v_code < 3 and width == job.Dv):
             pv, v_step, v_code = memory + job.values, 4 * width, 0
             load_keys(jobs, base_v, job.v_t, job.v_code, job.Dv, width, at, keys, limit, total, pv, row, table)
+            if scales_v != 0:
+                scale_keys(jobs, scales_v, at, keys, limit, total, pv, width)
         for g in range(job.quads):
             few_tiles.dots(k_code, pk, k_step, memory + job.flat + 4 * D * ROWS * g, 4 * D, D, ps, keys)
             if job.capped != 0:
@@ -87,11 +91,13 @@ def _share(jobs, memory, b, j, tile, share, part):
         return
     number_rows(rows, job.panels, job.T, group, 1)
     load_panel(job.q + b * job.q_b + j * group * job.q_h, job.q_h, job.q_t, job.T, job.q_code, job.D, job.Dp, rows, job.sign, memory + job.flat, 4 * job.Dp, memory + job.qt, 1)
+    if job.q_scale != 0:
+        scale_queries(job.q_scale + 4 * (b * job.Hq + j * group) * job.T, rows, memory + job.qt, job.Dp, memory + job.flat, 4 * job.Dp)
     begin, partial, end = list_block(job, b, j * group, i)
     limit, first = key_limit(job, b), begin + share * job.few_entries
     for entry in range(first, min(end, first + job.few_entries)):
         _block(jobs, memory, get_i32(job.kinds, entry) if entry >= partial else -1, get_i32(job.cols, entry) * job.block_k, limit,
-               job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, table_of(job, b), part)
+               job.k + b * job.k_b + j * job.k_h, job.v + b * job.v_b + j * job.v_h, table_of(job, b), scales_of(job, job.k_scale, b, j), scales_of(job, job.v_scale, b, j), part)
 
 
 @far("iii")

@@ -24,11 +24,12 @@ JOB = np.dtype(
     + [(name, "i8") for name in (
         "lse", "delta", "B", "Hq", "Hk", "T", "S", "D", "Dv", "kv_length", "q_start", "q_start_mode", "sink", "capped",
         "block_q", "block_k", "first", "nq", "offsets", "cols", "kinds", "intervals", "bitmaps", "q_order", "k_order", "list_of", "list_b", "list_h",
-        "table", "table_b", "page", "pool", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step", "turns",
+        "table", "table_b", "page", "pool", "q_scale", "k_scale", "v_scale", "tiles", "counter", "lost", "odd", "panels", "Dp", "Dq", "Dvp", "width", "constants", "direct_k", "direct_v", "pairs", "stack", "shares", "cuts", "sums_k", "sums_v", "sum_rows", "owners", "touched", "touched_step", "turns",
         "memory", "memory_step", "rows", "flat", "qt", "ot", "s", "state", "words", "spans", "keys", "values", "saw", "gt", "q_rows", "g_rows", "p", "ds", "bounds", "asks", "dqt", "rows_lse", "more", "few", "few_step", "few_shares", "few_entries", "quads", "head", "heads")]
     + [(name, "f8") for name in ("scale", "softcap", "unit", "sign")])
 """x: address of a tensor [B, H, T or S, width]; x_b, x_h, x_t: bytes from batch to batch, head to head, row to row; x_code: its element type.
-table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. tiles: blocks of queries of one batch and head. turns: threads that take them in turn. memory: scratch, in which the last line's names are offsets. What is absent is 0.
+table: pages of each batch, table_b entries apart (0: none): key s lies in row table[s // page] * page + s % page of `pool` rows, k_b and v_b are 0. q_scale [B,Hq,T], k_scale and v_scale [B,Hk,ceil(S/128)]: float32, what rows of float8 are
+multiplied by. tiles: blocks of queries of one batch and head. turns: threads that take them in turn. memory: scratch, in which the last line's names are offsets. What is absent is 0.
 Scores times sign times unit are natural logarithms (a softcap takes the scale in)."""
 job_at = record_at(JOB)
 START_FROM_ARGUMENT, START_FROM_ARRAY, START_FROM_LENGTH = 0, 1, 2
@@ -54,7 +55,7 @@ def _listed(lists):
     return found
 
 
-def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=None, sink_logits=None, lse=None, delta=None, **tensors):
+def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=None, sink_logits=None, lse=None, delta=None, scales=(None, None, None), **tensors):
     """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has. table [B,pages]: k, v are [N,Hk,page,width]."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
@@ -66,7 +67,7 @@ def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=
     if table is not None:
         values |= dict(k_b=0, v_b=0, table_b=table.shape[1])
     arrays = dict(table=_int32(table), kv_length=_int32(kv_length), lse=lse, delta=delta, counter=np.zeros(2, np.int64),
-                  sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32))
+                  sink=None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32), **dict(zip(("q_scale", "k_scale", "v_scale"), scales)))
     if q_start is None:
         values["q_start_mode"] = START_FROM_LENGTH
     elif np.ndim(q_start) == 0:
@@ -189,6 +190,12 @@ def row_of(job, s, table):
     page = get_i32(table, s // job.page)
     row = page * job.page + s % job.page
     return row if page >= 0 and row < job.pool else -1
+
+
+@kernel
+def scales_of(job, scales, b, j):
+    """Where a key head's k_scale or v_scale begins, 0 without."""
+    return scales + 4 * (b * job.Hk + j) * ((job.S + 127) >> 7) if scales != 0 else 0
 
 
 @kernel

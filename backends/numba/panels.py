@@ -8,7 +8,7 @@ from sparsetile.backends.numba.far import far
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import job_at, key_of, row_word
 from sparsetile.backends.numba.rows import load_row, load_rows, store_rows
-from sparsetile.backends.numba.simd import LANES, get_i64, highest_bit, lowest_bit, put_i32, put_i64, transpose_tile
+from sparsetile.backends.numba.simd import LANES, get_f32, get_i64, highest_bit, lowest_bit, put_f32, put_i32, put_i64, transpose_tile
 from sparsetile.backends.numba.tiles import PANEL, STEP, interleave, interval_words, times, word_common, word_union
 
 CHUNK = 64  # keys at a time: their rows of K and V stay in the nearest cache
@@ -116,6 +116,31 @@ def load_keys(jobs, base, step, code, width, padded, slot, count, limit, union, 
             fill_zero(scratch + 4 * c * padded, padded)
         else:
             load_row(code, base + s * step, width, scratch + 4 * c * padded, padded)
+
+
+@far("iiiiiiii")
+def scale_keys(jobs, scales, slot, count, limit, union, scratch, padded):
+    """Rows that `load_keys` left, times the scale of their 128 keys."""
+    job = job_at(jobs)
+    for c in range(count):
+        s = key_of(job, slot + c, limit, 0) if (get_i64(union, c >> 5) >> (c & 31)) & 1 else -1
+        if s >= 0:
+            factor, row = get_f32(scales, s >> 7), scratch + 4 * c * padded
+            times(row, padded & -LANES, factor)
+            for d in range(padded & -LANES, padded):
+                put_f32(row, d, get_f32(row, d) * factor)
+
+
+@far("iiiiii")
+def scale_queries(scales, rows, panel, padded, flat, flat_step):
+    """A panel as `load_panel` left it, transposed and (flat_step not 0) as rows, times the scales of its queries."""
+    for n in range(PANEL):
+        t = get_i64(rows, n)
+        if t >= 0:
+            for d in range(padded):
+                put_f32(panel, d * PANEL + n, get_f32(panel, d * PANEL + n) * get_f32(scales, t))
+            if flat_step != 0:
+                times(flat + n * flat_step, padded, get_f32(scales, t))
 
 
 @far("iiiiiii")

@@ -7,12 +7,13 @@ Query t stands at q_start + t; keys at or past min(S, kv_length) do not exist. A
 The sink stands in the denominator only, not in the lse. NaN in a key that a query does not see does not reach it.
 With table [B,pages] int32 keys and values are pages [N,Hk,page,D] and [N,Hk,page,Dv]; keys in a page that is not one of 0 .. N - 1 do not exist.
 latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (positions.latents), whose first R columns are the values.
+q_scale [B,Hq,T], k_scale and v_scale [B,Hk,ceil(S/128)]: what rows of float8 are multiplied by.
 """
 import numpy as np
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.reference import attend
-from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, latents, lse_dtype, through_pages
+from sparsetile.backends.reference.positions import dtype_of, first_query, key_limit, latents, lse_dtype, scaled, through_pages
 
 TUNABLES = (Tunable("block_q", (64, 16, 32, 128), "queries per block of the layout"),
             Tunable("block_k", (64, 32, 128), "keys per block of the layout"))
@@ -78,15 +79,17 @@ def masks(lists, B, Hq, T, S, kv_length, q_start):
 
 
 def run(q, k, v, lists, *, place=None, config=None, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
-        table=None, latent=None):
+        table=None, latent=None, q_scale=None, k_scale=None, v_scale=None):
     there = None
     if table is not None:
         (k, there), (v, _) = through_pages(k, table), through_pages(v, table)
     if latent is not None:
         k, v = latents(k, *latent)
+    kind, log_kind = q.dtype, lse_dtype(q)
+    q, k, v = scaled(q, q_scale, 1), scaled(k, k_scale, 128), scaled(v, v_scale, 128)
     (B, Hq, T, _), (_, Hk, S, Dv) = q.shape, v.shape
-    out = np.zeros((B, Hq, T, Dv), dtype_of(out_dtype, q.dtype))
-    lse = np.full((B, Hq, T), -np.inf, lse_dtype(q))
+    out = np.zeros((B, Hq, T, Dv), dtype_of(out_dtype, kind))
+    lse = np.full((B, Hq, T), -np.inf, log_kind)
     with np.errstate(all="ignore"):
         for b, h, mask in masks(lists, B, Hq, T, S, kv_length, q_start):
             mask = mask if there is None else mask & there[b]

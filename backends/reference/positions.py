@@ -32,6 +32,11 @@ def latents(rows, R, P):
     return np.concatenate([values, rows[..., end:].copy().view(ml_dtypes.bfloat16).astype(np.float64)], -1), values
 
 
+def scaled(x, scale, rows):
+    """x [B,H,N,width] times scale [B,H,ceil(N/rows)], one for so many rows that follow each other, in float64; x itself without scales."""
+    return x if scale is None else x.astype(np.float64) * np.repeat(np.asarray(scale, np.float64), rows, axis=2)[:, :, :x.shape[2], None]
+
+
 def lse_dtype(x):
     return np.float64 if x.dtype == np.float64 else np.float32
 

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales
+from sparsetile.backends.triton.float8 import refusal as no_float8
+from sparsetile.backends.triton.launch import BYTES, FAR, options, power, refusal, scales, schedule, shared_limit, tiles
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.maps import Map, can_map
@@ -48,9 +50,12 @@ MAPPED = ("sm_90a", "sm_100", "cpu")  # where tensor maps are known; the interpr
 def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
           CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
-          LATENT: tl.constexpr = 0):
+          LATENT: tl.constexpr = 0, FLOAT8: tl.constexpr = False, by_query=1.0, k_scale=None, v_scale=None, key=0):
     """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0. SHARED: V is the first columns of K as loaded.
-    LATENT: rows of K are bytes (latents.py), of which V is the first part."""
+    LATENT: rows of K are bytes (latents.py), of which V is the first part. FLOAT8: of K and V; `key` is the block's first, of ROWS each key's own. Products with V are of bfloat16, whose
+    range holds what v_scale makes of a probability."""
+    if FLOAT8:
+        by_key, by_value = key_scales(k_scale, v_scale, key, ok_v if ROWS else None)
     if CHUNK:
         s = chunked(q, q_rows, q_ok, k, keys_s, ok_k, BQ, BK, D, CHUNK, NEGATE)
     else:
@@ -58,13 +63,19 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
             k0 = latent_tile(k, keys_s, ok_k, D0, q0.dtype, LATENT)
         else:
             k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
+            if FLOAT8:
+                k0 = exact(k0).to(q0.dtype)
         s = product(q0, tl.trans(k0), tl.zeros([BQ, BK], tl.float32))
         if D1:
             if LATENT:
                 k1 = rotary_tile(k, keys_s, ok_k, D0, D - D0, D1, q0.dtype)
             else:
                 k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
+                if FLOAT8:
+                    k1 = exact(k1).to(q0.dtype)
             s = product(q1, tl.trans(k1), s)
+    if FLOAT8:
+        s = s * (by_query * by_key)
     if CAP:
         s = capped(s, inner, outer)
     if MASK:
@@ -78,6 +89,9 @@ def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, 
         v0 = k0
     else:
         v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
+    if FLOAT8:
+        p = p * by_value
+        v0 = exact(v0).to(tl.bfloat16)
     return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
 
 
@@ -100,12 +114,12 @@ def _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, any_row, 
 
 
 @triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "table_b", "count"])
-def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table,
+def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table, q_scale, k_scale, v_scale,
             sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer, table_b, count,
             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
             INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr):
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr):
     x = tl.program_id(0)
     piece = x % SLICES
     x = x // SLICES
@@ -122,14 +136,22 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
     v += b * svb + hk * svh
     if PAGE:
         table += b * table_b
+    by_query = 1.0
+    if FLOAT8:
+        by_query = query_scales(q_scale, (b * Hq + h) * T + base + t, row_ok)
+        groups = (b * (Hq // group) + hk) * ((S + 127) // 128)
+        if k_scale is not None:
+            k_scale += groups
+        if v_scale is not None:
+            v_scale += groups
     scale2 = scale * 1.4426950408889634
     q_rows = t * sqt
     q0 = 0.0
     q1 = 0.0
     if CHUNK == 0:
-        q0 = load(q, q_rows, row_ok, 0, D0, D, True)
+        q0 = exact(load(q, q_rows, row_ok, 0, D0, D, True))
         if D1:
-            q1 = load(q, q_rows, row_ok, D0, D1, D, True)
+            q1 = exact(load(q, q_rows, row_ok, D0, D1, D, True))
         if NEGATE:
             q0 = negated(q0)
             if D1:
@@ -157,7 +179,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                 mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
             acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
-                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
+                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key)
     else:
         if EDGE or INTERVALS or BITMAPS:
             for f in tl.range(e - edge, c, num_stages=None if MAPS else 1):  # by maps unpipelined, ptxas would wait after every product of the kernel (C7515)
@@ -176,10 +198,10 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                                               scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, True)
                 elif PAGE:
                     acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col,
-                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
+                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key + w)
                 else:
                     acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT)
+                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key + w)
         following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
         if PAGE:
             ahead = pages_of(table, following * BK, limit, PAGE, BK)
@@ -198,7 +220,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                                           scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, False)
             else:
                 acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
-                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False)
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, row)
     # ---- the answer
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = (b * Hq + h) * T + base
@@ -212,7 +234,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
-    return no_latents(problem) or refusal(problem)
+    return no_latents(problem) or (no_float8(problem) or refusal(problem, ()) if of_keys(problem) else refusal(problem))
 
 
 def no_gluon(problem: Problem) -> str | None:
@@ -223,6 +245,8 @@ def no_gluon(problem: Problem) -> str | None:
         return f"path gluon: {problem.arch} lacks its instructions; take portable"
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
         return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if of_keys(problem):
+        return "path gluon takes keys and values of 16 bits, not float8; take portable"
     if problem.dtype("q") not in ("float16", "bfloat16") or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
         return (f"path gluon takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; "
                 "take portable")
@@ -235,7 +259,7 @@ def no_latent(problem: Problem) -> str | None:
         return f"path latent: {problem.arch} lacks its instructions; take decode"
     if triton.__version__.split(".")[:2] != ["3", "6"]:  # as in no_gluon
         return f"path latent is written for Triton 3.6, not {triton.__version__}; take decode"
-    if latent_of(problem) is not None or problem.dtype("q") not in ("float16", "bfloat16"):
+    if latent_of(problem) is not None or of_keys(problem) or problem.dtype("q") not in ("float16", "bfloat16"):
         return f"path latent reads latents of 16 bits, not {problem.dtype('k')}; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or {"softcap", "per_head"} & problem.features:
         return "path latent takes one key head of width 576 whose first 512 columns are the values, one list for all heads, and no softcap; take decode"
@@ -272,11 +296,13 @@ def portable_config(problem: Problem) -> dict:
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
-    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and "paged" not in problem.features and problem["S"] > 128  # each costs the host more than so few keys
+    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and not of_keys(problem) and "paged" not in problem.features and problem["S"] > 128  # each costs the host more than so few keys
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
         config.update(block_q=64 if latent_of(problem) is None else 32, block_k=32, num_warps=8, num_stages=1)
+    elif of_keys(problem) and wide <= 128 and problem.arch != "gfx942":
+        config.update(block_k=128 if problem.arch in ("sm_90a", "sm_100") else 64, num_warps=8)  # converted tiles take registers: four warps would spill
     elif wide > 128:
         config.update(block_k=64 if problem.arch in ("sm_90a", "sm_100", "cpu") else 32, num_warps=8)
     if problem.arch == "gfx942":
@@ -304,7 +330,7 @@ def resources(problem: Problem, config) -> Resources | str:
         from sparsetile.backends.triton import block_attention_decode
         portable = resources(problem, {**config, "path": "portable", "num_stages": 1})  # where a call needs it
         return portable if isinstance(portable, str) else block_attention_decode.resources(problem, config)
-    size = BYTES[problem.dtype("q", "float32")]
+    size = max(2, BYTES[problem.dtype("q", "float32")])  # float8 becomes 16 bits
     if latent_of(problem) is not None and (config["chunk"] or config["value_block"] or config["maps"]):
         return "tiles of the fp8 layout of a latent cache hold whole rows: chunk and value_block are 0, maps False"
     w = widths(problem["D"], problem["Dv"], config, latent_of(problem))
@@ -314,6 +340,8 @@ def resources(problem: Problem, config) -> Resources | str:
         return f"the sums of a tile ({BQ} rows x {w['V0']} value columns + {BK} scores) do not fit the registers of {warps} warps; use a smaller block_q, more warps, or value_block"
     if problem.arch == "sm_90a" and size == 2 and warps == 8 and BQ == 64 and sums <= 4 * 32 * 232:  # seen wrong with Triton 3.6, D 160, Dv 128
         return "eight warps would split the columns of 64 rows between two warpgroups; use four, or block_q 128"
+    if config["maps"] and of_keys(problem):
+        return "tensor maps bring 16-bit tiles, float8 ones are converted on their way; take maps=False"
     if config["maps"] and "paged" in problem.features:
         return "tensor maps read keys in one piece, not through a page table; take maps=False"
     if config["maps"] and (problem.arch not in MAPPED or config["chunk"] or w["SLICES"] > 1 or max(w["D0"], w["V0"]) > 256 or size > 2):
@@ -339,12 +367,12 @@ def _gluon_resources(problem: Problem, config) -> Resources | str:
 
 
 def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False,
-              mapped=False, page=0, latent=None, arch="") -> dict:
+              mapped=False, page=0, latent=None, arch="", float8=False) -> dict:
     """The compile-time constants of `forward`: what run launches and what artifacts compiles ahead."""
     w = widths(D, DV, config, latent)
     same = shared_kv and not config["chunk"] and w["SLICES"] == 1 and DV == w["V0"] == w["D0"]
     return dict(D=D, DV=DV, **w, BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], SHARED=same, NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped, PAGE=page, LATENT=mode(latent, arch))
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped, PAGE=page, LATENT=mode(latent, arch), FLOAT8=float8)
 
 
 @lru_cache(4096)
@@ -358,7 +386,8 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR or apart
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
-                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch)
+                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch,
+                     float8=dtype[1].itemsize == 1 and latent is None)
     n = nq if ordered_q else tiles(T, block_q, q_start)
     covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
@@ -372,7 +401,8 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     return block_attention_parts_gluon.run(q, k, v, parts, place=place, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start, return_lse=return_lse)
 
 
-def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None):
+def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True, table=None, latent=None,
+        q_scale=None, k_scale=None, v_scale=None):
     B, Hq, T, D = q.shape
     Hk, S, DV = k.shape[1], k.shape[2] * (1 if table is None else table.shape[1]), v.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
@@ -404,7 +434,7 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         from sparsetile.backends.triton import block_attention_decode
         if block_attention_decode.takes(q, lists, config):
             return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
-                                              table=table, latent=latent)
+                                              table=table, latent=latent, float8_scales=(q_scale, k_scale, v_scale))
         config = {**config, "num_stages": 1}
     _, count, page, apart, k, v = one_tensor(table, k, v)
     host = q_start if isinstance(q_start, int) else None
@@ -412,14 +442,14 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     mapped = config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
-        ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), q.dtype,
+        ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), (q.dtype, k.dtype),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
         (kv_length is not None, from_length, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
     list_of, (BK, D0, D1) = lists.list_of, (constant[name] for name in ("BK", "D0", "D1"))
     maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
     launch(forward, grid, place,
-           (q, k, v, out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits, table),
+           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
+            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits, table, q_scale, k_scale, v_scale),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
             Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer,
             None if table is None else table.stride(0), count), constant, (q.dtype, kind), maps)
@@ -442,16 +472,16 @@ def artifacts(problem: Problem, config) -> list[dict]:
         from sparsetile.backends.triton import block_attention_decode
         return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})
     has = problem.features.__contains__
-    pointer = POINTER[problem.dtype("q", "float32")]
+    own = pointer(problem.dtype("q", "float32"), problem.arch)
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),
                      edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"),
-                     mapped=config["maps"] and not has("order"), page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch)
+                     mapped=config["maps"] and not has("order"), page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch, float8=of_keys(problem))
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps", "schedule"]
     names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     widths_of = {"k0_map": made["D0"], "k1_map": made["D1"], "v_map": made["V0"]} if made["MAPS"] else {}
-    maps = {name: f"tensordesc<{pointer[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
-    keys = "*u8" if latent_of(problem) else pointer
-    signature = {"q": pointer, "k": keys, "v": keys, "out": pointer, "lse": "*fp32"} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    maps = {name: f"tensordesc<{own[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
+    keys = "*u8" if latent_of(problem) else pointer(problem.dtype("k", "float32"), problem.arch)
+    signature = {"q": own, "k": keys, "v": keys, "lse": "*fp32"} | more_pointers(problem, problem.arch) | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton.block_attention import _step
+from sparsetile.backends.triton.float8 import exact, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, power, scales, shared_limit, tiles
+from sparsetile.backends.triton.launch import BYTES, FAR, options, power, scales, shared_limit, tiles
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
 from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, load, negated, place_of
@@ -35,11 +36,11 @@ def seen_by(row, kind, intervals, bitmaps, M: tl.constexpr, BQ: tl.constexpr, BK
 
 
 @triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines", "table_b", "count"])
-def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
+def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table, q_scale, k_scale, v_scale,
            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, heads, blocks, lines, scale, inner, outer, table_b, count,
            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
            PACK: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr,
-           EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr):
+           EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr):
     """heads: tiles of heads, Hq / PACK; blocks: tiles of M rows of one tile of queries; lines: B * Hq * T."""
     x = tl.program_id(0)
     split = x % SPLIT
@@ -71,12 +72,20 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
     v += b * svb + hk * svh
     if PAGE:
         table += b * table_b
+    by_query = 1.0
+    if FLOAT8:
+        by_query = query_scales(q_scale, (b * Hq + h) * T + t, row_ok)
+        groups = (b * (Hq // group) + hk) * ((S + 127) // 128)
+        if k_scale is not None:
+            k_scale += groups
+        if v_scale is not None:
+            v_scale += groups
     q_rows = h.to(tl.int64) * sqh + t.to(tl.int64) * sqt
     scale2 = scale * 1.4426950408889634
-    q0 = load(q, q_rows, row_ok, 0, D0, D, True)
+    q0 = exact(load(q, q_rows, row_ok, 0, D0, D, True))
     q1 = 0.0
     if D1:
-        q1 = load(q, q_rows, row_ok, D0, D1, D, True)
+        q1 = exact(load(q, q_rows, row_ok, D0, D1, D, True))
     if NEGATE:
         q0 = negated(q0)
         if D1:
@@ -104,7 +113,7 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
             else:
                 far = s_key.to(tl.int64)
                 acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
-                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, False, NEGATE, CAP, True, True)
+                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, False, NEGATE, CAP, True, True, 0, FLOAT8, by_query, k_scale, v_scale, s_key + w)
     here = a + tl.minimum(lo, full)
     following = tl.load(cols + here)  # one turn early; the element past the end is readable
     if PAGE:
@@ -118,9 +127,10 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
     else:
         for f in tl.range(here, a + tl.minimum(hi, full)):
             far = following.to(tl.int64) * BK
+            key = following * BK
             following = tl.load(cols + f + 1)
             acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
-                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False)
+                              scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, key)
     line = (b * Hq + h) * T + t
     cv = tl.arange(0, V0)
     if SPLIT > 1:
@@ -184,7 +194,7 @@ def resources(problem: Problem, config) -> Resources | str:
         return f"path decode takes up to {QUERIES} queries a tile, not {queries}; take a smaller block_q, or path portable"
     if config["chunk"] or config["value_block"]:
         return "path decode holds whole rows: chunk and value_block are 0 there"
-    w, size = widths(problem["D"], problem["Dv"], latent_of(problem)), BYTES[problem.dtype("q", "float32")]
+    w, size = widths(problem["D"], problem["Dv"], latent_of(problem)), max(2, BYTES[problem.dtype("q", "float32")])
     M, warps = rows_of_tile(queries, pack_of(problem), max(problem["D"], problem["Dv"])), config["num_warps"]
     if M * (w["V0"] + config["block_k"]) > warps * 32 * 160:
         return f"the sums of {M} rows x {w['V0']} value columns do not fit the registers of {warps} warps"
@@ -207,10 +217,10 @@ def takes(q, lists, config) -> bool:
 
 
 def constants(D: int, DV: int, rows: int, block_q: int, block_k: int, pack: int, splits: int, *, shared_kv, negate, cap, intervals, bitmaps, edge, from_length, far, page, latent,
-              arch) -> dict:
+              arch, float8) -> dict:
     w = widths(D, DV, latent)
     return dict(**w, M=rows, BQ=block_q, BK=block_k, PACK=pack, SPLIT=splits, SHARED=shared_kv and DV == w["V0"] == w["D0"], NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, PAGE=page, LATENT=mode(latent, arch))
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, PAGE=page, LATENT=mode(latent, arch), FLOAT8=float8)
 
 
 def merge_constants(DV: int, splits: int) -> dict:
@@ -233,24 +243,26 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap, sms)
     size, inner, outer, negate = scales(scale, softcap)
     far = block_k * max(abs(strides[0]), abs(strides[1]), D, DV) >= FAR or apart_far
     made = constants(D, DV, rows, block_q, block_k, pack, splits, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=intervals, bitmaps=bitmaps,
-                     edge=kv_length or nk * block_k > S, from_length=from_length, far=far, page=page, latent=latent, arch=arch)
+                     edge=kv_length or nk * block_k > S, from_length=from_length, far=far, page=page, latent=latent, arch=arch,
+                     float8=dtype[1].itemsize == 1 and latent is None)
     joined = merge_constants(DV, splits)
     return (items * splits,), n, heads, blocks, splits, (size, inner, outer), Constants({**made, **options(config)}), (-(-B * Hq * T // joined["ROWS"]),), Constants({**joined, "num_warps": 4, "enable_fp_fusion": False})
 
 
-def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None):
+def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, table=None, latent=None,
+        float8_scales=(None, None, None)):
     S, count, page, far, k, v = one_tensor(table, k, v)
     (B, Hq, T, D), Hk, DV = q.shape, k.shape[1], v.shape[3]
     host, from_length, list_of = q_start if isinstance(q_start, int) else None, q_start is None, lists.list_of
     shared_kv, apart = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3], list_of.shape[1] > 1
     grid, n, heads, blocks, splits, (size, inner, outer), constant, merge_grid, joined = _plan(
-        ((B, Hq, T, D), (B, Hk, S, DV)), (k.stride(2), v.stride(2)), q.dtype, (lists.block_q, lists.block_k, lists.nk, lists.has_intervals, lists.has_bitmaps, apart),
+        ((B, Hq, T, D), (B, Hk, S, DV)), (k.stride(2), v.stride(2)), (q.dtype, k.dtype), (lists.block_q, lists.block_k, lists.nk, lists.has_intervals, lists.has_bitmaps, apart),
         (kv_length is not None, from_length, shared_kv, host, page, far, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap), max(1, place.sms))
     lines, sums, tops = B * Hq * T, None, None
     if splits > 1:
         sums, tops = place.empty((splits, lines, DV), "float32"), place.empty((splits, lines, 2), "float32")
-    launch(attend, grid, place, (q, k, v, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
-                                 None if from_length or host is not None else q_start, sink_logits, table),
+    launch(attend, grid, place, (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
+                                 None if from_length or host is not None else q_start, sink_logits, table, *float8_scales),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if apart else 0,
             Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, heads, blocks, lines, size, inner, outer, None if table is None else table.stride(0), count), constant, (q.dtype, kind))
     if splits > 1:
@@ -259,17 +271,17 @@ def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=Non
 
 
 def artifacts(problem: Problem, config) -> list[dict]:
-    has, pointer, D, DV = problem.features.__contains__, POINTER[problem.dtype("q", "float32")], problem["D"], problem["Dv"]
+    has, own, D, DV = problem.features.__contains__, pointer(problem.dtype("q", "float32"), problem.arch), problem["D"], problem["Dv"]
     pack, queries = pack_of(problem), min(problem["T"], config["block_q"])
     made = constants(D, DV, rows_of_tile(queries, pack, max(D, DV)), config["block_q"], config["block_k"], pack, 8, shared_kv=has("shared_kv"), negate=False, cap=has("softcap"),
-                     intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % config["block_k"] != 0, from_length=has("kv_length") and not has("q_start"), far=False, page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch)
+                     intervals=has("interval"), bitmaps=has("bitmap"), edge=has("kv_length") or problem["S"] % config["block_k"] != 0, from_length=has("kv_length") and not has("q_start"), far=False, page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch, float8=of_keys(problem))
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
-    keys = "*u8" if latent_of(problem) else pointer
-    signature = {"q": pointer, "k": keys, "v": keys, "out": pointer} | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    keys = "*u8" if latent_of(problem) else pointer(problem.dtype("k", "float32"), problem.arch)
+    signature = {"q": own, "k": keys, "v": keys} | more_pointers(problem, problem.arch) | {name: "*fp32" for name in ("lse", "sums", "tops")} | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
     integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "heads", "blocks", "lines") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if D % 16 == 0 and DV % 16 == 0 else ())
     signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    joined = {"sums": "*fp32", "tops": "*fp32", "out": pointer, "lse": "*fp32", "Hq": "i32", "T": "i32", "lines": "i32", "scale": "fp32"} | ({"sinks": "*fp32"} if has("sink") else {})
+    joined = {"sums": "*fp32", "tops": "*fp32", "out": signature["out"], "lse": "*fp32", "Hq": "i32", "T": "i32", "lines": "i32", "scale": "fp32"} | ({"sinks": "*fp32"} if has("sink") else {})
     return [dict(fn=attend, signature=signature, constexprs=made, options=options(config), div16=div16),
             dict(fn=merge, signature=joined, constexprs=merge_constants(DV, 8), options=dict(num_warps=4, enable_fp_fusion=False), div16=("sums", "tops", "out", "lse"))]

@@ -17,6 +17,25 @@ def passed(x, arch: str):
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn and not native(arch) else x
 
 
+def of_keys(problem) -> bool:
+    """Whether keys and values are float8."""
+    return problem.dtype("k") == "float8_e4m3fn"
+
+
+def refusal(problem) -> str | None:
+    """What attention over float8 keys and values cannot do, in one sentence."""
+    if problem.dtype("q") not in ("float8_e4m3fn", "float16", "bfloat16") or problem.dtype("v") != "float8_e4m3fn":
+        return f"the triton kernel takes float8 keys and values both, with queries of float8_e4m3fn, float16 or bfloat16, not q {problem.dtype('q')} and v {problem.dtype('v')}; cast them"
+    return "the triton kernel reads float8 keys in one piece, not through a page table; gather them" if "paged" in problem.features else None
+
+
+def more_pointers(problem, arch: str) -> dict:
+    """Of an attention kernel's signature: its output's, and those of the scales that a problem has."""
+    eight, own = problem.dtype("q") == "float8_e4m3fn", problem.dtype("q", "float32")
+    scales = ("q_scale", "k_scale", "v_scale")[not eight:] if of_keys(problem) and "scale" in problem.features else ()
+    return {"out": pointer("bfloat16" if eight else own, arch)} | dict.fromkeys(scales, "*fp32")
+
+
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64", "int32": "*i32", "uint8": "*u8"}
 
 
@@ -48,6 +67,38 @@ def decode_e4m3(bits):
     half = ((wide & 0x80) << 8) | (size << 7)
     half = tl.where(size == 0x7F, 0x7E00, half).to(tl.int16)
     return half.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def exact(x):
+    """A loaded tile as it is, of float8 as float16. To bfloat16 from there: two elements at once, which the direct way converts one by one (1482 against 1755 us of a decode step on an H100)."""
+    if x.dtype == tl.uint8:
+        return decode_e4m3(x)
+    elif x.dtype == tl.float8e4nv:
+        return x.to(tl.float16)
+    else:
+        return x
+
+
+@triton.jit
+def key_scales(k_scale, v_scale, s, ok):
+    """(of scores, of probabilities): the scales of keys s, one for 128 keys; 1 without, and where not ok (None: all are)."""
+    by_key = 1.0
+    by_value = 1.0
+    if k_scale is not None:
+        by_key = tl.load(k_scale + (s >> 7)) if ok is None else tl.load(k_scale + (s >> 7), mask=ok, other=1.0)[None, :]
+    if v_scale is not None:
+        by_value = tl.load(v_scale + (s >> 7)) if ok is None else tl.load(v_scale + (s >> 7), mask=ok, other=1.0)[None, :]
+    return by_key, by_value
+
+
+@triton.jit
+def query_scales(q_scale, line, ok):
+    """[rows, 1]: the scales of queries, 1 without and where not ok."""
+    if q_scale is not None:
+        return tl.load(q_scale + line, mask=ok, other=1.0)[:, None]
+    else:
+        return 1.0
 
 
 @triton.jit

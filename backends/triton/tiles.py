@@ -7,6 +7,8 @@ score - lse is right however large both are. A row of one key has P = 1 exactly.
 import triton
 import triton.language as tl
 
+from sparsetile.backends.triton.float8 import exact
+
 
 @triton.jit
 def load(p, rows, ok, COL: tl.constexpr, W: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr):
@@ -48,8 +50,8 @@ def chunked(a, a_rows, a_ok, b, b_rows, b_ok, R: tl.constexpr, C: tl.constexpr, 
     """a . b^T over N columns, CHUNK at a time, both read again from memory: for widths that registers or shared memory cannot hold."""
     s = tl.zeros([R, C], tl.float32)
     for d in tl.range(0, N, CHUNK, num_stages=1):
-        x = load_at(a, a_rows, a_ok, d, CHUNK, N)
-        y = load_at(b, b_rows, b_ok, d, CHUNK, N)
+        x = exact(load_at(a, a_rows, a_ok, d, CHUNK, N))
+        y = exact(load_at(b, b_rows, b_ok, d, CHUNK, N)).to(x.dtype)
         s = product(x, tl.trans(y), s)
     return -s if NEGATE else s
 
