@@ -140,18 +140,16 @@ dispatch.PLAN_CACHES.append(_ends)
 
 
 def ends_of(call: Call):
-    """`ends`, which for positions that the host knows are kept, those of the last 16 shapes."""
-    if call.kv_length is not None or not isinstance(call.q_start, int):
+    """`ends`, which for positions that the host knows are kept, those of the last 16 shapes on a stream. A graph makes its own: the kept ones go when others come."""
+    if call.kv_length is not None or not isinstance(call.q_start, int) or call.caller != "torch" or _captured(call):
         return ends(call)
-    key = call.sizes, call.block, call.stride, call.select_block, call.keys, call.q_start, call.caller, call.device
-    found = _ends.get(key)
-    if found is None:
-        found = ends(call)
-        if call.caller == "torch" and not _captured(call):
-            _ends[key] = found
-            if len(_ends) > 16:
-                _ends.popitem(last=False)
-    return found
+    stream = None if call.device is None else devices.stream_of("torch", call.device)
+    key = call.sizes, call.block, call.stride, call.select_block, call.keys, call.q_start, call.device, stream
+    if key not in _ends:
+        _ends[key] = ends(call)
+        if len(_ends) > 16:
+            _ends.popitem(last=False)
+    return _ends[key]
 
 
 def _captured(call: Call) -> bool:

@@ -45,6 +45,19 @@ def test_lists_by_key(rule, T, S, parts):
     assert (met == rule.mask(T, S)).all() and held.all()
 
 
+@pytest.mark.parametrize("rule, S", [(Strided(2), 400), (Strided(8), 2000), (STRIDED, 2048)], ids=str)
+def test_keys_that_end_within_full_blocks_are_masked(rule, S, monkeypatch):
+    """Such lists may have no table of masks at all."""
+    parts, made, make = known(rule, S, S), [], lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype))
+    place = SimpleNamespace(upload=torch.from_numpy, empty=make, zeros=make, sms=4)
+    monkeypatch.setattr(backward.relaunch, "launch", lambda fn, grid, place, pointers, numbers, constants, *rest: made.append(constants))
+    q = torch.zeros(1, 1, S, 64, dtype=torch.bfloat16)
+    plan = backward.plans(q, q, q, q, parts, 0, None, place)
+    backward.launch(q, q, q, q, plan, *[torch.zeros(1, 1, S)] * 2, q, q, q, place, 1.0)
+    for at, constants in zip(plan[0].passes, made):
+        assert not at.masked or constants["INTERVALS"] or constants["BITMAPS"]
+
+
 def test_what_boxes_cannot_hold():
     """Gradients of a class whose keys end within a step do not leave by the copy engine: such a call runs on the portable path."""
     assert backward.by_key(known(Causal() & Strided(2), 401, 401), 401, 401, 0, PLACE) is None
@@ -60,13 +73,16 @@ def test_what_boxes_cannot_hold():
     (Causal() & Fixed(128, 8), 1, 2, 1, 300, 896, 128, 128, "float16"),
     (Fixed(32, 8) & Window(300, 20), 2, 4, 2, 384, 640, 72, 40, "bfloat16"),
     (Causal() & Strided(4), 1, 2, 2, 1200, 1200, 128, 96, "bfloat16"),
+    (Strided(2), 1, 2, 1, 400, 400, 64, 64, "opposed"),
 ], ids=str)
 def test_gradients(monkeypatch, rule, B, Hq, Hk, T, S, D, Dv, kind, rng):
-    """The path really runs; keys that nobody sees are NaN; the same bits twice."""
+    """The path really runs; keys that nobody sees are NaN; the same bits twice. Opposed queries and keys (float16) have logsumexps of which a key that is not there would make infinities."""
+    apart, kind = (10 if kind == "opposed" else 0), "float16" if kind == "opposed" else kind
     calls, launch = [], backward.launch
     monkeypatch.setattr(backward, "launch", lambda *args: (calls.append(args), launch(*args)))
     q, k, v, dout = (torch.from_numpy(rng.standard_normal((B, heads, n, width)).astype(np.float32)).to(getattr(torch, kind)).cuda() for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv), (Hq, T, Dv)))
     mask = rule.mask(T, S)
+    q, k = q + apart / 2, k - apart / 2
     for x in (k, v):
         x[:, :, torch.from_numpy(~mask.any(0)).cuda()] = 0
     given, how = [*map(to_numpy, (q, k, v)), np.broadcast_to(mask, (B, Hq, T, S)).astype(int), to_numpy(dout)], dict(scale=D ** -0.5)

@@ -60,7 +60,7 @@ def test_legal_configs_start_with_the_default_and_fit():
     ("triton", "topk", dict(B=1, T=512, S=32768, K=512), {}, {"gluon": ("capacity", "sample", "select_warps", "programs"), "portable": ("capacity", "sample", "select_warps", "splits")}),
     ("cupy", "gather_attention", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "hopper": ("split",), "portable": ("heads", "tile_k", "key_warps", "stages")}),
     ("triton", "gather_attention_backward", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"gluon": (), "portable": ("heads", "block_k", "num_warps", "num_stages")}),
-    ("triton", "gather_attention", dict(B=1, Hq=16, Hk=4, T=64, S=4096, D=128, Dv=128, K=16), dict(granularity=64, causal=True, G=4), {"portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),
+    ("triton", "gather_attention", dict(B=1, Hq=16, Hk=4, T=64, S=4096, D=128, Dv=128, K=16), dict(granularity=64, causal=True, G=4), {"blocks": (), "portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),
 ])
 def test_of_configs_that_make_the_same_call_one_is_legal(backend, kernel, sizes, options, paths):
     """Which knobs each path has, by hand, and that 128 columns of 128 are all: the pool holds no two configs that differ in others only, and every config that resources allow has one there that makes

@@ -119,7 +119,8 @@ def waits(problem: Problem) -> bool:
 def crowded(problem: Problem) -> bool:
     """Random blocks so many that dS of one key head does not fit two_pass's room: in pieces of few key blocks that path fills no chip, and where most blocks are there nobody waits long."""
     blocks = problem.density * ceil_div(problem["T"], 128) * ceil_div(problem["S"], 128) * (problem["Hq"] // problem["Hk"])
-    return "random" in problem.features and blocks * two_pass.SLOPES > two_pass.room(problem["B"], problem["Hq"], problem["T"], problem["D"])
+    known = not {"kv_length", "q_start"} & problem.features  # else the density is 1, whatever the blocks
+    return "random" in problem.features and known and blocks * two_pass.SLOPES > two_pass.room(problem["B"], problem["Hq"], problem["T"], problem["D"])
 
 
 def hopper_default(problem: Problem) -> dict | None:

@@ -301,6 +301,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     shared_to_copy_engine();
     __syncwarp();
     if (thread_again() % 32 == 0) bar_arrive(m.full_ds(b));
+    return state;  // not to be read again: the group's first warp may have given the plan back
   };
   const auto free_step = [&](const u32 b) __attribute__((always_inline)) {
     wgmma_wait<0>();
@@ -357,8 +358,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     while (more) {
       multiply_scores(b);
       if (!b) bar_wait(m.full_plan(plan), plan / PLANS & 1, patience);
-      step(b);
-      const int state = field(STATE);
+      const int state = step(b);
       if (b && state & LAST) {
         free_step(b);
         break;
@@ -558,6 +558,8 @@ __device__ __forceinline__ void multiply_rows(const Params& p, const Ring& m, in
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < 4; c++) wgmma<KIND, N_MAJOR>(dq, a + c * 2, b + c * 128, 1);
+      } else {
+        named_sync(4 + w, 128);  // no product keeps the warps together: the stage must not be filled again before all have seen it full
       }
       wgmma_commit();
       if (e) {

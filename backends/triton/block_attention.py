@@ -286,7 +286,9 @@ def default_config(problem: Problem) -> dict:
                 fast = few | dict(path="latent", block_k=32)
                 return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
-    if config["block_q"] == 128 and no_gluon(problem) is None:
+    kinds = {word for feature in problem.features for word in feature.split("+")}
+    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and "kv_length" in kinds  # parts that run one by one, on the portable path
+    if config["block_q"] == 128 and not apart and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
     return config
 
@@ -461,7 +463,7 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
         found = block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
-        if "order" in problem.features:
+        if {"order", "strided", "fixed"} & {word for feature in problem.features for word in feature.split("+")}:
             from sparsetile.backends.triton import block_attention_parts_gluon
             found += block_attention_parts_gluon.artifacts(problem)
         return found

@@ -332,12 +332,13 @@ def default_config(problem: Problem) -> dict:
     Longformer with eight key heads - / 328 / - (353), causal 16k of D 64 - / 370 / - (432), of D 192 222 / 450 / - (535).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478.
-    Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
-    if problem["T"] <= 64 or "order" in problem.features or no_gluon(problem) is not None:
+    All keys at 32k - / 487 / 327 (617). Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
+    kinds = {word for feature in problem.features for word in feature.split("+")}
+    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and ("kv_length" in kinds or max(problem["D"], problem["Dv"]) > 128)  # parts that run one by one, on the portable path
+    if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or apart or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
-    kinds = {word for feature in problem.features for word in feature.split("+")}
-    if kinds & {"global", "sinks", "random", "window"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
+    if kinds & {"global", "sinks", "random", "window", "dense"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
         return config
     if "documents" in kinds and problem["Hq"] == problem["Hk"]:
         return config | dict(path="gluon_ordered", heads=2, walk="ascending")

@@ -36,7 +36,7 @@ def by_key(parts, T: int, S: int, start: int, place) -> tuple | None:
     """Of each part, in the order in which they are added; None where the last one, whose results leave by the copy engine, lacks keys or is ragged. Kept with the first part's lists."""
     key, extras = ("triton.by_key", start, T, S), parts[0].extras
     if key not in extras:
-        kept = [other for other in extras if isinstance(other, tuple) and other[0] == key[0]]
+        kept = [other for other, made in extras.items() if isinstance(other, tuple) and other[0] == key[0] and made is None]
         if len(kept) >= gluon_parts.PLANS:  # as plan_of
             del extras[kept[0]]
         extras[key] = _by_key(parts, T, S, start, place)
@@ -120,7 +120,7 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
     tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
     for n, at in enumerate(rows.passes):
         last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
-        made = row_constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, at.before, rows.has_intervals, rows.has_bitmaps, KEY_STEP)
+        made = row_constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, at.before, rows.has_intervals or at.masked, rows.has_bitmaps, KEY_STEP)  # keys may end within full blocks
         step = made["KEY_STEP"]
         keys = [one for axis in at.keys for one in (boxes("k", k, axis, D0, step), boxes("v", v, axis, V0, step))] + [None, None]
         relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),

@@ -83,7 +83,7 @@ def plan_of(parts, T: int, S: int, start: int, place) -> Plan | None:
     """None where the copy engine cannot address a part, or where the host does not know it. Kept with the first part's lists."""
     key, extras = ("triton.plan", start, T, S), parts[0].extras
     if key not in extras:
-        kept = [other for other in extras if isinstance(other, tuple) and other[0] == key[0]]
+        kept = [other for other, made in extras.items() if isinstance(other, tuple) and other[0] == key[0] and made is None]  # graphs may hold the others
         if len(kept) >= PLANS:  # keys grow by one a step
             del extras[kept[0]]
         extras[key] = _plan(parts, T, S, start, place)
