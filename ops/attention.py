@@ -304,7 +304,7 @@ def _entries(selection: Selection, place):
 
 def forward(call: Call, return_lse: bool, key=None):
     """(out, lse or None) in the caller's array type. A call with a key is remembered under it where its kernel runs once on lists that stay, or on the caller's entries."""
-    given, call = call, selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention", lse=return_lse))
+    given, call = call, selected_blocks.where_they_pay(call, lambda call, keys: problem_of(call, f"{keys}_attention", lse=return_lse))
     key = key if call is given else None
     name = "gather_attention" if isinstance(call.rule, Selection) else "block_attention"
     choice = choose(call, name, lse=return_lse)
@@ -363,7 +363,7 @@ def _ready(call, choice, run, lists=ready.NO_LISTS) -> ready.Ready:
 def backward(call: Call, out, lse, dout, dlse=None, config=None):
     """(dq, dk, dv or None, dsink or None) in the caller's array type; lse is over keys only, as the forward returned it."""
     call = replace(call, config=config)  # the call's own config speaks of the forward
-    call = selected_blocks.where_they_pay(call, lambda call: problem_of(call, "gather_attention_backward", gradient=True))
+    call = selected_blocks.where_they_pay(call, lambda call, keys: problem_of(call, f"{keys}_attention_backward", gradient=True))
     selected = isinstance(call.rule, Selection)
     choice = choose(call, "gather_attention_backward" if selected else "block_attention_backward", gradient=True)
     place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)

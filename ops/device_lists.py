@@ -12,10 +12,10 @@ from sparsetile.ops import checks, dispatch
 from sparsetile.ops.ready import transformed
 
 
-def lists(kinds, block_q: int, block_k: int, lead: tuple, intervals=None, bitmaps=None, first: int = 0) -> Lists:
-    """Lists of a grid kinds [L, nq, nk]; `lead` is the shape of list_of, whose entries number the grid's lists in order."""
+def lists(kinds, block_q: int, block_k: int, lead: tuple, intervals=None, bitmaps=None, first: int = 0, op: str = "layout", backend: str | None = None) -> Lists:
+    """Lists of a grid kinds [L, nq, nk]; `lead` is the shape of list_of, whose entries number the grid's lists in order. `op` asks, for `backend`."""
     L, nq, nk = kinds.shape
-    made = _by_kernel(kinds)
+    made = _by_kernel(kinds, op, backend)
     if made is None:
         names = "offsets", "cols", "kinds", "by_key_offsets", "by_key_rows", "by_key_kinds"
         made = dict(zip(names, (*_compact(kinds), *_compact(xp.module(kinds).swapaxes(kinds, 1, 2)))))
@@ -27,13 +27,19 @@ def lists(kinds, block_q: int, block_k: int, lead: tuple, intervals=None, bitmap
         list_of=xp.arange(kinds, L).reshape(lead), has_intervals=not no_intervals, has_bitmaps=not no_bitmaps, longest=max(nq, nk))
 
 
-def _by_kernel(kinds):
+def kernel_of(shape: tuple, device: int | None, op: str, backend: str | None) -> dispatch.Choice | None:
+    """Who turns a grid of this shape into lists, which an explanation tells; None: operators do."""
+    problem = Problem.of("layout", dict(zip(("B", "T", "S"), shape)), dict(mask="int32"), devices.device_info(device).arch)
+    choice = dispatch.find(op, problem, device, backend)
+    return choice and dispatch.before(op, problem, device, choice.backend)
+
+
+def _by_kernel(kinds, op, backend):
     """The arrays of both lists by name, or None where no backend that may run has the kernel, or the grid's values are not there: while a framework traces."""
     if xp.kind(kinds) not in ("torch", "cupy") or not _has_memory(kinds):
         return None
     caller, device = checks.together({"mask": kinds})
-    problem = Problem.of("layout", dict(zip(("B", "T", "S"), kinds.shape)), dict(mask="int32"), devices.device_info(device).arch)
-    choice = dispatch.find("layout", problem, device)
+    choice = kernel_of(kinds.shape, device, op, backend)
     if choice is None:
         return None
     place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)

@@ -199,12 +199,12 @@ def before(op: str, problem: Problem, device: int | None, backend: str | None = 
     return choice
 
 
-def find(op: str, problem: Problem, device: int | None, backend: str | None = None) -> Choice | None:
+def find(op: str, problem: Problem, device: int | None, backend: str | None = None, fixed: dict | None = None) -> Choice | None:
     """As `choose`, for work that an op can also do without this kernel: None where no backend may run it, or by itself only the reference would, which is slower than any other way. A variable
     that names this kernel's backend holds: it runs or raises."""
-    choice, _ = _remembered(op, problem, device, backend)
+    choice, _ = _remembered(op, problem, device, backend, None, fixed)
     if choice is None and os.environ.get("SPARSETILE_BACKEND_" + op.upper()):
-        return choose(op, problem, device, backend)
+        return choose(op, problem, device, backend, None, fixed)
     by_itself = choice is not None and choice.backend == "reference" and requested_backend(op, backend) == "auto"
     return None if by_itself else choice
 

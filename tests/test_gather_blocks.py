@@ -11,7 +11,7 @@ from sparsetile.ops import dispatch
 
 B, Hq, Hk, T, S, K, D, DV = 2, 4, 2, 21, 150, 3, 24, 16
 CASES = {"each head": dict(G=4, granularity=64, causal=True), "key heads, ragged": dict(G=2, granularity=64, causal=True, lengths=True, kv_length=True, sink=True),
-         "one list, starts": dict(G=1, granularity=96, kv_length=True, q_start=True, softcap=2.0), "one block, few heads at a time": dict(G=4, granularity=512, causal=True, scale=-0.3, scratch=4000)}
+         "one list, starts": dict(G=1, granularity=96, kv_length=True, q_start=True, softcap=2.0), "one block, few heads at a time": dict(G=4, granularity=512, causal=True, scale=-0.3, scratch=13000)}
 
 
 def entries_of(rng, G, granularity):
@@ -55,7 +55,7 @@ def test_gradients_of_sorted_pairs(on, backend, case, rng, monkeypatch):
     monkeypatch.setattr(gather_blocks_backward, "run", lambda *x, **y: ran.append(1) or run(*x, **y))
     monkeypatch.setattr(gather_blocks, "pays", lambda problem: True)
     G, granularity, causal = how.pop("G"), how.pop("granularity"), how.pop("causal", False)
-    monkeypatch.setattr(gather_blocks_backward, "SCRATCH", how.pop("scratch", 1 << 20))
+    monkeypatch.setattr(gather_blocks, "SCRATCH", how.pop("scratch", 1 << 20))
     if on.interpreted:
         for module, name, size in ((gather_blocks, "ROWS", 16), (gather_blocks, "KEYS", 32), (gather_blocks, "CHUNK", 32), (gather_blocks_backward, "KEYS", 32), (gather_blocks_backward, "QUERIES", 16), (gather_blocks_backward, "STEP", 32)):
             monkeypatch.setattr(module, name, size)
@@ -76,8 +76,9 @@ def test_where_it_is_the_first_choice():
     from sparsetile.backends.triton import gather_attention
     sizes, kinds, words = dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict.fromkeys("qkv", "bfloat16"), ["per_head", "causal"]
     path = lambda sizes, kinds, words, granularity: gather_attention.default_config(Problem.of("gather_attention", sizes, kinds, "sm_90a", words, 1.0, granularity))["path"]  # noqa: E731
-    assert path(sizes, kinds, words, 512) == "blocks"
+    assert path(sizes, kinds, words, 512) == "blocks" and path(sizes | dict(T=65536, K=8), kinds, words, 512) == "blocks"
     others = (sizes | dict(T=1), kinds, words, 512), (sizes, kinds, words, 64), (sizes, dict.fromkeys("qkv", "float32"), words, 512), (sizes, kinds, [], 512), (sizes | dict(D=192), kinds, words, 512)
+    others += (sizes | dict(T=65536, K=9), kinds, words, 512), (sizes | dict(T=65536, S=1 << 20, K=8, D=64, Dv=64), kinds, words, 128)  # rows of pairs, and counts, past the scratch
     assert all(path(*other) == "portable" for other in others)
 
 
@@ -87,3 +88,14 @@ def test_a_named_path_that_cannot_run_says_why():
     problem = Problem.of("gather_attention", dict(B=1, Hq=32, Hk=8, T=64, S=64, D=128, Dv=128, K=4), dict.fromkeys("qkv", "float32"), "sm_90a")
     with pytest.raises(st.Unsupported, match="path blocks takes queries and keys of 16 bits"):
         dispatch.check_config(gather_attention, problem, dict(path="blocks"), "config")
+
+
+def test_scratch_is_a_bound():
+    """Of rows and of counts, and so many lists as a grid has rows."""
+    pytest.importorskip("triton")
+    from sparsetile.backends.triton import gather_blocks
+    zeros = lambda *shape: np.broadcast_to(np.float16(0), shape)  # noqa: E731
+    takes = lambda T, S, K, D, DV, granularity: gather_blocks.takes(zeros(1, 32, T, D), zeros(1, 8, S, D), zeros(1, 8, S, DV), zeros(1, 32, T, K), None, granularity)  # noqa: E731
+    assert takes(65536, 65536, 8, 128, 64, 512) and takes(65536, 1 << 19, 8, 64, 64, 128)
+    assert not any((takes(65536, 65536, 9, 128, 64, 512), takes(65536, 65536, 9, 64, 128, 512), takes(65536, 1 << 20, 8, 64, 64, 128)))
+    assert gather_blocks.lists_at_once(1, 16, 1) == 65535

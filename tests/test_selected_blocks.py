@@ -9,10 +9,12 @@ from judge import attention, gradients, normal
 
 import oracle
 import sparsetile as st
-from sparsetile.backends import places
+from sparsetile.backends import devices, places
 from sparsetile.backends.reference import selection_bitmaps as reference
 from sparsetile.backends.triton import interpreted
+from sparsetile.ops import attention as attention_op
 from sparsetile.ops import dispatch, selected_blocks
+from sparsetile.ops.layout import Layout
 
 large = pytest.mark.parametrize("backend", LARGE)
 
@@ -75,9 +77,10 @@ def as_blocks(monkeypatch, backend):
     """Every selection runs as blocks, the bitmaps by the reference where the backend has no kernel. Yields how often block attention ran."""
     find, ran = dispatch.find, []
 
-    def maker(op, problem, device, name=None):
+    def maker(op, problem, device, name=None, fixed=None):
+        assert problem.op != "layout" or (op, name) == ("sparse_attention", backend)  # what makes the lists is asked of the same backend
         missing = problem.op == "selection_bitmaps" and not dispatch.has_kernel(backend, problem.op)
-        return dispatch.choose(op, problem, device, "reference") if missing else find(op, problem, device, name)
+        return dispatch.choose(op, problem, device, "reference") if missing else find(op, problem, device, name, fixed)
     monkeypatch.setattr(selected_blocks, "pays", lambda call: True)
     monkeypatch.setattr(dispatch, "find", maker)
     for name in ("block_attention", "block_attention_backward"):
@@ -119,6 +122,22 @@ def test_where_blocks_pay():
         rule = SimpleNamespace(indices=SimpleNamespace(shape=(1, G, T, K)), granularity=granularity, distinct=distinct)
         call = dict(rule=rule, sizes=(1, Hq, Hk, T, S, 128, 128), device=0, config=None, table=None, latent=None, q=np.zeros(1, kind)) | more
         return selected_blocks.pays(SimpleNamespace(**call))
-    assert pays() and pays(K=4, granularity=512) and pays(S=65536) and pays(G=8, K=32, granularity=64)
+    assert pays() and pays(K=4, granularity=2 ** 28) and pays(K=4, granularity=512) and pays(S=65536) and pays(G=8, K=32, granularity=64)
     assert not any((pays(S=65537), pays(distinct=False), pays(device=None), pays(config={}), pays(table=0), pays(latent=(512, 64)), pays(kind=np.float32), pays(T=100), pays(T=1024, S=1024, K=256),
-                    pays(Hq=64, Hk=4, G=4, S=1024, T=1024, K=16, granularity=64), pays(T=65536, S=65536, K=4, granularity=512)))
+                    pays(Hq=64, Hk=4, G=4, S=1024, T=1024, K=16, granularity=64), pays(T=65536, S=65536, K=4, granularity=512), pays(T=65536, S=65536), pays(K=4, granularity=2 ** 29)))
+
+
+@pytest.mark.parametrize("direction, arch, D, fits", [("", "sm_90a", 128, True), ("", "sm_120", 128, True), ("", "sm_120", 256, False), ("_backward", "sm_80", 128, True), ("_backward", "sm_80", 256, False)])
+def test_where_blocks_do_not_fit_gather_attention_runs(direction, arch, D, fits, monkeypatch):
+    """Blocks of 128 x 128 of wide rows ask for more shared memory than there is. Where they fit, the backend that was named makes bitmaps and lists, and an explanation tells."""
+    monkeypatch.setattr(devices, "device_info", lambda device: SimpleNamespace(arch=arch, name=arch))
+    monkeypatch.setattr(dispatch, "refusal", lambda name, problem, device: dispatch.kernel(name, problem.op).supports(problem))
+    monkeypatch.setenv("SPARSETILE_TUNE", "off")
+    zeros = lambda kind, *shape: np.broadcast_to(np.zeros(1, kind), shape)  # noqa: E731
+    q, k = zeros(ml_dtypes.bfloat16, 1, 32, 16384, D), zeros(ml_dtypes.bfloat16, 1, 8, 16384, D)
+    rule = st.Selection(zeros(np.int32, 1, 32, 16384, 2048), distinct=True)
+    call = attention_op.Call(q, k, k, rule, 1.0, None, None, None, 0, D, True, "cupy", None, "cupy", 0)
+    with dispatch.explaining():
+        got = selected_blocks.where_they_pay(call, lambda call, keys: attention_op.problem_of(call, f"{keys}_attention{direction}"))
+        assert dispatch._explaining.get() == (dict(selection_bitmaps="cupy", layout="cupy") if fits else {})
+    assert isinstance(got.rule, Layout) if fits else got is call

@@ -238,7 +238,7 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
         if latent is not None and gather_bytes_gluon.takes(q, k, indices, granularity, scale, softcap, kind, latent):
             gather_attention_gluon.launch(gather_bytes_gluon.gather_bytes_gluon, q, k, indices, out, lse, place, **given)
             return out, lse
-    if config["path"] == "blocks" and gather_blocks.takes(q, indices, latent, granularity):
+    if config["path"] == "blocks" and gather_blocks.takes(q, k, v, indices, latent, granularity):
         return gather_blocks.run(q, k, v, indices, kind, place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
                                  kv_length=kv_length, q_start=q_start)
     host = q_start if isinstance(q_start, int) else None

@@ -249,7 +249,7 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
     B, Hq, T, D = q.shape
     Hk, S, DV, G, K = k.shape[1], k.shape[2], v.shape[3], indices.shape[1], indices.shape[3]
     kind = out_dtype or str(q.dtype)[6:]
-    if config["path"] == "blocks" and B * Hq * T and S and K and gather_blocks.takes(q, indices, None, granularity):
+    if config["path"] == "blocks" and B * Hq * T and S and K and gather_blocks.takes(q, k, v, indices, None, granularity):
         return gather_blocks_backward.run(q, k, v, indices, lse, delta, place.cast(dout, str(q.dtype)[6:]), kind, place, lengths=lengths, granularity=granularity, causal=bool(causal),
                                           scale=scale, softcap=softcap, kv_length=kv_length, q_start=q_start)
     dk, dv = place.zeros((B, Hk, S, D), "float32"), place.zeros((B, Hk, S, DV), "float32")

@@ -2,7 +2,7 @@
 
 A pair is a query row and one of its entries; pair x of a key head's list is (head of the group, query, place), the last fastest. `count_pairs` and `place_pairs` sort the pairs by entry, each entry's
 from a whole tile on; `attend` runs a tile of ROWS pairs through its block, and the parts of a row are merged by LSE in the order of its list, so no order of additions hangs on the sort.
-Scratch: a float32 row [Dv] for each pair, of so many key heads at a time as SCRATCH holds. Nothing returns to the host; a CUDA graph holds it. An entry given twice is two pairs.
+Scratch: a float32 row [Dv] for each pair, and what counts them, of so many key heads at a time as SCRATCH holds. Nothing returns to the host; a CUDA graph holds it. An entry given twice is two pairs.
 """
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.launch import POINTER, parts, power, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, negated, place_of, product, soften, store
 
-ROWS, KEYS, CHUNK, SCRATCH = 128, 64, 128, 1 << 30
+ROWS, KEYS, CHUNK, SCRATCH, GRID = 128, 64, 128, 1 << 30, 65535  # CUDA's most in y
 OPTIONS = dict(num_warps=8, num_stages=3, enable_fp_fusion=False)
 
 
@@ -148,15 +148,24 @@ def refusal(problem) -> str | None:
     return None
 
 
+def lists_at_once(pairs: int, width: int, bins: int) -> int:
+    """Key heads whose pairs' float32 rows SCRATCH holds, and whose counts, four arrays [bins, chunks] that are quadratic in the length; 0: not even one."""
+    return min(GRID, SCRATCH // max(1, pairs * width * 4, 4 * bins * -(-pairs // CHUNK) * 4))
+
+
 def pays(problem) -> bool:
-    """Whether it is the first choice: heads with lists of their own, long blocks, and whole tiles of pairs for each."""
-    return (refusal(problem) is None and "per_head" in problem.features and problem.granularity >= 2 * KEYS
-            and problem["Hq"] // problem["Hk"] * problem["T"] * problem["K"] >= ROWS * -(-problem["S"] // problem.granularity))
+    """Whether it is the first choice: heads with lists of their own, long blocks, whole tiles of pairs for each, and scratch for a key head."""
+    if refusal(problem) is not None or "per_head" not in problem.features or problem.granularity < 2 * KEYS:
+        return False
+    pairs, bins = problem["Hq"] // problem["Hk"] * problem["T"] * problem["K"], -(-problem["S"] // problem.granularity)
+    return pairs >= ROWS * bins and lists_at_once(pairs, max(problem["D"], problem["Dv"]), bins) > 0
 
 
-def takes(q, indices, latent, granularity: int) -> bool:
-    """The same for arrays: pairs that 32 bits can count."""
-    return latent is None and indices.shape[3] <= 64 and q.shape[1] * q.shape[2] * indices.shape[3] < 2 ** 31
+def takes(q, k, v, indices, latent, granularity: int) -> bool:
+    """The same for arrays: pairs that 32 bits can count, and scratch for a key head."""
+    if latent is not None or indices.shape[3] > 64 or q.shape[1] * q.shape[2] * indices.shape[3] >= 2 ** 31:
+        return False
+    return lists_at_once(q.shape[1] // k.shape[1] * q.shape[2] * indices.shape[3], max(q.shape[3], v.shape[3]), -(-k.shape[2] // granularity)) > 0
 
 
 def resources():
@@ -187,7 +196,7 @@ def run(q, k, v, indices, out_kind, place, *, lengths, granularity, causal, scal
     (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
     group = Hq // Hk
     pairs = group * T * K
-    most = max(1, SCRATCH // (pairs * DV * 4))  # key heads at a time: of whole batches, or of one
+    most = lists_at_once(pairs, DV, -(-S // granularity))  # key heads at a time: of whole batches, or of one
     at_once = most // Hk * Hk or most
     outs, lses = [], []
     for first in ([*range(0, B * Hk, at_once)] if at_once >= Hk else [b * Hk + h for b in range(B) for h in range(0, Hk, at_once)]):

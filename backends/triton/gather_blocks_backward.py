@@ -6,7 +6,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import gather_blocks
-from sparsetile.backends.triton.gather_blocks import SCRATCH, pairs_of, sorted_pairs
+from sparsetile.backends.triton.gather_blocks import lists_at_once, sorted_pairs
 from sparsetile.backends.triton.launch import POINTER, power
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
@@ -131,7 +131,7 @@ def run(q, k, v, indices, lse, delta, dout, kind, place, *, lengths, granularity
     tile = dict(D=D, D0=power(D), DV=DV, V0=power(DV), CAP=softcap is not None, **how)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]
     dq, dk, dv = (place.empty(shape, kind) for shape in ((B * Hk, Hq // Hk, T, D), (B, Hk, S, D), (B, Hk, S, DV)))
-    at_once = max(1, min(B * Hk, SCRATCH // (pairs * D * 4)))
+    at_once = lists_at_once(pairs, D, bins)
     for first in range(0, B * Hk, at_once):
         lists = min(at_once, B * Hk - first)
         given, sizes = (indices, lengths, kv_length, starts), (first, Hq, Hk, G, T, S, K, pairs)

@@ -26,8 +26,8 @@ def joined(word_a, bits_a, word_b, bits_b):
 def single_keys(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, K, nq, nk, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
                 FROM_LENGTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ENTRIES: tl.constexpr):
     """One row by one program, key after key."""
-    t = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) % T  # CUDA's grids are long in x alone
+    line = (tl.program_id(0) // T).to(tl.int64)
     limit, start = place_of(line // G, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     row = line * T + t
     count = K
@@ -50,8 +50,8 @@ def single_keys(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, 
 def whole_words(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, K, nq, nk, q_start, GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr,
                 FROM_LENGTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ENTRIES: tl.constexpr):
     """The same where entries are whole words of 32 keys."""
-    t = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) % T  # CUDA's grids are long in x alone
+    line = (tl.program_id(0) // T).to(tl.int64)
     limit, start = place_of(line // G, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     row = line * T + t
     count = K
@@ -102,6 +102,6 @@ def run(indices, *, place, config, S, block_q, block_k, lengths=None, granularit
     words = granularity // 32 if granularity % 32 == 0 else granularity
     if K:
         fn = whole_words if granularity % 32 == 0 else single_keys
-        fn[(T, B * G)](indices, lengths, kv_length, None if host is not None else q_start, bitmaps, kinds, G, T, S, K, nq, nk, host or 0, GRANULARITY=granularity, CAUSAL=bool(causal),
+        fn[(B * G * T,)](indices, lengths, kv_length, None if host is not None else q_start, bitmaps, kinds, G, T, S, K, nq, nk, host or 0, GRANULARITY=granularity, CAUSAL=bool(causal),
                        FROM_LENGTH=q_start is None, BQ=block_q, BK=block_k, ENTRIES=min(config["entries"], max(32, 1 << (K * words - 1).bit_length())), num_warps=4)
     return bitmaps, kinds
