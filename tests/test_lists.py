@@ -29,7 +29,8 @@ class Kernels:
         if isinstance(x, np.ndarray):
             return self.place.native(self.on.put(x))
         if hasattr(x, "by_key_rows"):
-            return replace(x, **{name: self.place.upload(getattr(x, name)) for name in ARRAYS if getattr(x, name) is not None})
+            kept = dict(x.extras)  # what backends keep of a layout speaks of these arrays, pointers among it
+            return replace(x, extras=kept, **{name: self.place.upload(getattr(x, name)) for name in ARRAYS if getattr(x, name) is not None})
         return x
 
     def run(self, name, *args, dims, dtype, config=None, features=(), by=None, **options):

@@ -126,7 +126,8 @@ def crowded(problem: Problem) -> bool:
 def hopper_default(problem: Problem) -> dict | None:
     """TFLOP/s of hopper / two_pass in one run: random 10 % 302 / 488, BigBird 333 / 426, Longformer 203 / 296 on an H200; window 1024 433 / 375, window 4096 557 / 461 on an H100; sinks as globals, not measured.
     Of hopper on H100s, 8 heads / 8 and two sums / 2 and ascending: window 1024 419 / 429 (4 heads) / 432, documents 498 / 536 / 596, causal 8k 564 / 570 / 564, causal 32k 588 / 582 / 571 (1 head), causal 16k of D 64
-    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Random blocks on an H100, two_pass of 1 head / hopper of 2 heads / of 1 and freest: a third of them
+    424 / 434 (16 heads 429); of groups of four heads to a key head window 1024 445 / - / 452, window 4096 566 / - / 524, documents 536 / - / 364, causal 8k 529 / 531 / -, causal 32k 538 / 584 / -. Of two_pass on an H100, 1 / 2 heads: BigBird 430 / 416, of groups of four heads 462 / 452, Longformer 323 / 323, random 10 % 484 / 466. What a simulation says of `section` and `walk` "freest" is for the tuner to try. Causal on an H100, of 8 heads / and two sums: groups of four at 8k 527 / 474, at 32k 538 / 584, at 128k
+    589 / 390, one head to a key head at 128k 591 / 590. Random blocks on an H100, two_pass of 1 head / hopper of 2 heads / of 1 and freest: a third of them
     539 / 477 / 409, three quarters 379 / 517 / 554, all 386 / 587 / 596 (dense 617); groups of four heads: a third 147 / 354 / 417, three quarters 166 / 443 / 517, all 171 / 594 / 595. Layouts of several parts have two_pass only (strided 128 at heads
     2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
@@ -136,7 +137,7 @@ def hopper_default(problem: Problem) -> dict | None:
             return dict(path="hopper", heads=1, walk="freest", scratch=2)
         if kinds & {"window", "documents"} and alone and "kv_length" not in kinds:  # where keys end early, key blocks past them would come first, with every key masked
             return dict(path="hopper", heads=2, walk="ascending", scratch=2)
-        two = "causal" in kinds and "documents" not in kinds and (problem["T"] <= 16384 or not alone)
+        two = "causal" in kinds and "documents" not in kinds and (problem["T"] <= 16384 if alone else 16384 < problem["T"] <= 65536)
         return dict(path="hopper", heads=16 if problem["D"] <= 64 and not two else 8, sums=2 if two else 1, scratch=2)
     if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
         return dict(path="two_pass", heads=1 if waits(problem) else 2 if in_classes(problem) else 32, scratch=two_pass.default_scratch(problem))
