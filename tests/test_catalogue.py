@@ -304,7 +304,7 @@ def test_commands(capsys, tmp_path):
     assert all(system.name in out for system in SYSTEMS)
     assert cli.main(["catalogue", "mistral", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kernels"] == ["block_attention"] and found["backends"]["numba"] == "f32 f16 bf16 f64" and len(found["picture"]) == page.SIDE
+    assert found["kernels"] == ["block_attention"] and found["backends"]["numba"] == "f32 f16 bf16 f64 fp8" and len(found["picture"]) == page.SIDE
     assert cli.main(["catalogue", "jamba"]) == 0 and "out of scope" in capsys.readouterr().out
     assert cli.main(["catalogue", "nothing"]) == 1 and "expected one of dense" in capsys.readouterr().err
     assert cli.main(["catalogue", "mistral", "--measure", "--tokens", "16", "--passes", "forward", "--seconds", "0", "--json"]) == 0
