@@ -361,7 +361,8 @@ def _cuts(lists, tiles_, shares, start):
     i = start + np.arange(tiles_)
     there = (i >= 0) & (i < lists.nq)
     cost[there] += entries[i[there]]
-    return np.concatenate([[0], np.searchsorted(np.cumsum(cost), np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
+    middles = np.cumsum(cost) - cost / 2  # a tile past whose middle a cut would fall comes before it
+    return np.concatenate([[0], np.searchsorted(middles, np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
 
 
 def _owners(lists, cuts, start):
