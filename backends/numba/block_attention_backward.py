@@ -29,15 +29,14 @@ from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, list_ends, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
 from sparsetile.backends.numba.rows import store_rows
-from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
-from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
+from sparsetile.backends.numba.simd import VECTORS, address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
+from sparsetile.backends.numba.tiles import PANEL, STEP, WIDTH, run_of_lanes, split
 
 TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
 ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone, and most of that in the result
 APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
-ZERO = np.float32(0)
 GRAIN = 32  # keys whose sums are cleared together, when first touched
 
 
@@ -51,29 +50,21 @@ def default_config(problem):
 
 
 @kernel
-def _gradients(job, asks, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, half):
-    """P, dS and dQ of one panel against a run of keys, for the half of its lanes that sees any of them (or BOTH)."""
+def _gradients(job, asks, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, cols):
+    """P, dS and dQ of one panel against a run of keys, for the vectors of its lanes that see any of them."""
     D, Dv, pc, step = job.D, job.Dv, job.constants, STEP * job.panels
     sixes, fours = split((keys + 3) & ~3)
     sixes_d, fours_d = split((D + 3) & ~3)
-    if half != BOTH:
-        own = HALF_STEP * (half >> 1)
-        tiles.fill_half(P + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
-        tiles.fill_half(dS + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
-        gt.probability_half(asks, pk, k_step, qt, D, P + own, step, lse, pc, sixes, fours, words + own, first)
-        gt.score_gradient_half(asks, pv, v_step, g, Dv, P + own, dS + own, step, lse + 2 * STEP, pc, sixes, fours)
-        gt.add_queries_half(asks, pk, k_step, dS + own, step, keys, dqt, sixes_d, fours_d)
-        return
     if job.capped != 0:
         gt.probability_capped(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first, dS)
         gt.score_gradient_capped(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
     else:
         if masked != 0:
-            gt.probability_masked(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
+            gt.probability_masked(cols, asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
         else:
             gt.probability(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
-        gt.score_gradient(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
-    gt.add_queries(asks, pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
+        gt.score_gradient(cols, asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+    gt.add_queries(cols, asks, pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
 
 
 @far("iiiiii")
@@ -91,13 +82,17 @@ def _products(jobs, memory, masked, low, high, where):
             continue
         if job.capped != 0 and masked == 0:
             tiles.every_word(words, WORDS)
-        cut, halves = runs_of(words, low, high) if masked != 0 and job.capped == 0 else (high, BOTH)
-        for run in range(1 if cut == high else 2):
-            first, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
-            own = HALF_STEP * (half >> 1) if half != BOTH else 0
-            _gradients(job, memory + job.asks, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
-                       memory + job.dqt + STEP * job.Dp * p + own, P + step * (first - low), dS + step * (first - low), memory + job.rows_lse + 3 * STEP * p + own,
-                       words, masked, first, end - first, half)
+        parted, first = masked != 0 and job.capped == 0, low
+        while first < high:
+            end, at_lanes, cols = run_of_lanes(words, first, high) if parted else (high, 0, VECTORS)
+            own, keys, to = WIDTH * at_lanes, end - first, step * (first - low)
+            if cols < VECTORS:
+                tiles.clear_rows(P + to, step, (keys + 3) & ~3)
+                tiles.clear_rows(dS + to, step, (keys + 3) & ~3)
+            if cols > 0:
+                _gradients(job, memory + job.asks, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
+                           memory + job.dqt + STEP * job.Dp * p + own, P + to + own, dS + to + own, memory + job.rows_lse + 3 * STEP * p + own, words + own, masked, first, keys, cols)
+            first = end
     for r in range(high - low, padded):  # what register tiles read past the keys
         fill_zero(memory + job.p + r * step, job.panels * PANEL)
         fill_zero(memory + job.ds + r * step, job.panels * PANEL)
