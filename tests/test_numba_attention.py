@@ -124,6 +124,19 @@ def test_corners_that_some_vectors_of_lanes_see(left, right, T, D, Dv):
     gradients(Driver("numba"), q, k, v, rule, seen, rng)
 
 
+@pytest.mark.parametrize("kind, Dv", [("float32", 64), ("float32", 24), ("bfloat16", 40)])
+def test_delta_made_on_the_way_is_the_same(kind, Dv):
+    """A gradient of 0 for the lse takes the kernel of its own."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x).to(getattr(torch, kind)).requires_grad_() for x in tensors(9, Dv=Dv))
+    grads = []
+    for also in (False, True):
+        out, lse = st.sparse_attention(q, k, v, st.Window(40, 9), return_lse=True, backend="numba", kv_length=torch.tensor([150, 90], dtype=torch.int32))
+        seen = torch.where(torch.isfinite(lse), lse, 0.0)
+        grads.append(torch.autograd.grad((out * torch.arange(Dv)).sum() + (0 * seen.sum() if also else 0), (q, k, v)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_runs_of_keys_that_nobody_sees():
     """Between keys of a chunk that are seen, and for some queries only: no product, and no weight."""
     pytest.importorskip("torch")
