@@ -20,7 +20,8 @@ import triton.language as tl
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.float8 import refusal as no_float8
-from sparsetile.backends.triton.launch import BYTES, FAR, options, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.gluon_paths import lacking
+from sparsetile.backends.triton.launch import BYTES, FAR, options, parts_alone, power, refusal, scales, schedule, shared_limit, tiles
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.maps import Map, can_map
@@ -241,10 +242,8 @@ def no_gluon(problem: Problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
     if "paged" in problem.features:
         return "path gluon reads keys in one piece, not through a page table; take portable"
-    if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem):
+        return refused
     if of_keys(problem):
         return "path gluon takes keys and values of 16 bits, not float8; take portable"
     if problem.dtype("q") not in ("float16", "bfloat16") or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
@@ -255,10 +254,8 @@ def no_gluon(problem: Problem) -> str | None:
 
 def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path latent: {problem.arch} lacks its instructions; take decode"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # as in no_gluon
-        return f"path latent is written for Triton 3.6, not {triton.__version__}; take decode"
+    if refused := lacking(problem, "latent", "decode"):
+        return refused
     if latent_of(problem) is not None or of_keys(problem) or problem.dtype("q") not in ("float16", "bfloat16"):
         return f"path latent reads latents of 16 bits, not {problem.dtype('k')}; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or {"softcap", "per_head"} & problem.features:
@@ -286,9 +283,7 @@ def default_config(problem: Problem) -> dict:
                 fast = few | dict(path="latent", block_k=32)
                 return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
-    kinds = {word for feature in problem.features for word in feature.split("+")}
-    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and "kv_length" in kinds  # parts that run one by one, on the portable path
-    if config["block_q"] == 128 and not apart and no_gluon(problem) is None:
+    if config["block_q"] == 128 and not parts_alone(problem) and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
     return config
 
@@ -360,8 +355,7 @@ def resources(problem: Problem, config) -> Resources | str:
 def _gluon_resources(problem: Problem, config) -> Resources | str:
     if (config["block_q"], config["block_k"]) != (128, 128):
         return f"path gluon takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
-    refused = no_gluon(problem)
-    portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+    portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
     if isinstance(portable, str):
         return portable
     from sparsetile.backends.triton import block_attention_gluon
@@ -463,7 +457,7 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
         found = block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
-        if {"order", "strided", "fixed"} & {word for feature in problem.features for word in feature.split("+")}:
+        if {"order", "strided", "fixed"} & problem.words:
             from sparsetile.backends.triton import block_attention_parts_gluon
             found += block_attention_parts_gluon.artifacts(problem)
         return found

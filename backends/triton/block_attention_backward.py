@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, schedule, shared_limit, tiles
+from sparsetile.backends.triton.gluon_paths import lacking
+from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, parts_alone, power, refusal, schedule, shared_limit, tiles
 from sparsetile.backends.triton.tiles import (chunked, entries_of, load, load_at, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key,
                                               store)
 
@@ -315,10 +316,8 @@ def widths(D: int, DV: int, config, own: int) -> dict:
 def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
     """Why the path "gluon" or "gluon_ordered" is not for this problem."""
     D, DV = problem["D"], problem["Dv"]
-    if problem.arch != "sm_90a":
-        return f"path {path}: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path {path} is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem, path):
+        return refused
     if problem.dtype("q") not in ("float16", "bfloat16") or D > 192 or DV > 128 or D % 8 or DV % 8:
         return f"path {path} takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
     if path == "gluon_ordered" and not 64 < D <= 128:
@@ -333,9 +332,8 @@ def default_config(problem: Problem) -> dict:
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478.
     All keys at 32k - / 487 / 327 (617). Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
-    kinds = {word for feature in problem.features for word in feature.split("+")}
-    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and ("kv_length" in kinds or max(problem["D"], problem["Dv"]) > 128)  # parts that run one by one, on the portable path
-    if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or apart or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
+    kinds = problem.words
+    if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or parts_alone(problem, widest=128) or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
     if kinds & {"global", "sinks", "random", "window", "dense"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
@@ -490,10 +488,9 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
         found = block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
-        words = {word for feature in problem.features for word in feature.split("+")}
-        if words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
+        if problem.words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
             from sparsetile.backends.triton import block_backward_parts
-            found += block_backward_parts.artifacts(problem, "strided" in words)
+            found += block_backward_parts.artifacts(problem, "strided" in problem.words)
         return found
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]

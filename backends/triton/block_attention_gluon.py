@@ -446,18 +446,6 @@ def map_layout(rank: int, bits: int = 16):
     return gl.NVMMASharedLayout(128, bits, rank)
 
 
-def ahead(lists, name: str = "offsets") -> int:
-    """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get(f"triton.ahead.{name}")
-    if found is None:
-        offsets, found = lists.extras.get(name), 0
-        if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
-            found = int((length > 4 * length.mean()).sum(axis=1).max())
-        lists.extras[f"triton.ahead.{name}"] = found
-    return found
-
-
 @lru_cache(1024)
 def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, before=True) -> relaunch.Constants:
     made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, BEFORE=before)
@@ -482,7 +470,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
                 None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+               lists.far_longer("offsets")[0] if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import gather_blocks
+from sparsetile.backends.triton.gluon_paths import lacking
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, refusal, scales, shared_limit
@@ -130,10 +131,8 @@ def supports(problem: Problem) -> str | None:
 
 def no_gluon(problem: Problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem):
+        return refused
     kind = problem.dtype("q")
     if kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
         return f"path gluon takes queries of 16 bits and answers in their type, not {kind} to {problem.dtype('out', kind)}; take portable"
@@ -178,8 +177,7 @@ def _widths(D, DV, config, latent=None):
 
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
-        refused = no_gluon(problem)
-        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import gather_bytes_gluon, latent_gluon

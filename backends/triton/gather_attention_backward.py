@@ -218,8 +218,7 @@ def portable_config(problem: Problem) -> dict:
 
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
-        refused = no_gluon(problem)
-        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import gather_backward_gluon

@@ -49,6 +49,12 @@ def refusal(problem, names: str = "qkv") -> str | None:
     return None
 
 
+def parts_alone(problem, widest: int | None = None) -> bool:
+    """Whether parts of the problem's layout, as strided patterns have, run one by one, on the portable path: their path in Gluon knows no lengths, and no wider heads."""
+    wide = widest is not None and max(problem["D"], problem["Dv"]) > widest
+    return bool(problem.words & {"strided", "fixed", "dilated"}) and problem.density < 1 and ("kv_length" in problem.words or wide)
+
+
 def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:
     """(scale, inner, outer, negate): the forward's running maximum wants a positive factor, so a negative one turns q over; 0 becomes the least normal number."""
     size = max(abs(scale), 1.2e-38)

@@ -3,10 +3,11 @@ a launch whose numbers, constants and alignments were seen before goes to the co
 """
 from functools import partial
 
-import triton
 from triton import knobs
 
-_KNOWN = triton.__version__.split(".")[:2] == ["3", "6"]  # how a compiled kernel is called is Triton's own affair
+from sparsetile.backends.triton.gluon_paths import known_triton
+
+_KNOWN = known_triton()  # how a compiled kernel is called is Triton's own affair
 _compiled = {}
 
 
