@@ -21,7 +21,7 @@ from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.float8 import refusal as no_float8
 from sparsetile.backends.triton.gluon_paths import lacking
-from sparsetile.backends.triton.launch import BYTES, FAR, options, parts_alone, power, refusal, scales, schedule, shared_limit, tiles
+from sparsetile.backends.triton.launch import BYTES, FAR, covered, known_start, list_steps, options, parts_alone, power, refusal, scales, schedule, shared_limit
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.maps import Map, can_map
@@ -384,8 +384,7 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
                      edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch,
                      float8=dtype[1].itemsize == 1 and latent is None)
-    n = nq if ordered_q else tiles(T, block_q, q_start)
-    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
+    n, covers, _ = (nq, True, False) if ordered_q else covered(T, block_q, q_start, first, nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
@@ -433,20 +432,19 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
                                               table=table, latent=latent, float8_scales=(q_scale, k_scale, v_scale))
         config = {**config, "num_stages": 1}
     _, count, page, apart, k, v = one_tensor(table, k, v)
-    host = q_start if isinstance(q_start, int) else None
-    from_length = q_start is None
+    host, starts = known_start(q_start)
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     mapped = config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), (q.dtype, k.dtype),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
-        (kv_length is not None, from_length, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
-    list_of, (BK, D0, D1) = lists.list_of, (constant[name] for name in ("BK", "D0", "D1"))
+        (kv_length is not None, q_start is None, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+    BK, D0, D1 = (constant[name] for name in ("BK", "D0", "D1"))
     maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
     launch(forward, grid, place,
-           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits, table, q_scale, k_scale, v_scale),
-           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
+           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, schedule(lists) if covers else None,
+            lists.q_order, lists.k_order, kv_length, starts, sink_logits, table, q_scale, k_scale, v_scale),
+           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_steps(lists),
             Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer,
             None if table is None else table.stride(0), count), constant, (q.dtype, kind), maps)
     return out, lse

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton.gluon_paths import lacking
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, parts_alone, power, refusal, schedule, shared_limit, tiles
+from sparsetile.backends.triton.launch import (BYTES, FAR, POINTER, covered, known_start, list_steps, options, parts, parts_alone, power, refusal, schedule,
+                                               shared_limit)
 from sparsetile.backends.triton.tiles import (chunked, entries_of, load, load_at, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key,
                                               store)
 
@@ -419,9 +420,7 @@ def _plan(shapes, strides, lists_key, flags, config, softcap):
     reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
     far = max(reach_q * max(abs(sqt), abs(sgt), D), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
     usual = all(step in (width, heads * width) for step, width, heads in ((sqt, D, Hq), (sks, D, Hk), (svs, DV, Hk), (sgt, DV, Hq)))
-    n = nq if ordered_q else tiles(T, block_q, q_start)
-    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
-    exact = covers and q_start is not None and q_start % block_q == 0 and T % block_q == 0
+    n, covers, exact = (nq, True, False) if ordered_q else covered(T, block_q, q_start, first, nq)
     common = dict(cap=softcap, intervals=has_intervals, bitmaps=has_bitmaps, from_length=from_length, far=far, steps=(sqt, sks, svs, sgt) if usual else (0, 0, 0, 0))
     by_rows = constants(D, DV, config, D, edge=not ordered_k and (kv_length or nk * block_k > S), **common)
     by_columns = constants(D, DV, config, max(D, DV), edge=not ordered_q and not exact, **common)
@@ -464,15 +463,15 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
             else:
                 block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
             return dq, dk, dv
-    host = q_start if isinstance(q_start, int) else None
+    host, starts = known_start(q_start)
     by_rows, by_columns, n, covers = _plan(
         ((Hq, T, D), (Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2), dout.stride(2)),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, lists.q_order is not None, lists.k_order is not None),
         (kv_length is not None, q_start is None, host), tuple(config.items()), softcap is not None)
     inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, float(softcap))
     list_of, compiled = lists.list_of, options(config)
-    where = lists.q_order, lists.k_order, kv_length, None if q_start is None or host is not None else q_start
-    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
+    where = lists.q_order, lists.k_order, kv_length, starts
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
     rows[(by_rows["SLICES"] * n * Hq * B,)](
         q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
         *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, **compiled)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
-from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
+from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
 from sparsetile.backends.triton.maps import can_map, steps
 from sparsetile.backends.triton.tiles import capped, finish
 
@@ -455,21 +455,19 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=F
 def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softcap, kv_length, q_start):
     """Fills out [B,Hq,T,Dv] and lse [B,Hq,T] (or None)."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
-    host = q_start if isinstance(q_start, int) else None
-    n = tiles(T, ROWS.value, host)
-    covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
+    host, starts = known_start(q_start)
+    n, covers, _ = covered(T, ROWS.value, host, lists.first, lists.nq)
     order = schedule(lists) if covers else None
     items, sms = B * Hq * n, max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), B * Hq)
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None,
                      host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
-    D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
+    D0, D1, V0 = made["D0"], made["D1"], made["V0"]
     maps = (Map(q, 64, D0), Map(q, 64, D1) if D1 else None, Map(k, KEYS.value, D0), Map(k, KEYS.value, D1) if D1 else None,
             Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
-    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
-                None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
-    numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
+    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, order, kv_length, starts, sink_logits, place.zeros((1,), "int32") if items > sms else None)
+    numbers = (*list_steps(lists), B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
                lists.far_longer("offsets")[0] if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 

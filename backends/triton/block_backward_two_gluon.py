@@ -12,7 +12,7 @@ from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
 from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
-from sparsetile.backends.triton.launch import power, schedule, tiles
+from sparsetile.backends.triton.launch import covered, known_start, list_steps, power, schedule
 
 KEY_STAGES = 3  # steps of `keys_gluon` under way
 
@@ -51,16 +51,14 @@ class Call:
     def __init__(self, q, k, v, dout, lists, lse, delta, place, scale: float, kv_length, q_start):
         (self.B, self.Hq, self.T, D), (self.Hk, self.S), DV = q.shape, k.shape[1:3], v.shape[3]
         self.k, self.v, self.lists, self.known, self.place, self.scale, self.kind = k, v, lists, (lse, delta), place, float(scale), (q.dtype,)
-        self.group, self.sms, host = self.Hq // self.Hk, max(place.sms, 1), q_start if isinstance(q_start, int) else None
-        self.tiles, self.key_tiles = tiles(self.T, ROWS.value, host), -(-self.S // KEYS.value)
-        covers = host is not None and host // ROWS.value == lists.first and self.tiles == lists.nq
+        self.group, self.sms, (host, starts) = self.Hq // self.Hk, max(place.sms, 1), known_start(q_start)
+        (self.tiles, covers, _), self.key_tiles = covered(self.T, ROWS.value, host, lists.first, lists.nq), -(-self.S // KEYS.value)
         exact = covers and host % ROWS.value == 0 and self.T % ROWS.value == 0
         self.made = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > self.S, not exact, q_start is None)
         self.D0, self.D1, self.V0 = (self.made["queries_gluon"][name] for name in ("D0", "D1", "V0"))
         self.order, self.order_by_key = schedule(lists) if covers else None, schedule(lists, True) if self.key_tiles == lists.nk else None
         self.far, self.far_by_key = (lists.far_longer(name)[0] if order is not None else 0 for name, order in (("offsets", self.order), ("by_key_offsets", self.order_by_key)))
-        self.strides = tuple(lists.list_of.stride(i) if lists.list_of.shape[i] > 1 else 0 for i in (0, 1))
-        self.positions, self.start = (kv_length, None if q_start is None or host is not None else q_start), host or 0
+        self.strides, self.positions, self.start = list_steps(lists), (kv_length, starts), host or 0
         self.maps = *self.halves(q, 64), Map(dout, 64, self.V0)
 
     def halves(self, x, rows: int) -> tuple:

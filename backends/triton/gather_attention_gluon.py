@@ -11,7 +11,7 @@ from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
 from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.latents import latent_of
-from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.launch import POINTER, known_start
 from sparsetile.backends.triton.tiles import finish
 
 
@@ -127,9 +127,9 @@ def constants(causal: bool, from_length: bool) -> relaunch.Constants:
 def launch(kernel, q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
     """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). kernel: gather_gluon, or that over bytes (gather_bytes_gluon.py)."""
     (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
-    parts, host = -(-Hq // HEADS.value), q_start if isinstance(q_start, int) else None
+    parts, (host, starts) = -(-Hq // HEADS.value), known_start(q_start)
     items = B * T * parts
-    pointers = (q, k, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits)
+    pointers = (q, k, out, lse, indices, lengths, kv_length, starts, sink_logits)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
     relaunch.launch(kernel, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
 

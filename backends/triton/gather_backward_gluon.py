@@ -16,7 +16,7 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gather_backward_keys_gluon import ENTRIES, NARROW, STAGED, STAGES, THIRDS, WIDE, keys_gluon
 from sparsetile.backends.triton.gather_backward_queries_gluon import HEADS, KEYS, LATENT, ROTARY, SLOTS, queries_gluon
-from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.launch import POINTER, known_start
 from sparsetile.backends.triton.maps import can_map, steps
 
 SCRATCH = 1 << 30
@@ -128,8 +128,8 @@ def run(q, k, indices, lse, delta, dout, *, place, lengths, causal, scale, kv_le
     bounds, scaled, sums = place.zeros((BINS, B * S), "int64"), place.empty((B * S,), "float32"), place.zeros((B * S, WIDTH), "int32")
     before = place.empty((B * S, WIDTH), "float32") if some < T else None
     weigh[(B * Hq * triton.cdiv(T, 8),)](q, dout, weights, *q.stride()[:3], *dout.stride()[:3], Hq, T, scale, BT=8)
-    host = q_start if isinstance(q_start, int) else None
-    listed = indices, lengths, kv_length, None if q_start is None or host is not None else q_start
+    host, starts = known_start(q_start)
+    listed = indices, lengths, kv_length, starts
     turned = q.transpose(1, 2), dout.transpose(1, 2)                               # a query's heads are neighbours
     brought = _Map(turned[0], 64, 512), _Map(turned[0], 64, 64), _Map(turned[1], 64, 512)
     sent, read = (tuple(_Map(x, rows, columns) for x in scratch) for rows, columns in ((HEADS.value, KEYS.value), (group * HEADS.value, ENTRIES.value)))
