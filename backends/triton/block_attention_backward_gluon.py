@@ -8,7 +8,6 @@ from functools import lru_cache
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map, map_layout
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
 from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_order import finish, order
@@ -16,6 +15,7 @@ from sparsetile.backends.triton.block_backward_ordered_gluon import ordered_gluo
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
 from sparsetile.backends.triton.block_backward_two_gluon import KEY_STAGES, constants, flat, launch, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
+from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power
 from sparsetile.backends.triton.maps import can_map
 
@@ -63,13 +63,10 @@ def artifacts(problem, path: str) -> list[dict]:
     edge_q = has("kv_length") or has("q_start") or problem["T"] % ROWS.value != 0
 
     def mapped(rank, rows, columns, kind=pointer, bits=16):
-        return f"tensordesc<{kind[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank, bits)!r}>"
+        return map_type(kind, [1] * (rank - 2) + [rows, columns], bits)
 
-    def artifact(fn, constants, arrays, integers, floats=("scale",), maps=lambda made: {}):
-        made = dict(constants)
-        options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in made}
-        signature = maps(made) | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in floats}
-        return dict(fn=fn, signature=signature, constexprs=made, options=options, div16=tuple(name for name in arrays if name != "ticket"))
+    def artifact(fn, made, arrays, integers, floats=("scale",), maps=lambda made: {}):
+        return relaunch.artifact(fn, made, arrays, integers, floats, maps(made), unaligned=("ticket",))
     positions = ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     rows = dict(lse="*fp32", delta="*fp32")
     integers = ("slb", "slh", "heads", "group", "T", "S", "first", "nq", "tiles", "items", "q_start")

@@ -10,13 +10,13 @@ from functools import lru_cache
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
+from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
-from sparsetile.backends.triton.maps import can_map, steps
+from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import capped, finish
 
 STAGES = gl.constexpr(2)
@@ -433,19 +433,6 @@ def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
     return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
-class Map(TensorDescriptor):
-    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
-
-    def __init__(self, x, rows: int, columns: int):
-        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], map_layout(x.ndim, 8 * x.element_size())
-
-
-@lru_cache
-def map_layout(rank: int, bits: int = 16):
-    return gl.NVMMASharedLayout(128, bits, rank)
-
-
 @lru_cache(1024)
 def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, before=True) -> relaunch.Constants:
     made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, BEFORE=before)
@@ -473,19 +460,13 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
 
 
 def artifacts(problem) -> list[dict]:
-    has, kind = problem.features.__contains__, problem.dtype("q")
-    made = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
-                          has("kv_length") and not has("q_start"), has("kv_length") or has("q_start")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    pointer = POINTER[kind]
-
-    def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank)!r}>"
-    maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
-    if made["D1"]:
-        maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
+    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
+    made = constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
+                     has("kv_length") and not has("q_start"), has("kv_length") or has("q_start"))
+    halves = [(half, made[f"D{half}"]) for half in (0, 1) if made[f"D{half}"]]
+    maps = {f"q{half}": map_type(pointer, [1, 1, 64, width]) for half, width in halves} | {f"k{half}": map_type(pointer, [1, 1, KEYS.value, width]) for half, width in halves}
+    maps |= dict(v=map_type(pointer, [1, 1, KEYS.value, made["V0"]]), out_map=map_type(pointer, [1, 64, made["V0"]]))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    arrays = dict(out=pointer, lse="*fp32") | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start")
-    signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    return [dict(fn=forward_gluon, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]
+    return [relaunch.artifact(forward_gluon, made, arrays, integers, ("scale", "inner", "outer"), maps)]

@@ -220,12 +220,10 @@ def artifacts(problem: Problem, config) -> list[dict]:
     has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
     items = problem["B"] * problem["T"] * -(-problem["Hq"] // HEADS.value)
     splits = splits_of(items, -(-problem["S"] // KEYS.value), has("kv_length"), 132)
-    made = dict(constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
-                          DEFAULT * has("paged")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    made = constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
+                     DEFAULT * has("paged"))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     sums = dict.fromkeys(("sums", "tops") * (splits > 1), "*fp32")
     arrays = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | sums | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("sqb", "sqh", "sqt", "skb", "sks", "slb", "first", "nq", "Hq", "parts", "T", "S", "items", "q_start") + ("table_b", "pool") * has("paged")
-    signature = arrays | {name: "i32" for name in integers} | {"scale": "fp32"}
-    return [dict(fn=attend_latent, signature=signature, constexprs=made, options=options, div16=tuple(arrays) + ("sqb", "sqh", "sqt", "skb", "sks"))]
+    return [relaunch.artifact(attend_latent, made, arrays, integers, ("scale",), aligned=integers[:5])]

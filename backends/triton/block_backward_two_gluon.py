@@ -7,11 +7,11 @@ Lists far longer than the rest come in sections where one alone would take longe
 from functools import lru_cache
 
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
 from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
+from sparsetile.backends.triton.gluon_maps import Map
 from sparsetile.backends.triton.launch import covered, known_start, list_steps, power, schedule
 
 KEY_STAGES = 3  # steps of `keys_gluon` under way

@@ -136,10 +136,7 @@ def launch(kernel, q, k, indices, out, lse, place, *, lengths, causal, scale, si
 
 def artifacts(kernel, problem) -> list[dict]:
     has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
-    made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
-    strides = ("sqb", "sqh", "sqt", "skb", "sks")
-    signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [dict(fn=kernel, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    names, strides = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start"), ("sqb", "sqh", "sqt", "skb", "sks")
+    pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
+    made = constants(has("causal"), has("kv_length") and not has("q_start"))
+    return [relaunch.artifact(kernel, made, pointers, (*strides, "Hq", "parts", "T", "S", "K", "items", "q_start"), ("scale",), aligned=strides)]
