@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
-from sparsetile.backends.triton.block_attention import _step
+from sparsetile.backends.triton.block_attention_portable import step
 from sparsetile.backends.triton.float8 import exact, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
 from sparsetile.backends.triton.launch import BYTES, FAR, known_start, list_steps, options, power, scales, shared_limit, tiles
@@ -108,11 +108,11 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
                 mask = mask & seen_by(row, tl.load(kinds + entry), intervals, bitmaps, M, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
             if PAGE:
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, any_row, any_row, mask, 0,
+                acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, any_row, any_row, mask, 0,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
             else:
                 far = s_key.to(tl.int64)
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
+                acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, False, NEGATE, CAP, True, True, 0, FLOAT8, by_query, k_scale, v_scale, s_key + w)
     here = a + tl.minimum(lo, full)
     following = tl.load(cols + here)  # one turn early; the element past the end is readable
@@ -122,14 +122,14 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
             rows, exists = rows_in(ahead, following * BK + w, limit, count, PAGE, FAR)
             following = tl.load(cols + f + 1)
             ahead = pages_of(table, following * BK, limit, PAGE, BK)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, exists, exists, exists[None, :], 0,
+            acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, exists, exists, exists[None, :], 0,
                               scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
     else:
         for f in tl.range(here, a + tl.minimum(hi, full)):
             far = following.to(tl.int64) * BK
             key = following * BK
             following = tl.load(cols + f + 1)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
+            acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
                               scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, key)
     line = (b * Hq + h) * T + t
     cv = tl.arange(0, V0)
