@@ -11,7 +11,6 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton.gather_attention import keys_of
-from sparsetile.backends.triton.launch import known_start
 from sparsetile.backends.triton.tiles import place_of
 
 TUNABLES = (Tunable("entries", (1024, 256, 512, 2048), "keys of a row taken at a time"),)
@@ -99,10 +98,10 @@ def run(indices, *, place, config, S, block_q, block_k, lengths=None, granularit
     B, G, T, K = indices.shape
     nq, nk = -(-T // block_q), -(-S // block_k)
     bitmaps, kinds = place.zeros((B * G * nq * nk, block_q, block_k // 32), "int32"), place.full((B * G, nq, nk), "int32", -2)
-    host, starts = known_start(q_start)
+    host = q_start if isinstance(q_start, int) else None
     words = granularity // 32 if granularity % 32 == 0 else granularity
     if K:
         fn = whole_words if granularity % 32 == 0 else single_keys
-        fn[(B * G * T,)](indices, lengths, kv_length, starts, bitmaps, kinds, G, T, S, K, nq, nk, host or 0, GRANULARITY=granularity, CAUSAL=bool(causal),
+        fn[(B * G * T,)](indices, lengths, kv_length, None if host is not None else q_start, bitmaps, kinds, G, T, S, K, nq, nk, host or 0, GRANULARITY=granularity, CAUSAL=bool(causal),
                        FROM_LENGTH=q_start is None, BQ=block_q, BK=block_k, ENTRIES=min(config["entries"], max(32, 1 << (K * words - 1).bit_length())), num_warps=4)
     return bitmaps, kinds
