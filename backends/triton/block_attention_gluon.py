@@ -1,7 +1,7 @@
 """Block attention's forward for Hopper in Gluon, Triton's language of explicit layouts: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 
 A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first among the heads that the cache holds, by an atomic ticket), `bring`
-loads them through the copy engine, `clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of
+loads them through the copy engine, `clear` (gluon_keys.py) makes values that no row of the tile sees zero, and two groups of
 `multiply` hold 64 rows each: while one group's products run, the other makes exponentials. Full blocks run no mask code. Rows that do not exist are zeros on the way in
 and dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
+from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
 from sparsetile.backends.triton.maps import can_map
@@ -24,7 +25,7 @@ CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together
 READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 
-# ---------------------------------------------------------------------------------------------------------------- loading, clearing
+# ---------------------------------------------------------------------------------------------------------------- loading
 @gluon.jit
 def bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
     tma.async_copy_global_to_shared(desc0, at, bar, to0)
@@ -76,104 +77,6 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
         head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
 
 
-@gluon.jit
-def key_range(kind, r, tables, INTERVALS: gl.constexpr):
-    """Between which keys of a block the rows r may see."""
-    lo = r * 0
-    hi = lo + KEYS
-    if INTERVALS:
-        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
-        at = tables[0] + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
-        lo = gl.load(at, mask=rule, other=0)
-        hi = gl.load(at + 1, mask=rule, other=KEYS)
-    return lo, hi
-
-
-@gluon.jit
-def key_word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
-    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; it sees lo .. hi - 1 at most."""
-    lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
-    hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
-    ones = (r * 0 - 1).to(gl.uint32)
-    word = gl.where(lo < hi, (ones >> gl.maximum(32 - hi, 0).to(gl.uint32)) & (ones << lo.to(gl.uint32)), ones * 0)
-    if BITMAPS:
-        if kind >= 0:
-            if (kind & 1) == 1:
-                word &= gl.load(tables[1] + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
-    return word
-
-
-@gluon.jit
-def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """Four words: which keys of an item's entry e some row of the tile sees."""
-    entry = first + e + gl.where(e >= kept, gap, 0)
-    kind = gl.load(kinds + entry, mask=e < count, other=-1)
-    left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
-    lo, hi = key_range(kind, r, tables, INTERVALS)
-    hi = gl.where(exists, gl.minimum(hi, left), 0)
-    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
-    return w0, w1, w2, w3
-
-
-@gluon.jit
-def clear_word(word, n: gl.constexpr, v):
-    """Zeroes the values of those of the keys 32 n .. that have no bit."""
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
-    for c in gl.static_range(4):
-        bits = (word >> (8 * c)) & 0xFF
-        if bits != 0xFF:
-            part = v.slice(32 * n + 8 * c, 8)
-            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
-
-
-@gluon.jit
-def _clear_part(w0, w1, w2, w3, PART: gl.constexpr, PARTS: gl.constexpr, v):
-    if PART == 0:
-        clear_word(w0, 0, v)
-        clear_word(w1, 1, v)
-    if PARTS == 1:
-        clear_word(w2, 2, v)
-        clear_word(w3, 3, v)
-    elif PART == 1:
-        clear_word(w2, 0, v)
-        clear_word(w3, 1, v)
-
-
-@gluon.jit
-def clear(cols, kinds, tables, T, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, queue, v0, v1, full, landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes values (or keys; MORE columns of them) of the others when they have landed, a block
-    in so many PARTS."""
-    r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
-    n = 0
-    turns = 0
-    turn = 0
-    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
-    while head >= 0:
-        if MASKED:
-            exists = (r + t >= 0) & (r + t < T)
-            w0, w1, w2, w3 = _seen_by_some(plain, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-            for e in range(plain, count):
-                x0, x1, x2, x3 = _seen_by_some(e + 1, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-                for part in gl.static_range(PARTS):
-                    s = ((n + e) * PARTS + part) % STAGES
-                    mbarrier.wait(landed.index(s), (turns >> s) & 1)
-                    turns ^= 1 << s
-                    if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
-                        _clear_part(w0, w1, w2, w3, part, PARTS, v0.index(s))
-                        if MORE:
-                            _clear_part(w0, w1, w2, w3, part, PARTS, v1.index(s))
-                        fence_async_shared()
-                    mbarrier.arrive(full.index(s))
-                w0, w1, w2, w3 = x0, x1, x2, x3
-            n += count
-        turn += 1
-        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------- multiplying
 @gluon.jit
 def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
@@ -181,26 +84,6 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
     if D1:
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
-
-
-@gluon.jit
-def look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
-    """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
-    entry = first + e + gl.where(e >= kept, gap, 0)
-    kind = gl.load(kinds + entry)
-    lo, hi = key_range(kind, r, tables, INTERVALS)
-    if EDGE:
-        hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
-    return kind, lo, hi
-
-
-@gluon.jit
-def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
-    c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
-    for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
-    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
 
 
 @gluon.jit
@@ -270,7 +153,7 @@ def attend(LOOK: gl.constexpr, W: gl.constexpr, place, plain, count, n, turn, su
             s = capped(s, inner, outer)
         if MASKED:
             if plain == 0:
-                s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+                s = seen_or(s, float("-inf"), kind, lo, hi, r, 0, tables, BITMAPS, L)
         x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
         if AGAIN:
             acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
@@ -293,7 +176,7 @@ def attend(LOOK: gl.constexpr, W: gl.constexpr, place, plain, count, n, turn, su
                 s = capped(s, inner, outer)
             if MASKED:
                 if e >= plain:
-                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+                    s = seen_or(s, float("-inf"), kind, lo, hi, r, 0, tables, BITMAPS, L)
             x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
             p2 = gl.convert_layout(x.to(kind_of), P)
             acc = warpgroup_mma_wait(0, deps=(ot, ))

@@ -8,9 +8,10 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import bring_tile, key_word
+from sparsetile.backends.triton.block_attention_gluon import bring_tile
 from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, leave_sums, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_queue, next_item, place_of, section_of, take
+from sparsetile.backends.triton.gluon_keys import key_word
 from sparsetile.backends.triton.tiles import queries_of
 
 STEP = gl.constexpr(64)  # queries

@@ -3,9 +3,9 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range, key_word
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP, bring_block, known_rows
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, item_at
+from sparsetile.backends.triton.gluon_keys import clear_word, key_range, words_of_tile
 
 
 @gluon.jit
@@ -21,10 +21,11 @@ def _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, s
         t = row0 + gl.load(entries + e) * ROWS + r
         lo, hi = key_range(kind, r, tables, INTERVALS)
         hi = gl.where((t >= 0) & (t < T), gl.minimum(hi, limit - block * KEYS), 0)
-        w0 |= gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-        w1 |= gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-        w2 |= gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-        w3 |= gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+        x0, x1, x2, x3 = words_of_tile(kind, lo, hi, r, tables, BITMAPS)
+        w0 |= x0
+        w1 |= x1
+        w2 |= x2
+        w3 |= x3
     for x in gl.static_range(2):
         to = (sk, sv)[x]
         clear_word(w0, 0, to.index(0))

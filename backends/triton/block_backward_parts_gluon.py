@@ -6,11 +6,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
-from sparsetile.backends.triton.block_backward_queries_gluon import _unseen_out, known, probabilities
+from sparsetile.backends.triton.block_backward_queries_gluon import known, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
 
 @gluon.jit
@@ -182,7 +182,7 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
                 ds = p * (grad - gl.expand_dims(shift, 1))
                 if INTERVALS or BITMAPS:
                     if e >= plain:
-                        ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
+                        ds = seen_or(ds, 0.0, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
                 ds = ds.to(kind_of)
                 acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(acc, ))

@@ -9,8 +9,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear, key_word, look
+from sparsetile.backends.triton.block_attention_gluon import bring_tile
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, make_queue, next_item, open_item, section_of, take
+from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 
 READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
 
@@ -109,17 +110,6 @@ def bring_keys(maps, cols, heads, Hq, group, D0: gl.constexpr, D1: gl.constexpr,
 
 
 @gluon.jit
-def _unseen_out(x, kind, lo, hi, r, FIRST: gl.constexpr, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
-    """0 where a query, a row of x, does not see the key, a column; FIRST: of these keys, in words of 32."""
-    STEP: gl.constexpr = x.shape[1]
-    c = gl.arange(0, STEP, gl.SliceLayout(0, L))
-    words = gl.expand_dims(key_word(kind, lo, hi, r, FIRST, tables, BITMAPS), 1)
-    for n in gl.static_range(1, STEP // 32):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, FIRST + n, tables, BITMAPS), 1), words)
-    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, x, 0.0)
-
-
-@gluon.jit
 def _quarters_of(entry, kinds, quarters):
     """What turn_kinds says of an entry: all bits of a full block."""
     kind = gl.load(kinds + entry)
@@ -187,7 +177,7 @@ def multiply_queries(W: gl.constexpr, dq_maps, dq, sums, lse, delta, cols, kinds
                         ds = p * (grad - gl.expand_dims(shift, 1))
                         if MASKED:
                             if e >= plain:
-                                ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
+                                ds = seen_or(ds, 0.0, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
                         ds = ds.to(kind_of)
                         at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)
                         if D1:
