@@ -56,16 +56,6 @@ def seen_or(x, other, kind, lo, hi, r, FIRST: gl.constexpr, tables, BITMAPS: gl.
 
 
 @gluon.jit
-def words_of_tile(kind, lo, hi, r, tables, BITMAPS: gl.constexpr):
-    """Four words: which keys of a block some of the rows r see."""
-    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
-    return w0, w1, w2, w3
-
-
-@gluon.jit
 def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
     """Four words: which keys of an item's entry e some row of the tile sees."""
     entry = first + e + gl.where(e >= kept, gap, 0)
@@ -73,7 +63,11 @@ def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tab
     left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
     lo, hi = key_range(kind, r, tables, INTERVALS)
     hi = gl.where(exists, gl.minimum(hi, left), 0)
-    return words_of_tile(kind, lo, hi, r, tables, BITMAPS)
+    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
+    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
+    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
+    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
+    return w0, w1, w2, w3
 
 
 @gluon.jit
