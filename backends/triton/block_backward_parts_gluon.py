@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
 from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, bring_step, end_by_query, known, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
 
@@ -209,31 +209,15 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sq = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D0], tile)
     sg = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, V0], tile)
     sk = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, D0], tile)
     sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, V0], tile)
     queue = make_queue(4)  # loading, clearing, two groups
-    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(BUFFERS):
-        mbarrier.init(q_full.index(u), count=1)
-        mbarrier.init(q_free.index(u), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(k_landed.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=2)
+    q_bars = make_bars(BUFFERS, (1, 2))
+    k_full, k_free, k_landed, v_full, v_free = make_bars(STAGES, (1, 2, 1, 1, 2))
     fence_async_shared()
     memory = (sq, sg, sk, sv)
-    q_bars = (q_full, q_free)
     v_bars = (v_full, v_free)
     tables = (intervals, bitmaps)
     gl.warp_specialize([
@@ -370,7 +354,6 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, de
     STAGES: gl.constexpr = 3
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sk = gl.allocate_shared_memory(v.dtype, [4, 64, D0], tile)  # two items'
     sv = gl.allocate_shared_memory(v.dtype, [4, 64, V0], tile)
     sq = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D0], tile)
@@ -378,21 +361,11 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, de
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     queue = make_queue(3)  # loading, two groups
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(2):
-        mbarrier.init(k_full.index(u), count=1)
-        mbarrier.init(k_free.index(u), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(s), count=2)
-        mbarrier.init(q_free.index(s), count=2)
+    k_bars = make_bars(2, (1, 2))
+    q_bars = make_bars(STAGES, (2, 2))
     fence_async_shared()
     memory = (sq, sg, sk, sv)
     rows = (sl, sd)
-    k_bars = (k_full, k_free)
-    q_bars = (q_full, q_free)
     gl.warp_specialize([
         (multiply_part_keys, (0, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
         (multiply_part_keys, (1, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
