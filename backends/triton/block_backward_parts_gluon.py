@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
-from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, bring_step, end_by_query, known, probabilities
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, end_by_query, known, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
@@ -237,7 +237,9 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
     """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
+    sl, sd = rows
     k_full, k_free = k_bars
+    q_full, q_free = q_bars
     n = 0
     turn = 0
     head, key, first, full, count, x, y, _ = next_item(0, queue, 1)
@@ -264,8 +266,13 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
                         s = n % STAGES
                         at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * apart
                         logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
-                        bring_step((q, None, dout), [b, hk * group + m, qx, qy + half * STEP, 0], logs, -less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
-                        mbarrier.arrive(q_bars[0].index(s))
+                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
+                        bring_box(q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        bring_box(dout, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        sl.index(s).store(logs)
+                        sd.index(s).store(-less)
+                        mbarrier.arrive(q_full.index(s))
                         n += 1
         turn += 1
         head, key, first, full, count, x, y, _ = next_item(turn, queue, 1)
