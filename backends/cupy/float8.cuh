@@ -30,10 +30,14 @@ template <int Kind> __device__ __forceinline__ uint2 exact_four(u32 x) {
 #endif
 }
 
+template <int Kind> __device__ __forceinline__ uint4 exact_eight(u32 x, u32 y) {
+  const uint2 a = exact_four<Kind>(x), b = exact_four<Kind>(y);
+  return make_uint4(a.x, a.y, b.x, b.y);
+}
+
 template <int Kind> __device__ __forceinline__ void store_sixteen(u16* to, uint4 x) {
-  const uint2 a = exact_four<Kind>(x.x), b = exact_four<Kind>(x.y), c = exact_four<Kind>(x.z), d = exact_four<Kind>(x.w);
-  *(uint4*)to = make_uint4(a.x, a.y, b.x, b.y);
-  *(uint4*)(to + 8) = make_uint4(c.x, c.y, d.x, d.y);
+  *(uint4*)to = exact_eight<Kind>(x.x, x.y);
+  *(uint4*)(to + 8) = exact_eight<Kind>(x.z, x.w);
 }
 
 // Rows of float8 in shared memory, one behind the other -> elements of Kind at `stride`.
