@@ -292,14 +292,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       }
     }
   };
-  const auto weigh = [&](int e) {  // scores of an item's entry e to what its values are multiplied by
+  const auto weigh = [&](bool masked) {  // scores to what their values are multiplied by
 #if FLOAT8
     scale_scores(s, by.x, by_row);
 #endif
-    if (e >= plain) mask(s, p.lists, sight, row());
+    if (masked) mask(s, p.lists, sight, row());
     soften(s, most, sum, factor, p.exponent, FLOAT8 ? by.x : 1.f);
 #if FLOAT8
-    scale_values(s, by.y, e >= plain);
+    scale_values(s, by.y, masked);
 #endif
   };
   const auto resume = [&] {  // the sums of the parts before, as this part's first maximum wants them; false: there are none
@@ -346,7 +346,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     k++;
     begin();
     if (!EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
-    weigh(0);
+    weigh(plain == 0);
     round(pr, s);
     if (owed) settle(i - 1);
     bool more = resume();
@@ -365,7 +365,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       hold(s);
       if (leader) bar_arrive(m.free_k(k % STAGES));
       if (!EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
-      weigh(e);
+      weigh(e >= plain);
       wgmma_wait<0>();
       hold(o);
       if (leader) bar_arrive(m.free_v((k - 1) % STAGES));

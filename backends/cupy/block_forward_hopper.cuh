@@ -142,7 +142,8 @@ template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&m
       if (now != 0.f) z[h] = 0.f;
       factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
 #pragma unroll
-      for (int j = 0; j < N; j += 4) { s[j + 2 * h] = __fmul_rn(s[j + 2 * h], by) - now; s[j + 2 * h + 1] = __fmul_rn(s[j + 2 * h + 1], by) - now; }
+      for (int j = 0; j < N; j += 4)
+        for (int i = j + 2 * h; i < j + 2 * h + 2; i++) s[i] = (FLOAT8 ? __fmul_rn(s[i], by) : s[i]) - now;
     }
   }
   float total[2] = {0.f, 0.f};
