@@ -294,13 +294,15 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   };
   const auto weigh = [&](bool masked) {  // scores to what their values are multiplied by
 #if FLOAT8
-    scale_scores(s, by.x, by_row);
+    scale_scores(s, by.x, by_row, masked);
 #endif
-    if (masked) mask(s, p.lists, sight, row());
-    soften(s, most, sum, factor, p.exponent, FLOAT8 ? by.x : 1.f);
+    if (masked) {
+      mask(s, p.lists, sight, row());
 #if FLOAT8
-    scale_values(s, by.y, masked);
+      settle_values(s, by.y);
 #endif
+    }
+    soften(s, most, sum, factor, p.exponent, FLOAT8 ? by.x : 1.f);
   };
   const auto resume = [&] {  // the sums of the parts before, as this part's first maximum wants them; false: there are none
     if (!PARTED || !p.before) return false;
@@ -347,7 +349,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     begin();
     if (!EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
     weigh(plain == 0);
-    round(pr, s);
+    round(pr, s, FLOAT8 ? by.y : 1.f);
     if (owed) settle(i - 1);
     bool more = resume();
     for (int e = 1; e < n; e++, k++) {
@@ -372,7 +374,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       more = true;
-      round(pr, s);
+      round(pr, s, FLOAT8 ? by.y : 1.f);
     }
     aim();
     bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
@@ -420,11 +422,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     else if (threadIdx.x / 32 == 2) clear_values(p, m, patience);
 #if FLOAT8
   } else if (group == GROUPS + 1) {
-    fewer_registers<56>();
+    fewer_registers<72>();
     convert_items(p, m, patience);
 #endif
   } else {
-    more_registers<FLOAT8 ? 208 : GROUPS == 2 ? 232 : 160>();
+    more_registers<FLOAT8 ? 200 : GROUPS == 2 ? 232 : 160>();
     multiply_items(p, m, group - 1, patience);
   }
 }

@@ -44,8 +44,8 @@ __device__ __forceinline__ void load_boxes(const Params& p, const Shared& m, u32
   }
 }
 
-// A box -> `Slabs` slabs of 64 columns; thread t of the warpgroup. The box is free once it has been read.
-template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const Shared& m, u32 to, Ring& ring, u32 t, u32& patience) {
+// A box -> `Slabs` slabs of 64 columns, negated or not; thread t of the warpgroup. The box is free once it has been read.
+template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const Shared& m, u32 to, bool negate, Ring& ring, u32 t, u32& patience) {
   const u32 y = t & 7, j = t >> 3 & 3, row = (t >> 5) * 4096 + y * 128, from = m.boxes + ring.slot * BOX + row + ((j ^ y) << 4);
   to += row + ((2 * j ^ y) << 4);
   uint4 x[4 * Slabs];
@@ -56,6 +56,9 @@ template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const
     for (int c = 0; c < Slabs; c++) x[i * Slabs + c] = *m.at<uint4>((from ^ c << 6) + i * 1024);
   __syncwarp();
   if (t % 32 == 0) bar_arrive(m.free_box(ring.slot));
+  if (negate)
+#pragma unroll
+    for (int i = 0; i < 4 * Slabs; i++) x[i] = make_uint4(x[i].x ^ 0x80808080, x[i].y ^ 0x80808080, x[i].z ^ 0x80808080, x[i].w ^ 0x80808080);
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -67,10 +70,10 @@ template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const
   advance<SLOTS>(ring.slot, ring.phase);
 }
 
-template <int Kind, int Slabs> __device__ __forceinline__ void convert_tile_of(const Shared& m, u32 to, u32 bar, Ring& ring, u32 t, u32& patience) {
-  if constexpr (Slabs == 1) convert_box<Kind, 1>(m, to, ring, t, patience);
-  else convert_box<Kind, 2>(m, to, ring, t, patience);
-  if constexpr (Slabs == 3) convert_box<Kind, 1>(m, to + 2 * SLAB, ring, t, patience);
+template <int Kind, int Slabs> __device__ __forceinline__ void convert_tile_of(const Shared& m, u32 to, bool negate, u32 bar, Ring& ring, u32 t, u32& patience) {
+  if constexpr (Slabs == 1) convert_box<Kind, 1>(m, to, negate, ring, t, patience);
+  else convert_box<Kind, 2>(m, to, negate, ring, t, patience);
+  if constexpr (Slabs == 3) convert_box<Kind, 1>(m, to + 2 * SLAB, negate, ring, t, patience);
   shared_to_copy_engine();
   __syncwarp();
   if (t % 32 == 0) bar_arrive(bar);
@@ -92,25 +95,24 @@ __device__ __forceinline__ void convert_items(const Params& p, const Shared& sha
     const Item& x = *m.item(i % ITEMS);
     const int n = x.n, plain = x.plain;
     if (n < 0 || !patience) return;
-    float2 by = t == 0 && n ? scales_of(p, x, 0) : make_float2(1.f, 1.f);  // read one block ahead
+    float2 by = n ? scales_of(p, x, 0) : make_float2(1.f, 1.f);  // read one block ahead
     if (FLOAT8 == 2) {
       bar_wait(m.free_q(i % TILES), parity<TILES>(i) ^ 1, patience);
-      if (n) convert_tile_of<KIND, K_SLABS>(m, m.q + i % TILES * Q_BYTES, m.full_q(i % TILES), ring, t, patience);
+      if (n) convert_tile_of<KIND, K_SLABS>(m, m.q + i % TILES * Q_BYTES, false, m.full_q(i % TILES), ring, t, patience);
       else if (t % 32 == 0) bar_arrive(m.full_q(i % TILES));
     }
     for (int e = 0; e <= n && n; e++) {
       if (e < n) {
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
-        if (t == 0) {
-          *m.scales(k % STAGES) = by;
-          if (e + 1 < n) by = scales_of(p, x, e + 1);
-        }
-        convert_tile_of<KIND, K_SLABS>(m, m.k + k % STAGES * K_BYTES, m.full_k(k % STAGES), ring, t, patience);
+        const bool negate = FLOAT8 == 1 && by.x < 0.f;
+        if (t == 0) *m.scales(k % STAGES) = make_float2(negate ? -by.x : by.x, by.y);
+        if (e + 1 < n) by = scales_of(p, x, e + 1);
+        convert_tile_of<KIND, K_SLABS>(m, m.k + k % STAGES * K_BYTES, negate, m.full_k(k % STAGES), ring, t, patience);
         k++;
       }
       if (e > 0) {
         bar_wait(m.free_v(v % STAGES), parity<STAGES>(v) ^ 1, patience);
-        convert_tile_of<VALUE_KIND, V_SLABS>(m, m.v + v % STAGES * V_BYTES, e - 1 < plain ? m.full_v(v % STAGES) : m.landed(v % STAGES), ring, t, patience);
+        convert_tile_of<VALUE_KIND, V_SLABS>(m, m.v + v % STAGES * V_BYTES, false, e - 1 < plain ? m.full_v(v % STAGES) : m.landed(v % STAGES), ring, t, patience);
         v++;
       }
     }
@@ -120,21 +122,19 @@ __device__ __forceinline__ void convert_items(const Params& p, const Shared& sha
 }
 
 // ---------------------------------------------------------------------------------------------------------------- scales
-// Scores are multiplied by the scale of their keys inside the softmax where it is positive and far from the ends of float32, here elsewhere, and where queries have scales too: then `by` is left 1.
-__device__ __forceinline__ void scale_scores(float (&s)[64], float& by, const float (&by_row)[2]) {
-  constexpr float MOST = 67108864.f;  // times the scale and log2(e): no overflow, no denormal (block_attention.py bounds the scale)
-  if (FLOAT8 == 1 && by > 1.f / MOST && by < MOST) return;
+// Scores are multiplied by the scale of their keys inside the softmax, where it may be 0 but not negative (then the keys were turned over); here where queries have scales too, and in masked blocks where it
+// is no number to multiply -inf by: `by` is left 1. A branch of the plain steps around so much would keep their exponentials from standing between products.
+__device__ __forceinline__ void scale_scores(float (&s)[64], float& by, const float (&by_row)[2], bool masked) {
+  if (FLOAT8 == 1 && (!masked || by > 0.f && by < inf())) return;
 #pragma unroll
   for (int j = 0; j < 64; j++) s[j] *= FLOAT8 == 2 ? by * by_row[j >> 1 & 1] : by;
   by = 1.f;
 }
-// Probabilities times the scale of their values. Of values that no row of the tile sees it may be NaN, in masked blocks.
-__device__ __forceinline__ void scale_values(float (&s)[64], float by, bool masked) {
-  if (masked && !(fabsf(by) < inf())) {
+// The scale of values that no row of this warp sees may be NaN, in masked blocks.
+__device__ __forceinline__ void settle_values(const float (&s)[64], float& by) {
+  if (fabsf(by) < inf()) return;
+  bool some = false;
 #pragma unroll
-    for (int j = 0; j < 64; j++) s[j] = s[j] == 0.f ? 0.f : s[j] * by;
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 64; j++) s[j] *= by;
+  for (int j = 0; j < 64; j++) some |= s[j] != -inf();
+  if (!__any_sync(~0u, some)) by = 1.f;
 }

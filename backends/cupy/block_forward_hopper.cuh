@@ -107,9 +107,9 @@ template <int N> __device__ __forceinline__ void multiply_values(float (&o)[VALU
   for (int c = 0; c < N / 4; c++) wgmma<VALUE_KIND, N_MAJOR>(o, pr + 4 * c, v + c * 128, more || c != 0);
   wgmma_commit();
 }
-template <int N> __device__ __forceinline__ void round(u32 (&pr)[N], const float (&s)[2 * N]) {
+template <int N> __device__ __forceinline__ void round(u32 (&pr)[N], const float (&s)[2 * N], float by = 1.f) {
 #pragma unroll
-  for (int c = 0; c < N; c++) pr[c] = pack<VALUE_KIND>(s[2 * c], s[2 * c + 1]);
+  for (int c = 0; c < N; c++) pr[c] = pack<VALUE_KIND>(s[2 * c] * by, s[2 * c + 1] * by);
 }
 
 __device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != -inf(); }
@@ -117,7 +117,7 @@ __device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != 
 // Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
 // multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
 // 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-// `by`, of float8: what these raw products count beside those of other steps, positive; `most` are raw maxima times that.
+// `by`, of float8: what these raw products count beside those of other steps, 0 or more; `most` are raw maxima times that.
 template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&most)[2], float (&sum)[2], float (&factor)[2], float c, float by = 1.f) {
   float top[2] = {FLOAT8 ? -inf() : most[0], FLOAT8 ? -inf() : most[1]}, z[2], step = c * by;
 #pragma unroll
