@@ -18,6 +18,8 @@ CASES = [  # kind, rule, (B, Hq, Hk, T, S, D, Dv), path, what else
     ("float8_e4m3fn", "random", (1, 2, 1, 40, 150, 40, 24), "portable", dict(order=True, out_dtype="float32")),
     ("float8_e4m3fn", "full", (2, 4, 1, 3, 270, 64, 64), "decode", dict(lengths=(270, 129))),
     ("float16", "random", (1, 2, 1, 2, 140, 31, 64), "decode", dict(odd=True, softcap=3.0)),
+    ("bfloat16", "full", (1, 20, 1, 2, 200, 80, 128), "decode", {}),
+    ("float8_e4m3fn", "window", (1, 3, 1, 1, 290, 128, 100), "decode", dict(out_dtype="float16")),
     ("bfloat16", "window", (1, 2, 1, 200, 420, 64, 48), "hopper", {}),
     ("float16", "full", (2, 4, 2, 130, 400, 128, 128), "hopper", dict(lengths=(400, 261))),
     ("float8_e4m3fn", "random", (1, 2, 1, 150, 300, 96, 64), "hopper", dict(out_dtype="float16")),

@@ -40,13 +40,6 @@ template <int Kind> __device__ __forceinline__ void store_sixteen(u16* to, uint4
   *(uint4*)(to + 8) = exact_eight<Kind>(x.z, x.w);
 }
 
-// Rows of float8 in shared memory, one behind the other -> elements of Kind at `stride`.
-template <int Kind, int Rows, int Columns, int Threads> __device__ __forceinline__ void convert_tile(u16* to, int stride, const u8* from) {
-  constexpr int CHUNKS = Columns / 16;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < Rows * CHUNKS; i += Threads) store_sixteen<Kind>(to + i / CHUNKS * stride + i % CHUNKS * 16, *(const uint4*)(from + 16 * i));
-}
-
 // copy_tile (mma.cuh) of float8 rows, converted on the way.
 template <int Kind, int Rows, int Columns, int Copy, int Threads, class Row> __device__ __forceinline__ void copy_float8(u16* to, int stride, int width, i64 step, Row row) {
   constexpr int N = Copy == 16 ? 16 : Copy >= 4 ? 4 : 1, CHUNKS = Columns / N, TOTAL = Rows * CHUNKS;
