@@ -133,7 +133,24 @@ __device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u16* sq, con
 }
 
 #if FLOAT8
-// The same of rows of float8. A lane has some bytes of a key that follow each other for several products: the order of columns in a sum is free while queries are read in the same.
+// Rows of a step's keys that some query sees, `row` bytes apart, into rows of Stride bytes; the others become zeros.
+template <int Columns, int Stride> __device__ __forceinline__ void copy_keys(u8* to, const u8* from, i64 row, int width, i64 step, u64 seen) {
+  constexpr int CHUNKS = Columns / 16, TOGETHER = CHUNKS < THREADS ? THREADS / CHUNKS : 1;
+  if constexpr (COPY8 == 16 && THREADS % CHUNKS == 0 && TK % TOGETHER == 0) {  // a thread stays in its column: addresses by one addition
+    const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 16;
+    const u8* x = from + r * row + c;
+    seen = c < width ? seen >> r : 0;
+#pragma unroll
+    for (int n = 0; n < TK; n += TOGETHER, x += TOGETHER * row) {
+      const bool exists = seen >> n & 1;
+      cp_async<16>(to + (r + n) * Stride + c, exists ? x : from, exists);
+    }
+  } else {
+    copy_tile<u8, TK, Columns, COPY8, THREADS>(to, Stride, from, width, step, [&](int r) { return seen >> r & 1 ? from + r * row : nullptr; });
+  }
+}
+
+// As `scores`, of rows of float8. A lane has some bytes of a key that follow each other for several products: the order of columns in a sum is free while queries are read in the same.
 __device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u16* sq, const u8* sk, int warp) {
   constexpr int WORDS = DP % 64 == 0 ? 4 : DP % 32 == 0 ? 2 : 1, SPAN = 16 * WORDS, SUMS = WORDS < CHAINS ? WORDS : CHAINS;
   const int g = (threadIdx.x & 31) / 4, column = 4 * WORDS * (threadIdx.x & 3);
@@ -187,7 +204,7 @@ __device__ __forceinline__ void add_values(float (&o)[MT][VT][4], const u16* sp,
       uint2 y[4];
       ldmatrix_trans(b, sv + (c + lane) * VBS + warp * COLUMNS + 8 * n);
 #pragma unroll
-      for (int i = 0; i < 4; i++) y[i] = exact_four<VALUE_KIND>((b[i] & 0xff0000ff) | (b[i] >> 8 & 0xff00) | (b[i] << 8 & 0xff0000));
+      for (int i = 0; i < 4; i++) y[i] = exact_four<VALUE_KIND>(turn_middle(b[i]));
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -241,8 +258,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #if LATENT
       copy_latents<KIND, TK, DP, COPY, THREADS, MT == 1 ? 4 : 1>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + at(r) * p.kt : nullptr; });
 #elif FLOAT8
-      copy_tile<u8, TK, DP, COPY8, THREADS>((u8*)to, DP, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
-      copy_tile<u8, TK, DVP, COPY8, THREADS>((u8*)to + TK * DP, VBS, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
+      copy_keys<DP, DP>((u8*)to, k + first * p.kt, p.kt, p.D, p.kd, y.seen);
+      copy_keys<DVP, VBS>((u8*)to + TK * DP, v + first * p.vt, p.vt, p.Dv, p.vd, y.seen);
 #elif PAGE
       copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + at(r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)

@@ -30,6 +30,15 @@ template <int Kind> __device__ __forceinline__ uint2 exact_four(u32 x) {
 #endif
 }
 
+// the two bytes in the middle of a word change places
+__device__ __forceinline__ u32 turn_middle(u32 x) {
+#ifdef SPARSETILE_EMULATE
+  return (x & 0xff0000ff) | (x >> 8 & 0xff00) | (x << 8 & 0xff0000);
+#else
+  return __byte_perm(x, 0, 0x3120);
+#endif
+}
+
 template <int Kind> __device__ __forceinline__ uint4 exact_eight(u32 x, u32 y) {
   const uint2 a = exact_four<Kind>(x), b = exact_four<Kind>(y);
   return make_uint4(a.x, a.y, b.x, b.y);
