@@ -9,7 +9,8 @@ a tile sees is never read into a product. Tiles stand at absolute positions, so 
 
 float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32. The path "hopper"
 (block_attention_hopper.cu) is for sm_90a and blocks of 128; calls that it does not know (softcap, orders, scales that are not positive, outputs of another type,
-arrays that the copy engine cannot address) take the portable one with the same blocks. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
+arrays that the copy engine cannot address) take the portable one with the same blocks. It reads float8 keys and values too: a warpgroup of its own converts them, exactly, beside
+those that multiply (block_float8_hopper.cuh); not in orders, and not for outputs of 32 bits. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
 rows of one tile, keys are split over the chip; calls with orders take the portable one.
 """
 import math
@@ -23,7 +24,7 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSI
                                                lists_values, output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
+    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types and float8 keys, blocks of 128, D up to 192, Dv up to 128. "
             "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip; 16-bit types. latent: the same for D 576 whose first 512 columns are the values, on sm_90a"),
     Tunable("block_q", (64, 32, 128, 192), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),

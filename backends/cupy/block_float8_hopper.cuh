@@ -54,6 +54,7 @@ template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int c = 0; c < Slabs; c++) x[i * Slabs + c] = *m.at<uint4>((from ^ c << 6) + i * 1024);
+  shared_to_copy_engine();  // of reads too: an arrival overtakes them, and the copy engine wrote the next box over what was still to be read
   __syncwarp();
   if (t % 32 == 0) bar_arrive(m.free_box(ring.slot));
   if (negate)
