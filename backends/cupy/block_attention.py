@@ -95,7 +95,7 @@ BOX = 128 * 128  # bytes of float8 that the copy engine brings at once
 
 def float8_bytes(D: int, Dv: int, stages: int, tiles: int, slots: int) -> int:
     """The same, and boxes of float8 with their barriers, and scales of the stages."""
-    return hopper_bytes(D, Dv, 128, stages, tiles) + slots * (BOX + 16) + 8 * stages
+    return hopper_bytes(D, Dv, 128, stages, tiles) + slots * (BOX + 16) + 16 * stages
 
 
 def float8_depth(D: int, Dv: int) -> tuple[int, int, int]:

@@ -57,10 +57,10 @@ struct Shared : Tiles {
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 40 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 40 * STAGES + 48 + 8 * s; }
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 40 * STAGES + 64) + s; }
-  // of float8: boxes of bytes, and the scales of a stage's keys and of their values
+  // of float8: boxes of bytes, and the scales of a key block and of its values; twice as many as stages, for a stage's return says nothing of a slow warp's reads of them
   __device__ __forceinline__ u32 full_box(int s) const { return bars + 40 * STAGES + 128 + 8 * s; }
   __device__ __forceinline__ u32 free_box(int s) const { return bars + 40 * STAGES + 128 + 8 * (SLOTS + s); }
-  __device__ __forceinline__ float2* scales(int s) const { return at<float2>(bars + 40 * STAGES + 128 + 16 * SLOTS) + s; }
+  __device__ __forceinline__ float2* scales(u32 k) const { return at<float2>(bars + 40 * STAGES + 128 + 16 * SLOTS) + k % (2 * STAGES); }
 };
 
 __device__ __forceinline__ int queries(const Params& p) { return p.at.T; }
@@ -321,7 +321,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     if (n <= 0) return;
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
-    if (FLOAT8) by = *m.scales(k % STAGES);  // before the products start: until then no warp of the group gives the stage back
+    if (FLOAT8) by = *m.scales(k);
     hold(s);
     wgmma_fence();
     multiply_scores(s, dq0 + at_q, dk0 + at_k);
@@ -355,7 +355,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int e = 1; e < n; e++, k++) {
       aim();
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
-      if (FLOAT8) by = *m.scales(k % STAGES);
+      if (FLOAT8) by = *m.scales(k);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores(s, dq0 + at_q, dk0 + at_k);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void convert_items(const Params& p, const Shared& sha
       if (e < n) {
         bar_wait(m.free_k(k % STAGES), parity<STAGES>(k) ^ 1, patience);
         const bool negate = FLOAT8 == 1 && by.x < 0.f;
-        if (t == 0) *m.scales(k % STAGES) = make_float2(negate ? -by.x : by.x, by.y);
+        if (t == 0) *m.scales(k) = make_float2(negate ? -by.x : by.x, by.y);
         if (e + 1 < n) by = scales_of(p, x, e + 1);
         convert_tile_of<KIND, K_SLABS>(m, m.k + k % STAGES * K_BYTES, negate, m.full_k(k % STAGES), ring, t, patience);
         k++;
