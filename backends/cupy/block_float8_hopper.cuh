@@ -54,7 +54,7 @@ template <int Kind, int Slabs> __device__ __forceinline__ void convert_box(const
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int c = 0; c < Slabs; c++) x[i * Slabs + c] = *m.at<uint4>((from ^ c << 6) + i * 1024);
-  shared_to_copy_engine();  // of reads too: an arrival overtakes them, and the copy engine wrote the next box over what was still to be read
+  shared_to_copy_engine();  // after reads too: without it the copy engine wrote the next box over what was still to be read
   __syncwarp();
   if (t % 32 == 0) bar_arrive(m.free_box(ring.slot));
   if (negate)
@@ -123,8 +123,8 @@ __device__ __forceinline__ void convert_items(const Params& p, const Shared& sha
 }
 
 // ---------------------------------------------------------------------------------------------------------------- scales
-// Scores are multiplied by the scale of their keys inside the softmax, where it may be 0 but not negative (then the keys were turned over); here where queries have scales too, and in masked blocks where it
-// is no number to multiply -inf by: `by` is left 1. A branch of the plain steps around so much would keep their exponentials from standing between products.
+// Scores are multiplied by the scale of their keys inside the softmax, where it may be 0 but not negative (then the keys were turned over); here where queries have scales
+// too, and in masked blocks where it is no number to multiply -inf by: `by` is left 1. Plain steps have no branch around so much: their exponentials stand beside products.
 __device__ __forceinline__ void scale_scores(float (&s)[64], float& by, const float (&by_row)[2], bool masked) {
   if (FLOAT8 == 1 && (!masked || by > 0.f && by < inf())) return;
 #pragma unroll
