@@ -461,7 +461,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         from sparsetile.backends.triton import block_attention_backward_gluon
         if block_attention_backward_gluon.takes(q, k, v, dout, lists, scale, softcap, kind):
             where = dict(kv_length=kv_length, q_start=q_start)
-            if config["path"] == "gluon":
+            if config["path"] == "gluon" or not block_attention_backward_gluon.shares_lists(q, k, lists):
                 block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **where)
             else:
                 block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
