@@ -19,10 +19,10 @@ class Constants(dict):
 
 
 def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=(), maps: tuple = ()) -> None:
-    """fn[grid](*maps, *pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
+    """fn[grid](*maps, *pointers, *numbers, **constants); a pointer may be a tuple of them. `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
     address = place.address
-    addresses = [None if x is None else address(x) for x in pointers]
-    key = fn, place.device, tuple([None if x is None else x % 16 == 0 for x in addresses]), numbers, constants, kinds
+    addresses = [None if x is None else tuple(map(address, x)) if type(x) is tuple else address(x) for x in pointers]
+    key = fn, place.device, tuple([None if x is None else tuple([y % 16 == 0 for y in x]) if type(x) is tuple else x % 16 == 0 for x in addresses]), numbers, constants, kinds
     found = _compiled.get(key)
     if found is None:
         kernel = place.noted(fn[grid])(*maps, *pointers, *numbers, **constants)
