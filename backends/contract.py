@@ -72,6 +72,11 @@ class Problem:
                 return size
         raise KeyError(f"{self.op} has no axis {axis!r}; it has {[name for name, _ in self.dims]}")
 
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The features one by one: "global+window" is two."""
+        return frozenset(word for feature in self.features for word in feature.split("+"))
+
     def dtype(self, argument: str, default: str | None = None) -> str | None:
         return dict(self.dtypes).get(argument, default)
 

@@ -380,10 +380,16 @@ def _backward(call, choice, place, out, lse, dout, dlse):
         dsink = None if call.sink_logits is None else place.zeros((Hq,), "float32")
         return place.zeros((B, Hq, T, D), kind), place.zeros((B, Hk, S, D), kind), None if call.v is None else place.zeros((B, Hk, S, Dv), kind), dsink
     q, k, v, sink, length, start = _natives(call, place)
-    problem = Problem.of("attention_delta", dict(B=B, Hq=Hq, T=T, Dv=Dv), dict(out=kind), place.arch, ["sink"] if sink is not None else [])
-    first = dispatch.choose(OP, problem, call.device, choice.backend)
-    total, delta, dsink = first.kernel.run(out, dout, lse, place=place, config=first.config, sink_logits=sink, dlse=dlse)
+    plain = sink is None and dlse is None and kind != "float64" and getattr(choice.kernel, "MAKES_DELTA", False)
+    if plain:
+        total, delta, dsink = lse, None, None
+    else:
+        problem = Problem.of("attention_delta", dict(B=B, Hq=Hq, T=T, Dv=Dv), dict(out=kind), place.arch, ["sink"] if sink is not None else [])
+        first = dispatch.choose(OP, problem, call.device, choice.backend)
+        total, delta, dsink = first.kernel.run(out, dout, lse, place=place, config=first.config, sink_logits=sink, dlse=dlse)
     common = dict(place=place, config=choice.config, scale=call.scale, softcap=call.softcap, kv_length=length, q_start=start, deterministic=call.deterministic)
+    if plain:
+        common["out"] = out
     if isinstance(call.rule, Selection):
         s = call.rule
         indices, lengths = _entries(s, place)

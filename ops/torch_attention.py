@@ -15,7 +15,7 @@ from sparsetile.ops.float8 import is_float8
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Pattern
 from sparsetile.ops.selection import Selection
-from sparsetile.ops.torch_library import define, device_of, differentiable, knobs, options_text, start_arguments, start_of
+from sparsetile.ops.torch_library import define, device_of, differentiable, knobs, options_text, plain, start_arguments, start_of
 
 
 def encode(rule) -> tuple[str, list]:
@@ -67,11 +67,42 @@ def _call(q, k, v, rule, tables, sink_logits, kv_length, q_start, start, scale, 
                              knobs(config), "torch", device_of(q))
 
 
-def attention(call):
-    """(out, lse) of a checked call, through the registered operator."""
+class _Straight(torch.autograd.Function):
+    """The operator's forward and formula without the operator: its dispatch, which serves torch.compile, costs an eager call as much as everything else that Python does for it."""
+
+    @staticmethod
+    def forward(ctx, call, q, k, v, sink_logits, kv_length, q_start):
+        out, lse = attention_op.forward(call, True)
+        ctx.save_for_backward(q, k, v, sink_logits, kv_length, q_start, out, lse)
+        ctx.call = replace(call, q=None, k=None, v=None, sink_logits=None, kv_length=None, config=None, q_start=call.q_start if q_start is None else None)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, sink_logits, kv_length, q_start, out, lse = ctx.saved_tensors
+        call = replace(ctx.call, q=q, k=k, v=v, sink_logits=sink_logits, kv_length=kv_length, q_start=ctx.call.q_start if q_start is None else q_start)
+        dout = torch.zeros_like(out) if dout is None else dout
+        if torch.is_grad_enabled():  # create_graph: what they are made of is recorded, and refuses
+            dq, dk, dv, dsink = _attention_backward(dout, dlse, out, lse, q, k, v, *_rest(call))
+        else:
+            dq, dk, dv, dsink = attention_op.backward(call, out, lse, dout, dlse)
+        return None, dq, dk, dv if v is not None else None, dsink if sink_logits is not None else None, None, None
+
+
+def _rest(call):
+    """All that the operators take behind the tensors."""
     rule, tables = encode(call.rule)
-    rest = (rule, tables, call.sink_logits, call.kv_length, *start_arguments(call.q_start), call.scale, call.softcap or 0.0, call.value_width,
+    return (rule, tables, call.sink_logits, call.kv_length, *start_arguments(call.q_start), call.scale, call.softcap or 0.0, call.value_width,
             call.deterministic, call.backend or "", options_text(call.config))
+
+
+def attention(call):
+    """(out, lse) of a checked call, through the registered operator unless nobody would see it."""
+    start = None if isinstance(call.q_start, int) else call.q_start
+    if isinstance(call.rule, Pattern) and not call.scaled and call.out_dtype is None and plain(call.q, call.k, call.v, call.sink_logits, call.kv_length, start):
+        return _Straight.apply(call, call.q, call.k, call.v, call.sink_logits, call.kv_length, start)
+    rest = _rest(call)
     if is_float8(call.k):
         return _attention_float8(call.q, call.k, call.v, *call.scales, call.out_kind, *rest)
     return _attention(call.q, call.k, call.v, *rest)

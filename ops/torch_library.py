@@ -26,6 +26,11 @@ def wanted(*tensors) -> bool:
     return False
 
 
+def plain(*tensors) -> bool:
+    """Whether nobody but autograd would see an operator called with these: no compiler, no mode that watches operators, no tensors of another class."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and all(x is None or type(x) in _PLAIN and not x.is_meta for x in tensors)
+
+
 def device_of(x):
     return x.device.index if x.is_cuda else None
 

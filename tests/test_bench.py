@@ -270,7 +270,7 @@ def test_selectors_of_each_head_are_checked_and_timed(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the small size, on the CPU
     assert selectors.main(["--quick", "--only", "300"]) == 0
     text = capsys.readouterr().out
-    assert text.count("5 queries of 2 heads within the policy") == 2 and "MoBA 32 x 3, N 300" in text and "exact top-24, N 300" in text
+    assert text.count("128 queries of 2 heads within the policy") == 2 and "MoBA 32 x 3, N 300" in text and "exact top-24, N 300" in text
     assert [text.count(f"\n{name} ") for name in ("dense, torch", "dense, torch, backward", "choice, auto", "attention, auto", "backward, auto", "all, auto")] == [2, 2, 2, 2, 2, 1]
 
 

@@ -113,13 +113,38 @@ def test_gradients_of_heads_in_groups(monkeypatch):
     gradients(Driver("numba"), q, k, v, st.Window(30), visible(2, 150, 170, rule=lambda p, s: (s <= p) & (s >= p - 30)), rng)
 
 
-@pytest.mark.parametrize("left, right, T, D, Dv", [(33, 77, 130, 64, 64), (64, 64, 192, 40, 24), (32, 31, 160, 128, 64)])
-def test_corners_that_half_of_the_lanes_sees(left, right, T, D, Dv):
+@pytest.mark.parametrize("left, right, T, D, Dv", [(33, 77, 130, 64, 64), (64, 64, 192, 40, 24), (32, 31, 160, 128, 64), (127, 0, 200, 64, 64), (50, 6, 190, 64, 36)])
+def test_corners_that_some_vectors_of_lanes_see(left, right, T, D, Dv):
     """Some keys of a block are seen by the first or the last queries of a panel only; gradients are summed where they will stand (widths in whole vectors), or apart."""
     pytest.importorskip("torch")
     rng = np.random.default_rng(5)
     q, k, v = (rng.normal(size=(1, h, T, d)).astype(np.float32) for h, d in ((2, D), (1, D), (1, Dv)))
     rule, seen = st.Window(left, right), visible(1, T, T, rule=lambda p, s: (s <= p + right) & (s >= p - left))
+    attention(Driver("numba"), q, k, v, rule, seen)
+    gradients(Driver("numba"), q, k, v, rule, seen, rng)
+
+
+@pytest.mark.parametrize("kind, Dv", [("float32", 64), ("float32", 24), ("bfloat16", 40)])
+def test_delta_made_on_the_way_is_the_same(kind, Dv):
+    """A gradient of 0 for the lse takes the kernel of its own."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x).to(getattr(torch, kind)).requires_grad_() for x in tensors(9, Dv=Dv))
+    grads = []
+    for also in (False, True):
+        out, lse = st.sparse_attention(q, k, v, st.Window(40, 9), return_lse=True, backend="numba", kv_length=torch.tensor([150, 90], dtype=torch.int32))
+        seen = torch.where(torch.isfinite(lse), lse, 0.0)
+        grads.append(torch.autograd.grad((out * torch.arange(Dv)).sum() + (0 * seen.sum() if also else 0), (q, k, v)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_runs_of_keys_that_nobody_sees():
+    """Between keys of a chunk that are seen, and for some queries only: no product, and no weight."""
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.normal(size=(1, h, 130, 64)).astype(np.float32) for h in (2, 1, 1))
+    there = [0, 1, 2, 40, 41, 63, 64, 100]
+    k[:, :, 3:40], v[:, :, 3:40] = np.nan, np.inf
+    rule, seen = st.Causal() & st.Global(there, symmetric=False), visible(1, 130, 130, rule=lambda p, s: (s <= p) & np.isin(s, there))
     attention(Driver("numba"), q, k, v, rule, seen)
     gradients(Driver("numba"), q, k, v, rule, seen, rng)
 

@@ -199,6 +199,22 @@ def test_missing_gradients_are_refused_in_words(rng):
         scores.sum().backward()
 
 
+def test_modes_that_watch_operators_see_ours(tensors, rules):
+    """An eager call that nobody watches goes past its operator; the bits are the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+    straight = grads(call, tensors, rules["pattern"])
+    with Watch():
+        for a, b in zip(straight, grads(call, tensors, rules["pattern"])):
+            numeric.assert_same_bits("gradient", a, b)
+    assert {"sparsetile.attention.default", "sparsetile.attention_backward.default"} <= {*seen}
+
+
 def test_gradients_of_gradients_are_refused_in_words(rng):
     """torch's answer for an operator without a formula is a warning, and 0."""
     make = lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).requires_grad_()  # noqa: E731

@@ -113,7 +113,7 @@ def _threads(config: dict, float32: bool) -> tuple[int, int]:
 
 def waits(problem: Problem) -> bool:
     """Whether ordered additions wait for each other most of the time: some rows or key blocks meet nearly all others, or key blocks meet rows at random (unless crowded)."""
-    return any({"global", "sinks", "random"} & set(word.split("+")) for word in problem.features) and not crowded(problem)
+    return bool({"global", "sinks", "random"} & problem.words) and not crowded(problem)
 
 
 def crowded(problem: Problem) -> bool:
@@ -131,7 +131,7 @@ def hopper_default(problem: Problem) -> dict | None:
     539 / 477 / 409, three quarters 379 / 517 / 554, all 386 / 587 / 596 (dense 617); groups of four heads: a third 147 / 354 / 417, three quarters 166 / 443 / 517, all 171 / 594 / 595. Layouts of several parts have two_pass only (strided 128 at heads
     2 / 8 / 32: 84 / 83 / 82)."""
     if problem["T"] > 64 and no_hopper(problem, "hopper") is None and not waits(problem) and not in_classes(problem):
-        kinds = {word for feature in problem.features for word in feature.split("+")}
+        kinds = problem.words
         alone = problem["Hq"] == problem["Hk"]
         if crowded(problem):
             return dict(path="hopper", heads=1, walk="freest", scratch=2)

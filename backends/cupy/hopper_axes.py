@@ -50,7 +50,7 @@ class Axes:
 
 def in_classes(problem) -> bool:
     """Whether rows or keys of the problem's pattern may stand in residue classes or be summaries: a layout of several parts."""
-    return any(word in ("strided", "fixed", "dilated", "order") for feature in problem.features for word in feature.split("+"))
+    return not problem.words.isdisjoint(("strided", "fixed", "dilated", "order"))
 
 
 def axes_of(lists, q_start, T: int, S: int) -> Axes | None:

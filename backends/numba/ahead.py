@@ -8,7 +8,7 @@ from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import I64, VECTORS, put_i64
 
 ENTRY = 32
-ROOM = 8 + ENTRY * 8
+ROOM = 8 + ENTRY * 9
 ROWS = 2  # at each register tile: a window's tile has some 180 and more, for four to seven times its 64 rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at, scratch
+from sparsetile.backends.numba.far import far, make_record, on_threads, record_at, scratch
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import copy_bytes, load_row, store_row
 from sparsetile.backends.numba.simd import address, get_f32, get_i32, next_task, put_f32, put_i32
@@ -130,7 +130,7 @@ def _side(name, x, form):
 
 def run(rows, pools, table, lengths, *, place, config, form, page_size, counts=None, ring=None, power_of_two=False):
     B, n = rows[0].shape[:2]
-    job, counter = np.zeros(1, JOB), np.zeros(1, np.int64)
+    counter = np.zeros(1, np.int64)
     table = np.ascontiguousarray(table)
     values = dict(counter=address(counter), B=B, n=n, N=len(pools[0]), form=FORM[form], code=CODE.get(rows[0].dtype.name, 0), D=rows[0].shape[-1], group=128, page=page_size,
                   P=rows[1].shape[-1] if form == "latent_fp8" and len(rows) > 1 else 0, table=address(table), table_b=table.shape[1], pages=table.shape[1],
@@ -145,7 +145,7 @@ def run(rows, pools, table, lengths, *, place, config, form, page_size, counts=N
             values[f"heads{x}"] = row.shape[2]
     for pool, name in zip(pools, ("to0", "to1")):
         values |= _side(name, pool, form)
-    fill_record(job, values)
+    job = make_record(JOB, values)
     threads = numba.get_num_threads() if sum(row.nbytes for row in rows) > SMALL else 1
     _memory = scratch(job, threads, values=4 * max(row.shape[-1] for row in rows), scale=4)
     on_threads(work, job, threads)

@@ -10,19 +10,20 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at, scratch
+from sparsetile.backends.numba.far import far, make_record, on_threads, record_at, scratch
 from sparsetile.backends.numba.convert import F32_CODE
 from sparsetile.backends.numba.job import code_of
 from sparsetile.backends.numba.rows import load_row
-from sparsetile.backends.numba.simd import LANES, address, ask_row, next_task, op, put_f32
+from sparsetile.backends.numba.simd import LANES, address, ask_row, get_f32, next_task, op, put_f32
 
 TUNABLES = ()
-FEATURES = ("out", "dout", "out_b", "out_h", "out_t", "dout_b", "dout_h", "dout_t", "out_code", "dout_code", "H", "T", "Dv", "rows", "sums",
+FEATURES = ("lse", "out", "dout", "out_b", "out_h", "out_t", "dout_b", "dout_h", "dout_t", "out_code", "dout_code", "H", "T", "Dv", "rows", "sums",
             "counter", "memory", "memory_step", "left", "right")
 DELTA = np.dtype([(name, "i8") for name in FEATURES])
 job_at = record_at(DELTA)
 BATCH = 64  # rows taken at a time
 AHEAD = 16  # rows that are asked for before they are read
+NOTHING, ZERO = np.float32(-np.inf), np.float32(0)
 FAR_SINK = 80.0  # where the sink holds all but exp(-80) of a row, P is 0 in float32: a larger factor could only make 0 * inf of it
 
 
@@ -66,32 +67,32 @@ def work(jobs, thread):
             else:
                 ask_row(out + AHEAD * job.out_t, 4 * job.Dv)
                 ask_row(dout + AHEAD * job.dout_t, 4 * job.Dv)
-            put_f32(job.sums, row, dot(out, dout, padded))
+            put_f32(job.sums, row, dot(out, dout, padded) if get_f32(job.lse, row) != NOTHING else ZERO)
 
 
-def _row_sums(out, dout):
-    """sum_d out * dout, float32 (float64 for float64)."""
+def _row_sums(out, dout, lse):
+    """sum_d out * dout, float32 (float64 for float64); 0 for rows without keys."""
     if out.dtype == np.float64 or dout.dtype == np.float64:
-        return np.einsum("bhtd,bhtd->bht", out.astype(np.float64, copy=False), dout.astype(np.float64, copy=False))
+        return np.where(lse == -np.inf, 0, np.einsum("bhtd,bhtd->bht", out.astype(np.float64, copy=False), dout.astype(np.float64, copy=False)))
     B, H, T, Dv = out.shape
-    sums, job, counter = np.zeros((B, H, T), np.float32), np.zeros(1, DELTA), np.zeros(1, np.int64)
+    sums, counter, lse = np.empty((B, H, T), np.float32), np.zeros(1, np.int64), np.ascontiguousarray(lse, np.float32)
     if sums.size:
-        values = dict(H=H, T=T, Dv=Dv, rows=sums.size, sums=address(sums), counter=address(counter))
+        values = dict(lse=address(lse), H=H, T=T, Dv=Dv, rows=sums.size, sums=address(sums), counter=address(counter))
         for name, x in (("out", out), ("dout", dout)):
             values |= {name: address(x), f"{name}_code": code_of(x.dtype), **{f"{name}_{axis}": step for axis, step in zip("bht", x.strides)}}
-        fill_record(job, values)
+        job = make_record(DELTA, values)
         _memory = scratch(job, numba.get_num_threads(), left=4 * (Dv + LANES), right=4 * (Dv + LANES))
         on_threads(work, job)
     return sums
 
 
 def run(out, dout, lse, *, place, config, sink_logits=None, dlse=None):
-    sums = _row_sums(out, dout)
+    sums = _row_sums(out, dout, lse)
     if sink_logits is None and dlse is None:
-        return lse, np.where(lse == -np.inf, 0, sums).astype(lse.dtype, copy=False), None
+        return lse, sums.astype(lse.dtype, copy=False), None
     kind, keys, delta = lse.dtype, lse.astype(np.float64), sums
     empty = keys == -np.inf
-    delta = np.where(empty, 0, delta.astype(np.float64))
+    delta = delta.astype(np.float64)
     total, dsink = keys, None
     with np.errstate(all="ignore"):
         if sink_logits is not None:

@@ -29,8 +29,8 @@ from sparsetile.backends.numba.finish import write_tile
 from sparsetile.backends.numba.job import job_at, key_limit, list_block, list_ends, make_job, run_of_keys, scales_of, table_of, tile_block, tile_rows
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_pairs, load_panel, number_rows, scale_keys, scale_queries, span_of, up, whole
-from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, address, get_i32, get_i64, next_task, put_i64
-from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
+from sparsetile.backends.numba.simd import FAST_PAIRS, LANES, PAIRS, VECTORS, address, get_i32, get_i64, next_task, put_i64
+from sparsetile.backends.numba.tiles import PANEL, STEP, WIDTH, run_of_lanes, split
 
 TUNABLES = (Tunable("block_q", (64, 16, 32, 48, 96, 128, 160, 192, 224, 256, 320, 384), "queries per task"),
             Tunable("block_k", (64, 32, 96, 128, 160, 192, 256, 384, 512), "keys per block of the layout"),
@@ -58,13 +58,8 @@ def default_config(problem):
 
 
 @kernel
-def scores_of(job, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain, half):
-    """Scores of a run of keys. plain: no mask is needed. half: which lanes see any of them. What a softcap makes of them is masked later, and its maxima are others."""
-    if half != BOTH:
-        own = HALF_STEP * (half >> 1)
-        tiles.fill_half(ps + HALF_STEP - own, STEP, 6 * sixes + 4 * fours, NOTHING)
-        tiles.score_half(asks, pk, k_step, qt + own, D, ps + own, top + own, sixes, fours, words + own, low)
-        return
+def scores_of(job, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low, plain, cols):
+    """Scores of a run of keys. plain: no mask is needed. cols: how many vectors of lanes see any of them. What a softcap makes of them is masked later, and its maxima are others."""
     if job.capped != 0:
         top, plain = top + 3 * STEP, True
     if job.pairs != 0:
@@ -75,7 +70,7 @@ def scores_of(job, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low, p
     elif plain:
         tiles.score(asks, pk, k_step, qt, D, ps, top, sixes, fours)
     else:
-        tiles.score_masked(asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low)
+        tiles.score_masked(cols, asks, pk, k_step, qt, D, ps, top, sixes, fours, words, low)
 
 
 @far("iiiiii")
@@ -129,30 +124,31 @@ def _block(jobs, memory, kind, slot, limit, bases):
                 put_i64(rows, job.panels * (PANEL + 1) + p, 1)
             if job.capped != 0 and not masked:
                 tiles.every_word(words, WORDS)
-            cut, halves = runs_of(words, low, high) if masked and job.capped == 0 and job.pairs == 0 else (high, BOTH)
-            padded = (high - low + 3) & ~3
-            for run in range(1 if cut == high else 2):
-                first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
-                count = (end - first_key + 3) & ~3
-                sixes, fours = split(count)
-                scores_of(job, asks, pk + first_key * k_step, k_step, qt, D, ps + STEP * (first_key - low), top, sixes, fours, words, first_key, dense and count == high - low, half)
-            written = cut - low + ((high - cut + 3) & ~3)
-            tiles.fill(ps + STEP * written, PANEL * (padded - written), NOTHING)  # two runs may end before what one would have filled up
+            parted, plain = masked and job.capped == 0 and job.pairs == 0, dense and (high - low) & 3 == 0
+            first_key = low
+            while first_key < high:
+                end, at_lanes, cols = run_of_lanes(words, first_key, high) if parted else (high, 0, VECTORS)
+                sixes, fours = split((end - first_key + 3) & ~3)
+                own = WIDTH * at_lanes
+                if cols > 0:
+                    scores_of(job, asks, pk + first_key * k_step, k_step, qt + own, D, ps + STEP * (first_key - low) + own, top + own, sixes, fours, words + own, first_key, plain, cols)
+                first_key = end
             if job.capped != 0:
-                tiles.softcap(ps, top, words, low, padded, pc)
+                tiles.softcap(ps, top, words, low, (high - low + 3) & ~3, pc)
             tiles.rescale(top, top + STEP, top + 2 * STEP, po, Dvp, pc)
             if job.pairs != 0:
-                tiles.exponent_pairs(ps, padded, top + STEP, top + 2 * STEP, pc)
+                tiles.exponent_pairs(ps, (high - low + 3) & ~3, top + STEP, top + 2 * STEP, pc)
                 tiles.add_values_pairs(asks, pv + (low >> 1) * v_step, v_step, ps, (high - low + 1) >> 1, po, sixes_v, fours_v)
                 continue
-            tiles.exponent(ps, padded, top + STEP, top + 2 * STEP, pc)
-            for run in range(1 if cut == high else 2):
-                first_key, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
-                own, other = ps + STEP * (first_key - low), HALF_STEP * (half >> 1)
-                if half == BOTH:
-                    tiles.add_values(asks, pv + first_key * v_step, v_step, own, end - first_key, po, sixes_v, fours_v)
-                else:
-                    tiles.add_values_half(asks, pv + first_key * v_step, v_step, own + other, end - first_key, po + other, sixes_v, fours_v)
+            first_key = low
+            while first_key < high:
+                end, at_lanes, cols = run_of_lanes(words, first_key, high) if parted else (high, 0, VECTORS)
+                own, state = WIDTH * at_lanes, top + STEP + WIDTH * at_lanes
+                if cols > 0:
+                    P = ps + STEP * (first_key - low) + own
+                    tiles.exponent(cols, P, (end - first_key + 3) & ~3, state, state + STEP, pc)
+                    tiles.add_values(cols, asks, pv + first_key * v_step, v_step, P, end - first_key, po + own, sixes_v, fours_v)
+                first_key = end
 
 
 @kernel

@@ -2,7 +2,8 @@
 
     q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv]  lse, delta [B,Hq,T]  dout [B,Hq,T,Dv]  ->  dq, dk, dv shaped like q, k, v
 
-lse is the total logsumexp (sink included), delta that of `attention_delta`. Rows whose lse is not finite have no gradient.
+lse is the total logsumexp (sink included), delta that of `attention_delta`; with out [B,Hq,T,Dv] in its place (MAKES_DELTA) it is made where the rows of dout are read anyway,
+for a call whose sink and lse have no gradient. Rows whose lse is not finite have no gradient.
 P = exp(s - lse), dS = P (dout v^T - delta) ds/dx; dv = P^T dout, dq = scale dS k, dk = scale dS^T q; dk and dv are summed over the group.
 
 One pass over the forward's own lists: P and dS of a tile stay in the cache and serve all three gradients. A task is a share of the query blocks of
@@ -18,6 +19,7 @@ import numpy as np
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.numba import block_attention, tiles
+from sparsetile.backends.numba.attention_delta import dot
 from sparsetile.backends.numba import gradient_tiles as gt
 from sparsetile.backends.numba.ahead import ROOM as ASKS, ask_for
 from sparsetile.backends.numba.block_attention import sizes, supports  # noqa: F401
@@ -28,16 +30,16 @@ from sparsetile.backends.numba.gradient_tiles import add_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.job import START_FROM_ARGUMENT, job_at, key_limit, key_of, list_block, list_ends, make_job, tile_block, tile_rows
 from sparsetile.backends.numba.panels import CHUNK, WORDS, chunk_words, load_keys, load_panel, number_rows, run_of, span_of, store_panel, up, whole
-from sparsetile.backends.numba.rows import store_rows
-from sparsetile.backends.numba.simd import address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
-from sparsetile.backends.numba.tiles import BOTH, HALF_STEP, PANEL, STEP, runs_of, split
+from sparsetile.backends.numba.rows import load_row, store_rows
+from sparsetile.backends.numba.simd import VECTORS, address, get_byte, get_f32, get_i32, get_i64, next_task, put_byte, put_f32, put_i64
+from sparsetile.backends.numba.tiles import PANEL, STEP, WIDTH, run_of_lanes, split
 
 TUNABLES = tuple(knob for knob in block_attention.TUNABLES if knob.name in ("block_q", "block_k"))
+MAKES_DELTA = True
 TASKS = 16  # at least so many, if the query blocks suffice
 SPARE = 1 << 25  # bytes of dK and dV in float32: so many key heads at a time as fit, at least one
 ROOM = 1 << 29  # the same for all shares; of a window each share touches its own part alone, and most of that in the result
 APART = 64  # bytes between rows of Q and dO: a step of 512 would let a column of them fall into few sets of the nearest cache
-ZERO = np.float32(0)
 GRAIN = 32  # keys whose sums are cleared together, when first touched
 
 
@@ -51,29 +53,21 @@ def default_config(problem):
 
 
 @kernel
-def _gradients(job, asks, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, half):
-    """P, dS and dQ of one panel against a run of keys, for the half of its lanes that sees any of them (or BOTH)."""
+def _gradients(job, asks, pk, k_step, pv, v_step, qt, g, dqt, P, dS, lse, words, masked, first, keys, cols):
+    """P, dS and dQ of one panel against a run of keys, for the vectors of its lanes that see any of them."""
     D, Dv, pc, step = job.D, job.Dv, job.constants, STEP * job.panels
     sixes, fours = split((keys + 3) & ~3)
     sixes_d, fours_d = split((D + 3) & ~3)
-    if half != BOTH:
-        own = HALF_STEP * (half >> 1)
-        tiles.fill_half(P + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
-        tiles.fill_half(dS + HALF_STEP - own, step, 6 * sixes + 4 * fours, ZERO)
-        gt.probability_half(asks, pk, k_step, qt, D, P + own, step, lse, pc, sixes, fours, words + own, first)
-        gt.score_gradient_half(asks, pv, v_step, g, Dv, P + own, dS + own, step, lse + 2 * STEP, pc, sixes, fours)
-        gt.add_queries_half(asks, pk, k_step, dS + own, step, keys, dqt, sixes_d, fours_d)
-        return
     if job.capped != 0:
         gt.probability_capped(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first, dS)
         gt.score_gradient_capped(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
     else:
         if masked != 0:
-            gt.probability_masked(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
+            gt.probability_masked(cols, asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours, words, first)
         else:
             gt.probability(asks, pk, k_step, qt, D, P, step, lse, pc, sixes, fours)
-        gt.score_gradient(asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
-    gt.add_queries(asks, pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
+        gt.score_gradient(cols, asks, pv, v_step, g, Dv, P, dS, step, lse + 2 * STEP, pc, sixes, fours)
+    gt.add_queries(cols, asks, pk, k_step, dS, step, keys, dqt, sixes_d, fours_d)
 
 
 @far("iiiiii")
@@ -91,13 +85,17 @@ def _products(jobs, memory, masked, low, high, where):
             continue
         if job.capped != 0 and masked == 0:
             tiles.every_word(words, WORDS)
-        cut, halves = runs_of(words, low, high) if masked != 0 and job.capped == 0 else (high, BOTH)
-        for run in range(1 if cut == high else 2):
-            first, end, half = (low, cut, halves & BOTH) if run == 0 else (cut, high, halves >> 2)
-            own = HALF_STEP * (half >> 1) if half != BOTH else 0
-            _gradients(job, memory + job.asks, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
-                       memory + job.dqt + STEP * job.Dp * p + own, P + step * (first - low), dS + step * (first - low), memory + job.rows_lse + 3 * STEP * p + own,
-                       words, masked, first, end - first, half)
+        parted, first = masked != 0 and job.capped == 0, low
+        while first < high:
+            end, at_lanes, cols = run_of_lanes(words, first, high) if parted else (high, 0, VECTORS)
+            own, keys, to = WIDTH * at_lanes, end - first, step * (first - low)
+            if cols < VECTORS:
+                tiles.clear_rows(P + to, step, (keys + 3) & ~3)
+                tiles.clear_rows(dS + to, step, (keys + 3) & ~3)
+            if cols > 0:
+                _gradients(job, memory + job.asks, pk + first * k_step, k_step, pv + first * v_step, v_step, memory + job.qt + STEP * job.Dp * p + own, memory + job.gt + STEP * job.width * p + own,
+                           memory + job.dqt + STEP * job.Dp * p + own, P + to + own, dS + to + own, memory + job.rows_lse + 3 * STEP * p + own, words + own, masked, first, keys, cols)
+            first = end
     for r in range(high - low, padded):  # what register tiles read past the keys
         fill_zero(memory + job.p + r * step, job.panels * PANEL)
         fill_zero(memory + job.ds + r * step, job.panels * PANEL)
@@ -210,7 +208,9 @@ def _load_rows(jobs, memory, b, h, where):
                 if math.isfinite(x):
                     x = min(max(x / unit, -3e38), 3e38)
                     high = np.float32(x)
-                    low, delta = np.float32(x - high), get_f32(job.delta, at)
+                    low = np.float32(x - high)
+                    if job.out == 0:
+                        delta = get_f32(job.delta, at)
                 else:
                     put_i64(rows, n, -1)
                     _no_gradient(job, memory, b, h, t)
@@ -231,7 +231,23 @@ def _load_rows(jobs, memory, b, h, where):
                    memory + job.qt + STEP * job.Dp * p, 0 if q_there else 1)
         load_panel(dout, 0, job.dout_t, job.T, job.dout_code, job.Dv, job.width, rows, 1.0, memory + job.g_rows + PANEL * (4 * job.width + APART) * p, 4 * job.width + APART,
                    memory + job.gt + STEP * job.width * p, 0 if g_there else 1)
+    if job.out != 0:
+        _deltas(job, memory, job.out + b * job.out_b + h * job.out_h, where)
     number_rows(memory + job.rows, job.panels, job.T, 1, 0)
+
+
+@kernel
+def _deltas(job, memory, out, where):
+    """Of each row of a tile dO times the output, as `attention_delta` makes it."""
+    in_place = job.out_code == F32_CODE and job.Dv == job.width
+    for n in range(job.panels * PANEL):
+        t, row = get_i64(memory + job.rows, n), memory + job.flat
+        if t >= 0:
+            if in_place:
+                row = out + t * job.out_t
+            else:
+                load_row(job.out_code, out + t * job.out_t, job.Dv, row, job.width)
+            put_f32(memory + job.rows_lse + 3 * STEP * (n // PANEL), 2 * PANEL + n % PANEL, dot(row, get_i64(where, 12) + n * get_i64(where, 13), job.width))
 
 
 @far("iiii")
@@ -259,6 +275,8 @@ def _ask_ahead(job, memory, where, b, h, i, more):
     rows = min(count, job.T - row)
     n = ask_for(asks, n, job.q + b * job.q_b + h * job.q_h + row * job.q_t, job.q_t, job.D * size_of(job.q_code), rows)
     n = ask_for(asks, n, job.dout + b * job.dout_b + h * job.dout_h + row * job.dout_t, job.dout_t, job.Dv * size_of(job.dout_code), rows)
+    if job.out != 0:
+        n = ask_for(asks, n, job.out + b * job.out_b + h * job.out_h + row * job.out_t, job.out_t, job.Dv * size_of(job.out_code), rows)
     last = list_ends(job, b, h, i)[1]
     at, rows = last * job.block_k, min(job.block_k, job.S - last * job.block_k)
     if job.k_order != 0 or last <= list_ends(job, b, h, i - 1)[1]:
@@ -361,7 +379,8 @@ def _cuts(lists, tiles_, shares, start):
     i = start + np.arange(tiles_)
     there = (i >= 0) & (i < lists.nq)
     cost[there] += entries[i[there]]
-    return np.concatenate([[0], np.searchsorted(np.cumsum(cost), np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
+    middles = np.cumsum(cost) - cost / 2  # a tile past whose middle a cut would fall comes before it
+    return np.concatenate([[0], np.searchsorted(middles, np.arange(1, shares) * cost.sum() / shares), [tiles_]]).astype(np.int64)
 
 
 def _owners(lists, cuts, start):
@@ -373,7 +392,7 @@ def _owners(lists, cuts, start):
     return owners
 
 
-def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None):
+def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True, out_dtype=None, out=None):
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
     make = place.empty if lists.q_order is None and q.dtype != np.float64 else place.zeros  # rows that no tile holds
     dq = make(q.shape, out_dtype or q.dtype.name)
@@ -385,9 +404,9 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         for x in (dq, dk, dv):
             x.fill(0)
         return dq, dk, dv
-    lse, delta = (np.ascontiguousarray(x, np.float64 if q.dtype == np.float64 else np.float32) for x in (lse, delta))
+    lse, delta = (None if x is None else np.ascontiguousarray(x, np.float64 if q.dtype == np.float64 else np.float32) for x in (lse, delta))
     job, alive = make_job(lists, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, delta=delta, scale=scale, softcap=softcap,
-                          kv_length=kv_length, q_start=q_start)
+                          kv_length=kv_length, q_start=q_start, **({"out": out} if delta is None else {}))
     shared = sizes(job, D, Dv, lists.block_q, k, v, lists.k_order)
     threads = numba.get_num_threads()
     if q.dtype == np.float64:

@@ -153,13 +153,13 @@ def _fields(dtype):
     return struct.Struct("".join("d" if kind == np.float64 else "q" for kind, _ in dtype.fields.values())), dict.fromkeys(dtype.names, 0), {name: n for n, name in enumerate(dtype.names)}
 
 
-def fill_record(job: np.ndarray, values: dict):
-    """Set these fields, all others to 0, as packed words: NumPy takes half a microsecond for each, of a small call half its time."""
-    packer, nothing, _ = _fields(job.dtype)
+def make_record(dtype, values: dict) -> np.ndarray:
+    """A record [1] with these fields, all others 0, as packed words: NumPy takes half a microsecond for each, of a small call half its time."""
+    packer, nothing, _ = _fields(dtype)
     fields = {**nothing, **values}
     if len(fields) > len(nothing):
         raise KeyError(f"no fields of the record: {sorted(values.keys() - nothing.keys())}")
-    packer.pack_into(job.view(np.uint8), 0, *fields.values())
+    return np.frombuffer(bytearray(packer.pack(*fields.values())), dtype)
 
 
 def set_fields(job: np.ndarray, **values):

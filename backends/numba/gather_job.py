@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from sparsetile.backends.numba.far import fill_record, record_at
+from sparsetile.backends.numba.far import make_record, record_at
 from sparsetile.backends.numba.gather_tiles import WIDE, scale_row
 from sparsetile.backends.numba.job import code_of, first_position, key_limit
 from sparsetile.backends.numba.jit import kernel
@@ -37,7 +37,6 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
     """(record [1], arrays to keep alive while it is used). tensors: q, k, v and what else of _TENSORS the call has."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv), G = q.shape, v.shape, indices.shape[1]
-    job = np.zeros(1, GATHER)
     units = max(G, Hk)
     # scores times sign times unit are natural logarithms; a softcap takes the scale in
     unit, sign = (abs(scale), math.copysign(1, scale)) if scale else (1.0, 0.0)
@@ -69,8 +68,7 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
     # c, the softcap outside and inside of tanh, the scale of dS
     arrays["constants"] = np.array([min(c, largest), outer, inner, slope], np.float32)
     values["constants"] = address(arrays["constants"])
-    fill_record(job, values)
-    return job, [arrays, tensors]
+    return make_record(GATHER, values), [arrays, tensors]
 
 
 @kernel

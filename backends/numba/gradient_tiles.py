@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.simd import F, I1, I32, I64, LANES, VECTORS, op
-from sparsetile.backends.numba.tiles import HALF, PANEL, STEP, STEPS, WIDTH, _groups, _panel, _seen
+from sparsetile.backends.numba.tiles import PANEL, STEP, STEPS, WIDTH, _groups, _panel, _seen, by_vectors
 
 
 def _probability(masked, capped, cols=VECTORS):
@@ -20,7 +20,7 @@ def _probability(masked, capped, cols=VECTORS):
 
         def group(rows, first, _):
             ask_next(e, asks, rows, cols)
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS[cols])
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, unroll=STEPS.get(cols, 2))
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
                 seen = _seen(e, more[0], e.add(more[1], e.add(first, r)), cols) if masked else None
@@ -35,18 +35,16 @@ def _probability(masked, capped, cols=VECTORS):
                     x = e.exp2(b.select(b.fcmp_ordered(">", x, e.f(1)), e.f(1), x))
                     e.store(b.select(seen[n], x, e.f(0)) if masked else x, e.add(pp, at), n * WIDTH)
             return []
-        _groups(e, sixes, fours, [], group)
+        _groups(e, sixes, fours, [], group, cols)
     return probability
 
 
 probability = op("iiiiiiiiiii", _probability(False, False))
 """(list of what to ask for, K, K's row step, Q^T, D, P, P's row step, lse, constants, sixes, fours)"""
-probability_masked = op("iiiiiiiiiiiii", _probability(True, False))
-"""The same with (..., words, first key)."""
+probability_masked = op("iiiiiiiiiiiiii", by_vectors(lambda cols: _probability(True, False, cols)))
+"""The same with (vectors, ..., words, first key)."""
 probability_capped = op("iiiiiiiiiiiiii", _probability(True, True))
-"""The same with (..., words, first key, dS)."""
-probability_half = op("iiiiiiiiiiiii", _probability(True, False, HALF))
-"""probability_masked of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further; so are score_gradient_half and add_queries_half."""
+"""(list of what to ask for, ..., words, first key, dS)"""
 
 
 def _score_gradient(capped, cols=VECTORS):
@@ -56,20 +54,19 @@ def _score_gradient(capped, cols=VECTORS):
 
         def group(rows, first, _):
             ask_next(e, asks, rows, cols)
-            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS[cols])
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, v_step)), v_step, 4, pg, STEP, Dv, unroll=STEPS.get(cols, 2))
             for r in range(rows):
                 at = e.mul(e.add(first, r), p_step)
                 for n in range(cols):
                     x = b.fmul(b.fmul(e.load(e.add(pp, at), n * WIDTH), slope), b.fsub(acc[r * cols + n], delta[n]))
                     e.store(b.fmul(x, e.load(e.add(pd, at), n * WIDTH)) if capped else x, e.add(pd, at), n * WIDTH)
             return []
-        _groups(e, sixes, fours, [], group)
+        _groups(e, sixes, fours, [], group, cols)
     return score_gradient
 
 
-score_gradient = op("iiiiiiiiiiii", _score_gradient(False))
-"""(list of what to ask for, V, V's row step, dO^T, Dv, P, dS, their row step, delta, constants, sixes, fours)"""
-score_gradient_capped, score_gradient_half = op("iiiiiiiiiiii", _score_gradient(True)), op("iiiiiiiiiiii", _score_gradient(False, HALF))
+score_gradient, score_gradient_capped = op("iiiiiiiiiiiii", by_vectors(lambda cols: _score_gradient(False, cols))), op("iiiiiiiiiiii", _score_gradient(True))
+"""([vectors,] list of what to ask for, V, V's row step, dO^T, Dv, P, dS, their row step, delta, constants, sixes, fours)"""
 
 
 def _queries(cols):
@@ -77,18 +74,18 @@ def _queries(cols):
         """dQ^T += K^T dS"""
         def group(rows, first, _):
             ask_next(e, asks, rows, cols)
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS[cols])
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, 4)), 4, k_step, pd, p_step, keys, unroll=STEPS.get(cols, 2))
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
                 at = i // cols * STEP + i % cols * WIDTH
                 e.store(e.b.fadd(x, e.load(out, at)), out, at)
             return []
-        _groups(e, sixes, fours, [], group)
+        _groups(e, sixes, fours, [], group, cols)
     return queries
 
 
-add_queries, add_queries_half = op("iiiiiiiii", _queries(VECTORS)), op("iiiiiiiii", _queries(HALF))
-"""(list of what to ask for, K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
+add_queries = op("iiiiiiiiii", by_vectors(_queries))
+"""(vectors, list of what to ask for, K, K's row step, dS, dS's row step, keys, dQ^T, sixes, fours)"""
 
 
 def _reach(e, words, words_step, panels, first_key, count, bounds):

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, fill_record, record_at
+from sparsetile.backends.numba.far import far, make_record, record_at
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.simd import address, get_i32, put_i64
 
@@ -60,7 +60,7 @@ def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     (B, Hq, T, D), (_, Hk, S, Dv) = q.shape, v.shape
     page, pool, S = S, len(v) * S, S if table is None else S * table.shape[1]
-    job, (listed, held) = np.zeros(1, JOB), _listed(lists)
+    listed, held = _listed(lists)
     values = dict(listed, B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv, capped=softcap is not None, scale=scale, softcap=softcap or 0.0, stack=1, page=page, pool=S if table is None else pool)
     for name, x in tensors.items():
         values.update(zip(_FIELDS[name], (address(x), *x.strides[:3], code_of(x.dtype))))
@@ -85,12 +85,14 @@ def make_job(lists, *, scale, table=None, softcap=None, kv_length=None, q_start=
     values |= {name: address(x) for name, x in arrays.items()}
     values["odd"] = values["counter"] + 8
     values["tiles"] = lists.nq if lists.q_order is not None else _tiles(T, S, lists.block_q, kv_length, q_start)
-    fill_record(job, values)
-    return job, [arrays, tensors, held]
+    return make_record(JOB, values), [arrays, tensors, held]
 
 
 def _tiles(T, S, block_q, kv_length, q_start) -> int:
     """Blocks of queries that the positions of a batch touch, at most."""
+    if T and (isinstance(q_start, int) or q_start is None and kv_length is None):  # one start for all: without NumPy
+        start = S - T if q_start is None else q_start
+        return (start + T - 1) // block_q - start // block_q + 1
     if q_start is None:
         q_start = (S if kv_length is None else np.clip(kv_length, 0, S)) - T
     start = np.asarray(q_start, np.int64)

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at
+from sparsetile.backends.numba.far import far, make_record, on_threads, record_at
 from sparsetile.backends.numba.simd import address, get_i32, next_task, put_i32
 
 TUNABLES = ()
@@ -66,9 +66,9 @@ def work(jobs, thread):
 
 def run(indices, table, kv_length, *, place, config, page_size, pages_of_pool, lengths=None, granularity=1, causal=False, q_start=None):
     B, G, T, K = indices.shape
-    rows, job, counter = place.empty((B, G, T, K * granularity), "int32"), np.zeros(1, JOB), np.zeros(1, np.int64)
+    rows, counter = place.empty((B, G, T, K * granularity), "int32"), np.zeros(1, np.int64)
     given = None if q_start is None or isinstance(q_start, int) else q_start
-    fill_record(job, dict(
+    job = make_record(JOB, dict(
         counter=address(counter), indices=address(indices), table=address(table), kv_length=address(kv_length), lengths=0 if lengths is None else address(lengths),
         starts=0 if given is None else address(given), rows=address(rows), B=B, G=G, T=T, K=K, pages=table.shape[1], page=page_size, N=pages_of_pool, granularity=granularity,
         causal=int(causal), start=q_start if given is None and q_start is not None else 0, from_length=int(q_start is None)))

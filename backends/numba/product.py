@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.numba.convert import CODE
-from sparsetile.backends.numba.far import far, fill_record, on_threads, record_at, scratch
+from sparsetile.backends.numba.far import far, make_record, on_threads, record_at, scratch
 from sparsetile.backends.numba.gather_tiles import scale_row
 from sparsetile.backends.numba.jit import kernel
 from sparsetile.backends.numba.rows import load_row, store_row, store_rows
@@ -147,7 +147,7 @@ def work(jobs, thread):
 
 def run_product(rows, weights, outputs, *, scale=None, tail=None):
     """rows [B,H,T,K] times each of one or two weights [H,K,N] into outputs [B,H,T,N (+ P)], all NumPy; tail [B,H,T,P] goes behind the first product."""
-    (B, H, T, K), job, threads = rows.shape, np.zeros(1, PRODUCT), numba.get_num_threads()
+    (B, H, T, K), threads = rows.shape, numba.get_num_threads()
     counter, total = np.zeros(1, np.int64), B * T
     # A run packs the weights anew: long ones, but enough of them for all threads.
     run = total if H >= 4 * threads else max(min(total, 512), -(-total * H // (4 * threads)))
@@ -162,7 +162,7 @@ def run_product(rows, weights, outputs, *, scale=None, tail=None):
                        **dict(zip(("tail_b", "tail_h", "tail_t"), tail.strides)))
     columns = -(-max(w.shape[2] for w in weights) // COLUMNS) * COLUMNS
     values["panels_step"] = 4 * (columns * K + COLUMNS * LANES)
-    fill_record(job, values)
+    job = make_record(PRODUCT, values)
     # Whole vectors are scaled and transposed: a little more than a row or a panel.
     _memory = scratch(job, threads, rows=4 * (ROWS * K + LANES), tiles=4 * ROWS * columns, panels=2 * values["panels_step"],
                       flat=4 * max(COLUMNS * (K + LANES), 0 if tail is None else tail.shape[3]))

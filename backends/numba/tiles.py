@@ -15,13 +15,13 @@ from llvmlite import ir
 from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.convert import float_to_bfloat
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, op
+from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, highest_bit, lowest_bit, op
 
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
 WIDTH = LANES * 4
-HALF, HALF_STEP, BOTH = VECTORS // 2, STEP // 2, 3  # of the lanes of a panel: in a corner of a window one half sees nothing of half of the keys
-STEPS = {VECTORS: 4, HALF: 2}  # of a product in one turn of its loop: half of the lanes come seldom, and every step is compiled
+RUN = max(LANES, 8)  # keys that go together where not all vectors of a panel see them: in a corner of a window each sees another part
+STEPS = {VECTORS: 4}  # of a product in one turn of its loop; 2 for fewer vectors than a panel has: they come seldom, and every step is compiled
 TAU = 8.0  # a maximum in use may lag behind by so many powers of two
 
 
@@ -34,11 +34,24 @@ def split(count):
     return sixes, (count - 6 * sixes) // 4
 
 
-def _groups(e, sixes, fours, state, body):
-    """body(rows, first, state) -> state, over register tiles of six rows, then of four."""
-    state = e.loop(sixes, state, lambda g, s: body(6, e.mul(g, 6), s))
-    base = e.mul(sixes, 6)
+def _groups(e, sixes, fours, state, body, cols=VECTORS):
+    """body(rows, first, state) -> state, over register tiles of six rows, then of four; of one vector eight go first, for six sums would wait for each other."""
+    many = 6
+    if cols == 1:
+        total, many = e.add(e.mul(sixes, 6), e.mul(fours, 4)), 8
+        sixes, fours = e.b.lshr(total, e.i(3)), e.b.lshr(e.b.and_(total, e.i(7)), e.i(2))
+    state = e.loop(sixes, state, lambda g, s: body(many, e.mul(g, many), s))
+    base = e.mul(sixes, many)
     return e.loop(fours, state, lambda g, s: body(4, e.add(base, e.mul(g, 4)), s))
+
+
+def by_vectors(emit):
+    """An emitter of emit(cols) for each number of a panel's vectors, which is its first argument; all addresses of lanes are those of the first of them."""
+    def emit_all(e, cols, *args):
+        for n in range(1, VECTORS + 1):
+            with e.b.if_then(e.b.icmp_signed("==", cols, e.i(n)), likely=n == VECTORS):
+                emit(n)(e, *args)
+    return emit_all
 
 
 def _panel(e, address, offset=0, kind=None, cols=VECTORS):
@@ -65,7 +78,7 @@ def _score(masked, pairs=False, cols=VECTORS):
         """S[rows] = K Q^T from address pk on; the lane-wise maximum is taken into pm."""
         def group(rows, first, top):
             ask_next(e, asks, rows, cols)
-            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS[cols])
+            acc = e.gemm(rows, cols, e.add(pk, e.mul(first, k_step)), k_step, 4, pq, STEP, D, pairs=pairs, unroll=STEPS.get(cols, 2))
             if masked:
                 words, first_key = mask
                 for r in range(rows):
@@ -76,7 +89,7 @@ def _score(masked, pairs=False, cols=VECTORS):
             for i, x in enumerate(acc):
                 e.store(x, out, i // cols * STEP + i % cols * WIDTH)
             return [_top(e, acc[n::cols] + [top[n]]) for n in range(cols)]
-        top = _groups(e, sixes, fours, _panel(e, pm, cols=cols), group)
+        top = _groups(e, sixes, fours, _panel(e, pm, cols=cols), group, cols)
         for n in range(cols):
             e.store(top[n], pm, n * WIDTH)
     return score
@@ -84,10 +97,8 @@ def _score(masked, pairs=False, cols=VECTORS):
 
 score = op("iiiiiiiii", _score(False))
 """(list of what to ask for, K, K's row step, Q^T, D, S, maxima, sixes, fours)"""
-score_masked = op("iiiiiiiiiii", _score(True))
-"""The same with (..., words, first key): unseen pairs become -inf."""
-score_half = op("iiiiiiiiiii", _score(True, cols=HALF))
-"""The same of the first half of the lanes, or of the second if all addresses of theirs are HALF_STEP further."""
+score_masked = op("iiiiiiiiiiii", by_vectors(lambda cols: _score(True, cols=cols)))
+"""The same with (vectors, ..., words, first key): unseen pairs become -inf."""
 score_pairs, score_pairs_masked = op("iiiiiiiii", _score(False, PAIRS)), op("iiiiiiiiiii", _score(True, PAIRS))
 """The same of bfloat16, two to a word: D counts words. Where the CPU has no pair products these are never called."""
 
@@ -137,35 +148,33 @@ rescale = op("iiiiii", _rescale)
 """(new maxima of scores, maxima in use, sums, O^T, Dv, constants)"""
 
 
-def _exponent(pairs):
+def _exponent(pairs, cols=VECTORS):
     def exponent(e, ps, count, pm, pl, pc):
-        _exponents(e, ps, count, pm, pl, pc, pairs)
+        """P = 2 ** (c S - m) in place for a multiple of 4 keys; sums are added up at pl. pairs: as bfloat16, rows 2 j and 2 j + 1 together in row j."""
+        b, c = e.b, e.splat(e.load(pc, 0, F))
+        m = [b.fneg(b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x)) for x in _panel(e, pm, cols=cols)]  # -inf - -inf would be NaN
+        rows = 2
+        places = [r * STEP + n * WIDTH for r in range(rows) for n in range(cols)]
+
+        def body(j, sums):
+            row = e.add(ps, e.mul(j, STEP))
+            new = [e.exp2(e.fma(e.load(row, at), c, m[i % cols])) for i, at in enumerate(places)]
+            if pairs:
+                words = [b.zext(float_to_bfloat(e, x), e.VI) for x in new]
+                for n in range(VECTORS):
+                    e.store(b.or_(words[n], b.shl(words[VECTORS + n], e.n(16))), e.add(ps, e.mul(j, STEP // 2)), n * WIDTH)
+            else:
+                for x, at in zip(new, places):
+                    e.store(x, row, at)
+            return [b.fadd(total, x) for total, x in zip(sums, new)]
+        sums = e.loop(count, [e.f(0)] * (rows * cols), body, rows)
+        for n in range(cols):  # a chunk's sum is made from zero: a smaller error than one long sum
+            e.store(b.fadd(e.load(pl, n * WIDTH), b.fadd(sums[n], sums[cols + n])), pl, n * WIDTH)
     return exponent
 
 
-def _exponents(e, ps, count, pm, pl, pc, pairs):
-    """P = 2 ** (c S - m) in place for a multiple of 4 keys; sums are added up at pl. pairs: as bfloat16, rows 2 j and 2 j + 1 together in row j."""
-    b, c = e.b, e.splat(e.load(pc, 0, F))
-    m = [b.fneg(b.select(b.fcmp_ordered("==", x, e.f(-math.inf)), e.f(0), x)) for x in _panel(e, pm)]  # -inf - -inf would be NaN
-    rows = 2
-
-    def body(j, sums):
-        row = e.add(ps, e.mul(j, STEP))
-        new = [e.exp2(e.fma(e.load(row, i * WIDTH), c, m[i % VECTORS])) for i in range(rows * VECTORS)]
-        if pairs:
-            words = [b.zext(float_to_bfloat(e, x), e.VI) for x in new]
-            for n in range(VECTORS):
-                e.store(b.or_(words[n], b.shl(words[VECTORS + n], e.n(16))), e.add(ps, e.mul(j, STEP // 2)), n * WIDTH)
-        else:
-            for i, x in enumerate(new):
-                e.store(x, row, i * WIDTH)
-        return [b.fadd(total, x) for total, x in zip(sums, new)]
-    sums = e.loop(count, [e.f(0)] * (rows * VECTORS), body, rows)
-    for n in range(VECTORS):  # a chunk's sum is made from zero: a smaller error than one long sum
-        e.store(b.fadd(e.load(pl, n * WIDTH), b.fadd(sums[n], sums[VECTORS + n])), pl, n * WIDTH)
-
-
-exponent, exponent_pairs = op("iiiii", _exponent(False)), op("iiiii", _exponent(True))
+exponent, exponent_pairs = op("iiiiii", by_vectors(lambda cols: _exponent(False, cols))), op("iiiii", _exponent(True))
+"""([vectors,] S, keys, maxima in use, sums, constants)"""
 
 
 def _values(pairs, cols=VECTORS):
@@ -173,18 +182,18 @@ def _values(pairs, cols=VECTORS):
         """O^T += V^T P over any number of keys."""
         def group(rows, first, _):
             ask_next(e, asks, rows, cols)
-            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS[cols])
+            acc = e.gemm(rows, cols, e.add(pv, e.mul(first, 4)), 4, v_step, ps, STEP, keys, pairs=pairs, unroll=STEPS.get(cols, 2))
             out = e.add(po, e.mul(first, STEP))
             for i, x in enumerate(acc):
                 at = i // cols * STEP + i % cols * WIDTH
                 e.store(e.b.fadd(x, e.load(out, at)), out, at)
             return []
-        _groups(e, sixes, fours, [], group)
+        _groups(e, sixes, fours, [], group, cols)
     return values
 
 
-add_values, add_values_pairs, add_values_half = (op("iiiiiiii", _values(*how)) for how in ((False,), (PAIRS,), (False, HALF)))
-"""(list of what to ask for, V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
+add_values, add_values_pairs = op("iiiiiiiii", by_vectors(lambda cols: _values(False, cols))), op("iiiiiiii", _values(PAIRS))
+"""([vectors,] list of what to ask for, V, V's row step, P, keys, O^T, sixes, fours); pairs: of keys, in V and P alike"""
 
 
 def _interleave(e, source, step, pairs, width, target, padded):
@@ -234,18 +243,16 @@ fill = op("iif", _fill)
 """(target, count, value); whole vectors."""
 
 
-def _fill_half(e, target, step, rows, x):
-    x = e.splat(x)
-
+def _clear_rows(e, target, step, rows):
     def body(k, _):
-        for n in range(HALF):
-            e.store(x, e.add(target, e.mul(step, k)), n * WIDTH)
+        for n in range(VECTORS):
+            e.store(e.f(0), e.add(target, e.mul(step, k)), n * WIDTH)
         return []
     e.loop(rows, [], body)
 
 
-fill_half = op("iiif", _fill_half)
-"""(target, row step, rows, value): half of the lanes."""
+clear_rows = op("iii", _clear_rows)
+"""(target, row step, rows): a panel's lanes"""
 
 
 def _word_reduce(name):
@@ -280,26 +287,33 @@ def _interval_words(e, intervals, first, there, rows, words):
 interval_words = op("iiiii", _interval_words)
 
 
-def _word_halves(e, words):
-    b, x = e.b, _panel(e, words, 0, e.VI)
-    found = []
-    for half in (x[:HALF], x[HALF:]):
-        y = half[0]
-        for z in half[1:]:
-            y = b.or_(y, z)
-        found.append(b.zext(e.any(b.icmp_signed("!=", y, e.n(0))), I64))
-    return b.or_(found[0], b.shl(found[1], e.i(1)))
+def _vectors_that_see(e, words, first, count):
+    b, found = e.b, e.i(0)
+    words = e.add(words, e.mul(b.ashr(first, e.i(5)), STEP))
+    shift, bits = b.trunc(b.and_(first, e.i(31)), I32), b.trunc(b.sub(b.shl(e.i(1), count), e.i(1)), I32)
+    right, left, bits = e.splat(shift), e.splat(b.sub(ir.Constant(I32, 31), shift)), e.splat(bits)
+    for n in range(VECTORS):
+        low, high = (e.load(words, w * STEP + n * WIDTH, e.VI) for w in (0, 1))
+        seen = b.and_(b.or_(b.lshr(low, right), b.shl(b.shl(high, left), e.n(1))), bits)
+        found = b.or_(found, b.shl(b.zext(e.any(b.icmp_signed("!=", seen, e.n(0))), I64), e.i(n)))
+    return found
 
 
-word_halves = op("i", _word_halves, "i")
-"""Of the PANEL int32 at an address: 1 if one of the first half of the lanes is not 0, plus 2 if one of the second is not."""
+vectors_that_see = op("iii", _vectors_that_see, "i")
+"""(words, first key, keys, at most RUN): bit n where a lane of vector n sees one of them"""
 
 
 @kernel
-def runs_of(words, low, high):
-    """The masked keys low .. high - 1 of a panel in runs that the same halves of its lanes see: where they are cut in two (or high), and the halves of the first, with those of the second times 4."""
-    first, second = word_halves(words + STEP * (low >> 5)), word_halves(words + STEP * ((high - 1) >> 5))
-    return high if first == second else (low | 31) + 1, first | second << 2
+def run_of_lanes(words, first, high):
+    """The masked keys from `first` on, before `high`, that the same vectors of a panel see: where they end, their first vector and how many up to their last, 0 if nobody sees them."""
+    end = min(first + RUN, high)
+    seen = vectors_that_see(words, first, end - first)
+    while end < high and vectors_that_see(words, end, min(RUN, high - end)) == seen:
+        end = min(end + RUN, high)
+    if seen == 0:
+        return end, 0, 0
+    at = lowest_bit(seen)
+    return end, at, highest_bit(seen) + 1 - at
 
 
 def _merge_words(e, saw, words):

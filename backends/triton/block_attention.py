@@ -14,19 +14,17 @@ values; calls that its copies cannot serve (`takes`) run on "decode".
 """
 from functools import lru_cache
 
-import triton
-import triton.language as tl
-
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.float8 import exact, key_scales, more_pointers, of_keys, passed, pointer, query_scales
+from sparsetile.backends.triton.block_attention_portable import forward
+from sparsetile.backends.triton.float8 import more_pointers, of_keys, passed, pointer
 from sparsetile.backends.triton.float8 import refusal as no_float8
-from sparsetile.backends.triton.launch import BYTES, FAR, options, power, refusal, scales, schedule, shared_limit, tiles
-from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
+from sparsetile.backends.triton.gluon_paths import lacking
+from sparsetile.backends.triton.launch import BYTES, FAR, covered, known_start, list_steps, options, parts_alone, power, refusal, scales, schedule, shared_limit
+from sparsetile.backends.triton.latents import latent_of, mode, parts_of
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.maps import Map, can_map
-from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
+from sparsetile.backends.triton.pages import DEFAULT, one_tensor
 from sparsetile.backends.triton.relaunch import Constants, launch
-from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
 
 TUNABLES = (
     Tunable("path", ("portable", "gluon", "decode", "latent"),
@@ -41,198 +39,9 @@ TUNABLES = (
     Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable", "decode", "latent"), "Dv"),
     Tunable("maps", (False, True), "keys and values by tensor maps through the copy engine: no registers for addresses", ("portable", "decode", "latent")),
 )
-
-
 MAPPED = ("sm_90a", "sm_100", "cpu")  # where tensor maps are known; the interpreter reads them too
 
 
-@triton.jit
-def _step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, mask, col, scale, inner, outer, sks, svs,
-          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-          CHUNK: tl.constexpr, SLICED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
-          LATENT: tl.constexpr = 0, FLOAT8: tl.constexpr = False, by_query=1.0, k_scale=None, v_scale=None, key=0):
-    """One block of keys. MASK: `mask` [BQ, BK] hides pairs. ROWS: rows of K where not ok_k, of V where not ok_v, are read as 0. SHARED: V is the first columns of K as loaded.
-    LATENT: rows of K are bytes (latents.py), of which V is the first part. FLOAT8: of K and V; `key` is the block's first, of ROWS each key's own. Products with V are of bfloat16, whose
-    range holds what v_scale makes of a probability."""
-    if FLOAT8:
-        by_key, by_value = key_scales(k_scale, v_scale, key, ok_v if ROWS else None)
-    if CHUNK:
-        s = chunked(q, q_rows, q_ok, k, keys_s, ok_k, BQ, BK, D, CHUNK, NEGATE)
-    else:
-        if LATENT:
-            k0 = latent_tile(k, keys_s, ok_k, D0, q0.dtype, LATENT)
-        else:
-            k0 = load(k, keys_s, ok_k, 0, D0, D, ROWS)
-            if FLOAT8:
-                k0 = exact(k0).to(q0.dtype)
-        s = product(q0, tl.trans(k0), tl.zeros([BQ, BK], tl.float32))
-        if D1:
-            if LATENT:
-                k1 = rotary_tile(k, keys_s, ok_k, D0, D - D0, D1, q0.dtype)
-            else:
-                k1 = load(k, keys_s, ok_k, D0, D1, D, ROWS)
-                if FLOAT8:
-                    k1 = exact(k1).to(q0.dtype)
-            s = product(q1, tl.trans(k1), s)
-    if FLOAT8:
-        s = s * (by_query * by_key)
-    if CAP:
-        s = capped(s, inner, outer)
-    if MASK:
-        s = tl.where(mask, s, float("-inf"))
-    p, a, m, l = soften(s, m, l, scale, MASK)
-    if SLICED:
-        v0 = load_at(v, keys_v, ok_v, col, V0, DV)
-    elif LATENT:
-        v0 = k0 if SHARED else tl.where(ok_v[:, None], k0, tl.zeros([BK, D0], k0.dtype))
-    elif SHARED:
-        v0 = k0
-    else:
-        v0 = load(v, keys_v, ok_v, 0, V0, DV, ROWS)
-    if FLOAT8:
-        p = p * by_value
-        v0 = exact(v0).to(tl.bfloat16)
-    return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
-
-
-@triton.jit
-def _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, any_row, mask, scale, inner, outer,
-                  D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr):
-    """`_step` through the copy engine, which reads columns past the width and keys past the last as 0."""
-    s = product(q0, tl.trans(k0_map.load([b, h, row, 0]).reshape(BK, D0)), tl.zeros([BQ, BK], tl.float32))
-    if D1:
-        s = product(q1, tl.trans(k1_map.load([b, h, row, D0]).reshape(BK, D1)), s)
-    if CAP:
-        s = capped(s, inner, outer)
-    if MASK:
-        s = tl.where(mask, s, float("-inf"))
-    p, a, m, l = soften(s, m, l, scale, MASK)
-    v0 = v_map.load([b, h, row, 0]).reshape(BK, V0)
-    if MASK:
-        v0 = tl.where(any_row[:, None], v0, tl.zeros([BK, V0], v0.dtype))
-    return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
-
-
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "table_b", "count"])
-def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table, q_scale, k_scale, v_scale,
-            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer, table_b, count,
-            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-            SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
-            INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr):
-    x = tl.program_id(0)
-    piece = x % SLICES
-    x = x // SLICES
-    i = x % tiles
-    h = (x // tiles) % Hq
-    b = (x // tiles // Hq).to(tl.int64)
-    hk = (h // group).to(tl.int64)
-    which = tl.load(list_of + b * slb + h * slh)
-    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-    tile, base, t, row_ok = rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ, FAR)
-    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
-    q += b * sqb + h.to(tl.int64) * sqh + base * sqt
-    k += b * skb + hk * skh
-    v += b * svb + hk * svh
-    if PAGE:
-        table += b * table_b
-    by_query = 1.0
-    if FLOAT8:
-        by_query = query_scales(q_scale, (b * Hq + h) * T + base + t, row_ok)
-        groups = (b * (Hq // group) + hk) * ((S + 127) // 128)
-        if k_scale is not None:
-            k_scale += groups
-        if v_scale is not None:
-            v_scale += groups
-    scale2 = scale * 1.4426950408889634
-    q_rows = t * sqt
-    q0 = 0.0
-    q1 = 0.0
-    if CHUNK == 0:
-        q0 = exact(load(q, q_rows, row_ok, 0, D0, D, True))
-        if D1:
-            q1 = exact(load(q, q_rows, row_ok, D0, D1, D, True))
-        if NEGATE:
-            q0 = negated(q0)
-            if D1:
-                q1 = negated(q1)
-    m = tl.full([BQ], float("-inf"), tl.float32)
-    l = tl.zeros([BQ], tl.float32)
-    acc = tl.zeros([BQ, V0], tl.float32)
-    col = piece * V0
-    w = tl.arange(0, BK)
-    span = w.to(tl.int64) if FAR else w
-    ok = w >= 0
-    # ---- blocks with a mask
-    if k_order is not None:
-        for f in tl.range(a, c, num_stages=1):
-            j = tl.load(cols + f)
-            s_key = tl.load(k_order + j.to(tl.int64) * BK + w)
-            exists = (s_key >= 0) & (s_key < limit)
-            keys = tl.where(exists, s_key, 0)
-            if PAGE:
-                keys, exists = rows_in(tl.load(table + keys // PAGE, mask=exists, other=-1), keys, limit, count, PAGE, FAR)
-            if FAR:
-                keys = keys.to(tl.int64)
-            mask = exists[None, :] & row_ok[:, None]
-            if INTERVALS or BITMAPS:
-                mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
-            any_row = tl.max(mask.to(tl.int32), 0) > 0
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col, scale2, inner, outer,
-                              sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key)
-    else:
-        if EDGE or INTERVALS or BITMAPS:
-            for f in tl.range(e - edge, c, num_stages=None if MAPS else 1):  # by maps unpipelined, ptxas would wait after every product of the kernel (C7515)
-                entry = tl.where(f < e, n, f)
-                s_key = tl.load(cols + entry) * BK
-                exists = s_key + w < limit
-                if PAGE:
-                    keys, exists = rows_in(pages_of(table, s_key, limit, PAGE, BK), s_key + w, limit, count, PAGE, FAR)
-                mask = exists[None, :] & row_ok[:, None]
-                if INTERVALS or BITMAPS:
-                    mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
-                any_row = tl.max(mask.to(tl.int32), 0) > 0
-                far = s_key.to(tl.int64)
-                if MAPS:
-                    acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, s_key, any_row, mask,
-                                              scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, True)
-                elif PAGE:
-                    acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col,
-                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key + w)
-                else:
-                    acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, exists, any_row, mask, col,
-                                      scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key + w)
-        following = tl.load(cols + a)  # one turn early: + 3 %; the element past the end is readable
-        if PAGE:
-            ahead = pages_of(table, following * BK, limit, PAGE, BK)
-        for f in tl.range(a, n):
-            row = following * BK
-            far = following.to(tl.int64) * BK
-            if PAGE:
-                keys, exists = rows_in(ahead, following * BK + w, limit, count, PAGE, FAR)
-            following = tl.load(cols + f + 1)
-            if PAGE:
-                ahead = pages_of(table, following * BK, limit, PAGE, BK)
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, exists, exists[None, :], col,
-                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True, LATENT)
-            elif MAPS:
-                acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, row, ok, ok,
-                                          scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, False)
-            else:
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
-                                  scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, row)
-    # ---- the answer
-    factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
-    line = (b * Hq + h) * T + base
-    if lse is not None:
-        if piece == 0:
-            tl.store(lse + line + t, logs, mask=row_ok)
-    out += line * DV
-    cv = col + tl.arange(0, V0)
-    tl.store(out + (t * DV)[:, None] + cv[None, :], (acc * factor[:, None]).to(out.dtype.element_ty), mask=row_ok[:, None] & (cv < DV)[None, :])
-
-
-# ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
     return no_latents(problem) or (no_float8(problem) or refusal(problem, ()) if of_keys(problem) else refusal(problem))
 
@@ -241,10 +50,8 @@ def no_gluon(problem: Problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
     if "paged" in problem.features:
         return "path gluon reads keys in one piece, not through a page table; take portable"
-    if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem):
+        return refused
     if of_keys(problem):
         return "path gluon takes keys and values of 16 bits, not float8; take portable"
     if problem.dtype("q") not in ("float16", "bfloat16") or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
@@ -255,10 +62,8 @@ def no_gluon(problem: Problem) -> str | None:
 
 def no_latent(problem: Problem) -> str | None:
     """Why the path "latent" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path latent: {problem.arch} lacks its instructions; take decode"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # as in no_gluon
-        return f"path latent is written for Triton 3.6, not {triton.__version__}; take decode"
+    if refused := lacking(problem, "latent", "decode"):
+        return refused
     if latent_of(problem) is not None or of_keys(problem) or problem.dtype("q") not in ("float16", "bfloat16"):
         return f"path latent reads latents of 16 bits, not {problem.dtype('k')}; take decode"
     if (problem["D"], problem["Dv"], problem["Hk"]) != (576, 512, 1) or "shared_kv" not in problem.features or {"softcap", "per_head"} & problem.features:
@@ -286,9 +91,7 @@ def default_config(problem: Problem) -> dict:
                 fast = few | dict(path="latent", block_k=32)
                 return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
-    kinds = {word for feature in problem.features for word in feature.split("+")}
-    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and "kv_length" in kinds  # parts that run one by one, on the portable path
-    if config["block_q"] == 128 and not apart and no_gluon(problem) is None:
+    if config["block_q"] == 128 and not parts_alone(problem) and no_gluon(problem) is None:
         config.update(path="gluon", block_k=128, num_warps=8)
     return config
 
@@ -360,8 +163,7 @@ def resources(problem: Problem, config) -> Resources | str:
 def _gluon_resources(problem: Problem, config) -> Resources | str:
     if (config["block_q"], config["block_k"]) != (128, 128):
         return f"path gluon takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
-    refused = no_gluon(problem)
-    portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+    portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
     if isinstance(portable, str):
         return portable
     from sparsetile.backends.triton import block_attention_gluon
@@ -390,8 +192,7 @@ def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
                      edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch,
                      float8=dtype[1].itemsize == 1 and latent is None)
-    n = nq if ordered_q else tiles(T, block_q, q_start)
-    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
+    n, covers, _ = (nq, True, False) if ordered_q else covered(T, block_q, q_start, first, nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
 
 
@@ -439,20 +240,19 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
                                               table=table, latent=latent, float8_scales=(q_scale, k_scale, v_scale))
         config = {**config, "num_stages": 1}
     _, count, page, apart, k, v = one_tensor(table, k, v)
-    host = q_start if isinstance(q_start, int) else None
-    from_length = q_start is None
+    host, starts = known_start(q_start)
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     mapped = config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), (q.dtype, k.dtype),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
-        (kv_length is not None, from_length, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
-    list_of, (BK, D0, D1) = lists.list_of, (constant[name] for name in ("BK", "D0", "D1"))
+        (kv_length is not None, q_start is None, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+    BK, D0, D1 = (constant[name] for name in ("BK", "D0", "D1"))
     maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
     launch(forward, grid, place,
-           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None,
-            lists.q_order, lists.k_order, kv_length, None if from_length or host is not None else q_start, sink_logits, table, q_scale, k_scale, v_scale),
-           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0,
+           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, schedule(lists) if covers else None,
+            lists.q_order, lists.k_order, kv_length, starts, sink_logits, table, q_scale, k_scale, v_scale),
+           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_steps(lists),
             Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer,
             None if table is None else table.stride(0), count), constant, (q.dtype, kind), maps)
     return out, lse
@@ -463,7 +263,7 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "gluon":
         from sparsetile.backends.triton import block_attention_gluon
         found = block_attention_gluon.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
-        if {"order", "strided", "fixed"} & {word for feature in problem.features for word in feature.split("+")}:
+        if {"order", "strided", "fixed"} & problem.words:
             from sparsetile.backends.triton import block_attention_parts_gluon
             found += block_attention_parts_gluon.artifacts(problem)
         return found

@@ -10,13 +10,11 @@ a group of heads, arrays that the copy engine cannot address) take the portable 
 """
 from functools import lru_cache
 
-import triton
-import triton.language as tl
-
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton.launch import BYTES, FAR, POINTER, options, parts, power, refusal, schedule, shared_limit, tiles
-from sparsetile.backends.triton.tiles import (chunked, entries_of, load, load_at, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key,
-                                              store)
+from sparsetile.backends.triton.block_backward_portable import columns, rows
+from sparsetile.backends.triton.gluon_paths import lacking
+from sparsetile.backends.triton.launch import (BYTES, FAR, POINTER, covered, known_start, list_steps, options, parts, parts_alone, power, refusal, schedule,
+                                               shared_limit)
 
 TUNABLES = (
     Tunable("block_q", (64, 16, 32, 128), "query rows of a tile"),
@@ -32,273 +30,6 @@ TUNABLES = (
 HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
 
-@triton.jit
-def program(tiles, heads, together, SLICES: tl.constexpr):
-    """(slice, tile, head, batch) of this program, slices fastest, then `together` heads, then tiles."""
-    x = tl.program_id(0)
-    piece = x % SLICES
-    x = x // SLICES
-    own = x % together
-    x = x // together
-    tile = x % tiles
-    x = x // tiles
-    groups = heads // together
-    return piece, tile, (x % groups) * together + own, (x // groups).to(tl.int64)
-
-
-@triton.jit
-def products(a0, a1, a, a_rows, a_ok, b, b_rows, b_ok, col, R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
-             CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """(a . b^T [R, C], and the two tiles of b). With CHUNK both are read from memory and b's tile is that of the program's columns."""
-    b1 = 0.0
-    if CHUNK:
-        s = chunked(a, a_rows, a_ok, b, b_rows, b_ok, R, C, N, CHUNK, False)
-        b0 = load_at(b, b_rows, b_ok, col, N0, N)
-    else:
-        b0 = load(b, b_rows, b_ok, 0, N0, N, ROWS)
-        s = product(a0, tl.trans(b0), tl.zeros([R, C], tl.float32))
-        if N1:
-            b1 = load(b, b_rows, b_ok, N0, N1, N, ROWS)
-            s = product(a1, tl.trans(b1), s)
-    return s, b0, b1
-
-
-@triton.jit
-def _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k, k_rows, v, v_rows, ok, mask, col, scale, inner, outer, D: tl.constexpr,
-              D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
-              CAP: tl.constexpr, MASK: tl.constexpr):
-    """One block of keys. MASK: `mask` [BQ, BK] hides pairs, keys that are not ok are read as 0."""
-    raw, k0, k1 = products(q0, q1, q, q_rows, row_ok, k, k_rows, ok, col, BQ, BK, D, D0, D1, CHUNK, MASK)
-    grad, v0, v1 = products(g0, g1, dout, g_rows, row_ok, v, v_rows, ok, col, BQ, BK, DV, V0, V1, CHUNK, MASK)
-    p, ds = rebuilt(raw, grad, logs[:, None], shift[:, None], scale, inner, outer, CAP)
-    if MASK:
-        ds = tl.where(mask, ds, 0.0)
-    ds = ds.to(k.dtype.element_ty)
-    dq0 = product(ds, k0, dq0)
-    if D1:
-        dq1 = product(ds, k1, dq1)
-    return dq0, dq1
-
-
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "together", "q_start"])
-def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
-         sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, together, q_start, scale, inner, outer,
-         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-         SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
-    if QT:
-        sqt = QT
-        sks = KT
-        svs = VT
-        sgt = GT
-    piece, i, h, b = program(tiles, Hq, together, SLICES)
-    hk = (h // group).to(tl.int64)
-    which = tl.load(list_of + b * slb + h * slh)
-    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-    tile, base, t, row_ok = rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ, FAR)
-    a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
-    q += b * sqb + h.to(tl.int64) * sqh + base * sqt
-    dout += b * sgb + h.to(tl.int64) * sgh + base * sgt
-    k += b * skb + hk * skh
-    v += b * svb + hk * svh
-    q_rows = t * sqt
-    g_rows = t * sgt
-    line = (b * Hq + h) * T + base
-    logs, shift = rows_known(lse, delta, line, t, row_ok, True)
-    q0 = 0.0
-    q1 = 0.0
-    g0 = 0.0
-    g1 = 0.0
-    if CHUNK == 0:
-        q0 = load(q, q_rows, row_ok, 0, D0, D, True)
-        g0 = load(dout, g_rows, row_ok, 0, V0, DV, True)
-        if D1:
-            q1 = load(q, q_rows, row_ok, D0, D1, D, True)
-        if V1:
-            g1 = load(dout, g_rows, row_ok, V0, V1, DV, True)
-    dq0 = tl.zeros([BQ, D0], tl.float32)
-    dq1 = 0.0
-    if D1:
-        dq1 = tl.zeros([BQ, D1], tl.float32)
-    col = piece * D0
-    w = tl.arange(0, BK)
-    span = w.to(tl.int64) if FAR else w
-    # ---- blocks with a mask
-    if k_order is not None:
-        for f in tl.range(a, c, num_stages=1):
-            key = tl.load(k_order + tl.load(cols + f).to(tl.int64) * BK + w)
-            exists = (key >= 0) & (key < limit)
-            mask = exists[None, :] & row_ok[:, None]
-            if INTERVALS or BITMAPS:
-                mask = mask & seen(tl.load(kinds + f), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
-            ok = tl.max(mask.to(tl.int32), 0) > 0
-            key = tl.where(ok, key, 0)
-            if FAR:
-                key = key.to(tl.int64)
-            dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k, key * sks, v, key * svs, ok, mask, col,
-                                 scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, True)
-    else:
-        if EDGE or INTERVALS or BITMAPS:
-            for f in tl.range(e - edge, c, num_stages=1):
-                entry = tl.where(f < e, n, f)
-                key = tl.load(cols + entry) * BK
-                mask = (key + w < limit)[None, :] & row_ok[:, None]
-                if INTERVALS or BITMAPS:
-                    mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
-                ok = tl.max(mask.to(tl.int32), 0) > 0
-                far = key.to(tl.int64)
-                dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k + far * sks, span * sks, v + far * svs, span * svs, ok, mask, col,
-                                     scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, True)
-        following = tl.load(cols + a)  # one turn early, as in the forward
-        for f in tl.range(a, n):
-            far = following.to(tl.int64) * BK
-            following = tl.load(cols + f + 1)
-            dq0, dq1 = _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, shift, k + far * sks, span * sks, v + far * svs, span * svs, w >= 0, True, col,
-                                 scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, False)
-    dq += line * D
-    store(dq, t * D, row_ok, dq0 * scale, col, D0, D)
-    if D1:
-        store(dq, t * D, row_ok, dq1 * scale, D0, D1, D)
-
-
-@triton.jit
-def _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, key_ok, q, q_rows, dout, g_rows, lse, delta, line, t, ok, kind, intervals, bitmaps, col, scale, inner, outer, D: tl.constexpr,
-                 D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
-                 CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, ROWS: tl.constexpr):
-    """One block of queries, rows line + t of lse and delta. ROWS: queries that are not ok do not count."""
-    raw, q0, q1 = products(k0, k1, k, k_rows, key_ok, q, q_rows, ok, col, BK, BQ, D, D0, D1, CHUNK, ROWS)
-    grad, g0, g1 = products(v0, v1, v, v_rows, key_ok, dout, g_rows, ok, col, BK, BQ, DV, V0, V1, CHUNK, ROWS)
-    logs, shift = rows_known(lse, delta, line, t, ok, ROWS)
-    p, ds = rebuilt(raw, grad, logs[None, :], shift[None, :], scale, inner, outer, CAP)
-    if ROWS:  # their lse alone would not do: a key of NaN that only they would see
-        p = tl.where(ok[None, :], p, 0.0)
-        ds = tl.where(ok[None, :], ds, 0.0)
-    if INTERVALS or BITMAPS:
-        mask = seen_by_key(kind, intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)  # this late: the registers are needed before
-        p = tl.where(mask, p, 0.0)
-        ds = tl.where(mask, ds, 0.0)
-    p = p.to(v.dtype.element_ty)
-    ds = ds.to(k.dtype.element_ty)
-    dv0 = product(p, g0, dv0)
-    dk0 = product(ds, q0, dk0)
-    if V1:
-        dv1 = product(p, g1, dv1)
-    if D1:
-        dk1 = product(ds, q1, dk1)
-    return dk0, dk1, dv0, dv1
-
-
-@triton.jit(do_not_specialize=["slb", "slh", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "together", "q_start"])
-def columns(q, k, v, dout, lse, delta, dk, dv, offsets, entries, kinds, intervals, bitmaps, list_of, q_order, k_order, kv_length, q_starts,
-            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hk, group, T, S, first, nq, nk, tiles, together, q_start, scale, inner, outer,
-            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-            SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
-    if QT:
-        sqt = QT
-        sks = KT
-        svs = VT
-        sgt = GT
-    piece, j, hk, b = program(tiles, Hk, together, SLICES)
-    limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-    w = tl.arange(0, BK)
-    r = tl.arange(0, BQ)
-    if k_order is not None:
-        base = tl.full([], 0, tl.int64)
-        key = tl.load(k_order + j.to(tl.int64) * BK + w)
-        inside = (key >= 0) & (key < S)
-        exists = inside & (key < limit)
-        key = tl.where(inside, key, 0)
-        heads = group
-    else:
-        base = j.to(tl.int64) * BK
-        key = w
-        inside = base + w < S
-        exists = base + w < limit
-        heads = tl.where(base < limit, group, 0)
-    if FAR:
-        key = key.to(tl.int64)
-    span = r.to(tl.int64) if FAR else r
-    k += b * skb + hk.to(tl.int64) * skh + base * sks
-    v += b * svb + hk.to(tl.int64) * svh + base * svs
-    k_rows = key * sks
-    v_rows = key * svs
-    k0 = 0.0
-    k1 = 0.0
-    v0 = 0.0
-    v1 = 0.0
-    if CHUNK == 0:
-        k0 = load(k, k_rows, exists, 0, D0, D, True)
-        v0 = load(v, v_rows, exists, 0, V0, DV, True)
-        if D1:
-            k1 = load(k, k_rows, exists, D0, D1, D, True)
-        if V1:
-            v1 = load(v, v_rows, exists, V0, V1, DV, True)
-    dk0 = tl.zeros([BK, D0], tl.float32)
-    dv0 = tl.zeros([BK, V0], tl.float32)
-    dk1 = 0.0
-    dv1 = 0.0
-    if D1:
-        dk1 = tl.zeros([BK, D1], tl.float32)
-    if V1:
-        dv1 = tl.zeros([BK, V1], tl.float32)
-    col = piece * D0
-    # what a loop adds to is folded into the pointers: two sums and two products of D 128 leave few registers
-    origin = first * BQ - start
-    h = hk * group
-    line = (b * Hk * group + h) * T
-    list_of += b * slb + h * slh
-    q += b * sqb + h.to(tl.int64) * sqh
-    dout += b * sgb + h.to(tl.int64) * sgh
-    if q_order is None:
-        q += origin * sqt
-        dout += origin * sgt
-        line += origin
-    for member in tl.range(0, heads, num_stages=1):
-        a, e, m, c = queries_of(j, tl.load(list_of), offsets, entries, start, T, first, nq, nk, BQ, EDGE)
-        # ---- blocks with a mask
-        if q_order is not None:
-            for f in tl.range(a, c, num_stages=1):
-                place = tl.load(q_order + tl.load(entries + f).to(tl.int64) * BQ + r)
-                t = place.to(tl.int64) - start
-                ok = (place >= 0) & (t >= 0) & (t < T)
-                t = tl.where(ok, t, 0)
-                row = t if FAR else t.to(tl.int32)
-                dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q, row * sqt, dout, row * sgt, lse, delta, line, row, ok, tl.load(kinds + f),
-                                                  intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, INTERVALS, BITMAPS, True)
-        else:
-            if INTERVALS or BITMAPS:
-                for f in tl.range(m, c):
-                    t = tl.load(entries + f).to(tl.int64) * BQ
-                    ok = (t + origin + r >= 0) & (t + origin + r < T)
-                    dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q + t * sqt, span * sqt, dout + t * sgt, span * sgt, lse, delta, line + t, r,
-                                                      ok, tl.load(kinds + f), intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP,
-                                                      INTERVALS, BITMAPS, EDGE)
-            following = tl.load(entries + a)
-            for f in tl.range(a, e):
-                t = following.to(tl.int64) * BQ
-                following = tl.load(entries + f + 1)
-                ok = (t + origin + r >= 0) & (t + origin + r < T)
-                dk0, dk1, dv0, dv1 = _column_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, k, k_rows, v, v_rows, exists, q + t * sqt, span * sqt, dout + t * sgt, span * sgt, lse, delta, line + t, r,
-                                                  ok, -1, intervals, bitmaps, col, scale, inner, outer, D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, False, False, EDGE)
-        list_of += slh
-        q += sqh
-        dout += sgh
-        line += T
-    # ---- the answer: keys past the limit were computed from zeros, which means nothing
-    line = (b * Hk + hk) * S + base
-    there = exists[:, None]
-    dk += line * D
-    dv += line * DV
-    store(dk, key * D, inside, tl.where(there, dk0 * scale, 0.0), col, D0, D)
-    store(dv, key * DV, inside, tl.where(there, dv0, 0.0), col, V0, DV)
-    if D1:
-        store(dk, key * D, inside, tl.where(there, dk1 * scale, 0.0), D0, D1, D)
-    if V1:
-        store(dv, key * DV, inside, tl.where(there, dv1, 0.0), V0, V1, DV)
-
-
-# ---------------------------------------------------------------------------------------------------------------- the host
 def supports(problem: Problem) -> str | None:
     return refusal(problem)
 
@@ -315,10 +46,8 @@ def widths(D: int, DV: int, config, own: int) -> dict:
 def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
     """Why the path "gluon" or "gluon_ordered" is not for this problem."""
     D, DV = problem["D"], problem["Dv"]
-    if problem.arch != "sm_90a":
-        return f"path {path}: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path {path} is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem, path):
+        return refused
     if problem.dtype("q") not in ("float16", "bfloat16") or D > 192 or DV > 128 or D % 8 or DV % 8:
         return f"path {path} takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {D}, {DV}; take portable"
     if path == "gluon_ordered" and not 64 < D <= 128:
@@ -333,9 +62,8 @@ def default_config(problem: Problem) -> dict:
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478.
     All keys at 32k - / 487 / 327 (617). Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
-    kinds = {word for feature in problem.features for word in feature.split("+")}
-    apart = kinds & {"strided", "fixed", "dilated"} and problem.density < 1 and ("kv_length" in kinds or max(problem["D"], problem["Dv"]) > 128)  # parts that run one by one, on the portable path
-    if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or apart or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
+    kinds = problem.words
+    if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or parts_alone(problem, widest=128) or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
         return portable_config(problem)
     config = dict(path="gluon", heads=8, walk="descending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64)  # from num_warps on: where a call needs the portable path
     if kinds & {"global", "sinks", "random", "window", "dense"} or no_gluon(problem, "gluon_ordered") is not None:  # ordered additions would wait for each other; windows have many partial blocks
@@ -421,9 +149,7 @@ def _plan(shapes, strides, lists_key, flags, config, softcap):
     reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
     far = max(reach_q * max(abs(sqt), abs(sgt), D), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR
     usual = all(step in (width, heads * width) for step, width, heads in ((sqt, D, Hq), (sks, D, Hk), (svs, DV, Hk), (sgt, DV, Hq)))
-    n = nq if ordered_q else tiles(T, block_q, q_start)
-    covers = ordered_q or (q_start is not None and q_start // block_q == first and n == nq)
-    exact = covers and q_start is not None and q_start % block_q == 0 and T % block_q == 0
+    n, covers, exact = (nq, True, False) if ordered_q else covered(T, block_q, q_start, first, nq)
     common = dict(cap=softcap, intervals=has_intervals, bitmaps=has_bitmaps, from_length=from_length, far=far, steps=(sqt, sks, svs, sgt) if usual else (0, 0, 0, 0))
     by_rows = constants(D, DV, config, D, edge=not ordered_k and (kv_length or nk * block_k > S), **common)
     by_columns = constants(D, DV, config, max(D, DV), edge=not ordered_q and not exact, **common)
@@ -466,19 +192,19 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
             else:
                 block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
             return dq, dk, dv
-    host = q_start if isinstance(q_start, int) else None
+    host, starts = known_start(q_start)
     by_rows, by_columns, n, covers = _plan(
         ((Hq, T, D), (Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2), dout.stride(2)),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, lists.q_order is not None, lists.k_order is not None),
         (kv_length is not None, q_start is None, host), tuple(config.items()), softcap is not None)
     inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, float(softcap))
     list_of, compiled = lists.list_of, options(config)
-    where = lists.q_order, lists.k_order, kv_length, None if q_start is None or host is not None else q_start
-    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
+    where = lists.q_order, lists.k_order, kv_length, starts
+    steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
     rows[(by_rows["SLICES"] * n * Hq * B,)](
         q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
         *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, **compiled)
-    n = lists.nk if lists.k_order is not None else triton.cdiv(S, config["block_k"])
+    n = lists.nk if lists.k_order is not None else -(-S // config["block_k"])
     columns[(by_columns["SLICES"] * n * Hk * B,)](
         q, k, v, dout, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, *where,
         *steps, Hk, Hq // Hk, T, S, lists.first, lists.nq, lists.nk, n, beside(Hk), host or 0, float(scale), inner, outer, **by_columns, **compiled)
@@ -490,10 +216,9 @@ def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] != "portable":
         from sparsetile.backends.triton import block_attention_backward_gluon
         found = block_attention_backward_gluon.artifacts(problem, config["path"]) + artifacts(problem, {**config, "path": "portable"})
-        words = {word for feature in problem.features for word in feature.split("+")}
-        if words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
+        if problem.words & {"strided", "fixed"} and max(problem["D"], problem["Dv"]) <= 128:
             from sparsetile.backends.triton import block_backward_parts
-            found += block_backward_parts.artifacts(problem, "strided" in words)
+            found += block_backward_parts.artifacts(problem, "strided" in problem.words)
         return found
     has, D, DV = problem.features.__contains__, problem["D"], problem["Dv"]
     pointer, gradient = POINTER[problem.dtype("q", "float32")], POINTER[problem.dtype("out", problem.dtype("q", "float32"))]

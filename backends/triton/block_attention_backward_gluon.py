@@ -8,15 +8,15 @@ from functools import lru_cache
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map, map_layout
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
 from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_order import finish, order
 from sparsetile.backends.triton.block_backward_ordered_gluon import ordered_gluon
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
-from sparsetile.backends.triton.block_backward_two_gluon import KEY_STAGES, constants, launch, widths
+from sparsetile.backends.triton.block_backward_two_gluon import KEY_STAGES, constants, flat, launch, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
-from sparsetile.backends.triton.launch import POINTER, power, tiles
+from sparsetile.backends.triton.gluon_maps import Map, map_type
+from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power
 from sparsetile.backends.triton.maps import can_map
 
 __all__ = ["artifacts", "launch", "launch_ordered", "resources", "shares_lists", "takes"]
@@ -33,13 +33,10 @@ def ordered_constants(D: int, DV: int, intervals=False, bitmaps=False, edge_q=Fa
 def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start, heads: int, ascending: bool):
     """Fills dq, dk and dv; `heads` key heads are worked on at a time."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
-    group, host = Hq // Hk, q_start if isinstance(q_start, int) else None
-    n, key_tiles, list_of = tiles(T, ROWS.value, host), -(-S // KEYS.value), lists.list_of
-    exact = host is not None and host // ROWS.value == lists.first and n == lists.nq and host % ROWS.value == 0 and T % ROWS.value == 0
+    group, (host, starts) = Hq // Hk, known_start(q_start)
+    (n, _, exact), key_tiles = covered(T, ROWS.value, host, lists.first, lists.nq), -(-S // KEYS.value)
     ascending = ascending and kv_length is None  # key blocks past the last key would come first, and take their turns with every key masked
     before, made, after = ordered_constants(D, DV, lists.has_intervals, lists.has_bitmaps, not exact, q_start is None, ascending)
-    strides = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0)
-    starts, flat = None if q_start is None or host is not None else q_start, lambda x: x.view(-1, *x.shape[2:])
     entries, blocks = lists.by_key_rows.shape[0], lists.by_key_offsets.shape[0] // 2
     walk, kinds, ranks = (place.empty((max(entries, 1),), "int32") for _ in range(3))
     counters, sums = place.zeros((B * Hq * n * 2 + 4,), "int32"), place.empty((B * Hq * n * ROWS.value * 4, 32), "float32")
@@ -48,8 +45,8 @@ def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: f
                     (lists.nq, lists.nk, key_tiles, max(lists.nq, lists.nk).bit_length() + 1), before)
     items = B * Hk * key_tiles
     relaunch.launch(ordered_gluon, (min(items, max(place.sms, 1)),), place,
-                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walk, kinds, ranks, turns, lists.intervals, lists.bitmaps, list_of, kv_length, starts, ticket),
-                    (*strides, B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), items, host or 0, float(scale)), made, (q.dtype,),
+                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walk, kinds, ranks, turns, lists.intervals, lists.bitmaps, lists.list_of, kv_length, starts, ticket),
+                    (*list_steps(lists), B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), items, host or 0, float(scale)), made, (q.dtype,),
                     (Map(q, 64, 128), Map(dout, 64, made["V0"]), Map(k, 64, 128), Map(v, 64, made["V0"]), Map(flat(dk), 64, 128), Map(flat(dv), 64, made["V0"]), Map(sums, 64, 32)))
     relaunch.launch(finish, (B * Hq * n * 2,), place, (sums, turns, dq, kv_length, starts), (Hq, T, S, n, host or 0, float(scale)), after, (q.dtype,))
 
@@ -70,13 +67,10 @@ def artifacts(problem, path: str) -> list[dict]:
     edge_q = has("kv_length") or has("q_start") or problem["T"] % ROWS.value != 0
 
     def mapped(rank, rows, columns, kind=pointer, bits=16):
-        return f"tensordesc<{kind[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank, bits)!r}>"
+        return map_type(kind, [1] * (rank - 2) + [rows, columns], bits)
 
-    def artifact(fn, constants, arrays, integers, floats=("scale",), maps=lambda made: {}):
-        made = dict(constants)
-        options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in made}
-        signature = maps(made) | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in floats}
-        return dict(fn=fn, signature=signature, constexprs=made, options=options, div16=tuple(name for name in arrays if name != "ticket"))
+    def artifact(fn, made, arrays, integers, floats=("scale",), maps=lambda made: {}):
+        return relaunch.artifact(fn, made, arrays, integers, floats, maps(made), unaligned=("ticket",))
     positions = ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     rows = dict(lse="*fp32", delta="*fp32")
     integers = ("slb", "slh", "heads", "group", "T", "S", "first", "nq", "tiles", "items", "q_start")

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
-from sparsetile.backends.triton.block_attention import _step
+from sparsetile.backends.triton.block_attention_portable import step
 from sparsetile.backends.triton.float8 import exact, more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
-from sparsetile.backends.triton.launch import BYTES, FAR, options, power, scales, shared_limit, tiles
+from sparsetile.backends.triton.launch import BYTES, FAR, known_start, list_steps, options, power, scales, shared_limit, tiles
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
 from sparsetile.backends.triton.relaunch import Constants, launch
 from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, load, negated, place_of
@@ -108,11 +108,11 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
                 mask = mask & seen_by(row, tl.load(kinds + entry), intervals, bitmaps, M, BQ, BK, INTERVALS, BITMAPS)
             any_row = tl.max(mask.to(tl.int32), 0) > 0
             if PAGE:
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, any_row, any_row, mask, 0,
+                acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, any_row, any_row, mask, 0,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
             else:
                 far = s_key.to(tl.int64)
-                acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
+                acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, any_row, any_row, mask, 0,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, False, NEGATE, CAP, True, True, 0, FLOAT8, by_query, k_scale, v_scale, s_key + w)
     here = a + tl.minimum(lo, full)
     following = tl.load(cols + here)  # one turn early; the element past the end is readable
@@ -122,14 +122,14 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
             rows, exists = rows_in(ahead, following * BK + w, limit, count, PAGE, FAR)
             following = tl.load(cols + f + 1)
             ahead = pages_of(table, following * BK, limit, PAGE, BK)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, exists, exists, exists[None, :], 0,
+            acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, rows * sks, rows * svs, exists, exists, exists[None, :], 0,
                               scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, True, True, LATENT)
     else:
         for f in tl.range(here, a + tl.minimum(hi, full)):
             far = following.to(tl.int64) * BK
             key = following * BK
             following = tl.load(cols + f + 1)
-            acc, m, l = _step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
+            acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, 0,
                               scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, M, BK, 0, False, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, key)
     line = (b * Hq + h) * T + t
     cv = tl.arange(0, V0)
@@ -253,17 +253,17 @@ def run(q, k, v, lists, out, lse, kind, *, place, config, scale, sink_logits=Non
         float8_scales=(None, None, None)):
     S, count, page, far, k, v = one_tensor(table, k, v)
     (B, Hq, T, D), Hk, DV = q.shape, k.shape[1], v.shape[3]
-    host, from_length, list_of = q_start if isinstance(q_start, int) else None, q_start is None, lists.list_of
-    shared_kv, apart = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3], list_of.shape[1] > 1
+    host, starts = known_start(q_start)
+    shared_kv, apart = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3], lists.list_of.shape[1] > 1
     grid, n, heads, blocks, splits, (size, inner, outer), constant, merge_grid, joined = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (k.stride(2), v.stride(2)), (q.dtype, k.dtype), (lists.block_q, lists.block_k, lists.nk, lists.has_intervals, lists.has_bitmaps, apart),
-        (kv_length is not None, from_length, shared_kv, host, page, far, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap), max(1, place.sms))
+        (kv_length is not None, q_start is None, shared_kv, host, page, far, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap), max(1, place.sms))
     lines, sums, tops = B * Hq * T, None, None
     if splits > 1:
         sums, tops = place.empty((splits, lines, DV), "float32"), place.empty((splits, lines, 2), "float32")
-    launch(attend, grid, place, (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
-                                 None if from_length or host is not None else q_start, sink_logits, table, *float8_scales),
-           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if apart else 0,
+    launch(attend, grid, place, (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, kv_length,
+                                 starts, sink_logits, table, *float8_scales),
+           (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_steps(lists),
             Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, heads, blocks, lines, size, inner, outer, None if table is None else table.stride(0), count), constant, (q.dtype, kind))
     if splits > 1:
         launch(merge, merge_grid, place, (sums, tops, out, lse, sink_logits), (Hq, T, lines, size), joined, (kind,))

@@ -1,7 +1,7 @@
 """Block attention's forward for Hopper in Gluon, Triton's language of explicit layouts: float16 and bfloat16, tiles of 128 queries of one head, key blocks of 128.
 
 A persistent block of threads has five roles. `take` draws items (a tile of a head, longest first among the heads that the cache holds, by an atomic ticket), `bring`
-loads them through the copy engine, `clear` makes values that no row of the tile sees zero (what nobody sees must not reach a product: 0 * NaN), and two groups of
+loads them through the copy engine, `clear` (gluon_keys.py) makes values that no row of the tile sees zero, and two groups of
 `multiply` hold 64 rows each: while one group's products run, the other makes exponentials. Full blocks run no mask code. Rows that do not exist are zeros on the way in
 and dropped on the way out. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
@@ -10,13 +10,14 @@ from functools import lru_cache
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
-from sparsetile.backends.triton.launch import POINTER, power, scales, schedule, tiles
-from sparsetile.backends.triton.maps import can_map, steps
+from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
+from sparsetile.backends.triton.gluon_maps import Map, map_type
+from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
+from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import capped, finish
 
 STAGES = gl.constexpr(2)
@@ -24,7 +25,7 @@ CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together
 READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 
 
-# ---------------------------------------------------------------------------------------------------------------- loading, clearing
+# ---------------------------------------------------------------------------------------------------------------- loading
 @gluon.jit
 def bring_tile(desc0, desc1, bar, to0, to1, at, D1: gl.constexpr):
     tma.async_copy_global_to_shared(desc0, at, bar, to0)
@@ -76,104 +77,6 @@ def bring(maps, cols, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.cons
         head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
 
 
-@gluon.jit
-def key_range(kind, r, tables, INTERVALS: gl.constexpr):
-    """Between which keys of a block the rows r may see."""
-    lo = r * 0
-    hi = lo + KEYS
-    if INTERVALS:
-        rule = (kind >= 0) & ((kind & 1) == 0) & (r >= 0)
-        at = tables[0] + (kind >> 1).to(gl.int64) * (2 * ROWS) + 2 * r
-        lo = gl.load(at, mask=rule, other=0)
-        hi = gl.load(at + 1, mask=rule, other=KEYS)
-    return lo, hi
-
-
-@gluon.jit
-def key_word(kind, lo, hi, r, n: gl.constexpr, tables, BITMAPS: gl.constexpr):
-    """Which of the keys 32 n .. of a block each of the rows r sees, as bits; it sees lo .. hi - 1 at most."""
-    lo = gl.minimum(gl.maximum(lo - 32 * n, 0), 32)
-    hi = gl.minimum(gl.maximum(hi - 32 * n, 0), 32)
-    ones = (r * 0 - 1).to(gl.uint32)
-    word = gl.where(lo < hi, (ones >> gl.maximum(32 - hi, 0).to(gl.uint32)) & (ones << lo.to(gl.uint32)), ones * 0)
-    if BITMAPS:
-        if kind >= 0:
-            if (kind & 1) == 1:
-                word &= gl.load(tables[1] + (kind >> 1).to(gl.int64) * (ROWS * 4) + r * 4 + n).to(gl.uint32, bitcast=True)
-    return word
-
-
-@gluon.jit
-def _seen_by_some(e, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """Four words: which keys of an item's entry e some row of the tile sees."""
-    entry = first + e + gl.where(e >= kept, gap, 0)
-    kind = gl.load(kinds + entry, mask=e < count, other=-1)
-    left = limit - gl.load(cols + entry, mask=e < count, other=0) * KEYS
-    lo, hi = key_range(kind, r, tables, INTERVALS)
-    hi = gl.where(exists, gl.minimum(hi, left), 0)
-    w0 = gl.reduce_or(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 0)
-    w1 = gl.reduce_or(key_word(kind, lo, hi, r, 1, tables, BITMAPS), 0)
-    w2 = gl.reduce_or(key_word(kind, lo, hi, r, 2, tables, BITMAPS), 0)
-    w3 = gl.reduce_or(key_word(kind, lo, hi, r, 3, tables, BITMAPS), 0)
-    return w0, w1, w2, w3
-
-
-@gluon.jit
-def clear_word(word, n: gl.constexpr, v):
-    """Zeroes the values of those of the keys 32 n .. that have no bit."""
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    line = gl.arange(0, 8, gl.SliceLayout(1, B)).to(gl.uint32)
-    for c in gl.static_range(4):
-        bits = (word >> (8 * c)) & 0xFF
-        if bits != 0xFF:
-            part = v.slice(32 * n + 8 * c, 8)
-            part.store(gl.where(gl.expand_dims((bits >> line) & 1, 1) != 0, part.load(B), 0.0))
-
-
-@gluon.jit
-def _clear_part(w0, w1, w2, w3, PART: gl.constexpr, PARTS: gl.constexpr, v):
-    if PART == 0:
-        clear_word(w0, 0, v)
-        clear_word(w1, 1, v)
-    if PARTS == 1:
-        clear_word(w2, 2, v)
-        clear_word(w3, 3, v)
-    elif PART == 1:
-        clear_word(w2, 0, v)
-        clear_word(w3, 1, v)
-
-
-@gluon.jit
-def clear(cols, kinds, tables, T, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, queue, v0, v1, full, landed):
-    """A warp that reads which keys of a masked block some row of the tile sees, one block ahead, and zeroes values (or keys; MORE columns of them) of the others when they have landed, a block
-    in so many PARTS."""
-    r = gl.arange(0, ROWS, gl.BlockedLayout([4], [32], [1], [0]))
-    n = 0
-    turns = 0
-    turn = 0
-    head, t, first, plain, kept, count, gap, limit = next_item(0, queue, 1)
-    while head >= 0:
-        if MASKED:
-            exists = (r + t >= 0) & (r + t < T)
-            w0, w1, w2, w3 = _seen_by_some(plain, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-            for e in range(plain, count):
-                x0, x1, x2, x3 = _seen_by_some(e + 1, kept, first, count, gap, limit, r, exists, cols, kinds, tables, INTERVALS, BITMAPS)
-                for part in gl.static_range(PARTS):
-                    s = ((n + e) * PARTS + part) % STAGES
-                    mbarrier.wait(landed.index(s), (turns >> s) & 1)
-                    turns ^= 1 << s
-                    if (w0 & w1 & w2 & w3) != 0xFFFFFFFF:
-                        _clear_part(w0, w1, w2, w3, part, PARTS, v0.index(s))
-                        if MORE:
-                            _clear_part(w0, w1, w2, w3, part, PARTS, v1.index(s))
-                        fence_async_shared()
-                    mbarrier.arrive(full.index(s))
-                w0, w1, w2, w3 = x0, x1, x2, x3
-            n += count
-        turn += 1
-        head, t, first, plain, kept, count, gap, limit = next_item(turn, queue, 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------- multiplying
 @gluon.jit
 def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
@@ -181,26 +84,6 @@ def _scores(q0, q1, k0, k1, zero, D1: gl.constexpr):
     if D1:
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
-
-
-@gluon.jit
-def look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS: gl.constexpr, EDGE: gl.constexpr):
-    """(kind, lo, hi) of an item's entry e: between which of its keys the rows r may see."""
-    entry = first + e + gl.where(e >= kept, gap, 0)
-    kind = gl.load(kinds + entry)
-    lo, hi = key_range(kind, r, tables, INTERVALS)
-    if EDGE:
-        hi = gl.minimum(hi, limit - gl.load(cols + entry) * KEYS)
-    return kind, lo, hi
-
-
-@gluon.jit
-def _masked(s, kind, lo, hi, r, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
-    c = gl.arange(0, KEYS, gl.SliceLayout(0, L))
-    words = gl.expand_dims(key_word(kind, lo, hi, r, 0, tables, BITMAPS), 1)
-    for n in gl.static_range(1, 4):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, n, tables, BITMAPS), 1), words)
-    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, s, float("-inf"))
 
 
 @gluon.jit
@@ -270,7 +153,7 @@ def attend(LOOK: gl.constexpr, W: gl.constexpr, place, plain, count, n, turn, su
             s = capped(s, inner, outer)
         if MASKED:
             if plain == 0:
-                s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+                s = seen_or(s, float("-inf"), kind, lo, hi, r, 0, tables, BITMAPS, L)
         x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
         if AGAIN:
             acc = acc * gl.expand_dims(gl.convert_layout(f, gl.SliceLayout(1, O)), 1)
@@ -293,7 +176,7 @@ def attend(LOOK: gl.constexpr, W: gl.constexpr, place, plain, count, n, turn, su
                 s = capped(s, inner, outer)
             if MASKED:
                 if e >= plain:
-                    s = _masked(s, kind, lo, hi, r, tables, BITMAPS, L)
+                    s = seen_or(s, float("-inf"), kind, lo, hi, r, 0, tables, BITMAPS, L)
             x, f, m, l = _soften(s, m, l, scale2, MASKED, R)
             p2 = gl.convert_layout(x.to(kind_of), P)
             acc = warpgroup_mma_wait(0, deps=(ot, ))
@@ -433,31 +316,6 @@ def takes(q, k, v, lists, scale: float, out_kind: str) -> bool:
     return lists.q_order is None and lists.k_order is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v)))
 
 
-class Map(TensorDescriptor):
-    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
-
-    def __init__(self, x, rows: int, columns: int):
-        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], map_layout(x.ndim, 8 * x.element_size())
-
-
-@lru_cache
-def map_layout(rank: int, bits: int = 16):
-    return gl.NVMMASharedLayout(128, bits, rank)
-
-
-def ahead(lists, name: str = "offsets") -> int:
-    """How many tiles of a list are far longer than the rest: they come before everything else, of all heads. 0 for lists made on the device."""
-    found = lists.extras.get(f"triton.ahead.{name}")
-    if found is None:
-        offsets, found = lists.extras.get(name), 0
-        if offsets is not None:
-            length = (offsets[2::2] - offsets[:-2:2]).reshape(-1, lists.nq if name == "offsets" else lists.nk)
-            found = int((length > 4 * length.mean()).sum(axis=1).max())
-        lists.extras[f"triton.ahead.{name}"] = found
-    return found
-
-
 @lru_cache(1024)
 def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, before=True) -> relaunch.Constants:
     made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, BEFORE=before)
@@ -467,39 +325,31 @@ def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, edge=F
 def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softcap, kv_length, q_start):
     """Fills out [B,Hq,T,Dv] and lse [B,Hq,T] (or None)."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
-    host = q_start if isinstance(q_start, int) else None
-    n = tiles(T, ROWS.value, host)
-    covers = host is not None and host // ROWS.value == lists.first and n == lists.nq
+    host, starts = known_start(q_start)
+    n, covers, _ = covered(T, ROWS.value, host, lists.first, lists.nq)
     order = schedule(lists) if covers else None
     items, sms = B * Hq * n, max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), B * Hq)
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None,
                      host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
-    D0, D1, V0, list_of = made["D0"], made["D1"], made["V0"], lists.list_of
+    D0, D1, V0 = made["D0"], made["D1"], made["V0"]
     maps = (Map(q, 64, D0), Map(q, 64, D1) if D1 else None, Map(k, KEYS.value, D0), Map(k, KEYS.value, D1) if D1 else None,
             Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
-    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, order, kv_length,
-                None if q_start is None or host is not None else q_start, sink_logits, place.zeros((1,), "int32") if items > sms else None)
-    numbers = (list_of.stride(0) if list_of.shape[0] > 1 else 0, list_of.stride(1) if list_of.shape[1] > 1 else 0, B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               ahead(lists) if order is not None else 0, section, items, host or 0, size, inner, outer)
+    pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, order, kv_length, starts, sink_logits, place.zeros((1,), "int32") if items > sms else None)
+    numbers = (*list_steps(lists), B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
+               lists.far_longer("offsets")[0] if order is not None else 0, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 
 def artifacts(problem) -> list[dict]:
-    has, kind = problem.features.__contains__, problem.dtype("q")
-    made = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
-                          has("kv_length") and not has("q_start"), has("kv_length") or has("q_start")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    pointer = POINTER[kind]
-
-    def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{map_layout(rank)!r}>"
-    maps = dict(q0=mapped(4, 64, made["D0"]), k0=mapped(4, KEYS.value, made["D0"]), v=mapped(4, KEYS.value, made["V0"]), out_map=mapped(3, 64, made["V0"]))
-    if made["D1"]:
-        maps |= dict(q1=mapped(4, 64, made["D1"]), k1=mapped(4, KEYS.value, made["D1"]))
+    has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
+    made = constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("kv_length") or problem["S"] % KEYS.value != 0,
+                     has("kv_length") and not has("q_start"), has("kv_length") or has("q_start"))
+    halves = [(half, made[f"D{half}"]) for half in (0, 1) if made[f"D{half}"]]
+    maps = {f"q{half}": map_type(pointer, [1, 1, 64, width]) for half, width in halves} | {f"k{half}": map_type(pointer, [1, 1, KEYS.value, width]) for half, width in halves}
+    maps |= dict(v=map_type(pointer, [1, 1, KEYS.value, made["V0"]]), out_map=map_type(pointer, [1, 64, made["V0"]]))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule", "ticket"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
+    arrays = dict(out=pointer, lse="*fp32") | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start")
-    signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    return [dict(fn=forward_gluon, signature=signature, constexprs=made, options=options, div16=tuple(arrays))]
+    return [relaunch.artifact(forward_gluon, made, arrays, integers, ("scale", "inner", "outer"), maps)]

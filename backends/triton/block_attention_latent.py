@@ -14,7 +14,7 @@ from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.block_attention_decode import merge, merge_constants
 from sparsetile.backends.triton.gluon_items import place_of
 from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
-from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.launch import POINTER, known_start, list_steps
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, page_of
 from sparsetile.backends.triton.tiles import entries_of, finish
 
@@ -201,16 +201,15 @@ def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, 
     """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None)."""
     S, pool, page, _, k, _ = one_tensor(table, k, v)
     (B, Hq, T, _), parts, lines = q.shape, -(-q.shape[1] // HEADS.value), q.shape[0] * q.shape[1] * q.shape[2]
-    host, sms, list_of = q_start if isinstance(q_start, int) else None, max(place.sms, 1), lists.list_of
+    (host, starts), sms = known_start(q_start), max(place.sms, 1)
     splits = splits_of(B * T * parts, lists.nk, kv_length is not None, sms)
     items = B * T * parts * splits
     made = constants(lists.block_q, splits, kv_length is not None or lists.nk * KEYS.value > S, lists.has_intervals, lists.has_bitmaps, q_start is None, page)
     sums = tops = None
     if splits > 1:
         sums, tops = place.empty((splits, lines, 4 * PIECE.value), "float32"), place.empty((splits, lines, 2), "float32")
-    pointers = (q, k, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, kv_length,
-                None if q_start is None or host is not None else q_start, sink_logits, table)
-    numbers = (*q.stride()[:3], k.stride(0), k.stride(2), list_of.stride(0) if list_of.shape[0] > 1 else 0, lists.first, lists.nq, Hq, parts, T, S, items, host or 0, float(scale),
+    pointers = (q, k, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, kv_length, starts, sink_logits, table)
+    numbers = (*q.stride()[:3], k.stride(0), k.stride(2), list_steps(lists)[0], lists.first, lists.nq, Hq, parts, T, S, items, host or 0, float(scale),
                None if table is None else table.stride(0), pool)
     relaunch.launch(attend_latent, (min(items, sms),), place, pointers, numbers, made, (q.dtype,))
     if splits > 1:
@@ -221,12 +220,10 @@ def artifacts(problem: Problem, config) -> list[dict]:
     has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
     items = problem["B"] * problem["T"] * -(-problem["Hq"] // HEADS.value)
     splits = splits_of(items, -(-problem["S"] // KEYS.value), has("kv_length"), 132)
-    made = dict(constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
-                          DEFAULT * has("paged")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    made = constants(config["block_q"], splits, has("kv_length") or problem["S"] % KEYS.value != 0, has("interval"), has("bitmap"), has("kv_length") and not has("q_start"),
+                     DEFAULT * has("paged"))
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
     sums = dict.fromkeys(("sums", "tops") * (splits > 1), "*fp32")
     arrays = dict(q=pointer, k=pointer, out=pointer, lse="*fp32") | sums | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     integers = ("sqb", "sqh", "sqt", "skb", "sks", "slb", "first", "nq", "Hq", "parts", "T", "S", "items", "q_start") + ("table_b", "pool") * has("paged")
-    signature = arrays | {name: "i32" for name in integers} | {"scale": "fp32"}
-    return [dict(fn=attend_latent, signature=signature, constexprs=made, options=options, div16=tuple(arrays) + ("sqb", "sqh", "sqt", "skb", "sks"))]
+    return [relaunch.artifact(attend_latent, made, arrays, integers, ("scale",), aligned=integers[:5])]

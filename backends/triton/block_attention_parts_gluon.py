@@ -11,8 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, clear_word, key_range, make_memory, map_layout, widths
+from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, STAGES, attend, make_memory, widths
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_keys import clear_word, key_range
+from sparsetile.backends.triton.gluon_maps import map_layout
 from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of, stretched
 from sparsetile.backends.triton.launch import POINTER, scales
 from sparsetile.backends.triton.maps import can_map

@@ -9,9 +9,10 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import bring_tile, key_word
-from sparsetile.backends.triton.block_backward_queries_gluon import known, leave, leave_sums, probabilities
+from sparsetile.backends.triton.block_attention_gluon import bring_tile
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, bring_step, known, leave, leave_sums, exist, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_queue, next_item, place_of, section_of, take
+from sparsetile.backends.triton.gluon_keys import key_word
 from sparsetile.backends.triton.tiles import queries_of
 
 STEP = gl.constexpr(64)  # queries
@@ -119,12 +120,7 @@ def bring_steps(maps, lse, delta, lists, kinds, quarters, Hk, T, D0: gl.constexp
                             s = n % STAGES
                             every = gl.where((t >= 0) & (t + STEP <= T), (seen >> (2 + 2 * half)) & 12, 0)
                             logs, less = known_rows(lse, delta, line, t, T)
-                            mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                            mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + D1 + V0))
-                            bring_tile(q0, q1, q_full.index(s), sq0.index(s), sq1.index(s), [b, h, t, 0], D1)
-                            tma.async_copy_global_to_shared(dout, [b, h, t, 0], q_full.index(s), sg.index(s))
-                            sl.index(s).store(logs)
-                            sd.index(s).store(less)
+                            bring_step((q0, q1, dout), [b, h, t, 0], logs, less, s, n // STAGES, D1, 2 * STEP * (D0 + D1 + V0), (sq0, sq1, sg), (sl, sd), q_bars)
                             sr.index(s).store(gl.full([1], 0, gl.int32, one) + t)
                             sf.index(s).store(gl.full([1], 0, gl.int32, one) + (some | every | last | (32 * half) | (u << 6) | (kind << 8)))
                             mbarrier.arrive(q_full.index(s))
@@ -232,8 +228,7 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
                         kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)
                         acc_k, acc_k1 = warpgroup_mma_wait(0, deps=(kt, kt1))
                     else:
-                        gt = warpgroup_mma(sv.index(at), sg.index(s).permute((1, 0)), gl.expand_dims(less, 0) + zero, is_async=True)  # before any product is under way
-                        st = warpgroup_mma(sk0.index(at), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        st, gt = begin_by_key(sq0, sg, sk0, sv, at, s, less, zero)
                         low, high = _words(words, kind, partial, key, flags, t, T, MASKS)
                         x, grad = warpgroup_mma_wait(0, deps=(st, gt))
                         p = probabilities(x, gl.expand_dims(logs, 0), scale)
@@ -241,10 +236,7 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
                         if partial:
                             p = _where_seen(p, low, high, L)
                             ds = _where_seen(ds, low, high, L)
-                        vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                        ds = ds.to(kind_of)
-                        kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
-                        acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                        acc_k, acc_v = add_by_key(p, ds, sq0, sg, s, acc_k, acc_v)
                 elif D1:
                     mbarrier.arrive(your_turn)
                 mbarrier.arrive(q_free.index(s))
@@ -261,12 +253,9 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
                 if D1:
                     leave_sums(acc_k1 * scale, to, W * 64, D0, D0 + D1 + V0, OK1)
         if whole:
-            there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
-            there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
-            yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
-            there_1 = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK1)) < limit, 1)
-            yk1 = gl.where(there_1, acc_k1 * scale, 0.0).to(kind_of)
-            yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
+            yk = gl.where(exist(row, limit, OK), acc_k * scale, 0.0).to(kind_of)
+            yk1 = gl.where(exist(row, limit, OK1), acc_k1 * scale, 0.0).to(kind_of)
+            yv = gl.where(exist(row, limit, OV), acc_v, 0.0).to(kind_of)
             if count == 0:
                 leave(yk, dk, dk_maps[0], head, row, S, None, line, 0, D, OK)
                 leave(yv, dv, dv_map, head, row, S, None, line, 0, DV, OV)

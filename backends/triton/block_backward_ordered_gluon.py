@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
 from sparsetile.backends.triton.block_backward_ordered_rows_gluon import bring_queries, seen_by
-from sparsetile.backends.triton.block_backward_queries_gluon import leave, probabilities
+from sparsetile.backends.triton.block_backward_steps_gluon import leave, exist, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
 
@@ -188,10 +188,8 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
             mbarrier.wait(k_done, j & 1)  # the other group has read these keys for the last time
             j += 1
         row = block * KEYS + W * 64
-        there_k = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OK)) < limit, 1)
-        there_v = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, OV)) < limit, 1)
-        yk = gl.where(there_k, acc_k * scale, 0.0).to(kind_of)
-        yv = gl.where(there_v, acc_v, 0.0).to(kind_of)
+        yk = gl.where(exist(row, limit, OK), acc_k * scale, 0.0).to(kind_of)
+        yv = gl.where(exist(row, limit, OV), acc_v, 0.0).to(kind_of)
         line = head.to(gl.int64) * S
         if count == 0:
             leave(yk, dk, dk_map, head, row, S, None, line, 0, D, OK)

@@ -1,11 +1,12 @@
 """Path "gluon_ordered" of block_attention_backward: what is loaded for an item, and which of its pairs are seen."""
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word, key_range, key_word
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP, bring_block, known_rows
+from sparsetile.backends.triton.block_backward_steps_gluon import bring_step
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, item_at
+from sparsetile.backends.triton.gluon_keys import clear_word, key_range, key_word
 
 
 @gluon.jit
@@ -41,9 +42,7 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
     an item that waits for another to be done would keep those back that wait for it."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
-    sl, sd = rows
     k_full, k_free, k_landed = k_bars
-    q_full, q_free = q_bars
     n = 0
     j = 0
     turn = 0
@@ -73,13 +72,8 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
                     for half in gl.static_range(2):
                         s = n % STAGES
                         logs, less = known_rows(lse, delta, line, t + STEP * half, T)
-                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
-                        tma.async_copy_global_to_shared(q, [b, h, t + STEP * half, 0], q_full.index(s), sq.index(s))
-                        tma.async_copy_global_to_shared(dout, [b, h, t + STEP * half, 0], q_full.index(s), sg.index(s))
-                        sl.index(s).store(logs)
-                        sd.index(s).store(less)
-                        mbarrier.arrive(q_full.index(s))
+                        bring_step((q, None, dout), [b, h, t + STEP * half, 0], logs, less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
+                        mbarrier.arrive(q_bars[0].index(s))
                         n += 1
                     t = row0 + following * ROWS
         mbarrier.arrive(queue[2].index(turn % 2))

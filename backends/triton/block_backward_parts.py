@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sparsetile.backends.triton import gluon_parts, relaunch
-from sparsetile.backends.triton.block_attention_gluon import map_layout
 from sparsetile.backends.triton.block_backward_parts_gluon import part_keys_gluon, part_queries_gluon
+from sparsetile.backends.triton.gluon_maps import map_type
 from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, stretched
 from sparsetile.backends.triton.launch import POINTER, power
 from sparsetile.backends.triton.maps import can_map
@@ -142,15 +142,13 @@ CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
 def artifacts(problem, strided: bool) -> list[dict]:
     """Of the Sparse Transformer's patterns: the strided one's class and window, or the fixed one's summaries and own blocks."""
     kind, D, DV, has = POINTER[problem.dtype("q")], problem["D"], problem["Dv"], problem.features.__contains__
-    words, found = {name: "*i32" for name in ("plan", "entries", "ticket")} | dict(lse="*fp32", delta="*fp32", scale="fp32"), []
+    words, found = {name: "*i32" for name in ("plan", "entries", "ticket")} | dict(lse="*fp32", delta="*fp32"), []
 
     def mapped(axis, columns, positions=64):
-        return f"tensordesc<{kind[1:]}{box(axis, columns, positions)},{map_layout(5)!r}>"
+        return map_type(kind, box(axis, columns, positions))
 
     def artifact(fn, made, maps, arrays, integers):
-        fixed, signature = dict(made), maps | words | arrays | {name: "i32" for name in integers}
-        options = {name: fixed.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-        found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(name for name, what in signature.items() if what[0] == "*" and name != "ticket")))
+        found.append(relaunch.artifact(fn, made, words | arrays, integers, ("scale",), maps, unaligned=("ticket",)))
     first, last = (False, False), (True, True)  # adds, last
     for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
         made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, True, True, has("bitmap"), KEY_STEP)  # calls may begin within a tile

@@ -6,11 +6,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import clear_word
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
-from sparsetile.backends.triton.block_backward_queries_gluon import _unseen_out, known, probabilities
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, bring_step, end_by_query, known, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
 
 @gluon.jit
@@ -172,17 +172,11 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
                 s = n % STAGES
                 phase = (n // STAGES) & 1
                 mbarrier.wait(k_full.index(s), phase)
-                st = warpgroup_mma(sq.index(2 * u + W), sk.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(s), phase)
-                gt = warpgroup_mma(sg.index(2 * u + W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                raw = warpgroup_mma_wait(1, deps=(st, ))
-                p = probabilities(raw, gl.expand_dims(logs, 1), scale)
-                grad = warpgroup_mma_wait(0, deps=(gt, ))
-                mbarrier.arrive(v_free.index(s))
-                ds = p * (grad - gl.expand_dims(shift, 1))
+                st, gt = begin_by_query((sq, None, sg, sk, None, sv), 2 * u + W, s, v_full, phase, zero, 0)
+                ds = end_by_query(st, gt, logs, shift, scale, v_free, s)
                 if INTERVALS or BITMAPS:
                     if e >= plain:
-                        ds = _unseen_out(ds, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
+                        ds = seen_or(ds, 0.0, kind, lo, hi, r, step * KEY_STEP // 32, tables, BITMAPS, L)
                 ds = ds.to(kind_of)
                 acc = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk.index(s), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(acc, ))
@@ -259,9 +253,7 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
     """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
-    sl, sd = rows
     k_full, k_free = k_bars
-    q_full, q_free = q_bars
     n = 0
     turn = 0
     head, key, first, full, count, x, y, _ = next_item(0, queue, 1)
@@ -288,13 +280,8 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
                         s = n % STAGES
                         at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * apart
                         logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
-                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
-                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
-                        bring_box(q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0)
-                        bring_box(dout, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0)
-                        sl.index(s).store(logs)
-                        sd.index(s).store(-less)
-                        mbarrier.arrive(q_full.index(s))
+                        bring_step((q, None, dout), [b, hk * group + m, qx, qy + half * STEP, 0], logs, -less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
+                        mbarrier.arrive(q_bars[0].index(s))
                         n += 1
         turn += 1
         head, key, first, full, count, x, y, _ = next_item(turn, queue, 1)
@@ -347,9 +334,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
                     if MASKED:
                         low, high = _query_words(seen, kind, W, half, L)  # before products whose end would be waited for first
                     mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
-                    less = gl.expand_dims(sd.index(s).load(C), 0) + zero
-                    gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
-                    st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    st, gt = begin_by_key(sq, sg, sk, sv, 2 * u + W, s, sd.index(s).load(C), zero)
                     logs = sl.index(s).load(C)
                     raw, grad = warpgroup_mma_wait(0, deps=(st, gt))
                     p = probabilities(raw, gl.expand_dims(logs, 0), scale)
@@ -359,10 +344,7 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
                             there = (gl.where(c >= 32, gl.expand_dims(high, 1), gl.expand_dims(low, 1)) >> (c & 31)) & 1 != 0
                             p = gl.where(there, p, 0.0)
                             ds = gl.where(there, ds, 0.0)
-                    vt = warpgroup_mma(gl.convert_layout(p.to(kind_of), gl.DotOperandLayout(0, OV, 2)), sg.index(s), acc_v, is_async=True)
-                    ds = ds.to(kind_of)
-                    kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq.index(s), acc_k, is_async=True)
-                    acc_v, acc_k = warpgroup_mma_wait(0, deps=(vt, kt))
+                    acc_k, acc_v = add_by_key(p, ds, sq, sg, s, acc_k, acc_v)
                     mbarrier.arrive(q_free.index(s))
                     n += 1
         if LAST:

@@ -3,53 +3,16 @@
 A persistent block of threads has five roles, as in the forward: `take` draws items, `bring_keys` loads through the copy engine, `clear` makes keys that no query of the tile sees zero
 (0 * NaN), and two groups of `multiply_queries` hold 64 rows each. Full blocks run no mask code, and a group passes over keys that none of its rows sees.
 """
-import triton
 import triton.experimental.gluon.language as gl
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.block_attention_gluon import bring_tile, clear, key_word, look
+from sparsetile.backends.triton.block_attention_gluon import bring_tile
+from sparsetile.backends.triton.block_backward_steps_gluon import begin_by_query, end_by_query, known, leave, leave_sums
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, make_queue, next_item, open_item, section_of, take
+from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 
 READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
-
-
-@triton.jit
-def probabilities(raw, lse, scale):
-    """The score is rounded first, as the forward rounds it: score - lse is right however large both are."""
-    return tl.math.exp2((raw * scale - lse) * 1.4426950408889634)
-
-
-@gluon.jit
-def known(lse, delta, at, ok):
-    """(lse, delta) of rows; lse +inf, hence P = 0, where a row is not there, sees no key, or its sink holds all."""
-    logs = gl.load(lse + at, mask=ok, other=float("inf"))
-    return gl.where(gl.abs(logs) < float("inf"), logs, float("inf")), gl.load(delta + at, mask=ok, other=0.0)
-
-
-@gluon.jit
-def leave(y, out, out_map, head, row, rows, through, line, COL: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
-    """64 rows of a gradient, from column COL on, to where they stand: rows row .. of the `rows` that the head has, of `out` from `line` on. By the copy engine through shared memory, unless
-    a row is negative (it takes none) or there is no such memory."""
-    W0: gl.constexpr = y.shape[1]
-    if through is None:
-        r = row + gl.arange(0, 64, gl.SliceLayout(1, L))
-        c = COL + gl.arange(0, W0, gl.SliceLayout(0, L))
-        inside = gl.expand_dims((r >= 0) & (r < rows), 1) & gl.expand_dims(c < WIDTH, 0)
-        gl.store(out + line * WIDTH + gl.expand_dims(r.to(gl.int64) * WIDTH, 1) + gl.expand_dims(c, 0), y, mask=inside)
-    else:
-        through.store(y)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_map, [head, row, COL], through)
-
-
-@gluon.jit
-def leave_sums(y, to, row, COL: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
-    """64 rows of a section's sums, from column COL on, to rows row .. of a matrix of WIDTH columns."""
-    r = row + gl.arange(0, 64, gl.SliceLayout(1, L))
-    c = COL + gl.arange(0, y.shape[1], gl.SliceLayout(0, L))
-    gl.store(to + gl.expand_dims(r * WIDTH, 1) + gl.expand_dims(c, 0), y)
 
 
 @gluon.jit
@@ -109,17 +72,6 @@ def bring_keys(maps, cols, heads, Hq, group, D0: gl.constexpr, D1: gl.constexpr,
 
 
 @gluon.jit
-def _unseen_out(x, kind, lo, hi, r, FIRST: gl.constexpr, tables, BITMAPS: gl.constexpr, L: gl.constexpr):
-    """0 where a query, a row of x, does not see the key, a column; FIRST: of these keys, in words of 32."""
-    STEP: gl.constexpr = x.shape[1]
-    c = gl.arange(0, STEP, gl.SliceLayout(0, L))
-    words = gl.expand_dims(key_word(kind, lo, hi, r, FIRST, tables, BITMAPS), 1)
-    for n in gl.static_range(1, STEP // 32):
-        words = gl.where(gl.expand_dims(c, 0) >= 32 * n, gl.expand_dims(key_word(kind, lo, hi, r, FIRST + n, tables, BITMAPS), 1), words)
-    return gl.where((words >> gl.expand_dims((c & 31).to(gl.uint32), 0)) & 1 != 0, x, 0.0)
-
-
-@gluon.jit
 def _quarters_of(entry, kinds, quarters):
     """What turn_kinds says of an entry: all bits of a full block."""
     kind = gl.load(kinds + entry)
@@ -170,24 +122,16 @@ def multiply_queries(W: gl.constexpr, dq_maps, dq, sums, lse, delta, cols, kinds
                     phase = (n // STAGES) & 1
                     mbarrier.wait(k_full.index(s), phase)
                     if (seen >> (2 * W + part)) & (1 if STEP == 64 else 3) != 0:
-                        st = warpgroup_mma(sq0.index(W), sk0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-                        if D1:
-                            st = warpgroup_mma(sq1.index(W), sk1.index(s).permute((1, 0)), st, is_async=True)
-                        mbarrier.wait(v_full.index(s), phase)
-                        gt = warpgroup_mma(sg.index(W), sv.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+                        st, gt = begin_by_query(memory, W, s, v_full, phase, zero, D1)
                         kind = -1
                         lo, hi = r, r
                         if MASKED:  # while the products run
                             if e >= plain:
                                 kind, lo, hi = look(e, first, kept, gap, limit, r, cols, kinds, tables, INTERVALS, True)
-                        x = warpgroup_mma_wait(1, deps=(st, ))
-                        p = probabilities(x, gl.expand_dims(logs, 1), scale)
-                        grad = warpgroup_mma_wait(0, deps=(gt, ))
-                        mbarrier.arrive(v_free.index(s))
-                        ds = p * (grad - gl.expand_dims(shift, 1))
+                        ds = end_by_query(st, gt, logs, shift, scale, v_free, s)
                         if MASKED:
                             if e >= plain:
-                                ds = _unseen_out(ds, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
+                                ds = seen_or(ds, 0.0, kind, lo, hi, r, part * STEP // 32, tables, BITMAPS, L)
                         ds = ds.to(kind_of)
                         at = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2)), sk0.index(s), acc, is_async=True)
                         if D1:

@@ -7,12 +7,12 @@ Lists far longer than the rest come in sections where one alone would take longe
 from functools import lru_cache
 
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map, ahead
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
 from sparsetile.backends.triton.block_backward_kinds import TOGETHER, join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
-from sparsetile.backends.triton.launch import power, schedule, tiles
+from sparsetile.backends.triton.gluon_maps import Map
+from sparsetile.backends.triton.launch import covered, known_start, list_steps, power, schedule
 
 KEY_STAGES = 3  # steps of `keys_gluon` under way
 
@@ -40,13 +40,9 @@ def sections_of(lists, name: str, heads: int, far: int, sms: int) -> int:
     of that."""
     if not far:
         return 1
-    found = lists.extras.get(f"triton.longest.{name}")
-    if found is None:
-        offsets = lists.extras[name]
-        length = offsets[2::2] - offsets[:-2:2]
-        found = lists.extras[f"triton.longest.{name}"] = int(length.max()), len(length) // (lists.nq if name == "offsets" else lists.nk) / int(length.sum())
-    longest, lists_by_entry = found
-    shares = longest * lists_by_entry * sms / heads
+    offsets, longest = lists.extras[name], lists.far_longer(name)[1]
+    different, entries = len(offsets) // 2 // (lists.nq if name == "offsets" else lists.nk), int(offsets[-1] - offsets[0])
+    shares = longest * (different / entries) * sms / heads
     return 1 if shares <= 1 else min(-(-longest // 4), int(2 * shares) + 1)
 
 
@@ -56,17 +52,15 @@ class Call:
     def __init__(self, q, k, v, dout, lists, lse, delta, place, scale: float, kv_length, q_start):
         (self.B, self.Hq, self.T, D), (self.Hk, self.S), DV = q.shape, k.shape[1:3], v.shape[3]
         self.k, self.v, self.lists, self.known, self.place, self.scale, self.kind = k, v, lists, (lse, delta), place, float(scale), (q.dtype,)
-        self.group, self.sms, host = self.Hq // self.Hk, max(place.sms, 1), q_start if isinstance(q_start, int) else None
-        self.tiles, self.key_tiles = tiles(self.T, ROWS.value, host), -(-self.S // KEYS.value)
-        covers = host is not None and host // ROWS.value == lists.first and self.tiles == lists.nq
+        self.group, self.sms, (host, starts) = self.Hq // self.Hk, max(place.sms, 1), known_start(q_start)
+        (self.tiles, covers, _), self.key_tiles = covered(self.T, ROWS.value, host, lists.first, lists.nq), -(-self.S // KEYS.value)
         exact = covers and host % ROWS.value == 0 and self.T % ROWS.value == 0
         self.own = lists.list_of.shape[1] > 1 and self.group > 1
         self.made = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > self.S, not exact, q_start is None, self.own)
         self.D0, self.D1, self.V0 = (self.made["queries_gluon"][name] for name in ("D0", "D1", "V0"))
         self.order, self.order_by_key = schedule(lists) if covers else None, schedule(lists, True) if self.key_tiles == lists.nk else None
-        self.far, self.far_by_key = ahead(lists) if self.order is not None else 0, ahead(lists, "by_key_offsets") if self.order_by_key is not None else 0
-        self.strides = tuple(lists.list_of.stride(i) if lists.list_of.shape[i] > 1 else 0 for i in (0, 1))
-        self.positions, self.start = (kv_length, None if q_start is None or host is not None else q_start), host or 0
+        self.far, self.far_by_key = (lists.far_longer(name)[0] if order is not None else 0 for name, order in (("offsets", self.order), ("by_key_offsets", self.order_by_key)))
+        self.strides, self.positions, self.start = list_steps(lists), (kv_length, starts), host or 0
         self.maps = *self.halves(q, 64), Map(dout, 64, self.V0)
 
     def halves(self, x, rows: int) -> tuple:

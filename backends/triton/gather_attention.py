@@ -13,9 +13,10 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import gather_blocks, relaunch
+from sparsetile.backends.triton.gluon_paths import lacking
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
-from sparsetile.backends.triton.launch import BYTES, POINTER, options, power, refusal, scales, shared_limit
+from sparsetile.backends.triton.launch import BYTES, POINTER, known_start, options, power, refusal, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
 
 TUNABLES = (
@@ -130,10 +131,8 @@ def supports(problem: Problem) -> str | None:
 
 def no_gluon(problem: Problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem):
+        return refused
     kind = problem.dtype("q")
     if kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
         return f"path gluon takes queries of 16 bits and answers in their type, not {kind} to {problem.dtype('out', kind)}; take portable"
@@ -178,8 +177,7 @@ def _widths(D, DV, config, latent=None):
 
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
-        refused = no_gluon(problem)
-        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import gather_bytes_gluon, latent_gluon
@@ -241,11 +239,11 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     if config["path"] == "blocks" and gather_blocks.takes(q, k, v, indices, latent, granularity):
         return gather_blocks.run(q, k, v, indices, kind, place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
                                  kv_length=kv_length, q_start=q_start)
-    host = q_start if isinstance(q_start, int) else None
+    host, starts = known_start(q_start)
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
                                                  shared_kv, q_start is None, latent, place.arch)
-    pointers = q, k, v, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits
+    pointers = q, k, v, out, lse, indices, lengths, kv_length, starts, sink_logits
     numbers = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Hq, Hk, G, T, S, K, host or 0, size, inner, outer
     relaunch.launch(forward, grid, place, pointers, numbers, constant, (q.dtype, k.dtype, out.dtype))
     return out, lse

@@ -16,7 +16,7 @@ import triton.language as tl
 from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import gather_blocks, gather_blocks_backward
 from sparsetile.backends.triton.gather_attention import keys_of, no_gluon, shared_rows
-from sparsetile.backends.triton.launch import BYTES, POINTER, options, parts, power, refusal, shared_limit
+from sparsetile.backends.triton.launch import BYTES, POINTER, known_start, options, parts, power, refusal, shared_limit
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 TUNABLES = (
@@ -218,8 +218,7 @@ def portable_config(problem: Problem) -> dict:
 
 def resources(problem: Problem, config) -> Resources | str:
     if config["path"] == "gluon":
-        refused = no_gluon(problem)
-        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import gather_backward_gluon
@@ -262,11 +261,11 @@ def run(q, k, v, indices, lse, delta, dout, *, place, config, lengths=None, gran
             return gather_backward_gluon.run(q, k, indices, lse, delta, dout, place=place, lengths=lengths, causal=causal, scale=scale, kv_length=kv_length,
                                              q_start=q_start, out_dtype=kind)
     dq, rows = place.empty((B, Hq, T, D), kind), shared_rows(Hq, Hk, G)
-    host = q_start if isinstance(q_start, int) else None
+    host, starts = known_start(q_start)
     made = constants(D, DV, config, rows=rows, granularity=granularity, causal=bool(causal), cap=softcap is not None, from_length=q_start is None)
     compiled = options(config)
     inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, softcap)
-    arrays = (indices, lengths, kv_length, None if q_start is None or host is not None else q_start)
+    arrays = (indices, lengths, kv_length, starts)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sets = Hq // rows
     queries[(made["TILES"] * sets * T * B,)](q, k, v, dout, lse, delta, dq, *arrays, *strides, Hq, Hk, G, T, S, K, host or 0, scale, inner, outer, **made, **compiled)

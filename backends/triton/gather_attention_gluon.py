@@ -11,7 +11,7 @@ from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
 from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
 from sparsetile.backends.triton.latents import latent_of
-from sparsetile.backends.triton.launch import POINTER
+from sparsetile.backends.triton.launch import POINTER, known_start
 from sparsetile.backends.triton.tiles import finish
 
 
@@ -127,19 +127,16 @@ def constants(causal: bool, from_length: bool) -> relaunch.Constants:
 def launch(kernel, q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
     """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). kernel: gather_gluon, or that over bytes (gather_bytes_gluon.py)."""
     (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
-    parts, host = -(-Hq // HEADS.value), q_start if isinstance(q_start, int) else None
+    parts, (host, starts) = -(-Hq // HEADS.value), known_start(q_start)
     items = B * T * parts
-    pointers = (q, k, out, lse, indices, lengths, kv_length, None if q_start is None or host is not None else q_start, sink_logits)
+    pointers = (q, k, out, lse, indices, lengths, kv_length, starts, sink_logits)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
     relaunch.launch(kernel, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
 
 
 def artifacts(kernel, problem) -> list[dict]:
     has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
-    made = dict(constants(has("causal"), has("kv_length") and not has("q_start")))
-    options = {name: made.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    names = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
-    pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
-    strides = ("sqb", "sqh", "sqt", "skb", "sks")
-    signature = pointers | {name: "i32" for name in strides + ("Hq", "parts", "T", "S", "K", "items", "q_start")} | {"scale": "fp32"}
-    return [dict(fn=kernel, signature=signature, constexprs=made, options=options, div16=tuple(pointers) + strides)]
+    names, strides = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start"), ("sqb", "sqh", "sqt", "skb", "sks")
+    pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
+    made = constants(has("causal"), has("kv_length") and not has("q_start"))
+    return [relaunch.artifact(kernel, made, pointers, (*strides, "Hq", "parts", "T", "S", "K", "items", "q_start"), ("scale",), aligned=strides)]

@@ -8,16 +8,15 @@ a unit, 576 integers and, where there are several chunks, 576 floats.
 from functools import lru_cache
 
 import triton
-import triton.experimental.gluon.language as gl
 import triton.language as tl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gather_backward_keys_gluon import ENTRIES, NARROW, STAGED, STAGES, THIRDS, WIDE, keys_gluon
 from sparsetile.backends.triton.gather_backward_queries_gluon import HEADS, KEYS, LATENT, ROTARY, SLOTS, queries_gluon
-from sparsetile.backends.triton.launch import POINTER
-from sparsetile.backends.triton.maps import can_map, steps
+from sparsetile.backends.triton.gluon_maps import Map, map_type
+from sparsetile.backends.triton.launch import POINTER, known_start
+from sparsetile.backends.triton.maps import can_map
 
 SCRATCH = 1 << 30
 BINS = 9  # of a key's bound
@@ -79,19 +78,6 @@ def finish(sums, scaled, before, dk, words, FIRST: tl.constexpr, LAST: tl.conste
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
-class _Map(TensorDescriptor):
-    """maps.Map as Gluon wants it: with the layout of the blocks in shared memory."""
-
-    def __init__(self, x, rows: int, columns: int):
-        self.base, self.shape, self.strides, self.padding = x, list(x.shape), steps(x), "zero"
-        self.block_shape, self.layout = [1] * (x.ndim - 2) + [rows, columns], _layout(x.ndim, columns)
-
-
-@lru_cache
-def _layout(rank: int, columns: int):
-    return gl.NVMMASharedLayout(min(2 * columns, 128), 16, rank)
-
-
 def takes(q, k, v, dout, indices, granularity: int, scale: float, softcap) -> bool:
     """Whether this call is one for these kernels: one key head of the latent's widths, one list for all heads, a positive scale, rows that the copy engine can read."""
     fits = (q.shape[3], v.shape[3], k.shape[1], indices.shape[1], granularity) == (WIDTH, LATENT.value, 1, 1, 1) and softcap is None and 0 < scale <= 2 ** 64
@@ -128,12 +114,12 @@ def run(q, k, indices, lse, delta, dout, *, place, lengths, causal, scale, kv_le
     bounds, scaled, sums = place.zeros((BINS, B * S), "int64"), place.empty((B * S,), "float32"), place.zeros((B * S, WIDTH), "int32")
     before = place.empty((B * S, WIDTH), "float32") if some < T else None
     weigh[(B * Hq * triton.cdiv(T, 8),)](q, dout, weights, *q.stride()[:3], *dout.stride()[:3], Hq, T, scale, BT=8)
-    host = q_start if isinstance(q_start, int) else None
-    listed = indices, lengths, kv_length, None if q_start is None or host is not None else q_start
+    host, starts = known_start(q_start)
+    listed = indices, lengths, kv_length, starts
     turned = q.transpose(1, 2), dout.transpose(1, 2)                               # a query's heads are neighbours
-    brought = _Map(turned[0], 64, 512), _Map(turned[0], 64, 64), _Map(turned[1], 64, 512)
-    sent, read = (tuple(_Map(x, rows, columns) for x in scratch) for rows, columns in ((HEADS.value, KEYS.value), (group * HEADS.value, ENTRIES.value)))
-    pieces = [_Map(x, group * HEADS.value, columns) for x in turned for columns in (WIDE.value, NARROW.value)]
+    brought = Map(turned[0], 64, 512), Map(turned[0], 64, 64), Map(turned[1], 64, 512)
+    sent, read = (tuple(Map(x, rows, columns) for x in scratch) for rows, columns in ((HEADS.value, KEYS.value), (group * HEADS.value, ENTRIES.value)))
+    pieces = [Map(x, group * HEADS.value, columns) for x in turned for columns in (WIDE.value, NARROW.value)]
     made = bool(causal), q_start is None, group
     for first in range(0, T, some):
         n = min(some, T - first)
@@ -160,13 +146,10 @@ def artifacts(problem) -> list[dict]:
     made, group = (has("causal"), has("kv_length") and not has("q_start")), blocks_of(problem["Hq"])
 
     def mapped(rank, rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1] * (rank - 2) + [rows, columns]},{_layout(rank, columns)!r}>"
+        return map_type(pointer, [1] * (rank - 2) + [rows, columns])
 
-    def artifact(fn, maps, arrays, integers, floats, constant):
-        constant = dict(constant)
-        options = {name: constant.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in constant}
-        signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in floats}
-        return dict(fn=fn, signature=signature, constexprs=constant, options=options, div16=(*arrays, *(name for name in integers if name in strides)))
+    def artifact(fn, maps, arrays, integers, floats, constants):
+        return relaunch.artifact(fn, constants, arrays, integers, floats, maps, aligned=[name for name in integers if name in strides])
     strides = ("skb", "sks", "sqb", "sqh", "sqt", "sgb", "sgh", "sgt")
     listed = {name: "*i32" for name in ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")}
     sent, read, rows = mapped(2, 64, 32), mapped(2, group * 64, 64), group * 64

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton.launch import POINTER, parts, power, scales, shared_limit
+from sparsetile.backends.triton.launch import POINTER, known_start, parts, power, scales, shared_limit
 from sparsetile.backends.triton.tiles import capped, finish, load, negated, place_of, product, soften, store
 
 ROWS, KEYS, CHUNK, SCRATCH, GRID = 128, 64, 128, 1 << 30, 65535  # CUDA's most in y
@@ -233,13 +233,13 @@ def some(q, k, v, indices, lengths, kv_length, q_start, place, first, lists, gra
     """The parts of the key heads first ... first + lists - 1 of all batches' key heads."""
     (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
     how, tile = constants(D, DV, granularity, causal, q_start is None)
-    starts, host = (None, q_start) if isinstance(q_start, int) else (q_start, 0)
+    host, starts = known_start(q_start)
     pairs = Hq // Hk * T * K
     given, sizes = (indices, lengths, kv_length, starts), (first, Hq, Hk, G, T, S, K, pairs)
-    order, _, _ = sorted_pairs(given, sizes, lists, host, place, how)
+    order, _, _ = sorted_pairs(given, sizes, lists, host or 0, place, how)
     capacity = order.shape[1]
     out, lse = place.empty((lists, pairs, DV), "float32"), place.full((lists, pairs), "float32", float("-inf"))
     size, inner, outer, negate = scales(scale, softcap)
-    attend[(capacity // ROWS, lists)](q, k, v, out, lse, order, *given, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, capacity, host, size, inner, outer, **tile, **how,
+    attend[(capacity // ROWS, lists)](q, k, v, out, lse, order, *given, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, capacity, host or 0, size, inner, outer, **tile, **how,
                                       NEGATE=negate, CAP=softcap is not None, **OPTIONS)
     return out, lse

@@ -7,7 +7,7 @@ import triton.language as tl
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import gather_blocks
 from sparsetile.backends.triton.gather_blocks import lists_at_once, sorted_pairs
-from sparsetile.backends.triton.launch import POINTER, power
+from sparsetile.backends.triton.launch import POINTER, known_start, power
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
 KEYS, QUERIES, STEP = 128, 32, 64  # a tile of `keys`; keys of a step of `queries`, whose tile has gather_blocks.ROWS pairs
@@ -125,7 +125,8 @@ def artifacts(problem) -> list[dict]:
 def run(q, k, v, indices, lse, delta, dout, kind, place, *, lengths, granularity, causal, scale, softcap, kv_length, q_start):
     (B, Hq, T, D), (Hk, S), DV, (G, K) = q.shape, k.shape[1:3], v.shape[3], indices.shape[1::2]
     pairs, bins = Hq // Hk * T * K, -(-S // granularity)
-    starts, host = (None, q_start) if isinstance(q_start, int) else (q_start, 0)
+    host, starts = known_start(q_start)
+    host = host or 0
     inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, softcap)
     how = dict(GRANULARITY=granularity, CAUSAL=causal, FROM_LENGTH=q_start is None)
     tile = dict(D=D, D0=power(D), DV=DV, V0=power(DV), CAP=softcap is not None, **how)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsetile.backends.triton.block_attention_gluon import map_layout
+from sparsetile.backends.triton.gluon_maps import map_layout
 from sparsetile.backends.triton.maps import steps
 
 BLOCK = 128

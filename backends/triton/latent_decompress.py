@@ -14,6 +14,7 @@ import triton.language as tl
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton import head_product as product
 from sparsetile.backends.triton.float8 import passed, pointer, product_dtype
+from sparsetile.backends.triton.gluon_paths import lacking
 
 TUNABLES = (
     Tunable("path", ("portable", "gluon"), "gluon: Hopper's own instructions, latents in registers; 16-bit types, R 512, Dn = Dv = 128, P up to 64"),
@@ -59,10 +60,8 @@ def supports(problem):
 
 def no_gluon(problem) -> str | None:
     """Why the path "gluon" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path gluon: {problem.arch} lacks its instructions; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
+    if refused := lacking(problem):
+        return refused
     kinds = {problem.dtype("latent"), problem.dtype("w_uk")}
     if len(kinds) > 1 or not kinds <= {"float16", "bfloat16"} or "scale" in problem.features:
         return f"path gluon takes float16 or bfloat16 latents without scales, and weights of the same type, not {'/'.join(sorted(map(str, kinds)))}; take portable"
@@ -73,8 +72,7 @@ def no_gluon(problem) -> str | None:
 
 def resources(problem, config):
     if config["path"] == "gluon":
-        refused = no_gluon(problem)
-        portable = refused or resources(problem, {**config, "path": "portable"})  # where a call needs it
+        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
         from sparsetile.backends.triton import latent_decompress_gluon

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.block_attention_gluon import Map, map_layout
+from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER
 from sparsetile.backends.triton.maps import can_map
 
@@ -220,14 +220,10 @@ def artifacts(problem) -> list[dict]:
     pointer = POINTER[problem.dtype("w_uk")]
 
     def mapped(rows, columns):
-        return f"tensordesc<{pointer[1:]}{[1, rows, columns]},{map_layout(3)!r}>"
+        return map_type(pointer, [1, rows, columns])
 
-    def artifact(turn):
-        made = dict(constants(turn))
+    def maps(turn):
         weights = mapped(WIDTH.value, STEP.value) if turn else mapped(STEP.value, WIDTH.value)
-        maps = dict(latent=mapped(ROWS.value, STEP.value), w_uk=weights, w_uv=weights, k_map=mapped(64, WIDTH.value), v_map=mapped(64, WIDTH.value))
-        if problem["P"]:
-            maps |= dict(rope=mapped(ROWS.value, STEP.value), rotary_map=mapped(64, STEP.value))
-        return dict(fn=decompress_gluon, signature=maps | {name: "i32" for name in ("H", "blocks", "each", "width", "windows")}, constexprs=made,
-                    options=dict(num_warps=made.pop("num_warps")), div16=())
-    return [artifact(False), artifact(True)]
+        rotary = dict(rope=mapped(ROWS.value, STEP.value), rotary_map=mapped(64, STEP.value)) if problem["P"] else {}
+        return dict(latent=mapped(ROWS.value, STEP.value), w_uk=weights, w_uv=weights, k_map=mapped(64, WIDTH.value), v_map=mapped(64, WIDTH.value)) | rotary
+    return [relaunch.artifact(decompress_gluon, constants(turn), {}, ("H", "blocks", "each", "width", "windows"), maps=maps(turn)) for turn in (False, True)]

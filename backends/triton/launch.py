@@ -37,6 +37,23 @@ def tiles(T: int, block: int, q_start: int | None) -> int:
     return (q_start + T - 1) // block - q_start // block + 1
 
 
+def covered(T: int, block: int, q_start: int | None, first: int, nq: int) -> tuple[int, bool, bool]:
+    """(tiles that the call may touch, whether they are exactly the layout's, whether they also hold no other queries)."""
+    n = tiles(T, block, q_start)
+    covers = q_start is not None and q_start // block == first and n == nq
+    return n, covers, covers and q_start % block == 0 and T % block == 0
+
+
+def known_start(q_start) -> tuple:
+    """(position of query 0 where the host knows it, else None; the array of them, else None). Both None: it follows from the keys' length."""
+    return (q_start, None) if isinstance(q_start, int) else (None, q_start)
+
+
+def list_steps(lists) -> tuple[int, ...]:
+    """From one batch to the next in lists.list_of, and from one head to the next; 0 where they have one list."""
+    return tuple(lists.list_of.stride(i) if lists.list_of.shape[i] > 1 else 0 for i in (0, 1))
+
+
 def refusal(problem, names: str = "qkv") -> str | None:
     """What the attention kernels cannot do, in one sentence; None if they can."""
     kinds = {problem.dtype(name) for name in names} - {None, "latent_fp8"}
@@ -47,6 +64,12 @@ def refusal(problem, names: str = "qkv") -> str | None:
     if not (1 <= problem["D"] <= 576 and 1 <= problem["Dv"] <= 576):
         return f"the triton kernel holds widths of 1 to 576, not D {problem['D']} and Dv {problem['Dv']}"
     return None
+
+
+def parts_alone(problem, widest: int | None = None) -> bool:
+    """Whether parts of the problem's layout, as strided patterns have, run one by one, on the portable path: their path in Gluon knows no lengths, and no wider heads."""
+    wide = widest is not None and max(problem["D"], problem["Dv"]) > widest
+    return bool(problem.words & {"strided", "fixed", "dilated"}) and problem.density < 1 and ("kv_length" in problem.words or wide)
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float, float, bool]:

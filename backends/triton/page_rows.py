@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.gather_attention import keys_of
+from sparsetile.backends.triton.launch import known_start
 from sparsetile.backends.triton.pages import page_of
 from sparsetile.backends.triton.tiles import place_of
 
@@ -56,7 +57,7 @@ def run(indices, table, kv_length, *, place, config, page_size, pages_of_pool, l
     B, G, T, K = indices.shape
     rows = place.empty((B, G, T, K * granularity), "int32")
     if rows.numel():
-        value, starts = (0, q_start) if q_start is not None and not isinstance(q_start, int) else (q_start or 0, None)
-        page_rows[(B * G * T, triton.cdiv(K * granularity, BLOCK))](indices, lengths, table, kv_length, starts, rows, G, T, K, table.shape[1], pages_of_pool, value, PAGE=page_size,
+        host, starts = known_start(q_start)
+        page_rows[(B * G * T, triton.cdiv(K * granularity, BLOCK))](indices, lengths, table, kv_length, starts, rows, G, T, K, table.shape[1], pages_of_pool, host or 0, PAGE=page_size,
                                                                    GRANULARITY=granularity, CAUSAL=causal, FROM_LENGTH=q_start is None, BLOCK=BLOCK, num_warps=4)
     return rows

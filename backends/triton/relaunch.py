@@ -3,10 +3,11 @@ a launch whose numbers, constants and alignments were seen before goes to the co
 """
 from functools import partial
 
-import triton
 from triton import knobs
 
-_KNOWN = triton.__version__.split(".")[:2] == ["3", "6"]  # how a compiled kernel is called is Triton's own affair
+from sparsetile.backends.triton.gluon_paths import known_triton
+
+_KNOWN = known_triton()  # how a compiled kernel is called is Triton's own affair
 _compiled = {}
 
 
@@ -16,6 +17,17 @@ class Constants(dict):
 
     def __eq__(self, other):
         return self is other
+
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+
+def artifact(fn, constants: dict, arrays: dict, integers=(), floats=(), maps=None, *, aligned=(), unaligned=()) -> dict:
+    """What is compiled ahead of a kernel that is launched with these constants: pointers, but for those `unaligned`, and integers `aligned` are multiples of 16."""
+    made = {name: value for name, value in constants.items() if name not in OPTIONS}
+    signature = {**(maps or {}), **arrays, **dict.fromkeys(integers, "i32"), **dict.fromkeys(floats, "fp32")}
+    return dict(fn=fn, signature=signature, constexprs=made, options={name: constants[name] for name in OPTIONS if name in constants},
+                div16=(*(name for name in arrays if name not in unaligned), *aligned))
 
 
 def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=(), maps: tuple = ()) -> None:
@@ -29,7 +41,7 @@ def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constant
         if _KNOWN and kernel is not None and place.device is not None:
             if len(_compiled) >= 4096:  # shapes come and go
                 _compiled.clear()
-            _compiled[key] = partial(again, kernel), [constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):]]
+            _compiled[key] = partial(again, kernel), [None] * (len(fn.arg_names) - len(maps) - len(pointers) - len(numbers))  # a compiled kernel has its constants in it
         return
     run, rest = found
     place.noted(run)(*grid, *(1,) * (3 - len(grid)), place.stream, *maps, *addresses, *numbers, *rest)

@@ -8,10 +8,9 @@ path "gluon", by one (topk_gluon.py).
 """
 from dataclasses import replace
 
-import triton
-
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton import select_rows as rows
+from sparsetile.backends.triton.gluon_paths import lacking
 
 TUNABLES = (
     Tunable("path", ("portable", "gluon"), "gluon: one kernel instead of three, on sm_90a"),
@@ -29,15 +28,6 @@ def supports(problem):
     return None
 
 
-def no_gluon(problem) -> str | None:
-    """Why the path "gluon" is not for this problem."""
-    if problem.arch != "sm_90a":
-        return f"path gluon was made for sm_90a, not {problem.arch}; take portable"
-    if triton.__version__.split(".")[:2] != ["3", "6"]:  # Gluon's names change from version to version
-        return f"path gluon is written for Triton 3.6, not {triton.__version__}; take portable"
-    return None
-
-
 def resources(problem, config):
     refused = rows.refusal(config)
     if config["path"] == "gluon":
@@ -46,14 +36,14 @@ def resources(problem, config):
             refused = refused or f"{programs} programs of {warps} warps leave too few registers for {config['capacity']} candidates; take fewer programs or candidates"
         if min(config["sample"], 4 * config["capacity"]) < 128 * warps:
             refused = refused or f"{warps} warps look at {128 * warps} scores at least; take a larger sample or fewer warps"
-        refused = no_gluon(problem) or refused
+        refused = lacking(problem) or refused
     return refused or Resources(threads=32 * config["select_warps"], shared=8192 if config["path"] == "portable" else 4 * config["capacity"])
 
 
 def default_config(problem):
     """Few rows: all warps on each. Long rows: three programs a multiprocessor, one of which searches while others read. (Measured on an H100, from 32768 scores on.)"""
     config = portable_config(problem)
-    if problem["S"] >= 32768 and no_gluon(problem) is None and rows.candidates(problem["S"], problem["K"], config["sample"]) <= config["capacity"] <= 4096:
+    if problem["S"] >= 32768 and lacking(problem) is None and rows.candidates(problem["S"], problem["K"], config["sample"]) <= config["capacity"] <= 4096:
         few = problem["B"] * problem["T"] <= 264
         warps, programs = (16, 1) if few else (8, 3 if problem["S"] > 65536 else 2)
         config |= dict(path="gluon", select_warps=warps, programs=programs, sample=max(config["sample"], 128 * warps))

@@ -242,9 +242,7 @@ def artifacts(config, windows: bool) -> list[dict]:
     arrays = dict(scores="*fp32", out="*i32", lengths="*i32", buffer="*i64", counts="*i32") | (dict(starts="*i32", ends="*i32") if windows else {})
     found = []
     chosen = constants(config["capacity"], config["sample"], config["select_warps"], config["programs"])
-    for fn, made in ((topk_gluon, dict(chosen)), (search_rows, dict(search_constants(8)))):
-        options = {name: made.pop(name) for name in ("num_warps", "maxnreg") if name in made}
-        signature = {name: kind for name, kind in arrays.items() if name in fn.arg_names} | {name: "i32" for name in ("stride_b", "stride_t", "rows", "T", "S", "k")}
-        div16 = tuple(name for name in signature if name in arrays) + ("stride_b", "stride_t")
-        found.append(dict(fn=fn, signature=signature, constexprs=made, options=options, div16=div16))
+    for fn, made in ((topk_gluon, chosen), (search_rows, search_constants(8))):
+        taken, strides = {name: kind for name, kind in arrays.items() if name in fn.arg_names}, ("stride_b", "stride_t")
+        found.append(relaunch.artifact(fn, made, taken, (*strides, "rows", "T", "S", "k"), aligned=strides))
     return found
