@@ -5,8 +5,8 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
 
-Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
-a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
+Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type,
+arrays that the copy engine cannot address) take the portable one with the same blocks; where lists differ within a group of heads gluon_ordered is gluon.
 """
 from functools import lru_cache
 

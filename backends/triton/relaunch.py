@@ -41,7 +41,8 @@ def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constant
         if _KNOWN and kernel is not None and place.device is not None:
             if len(_compiled) >= 4096:  # shapes come and go
                 _compiled.clear()
-            _compiled[key] = partial(again, kernel), [None] * (len(fn.arg_names) - len(maps) - len(pointers) - len(numbers))  # a compiled kernel has its constants in it
+            rest = (constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):])
+            _compiled[key] = partial(again, kernel), [x if isinstance(x, (int, float, str)) else None for x in rest]  # the kernel has them in it; what is left can stand on a tape
         return
     run, rest = found
     place.noted(run)(*grid, *(1,) * (3 - len(grid)), place.stream, *maps, *addresses, *numbers, *rest)
