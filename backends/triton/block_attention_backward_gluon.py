@@ -83,7 +83,7 @@ def artifacts(problem, path: str) -> list[dict]:
 
     def words(*names, tables=("intervals", "bitmaps")):
         return {name: "*i32" for name in (*names, *tables, "list_of", *positions)}
-    if path == "gluon":
+    if path == "gluon" or has("per_head") and problem["Hq"] != problem["Hk"]:
         made = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length, has("per_head"))
         sums, turned = dict(sums="*fp32") if has("global") else {}, ["words", "quarters"] if any(tables) else []
         lists, more = ("offsets", "kinds", "schedule", "ticket"), ("ahead", "sections")
