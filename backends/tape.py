@@ -62,17 +62,27 @@ class Recorder:
         return x
 
     def address(self, x):
-        """Of a tensor among a launch's pointers."""
+        """Of a tensor among a launch's pointers: a known one, or a view that begins where one of them alone does (they are all held, so nothing else is there)."""
+        at = x.data_ptr()
         slot, _ = self._slots.get(id(x), (None, None))
+        if slot is None and at:
+            beginning = [n for n, known in self._slots.values() if self._start(known) == at]
+            slot = beginning[0] if len(beginning) == 1 else None
         if slot is not None:
-            return Address(x.data_ptr(), slot)
+            return Address(at, slot)
         self._refused |= not any(x is held for held in (*vars(self._lists).values(), *self._lists.extras.values()))
-        return x.data_ptr()
+        return at
+
+    @staticmethod
+    def _start(x) -> int:
+        return (x.owner if isinstance(x, View) else x).data_ptr()
 
     def noted(self, call):
         def launch(*args, **named):
-            self._refused |= bool(named) or not all(map(self._plain, args))
-            self._steps.append((call, list(args), [(n, x.slot) for n, x in enumerate(args) if type(x) is Address]))
+            several = {n for n, x in enumerate(args) if type(x) is tuple and x and all(type(y) is Address for y in x)}
+            self._refused |= bool(named) or not all(self._plain(x) for n, x in enumerate(args) if n not in several)
+            moves = [(n, tuple(y.slot for y in x) if n in several else x.slot) for n, x in enumerate(args) if n in several or type(x) is Address]
+            self._steps.append((call, list(args), moves))
             return call(*args, **named)
         return launch
 
@@ -90,7 +100,8 @@ class Recorder:
             return None
         order = [*range(first), *kept, *(slot for slot in range(first, first + len(self._made)) if slot not in kept)]
         made = [self._made[slot - first] for slot in order[first:]]
-        steps = [(call, args, [(n, order.index(slot)) for n, slot in moves]) for call, args, moves in self._steps]
+        place = lambda slot: tuple(map(order.index, slot)) if type(slot) is tuple else order.index(slot)  # noqa: E731
+        steps = [(call, args, [(n, place(slot)) for n, slot in moves]) for call, args, moves in self._steps]
         return Tape(made[:len(kept)], made[len(kept):], steps, self._same, self._rests)
 
 
@@ -116,6 +127,6 @@ class Tape:
         for call, args, moves in self.steps:
             args = args.copy()
             for n, slot in moves:
-                args[n] = slots[slot]
+                args[n] = slots[slot] if type(slot) is int else tuple([slots[one] for one in slot])
             call(*args)
         return made

@@ -38,6 +38,7 @@ def cases():
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "64-float32", attention(64, 64, SINGLE)
     yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))
+    yield "block_attention_backward", "64-bitmap-per-head", attention(64, 64, features=("bitmap", "per_head"))
     yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
     yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))

@@ -64,22 +64,24 @@ def test_sums_become_gradients(rng):
     assert np.array_equal(dq[0].cpu().numpy(), truth)
 
 
-@pytest.mark.parametrize("intervals, bitmaps", [(3, 0), (0, 2), (2, 3)])
+@pytest.mark.parametrize("intervals, bitmaps", [(3, 0), (0, 2), (2, 3), (4, 12)])
 def test_kinds_as_keys_see_them(intervals, bitmaps, rng):
     """Path gluon: which queries see each key of a partial block, and which quarters of it hold a pair, or nothing else."""
-    from sparsetile.backends.triton.block_backward_kinds import turn_kinds
+    from sparsetile.backends.triton.block_backward_kinds import TOGETHER, turn_kinds
     seen = np.zeros((2 * max(intervals, bitmaps), 128, 128), bool)
     ends = np.sort(rng.integers(0, 129, (intervals, 128, 2)), 2)
     ends[:1, 64:], ends[:1, :64, 0], ends[:1, :64, 1] = 64, 0, 80  # a quarter seen entirely, one in part, two not at all
     bits = rng.integers(0, 2, (bitmaps, 128, 128)).astype(bool)
-    bits[:1, :64, :64], bits[:1, 64:, 64:] = False, True
+    bits[:1, :64, :64], bits[:1, 64:, 64:], bits[1:2] = False, True, False
     seen[:2 * intervals:2] = (ends[..., :1] <= np.arange(128)) & (np.arange(128) < ends[..., 1:])
     seen[1:2 * bitmaps:2] = bits
-    words, quarters = (torch.full((len(seen), n), -9, dtype=torch.int32, device=DEVICE) for n in (512, 1))
+    each, n = 512 if intervals and bitmaps else 256, intervals + bitmaps
+    words, quarters = (torch.full((size,), -9, dtype=torch.int32, device=DEVICE) for size in (len(seen) * each + 512 - each, len(seen)))
     tables = [torch.from_numpy(x).to(DEVICE) if len(x) else None for x in (ends.astype(np.int32), np.packbits(bits, -1, "little").view(np.int32))]
-    turn_kinds[(intervals + bitmaps,)](*tables, words, quarters, intervals, INTERVALS=intervals > 0, BITMAPS=bitmaps > 0)
+    turn_kinds[(-(-n // TOGETHER),)](*tables, words, quarters, intervals, n, INTERVALS=intervals > 0, BITMAPS=bitmaps > 0, EACH=each, TOGETHER=TOGETHER, num_warps=TOGETHER // 2)
     for kind in [*range(0, 2 * intervals, 2), *range(1, 2 * bitmaps, 2)]:
-        assert np.array_equal(np.unpackbits(words[kind].cpu().numpy().view(np.uint8), bitorder="little").reshape(128, 128).T, seen[kind])
+        own = words[kind * each:kind * each + 512].cpu().numpy()
+        assert np.array_equal(np.unpackbits(own.view(np.uint8), bitorder="little").reshape(128, 128).T, seen[kind]) if seen[kind].any() else (own == -9).all()
         parts = seen[kind].reshape(2, 64, 2, 64)
         assert quarters[kind].item() == sum(int(parts[i, :, j].any()) << 2 * i + j | int(parts[i, :, j].all()) << 4 + 2 * i + j for i in (0, 1) for j in (0, 1))
 

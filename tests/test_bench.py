@@ -263,6 +263,50 @@ def test_operations_of_native_sparse_attention_are_the_pairs():
         assert nsa.operations(name, N, 6, 32) == each * rule.pairs(N, S, q_start=0) * 6 * 32
 
 
+# ------------------------------------------------------------------------------------------------- selectors of each head, float8
+def test_selectors_of_each_head_are_checked_and_timed(capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import selectors
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the small size, on the CPU
+    assert selectors.main(["--quick", "--only", "300"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("64 queries of 4 heads within the policy") == 2 and "MoBA 32 x 3, N 300" in text and "exact top-24, N 300" in text
+    assert [text.count(f"\n{name} ") for name in ("dense, torch", "dense, torch, backward", "choice, auto", "attention, auto", "backward, auto", "all, auto")] == [2, 2, 2, 2, 2, 1]
+
+
+def test_the_check_of_selectors_notices(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import selectors
+    q, k, v = selectors.inputs(torch, "cpu", 200, 4, 2, 16)
+    chosen = selectors.moba_selection(q, k, block=32, top_k=3)
+    attend = selectors.sparse_attention
+    for wrong in (lambda q, k, v, s, backend: attend(q, k, v, replace(s, causal=False)), lambda q, k, v, s, backend: attend(q, k, v, s) + (q.detach() - q)):  # keys too many; a gradient too many
+        monkeypatch.setattr(selectors, "sparse_attention", wrong)
+        with pytest.raises(AssertionError, match="out|dq"):
+            selectors.check(torch, q, k, v, chosen, None)
+
+
+def test_float8_is_checked_and_timed(capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import float8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert float8.main(["--quick"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("queries of 2 sequences and heads within the policy") == 2
+    assert all(text.count(f"\n{name}  ") == 2 for name in ("torch, bfloat16", "auto, bfloat16", "auto, bfloat16 over float8", "auto, float8"))
+
+
+@pytest.mark.parametrize("scale", ["q_scale", "k_scale", "v_scale"])
+def test_the_check_of_float8_notices(scale):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import float8
+    _, (q, k, v), scales = float8.inputs(torch, "cpu", (1, 2, 1, 9, 140, 16))
+    how = dict(pattern=float8.Causal(), backend="reference")
+    float8.check("right", float8.sparse_attention(q, k, v, **how, **scales), q, k, v, scales)
+    with pytest.raises(AssertionError, match="wrong"):
+        float8.check("wrong", float8.sparse_attention(q, k, v, **how, **scales | {scale: 1.1 * scales[scale]}), q, k, v, scales)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- latent KV
 def test_latents_are_checked_and_timed_and_rows_are_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pytest.importorskip("torch").cuda, "is_available", lambda: False)  # the small size, on the CPU
@@ -473,6 +517,19 @@ def test_other_lengths_vary_rows_of_the_table():
     assert len({name for name, *_ in cases}) == len(shapes) == len(cases) and not shapes & table
     assert {(n, heads) for _, _, n, heads in shapes | table} == {(n, heads) for n in grid.LENGTHS for heads in grid.KEY_HEADS} and len(shapes | table) == len(grid.PATTERNS) * 2 * 6
     assert all(w["Hq"] == 32 and w["T"] == w["S"] for _, w, _ in cases)
+
+
+def test_a_variant_is_the_default_config_with_knobs_set(monkeypatch):
+    pytest.importorskip("torch")
+    from sparsetile.bench import grid
+    task = tasks.Task(GPU["gpu/causal/8192/backward"], None, hollow=True)
+    task.bound = lambda backend, config: (backend, config)
+    kernel = dispatch.kernel("cupy", "block_attention_backward")
+    monkeypatch.setattr(kernel, "default_config", lambda problem: dict(path="hopper", heads=8, sums=1))
+    assert grid.varied(task, "cupy:sums=2,heads=4").make() == ("cupy", dict(path="hopper", heads=4, sums=2))
+    for wrong in ("cupy:sums=3", "cupy:nothing=1"):
+        with pytest.raises((StopIteration, KeyError)):
+            grid.varied(task, wrong).make()
 
 
 def test_the_floor_of_another_length_follows_the_peer_there():

@@ -664,6 +664,31 @@ def test_a_repeated_run_is_the_run(backend, name, rng, monkeypatch):
     assert len(repeated) == 6 and all(repeated)
 
 
+@both
+def test_repeated_runs_of_a_selector_are_the_runs(backend, rng, monkeypatch):
+    """Native Sparse Attention's choice, the attention over it and its gates from notes: the same bits as the long way's, with memory that is another one each time; gates that lie side by side."""
+    from sparsetile.ops.importance import importance_topk
+    from sparsetile.ops.merge import weighted_sum
+    make = Make(rng)
+    repeated, play = [], tape.Tape.__call__
+    monkeypatch.setattr(tape.Tape, "__call__", lambda *a: repeated.append(play(*a)) or repeated[-1])
+    dispatch.clear_plans()
+
+    def parts(q, k, ck, lse, gates):
+        chosen = importance_topk(q, ck, lse, 5, keys=700, backend=backend)
+        out = st.sparse_attention(q, k, k, chosen, backend=backend)
+        return chosen.indices, chosen.lengths, out, weighted_sum((out, q), gates.unbind(-1), backend)
+    with torch.no_grad():
+        for _ in range(6):
+            x = [make.normal(1, heads, n, 64)() for heads, n in ((64, 700), (4, 700), (4, 42))] + [make.normal(1, 64, 700, dtype=torch.float32)() + 4, make.normal(1, 64, 700, 3)()[..., :2]]
+            got = parts(*x)
+            with monkeypatch.context() as patch:
+                patch.setattr(ready, "key_of", lambda *a: None)
+                for n, (a, b) in enumerate(zip(got, parts(*x))):
+                    assert_same_bits(f"result {n}", a, b)
+    assert backend == "cupy" or len(repeated) >= 8 and all(repeated)  # Triton's attention and gates at least: the first call takes the long way, the second is noted
+
+
 def test_cupy_arrays_need_no_torch(tmp_path):
     pytest.importorskip("cupy")
     tests, path = Path(__file__).resolve().parent, tmp_path / "answers.npz"

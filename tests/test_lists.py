@@ -139,13 +139,14 @@ BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", 
 
 
 @pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in BACKWARD])
-@pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each"])
+@pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each", "a list for each of a group"])
 @pytest.mark.parametrize("ends", [True, False])
 def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     """Rows at no multiple of 16 bytes, queries before the lists' first, keys that nobody sees are NaN, a device length of 0; the same bits twice."""
-    options, config = STYLES[style], dict(BACKWARD[variant])
+    options, config, grouped = STYLES[style.removesuffix(" of a group")], dict(BACKWARD[variant]), style.endswith("group")
     B, T, S, D, Dv = 3, 203, 330, config.pop("width", 72), 40
-    Hq, Hk = (4, 4) if options.get("each") else (4, 2)
+    Hq, Hk = (4, 4) if options.get("each") and not grouped else (4, 2)
+    by = "triton.block_attention_backward_gluon.launch" if grouped and backend == "triton" and config["path"] != "portable" else BACKWARD_ENTRIES[variant]  # heads of a group that go by lists of their own add to dQ in orders of their own
     L, p0 = (3, 0) if options.get("each") else (1, options["p0"])
     list_of = rng.integers(0, L, (B, Hq)) if options.get("each") else np.zeros((1, 1), int)
     mask = masks(style, L, T, S, rng)
@@ -161,7 +162,7 @@ def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     truths, measures = oracle.attention_gradients(q, k, v, count, dout, **how), plain.attention_gradients(q, k, v, count, dout, **how)
     k[~seen] = v[~seen] = np.nan
     args = (q, k, v, lists, lse.astype(np.float32), (out * dout.astype(float)).sum(-1).astype(np.float32), dout)
-    twice = [Kernels(on).run("block_attention_backward", *args, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config, by=BACKWARD_ENTRIES[variant],
+    twice = [Kernels(on).run("block_attention_backward", *args, dims=dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config, by=by,
                              scale=D ** -0.5, kv_length=lengths if ends else None, q_start=p0, features=["interval", "bitmap", "lse"] + ["kv_length"] * ends) for _ in range(2)]
     for name, got, again, truth, measure in zip(("dq", "dk", "dv"), *twice, truths, measures):
         assert_close(name, got, truth, measure, reduction=S + T * Hq // Hk + D)

@@ -94,10 +94,27 @@ def test_what_is_allocated_besides_the_answer_is_one_piece_of_memory():
     assert second[2] == third[1] == first[2] + 256 and made.size == 512
 
 
+def test_views_and_tuples_of_addresses_are_told_anew():
+    """A view that begins where one known array alone does is that array's; pointers may come as a tuple."""
+    both = lambda stream, pair, x, size: (launches.append((stream, pair, x, size)), ctypes.memmove(pair[1], pair[0], size))  # noqa: E731
+
+    def run(place, q, k, v):
+        out, own = place.empty(q.shape, "float32"), place.empty((2, 8), "float32")
+        held.extend((out, own))
+        place.noted(copy)(place.stream, place.address(v.view(4, 4)[:2]), place.address(own.view(16)), 64)
+        place.noted(both)(place.stream, (place.address(own), place.address(out)), place.address(q.view(4, 4)), 64)
+        return out
+    made = record(run, *three())
+    q, k, v = three(1)
+    assert torch.equal(made(5, q, k, v, None, None)[0], v) and launches[-1][2] == q.data_ptr()
+    x = torch.randn(16)
+    assert record(run, x, x.clone(), x) is None  # q's or v's?
+
+
 HIDDEN = {
     "counted on": lambda *a: copied(*a, move=lambda place, x: place.address(x) + 4), "behind the place's back": lambda *a: copied(*a, move=lambda place, x: x.data_ptr()),
     "of another tensor": lambda *a: copied(*a, move=lambda place, x: place.address(x.clone())), "bytes": lambda *a: copied(*a, b"a tensor map"), "a tensor": lambda *a: copied(*a, torch.zeros(1)),
-    "inside a tuple": lambda *a: copied(*a, (1, a[1].data_ptr())), "other work of the place": kept, "another result": lambda *a: copied(*a).clone(), "nothing": lambda place, q, k, v: place.empty(q.shape, "float32"),
+    "inside a view": lambda *a: copied(*a, move=lambda place, x: place.address(x[4:])), "inside a tuple": lambda *a: copied(*a, (1, a[1].data_ptr())), "other work of the place": kept, "another result": lambda *a: copied(*a).clone(), "nothing": lambda place, q, k, v: place.empty(q.shape, "float32"),
 }
 
 

@@ -5,8 +5,8 @@ lse is the logsumexp of all that stood in the denominator (sink included), delta
 P = exp(s - lse), dS = P (dO . v - delta) d(softcap), dQ = scale dS k, dK = scale dS^T q, dV = P^T dO. Each sum is one program's, in one order: head after
 head of the group, partial blocks before full ones; twice the same call gives the same bits. Keys that nobody sees get 0; if they hold NaN it goes nowhere.
 
-Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type, lists that differ within
-a group of heads, arrays that the copy engine cannot address) take the portable one with the same blocks.
+Two paths are for sm_90a (block_attention_backward_gluon.py; layouts of several parts, or in an order, block_backward_parts.py). Calls that they do not know (other orders, softcaps, scales that are not positive, outputs of another type,
+arrays that the copy engine cannot address) take the portable one with the same blocks; where lists differ within a group of heads gluon_ordered is gluon.
 """
 from functools import lru_cache
 
@@ -187,7 +187,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         from sparsetile.backends.triton import block_attention_backward_gluon
         if block_attention_backward_gluon.takes(q, k, v, dout, lists, scale, softcap, kind):
             where = dict(kv_length=kv_length, q_start=q_start)
-            if config["path"] == "gluon":
+            if config["path"] == "gluon" or not block_attention_backward_gluon.shares_lists(q, k, lists):
                 block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **where)
             else:
                 block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)

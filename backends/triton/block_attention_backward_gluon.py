@@ -19,7 +19,7 @@ from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power
 from sparsetile.backends.triton.maps import can_map
 
-__all__ = ["artifacts", "launch", "launch_ordered", "resources", "takes"]
+__all__ = ["artifacts", "launch", "launch_ordered", "resources", "shares_lists", "takes"]
 
 
 @lru_cache(1024)
@@ -52,9 +52,13 @@ def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: f
 
 
 def takes(q, k, v, dout, lists, scale: float, softcap, out_kind: str) -> bool:
-    """Whether this call is one for `launch`: no orders, no softcap, a positive scale, gradients of q's type, one list for the heads of a group, arrays as the copy engine addresses them."""
-    return (lists.q_order is None and lists.k_order is None and softcap is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:]
-            and (lists.list_of.shape[1] == 1 or q.shape[1] == k.shape[1]) and all(map(can_map, (q, k, v, dout))))
+    """Whether this call is one for `launch`: no orders, no softcap, a positive scale, gradients of q's type, arrays as the copy engine addresses them."""
+    return lists.q_order is None and lists.k_order is None and softcap is None and 1e-30 < scale < 1e38 and out_kind == str(q.dtype)[6:] and all(map(can_map, (q, k, v, dout)))
+
+
+def shares_lists(q, k, lists) -> bool:
+    """Whether the heads of a group have one list: only those add to dQ in one order of key blocks."""
+    return lists.list_of.shape[1] == 1 or q.shape[1] == k.shape[1]
 
 
 def artifacts(problem, path: str) -> list[dict]:
@@ -79,8 +83,8 @@ def artifacts(problem, path: str) -> list[dict]:
 
     def words(*names, tables=("intervals", "bitmaps")):
         return {name: "*i32" for name in (*names, *tables, "list_of", *positions)}
-    if path == "gluon":
-        made = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length)
+    if path == "gluon" or has("per_head") and problem["Hq"] != problem["Hk"]:
+        made = constants(D, DV, *tables, has("kv_length") or problem["S"] % KEYS.value != 0, edge_q, from_length, has("per_head"))
         sums, turned = dict(sums="*fp32") if has("global") else {}, ["words", "quarters"] if any(tables) else []
         lists, more = ("offsets", "kinds", "schedule", "ticket"), ("ahead", "sections")
         found = [artifact(queries_gluon, made["queries_gluon"], dict(dq=pointer) | rows | sums | words(*lists, "cols", *turned[1:]), (*integers, "Hq", *more),
@@ -88,7 +92,7 @@ def artifacts(problem, path: str) -> list[dict]:
                  artifact(keys_gluon, made["keys_gluon"], dict(dk=pointer, dv=pointer) | rows | sums | words(*lists, "entries", *turned, tables=()), (*integers, "Hk", "nk", *more),
                           maps=lambda made: inputs(made, 64) | halves("dk_map", 3, 64, made) | dict(dv_map=mapped(3, 64, made["V0"])))]
         if turned:
-            found.append(artifact(turn_kinds, made["turn_kinds"], {name: "*i32" for name in ("intervals", "bitmaps", *turned)}, ("n_intervals",), ()))
+            found.append(artifact(turn_kinds, made["turn_kinds"], {name: "*i32" for name in ("intervals", "bitmaps", *turned)}, ("n_intervals", "n"), ()))
         if sums:
             of_joins = {name: "*i32" for name in ("list_of", "schedule")}
             found.append(artifact(join_queries, made["join_queries"], sums | dict(dq=pointer) | of_joins,

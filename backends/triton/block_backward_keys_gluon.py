@@ -1,4 +1,5 @@
-"""Path "gluon" of block_attention_backward, keys: dK and dV. An item is a block of 128 keys of a key head; the queries that see it pass by, 64 a step, head after head of the group.
+"""Path "gluon" of block_attention_backward, keys: dK and dV. An item is a block of 128 keys of a key head; the queries that see it pass by, 64 a step, head after head of the group, whose heads
+share a list or have one each (OWN).
 
 A persistent block of threads has four roles: `take` draws items, `bring_steps` loads, through the copy engine where it can, the next item's keys ahead, and two groups of
 `multiply_keys` hold 64 keys each. What a step is comes with it: steps whose queries see no key of the block are left out, a group passes over those that see none of its own, and only
@@ -21,18 +22,30 @@ READERS = gl.constexpr(3)  # of an item: loading, two groups
 @gluon.jit
 def open_block(number, lists, at, order, Hk, T, S, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr):
     """An item as eight integers: key head (batch * Hk + head), block, first entry, how many are full, how many there are, what lies between, keys that exist, query of row 0 of query tile 0.
-    Of a section of a far longer block: -1 - its number in place of the keys that exist."""
-    offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule = lists
+    Of a section of a far longer block: -1 - its number in place of the keys that exist. With a list for each head of the group they speak of the first one's, but all entries are counted."""
+    entries, offsets, list_of, slb, slh, first, nq, nk, group, schedule, OWN = lists
     item, n, slot = cut(number, order)
     head, block = drawn(item, (order[0], order[1], order[2], order[3]))
     b = head // Hk
-    which = gl.load(list_of + b * slb + (head - b * Hk) * group * slh)
+    h = (head - b * Hk) * group
     if schedule is not None:
-        block = gl.load(schedule + which * nk + block)
+        block = gl.load(schedule + gl.load(list_of + b * slb + h * slh) * nk + block)
     limit, start = place_of(b, T, S, at, FROM_LENGTH)
-    a, e, m, c = queries_of(gl.where(block * KEYS < limit, block, nk), which, offsets, entries, start, T, first, nq, nk, ROWS, EDGE)
-    a, full, count, gap, _ = section_of(a, e - a, e - a + c - m, m - e, n, gl.where(slot >= 0, order[4], 1))
+    listed = gl.where(block * KEYS < limit, block, nk)
+    a, full, count, gap = list_of_head(listed, b, h, lists, start, T, EDGE)
+    a, full, count, gap, _ = section_of(a, full, count, gap, n, gl.where(slot >= 0, order[4], 1))
+    if OWN:
+        for member in range(1, group):
+            count += list_of_head(listed, b, h + member, lists, start, T, EDGE)[2]
     return head, block, a, full, count, gap, gl.where(slot >= 0, -1 - slot, limit), first * ROWS - start
+
+
+@gluon.jit
+def list_of_head(block, b, h, lists, start, T, EDGE: gl.constexpr):
+    """Of a block's entries in the list of query head h: the first, how many are full, how many there are, what lies between."""
+    entries, offsets, list_of, slb, slh, first, nq, nk, group, schedule, OWN = lists
+    a, e, m, c = queries_of(block, gl.load(list_of + b * slb + h * slh), offsets, entries, start, T, first, nq, nk, ROWS, EDGE)
+    return a, e - a, e - a + c - m, m - e
 
 
 @gluon.jit
@@ -56,12 +69,13 @@ def known_rows(lse, delta, line, t, T):
 
 
 @gluon.jit
-def bring_steps(maps, lse, delta, entries, kinds, quarters, Hk, group, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-                MASKS: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+def bring_steps(maps, lse, delta, lists, kinds, quarters, Hk, T, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+                MASKS: gl.constexpr, EDGE: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """Keys and values of an item, into one of so many BUFFERS, then queries, dout and what is known of their rows, 64 a step. With each step come its first row and a word: bits 0
     and 1 say which groups of keys are seen, 2 and 3 which entirely, 4 that it is the item's last (never left out), 5 which half of the tile it is, 6 in which buffer its keys are, and
     from bit 8 on stands the kind."""
     q0, q1, dout, k0, k1, v = maps
+    entries, group, OWN = lists[0], lists[8], lists[10]
     sq0, sq1, sg, sk0, sk1, sv = memory
     sl, sd, sr, sf = rows
     k_full, k_free = k_bars
@@ -79,24 +93,28 @@ def bring_steps(maps, lse, delta, entries, kinds, quarters, Hk, group, T, D0: gl
             mbarrier.wait(k_free.index(u), ((j // BUFFERS) & 1) ^ 1)
             bring_block((k0, k1, v), [b, hk, block * KEYS, 0], k_full.index(u), (sk0, sk1, sv), u, D0, D1, V0)
             j += 1
+            left = count if OWN else count * group
             for m in range(group):
                 h = hk * group + m
                 line = (head * group + m).to(gl.int64) * T
+                if OWN:
+                    first, full, count, gap = list_of_head(gl.where(block * KEYS < limit, block, lists[7]), b, h, lists, lists[5] * ROWS - row0, T, EDGE)
                 entry = first + gl.where(full == 0, gap, 0)
                 its_entry = entry
                 t0 = row0 + gl.load(entries + entry) * ROWS
-                kind = gl.load(kinds + entry)
+                kind = gl.load(kinds + entry, mask=count > 0, other=-1)
                 seen = 255
                 if MASKS:
                     seen = gl.load(quarters + kind, mask=kind >= 0, other=255)
                 for e in range(count):
+                    left -= 1
                     entry = its_entry
                     its_entry = first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0)
                     following = gl.load(entries + its_entry)
                     its_kind = gl.load(kinds + its_entry)
                     for half in gl.static_range(2):
                         t = t0 + STEP * half
-                        last = gl.where((m == group - 1) & (e == count - 1) & (half == 1), 16, 0)
+                        last = gl.where((left == 0) & (half == 1), 16, 0)
                         some = gl.where((t > -STEP) & (t < T), (seen >> (2 * half)) & 3, 0)
                         if (some | last) > 0:
                             s = n % STAGES
@@ -127,7 +145,7 @@ def _words(words, kind, partial, key, flags, t, T, MASKS: gl.constexpr):
     low = key_word(-1, -t, T - t, key, 0, None, False)
     high = key_word(-1, -t, T - t, key, 1, None, False)
     if MASKS:
-        at = words + kind.to(gl.int64) * (4 * KEYS) + key * 4 + ((flags >> 4) & 2)
+        at = words + kind.to(gl.int64) * MASKS + key * 4 + ((flags >> 4) & 2)
         ok = partial & (kind >= 0)
         low &= gl.load(at, mask=ok, other=-1).to(gl.uint32, bitcast=True)
         high &= gl.load(at + 1, mask=ok, other=-1).to(gl.uint32, bitcast=True)
@@ -261,9 +279,10 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
 @gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hk", "group", "T", "S", "first", "nq", "nk", "tiles", "ahead", "sections", "items", "q_start"])
 def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, sums, lse, delta, offsets, entries, kinds, words, quarters, list_of, schedule, kv_length, q_starts, ticket,
                slb, slh, heads, Hk, group, T, S, first, nq, nk, tiles, ahead, sections, items, q_start, scale,
-               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, MASKS: gl.constexpr, EDGE: gl.constexpr,
+               D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, MASKS: gl.constexpr, OWN: gl.constexpr, EDGE: gl.constexpr,
                FROM_LENGTH: gl.constexpr):
-    """q0 .. dv_map: tensor maps, 64 rows each; those of columns 128 on None where D is at most that. offsets, entries, kinds: the lists by key. words, quarters: turn_kinds.
+    """q0 .. dv_map: tensor maps, 64 rows each; those of columns 128 on None where D is at most that. offsets, entries, kinds: the lists by key. words, quarters: turn_kinds, MASKS words from one
+    kind to the next, 0: no kinds. OWN: heads of a group have lists of their own.
     sums: of sections, float32 [section, 128 keys, D0 + D1 + V0], or None where nothing is cut."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -293,12 +312,12 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, sums, 
     memory = (sq0, sq1, sg, sk0, sk1, sv)
     rows = (sl, sd, sr, sf)
     q_bars = (q_full, q_free)
-    lists = (offsets, entries, list_of, slb, slh, first, nq, nk, group, schedule)
+    lists = (entries, offsets, list_of, slb, slh, first, nq, nk, group, schedule, OWN)
     gl.warp_specialize([
         (multiply_keys, (0, (dk_map0, dk_map1), dv_map, dk, dv, sums, words, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, MASKS,
                          queue, memory, rows, k_bars, (q_full, q_free, turn0, turn1))),
         (multiply_keys, (1, (dk_map0, dk_map1), dv_map, dk, dv, sums, words, T, S, scale, D, DV, D0, D1, V0, STAGES, BUFFERS, MASKS,
                          queue, memory, rows, k_bars, (q_full, q_free, turn1, turn0))),
-        (bring_steps, ((q0, q1, dout, k0, k1, v), lse, delta, entries, kinds, quarters, Hk, group, T, D0, D1, V0, STAGES, BUFFERS, MASKS, queue, memory, rows, k_bars, q_bars)),
+        (bring_steps, ((q0, q1, dout, k0, k1, v), lse, delta, lists, kinds, quarters, Hk, T, D0, D1, V0, STAGES, BUFFERS, MASKS, EDGE, queue, memory, rows, k_bars, q_bars)),
         (take, (gl.constexpr(open_block), ticket, items, lists, (q_start, q_starts, kv_length), (heads, tiles, ahead, 1, sections), Hk, T, S, EDGE, FROM_LENGTH, queue, False)),
     ], [4, 1, 1], [240, 24, 24])

@@ -2,25 +2,75 @@
 import triton
 import triton.language as tl
 
-from sparsetile.backends.triton.tiles import place_of, seen_by_key
+from sparsetile.backends.triton.tiles import place_of
 
 
-@triton.jit(do_not_specialize=["n_intervals"])
-def turn_kinds(intervals, bitmaps, words, quarters, n_intervals, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
-    """Of one kind of partial blocks, 128 queries x 128 keys: words [kinds, keys, 4], which queries see a key, 32 a word; quarters [kinds], 64 x 64 each: bit 2 i + j says that some of
-    the queries 64 i .. see some of the keys 64 j .., bit 4 + 2 i + j that all see all."""
-    x = tl.program_id(0)
-    kind = tl.where(x < n_intervals, 2 * x, 2 * (x - n_intervals) + 1)
-    bits = tl.reshape(seen_by_key(kind, intervals, bitmaps, 128, 128, INTERVALS, BITMAPS).to(tl.int32), [128, 4, 32]) << tl.arange(0, 32)[None, None, :]
-    word = tl.sum(bits, 2)
-    c = tl.arange(0, 128)
-    n = tl.arange(0, 4)
-    tl.store(words + kind.to(tl.int64) * 512 + c[:, None] * 4 + n[None, :], word)
-    some = tl.max(tl.max(tl.reshape((word != 0).to(tl.int32), [2, 64, 2, 2]), 3), 1)
-    every = tl.min(tl.min(tl.reshape((word == -1).to(tl.int32), [2, 64, 2, 2]), 3), 1)
+TOGETHER = 8  # kinds that a program turns: sixteen lanes each
+
+
+@triton.jit
+def _below(n):
+    """A word whose bits below n are set."""
+    ones = tl.full(n.shape, -1, tl.int32).to(tl.uint32, bitcast=True)
+    return tl.where(n > 0, ones >> tl.minimum(tl.maximum(32 - n, 0), 31).to(tl.uint32), 0)
+
+
+@triton.jit
+def _exchanged(rows, J: tl.constexpr, LOW: tl.constexpr):
+    """Of words of 32 bits: bits with J in the one of rows r and bits without in the one of r + J change places; LOW: the bits without."""
+    made = ()
+    for r in tl.static_range(32):
+        if r & J == 0:
+            made = made + ((rows[r] & LOW) | ((rows[r + J] & LOW) << J),)
+        else:
+            made = made + (((rows[r - J] >> J) & LOW) | (rows[r] & (LOW << J)),)
+    return made
+
+
+@triton.jit(do_not_specialize=["n_intervals", "n"])
+def turn_kinds(intervals, bitmaps, words, quarters, n_intervals, n, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EACH: tl.constexpr, TOGETHER: tl.constexpr):
+    """Of n kinds of partial blocks, 128 queries x 128 keys: words [keys, 4] from EACH * kind on, which queries see a key, 32 a word; quarters [kinds], 64 x 64 each: bit 2 i + j says that some
+    of the queries 64 i .. see some of the keys 64 j .., bit 4 + 2 i + j that all see all. A lane turns 32 queries x 32 keys in its registers. Words of a kind without pairs are not written."""
+    lane = tl.arange(0, 16 * TOGETHER)
+    x = tl.program_id(0) * TOGETHER + lane // 16
+    i = lane // 4 % 4
+    w = lane % 4
+    there = x < n
+    ruled = x < n_intervals
+    kind = tl.where(ruled, 2 * x, 2 * (x - n_intervals) + 1)
+    rows = ()
+    some = tl.zeros([16 * TOGETHER], tl.uint32)
+    every = tl.full([16 * TOGETHER], 0xFFFFFFFF, tl.uint32)
+    for r in tl.static_range(32):
+        word = tl.zeros([16 * TOGETHER], tl.uint32)
+        if INTERVALS:
+            at = intervals + x.to(tl.int64) * 256 + (i * 32 + r) * 2
+            lo = tl.load(at, mask=ruled, other=0) - 32 * w
+            hi = tl.load(at + 1, mask=ruled, other=0) - 32 * w
+            word = _below(tl.maximum(lo, hi)) ^ _below(lo)
+        if BITMAPS:
+            word |= tl.load(bitmaps + (x - n_intervals).to(tl.int64) * 512 + (i * 32 + r) * 4 + w, mask=there & (ruled == 0), other=0).to(tl.uint32, bitcast=True)
+        some |= word
+        every &= word
+        rows = rows + (word,)
+    rows = _exchanged(rows, 16, 0x0000FFFF)
+    rows = _exchanged(rows, 8, 0x00FF00FF)
+    rows = _exchanged(rows, 4, 0x0F0F0F0F)
+    rows = _exchanged(rows, 2, 0x33333333)
+    rows = _exchanged(rows, 1, 0x55555555)
+    some = tl.reshape((some != 0).to(tl.int32), [TOGETHER, 2, 2, 2, 2])
+    every = tl.reshape((every == 0xFFFFFFFF).to(tl.int32), [TOGETHER, 2, 2, 2, 2])
+    some = tl.max(tl.max(some, 4), 2)
+    every = tl.min(tl.min(every, 4), 2)
     h = tl.arange(0, 2)
-    place = h[:, None] + 2 * h[None, :]
-    tl.store(quarters + kind, tl.sum(tl.sum((some << place) | (every << (place + 4)), 1), 0))
+    place = (2 * h[:, None] + h[None, :])[None, :, :]
+    bits = tl.sum(tl.sum((some << place) | (every << (place + 4)), 2), 1)
+    own = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    tl.store(quarters + tl.where(own < n_intervals, 2 * own, 2 * (own - n_intervals) + 1), bits, mask=own < n)
+    pairs = tl.reshape(tl.broadcast_to((bits != 0)[:, None], [TOGETHER, 16]), [16 * TOGETHER]) & there
+    to = words + kind.to(tl.int64) * EACH + w * 128 + i
+    for c in tl.static_range(32):
+        tl.store(to + 4 * c, rows[c].to(tl.int32, bitcast=True), mask=pairs)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.block_backward_keys_gluon import keys_gluon
-from sparsetile.backends.triton.block_backward_kinds import join_keys, join_queries, turn_kinds
+from sparsetile.backends.triton.block_backward_kinds import TOGETHER, join_keys, join_queries, turn_kinds
 from sparsetile.backends.triton.block_backward_queries_gluon import queries_gluon
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS
 from sparsetile.backends.triton.gluon_maps import Map
@@ -23,13 +23,14 @@ def widths(D: int, DV: int) -> dict:
 
 
 @lru_cache(1024)
-def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edge_q=False, from_length=False) -> dict:
-    """Of each kernel by its name. edge_k: some keys of a block may not exist; edge_q: some queries of a tile.
+def constants(D: int, DV: int, intervals=False, bitmaps=False, edge_k=False, edge_q=False, from_length=False, own=False) -> dict:
+    """Of each kernel by its name. edge_k: some keys of a block may not exist; edge_q: some queries of a tile; own: heads of a group have lists of their own.
     Keys of a step of dQ: 64, of which more are under way (Longformer 1.33 -> 1.19 ms, random blocks 3.60 -> 3.52), but at D 64 such a step has too little to do (1.49 -> 1.72)."""
     w, tables, place, gluon = widths(D, DV), dict(INTERVALS=intervals, BITMAPS=bitmaps), dict(FROM_LENGTH=from_length), dict(num_warps=4, enable_fp_fusion=False)
-    halves = dict(D=D, D0=w["D0"], D1=w["D1"])
+    halves, each = dict(D=D, D0=w["D0"], D1=w["D1"]), 512 if intervals and bitmaps else 256 if intervals or bitmaps else 0  # kinds of one table alone are every second number
     made = dict(queries_gluon=dict(D=D, **w, STEP=128 if D <= 64 else 64, EDGE=edge_k, **tables, **place, **gluon),
-                keys_gluon=dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, MASKS=intervals or bitmaps, EDGE=edge_q, **place, **gluon), turn_kinds=dict(**tables, num_warps=8),
+                keys_gluon=dict(D=D, DV=DV, **w, STAGES=KEY_STAGES, MASKS=each, OWN=own, EDGE=edge_q, **place, **gluon),
+                turn_kinds=dict(**tables, EACH=each, TOGETHER=TOGETHER, num_warps=TOGETHER // 2),
                 join_queries=dict(**halves, R=16, num_warps=4), join_keys=dict(D=D, DV=DV, **w, **place, R=16, num_warps=4))
     return {name: relaunch.Constants(values) for name, values in made.items()}
 
@@ -54,7 +55,8 @@ class Call:
         self.group, self.sms, (host, starts) = self.Hq // self.Hk, max(place.sms, 1), known_start(q_start)
         (self.tiles, covers, _), self.key_tiles = covered(self.T, ROWS.value, host, lists.first, lists.nq), -(-self.S // KEYS.value)
         exact = covers and host % ROWS.value == 0 and self.T % ROWS.value == 0
-        self.made = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > self.S, not exact, q_start is None)
+        self.own = lists.list_of.shape[1] > 1 and self.group > 1
+        self.made = constants(D, DV, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > self.S, not exact, q_start is None, self.own)
         self.D0, self.D1, self.V0 = (self.made["queries_gluon"][name] for name in ("D0", "D1", "V0"))
         self.order, self.order_by_key = schedule(lists) if covers else None, schedule(lists, True) if self.key_tiles == lists.nk else None
         self.far, self.far_by_key = (lists.far_longer(name)[0] if order is not None else 0 for name, order in (("offsets", self.order), ("by_key_offsets", self.order_by_key)))
@@ -73,9 +75,10 @@ class Call:
         lists = self.lists
         self.words = self.quarters = None
         if lists.has_intervals or lists.has_bitmaps:
-            intervals, bitmaps = (0 if table is None else table.shape[0] for table in (lists.intervals, lists.bitmaps))
-            self.words, self.quarters = (self.place.empty((2 * max(intervals, bitmaps), n), "int32") for n in (512, 1))
-            self.launch(turn_kinds, intervals + bitmaps, (lists.intervals, lists.bitmaps, self.words, self.quarters), (intervals,))
+            intervals, bitmaps = lists.intervals.shape[0] if lists.has_intervals else 0, lists.bitmaps.shape[0] if lists.has_bitmaps else 0
+            numbers, each = 2 * max(intervals, bitmaps), self.made["turn_kinds"]["EACH"]
+            self.words, self.quarters = self.place.empty((numbers * each + 512 - each,), "int32"), self.place.empty((numbers,), "int32")
+            self.launch(turn_kinds, -(-(intervals + bitmaps) // TOGETHER), (lists.intervals, lists.bitmaps, self.words, self.quarters), (intervals, intervals + bitmaps))
 
 
 def flat(x):
@@ -103,7 +106,8 @@ def by_queries(c: Call, dq, ticket):
 
 
 def by_keys(c: Call, dk, dv, ticket):
-    lists, heads, sections = c.lists, c.B * c.Hk, sections_of(c.lists, "by_key_offsets", c.B * c.Hk, c.far_by_key, c.sms)
+    lists, heads = c.lists, c.B * c.Hk
+    sections = 1 if c.own else sections_of(lists, "by_key_offsets", heads, c.far_by_key, c.sms)  # a section is one list's
     sums = c.place.empty((heads * c.far_by_key * sections, KEYS.value, c.D0 + c.D1 + c.V0), "float32") if sections > 1 else None
     items = heads * (c.key_tiles + c.far_by_key * (sections - 1))
     c.launch(keys_gluon, min(items, c.sms),

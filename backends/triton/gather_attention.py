@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton import gather_blocks
+from sparsetile.backends.triton import gather_blocks, relaunch
 from sparsetile.backends.triton.gluon_paths import lacking
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
@@ -216,7 +216,7 @@ def _plan(sizes, config, scale, softcap, granularity, causal, shared_kv, from_le
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, rows=rows, granularity=granularity, causal=causal, shared_kv=shared_kv, negate=negate, cap=softcap is not None, from_length=from_length,
                      latent=latent, arch=arch)
-    return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), {**made, **options(config)}
+    return (made["SLICES"] * made["TILES"] * (Hq // rows) * T * B,), (size, inner, outer), relaunch.Constants(**made, **options(config))
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None,
@@ -243,8 +243,9 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
     grid, (size, inner, outer), constant = _plan((B, Hq, Hk, T, D, DV, G), tuple(config.items()), float(scale), None if softcap is None else float(softcap), granularity, bool(causal),
                                                  shared_kv, q_start is None, latent, place.arch)
-    forward[grid](q, k, v, out, lse, indices, lengths, kv_length, starts, sink_logits, *q.stride()[:3], *k.stride()[:3],
-                  *v.stride()[:3], Hq, Hk, G, T, S, K, host or 0, size, inner, outer, **constant)
+    pointers = q, k, v, out, lse, indices, lengths, kv_length, starts, sink_logits
+    numbers = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Hq, Hk, G, T, S, K, host or 0, size, inner, outer
+    relaunch.launch(forward, grid, place, pointers, numbers, constant, (q.dtype, k.dtype, out.dtype))
     return out, lse
 
 

@@ -9,12 +9,13 @@ A row with no more than top_k blocks is answered with all of them, unless scores
 """
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton import index_score, indexer_scores, select_few, select_rows
+from sparsetile.backends.triton import index_score, indexer_scores, relaunch, select_few, select_rows
 from sparsetile.backends.triton.indexer_topk import row_stride
 from sparsetile.backends.triton.select import kth_key, order_keys
 
@@ -128,16 +129,18 @@ def row_artifact(blocks, top_k, scores):
     """For the paper's blocks."""
     arrays = {"shares": "*fp32", "key_ends": "*i32", "block_ends": "*i32", "out": "*i32", "lengths": "*i32", "values": "*fp32"}
     numbers = ("T", "T_all", "k", "force_first", "force_last", "in_b", "in_t")
-    constexprs, options = row_constants(blocks, top_k, 4, 2, not scores)
+    constexprs = dict(row_constants(blocks, top_k, 4, 2, not scores))
+    options = dict(num_warps=constexprs.pop("num_warps"))
     if not scores:
         arrays.pop("values")
         constexprs["values"] = None
     return {"fn": choose_row, "signature": {**arrays, **{name: "i32" for name in numbers}}, "constexprs": constexprs, "options": options, "div16": tuple(arrays) + ("in_b", "in_t")}
 
 
-def row_constants(blocks, top_k, step, reach, everything) -> tuple[dict, dict]:
+@lru_cache(1024)
+def row_constants(blocks, top_k, step, reach, everything) -> relaunch.Constants:
     held = triton.next_power_of_2(max(blocks, top_k, 32))
-    return dict(STEP=step, REACH=reach, BLOCKS=held, ALL=everything), dict(num_warps=max(1, held // 1024))
+    return relaunch.Constants(STEP=step, REACH=reach, BLOCKS=held, ALL=everything, num_warps=max(1, held // 1024))
 
 
 def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, step, scale, force_first=0, force_last=0, return_scores=False):
@@ -145,7 +148,7 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
     indices, lengths = place.empty((B, Hk, T, top_k), "int32"), place.empty((B, Hk, T), "int32")
     values = place.empty((B, Hk, T, top_k), "float32") if return_scores else None
     rows, log2e = B * Hk, math.log2(math.e)
-    q, k, weights = q.reshape(rows, Hq // Hk, T, D), k.reshape(rows, C, D), index_score.near_heads(lse.reshape(rows, Hq // Hk, T) * log2e)
+    q, k, lse = q.reshape(rows, Hq // Hk, T, D), k.reshape(rows, C, D), lse.view(rows, Hq // Hk, T)
     key_end, block_end = key_end.view(rows, T), block_end.view(rows, T)
     answer = [None if x is None else x.view(rows, *x.shape[2:]) for x in (indices, lengths, values)]
     at_once = min(rows * T, rows_at_once(C, blocks, config["scratch_mb"]))
@@ -153,21 +156,21 @@ def run(q, k, lse, top_k, *, place, config, key_end, block_end, blocks, reach, s
     by_row = config["path"] == "row"
     shares, sums = (place.empty((n,), "float32") for n in (batches * queries * row_stride(C), 0 if by_row else batches * queries * row_stride(blocks)))
     kept = None if by_row or values is None and select_few.serves(blocks, top_k) else select_rows.buffers(batches * queries, place, config)
-    constants, options = row_constants(blocks, top_k, step, reach, not return_scores)
+    constants = row_constants(blocks, top_k, step, reach, not return_scores)
     for b in range(0, rows, batches):
         for t in range(0, T, queries):
             part = slice(b, min(rows, b + batches)), slice(t, min(T, t + queries))
             shape = part[0].stop - b, part[1].stop - t
             programs = shape[0] * shape[1]
             given, into = shares[:programs * row_stride(C)].view(*shape, row_stride(C)), [None if x is None else x[part] for x in answer]
-            index_score.score(q[part[0], :, part[1]], k[part[0]], weights[part[0], :, part[1]], given, place=place, queries=config["queries"], stages=config["stages"],
+            index_score.score(q[part[0], :, part[1]], k[part[0]], lse[part[0], :, part[1]], given, place=place, queries=config["queries"], stages=config["stages"],
                               T_all=T, ends=key_end[part], causal=False, activation="share", factor=scale * log2e, fill=False)
             if by_row:
-                choose_row[(programs,)](given, key_end[part], block_end[part], *into, shape[1], T, top_k, force_first, force_last, *given.stride()[:2], **constants, **options)
+                relaunch.launch(choose_row, (programs,), place, (given, key_end[part], block_end[part], *into), (shape[1], T, top_k, force_first, force_last, *given.stride()[:2]), constants)
                 continue
             found = sums[:programs * row_stride(blocks)].view(*shape, row_stride(blocks))
-            sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))](given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
-                                                                         *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
+            place.noted(sum_blocks[(programs, min(64, triton.cdiv(blocks, BLOCKS)))])(given, key_end[part], found, shape[1], T, blocks, reach, step, *given.stride()[:2],
+                                                                                      *found.stride()[:2], BLOCKS=BLOCKS, num_warps=4)
             select_rows.select_rows(found, top_k, *into, place=place, config=config, T_all=T, ends=block_end[part], width=blocks, force_first=force_first, force_last=force_last,
                                     everything=not return_scores, scratch=kept)
     return indices, lengths, values

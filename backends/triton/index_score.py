@@ -8,10 +8,12 @@ Sixteen heads or more: keys stand on the rows of the product and one query's hea
 queries (decoding) fill the tensor cores as well as many. Fewer heads: a tile of queries by keys for one head after the other.
 With a table [B,pages] int32, k [N,page,D] and k_scale [N,page] are pages, k_b and scale_b apart (pages.py); what lies in no page scores -inf.
 """
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
-from sparsetile.backends.triton import pages
+from sparsetile.backends.triton import pages, relaunch
 from sparsetile.backends.triton.float8 import native, passed, pointer, product_dtype, widen
 
 
@@ -39,8 +41,8 @@ def key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL: 
 
 @triton.jit
 def weigh(product, weight, factor, ACT: tl.constexpr):
-    if ACT == "share":  # what a key got of the attention whose lse the weight is, both for base 2
-        return tl.exp2(product * factor - weight)
+    if ACT == "share":  # what a key got of the attention whose lse the weight is
+        return tl.exp2(product * factor - weight * 1.4426950408889634)
     if ACT == "relu":  # a NaN stays one. (x + |x|) * (w / 2) has fewer instructions and was slower: 849 TFLOP/s where this has 925
         product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return product * weight
@@ -262,26 +264,36 @@ def queries_per_program(kernel, constants, queries) -> int:
     return queries if kernel is score_by_heads else 32 if constants["DTYPE"] == tl.float32 else 64
 
 
+@lru_cache(1024)
+def _form(H, D, T, q_dtype, k_dtype, arch, activation, queries, stages, causal, fill, page) -> tuple:
+    """Which kernel, and its constants."""
+    kernel, constants, warps = plan(H, D, q_dtype, k_dtype, arch) if activation != "share" else share_plan(H, D, T, q_dtype, k_dtype, arch)
+    more = dict(BLOCK_T=queries_per_program(kernel, constants, queries))
+    if is_alone(kernel, constants, T):
+        kernel, more = score_alone, {}
+    return kernel, relaunch.Constants(PAGE=page, **constants, **more, ACT=activation, CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
+
+
 def score(q, k, weights, out, *, place, queries, stages, T_all, k_scale=None, starts=None, ends=None, q_starts=None, causal=True, position=0, activation="relu",
           fill=True, short=0, factor=None, table=None):
-    """Launch. activation "relu", None, or "share": the sum over heads of 2 ** (factor * q.k - weight). starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no query sees unwritten; rows with at most
-    `short` visible keys are not computed."""
+    """Launch. activation "relu", None, or "share": the sum over heads of 2 ** (factor * q.k - weight * log2(e)). starts and ends begin at the first query's element of arrays [B,T_all]. fill=False leaves what no
+    query sees unwritten; rows with at most `short` visible keys are not computed."""
     B, H, T, D = q.shape
     S, count, page = pages.sizes(table, k)
     if not B * T * S:
         return
     names = [str(x.dtype).removeprefix("torch.") for x in (q, k)]
-    kernel, constants, warps = plan(H, D, *names, place.arch) if activation != "share" else share_plan(H, D, T_all, *names, place.arch)
-    block = queries_per_program(kernel, constants, queries)
-    grid = (B * triton.cdiv(T, block) * triton.cdiv(S, constants["BLOCK_S"]),)
-    q, k, more = passed(q, place.arch), passed(k, place.arch), dict(BLOCK_T=block)
-    if is_alone(kernel, constants, T_all):
-        splits = max(1, min(4 * place.sms // (B * T), triton.cdiv(S, constants["BLOCK_S"])))
-        kernel, grid, more = score_alone, (B * T * splits,), dict(splits=splits)
-    kernel[grid](q, k, weights, k_scale, starts, ends, q_starts if causal else None, out, T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(),
-                 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor,
-                 table, None if table is None else table.stride(0), count, PAGE=page, **constants, **more, ACT=activation,
-                 CAUSAL=causal, FILL=fill, num_warps=warps, num_stages=stages)
+    kernel, made = _form(H, D, T_all, *names, place.arch, activation, queries, stages, causal, fill, page)
+    blocks, splits = triton.cdiv(S, made["BLOCK_S"]), ()
+    if kernel is score_alone:
+        splits = max(1, min(4 * place.sms // (B * T), blocks)),
+    programs = B * T * splits[0] if splits else B * triton.cdiv(T, made["BLOCK_T"]) * blocks
+    pointers = passed(q, place.arch), passed(k, place.arch), weights, k_scale, starts, ends, q_starts if causal else None, out
+    numbers = (T, T_all, S, *q.stride()[:3], *k.stride()[:2], *weights.stride(), 0 if k_scale is None else k_scale.stride(0), *out.stride()[:2], position, short, factor)
+    if table is None:
+        relaunch.launch(kernel, (programs,), place, pointers, (*numbers, None, None, count, *splits), made, tuple(None if x is None else x.dtype for x in pointers))
+    else:
+        place.noted(kernel[(programs,)])(*pointers, *numbers, table, table.stride(0), count, *splits, **made)
 
 
 def score_artifact(problem, *, queries, stages, fill, activation="relu") -> dict:

@@ -6,10 +6,13 @@ Two passes over the logsumexps (they are small): the largest and the sum first, 
 host's side of compilation (N is a constant): pointers of the parts come as a tuple. With weights N x [B,Hq,T,1], float32 or 16 bits, in the lses' place no lse is made:
 out is the sum of the parts, each times its weight.
 """
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources, Tunable
+from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.launch import FLOATS, POINTER, power
 
 TUNABLES = (Tunable("rows", (8, 16, 32, 64), "rows of a program"), Tunable("num_warps", (4, 8), "warps of a program"))
@@ -78,17 +81,22 @@ def run(outs, lses, *, place, config, sink_logits=None, out_dtype=None, weights=
     lses = lses if weights is None else weights
     rows = B * Hq * T
     if rows:
-        merge[(triton.cdiv(rows, config["rows"]),)](
-            tuple(outs), tuple(lses), sink_logits, out, lse, rows, T, Hq, tuple(tuple(x.stride()[:3]) for x in outs), tuple(tuple(x.stride()[:3]) for x in lses),
-            N=len(outs), DV=DV, ROWS=config["rows"], WIDTH=power(DV), num_warps=config["num_warps"])
+        relaunch.launch(merge, (triton.cdiv(rows, config["rows"]),), place, (tuple(outs), tuple(lses), sink_logits, out, lse),
+                        (rows, T, Hq, tuple(tuple(x.stride()[:3]) for x in outs), tuple(tuple(x.stride()[:3]) for x in lses)),
+                        constants(len(outs), DV, config["rows"], config["num_warps"]), (*(x.dtype for x in outs), *(x.dtype for x in lses), out.dtype))
     return out, lse
+
+
+@lru_cache(1024)
+def constants(N, DV, rows, num_warps) -> relaunch.Constants:
+    return relaunch.Constants(N=N, DV=DV, ROWS=rows, WIDTH=power(DV), num_warps=num_warps)
 
 
 def artifacts(problem, config):
     N, kind, weight = problem["N"], POINTER[problem.dtype("out", "float32")], POINTER[problem.dtype("weights", "float32")]
     signature = {"outs": (kind,) * N, "lses": (weight,) * N, "out": kind, "rows_total": "i32", "T": "i32", "Hq": "i32",
                  "out_strides": (("i32",) * 3,) * N, "lse_strides": (("i32",) * 3,) * N}
-    constants = dict(N=N, DV=problem["Dv"], ROWS=config["rows"], WIDTH=power(problem["Dv"]))
+    made = dict(N=N, DV=problem["Dv"], ROWS=config["rows"], WIDTH=power(problem["Dv"]))
     for name, there in (("lse", "weights" not in problem.features), ("sinks", "sink" in problem.features)):
-        signature, constants = (signature | {name: "*fp32"}, constants) if there else (signature, constants | {name: None})
-    return [dict(fn=merge, signature=signature, constexprs=constants, options=dict(num_warps=config["num_warps"]), div16=("out", "lse") if "lse" in signature else ("out",))]
+        signature, made = (signature | {name: "*fp32"}, made) if there else (signature, made | {name: None})
+    return [dict(fn=merge, signature=signature, constexprs=made, options=dict(num_warps=config["num_warps"]), div16=("out", "lse") if "lse" in signature else ("out",))]

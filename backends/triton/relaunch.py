@@ -31,17 +31,18 @@ def artifact(fn, constants: dict, arrays: dict, integers=(), floats=(), maps=Non
 
 
 def launch(fn, grid, place, pointers: tuple, numbers: tuple, constants: Constants, kinds=(), maps: tuple = ()) -> None:
-    """fn[grid](*maps, *pointers, *numbers, **constants). `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
+    """fn[grid](*maps, *pointers, *numbers, **constants); a pointer may be a tuple of them. `constants` and `kinds` decide the pointers' element types, and the blocks of `maps`, tensor descriptors."""
     address = place.address
-    addresses = [None if x is None else address(x) for x in pointers]
-    key = fn, place.device, tuple([None if x is None else x % 16 == 0 for x in addresses]), numbers, constants, kinds
+    addresses = [None if x is None else tuple(map(address, x)) if type(x) is tuple else address(x) for x in pointers]
+    key = fn, place.device, tuple([None if x is None else tuple([y % 16 == 0 for y in x]) if type(x) is tuple else x % 16 == 0 for x in addresses]), numbers, constants, kinds
     found = _compiled.get(key)
     if found is None:
         kernel = place.noted(fn[grid])(*maps, *pointers, *numbers, **constants)
         if _KNOWN and kernel is not None and place.device is not None:
             if len(_compiled) >= 4096:  # shapes come and go
                 _compiled.clear()
-            _compiled[key] = partial(again, kernel), [constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):]]
+            rest = (constants[name] for name in fn.arg_names[len(maps) + len(pointers) + len(numbers):])
+            _compiled[key] = partial(again, kernel), [x if isinstance(x, (int, float, str)) else None for x in rest]  # the kernel has them in it; what is left can stand on a tape
         return
     run, rest = found
     place.noted(run)(*grid, *(1,) * (3 - len(grid)), place.stream, *maps, *addresses, *numbers, *rest)
