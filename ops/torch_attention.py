@@ -98,9 +98,9 @@ def _rest(call):
 
 
 def attention(call):
-    """(out, lse) of a checked call, through the registered operator unless nobody would see it."""
+    """(out, lse) of a checked call, through the registered operator unless nobody would see it: on the CPU, where Python's part is not hidden behind a kernel."""
     start = None if isinstance(call.q_start, int) else call.q_start
-    if isinstance(call.rule, Pattern) and not call.scaled and call.out_dtype is None and plain(call.q, call.k, call.v, call.sink_logits, call.kv_length, start):
+    if call.device is None and isinstance(call.rule, Pattern) and not call.scaled and call.out_dtype is None and plain(call.q, call.k, call.v, call.sink_logits, call.kv_length, start):
         return _Straight.apply(call, call.q, call.k, call.v, call.sink_logits, call.kv_length, start)
     rest = _rest(call)
     if is_float8(call.k):
