@@ -40,7 +40,7 @@ def plan(rule, T, S):
 
 def boxed(axis, n):
     """[x, y] of the positions 0 .. n - 1 as the engine reads them: the tensor map's shape and strides over an array that holds its own positions."""
-    rest = -n % axis.step if axis.ragged else 0
+    rest = -n % axis.step if axis.ragged and axis.run > 1 else 0
     x = np.append(np.arange(n), np.full(rest, -1))[None, None, :, None] + np.zeros((1, 1, 1, 16), int)
     like = SimpleNamespace(shape=x.shape, ndim=4, stride=lambda: (16 * (n + rest), 16 * (n + rest), 16, 1), element_size=lambda: 2)
     made = gluon_parts.Boxes(like, axis, 16)
@@ -71,10 +71,10 @@ def met_by(made, T, S):
     """[T, S] how often a plan meets each pair; every row stands in one tile of each pass, and nothing that a row sees is cleared."""
     met = np.zeros((T, S), int)
     for one in made.passes:
-        queries, shape = boxed(one.rows, T)
+        queries = [boxed(axis, T) for axis in gluon_parts.ends(one.rows)]
         keys, covered = [boxed(axis, S) for axis in one.keys], np.zeros(T, int)
         for t, first, plain, count, x, y in one.items:
-            rows = box_at(queries, shape, x, y)
+            rows = box_at(*queries[-1 if x >= T % one.rows.step else 0], x, y)
             line = t + (one.rows.step if one.rows.run == 1 else 1) * np.arange(128)
             assert (np.where((line >= 0) & (line < T), line, -1) == rows).all() and (t >= 0 or one.before)
             covered[rows[rows >= 0]] += 1
