@@ -14,6 +14,7 @@ from sparsetile.ops.regions import Columns, Rows
 
 _TERMS = 24   # a rule of more terms stays in plain order
 _GAIN = 1.25  # parts are merged afterwards: they have to keep so many times fewer blocks
+_SIDE = 2     # classes side by side, which no copy engine addresses, have to keep so many times fewer blocks than classes in blocks of their own
 
 
 def is_fine(rule) -> bool:
@@ -39,7 +40,7 @@ def parts(rule, first_pos: int, last_pos: int, S: int, block_q: int, block_k: in
             if set(groups) == {("plain", None)} or key in tried:
                 continue
             tried.add(key)
-            made, kept, before = [], 0, []
+            made, kept, before, limit = [], 0, [], most if padded or best is None else most / _SIDE
             for (kind, what), group in groups.items():
                 mine = pt.union(pt.intersection(term) for term in group)
                 axes = _axes(kind, what, first_pos, last_pos, S, block_q, block_k, padded)
@@ -47,9 +48,9 @@ def parts(rule, first_pos: int, last_pos: int, S: int, block_q: int, block_k: in
                     made.append(build(mine & ~pt.union(before) if before else mine, *axes))
                     kept += int(made[-1].offsets[-1])
                 before.append(mine)
-                if kept >= most:
+                if kept >= limit:
                     break
-            if kept < most:
+            if kept < limit:
                 most, best = kept, tuple(part for part in made if part.offsets[-1]) or tuple(made[:1])
     return best
 

@@ -219,6 +219,12 @@ PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
     (128, Causal() & Strided(2), 400, 400, 1, 1, None),
     (192, Causal() & (Window(10) | Strided(8)), 1536, 1536, 1, 1, 1530),
     (192, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
+    (128, Causal() & (Window(10) | Strided(32)), 2048, 2048, 1, 1, None),  # classes of half a block
+]
+RAGGED_CASES = [  # forward only
+    (128, Causal() & (Window(10) | Strided(8)), 1251, 1251, 2, 1, None),
+    (128, Causal() & (Window(10) | Strided(8)), 1245, 1251, 1, 1, None),
+    (128, Causal() & Strided(2), 401, 401, 1, 1, None),
 ]
 
 
@@ -229,7 +235,7 @@ def parts_of(made, place):
                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
 
 
-@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES, ids=lambda x: str(x).replace(" ", ""))
+@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES + RAGGED_CASES, ids=lambda x: str(x).replace(" ", ""))
 def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
     """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before; in one launch where the keys that exist are known."""
     place = HopperPlace()
@@ -265,20 +271,24 @@ def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, r
     config = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, scratch=1)
     forward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     operands = tuple(map(place.put, (q, k, v)))
+    if any(axes.ends_within for part in parts if (axes := axes_of(part, S - T, T, S))):  # left to the portable path
+        lse, delta = (place.put(np.zeros((1, Hq, T), np.float32)) for _ in range(2))
+        assert block_attention_backward.run_parts(*operands, parts, lse, delta, operands[0], config=config, **at) is None
+        return
     judge(at_portable, lambda sink: block_attention.run_parts(*operands, parts, config=forward, sink_logits=place.put(sink), **at),
           lambda lse, delta, dout: block_attention_backward.run_parts(*operands, parts, lse, delta, dout, config=config, **at),
           q, k, v, count[None, None], scale=0.3, sink=SINK[:Hq], rng=rng)
 
 
 def test_parts_that_hopper_leaves():
-    """What the copy engine cannot address is None: ragged classes, positions known on the device only, rows of globals out of order."""
+    """What the copy engine cannot address is None: positions known on the device only, rows of globals out of order; ragged classes are said to be ragged."""
     rule = Causal() & (Window(10) | Strided(8))
     known = lambda part: dataclasses.replace(part, extras={name: getattr(part, name) for name in ("offsets", "q_order", "k_order") if getattr(part, name) is not None})  # noqa: E731
     plainly, classes = map(known, lower(rule, 0, 2048, 2048, 128, 128))
     assert axes_of(classes, 0, 2048, 2048).row_step == 8 and axes_of(plainly, 0, 2048, 2048).row_step == 1
     assert axes_of(classes, None, 2048, 2048) is None and axes_of(classes, 0, 2040, 2048) is None
     ragged = [axes_of(known(part), 0, 2047, 2047) for part in lower(rule, 0, 2047, 2047, 128, 128)]
-    assert None in ragged
+    assert [(at.ragged_rows, at.ragged_keys) for at in ragged] == [(False, False), (True, True)]
 
 
 def test_tiles_of_parts_follow_each_other():

@@ -19,6 +19,8 @@ CASES = [  # rule, T, S, passes, parts of the last one
     (Causal() & (Window(10) | Strided(8)), 2048, 2048, 2, 1),
     (Causal() & (Window(10) | Strided(8)), 1600, 2000, 2, 1),
     (Causal() & (Window(10) | Strided(8)), 2044, 2051, 2, 1),
+    (Causal() & (Window(10) | Strided(8)), 1251, 1251, 2, 1),
+    (Causal() & (Window(10) | Strided(32)), 2048, 2048, 2, 1),  # classes of half a block
     (Causal() & Fixed(32, 8), 640, 640, 1, 2),
     (Causal() & Fixed(32, 8), 653, 653, 1, 2),
     (Causal() & Fixed(32, 8), 600, 671, 1, 2),
@@ -40,7 +42,7 @@ def plan(rule, T, S):
 
 def boxed(axis, n):
     """[x, y] of the positions 0 .. n - 1 as the engine reads them: the tensor map's shape and strides over an array that holds its own positions."""
-    rest = -n % axis.step if axis.ragged else 0
+    rest = -n % axis.step if axis.ragged and axis.run > 1 else 0
     x = np.append(np.arange(n), np.full(rest, -1))[None, None, :, None] + np.zeros((1, 1, 1, 16), int)
     like = SimpleNamespace(shape=x.shape, ndim=4, stride=lambda: (16 * (n + rest), 16 * (n + rest), 16, 1), element_size=lambda: 2)
     made = gluon_parts.Boxes(like, axis, 16)
@@ -71,10 +73,10 @@ def met_by(made, T, S):
     """[T, S] how often a plan meets each pair; every row stands in one tile of each pass, and nothing that a row sees is cleared."""
     met = np.zeros((T, S), int)
     for one in made.passes:
-        queries, shape = boxed(one.rows, T)
+        queries = [boxed(axis, T) for axis in gluon_parts.ends(one.rows)]
         keys, covered = [boxed(axis, S) for axis in one.keys], np.zeros(T, int)
         for t, first, plain, count, x, y in one.items:
-            rows = box_at(queries, shape, x, y)
+            rows = box_at(*queries[-1 if x >= T % one.rows.step else 0], x, y)
             line = t + (one.rows.step if one.rows.run == 1 else 1) * np.arange(128)
             assert (np.where((line >= 0) & (line < T), line, -1) == rows).all() and (t >= 0 or one.before)
             covered[rows[rows >= 0]] += 1
@@ -122,3 +124,15 @@ def test_every_pair_once_or_no_plan(rule, T, more):
                          ids=["results", "globals"])
 def test_what_is_left_to_the_portable_path(rule, T, S):
     assert plan(rule, T, S) is None
+
+
+@pytest.mark.parametrize("T", [8192, 20011, 20096, 32768])
+def test_lengths_that_are_taken(T):
+    """The Sparse Transformer's stride where its classes end within a block, or one position apart: both GPU backends address them, without a copy of a whole array."""
+    axes, rule = pytest.importorskip("sparsetile.backends.cupy.hopper_axes"), Causal() & (Window(127) | Strided(128))
+    parts = known(rule, T, T)
+    made = gluon_parts.plan_of(parts, T, T, 0, PLACE)
+    assert [one.rows.step for one in made.passes] == [128, 128] and [one.rows.run for one in made.passes] == [1, 128] and len(made.passes[0].keys) == 1 + (T % 128 > 0)
+    x = SimpleNamespace(shape=(1, 1, T, 64))
+    assert all(gluon_parts.stretched(x, axis) is x for one in made.passes for axis in (one.rows, *one.keys))
+    assert [axes.axes_of(part, 0, T, T).row_step for part in parts] == [1, 128]

@@ -190,7 +190,7 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"], parted), names=["forward"])
            for parted in ((False, True) if order else (False,))]
     if order and config["block_q"] == hopper_parts.ROWS:
-        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n), names=["forward"]) for n in (1, 2)]
+        own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n), names=["forward"]) for n in (1, 2, 3)]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -244,9 +244,11 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     axes = [axes_of(part, start, T, S) for part in parts]
     if None in axes or not all(at.complete for at in axes[:-1]) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
+    plan = hopper_parts.plan_of(parts, axes, T, S, start, place) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
+    if plan is None and any(at.ragged_rows or at.ragged_keys for at in axes):
+        return None
     out = place.empty((B, Hq, T, Dv), q.dtype)
     lse = place.empty((B, Hq, T), "float32") if return_lse or len(parts) > 1 else None
-    plan = hopper_parts.plan_of(parts, axes, T, S, start, place) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
     if plan is not None:
         hopper_parts.run(q, k, v, plan, axes, out, lse, place=place, scale=scale, sink_logits=sink_logits, depth=hopper_depth(q.shape[3], Dv, hopper_parts.ROWS))
         return out, lse

@@ -19,7 +19,7 @@ constexpr int READERS = 1 + 5 * GROUPS;  // of an item: the loading thread, the 
 
 struct KeyAxis { TensorMap k, v; };  // boxes of a block's keys x 64 columns
 struct Params {
-  TensorMap q[2], out;     // of each pass, boxes of a tile's rows x 64 columns; out: 64 x 64
+  TensorMap q[3], out;     // of each pass and of the first one's short classes, boxes of a tile's rows x 64 columns; out: 64 x 64
   KeyAxis keys[PARTS];
   void* result;            // out again, for tiles without keys
   float* lse;
@@ -58,7 +58,7 @@ struct Shared : Tiles {
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 32 * STAGES + 48 + 16 * ITEMS + STAGES * sizeof(Entry)) + s; }
 };
 
-__device__ __forceinline__ int row_step(const Params& p, const Item& x) { return x.pass ? p.row_step[1] : p.row_step[0]; }
+__device__ __forceinline__ int row_step(const Params& p, const Item& x) { return x.pass == 1 ? p.row_step[1] : p.row_step[0]; }
 __device__ __forceinline__ int query(const Params& p, const Item& x, int r) { return x.t + r * row_step(p, x); }
 
 __device__ __forceinline__ Entry fetch_entry(const Params& p, int n) {

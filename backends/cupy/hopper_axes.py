@@ -22,21 +22,29 @@ class Axes:
     first: int | None = None  # contiguous rows although there is an order: the first tile
     parted: bool = False
     every: bool = True        # every key of the call stands in a block
+    ragged_rows: bool = False  # the call ends within a step: the first T % row_step classes have one query more than the others, which are boxes of the `short` view
+    ragged_keys: bool = False
 
-    def rows(self, place, q, block_q: int):
-        return self._map(place, q, self.row_step, 1 if self.row_step > 1 else block_q, block_q)
+    @property
+    def ends_within(self) -> bool:
+        """Whether residue classes end within a block: the backward in two passes is not proven there (T 20096, stride 128: an illegal address on a chip)."""
+        return self.ragged_rows or self.ragged_keys or self.key_run == 1 and not self.whole
 
-    def keys(self, place, x):
-        return self._map(place, x, self.key_step if self.key_run < KEYS else 1, self.key_run, KEYS)
+    def rows(self, place, q, block_q: int, short: bool = False):
+        return self._map(place, q, self.row_step, 1 if self.row_step > 1 else block_q, block_q, short)
 
-    def _map(self, place, x, step: int, run: int, block: int):
+    def keys(self, place, x, short: bool = False):
+        return self._map(place, x, self.key_step if self.key_run < KEYS else 1, self.key_run, KEYS, short)
+
+    def _map(self, place, x, step: int, run: int, block: int, short: bool):
         B, H, n, D = x.shape
         b, h, row = hopper.steps(x)
         if not self.parted:
             return hopper.tensor_map(place, x, (D, n, H, B), (1, row, h, b), (128 // hopper.BYTES[x.dtype], block, 1, 1))
         if step == 1:
             return hopper.tensor_map(place, x, (D, n, 1, H, B), (1, row, row, h, b), (64, block, 1, 1, 1))
-        return hopper.tensor_map(place, x, (D, step, n // step, H, B), (1, row, row * step, h, b), (64, run, block // run, 1, 1))
+        classes = (step, n // step) if short or n % step == 0 else (n % step, n // step + 1)
+        return hopper.tensor_map(place, x, (D, *classes, H, B), (1, row, row * step, h, b), (64, run, block // run, 1, 1))
 
     def applied(self, lists):
         """The lists with their first tile where rows are contiguous although there is an order; what is kept with them is not shared: other paths read the order."""
@@ -70,7 +78,7 @@ def _axes(lists, q_start, T, S):
         return None
     order = lists.extras.get("k_order")
     every = order is None or int((order >= 0).sum()) == S
-    return Axes(rows[0], *keys, bool((offsets[2::2] > offsets[:-2:2]).all()), rows[1], True, every)
+    return Axes(rows[0], *keys, bool((offsets[2::2] > offsets[:-2:2]).all()), rows[1], True, every, T % rows[0] > 0, keys[1] == 1 and S % keys[0] > 0)
 
 
 def _rows(lists, q_start, T):
@@ -92,7 +100,7 @@ def _rows(lists, q_start, T):
     if step == 1:
         first = int(start[0]) // lists.block_q
         return (1, first) if (start == (first + np.arange(lists.nq)) * lists.block_q).all() and first == q_start // lists.block_q else None
-    return (step, None) if T % step == 0 else None
+    return (step, None) if T >= step else None
 
 
 def _keys(lists, S):
@@ -108,6 +116,6 @@ def _keys(lists, S):
     run = int(jump[0]) + 1 if len(jump) else KEYS
     step = run - 1 + int(apart[run - 1]) if run < KEYS else KEYS
     line = grid[:, :1] + c // run * step + c % run
-    if KEYS % run or step < run or run < KEYS and (S % step or (grid[:, 0] % step + run > step).any()) or ((line < S) != there).any() or (line != grid)[there].any():
+    if KEYS % run or step < run or run < KEYS and (S < step or run > 1 and S % step or (grid[:, 0] % step + run > step).any()) or ((line < S) != there).any() or (line != grid)[there].any():
         return None
     return step, run, bool(there.all())

@@ -22,12 +22,13 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Plan:
-    """items [n, 8]: t, pass, first entry, entries, plain, how many heads behind, wait, raises; entries [n, 8]: key, kind, left, part, seen; on the device."""
+    """items [n, 8]: t, pass (2: short classes of the first), first entry, entries, plain, how many heads behind, wait, raises; entries [n, 8]: key, kind, left, view, seen; on the device."""
     items: Any
     entries: Any
     intervals: Any
     bitmaps: Any
     axes: tuple       # of each pass
+    views: tuple      # (part, short) of each view of keys: ragged classes have two
 
 
 def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
@@ -45,15 +46,16 @@ def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
 def _plan(parts, axes, T, S, start, place):
     if len(parts) > MOST or any(name not in part.extras for part in parts for name in ("cols", "kinds")) or any(part.list_of.shape != (1, 1) for part in parts):
         return None
+    views = tuple((n, short) for n, at in enumerate(axes) for short in ((False, True) if at.ragged_keys else (False, )))
     first_rows = [_first_rows(part, at, start) for part, at in zip(parts, axes)]
     passes = _passes(first_rows, axes)
-    if len(passes) > 2:
+    if len(passes) > 2 or len(views) > MOST or any(axes[members[0]].ragged_rows for members in passes[1:]):
         return None
     intervals, bitmaps, moved = _tables(parts)
     entries, items = [], []
     for number, members in enumerate(passes):
         at, t = axes[members[0]], first_rows[members[0]]
-        made = [_entries(n, parts[n], axes[n], moved[n], t, at.row_step, T, S) for n in members]
+        made = [_entries(views.index((n, False)), parts[n], axes[n], moved[n], t, at.row_step, T, S) for n in members]
         for tile in range(len(t)):
             mine = np.concatenate([rows[offsets[tile]:offsets[tile + 1]] for offsets, rows in made])
             masked = (mine[:, 1] >= 0) | (mine[:, 2] < KEYS)
@@ -63,9 +65,12 @@ def _plan(parts, axes, T, S, start, place):
     if len(passes) == 2 and (items[items[:, 1] == 1, 3] == 0).any():
         return None
     items = _ordered(items)
+    at = axes[passes[0][0]]
+    if at.ragged_rows:
+        items[(items[:, 1] == 0) & (items[:, 0] % at.row_step >= T % at.row_step), 1] = 2
     entries = np.concatenate([*entries, np.zeros((1, 8), np.int64)])
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
-    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes))
+    return Plan(words(items), words(entries), place.upload(intervals), place.upload(bitmaps), tuple(axes[members[0]] for members in passes), views)
 
 
 def _first_rows(part, at, start):
@@ -111,7 +116,8 @@ def _entries(number, part, at, moved, t, step, T, S):
     absent = np.arange(KEYS) >= left[:, None]  # zeros already
     seen |= absent.reshape(n, -1, 32) @ (1 << np.arange(32, dtype=np.int64))
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
-    return offsets, np.concatenate([np.stack([key, kinds, left, np.full(n, number)], 1), seen], 1)
+    short = at.ragged_keys & (key % at.key_step >= S % at.key_step)
+    return offsets, np.concatenate([np.stack([key, kinds, left, number + short], 1), seen], 1)
 
 
 def _bits(host, kind):
@@ -133,8 +139,8 @@ def _ordered(items):
 
 
 # ------------------------------------------------------------------------------------------------------------------ the launch
-def fields(parts: int) -> str:
-    text = "128s" * (3 + 2 * parts) + f"10Q{2 + parts}i9i2f"
+def fields(views: int) -> str:
+    text = "128s" * (4 + 2 * views) + f"10Q{2 + views}i9i2f"
     return text + f"{-struct.calcsize(text) % 64}x"  # the struct is as long as its alignment asks
 
 
@@ -150,15 +156,16 @@ def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int) -> 
 
 def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
     """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
-    (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(axes)
+    (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(plan.views)
     two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
     partial = place.empty((B * Hq, T, d["VALUES"]), "float32") if two else None
     counters = place.zeros((1 + heads,), "int32")
     steps = heads + two  # the second pass of the last head comes alone
-    queries = [plan.axes[min(i, len(plan.axes) - 1)].rows(place, q, ROWS) for i in range(2)]
-    maps = (*queries, hopper.tensor_map(place, out, (Dv, T, heads), (1, Dv, T * Dv), (64, 64, 1)), *(at.keys(place, x) for at in axes for x in (k, v)))
+    queries = [plan.axes[min(i, len(plan.axes) - 1)].rows(place, q, ROWS) for i in range(2)] + [plan.axes[0].rows(place, q, ROWS, True)]
+    keys = [(axes[part], short) for part, short in plan.views]
+    maps = (*queries, hopper.tensor_map(place, out, (Dv, T, heads), (1, Dv, T * Dv), (64, 64, 1)), *(at.keys(place, x, short) for at, short in keys for x in (k, v)))
     function = nvrtc.function("block_attention_parts_hopper", "forward", fields(n), d, place)
     function(min(steps * tiles, max(place.sms, 1)), 384, shared_bytes(D, Dv, *depth), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits), nvrtc.ptr(partial),
              counters.ptr, counters.ptr + 4, plan.items.ptr, plan.entries.ptr, plan.intervals.ptr, plan.bitmaps.ptr, *(plan.axes[min(i, len(plan.axes) - 1)].row_step for i in range(2)),
-             *(at.key_step if at.key_run < KEYS else 0 for at in axes), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, steps * tiles, scale, scale * LOG2E)
+             *(at.key_step if at.key_run < KEYS else 0 for at, _ in keys), T, Hq, Hq // Hk, Dv, heads, tiles, steps, section, steps * tiles, scale, scale * LOG2E)

@@ -15,7 +15,7 @@ from sparsetile.backends.triton.block_attention_gluon import CACHED, READERS, ST
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_keys import clear_word, key_range
 from sparsetile.backends.triton.gluon_maps import map_layout
-from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, plan_of, stretched
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, ends, plan_of, stretched
 from sparsetile.backends.triton.launch import POINTER, scales
 from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import finish
@@ -48,10 +48,10 @@ def _bring_values(parts, part, bar, to, at, V0: gl.constexpr, PARTS: gl.constexp
 
 
 @gluon.jit
-def bring(queries, parts, entries, Hq, group, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, PARTS: gl.constexpr,
+def bring(queries, parts, entries, Hq, group, rest, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, PARTS: gl.constexpr, RAGGED: gl.constexpr,
           queue, tiles, q_bars, k_bars, v_bars):
     """Queries of an item, then its keys and values; those of a masked block go by way of `clear`."""
-    q0, q1 = queries
+    q0, q1, qs0, qs1 = queries
     sq0, sq1, sk0, sk1, sv = tiles
     q_full, q_free = q_bars
     k_full, k_free = k_bars
@@ -70,7 +70,13 @@ def bring(queries, parts, entries, Hq, group, D0: gl.constexpr, D1: gl.constexpr
         else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + D1))
             for w in gl.static_range(2):
-                _bring_box(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, x, y + 64 * w, 0], D1)
+                if RAGGED:
+                    if x < rest:
+                        _bring_box(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, x, y + 64 * w, 0], D1)
+                    else:
+                        _bring_box(qs0, qs1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, x, y + 64 * w, 0], D1)
+                else:
+                    _bring_box(q0, q1, q_full.index(u), sq0.index(2 * u + w), sq1.index(2 * u + w), [b, h, x, y + 64 * w, 0], D1)
             entry = entries + first * FIELDS
             for e in range(count):
                 at = [b, hk, gl.load(entry), gl.load(entry + 1), 0]
@@ -195,12 +201,12 @@ def multiply(W: gl.constexpr, out_map, out, lse, sums, sinks, entries, tables, H
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["step", "heads", "Hq", "group", "T", "tiles", "section", "items"])
-def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, sums, lists, entries, intervals, bitmaps, sinks, ticket,
-                        step, heads, Hq, group, T, tiles, section, items, scale, inner, outer,
+@gluon.jit(do_not_specialize=["step", "rest", "heads", "Hq", "group", "T", "tiles", "section", "items"])
+def forward_parts_gluon(q0, q1, qs0, qs1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, sums, lists, entries, intervals, bitmaps, sinks, ticket,
+                        step, rest, heads, Hq, group, T, tiles, section, items, scale, inner, outer,
                         D0: gl.constexpr, D1: gl.constexpr, DV: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr, CAP: gl.constexpr, INTERVALS: gl.constexpr,
-                        BITMAPS: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, AGAIN: gl.constexpr, LAST: gl.constexpr):
-    """q0 .. out_map: tensor maps, None where a width is in one part, a part is not there, or the pass is not the last. step: between the queries of a tile.
+                        BITMAPS: gl.constexpr, BEFORE: gl.constexpr, MASKED: gl.constexpr, PARTS: gl.constexpr, RAGGED: gl.constexpr, AGAIN: gl.constexpr, LAST: gl.constexpr):
+    """q0 .. out_map: tensor maps, None where a width is in one part, a part is not there, or the pass is not the last. step: between the queries of a tile; RAGGED: from class `rest` on they are short (qs0, qs1).
     sums [B,Hq,T,V0] float32: of the passes before (AGAIN) or for the next one (not LAST). ticket: 0, or None where every program has one item."""
     queue = make_queue(READERS)
     memory, q_bars, k_bars, v_bars = make_memory(va.dtype, D0, D1, V0, QUERIES)
@@ -211,7 +217,7 @@ def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, s
                     BEFORE, MASKED, AGAIN, LAST, queue, memory, q_bars, k_bars, v_bars)),
         (multiply, (1, out_map, out, lse, sums, sinks, entries, tables, Hq, T, step, scale, inner, outer, D1, V0, DV, QUERIES, CAP, INTERVALS, BITMAPS,
                     BEFORE, MASKED, AGAIN, LAST, queue, memory, q_bars, k_bars, v_bars)),
-        (bring, ((q0, q1), ((ka0, ka1, va), (kb0, kb1, vb)), entries, Hq, group, D0, D1, V0, QUERIES, PARTS, queue, memory, q_bars, k_bars, v_bars)),
+        (bring, ((q0, q1, qs0, qs1), ((ka0, ka1, va), (kb0, kb1, vb)), entries, Hq, group, rest, D0, D1, V0, QUERIES, PARTS, RAGGED, queue, memory, q_bars, k_bars, v_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, lists, (0, ), (heads, tiles, 0, section), Hq, T, T, False, False, queue, False)),
         (clear, (entries, MASKED, queue, memory[4], v_bars[0], v_bars[2])),
     ], [4, 1, 1, 1], [(504 - FEW) // 2, FEW, FEW, FEW])
@@ -219,8 +225,8 @@ def forward_parts_gluon(q0, q1, ka0, ka1, va, kb0, kb1, vb, out_map, out, lse, s
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 @lru_cache(1024)
-def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before=False, masked=True, parts=1, again=False, last=True) -> relaunch.Constants:
-    made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, BEFORE=before, MASKED=masked, PARTS=parts, AGAIN=again, LAST=last)
+def constants(D: int, DV: int, cap=False, intervals=False, bitmaps=False, before=False, masked=True, parts=1, ragged=False, again=False, last=True) -> relaunch.Constants:
+    made = dict(DV=DV, **widths(D, DV), CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, BEFORE=before, MASKED=masked, PARTS=parts, RAGGED=ragged, AGAIN=again, LAST=last)
     return relaunch.Constants(made, num_warps=4, enable_fp_fusion=False)
 
 
@@ -246,18 +252,18 @@ def launch(q, k, v, plan, number: int, out, lse, sums, place, scale: float, sink
     """Pass `number` of a plan."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     mine, last = plan.passes[number], number == len(plan.passes) - 1
-    made = constants(D, DV, softcap is not None, plan.has_intervals, plan.has_bitmaps, mine.before, mine.masked, len(mine.keys), number > 0, last)
+    made = constants(D, DV, softcap is not None, plan.has_intervals, plan.has_bitmaps, mine.before, mine.masked, len(mine.keys), len(ends(mine.rows)) > 1, number > 0, last)
     size, inner, outer, _ = scales(scale, softcap)
     D0, D1, V0, rows = made["D0"], made["D1"], made["V0"], mine.rows
-    q = stretched(q, rows)
-    ends = [(stretched(k, at), stretched(v, at), at) for at in mine.keys]
-    keys = [(Boxes(x, at, D0), Boxes(x, at, D1) if D1 else None, Boxes(y, at, V0)) for x, y, at in ends] + [(None,) * 3] * (2 - len(ends))
-    maps = (Boxes(q, rows, D0, 64), Boxes(q, rows, D1, 64) if D1 else None, *keys[0], *keys[1], Boxes(out, rows, V0, 64) if last else None)
+    found = [(stretched(k, at), stretched(v, at), at) for at in mine.keys]
+    keys = [(Boxes(x, at, D0), Boxes(x, at, D1) if D1 else None, Boxes(y, at, V0)) for x, y, at in found] + [(None,) * 3] * (2 - len(found))
+    queries = [x for at in ends(rows) for x in (Boxes(q, at, D0, 64), Boxes(q, at, D1, 64) if D1 else None)] + [None] * 2
+    maps = (*queries[:4], *keys[0], *keys[1], Boxes(out, rows, V0, 64) if last else None)
     heads, n, sms = B * Hq, mine.items.shape[0], max(place.sms, 1)
     section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), heads)
     sinks, ticket = sink_logits if last else None, place.zeros((1,), "int32") if heads * n > sms else None
     pointers = (out, lse, sums, mine.items, mine.entries, plan.intervals, plan.bitmaps, sinks, ticket)
-    numbers = (rows.step if rows.run == 1 else 1, heads, Hq, Hq // Hk, T, n, section, heads * n, size, inner, outer)
+    numbers = (rows.step if rows.run == 1 else 1, T % rows.step, heads, Hq, Hq // Hk, T, n, section, heads * n, size, inner, outer)
     relaunch.launch(forward_parts_gluon, (min(heads * n, sms),), place, pointers, numbers, made, (q.dtype, tuple(at.run for at in mine.keys)), maps)
 
 
@@ -265,18 +271,20 @@ def artifacts(problem) -> list[dict]:
     """The kernels of a pattern in two passes of one part each (strided), and of one in one pass of two (fixed)."""
     has, kind = problem.features.__contains__, problem.dtype("q")
     made = []
-    for runs, again, last in (((1,), False, False), ((BLOCK,), True, True), ((BLOCK, 8), False, True)):
-        found = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("q_start"), True, len(runs), again, last))
+    for runs, ragged, again, last in (((1,), False, False, False), ((1, 1), True, False, False), ((BLOCK,), False, True, True), ((BLOCK, 8), False, False, True)):
+        found = dict(constants(problem["D"], problem["Dv"], has("softcap"), has("interval"), has("bitmap"), has("q_start"), True, len(runs), ragged, again, last))
         options = {name: found.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         pointer = POINTER[kind]
         mapped = lambda run, rows, columns: f"tensordesc<{pointer[1:]}{box(Axis(BLOCK, run), columns, rows)},{map_layout(5)!r}>"  # noqa: E731
         D0, D1, V0 = (found[name] for name in ("D0", "D1", "V0"))
-        maps = {"q0": mapped(runs[0], 64, D0)} | ({"q1": mapped(runs[0], 64, D1)} if D1 else {}) | ({"out_map": mapped(runs[0], 64, V0)} if last else {})
+        maps = {"out_map": mapped(runs[0], 64, V0)} if last else {}
+        for name in ("q", "qs")[:1 + ragged]:
+            maps |= {name + "0": mapped(runs[0], 64, D0)} | ({name + "1": mapped(runs[0], 64, D1)} if D1 else {})
         for name, run in zip("ab", runs):
             maps |= {f"k{name}0": mapped(run, BLOCK, D0), f"v{name}": mapped(run, BLOCK, V0)} | ({f"k{name}1": mapped(run, BLOCK, D1)} if D1 else {})
         arrays = dict(out=pointer, lse="*fp32") | {name: "*i32" for name in ("lists", "entries", "intervals", "bitmaps", "ticket")}
         arrays |= ({"sums": "*fp32"} if again or not last else {}) | ({"sinks": "*fp32"} if has("sink") and last else {})
-        integers = ("step", "heads", "Hq", "group", "T", "tiles", "section", "items")
+        integers = ("step", "rest", "heads", "Hq", "group", "T", "tiles", "section", "items")
         signature = maps | arrays | {name: "i32" for name in integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
         made.append(dict(fn=forward_parts_gluon, signature=signature, constexprs=found, options=options, div16=tuple(arrays)))
     return made

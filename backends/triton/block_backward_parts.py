@@ -11,7 +11,7 @@ import numpy as np
 from sparsetile.backends.triton import gluon_parts, relaunch
 from sparsetile.backends.triton.block_backward_parts_gluon import part_keys_gluon, part_queries_gluon
 from sparsetile.backends.triton.gluon_maps import map_type
-from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, stretched
+from sparsetile.backends.triton.gluon_parts import BLOCK, Axis, Boxes, box, ends, stretched
 from sparsetile.backends.triton.launch import POINTER, power
 from sparsetile.backends.triton.maps import can_map
 
@@ -78,17 +78,18 @@ def _lists_by_key(part, rows: Axis, t, keys: Axis, firsts):
 
 
 @lru_cache(1024)
-def row_constants(D: int, DV: int, runs: tuple, adds: bool, last: bool, before: bool, intervals: bool, bitmaps: bool, key_step: int) -> relaunch.Constants:
+def row_constants(D: int, DV: int, runs: tuple, ragged: bool, adds: bool, last: bool, before: bool, intervals: bool, bitmaps: bool, key_step: int) -> relaunch.Constants:
     """Of `part_queries_gluon`; runs: of its parts' keys."""
     run = [0 if n in (1, BLOCK) else n for n in runs]
-    return relaunch.Constants(dict(D=D, D0=power(D, 64), V0=power(DV, 64), RUN=run[0], RUN1=run[-1], PARTS=len(runs), KEY_STEP=key_step, ADDS=adds, LAST=last, BEFORE=before, INTERVALS=intervals,
+    return relaunch.Constants(dict(D=D, D0=power(D, 64), V0=power(DV, 64), RUN=run[0], RUN1=run[-1], PARTS=len(runs), RAGGED=ragged, KEY_STEP=key_step, ADDS=adds, LAST=last, BEFORE=before, INTERVALS=intervals,
                                    BITMAPS=bitmaps), num_warps=4, enable_fp_fusion=False)
 
 
 @lru_cache(1024)
-def key_constants(D: int, DV: int, run: int, adds: bool, last: bool, masked: bool) -> relaunch.Constants:
+def key_constants(D: int, DV: int, run: int, ragged_q: bool, ragged_k: bool, adds: bool, last: bool, masked: bool) -> relaunch.Constants:
     """Of `part_keys_gluon`."""
-    return relaunch.Constants(dict(D=D, DV=DV, D0=power(D, 64), V0=power(DV, 64), RUN=0 if run in (1, BLOCK) else run, ADDS=adds, LAST=last, MASKED=masked), num_warps=4, enable_fp_fusion=False)
+    return relaunch.Constants(dict(D=D, DV=DV, D0=power(D, 64), V0=power(DV, 64), RUN=0 if run in (1, BLOCK) else run, RAGGED_Q=ragged_q, RAGGED_K=ragged_k, ADDS=adds, LAST=last,
+                                   MASKED=masked), num_warps=4, enable_fp_fusion=False)
 
 
 def plans(q, k, v, dout, parts, q_start, kv_length, place):
@@ -117,26 +118,31 @@ def launch(q, k, v, dout, plan, lse, delta, dq, dk, dv, place, scale: float):
         if key not in whole:
             whole[key] = stretched(x, axis)
         return Boxes(whole[key], axis, *size)
+
+    def short(name, x, axis, *size):
+        return boxes(name, x, ends(axis)[1], *size) if len(ends(axis)) == 2 else None
     tickets = place.zeros((len(rows.passes) + len(columns),), "int32")
     for n, at in enumerate(rows.passes):
         last, tiles = n == len(rows.passes) - 1, at.items.shape[0]
-        made = row_constants(D, DV, tuple(axis.run for axis in at.keys), n > 0, last, at.before, rows.has_intervals or at.masked, rows.has_bitmaps, KEY_STEP)  # keys may end within full blocks
+        made = row_constants(D, DV, tuple(axis.run for axis in at.keys), len(ends(at.rows)) == 2, n > 0, last, at.before, rows.has_intervals or at.masked, rows.has_bitmaps, KEY_STEP)  # keys may end within full blocks
         step = made["KEY_STEP"]
         keys = [one for axis in at.keys for one in (boxes("k", k, axis, D0, step), boxes("v", v, axis, V0, step))] + [None, None]
         relaunch.launch(part_queries_gluon, (min(B * Hq * tiles, sms),), place, (dq, sums, lse, delta, at.items, at.entries, *tables, tickets[n:n + 1]),
-                        (B * Hq, Hq, group, T, tiles, 0, B * Hq * tiles, at.rows.step if at.rows.run == 1 else 1, float(scale)), made, (q.dtype,),
-                        (boxes("q", q, at.rows, D0, 64), boxes("dout", dout, at.rows, V0, 64), *keys[:4], Boxes(dq, at.rows, D0, 64) if last else None))
+                        (B * Hq, Hq, group, T, tiles, 0, B * Hq * tiles, at.rows.step if at.rows.run == 1 else 1, T % at.rows.step, float(scale)), made, (q.dtype,),
+                        (boxes("q", q, at.rows, D0, 64), boxes("dout", dout, at.rows, V0, 64), short("q", q, at.rows, D0, 64), short("dout", dout, at.rows, V0, 64), *keys[:4], Boxes(dq, at.rows, D0, 64) if last else None))
     sums_k, sums_v = (sums[:B * Hk * S * D], sums[B * Hk * S * D:]) if len(columns) > 1 else (None, None)
     for n, at in enumerate(columns):
         last, tiles = n == len(columns) - 1, at.items.shape[0]
-        made, ticket = key_constants(D, DV, at.keys.run, n > 0, last, at.seen.shape[0] > 0), len(rows.passes) + n
+        made, ticket = key_constants(D, DV, at.keys.run, len(ends(at.rows)) == 2, len(ends(at.keys)) == 2, n > 0, last, at.seen.shape[0] > 0), len(rows.passes) + n
         relaunch.launch(part_keys_gluon, (min(B * Hk * tiles, sms),), place, (sums_k, sums_v, at.held, lse, delta, at.items, at.entries, at.seen, tickets[ticket:ticket + 1]),
-                        (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step if at.keys.run < BLOCK else 1, float(scale)), made, (q.dtype,),
+                        (B * Hk, Hk, group, T, S, tiles, tiles * at.long, B * Hk * tiles, at.rows.step if at.rows.run == 1 else 1, at.keys.step if at.keys.run < BLOCK else 1,
+                         T % at.rows.step, S % at.keys.step, float(scale)), made, (q.dtype,),
                         (boxes("q", q, at.rows, D0, 64), boxes("dout", dout, at.rows, V0, 64), boxes("k", k, at.keys, D0, 64), boxes("v", v, at.keys, V0, 64),
+                         short("q", q, at.rows, D0, 64), short("dout", dout, at.rows, V0, 64), short("k", k, at.keys, D0, 64), short("v", v, at.keys, V0, 64),
                          *((Boxes(dk, at.keys, D0, 64), Boxes(dv, at.keys, V0, 64)) if last else (None, None))))
 
 
-CLASS, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
+CLASS, RAGGED, SUMMARY, PLAIN = Axis(BLOCK, 1), Axis(BLOCK, 1, True), Axis(BLOCK, 8), Axis(BLOCK, BLOCK)
 
 
 def artifacts(problem, strided: bool) -> list[dict]:
@@ -150,17 +156,19 @@ def artifacts(problem, strided: bool) -> list[dict]:
     def artifact(fn, made, maps, arrays, integers):
         found.append(relaunch.artifact(fn, made, words | arrays, integers, ("scale",), maps, unaligned=("ticket",)))
     first, last = (False, False), (True, True)  # adds, last
-    for rows, keys, how in ((CLASS, (CLASS,), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
-        made = row_constants(D, DV, tuple(axis.run for axis in keys), *how, True, True, has("bitmap"), KEY_STEP)  # calls may begin within a tile
+    for rows, keys, how in ((CLASS, (CLASS,), first), (RAGGED, ends(RAGGED), first), (PLAIN, (PLAIN,), last)) if strided else ((PLAIN, (SUMMARY, PLAIN), (False, True)),):
+        made = row_constants(D, DV, tuple(axis.run for axis in keys), rows.ragged, *how, True, True, has("bitmap"), KEY_STEP)  # calls may begin within a tile
         D0, V0 = made["D0"], made["V0"]
-        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0)) | (dict(dq_map=mapped(rows, D0)) if how[1] else {})
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0)) | (dict(qs=mapped(rows, D0), douts=mapped(rows, V0)) if rows.ragged else {}) | (dict(dq_map=mapped(rows, D0)) if how[1] else {})
         for name, axis in zip(("", "1"), keys):
             maps |= {"k" + name: mapped(axis, D0, KEY_STEP), "v" + name: mapped(axis, V0, KEY_STEP)}
-        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32", intervals="*i32", bitmaps="*i32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"))
-    for rows, keys, how in ((CLASS if strided else PLAIN, CLASS if strided else SUMMARY, first), (PLAIN, PLAIN, last)):
-        made = key_constants(D, DV, keys.run, *how, True)
+        artifact(part_queries_gluon, made, maps, dict(dq=kind, sums="*fp32", intervals="*i32", bitmaps="*i32"), ("heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart", "rest"))
+    for rows, keys, how in (*(((CLASS, CLASS, first), (RAGGED, RAGGED, first)) if strided else ((PLAIN, SUMMARY, first),)), (PLAIN, PLAIN, last)):
+        made = key_constants(D, DV, keys.run, rows.ragged, rows.ragged, *how, True)
         D0, V0 = made["D0"], made["V0"]
-        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0)) | (dict(dk_map=mapped(keys, D0), dv_map=mapped(keys, V0)) if how[1] else {})
+        maps = dict(q=mapped(rows, D0), dout=mapped(rows, V0), k=mapped(keys, D0), v=mapped(keys, V0))
+        maps |= dict(qs=maps["q"], douts=maps["dout"], ks=maps["k"], vs=maps["v"]) if rows.ragged else {}
+        maps |= (dict(dk_map=mapped(keys, D0), dv_map=mapped(keys, V0)) if how[1] else {})
         artifact(part_keys_gluon, made, maps, dict(seen="*i32", k_sums="*fp32", v_sums="*fp32") | ({} if strided or not how[0] else dict(held="*i32")),
-                 ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"))
+                 ("heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step", "rest_q", "rest_k"))
     return found

@@ -23,6 +23,18 @@ def bring_box(boxes, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, R
 
 
 @gluon.jit
+def bring_end(boxes, short, rest, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, RUN: gl.constexpr, RAGGED: gl.constexpr):
+    """`bring_box`; RAGGED: classes from `rest` on are boxes of the short view."""
+    if RAGGED:
+        if x < rest:
+            bring_box(boxes, bar, to, b, h, x, y, n, SIZE, RUN)
+        else:
+            bring_box(short, bar, to, b, h, x, y, n, SIZE, RUN)
+    else:
+        bring_box(boxes, bar, to, b, h, x, y, n, SIZE, RUN)
+
+
+@gluon.jit
 def bring_of(parts, part, bar, to, b, h, x, y, n: gl.constexpr, SIZE: gl.constexpr, RUNS: gl.constexpr):
     """`bring_box` of the part that an entry is of."""
     for g in gl.static_range(len(parts)):
@@ -65,9 +77,9 @@ def begin(sums, line, position, positions, held, width: gl.constexpr, W0: gl.con
 
 
 @gluon.jit
-def bring_part_keys(maps, entries, Hq, group, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, RUNS: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
+def bring_part_keys(maps, entries, Hq, group, rest, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, RUNS: gl.constexpr, RAGGED: gl.constexpr, queue, memory, q_bars, k_bars, v_bars):
     """Queries and dout of an item, then keys and values, a step at a time, of the part that each entry is of; keys of a masked block go by way of `clear_part`."""
-    q, dout, k, v = maps
+    q, dout, qs, douts, k, v = maps
     sq, sg, sk, sv = memory
     q_full, q_free = q_bars
     k_full, k_free, k_landed = k_bars
@@ -87,8 +99,8 @@ def bring_part_keys(maps, entries, Hq, group, D0: gl.constexpr, V0: gl.constexpr
         else:
             mbarrier.expect(q_full.index(u), 2 * ROWS * (D0 + V0))
             for w in gl.static_range(2):
-                bring_box(q, q_full.index(u), sq.index(2 * u + w), b, h, x, y, w, 64, 0)
-                bring_box(dout, q_full.index(u), sg.index(2 * u + w), b, h, x, y, w, 64, 0)
+                bring_end(q, qs, rest, q_full.index(u), sq.index(2 * u + w), b, h, x, y, w, 64, 0, RAGGED)
+                bring_end(dout, douts, rest, q_full.index(u), sg.index(2 * u + w), b, h, x, y, w, 64, 0, RAGGED)
             for e in range(count):
                 entry = entries + (first + e) * FIELDS
                 kx = gl.load(entry)
@@ -201,11 +213,11 @@ def multiply_part_queries(W: gl.constexpr, dq_map, dq, sums, lse, delta, entries
         head, t, first, plain, count, x, y, _ = next_item(turn, queue, 4)
 
 
-@gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart"])
-def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, apart, scale,
-                       D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, PARTS: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
+@gluon.jit(do_not_specialize=["heads", "Hq", "group", "T", "tiles", "ahead", "items", "apart", "rest"])
+def part_queries_gluon(q, dout, qs, douts, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan, entries, intervals, bitmaps, ticket, heads, Hq, group, T, tiles, ahead, items, apart, rest, scale,
+                       D: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RUN1: gl.constexpr, PARTS: gl.constexpr, RAGGED: gl.constexpr, KEY_STEP: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr,
                        BEFORE: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr):
-    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None, as dq_map is where the pass is not the last. apart: queries of a tile. Tiles `ahead` come before all others, of all heads."""
+    """q .. dq_map: tensor maps, 64 rows or KEY_STEP keys each; k1 and v1 of a second part with the same tiles, or None, as dq_map is where the pass is not the last. apart: queries of a tile; RAGGED: from class `rest` on they are short (qs, douts). Tiles `ahead` come before all others, of all heads."""
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -225,7 +237,7 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
                                  (k_full, k_free), v_bars)),
         (multiply_part_queries, (1, dq_map, dq, sums, lse, delta, entries, tables, Hq, T, apart, scale, D, D0, STAGES, BUFFERS, ADDS, LAST, BEFORE, INTERVALS, BITMAPS, queue, memory, q_bars,
                                  (k_full, k_free), v_bars)),
-        (bring_part_keys, ((q, dout, (k, k1)[:PARTS], (v, v1)[:PARTS]), entries, Hq, group, D0, V0, STAGES, BUFFERS, (RUN, RUN1), queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
+        (bring_part_keys, ((q, dout, qs, douts, (k, k1)[:PARTS], (v, v1)[:PARTS]), entries, Hq, group, rest, D0, V0, STAGES, BUFFERS, (RUN, RUN1), RAGGED, queue, memory, q_bars, (k_full, k_free, k_landed), v_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hq, T, T, False, False, queue, False)),
         (clear_part, (entries, STAGES, queue, sk, k_full, k_landed)),
     ], [4, 1, 1, 1], [232, 40, 40, 40])
@@ -233,9 +245,11 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
 
 # ---------------------------------------------------------------------------------------------------------------- by key blocks
 @gluon.jit
-def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, queue, memory, rows, k_bars, q_bars):
+def bring_part_queries(maps, shorts, rests, lse, delta, entries, Hk, group, T, apart, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr, RAGGED: gl.constexpr, queue, memory, rows, k_bars, q_bars):
     """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
     q, dout, k, v = maps
+    qs, douts, ks, vs = shorts
+    rest_q, rest_k = rests
     sq, sg, sk, sv = memory
     sl, sd = rows
     k_full, k_free = k_bars
@@ -253,8 +267,8 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
         else:
             mbarrier.expect(k_full.index(u), 2 * KEYS * (D0 + V0))
             for w in gl.static_range(2):
-                bring_box(k, k_full.index(u), sk.index(2 * u + w), b, hk, x, y, w, 64, RUN)
-                bring_box(v, k_full.index(u), sv.index(2 * u + w), b, hk, x, y, w, 64, RUN)
+                bring_end(k, ks, rest_k, k_full.index(u), sk.index(2 * u + w), b, hk, x, y, w, 64, RUN, RAGGED[1])
+                bring_end(v, vs, rest_k, k_full.index(u), sv.index(2 * u + w), b, hk, x, y, w, 64, RUN, RAGGED[1])
             for m in range(group):
                 line = (head * group + m).to(gl.int64) * T
                 for e in range(count):
@@ -268,8 +282,8 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
                         logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
                         mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
                         mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
-                        bring_box(q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0)
-                        bring_box(dout, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        bring_end(q, qs, rest_q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0, RAGGED[0])
+                        bring_end(dout, douts, rest_q, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0, RAGGED[0])
                         sl.index(s).store(logs)
                         sd.index(s).store(-less)
                         mbarrier.arrive(q_full.index(s))
@@ -353,11 +367,11 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step"])
-def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, delta, plan, entries, seen, ticket,
-                    heads, Hk, group, T, S, tiles, ahead, items, apart, key_step, scale,
-                    D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr):
-    """q .. dv_map: tensor maps, 64 rows each, of gradients None where the part is not the last. seen [n, 128, 4]: for each kind of a block which queries see a key, as bits. held [S]: which keys stand in the parts before, None: all."""
+@gluon.jit(do_not_specialize=["heads", "Hk", "group", "T", "S", "tiles", "ahead", "items", "apart", "key_step", "rest_q", "rest_k"])
+def part_keys_gluon(q, dout, k, v, qs, douts, ks, vs, dk_map, dv_map, k_sums, v_sums, held, lse, delta, plan, entries, seen, ticket,
+                    heads, Hk, group, T, S, tiles, ahead, items, apart, key_step, rest_q, rest_k, scale,
+                    D: gl.constexpr, DV: gl.constexpr, D0: gl.constexpr, V0: gl.constexpr, RUN: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr, ADDS: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr):
+    """q .. dv_map: tensor maps, 64 rows each, of gradients None where the part is not the last; qs .. vs: of the short classes, from class rest_q (rest_k) on, where those are ragged. seen [n, 128, 4]: for each kind of a block which queries see a key, as bits. held [S]: which keys stand in the parts before, None: all."""
     STAGES: gl.constexpr = 3
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -376,6 +390,6 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, de
     gl.warp_specialize([
         (multiply_part_keys, (0, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
         (multiply_part_keys, (1, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
-        (bring_part_queries, ((q, dout, k, v), lse, delta, entries, Hk, group, T, apart, D0, V0, STAGES, RUN, queue, memory, rows, k_bars, q_bars)),
+        (bring_part_queries, ((q, dout, k, v), (qs, douts, ks, vs), (rest_q, rest_k), lse, delta, entries, Hk, group, T, apart, D0, V0, STAGES, RUN, (RAGGED_Q, RAGGED_K), queue, memory, rows, k_bars, q_bars)),
         (take, (gl.constexpr(open_tile), ticket, items, plan, (0, None, None), (heads, tiles, ahead, 1), Hk, T, S, False, False, queue, False)),
     ], [4, 1, 1], [240, 24, 24])

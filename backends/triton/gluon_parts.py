@@ -3,7 +3,7 @@
 A residue class of a stride (every 128th position) and the summaries of Fixed (8 of each 128) are boxes of an array whose axis is seen as two, [B,H,x,y,D]; anything
 else is not. Parts whose tiles hold the same queries are one pass: their key blocks are entries of one item. A later pass starts from the sums of the one before.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ PLANS = 8  # that are kept of a layout
 @dataclass(frozen=True)
 class Axis:
     """Position c of a block stands c // run * step + c % run after the block's first; those outside the call's do not exist. Contiguous: step = run = BLOCK.
-    ragged: some stand behind the last whole step, so that the engine wants an array that ends with a whole one (`stretched`)."""
+    ragged: some stand behind the last whole step. Of residue classes the first few then have one position more than the rest (`short`), and are boxes of another view; with summaries the
+    engine wants an array that ends with a whole step (`stretched`)."""
     step: int
     run: int
     ragged: bool = False
+    short: bool = False
 
     def at(self, first):
         """(x, y) of positions in the array as the engine sees it."""
@@ -35,9 +37,9 @@ class Axis:
 
 
 def stretched(x, axis: Axis):
-    """x [B,H,n,D], with zeros up to the end of a step where the axis is ragged."""
+    """x [B,H,n,D], with zeros up to the end of a step where the axis is of ragged summaries."""
     rest = -x.shape[2] % axis.step
-    if not (axis.ragged and rest):
+    if not (axis.ragged and rest) or axis.run == 1:
         return x
     from torch.nn.functional import pad
     return pad(x, (0, 0, 0, rest))
@@ -48,10 +50,16 @@ class Boxes(TensorDescriptor):
 
     def __init__(self, x, axis: Axis, columns: int, positions: int = BLOCK):
         (B, H, n, D), (b, h, row, _), step, run = x.shape, steps(x), axis.step, axis.run
-        assert not (axis.ragged and n % step), "an array that ends within a step: `stretched` makes it whole"
-        two, between = ((1, n), (row, row)) if run == BLOCK else ((step, n // step), (row, row * step)) if run == 1 else ((n // step, step), (row * step, row))
+        assert run == 1 or not (axis.ragged and n % step), "an array that ends within a step: `stretched` makes it whole"
+        classes = (n % step, n // step + 1) if axis.ragged and not axis.short else (step, n // step)
+        two, between = ((1, n), (row, row)) if run == BLOCK else (classes, (row, row * step)) if run == 1 else ((n // step, step), (row * step, row))
         self.base, self.shape, self.strides, self.padding = x, [B, H, *two, D], [b, h, *between, 1], "zero"
         self.block_shape, self.layout = box(axis, columns, positions), map_layout(5, 8 * x.element_size())
+
+
+def ends(axis: Axis) -> tuple:
+    """The axis as views of it: where classes are ragged the long ones, then the short ones."""
+    return (axis, replace(axis, short=True)) if axis.ragged and axis.run == 1 else (axis,)
 
 
 def box(axis: Axis, columns: int, positions: int = BLOCK) -> list[int]:
@@ -63,7 +71,7 @@ class Pass:
     """items [n, 6]: query of row 0 (negative where a tile starts before the call), first entry, entries that need no mask, entries, (x, y) of row 0;
     entries [n, 9]: (x, y) of the first key, kind, how many keys exist, part, four words of keys that some row sees or that do not exist. On the device."""
     rows: Axis
-    keys: tuple       # of each part
+    keys: tuple       # of each part; a ragged class is two (`ends`)
     items: Any
     entries: Any
     masked: bool      # some block needs a mask
@@ -104,7 +112,7 @@ def _plan(parts, T, S, start, place):
     for members in passes.values():
         axis, t = rows[members[0]]
         at = axis.positions(t)
-        if len(members) > PARTS or 1 < axis.run < BLOCK or ((at >= 0) & (at < T)).sum() < T:
+        if sum(len(ends(keys[n][0])) for n in members) > PARTS or 1 < axis.run < BLOCK or ((at >= 0) & (at < T)).sum() < T:
             return None
     if axis.ragged:  # the last pass's results leave by the engine
         return None
@@ -134,7 +142,8 @@ def axis_of(order, first: int, blocks: int, low: int, high: int):
     if 1 < run < BLOCK and (inside % axis.step + run > axis.step).any():
         return None
     whole = (high - low) // axis.step * axis.step
-    return Axis(axis.step, run, run < BLOCK and bool((line[there] - low >= whole).any())), inside
+    ragged = run < BLOCK and bool((line[there] - low >= whole).any())
+    return None if ragged and not whole else (Axis(axis.step, run, ragged), inside)
 
 
 def _tables(parts):
@@ -148,7 +157,8 @@ def _tables(parts):
 
 
 def _pass(members, rows: Axis, t, S, place) -> Pass:
-    made = [_entries(number, *member, S) for number, member in enumerate(members)]
+    views = [ends(axis) for _, axis, _, _ in members]
+    made = [_entries(sum(map(len, views[:number])), *member, S) for number, member in enumerate(members)]
     items, entries, first = np.zeros((len(t), 6), np.int64), [], 0
     for tile in range(len(t)):
         mine = np.concatenate([found[offsets[tile]:offsets[tile + 1]] for offsets, found in made])
@@ -161,7 +171,7 @@ def _pass(members, rows: Axis, t, S, place) -> Pass:
     items = items[np.argsort(-(items[:, 3] // 4), kind="stable")]  # the longest first, but neighbours of about one length together: they read the same keys
     entries = np.concatenate([*entries, np.zeros((1, 9), np.int64)])
     words = lambda x: place.upload(np.ascontiguousarray((x & 0xFFFFFFFF).astype(np.uint32).view(np.int32)))  # noqa: E731
-    return Pass(rows, tuple(axis for _, axis, _, _ in members), words(items), words(entries), masked, before)
+    return Pass(rows, sum(views, ()), words(items), words(entries), masked, before)
 
 
 def _entries(number, part, axis: Axis, firsts, moved, S):
@@ -178,7 +188,9 @@ def _entries(number, part, axis: Axis, firsts, moved, S):
         seen[kinds == kind] = _bits(host, kind).any(0).reshape(-1, 32) @ bit
     seen |= (c >= left[:, None]).reshape(n, BLOCK // 32, 32) @ bit  # zeros already
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
-    return offsets, np.concatenate([np.stack([*axis.at(key), kinds, left, np.full(n, number)], 1), seen], 1)
+    x, y = axis.at(key)
+    short = (x >= S % axis.step) & (len(ends(axis)) == 2)
+    return offsets, np.concatenate([np.stack([x, y, kinds, left, number + short], 1), seen], 1)
 
 
 def _bits(host, kind):
