@@ -54,6 +54,8 @@ def cases():
         dims, kinds, _ = attention(576, 512, Hq=Hq, Hk=1, T=T)
         yield op, f"float8-latent-h{Hq}-t{T}", (dims, kinds | dict(k="latent_fp8", v="latent_fp8"), ("shared_kv", *features))
     yield "block_attention", "float8-128x128-t1", (attention(128, 128, Hq=32, Hk=8, T=1)[0], dict(q=HALF, k="float8_e4m3fn", v="float8_e4m3fn"), ("scale",))
+    for kind, D, Dv in ((HALF, 128, 128), ("float16", 64, 64), ("float8_e4m3fn", 128, 128), (HALF, 192, 128)):
+        yield "block_attention", f"float8-{D}x{Dv}-{kind}", (attention(D, Dv)[0], dict(q=kind, k="float8_e4m3fn", v="float8_e4m3fn"), ("scale",))
     for kind in (HALF, SINGLE):
         yield "attention_delta", kind, (dict(B=1, Hq=8, T=4096, Dv=128), dict(out=kind), ())
         yield "merge_attention", kind, (dict(B=1, Hq=8, T=4096, Dv=128, N=2), dict(outs=kind), ())

@@ -29,6 +29,11 @@ CASES = [
     attend("full", "bfloat16", T=3, D=192, Dv=128, bare=True),
     attend("causal", "float16", Hq=4, T=5, D=64, Dv=32, shared=True),
     attend("causal", "bfloat16", Hq=2, T=3, S=140, D=320, Dv=288),
+    # more queries than one tile of the portable kernels: Hopper's own paths
+    attend("causal", "bfloat16", Hq=4, Hk=2, T=140, S=300, D=128, Dv=128, sink=True),
+    attend("window", "float16", B=2, Hq=2, T=70, S=270, D=64, Dv=48, lengths=True),
+    attend("sink", "float8_e4m3fn", Hq=2, T=130, S=290, D=96, Dv=64, starts=True),
+    attend("holes", "float8_e4m3fn", Hq=2, T=70, S=270, D=192, Dv=128, out_dtype="float16"),
 ]
 
 
@@ -64,7 +69,7 @@ def test_attention(on, backend, name, kind, case, features, rng):
 
 @every
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float8_e4m3fn"])
-@pytest.mark.parametrize("T", [2, 40])
+@pytest.mark.parametrize("T", [2, 40, 70])
 def test_scales_apart_by_ten_decades(on, backend, kind, T, rng):
     """Each 128 keys have a scale of their own, from 1e-4 to 1e6, which float16 does not hold; one of 0, one of values that are all 0 or all 448, one with the other sign, and one for the ragged end."""
     B, Hq, Hk, S, D = 1, 2, 1, 128 * 5 + 3, 64
@@ -77,7 +82,7 @@ def test_scales_apart_by_ten_decades(on, backend, kind, T, rng):
 
 
 @every
-@pytest.mark.parametrize("kind, T", [("bfloat16", 70), ("float8_e4m3fn", 1)])
+@pytest.mark.parametrize("kind, T", [("bfloat16", 70), ("float8_e4m3fn", 1), ("float8_e4m3fn", 70)])
 def test_what_nobody_sees_may_hold_anything(on, backend, kind, T, rng):
     """NaN in keys, values and scales of blocks that a window skips or a length cuts; queries far past it see nothing."""
     case = 1, 2, 1, T, 530, 64, 64
@@ -103,8 +108,9 @@ def test_products_that_float32_does_not_hold(on, backend, T, rng):
 
 
 @every
-def test_nan_that_is_seen_spreads(on, backend, rng):
-    q, k, v, scales = made(rng, "bfloat16", (1, 2, 1, 3, 140, 64, 64))
+@pytest.mark.parametrize("T", [3, 70])
+def test_nan_that_is_seen_spreads(on, backend, T, rng):
+    q, k, v, scales = made(rng, "bfloat16", (1, 2, 1, T, 140, 64, 64))
     v[:, :, 3, 5] = FP8.type(np.nan)
     out, lse = arrays(*on.sparse_attention(q, k, v, return_lse=True, **scales))
     assert np.isnan(out[..., 5].astype(np.float32)).all() and np.isfinite(np.delete(out.astype(np.float32), 5, -1)).all() and np.isfinite(lse).all()

@@ -154,6 +154,7 @@ def test_a_graph_is_replayed_with_new_inputs(backend, name, rng):
 PATHS = {"decode": dict(triton="triton.block_attention_decode.run", cupy="cupy.split.run"),
          "latent-decode": dict(triton="triton.block_attention_latent.launch", cupy="cupy.split.run_latent"),
          "blocks": dict(cupy="cupy.gather_union.run"),
+         "quantised": dict(cupy="cupy.block_attention.run_hopper"),
          "sinks-gradients": dict(triton="triton.block_attention_backward_gluon.launch", cupy="cupy.two_pass.run")}
 
 

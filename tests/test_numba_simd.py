@@ -79,6 +79,11 @@ def test_floats_are_rounded_to_nearest_even(name):
         assert same(out, x.astype(kind))
 
 
+def _log2(e, x):
+    whole, fraction = e.log2(x)
+    return e.b.fadd(fraction, e.b.sitofp(whole, e.V))
+
+
 def _unary(function, lanes=LANES):
     def emit(e, source, target, count):
         e = simd.Vectors(e.b, lanes)
@@ -119,9 +124,9 @@ def test_exp2_log2_tanh():
         high = _unary(lambda e, x: e.exp2(x), lanes)(np.array([128, 200, 1e9, 3e38, np.inf], np.float32))
         assert np.all(high == np.inf), "a weight that overflows must be seen: its row is done anew"
     y = np.exp2(rng.uniform(-126, 127, 20000)).astype(np.float32)
-    assert np.max(np.abs(_unary(lambda e, x: e.log2(x))(y) - np.log2(y.astype(np.float64)))) < 8e-6
+    assert np.max(np.abs(_unary(_log2)(y) - np.log2(y.astype(np.float64)))) < 8e-6
     y = rng.uniform(0.5, 2, 20000).astype(np.float32)
-    assert np.max(np.abs(_unary(lambda e, x: e.log2(x))(y) - np.log2(y.astype(np.float64)))) < 2e-7
+    assert np.max(np.abs(_unary(_log2)(y) - np.log2(y.astype(np.float64)))) < 2e-7
     x = np.concatenate([rng.uniform(-9, 9, 20000), 10.0 ** rng.uniform(-30, 1.5, 5000), [np.inf, -np.inf, -0.0, 3e38]]).astype(np.float32)
     exact = np.tanh(x.astype(np.float64))
     with np.errstate(invalid="ignore"):

@@ -9,7 +9,8 @@ a tile sees is never read into a product. Tiles stand at absolute positions, so 
 
 float16 and bfloat16 run on tensor cores (block_attention.cu), float32 by fused multiply-adds (block_attention_float32.cu): no TF32. The path "hopper"
 (block_attention_hopper.cu) is for sm_90a and blocks of 128; calls that it does not know (softcap, orders, scales that are not positive, outputs of another type,
-arrays that the copy engine cannot address) take the portable one with the same blocks. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
+arrays that the copy engine cannot address) take the portable one with the same blocks. It reads float8 keys and values too: a warpgroup of its own converts them, exactly, beside
+those that multiply (block_float8_hopper.cuh); not in orders, and not for outputs of 32 bits. The paths "decode" and "latent" (split.py) are for few queries: heads of a group are
 rows of one tile, keys are split over the chip; calls with orders take the portable one.
 """
 import math
@@ -23,7 +24,7 @@ from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSI
                                                lists_values, output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
 
 TUNABLES = (
-    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types, blocks of 128, D up to 192, Dv up to 128. "
+    Tunable("path", ("portable", "hopper", "decode", "latent"), "hopper: warpgroup products fed by the copy engine; 16-bit types and float8 keys, blocks of 128, D up to 192, Dv up to 128. "
             "decode: up to 32 queries a tile, with the heads of a group as its rows, and keys split over the chip; 16-bit types. latent: the same for D 576 whose first 512 columns are the values, on sm_90a"),
     Tunable("block_q", (64, 32, 128, 192), "rows of a tile: queries of one head"),
     Tunable("block_k", (64, 128, 32), "keys of a block of the lists"),
@@ -33,8 +34,7 @@ TUNABLES = (
 FIELDS = "6Q" + LISTS + POSITIONS + "12q6i2f"
 LOG2E = 1.4426950408889634
 CACHED = 32 << 20  # bytes of keys and values whose heads are in flight together: they share the second-level cache
-HOPPER_FIELDS = "128s" * 4 + "8Q" + LISTS + POSITIONS + "12i2f"
-HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
+HOPPER_FIELDS, FLOAT8_HOPPER_FIELDS = (f"{x}{-struct.calcsize(x) % 64}x" for x in ("128s" * 4 + "8Q" + LISTS + POSITIONS + "12i2f" + more for more in ("", SCALES)))  # the struct is as long as its alignment asks
 
 
 def supports(problem: Problem) -> str | None:
@@ -66,12 +66,15 @@ def no_hopper(problem: Problem) -> str | None:
     """Why the path "hopper" is not for this problem."""
     if "paged" in problem.features:
         return "path hopper reads keys in one piece, not through a page table; take portable"
-    if is_float8(problem):
-        return "path hopper takes keys and values of 16 bits, not float8; take portable"
     if problem.arch != "sm_90a":
         return f"path hopper: {problem.arch} lacks its instructions; take portable"
-    if problem.dtype("q") not in HALVES or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
+    float8 = is_float8(problem)
+    if problem.dtype("q") not in (*HALVES, *["float8_e4m3fn"] * float8) or problem["D"] > 192 or problem["Dv"] > 128 or problem["D"] % 8 or problem["Dv"] % 8:
         return f"path hopper takes float16 and bfloat16 with D up to 192 and Dv up to 128, multiples of 8, not {problem.dtype('q')}, {problem['D']}, {problem['Dv']}; take portable"
+    if float8 and (problem["D"] % 16 or problem["Dv"] % 16):
+        return f"path hopper: the copy engine takes rows of float8 whose bytes are a multiple of 16, not {problem['D']} and {problem['Dv']}; take portable"
+    if float8 and (in_classes(problem) or problem.dtype("out", output_kind(problem.dtype("q"))) not in HALVES):
+        return "path hopper takes float8 keys in their own order, and gives outputs of 16 bits; take portable"
     return None
 
 
@@ -87,6 +90,27 @@ def hopper_depth(D: int, Dv: int, block_q: int) -> tuple[int, int]:
     return stages, 2 if hopper_bytes(D, Dv, block_q, stages, 2) <= nvrtc.shared_limit("sm_90a") else 1
 
 
+BOX = 128 * 128  # bytes of float8 that the copy engine brings at once
+
+
+def float8_bytes(D: int, Dv: int, stages: int, tiles: int, slots: int) -> int:
+    """The same, and boxes of float8 with their barriers, and scales of the stages."""
+    return hopper_bytes(D, Dv, 128, stages, tiles) + slots * (BOX + 16) + 16 * stages
+
+
+def float8_depth(D: int, Dv: int) -> tuple[int, int, int]:
+    """(stages, query tiles, boxes). Two boxes are enough to have one on its way while one is converted; a second query tile saves the wait for each item's queries."""
+    stages = 4 if max(D, Dv) <= 64 else 2
+    fits = [(tiles, slots) for tiles in (2, 1) for slots in (4, 3, 2, 1) if float8_bytes(D, Dv, stages, tiles, slots) <= nvrtc.shared_limit("sm_90a")]
+    return stages, *next((x for x in fits if x[1] > 1), fits[0])
+
+
+def float8_hopper_defines(kind: str, out_kind: str, D: int, Dv: int) -> dict:
+    stages, tiles, slots = float8_depth(D, Dv)
+    return dict(KIND=KINDS[product_kind(kind)], OUT_KIND=KINDS[out_kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=128, STAGES=stages, TILES=tiles, PARTED=0,
+                FLOAT8=2 if kind == "float8_e4m3fn" else 1, SLOTS=slots)
+
+
 def hopper_defines(kind: str, D: int, Dv: int, block_q: int, parted: bool = False) -> dict:
     stages, tiles = hopper_depth(D, Dv, block_q)
     return dict(KIND=KINDS[kind], WIDTH=padded(D), VALUES=64 if Dv <= 64 else 128, ROWS=block_q, STAGES=stages, TILES=tiles, PARTED=int(parted))
@@ -97,11 +121,15 @@ def resources(problem: Problem, config: dict):
     if config["path"] == "hopper":
         if bk != 128 or bq not in (128, 192):
             return f"path hopper takes blocks of 128 or 192 x 128, not {bq} x {bk}"
+        if bq == 192 and is_float8(problem):
+            return "path hopper takes 128 queries a tile of float8 keys: a warpgroup converts beside those that multiply"
         if bq == 192 and max(problem["D"], problem["Dv"]) > 64:
             return f"path hopper takes 192 queries a tile up to D and Dv 64, not {problem['D']} and {problem['Dv']}: three groups leave 160 registers a thread"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
         if no_hopper(problem) or isinstance(portable, str):
             return no_hopper(problem) or portable
+        if is_float8(problem):
+            return Resources(512, float8_bytes(problem["D"], problem["Dv"], *float8_depth(problem["D"], problem["Dv"])), 128)
         return Resources(bq * 2 + 128, hopper_bytes(problem["D"], problem["Dv"], bq, *hopper_depth(problem["D"], problem["Dv"], bq)), 65536 // (bq * 2 + 128))
     if config["path"] in ("decode", "latent"):
         portable = resources(problem, {**config, "path": "portable"})
@@ -129,7 +157,7 @@ def default_config(problem: Problem) -> dict:
     D, T = problem["D"], problem["T"]
     rows = 32 if T <= 32 else 64 if T <= 64 else 128
     if rows == 128 and no_hopper(problem) is None and "softcap" not in problem.features:
-        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k; classes seldom fill 192 rows: of stride 128 at 16k half as much work again
+        bq = 192 if max(D, problem["Dv"]) <= 64 and T >= 1024 and not in_classes(problem) and not is_float8(problem) else 128  # three groups of 64 rows fill each other's gaps: 483 against 444 TFLOP/s on an H100, causal 16k; classes seldom fill 192 rows: of stride 128 at 16k half as much work again
         return first_fitting(problem, resources, [dict(path="hopper", block_q=bq, block_k=128, tile_k=tk, row_tiles=1) for tk in (64, 32)])
     if rows == 32 and problem.dtype("q") != "float32" and (problem["S"] > 128 or "paged" in problem.features):  # one block of keys has nothing to split, and is one launch
         few = first_fitting(problem, resources, split.candidates(problem))
@@ -157,6 +185,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
     portable = [dict(source="block_attention_float32" if kind == "float32" else "block_attention", defines=d, names=["forward"])]
     if config["path"] in ("decode", "latent"):
         return split.artifacts(problem, config) + portable
+    if is_float8(problem) and config["path"] == "hopper":
+        return [dict(source="block_attention_hopper", defines=float8_hopper_defines(kind, problem.dtype("out", output_kind(kind)), problem["D"], problem["Dv"]), names=["forward"]), *portable]
     own = [dict(source="block_attention_hopper", defines=hopper_defines(kind, problem["D"], problem["Dv"], config["block_q"], parted), names=["forward"])
            for parted in ((False, True) if order else (False,))]
     if order and config["block_q"] == hopper_parts.ROWS:
@@ -165,6 +195,8 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
 
 
 def takes_hopper(q, k, v, config, scale, softcap, out_kind, table) -> bool:
+    if k.dtype == "float8_e4m3fn":  # scale: with that of a key between 2^-26 and 2^26 it stays a number that float32 holds
+        return config["path"] == "hopper" and config["block_q"] == 128 and softcap is None and 1e-30 < scale < 1e30 and out_kind in HALVES and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
     return config["path"] == "hopper" and table is None and k.dtype == q.dtype and softcap is None and 1e-30 < scale < 1e38 and out_kind == q.dtype and v.shape[3] % 8 == 0 and all(map(hopper.can_map, (q, k, v)))
 
 
@@ -180,7 +212,7 @@ def longest_first(lists, place):
     return found
 
 
-def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start, axes=None, before=(None, None), partial=None):
+def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start, axes=None, before=(None, None), partial=None, scales=()):
     """axes: how the rows and keys of a part of several stand (hopper_axes.Axes); before: out and lse of the parts before; partial: float32 for the next part, instead of out."""
     (B, Hq, T, D), (Hk, S), Dv, bq = q.shape, k.shape[1:3], v.shape[3], lists.block_q
     at = axes or Axes()
@@ -191,10 +223,14 @@ def run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_le
     section = max(1, CACHED // max(1, 2 * S * (D + Dv))) * (Hq // Hk)
     items = B * Hq * tiles
     ticket = place.zeros((1,), "int32") if items > place.sms else None
-    function = nvrtc.function("block_attention_hopper", "forward", HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq, axes is not None), place)
-    function(min(items, max(place.sms, 1)), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq)), place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+    if k.dtype == "float8_e4m3fn":
+        fields, d, threads, shared = FLOAT8_HOPPER_FIELDS, float8_hopper_defines(q.dtype, out.dtype, D, Dv), 512, float8_bytes(D, Dv, *float8_depth(D, Dv))
+    else:
+        fields, d, threads, shared = HOPPER_FIELDS, hopper_defines(q.dtype, D, Dv, bq, axes is not None), 2 * bq + 128, hopper_bytes(D, Dv, bq, *hopper_depth(D, Dv, bq))
+    function = nvrtc.function("block_attention_hopper", "forward", fields, d, place)
+    function(min(items, max(place.sms, 1)), threads, shared, place.stream, *maps, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
              *map(nvrtc.ptr, before), nvrtc.ptr(partial), nvrtc.ptr(ticket), nvrtc.ptr(order), *lists_values(lists), *position_values(T, S, kv_length, q_start),
-             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, far, min(section, B * Hq), items, scale, scale * LOG2E)
+             at.row_step, at.key_step, at.key_run, int(at.whole and kv_length is None), B * Hq, Hq, Hq // Hk, Dv, tiles, far, min(section, B * Hq), items, scale, scale * LOG2E, *scale_values(k, scales))
     return out, lse
 
 
@@ -235,11 +271,11 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
         return out, lse
     if lists.q_order is not None or lists.k_order is not None:
         found = run_parts(q, k, v, (lists,), place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
-                          return_lse=return_lse, table=table) if out_kind == kind else None
+                          return_lse=return_lse, table=table) if out_kind == kind == k.dtype else None
         if found is not None:
             return found
     elif takes_hopper(q, k, v, config, scale, softcap, out_kind, table) and B * Hq * tiles < 2 ** 31 - place.sms:
-        return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start)
+        return run_hopper(q, k, v, lists, out, lse, tiles, place, scale, sink_logits, kv_length, q_start, scales=scales)
     if split.takes(q, k, lists, config, out_kind):
         return split.run(q, k, v, lists, out, lse, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
                          table=table, latent=latent, scales=scales)

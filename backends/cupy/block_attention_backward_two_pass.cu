@@ -492,7 +492,7 @@ __device__ __forceinline__ void load_rows(const Params& p, const Ring& m) {
         *m.at<int>(m.seen(s)) = seen;
         if (seen) bar_expect(m.full(s), STAGE - (seen < 3 ? PART : 0)); else bar_arrive(m.full(s));
         for (int g = 0; g < 2; g++)
-          if (seen >> g & 1) bulk_load(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
+          if (seen >> g & 1) bulk_load_once(m.stages + s * STAGE + g * PART, ds + (2 * g + h) * PART, PART, m.full(s));
         for (int c = 0; c < Q_PARTS && seen; c++) bulk_load(m.stages + s * STAGE + (2 + c) * PART, k + (2 * c + h) * PART, PART, m.full(s));
         advance<STAGES>(s, turn);
       }

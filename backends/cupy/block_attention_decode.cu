@@ -5,7 +5,7 @@
 // shared memory. Only keys that some row sees are read; copies of the next steps are in flight meanwhile, and bytes are what it is bound by.
 // Defines: KIND, BK (block of the lists), BQ, TK (keys a step), MT (16-row tiles), DP, DVP (padded widths), STAGES, COPY (bytes that divide every row), SHARED_KV (values are
 // the first columns of the keys), SOFTCAP, PAGE (pages.cuh), LATENT (latents.cuh; then SHARED_KV), FLOAT8 (float8.cuh; then OUT_KIND and COPY8, of k and v: stages hold
-// bytes, which become elements in a tile of their own, first the keys, and once all warps have their scores the values).
+// bytes, which become elements in the registers of the warp that multiplies by them).
 #include "split.cuh"
 #include "latents.cuh"
 #include "float8.cuh"
@@ -31,7 +31,8 @@ struct Params : Pages {
 #endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * MT, KS = DP + PAD, VS = DVP + PAD, PS = TK + PAD, KEYS = TK / WARPS, NT = KEYS / 8, COLUMNS = DVP / WARPS, VT = COLUMNS / 8;
-constexpr int STAGE = FLOAT8 ? TK * (DP + DVP) / 2 : TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
+constexpr int VBS = DVP + 16;  // a row of float8 values: rows at odd multiples of 16 bytes fall into different banks
+constexpr int STAGE = FLOAT8 ? TK * (DP + VBS) / 2 : TK * (SHARED_KV ? KS : KS + VS), CHAINS = MT * NT < 4 ? 4 / (MT * NT) : 3 - NT;  // chains: sums of every so many k-steps, where one alone would wait for itself
 constexpr bool WHOLE = PAGE && PAGE % TK == 0;  // a page holds all keys of a step: one look tells where they are
 constexpr u64 ALL = TK == 64 ? ~0ull : (1ull << 32) - 1;
 static_assert(TK == 32 || TK == 64, "a lane's word of keys");
@@ -131,14 +132,101 @@ __device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u16* sq, con
     }
 }
 
+#if FLOAT8
+// Rows of a step's keys that some query sees, `row` bytes apart, into rows of Stride bytes; the others become zeros.
+template <int Columns, int Stride> __device__ __forceinline__ void copy_keys(u8* to, const u8* from, i64 row, int width, i64 step, u64 seen) {
+  constexpr int CHUNKS = Columns / 16, TOGETHER = CHUNKS < THREADS ? THREADS / CHUNKS : 1;
+  if constexpr (COPY8 == 16 && THREADS % CHUNKS == 0 && TK % TOGETHER == 0) {  // a thread stays in its column: addresses by one addition
+    const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 16;
+    const u8* x = from + r * row + c;
+    seen = c < width ? seen >> r : 0;
+#pragma unroll
+    for (int n = 0; n < TK; n += TOGETHER, x += TOGETHER * row) {
+      const bool exists = seen >> n & 1;
+      cp_async<16>(to + (r + n) * Stride + c, exists ? x : from, exists);
+    }
+  } else {
+    copy_tile<u8, TK, Columns, COPY8, THREADS>(to, Stride, from, width, step, [&](int r) { return seen >> r & 1 ? from + r * row : nullptr; });
+  }
+}
+
+// As `scores`, of rows of float8. A lane has some bytes of a key that follow each other for several products: the order of columns in a sum is free while queries are read in the same.
+__device__ __forceinline__ void scores(float (&s)[MT][NT][4], const u16* sq, const u8* sk, int warp) {
+  constexpr int WORDS = DP % 64 == 0 ? 4 : DP % 32 == 0 ? 2 : 1, SPAN = 16 * WORDS, SUMS = WORDS < CHAINS ? WORDS : CHAINS;
+  const int g = (threadIdx.x & 31) / 4, column = 4 * WORDS * (threadIdx.x & 3);
+  float c[SUMS][MT][NT][4] = {};
+#pragma unroll (DP <= 256 ? DP / SPAN : 1)
+  for (int k = 0; k < DP; k += SPAN) {
+    u32 b[NT][WORDS];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const u8* key = sk + (KEYS * warp + 8 * n + g) * DP + k + column;
+      if constexpr (WORDS == 4) *(uint4*)b[n] = *(const uint4*)key;
+      else if constexpr (WORDS == 2) *(uint2*)b[n] = *(const uint2*)key;
+      else b[n][0] = *(const u32*)key;
+    }
+#pragma unroll
+    for (int j = 0; j < WORDS; j++) {
+      uint2 y[NT];
+#pragma unroll
+      for (int n = 0; n < NT; n++) y[n] = exact_four<KIND>(b[n][j]);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        const uint2 low = *(const uint2*)(sq + (16 * m + g) * KS + k + column + 4 * j), high = *(const uint2*)(sq + (16 * m + 8 + g) * KS + k + column + 4 * j);
+        const u32 a[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+        for (int n = 0; n < NT; n++) mma<KIND>(c[j % SUMS][m][n], a, y[n].x, y[n].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) {
+      float sum = c[0][m][i / 4][i % 4];
+#pragma unroll
+      for (int e = 1; e < SUMS; e++) sum += c[e][m][i / 4][i % 4];
+      s[m][i / 4][i % 4] = sum;
+    }
+}
+
+// Outputs += probabilities times values of float8. Pairs of bytes are turned over as elements of 16 bits: of 16 columns the even ones are an n-tile and the odd ones the next.
+__device__ __forceinline__ void add_values(float (&o)[MT][VT][4], const u16* sp, const u8* sv, int warp) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int c = 0; c < TK; c += 32) {
+    u32 a[MT][2][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++) { load_a(a[m][0], sp, PS, 16 * m, c); load_a(a[m][1], sp, PS, 16 * m, c + 16); }
+#pragma unroll
+    for (int n = 0; n < VT; n += 2) {
+      u32 b[4];
+      uint2 y[4];
+      ldmatrix_trans(b, sv + (c + lane) * VBS + warp * COLUMNS + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) y[i] = exact_four<VALUE_KIND>(turn_middle(b[i]));
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          mma<VALUE_KIND>(o[m][n], a[m][i], y[2 * i].x, y[2 * i + 1].x);
+          mma<VALUE_KIND>(o[m][n + 1], a[m][i], y[2 * i].y, y[2 * i + 1].y);
+        }
+    }
+  }
+}
+#endif
+
 __device__ __forceinline__ float natural(const Params& p, float dot) { return SOFTCAP ? p.softcap * tanhf(dot * p.scale / p.softcap) : __fmul_rn(dot, p.scale); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Params p) {
   DYNAMIC_SHARED(raw);
-  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *converted = stages + STAGES * STAGE, *sp = converted + (FLOAT8 ? TK * (KS > VS ? KS : VS) : 0);
+  u16 *sq = (u16*)raw, *stages = sq + ROWS * KS, *sp = stages + STAGES * STAGE;
   float *tops = (float*)(sp + ROWS * PS), *sums = tops + WARPS * ROWS;  // [WARPS][ROWS] each
   int* box = (int*)(sums + WARPS * ROWS);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + 2 * (lane & 3);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, column = warp * COLUMNS + (FLOAT8 ? 4 : 2) * (lane & 3);
+  const auto column_of = [&](int n) { return column + (FLOAT8 ? n / 2 * 16 + n % 2 * 2 : 8 * n); };  // a lane's n-th pair of output columns
+  const auto pair_of = [](const float (&o)[VT][4], int n, int h) { return FLOAT8 ? make_float2(o[n & ~1][2 * h + n % 2], o[n | 1][2 * h + n % 2]) : make_float2(o[n][2 * h], o[n][2 * h + 1]); };
 
   const auto units = [&](int job) { return Job(p, job).run.n; };
   Start found;
@@ -170,8 +258,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #if LATENT
       copy_latents<KIND, TK, DP, COPY, THREADS, MT == 1 ? 4 : 1>(to, KS, 0, p.D, [&](int r) { return y.seen >> r & 1 ? (const u8*)p.k + at(r) * p.kt : nullptr; });
 #elif FLOAT8
-      copy_tile<u8, TK, DP, COPY8, THREADS>((u8*)to, DP, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + (first + r) * p.kt : nullptr; });
-      copy_tile<u8, TK, DVP, COPY8, THREADS>((u8*)to + TK * DP, DVP, v, p.Dv, p.vd, [&](int r) { return y.seen >> r & 1 ? v + (first + r) * p.vt : nullptr; });
+      copy_keys<DP, DP>((u8*)to, k + first * p.kt, p.kt, p.D, p.kd, y.seen);
+      copy_keys<DVP, VBS>((u8*)to + TK * DP, v + first * p.vt, p.vt, p.Dv, p.vd, y.seen);
 #elif PAGE
       copy_tile<u16, TK, DP, COPY, THREADS>(to, KS, k, p.D, p.kd, [&](int r) { return y.seen >> r & 1 ? k + at(r) * p.kt : nullptr; });
       if constexpr (!SHARED_KV)
@@ -225,10 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #if FLOAT8
       const i64 at_scale = groups + (now.block * BK + now.c) / 128;
       const float by_key = scale_at(p.scales.k, at_scale), by_value = scale_at(p.scales.v, at_scale);
-      const u8* bytes = (const u8*)(stages + stage * STAGE);
-      convert_tile<KIND, TK, DP, THREADS>(converted, KS, bytes);
-      __syncthreads();
-      const u16 *sk = converted, *sv = converted;
+      const u8 *sk = (const u8*)(stages + stage * STAGE), *sv = sk + TK * DP;
 #else
       const u16 *sk = stages + stage * STAGE, *sv = SHARED_KV ? sk : sk + TK * KS;
 #endif
@@ -257,9 +342,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           if ((lane & 3) == 0) tops[warp * ROWS + row] = top;
         }
       __syncthreads();
-#if FLOAT8
-      convert_tile<VALUE_KIND, TK, DVP, THREADS>(converted, VS, bytes + TK * DP);
-#endif
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -285,6 +367,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           for (int n = 0; n < VT; n++) { o[m][n][2 * h] *= factor; o[m][n][2 * h + 1] *= factor; }
         }
       __syncthreads();
+#if FLOAT8
+      add_values(o, sp, sv, warp);
+#else
 #pragma unroll
       for (int c = 0; c < TK / 16; c++) {
         u32 a[MT][4];
@@ -296,11 +381,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
           load_b_columns(b, sv, SHARED_KV ? KS : VS, 16 * c, warp * COLUMNS + 8 * n);
 #pragma unroll
           for (int m = 0; m < MT; m++) {
-            mma<VALUE_KIND>(o[m][n], a[m], b[0], b[1]);
-            mma<VALUE_KIND>(o[m][n + 1], a[m], b[2], b[3]);
+            mma<KIND>(o[m][n], a[m], b[0], b[1]);
+            mma<KIND>(o[m][n + 1], a[m], b[2], b[3]);
           }
         }
       }
+#endif
       now.advance();
       now.settle(p, job);
     }
@@ -326,9 +412,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         for (int w = 0; w < WARPS; w++) all += sums[w * ROWS + row];
         const float top = most[m][h];
         if (!complete) {
-          float* to = p.split.sums + (slot * ROWS + row) * DVP + column;
+          float* to = p.split.sums + (slot * ROWS + row) * DVP;
 #pragma unroll
-          for (int n = 0; n < VT; n++) *(float2*)(to + 8 * n) = make_float2(o[m][n][2 * h], o[m][n][2 * h + 1]);
+          for (int n = 0; n < VT; n++) *(float2*)(to + column_of(n)) = pair_of(o[m], n, h);
           if (column == 0) *(float2*)(p.split.rows + (slot * ROWS + row) * 2) = make_float2(top, all);
           continue;
         }
@@ -338,9 +424,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         const i64 line = ((i64)job.b * p.Hq + head) * p.at.T + job.t + tile.query(row);
         if (p.lse && column == 0) p.lse[line] = empty ? -inf() : top + logf(all);
 #pragma unroll
-        for (int n = 0; n < VT; n++)
-          if (column + 8 * n < p.Dv)
-            store_pair<OUT_KIND>((Element<OUT_KIND>*)p.out + line * p.Dv + column + 8 * n, empty ? 0.f : o[m][n][2 * h] * inverse, empty ? 0.f : o[m][n][2 * h + 1] * inverse, column + 8 * n + 1 < p.Dv, p.Dv % 2 == 0);
+        for (int n = 0; n < VT; n++) {
+          const int at = column_of(n);
+          const float2 y = pair_of(o[m], n, h);
+          if (at < p.Dv) store_pair<OUT_KIND>((Element<OUT_KIND>*)p.out + line * p.Dv + at, empty ? 0.f : y.x * inverse, empty ? 0.f : y.y * inverse, at + 1 < p.Dv, p.Dv % 2 == 0);
+        }
       }
     // ---- the next item
     at += take;

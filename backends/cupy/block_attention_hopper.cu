@@ -5,14 +5,17 @@
 // ties a group's own exponentials to its products: a branch that did cost 4-10 %. Where two query tiles fit, the next item starts while this one's output leaves.
 // A full block inside the keys runs no mask code. Rows that do not exist are zeros on the way in and dropped on the way out.
 //
+// float8 keys and values (block_float8_hopper.cuh): the copy engine brings boxes of bytes, one more warpgroup makes of them, exactly, the tiles that the products read.
+//
 // PARTED: one part of a layout of several (parts.cuh). An item starts from what the parts before it gave (`before`, as if one more key), and leaves float32 for the next (`partial`).
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED.
+// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED, FLOAT8 (float8.cuh), SLOTS, OUT_KIND.
 #include "block_forward_hopper.cuh"
 
 constexpr int ITEMS = 2;
 constexpr bool EARLY = GROUPS == 2;      // what a masked block shows is read before its scores are there; three groups lack the registers
 constexpr int LOOKS = GROUPS == 2 ? 4 : 1;  // rows that a lane of the clearing warp reads together
-constexpr int READERS = 2 + 4 * GROUPS;  // of an item: the loading thread, the clearing warp, the multiplying warps
+constexpr int WRITERS = FLOAT8 ? 4 : 1;  // of a tile: the copy engine's thread, or four warps that convert
+constexpr int READERS = 2 + 4 * GROUPS + (FLOAT8 ? 4 : 0);  // of an item: the loading thread, the clearing warp, the multiplying warps, those that convert
 
 struct Params {
   TensorMap q, k, v, out;  // boxes of a tile's rows x 64 columns; out: 64 x 64
@@ -28,6 +31,9 @@ struct Params {
   int row_step, key_step, key_run, whole;         // 1, KEYS, KEYS where they are contiguous; whole: every key of every block exists
   int heads, Hq, group, Dv, tiles, ahead, section, items;  // heads = B * Hq; the `ahead` longest tiles of all heads first, then so many heads at a time as the cache holds
   float scale, exponent;                          // exponent = scale * log2(e)
+#if FLOAT8
+  Scales scales;
+#endif
 };
 
 // Entries first .. first + n - 1 of the list, `gap` left out behind the `full` full ones; those from `plain` on need a mask. head = b * Hq + h; n = -1: no more items.
@@ -51,6 +57,10 @@ struct Shared : Tiles {
   __device__ __forceinline__ u32 full_item(int s) const { return bars + 40 * STAGES + 32 + 8 * s; }
   __device__ __forceinline__ u32 free_item(int s) const { return bars + 40 * STAGES + 48 + 8 * s; }
   __device__ __forceinline__ Item* item(int s) const { return at<Item>(bars + 40 * STAGES + 64) + s; }
+  // of float8: boxes of bytes, and the scales of a key block and of its values; twice as many as stages, for a stage's return says nothing of a slow warp's reads of them
+  __device__ __forceinline__ u32 full_box(int s) const { return bars + 40 * STAGES + 128 + 8 * s; }
+  __device__ __forceinline__ u32 free_box(int s) const { return bars + 40 * STAGES + 128 + 8 * (SLOTS + s); }
+  __device__ __forceinline__ float2* scales(u32 k) const { return at<float2>(bars + 40 * STAGES + 128 + 16 * SLOTS) + k % (2 * STAGES); }
 };
 
 __device__ __forceinline__ int queries(const Params& p) { return p.at.T; }
@@ -140,6 +150,10 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m, u32
   }
 }
 
+#if FLOAT8
+#include "block_float8_hopper.cuh"
+#endif
+
 // Lane n of a warp gets the word of keys 32 n ..: which of an item's entry e some row of the tile sees.
 __device__ __forceinline__ u32 seen_by_some(const Params& p, const Item& x, int e, int lane) {
   const int entry = x.entry(e), kind = __ldg(p.lists.kinds + entry), left = existing_keys(p, __ldg(p.lists.cols + entry), x.limit), r0 = first_row(x), r1 = end_row(p, x);
@@ -197,7 +211,7 @@ __device__ __forceinline__ void clear_values(const Params& p, const Shared& shar
         shared_to_copy_engine();
         __syncwarp();
       }
-      if (lane() == 0) bar_arrive(m.full_v(s));
+      if (lane() < WRITERS) bar_arrive(m.full_v(s));
       seen = next;
     }
     __syncwarp();
@@ -247,7 +261,8 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto tid = [] { return thread_again() % 128; };  // seldom wanted: not worth a register
   const auto row = [w, tid] { const int t = tid(); return w * 64 + t / 32 * 16 + t % 32 / 4; };
   const u64 dq0 = descriptor(m.q + w * 64 * 128), dk0 = descriptor(m.k), dv0 = descriptor_columns<SLAB>(m.v);
-  float s[64], o[VALUES / 2], most[2], sum[2], factor[2];
+  float s[64], o[VALUES / 2], most[2], sum[2], factor[2], by_row[2];
+  float2 by;  // of float8: scales of a step's keys and of its values
   u32 pr[32], i = 0, k = 0;  // turns: item, key block; values are one block behind
   int n, plain;
   bool owed = false;  // the output of the item before is on its way
@@ -264,6 +279,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     for (int h = 0; h < 2; h++) {
       most[h] = -inf();
       sum[h] = 0.f;
+#if FLOAT8 == 2
+      const Item& y = *m.item(i % ITEMS);
+      const int q = query(p, y, row() + 8 * h);
+      by_row[h] = q >= 0 && q < p.at.T ? scale_at(p.scales.q, (i64)y.head * p.at.T + q) : 1.f;
+#endif
       if (PARTED && p.before) {
         const Item& x = *m.item(i % ITEMS);
         const int t = query(p, x, row() + 8 * h);
@@ -271,6 +291,18 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
         if (most[h] != -inf() && (thread_again() & 3) == 0) sum[h] = 1.f;
       }
     }
+  };
+  const auto weigh = [&](bool masked) {  // scores to what their values are multiplied by
+#if FLOAT8
+    scale_scores(s, by.x, by_row, masked);
+#endif
+    if (masked) {
+      mask(s, p.lists, sight, row());
+#if FLOAT8
+      settle_values(s, by.y);
+#endif
+    }
+    soften(s, most, sum, factor, p.exponent, FLOAT8 ? by.x : 1.f);
   };
   const auto resume = [&] {  // the sums of the parts before, as this part's first maximum wants them; false: there are none
     if (!PARTED || !p.before) return false;
@@ -289,6 +321,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     if (n >= 0) bar_wait(m.full_q(i % TILES), parity<TILES>(i), patience);
     if (n <= 0) return;
     bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+    if (FLOAT8) by = *m.scales(k);
     hold(s);
     wgmma_fence();
     multiply_scores(s, dq0 + at_q, dk0 + at_k);
@@ -315,14 +348,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
     k++;
     begin();
     if (!EARLY && plain == 0) sight = look(p, *m.item(i % ITEMS), 0, row());
-    if (plain == 0) mask(s, p.lists, sight, row());
-    soften(s, most, sum, factor, p.exponent);
-    round(pr, s);
+    weigh(plain == 0);
+    round(pr, s, FLOAT8 ? by.y : 1.f);
     if (owed) settle(i - 1);
     bool more = resume();
     for (int e = 1; e < n; e++, k++) {
       aim();
       bar_wait(m.full_k(k % STAGES), parity<STAGES>(k), patience);
+      if (FLOAT8) by = *m.scales(k);
       hold(s); hold(o);
       wgmma_fence();
       multiply_scores(s, dq0 + at_q, dk0 + at_k);
@@ -334,15 +367,14 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       hold(s);
       if (leader) bar_arrive(m.free_k(k % STAGES));
       if (!EARLY && e >= plain) sight = look(p, *m.item(i % ITEMS), e, row());
-      if (e >= plain) mask(s, p.lists, sight, row());
-      soften(s, most, sum, factor, p.exponent);
+      weigh(e >= plain);
       wgmma_wait<0>();
       hold(o);
       if (leader) bar_arrive(m.free_v((k - 1) % STAGES));
 #pragma unroll
       for (int j = 0; j < VALUES / 2; j++) o[j] *= factor[j >> 1 & 1];
       more = true;
-      round(pr, s);
+      round(pr, s, FLOAT8 ? by.y : 1.f);
     }
     aim();
     bar_wait(m.full_v((k - 1) % STAGES), parity<STAGES>(k - 1), patience);
@@ -368,11 +400,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   const Shared m(raw);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      bar_init(m.full_k(s), 1); bar_init(m.free_k(s), GROUPS);
-      bar_init(m.full_v(s), 1); bar_init(m.free_v(s), GROUPS); bar_init(m.landed(s), 1);
+      bar_init(m.full_k(s), WRITERS); bar_init(m.free_k(s), GROUPS);
+      bar_init(m.full_v(s), WRITERS); bar_init(m.free_v(s), GROUPS); bar_init(m.landed(s), WRITERS);
     }
-    for (int s = 0; s < TILES; s++) { bar_init(m.full_q(s), 1); bar_init(m.free_q(s), GROUPS); }
+    for (int s = 0; s < TILES; s++) { bar_init(m.full_q(s), FLOAT8 == 2 ? WRITERS : 1); bar_init(m.free_q(s), GROUPS); }
     for (int s = 0; s < ITEMS; s++) { bar_init(m.full_item(s), 1); bar_init(m.free_item(s), READERS); }
+    for (int s = 0; s < SLOTS; s++) { bar_init(m.full_box(s), 1); bar_init(m.free_box(s), WRITERS); }
     bar_fence();
   }
   __syncthreads();
@@ -380,11 +413,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (group == 0) {
     fewer_registers<GROUPS == 2 ? 40 : 32>();
+#if FLOAT8
+    if (threadIdx.x == 0) load_boxes(p, m, patience);
+#else
     if (threadIdx.x == 0) load_items(p, m, patience);
+#endif
     else if (threadIdx.x == 32) take_items(p, m, patience);
     else if (threadIdx.x / 32 == 2) clear_values(p, m, patience);
+#if FLOAT8
+  } else if (group == GROUPS + 1) {
+    fewer_registers<72>();
+    convert_items(p, m, patience);
+#endif
   } else {
-    more_registers<GROUPS == 2 ? 232 : 160>();
+    more_registers<FLOAT8 ? 200 : GROUPS == 2 ? 232 : 160>();
     multiply_items(p, m, group - 1, patience);
   }
 }

@@ -1,6 +1,7 @@
 // What the Hopper forward kernels over block lists share: tiles in shared memory, masks, products, a step of the softmax, and how a tile leaves. A group of 64 rows multiplies by 128
 // keys; a lane holds two rows, lane / 4 and 8 further on of its warp's 16. Include before `struct Params`.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED (parts.cuh).
+// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED (parts.cuh), FLOAT8 (float8.cuh), SLOTS (boxes of
+// float8 held), OUT_KIND where it is not KIND.
 #pragma once
 #include "wgmma.cuh"
 #include "parts.cuh"
@@ -8,6 +9,10 @@
 #ifndef KIND
 #define KIND BFLOAT16
 #endif
+#ifndef OUT_KIND
+#define OUT_KIND KIND
+#endif
+#include "float8.cuh"
 #ifndef WIDTH
 #define WIDTH 128
 #endif
@@ -23,21 +28,25 @@
 #ifndef TILES
 #define TILES 2
 #endif
+#ifndef SLOTS
+#define SLOTS 0
+#endif
 
 constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
-constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1);
+constexpr int BOX = FLOAT8 ? 128 * 128 : 0;  // bytes of float8: rows of 128 columns
+constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1 + (FLOAT8 ? 1 : 0));
 constexpr float FAR = 256.f;   // exponents of 2 past which the reference is subtracted before the multiplication
 
 // Turn n of N places (1, 2 or 4) stands at n % N; the parity of its barrier.
 template <int N> __device__ __forceinline__ u32 parity(u32 n) { return n / N & 1; }
 
 struct Tiles {  // in shared memory, and the barriers of keys and values; others follow at bars + 32 * STAGES
-  u32 base, q, k, v, bars;
+  u32 base, q, k, v, boxes, bars;
   unsigned char* raw;
   __device__ __forceinline__ explicit Tiles(unsigned char* raw) : base(shared_address(raw)), raw(raw) {
     q = __shfl_sync(~0u, (base + 1023) & ~1023u, 0);  // known to be uniform: descriptors stay in uniform registers
-    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; bars = v + STAGES * V_BYTES;
+    k = q + TILES * Q_BYTES; v = k + STAGES * K_BYTES; boxes = v + STAGES * V_BYTES; bars = boxes + SLOTS * BOX;
   }
   __device__ __forceinline__ u32 full_k(int s) const { return bars + 8 * s; }
   __device__ __forceinline__ u32 free_k(int s) const { return bars + 8 * (STAGES + s); }
@@ -95,12 +104,12 @@ template <int N> __device__ __forceinline__ void multiply_scores(float (&s)[N], 
 }
 template <int N> __device__ __forceinline__ void multiply_values(float (&o)[VALUES / 2], const u32 (&pr)[N], u64 v, bool more) {
 #pragma unroll
-  for (int c = 0; c < N / 4; c++) wgmma<KIND, N_MAJOR>(o, pr + 4 * c, v + c * 128, more || c != 0);
+  for (int c = 0; c < N / 4; c++) wgmma<VALUE_KIND, N_MAJOR>(o, pr + 4 * c, v + c * 128, more || c != 0);
   wgmma_commit();
 }
-template <int N> __device__ __forceinline__ void round(u32 (&pr)[N], const float (&s)[2 * N]) {
+template <int N> __device__ __forceinline__ void round(u32 (&pr)[N], const float (&s)[2 * N], float by = 1.f) {
 #pragma unroll
-  for (int c = 0; c < N; c++) pr[c] = pack<KIND>(s[2 * c], s[2 * c + 1]);
+  for (int c = 0; c < N; c++) pr[c] = pack<VALUE_KIND>(s[2 * c] * by, s[2 * c + 1] * by);
 }
 
 __device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != -inf(); }
@@ -108,8 +117,9 @@ __device__ __forceinline__ bool is_far(float z) { return fabsf(z) > FAR && z != 
 // Raw products to probabilities; `most` are raw maxima, `factor` is for what was summed before. A row's reference is z = round(most * c), subtracted inside one
 // multiply-add: every score is rounded once, after the subtraction, and the rounding of z is common to the row and so cancels; it moves the largest from 1 by
 // 2^-17 at most. Where |z| passes FAR that would not hold: there the raw maximum is subtracted first, and the largest gives exactly 1.
-template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&most)[2], float (&sum)[2], float (&factor)[2], float c) {
-  float top[2] = {most[0], most[1]}, z[2];
+// `by`, of float8: what these raw products count beside those of other steps, 0 or more; `most` are raw maxima times that.
+template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&most)[2], float (&sum)[2], float (&factor)[2], float c, float by = 1.f) {
+  float top[2] = {FLOAT8 ? -inf() : most[0], FLOAT8 ? -inf() : most[1]}, z[2], step = c * by;
 #pragma unroll
   for (int j = 0; j < N; j += 4) { top[0] = fmaxf(top[0], fmaxf(s[j], s[j + 1])); top[1] = fmaxf(top[1], fmaxf(s[j + 2], s[j + 3])); }
   bool some_far = false;
@@ -117,6 +127,7 @@ template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&m
   for (int h = 0; h < 2; h++) {
     top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
     top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+    if constexpr (FLOAT8) top[h] = fmaxf(most[h], __fmul_rn(top[h], by));
     const float before = most[h] * c;
     z[h] = top[h] * c;
     some_far |= is_far(before) | is_far(z[h]);
@@ -124,13 +135,15 @@ template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&m
     factor[h] = ex2(before - z[h]);
   }
   if (__any_sync(~0u, some_far)) {
+    step = c;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float before = most[h] * c, old = is_far(before) ? most[h] : 0.f, now = is_far(top[h] * c) ? top[h] : 0.f;
       if (now != 0.f) z[h] = 0.f;
       factor[h] = ex2(fmaf(old - now, c, (old != 0.f ? 0.f : before) - z[h]));
 #pragma unroll
-      for (int j = 0; j < N; j += 4) { s[j + 2 * h] -= now; s[j + 2 * h + 1] -= now; }
+      for (int j = 0; j < N; j += 4)
+        for (int i = j + 2 * h; i < j + 2 * h + 2; i++) s[i] = (FLOAT8 ? __fmul_rn(s[i], by) : s[i]) - now;
     }
   }
   float total[2] = {0.f, 0.f};
@@ -138,8 +151,8 @@ template <int N> __device__ __forceinline__ void soften(float (&s)[N], float (&m
   for (int j = 0; j < N; j += 4)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], c, -z[h]));
-      s[j + 2 * h + 1] = ex2(fmaf(s[j + 2 * h + 1], c, -z[h]));
+      s[j + 2 * h] = ex2(fmaf(s[j + 2 * h], step, -z[h]));
+      s[j + 2 * h + 1] = ex2(fmaf(s[j + 2 * h + 1], step, -z[h]));
       total[h] += s[j + 2 * h] + s[j + 2 * h + 1];
     }
 #pragma unroll
@@ -179,8 +192,8 @@ template <int N, class P, class X> __device__ __forceinline__ void store_rows(co
   for (int j = 0; j < N / 8; j++) {
     const int c = 2 * j + (lane >> 4);  // 16 bytes each
     const float* y = o + 8 * j;
-    stmatrix_at(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<KIND>(y[0] * factor[0], y[1] * factor[0]), pack<KIND>(y[2] * factor[1], y[3] * factor[1]),
-                pack<KIND>(y[4] * factor[0], y[5] * factor[0]), pack<KIND>(y[6] * factor[1], y[7] * factor[1]));
+    stmatrix_at(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4), pack<OUT_KIND>(y[0] * factor[0], y[1] * factor[0]), pack<OUT_KIND>(y[2] * factor[1], y[3] * factor[1]),
+                pack<OUT_KIND>(y[4] * factor[0], y[5] * factor[0]), pack<OUT_KIND>(y[6] * factor[1], y[7] * factor[1]));
   }
   shared_to_copy_engine();
   named_sync(4 + w, 128);

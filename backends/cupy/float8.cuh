@@ -30,17 +30,23 @@ template <int Kind> __device__ __forceinline__ uint2 exact_four(u32 x) {
 #endif
 }
 
-template <int Kind> __device__ __forceinline__ void store_sixteen(u16* to, uint4 x) {
-  const uint2 a = exact_four<Kind>(x.x), b = exact_four<Kind>(x.y), c = exact_four<Kind>(x.z), d = exact_four<Kind>(x.w);
-  *(uint4*)to = make_uint4(a.x, a.y, b.x, b.y);
-  *(uint4*)(to + 8) = make_uint4(c.x, c.y, d.x, d.y);
+// the two bytes in the middle of a word change places
+__device__ __forceinline__ u32 turn_middle(u32 x) {
+#ifdef SPARSETILE_EMULATE
+  return (x & 0xff0000ff) | (x >> 8 & 0xff00) | (x << 8 & 0xff0000);
+#else
+  return __byte_perm(x, 0, 0x3120);
+#endif
 }
 
-// Rows of float8 in shared memory, one behind the other -> elements of Kind at `stride`.
-template <int Kind, int Rows, int Columns, int Threads> __device__ __forceinline__ void convert_tile(u16* to, int stride, const u8* from) {
-  constexpr int CHUNKS = Columns / 16;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < Rows * CHUNKS; i += Threads) store_sixteen<Kind>(to + i / CHUNKS * stride + i % CHUNKS * 16, *(const uint4*)(from + 16 * i));
+template <int Kind> __device__ __forceinline__ uint4 exact_eight(u32 x, u32 y) {
+  const uint2 a = exact_four<Kind>(x), b = exact_four<Kind>(y);
+  return make_uint4(a.x, a.y, b.x, b.y);
+}
+
+template <int Kind> __device__ __forceinline__ void store_sixteen(u16* to, uint4 x) {
+  *(uint4*)to = exact_eight<Kind>(x.x, x.y);
+  *(uint4*)(to + 8) = exact_eight<Kind>(x.z, x.w);
 }
 
 // copy_tile (mma.cuh) of float8 rows, converted on the way.

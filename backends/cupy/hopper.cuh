@@ -89,6 +89,7 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x,
 // Bulk copies without a map: 16-byte aligned, and additions by the copy engine. Stores and additions end with the groups of tma_store_commit.
 #ifdef SPARSETILE_EMULATE
 inline void bulk_load(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
+inline void bulk_load_once(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
 inline void bulk_store(void* to, u32 from, int bytes) { emulate_bulk_store((char*)to, from, bytes, false); }
 inline void bulk_add(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
 inline void bulk_add(int* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
@@ -108,6 +109,12 @@ template <int N> inline void more_registers() {}
 #else
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+// What nobody reads again: it leaves the L2 cache first, and what others come back to stays.
+__device__ __forceinline__ void bulk_load_once(u32 to, const void* from, int bytes, u32 bar) {
+  u64 first;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" :: "r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(first) : "memory");
 }
 __device__ __forceinline__ void bulk_store(void* to, u32 from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");

@@ -33,7 +33,7 @@ class Axes:
         B, H, n, D = x.shape
         b, h, row = hopper.steps(x)
         if not self.parted:
-            return hopper.tensor_map(place, x, (D, n, H, B), (1, row, h, b), (64, block, 1, 1))
+            return hopper.tensor_map(place, x, (D, n, H, B), (1, row, h, b), (128 // hopper.BYTES[x.dtype], block, 1, 1))
         if step == 1:
             return hopper.tensor_map(place, x, (D, n, 1, H, B), (1, row, row, h, b), (64, block, 1, 1, 1))
         return hopper.tensor_map(place, x, (D, step, n // step, H, B), (1, row, row * step, h, b), (64, run, block // run, 1, 1))

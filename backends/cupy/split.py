@@ -42,9 +42,9 @@ class Tiles:
         self.row_tiles = row_tiles(queries, pack, self.columns)
         self.rows, self.threads = 16 * self.row_tiles, 128
         stage = tile_k * (padded(D) + 8 + (0 if self.shared_kv else self.columns + 8)) * 2
-        if float8:  # bytes in the stages, and one tile of what they become
-            tile, stage = tile_k * (max(padded(D), self.columns) + 8) * 2, tile_k * (padded(D) + self.columns)
-        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8 + (tile if float8 else 0)
+        if float8:
+            stage = tile_k * (padded(D) + self.columns + 16)
+        fixed = self.rows * (padded(D) + 8 + tile_k + 8) * 2 + 4 * (2 * self.rows + 1) * 4 + 8
         room = lambda residents: limit // residents - 1024 * (residents > 1)  # noqa: E731  the chip keeps 1 KiB of each block for itself
         most = MOST_STAGES if latent is None else 2  # the fp8 layout passes through registers: no copy is in flight, another block of threads fills the gaps
         least = 2 * stage if float8 or latent is not None else max(3 * stage, 65536)

@@ -21,11 +21,13 @@ def write_tile(jobs, memory, b, h, inside):
     for p in range(job.panels):
         rows, state, o = memory + job.rows + 8 * PANEL * p, memory + job.state + 4 * STEP * p, memory + job.ot + STEP * width * p
         full = get_i64(memory + job.rows, job.panels * (PANEL + 1) + p)
-        for n in range(PANEL):
+        if job.sink == 0:
+            tiles.row_ends(state, unit)
+        for n in range(PANEL if job.sink != 0 else 0):
             total = np.float64(get_f32(state, 2 * PANEL + n))
             top = np.float64(get_f32(state, PANEL + n)) * unit if total != 0 else -math.inf
             t = get_i64(rows, n)
-            put_f32(state, n, np.float32(row_factor(job, h + t // job.T if job.sink != 0 else h, top, total) if t >= 0 else 0.0))
+            put_f32(state, n, np.float32(row_factor(job, h + t // job.T, top, total) if t >= 0 else 0.0))
             put_f32(state, PANEL + n, np.float32(top + math.log(total) if total > 0 else -math.inf))
         tiles.scale_panel(o, width, state, state + 3 * STEP)
         store_panel(o, width, flat, rows, job.out + b * job.out_b + h * job.out_h, job.out_h, job.out_t, job.T, job.out_code, Dv)

@@ -15,7 +15,7 @@ from llvmlite import ir
 from sparsetile.backends.numba.ahead import ask_next
 from sparsetile.backends.numba.convert import float_to_bfloat
 from sparsetile.backends.numba.jit import kernel
-from sparsetile.backends.numba.simd import F, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, highest_bit, lowest_bit, op
+from sparsetile.backends.numba.simd import F, F64, I1, I16, I32, I64, LANES, PAIRS, VECTORS, Vectors, highest_bit, lowest_bit, op
 
 PANEL = LANES * VECTORS
 STEP = PANEL * 4  # bytes from row to row of S, Q^T and O^T
@@ -214,6 +214,20 @@ def _interleave(e, source, step, pairs, width, target, padded):
 
 
 interleave = op("iiiiii", _interleave)
+
+
+def _row_ends(e, state, unit):
+    """Of a panel's rows 1 over the sum (0 for a row without keys) over the maxima, and the lse over those in use. The logarithm's fraction is float32, all that is added to it float64."""
+    b, wide = e.b, e.of(F64)
+    for n in range(VECTORS):
+        top, total = (e.load(state, at * STEP + n * WIDTH) for at in (1, 2))
+        power, fraction = e.log2(total)
+        lse = b.fadd(b.fmul(b.fpext(top, wide), e.splat(unit)), b.fmul(b.fadd(b.sitofp(power, wide), b.fpext(fraction, wide)), ir.Constant(wide, [math.log(2)] * LANES)))
+        e.store(b.select(b.fcmp_ordered("==", total, e.f(0)), e.f(0), b.fdiv(e.f(1), total)), state, n * WIDTH)
+        e.store(b.select(b.fcmp_ordered(">", total, e.f(0)), b.fptrunc(lse, e.V), e.f(-math.inf)), state, STEP + n * WIDTH)
+
+
+row_ends = op("id", _row_ends)
 
 
 def _scale_panel(e, po, Dv, pf, odd):

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import relaunch
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, open_item, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, open_item, take
 from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 from sparsetile.backends.triton.gluon_maps import Map, map_type
 from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
@@ -246,7 +246,6 @@ def multiply(W: gl.constexpr, out_map, out, lse, sinks, cols, kinds, tables, Hq,
 def make_memory(kind: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.constexpr, QUERIES: gl.constexpr):
     """Query tiles in halves of 64 rows, keys in two widths, values; barriers of each."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sq0 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D0], tile)
     sk0 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D0], tile)
     sq1 = sq0
@@ -255,24 +254,10 @@ def make_memory(kind: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, V0: gl.c
         sq1 = gl.allocate_shared_memory(kind, [2 * QUERIES, 64, D1], tile)
         sk1 = gl.allocate_shared_memory(kind, [STAGES, KEYS, D1], tile)
     sv = gl.allocate_shared_memory(kind, [STAGES, KEYS, V0], tile)
-    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for s in gl.static_range(QUERIES):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_free.index(s), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=2)
-        mbarrier.init(v_landed.index(s), count=1)
+    q_bars = make_bars(QUERIES, (1, 2))
+    k_full, k_free, v_full, v_free, v_landed = make_bars(STAGES, (1, 2, 1, 2, 1))
     fence_async_shared()
-    return (sq0, sq1, sk0, sk1, sv), (q_full, q_free), (k_full, k_free), (v_full, v_free, v_landed)
+    return (sq0, sq1, sk0, sk1, sv), q_bars, (k_full, k_free), (v_full, v_free, v_landed)
 
 
 @gluon.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "items", "q_start"])

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_gluon import bring_tile
 from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, bring_step, known, leave, leave_sums, exist, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_queue, next_item, place_of, section_of, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_bars, make_queue, next_item, place_of, section_of, take
 from sparsetile.backends.triton.gluon_keys import key_word
 from sparsetile.backends.triton.tiles import queries_of
 
@@ -302,16 +302,8 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, sums, 
     sr = gl.allocate_shared_memory(gl.int32, [STAGES, 1], line)
     sf = gl.allocate_shared_memory(gl.int32, [STAGES, 1], line)
     queue = make_queue(READERS)
-    k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(BUFFERS):
-        mbarrier.init(k_full.index(u), count=1)
-        mbarrier.init(k_free.index(u), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(s), count=2)
-        mbarrier.init(q_free.index(s), count=2)
+    k_bars = make_bars(BUFFERS, (1, 2))
+    q_full, q_free = make_bars(STAGES, (2, 2))
     turn0 = gl.allocate_shared_memory(gl.int64, [1], B)
     turn1 = gl.allocate_shared_memory(gl.int64, [1], B)
     mbarrier.init(turn0, count=1)
@@ -319,7 +311,6 @@ def keys_gluon(q0, q1, dout, k0, k1, v, dk_map0, dk_map1, dv_map, dk, dv, sums, 
     fence_async_shared()
     memory = (sq0, sq1, sg, sk0, sk1, sv)
     rows = (sl, sd, sr, sf)
-    k_bars = (k_full, k_free)
     q_bars = (q_full, q_free)
     lists = (entries, offsets, list_of, slb, slh, first, nq, nk, group, schedule, OWN)
     gl.warp_specialize([

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
 from sparsetile.backends.triton.block_backward_ordered_rows_gluon import bring_queries, seen_by
 from sparsetile.backends.triton.block_backward_steps_gluon import leave, exist, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_queue, next_item, place_of, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, drawn, make_bars, make_queue, next_item, place_of, take
 from sparsetile.backends.triton.tiles import queries_of
 
 READERS = gl.constexpr(5)  # of an item: loading, two that add, two groups
@@ -212,7 +212,6 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     turns: zeros, [heads, q_tiles, 2]."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sk = gl.allocate_shared_memory(k.dtype, [2, 64, D0], tile)
     sv = gl.allocate_shared_memory(k.dtype, [2, 64, V0], tile)
     sq = gl.allocate_shared_memory(k.dtype, [STAGES, STEP, D0], tile)
@@ -222,25 +221,10 @@ def ordered_gluon(q, dout, k, v, dk_map, dv_map, sums, dk, dv, lse, delta, offse
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     queue = make_queue(READERS)
-    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    k_landed = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    k_done = gl.allocate_shared_memory(gl.int64, [1], B)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    ds_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    dq_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    dq_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    mbarrier.init(k_full.index(0), count=1)
-    mbarrier.init(k_free.index(0), count=2)
-    mbarrier.init(k_landed.index(0), count=1)
+    k_full, k_free, k_landed = make_bars(1, (1, 2, 1))
+    k_done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(k_done, count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(s), count=2)
-        mbarrier.init(q_free.index(s), count=2)
-        mbarrier.init(ds_full.index(s), count=2)
-        mbarrier.init(dq_full.index(s), count=2)
-        mbarrier.init(dq_free.index(s), count=1)
+    q_full, q_free, ds_full, dq_full, dq_free = make_bars(STAGES, (2, 2, 2, 2, 1))
     fence_async_shared()
     memory = (sq, sg, sk, sv)
     rows = (sl, sd)

@@ -8,8 +8,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
-from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, bring_step, end_by_query, known, probabilities
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_queue, next_item, take
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, end_by_query, known, probabilities
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
 
@@ -209,31 +209,15 @@ def part_queries_gluon(q, dout, k, v, k1, v1, dq_map, dq, sums, lse, delta, plan
     BUFFERS: gl.constexpr = 2 if KEY_STEP == 64 else 1  # of queries
     STAGES: gl.constexpr = 3 if KEY_STEP == 64 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sq = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, D0], tile)
     sg = gl.allocate_shared_memory(v.dtype, [2 * BUFFERS, 64, V0], tile)
     sk = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, D0], tile)
     sv = gl.allocate_shared_memory(v.dtype, [STAGES, KEY_STEP, V0], tile)
     queue = make_queue(4)  # loading, clearing, two groups
-    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(BUFFERS):
-        mbarrier.init(q_full.index(u), count=1)
-        mbarrier.init(q_free.index(u), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(k_landed.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=2)
+    q_bars = make_bars(BUFFERS, (1, 2))
+    k_full, k_free, k_landed, v_full, v_free = make_bars(STAGES, (1, 2, 1, 1, 2))
     fence_async_shared()
     memory = (sq, sg, sk, sv)
-    q_bars = (q_full, q_free)
     v_bars = (v_full, v_free)
     tables = (intervals, bitmaps)
     gl.warp_specialize([
@@ -253,7 +237,9 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
     """Keys and values of an item, then queries, dout and what is known of their rows, 64 a step, head after head of the group."""
     q, dout, k, v = maps
     sq, sg, sk, sv = memory
+    sl, sd = rows
     k_full, k_free = k_bars
+    q_full, q_free = q_bars
     n = 0
     turn = 0
     head, key, first, full, count, x, y, _ = next_item(0, queue, 1)
@@ -280,8 +266,13 @@ def bring_part_queries(maps, lse, delta, entries, Hk, group, T, apart, D0: gl.co
                         s = n % STAGES
                         at = t + (STEP * half + gl.arange(0, STEP, gl.BlockedLayout([2], [32], [1], [0]))) * apart
                         logs, less = known(lse + line, delta + line, at, (at >= 0) & (at < T))
-                        bring_step((q, None, dout), [b, hk * group + m, qx, qy + half * STEP, 0], logs, -less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
-                        mbarrier.arrive(q_bars[0].index(s))
+                        mbarrier.wait(q_free.index(s), ((n // STAGES) & 1) ^ 1)
+                        mbarrier.expect(q_full.index(s), 2 * STEP * (D0 + V0))
+                        bring_box(q, q_full.index(s), sq.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        bring_box(dout, q_full.index(s), sg.index(s), b, hk * group + m, qx, qy, half, 64, 0)
+                        sl.index(s).store(logs)
+                        sd.index(s).store(-less)
+                        mbarrier.arrive(q_full.index(s))
                         n += 1
         turn += 1
         head, key, first, full, count, x, y, _ = next_item(turn, queue, 1)
@@ -370,7 +361,6 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, de
     STAGES: gl.constexpr = 3
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     sk = gl.allocate_shared_memory(v.dtype, [4, 64, D0], tile)  # two items'
     sv = gl.allocate_shared_memory(v.dtype, [4, 64, V0], tile)
     sq = gl.allocate_shared_memory(v.dtype, [STAGES, STEP, D0], tile)
@@ -378,21 +368,11 @@ def part_keys_gluon(q, dout, k, v, dk_map, dv_map, k_sums, v_sums, held, lse, de
     sl = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     sd = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], line)
     queue = make_queue(3)  # loading, two groups
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for u in gl.static_range(2):
-        mbarrier.init(k_full.index(u), count=1)
-        mbarrier.init(k_free.index(u), count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(s), count=2)
-        mbarrier.init(q_free.index(s), count=2)
+    k_bars = make_bars(2, (1, 2))
+    q_bars = make_bars(STAGES, (2, 2))
     fence_async_shared()
     memory = (sq, sg, sk, sv)
     rows = (sl, sd)
-    k_bars = (k_full, k_free)
-    q_bars = (q_full, q_free)
     gl.warp_specialize([
         (multiply_part_keys, (0, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),
         (multiply_part_keys, (1, dk_map, dv_map, k_sums, v_sums, held, entries, seen, Hk, group, S, key_step, scale, D, DV, D0, V0, STAGES, RUN, ADDS, LAST, MASKED, queue, memory, rows, k_bars, q_bars)),

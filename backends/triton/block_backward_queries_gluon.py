@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_gluon import bring_tile
 from sparsetile.backends.triton.block_backward_steps_gluon import begin_by_query, end_by_query, known, leave, leave_sums
-from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, make_queue, next_item, open_item, section_of, take
+from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, make_bars, make_queue, next_item, open_item, section_of, take
 from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 
 READERS = gl.constexpr(4)  # of an item: loading, clearing, two groups
@@ -194,19 +194,9 @@ def queries_gluon(q0, q1, dout, k0, k1, v, dq_map0, dq_map1, dq, sums, lse, delt
     queue = make_queue(READERS)
     q_full = gl.allocate_shared_memory(gl.int64, [1], B)
     q_free = gl.allocate_shared_memory(gl.int64, [1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_free, count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(k_landed.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_free.index(s), count=2)
+    k_full, k_free, k_landed, v_full, v_free = make_bars(STAGES, (1, 2, 1, 1, 2))
     fence_async_shared()
     MASKED: gl.constexpr = INTERVALS or BITMAPS or EDGE
     memory = (sq0, sq1, sg, sk0, sk1, sv)

@@ -59,6 +59,24 @@ def place_pairs(indices, lengths, kv_length, q_starts, begins, order, first, Hq,
 
 
 @triton.jit
+def list_of(first, Hk):
+    """(list, batch, key head) of a program that multiplies."""
+    list_ = tl.program_id(1).to(tl.int64)
+    return list_, (first + list_) // Hk, (first + list_) % Hk
+
+
+@triton.jit
+def tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY: tl.constexpr, BQ: tl.constexpr):
+    """(pairs, which of them are, first key of their block, the one past its last) of a tile whose first pair is `one`; what is no pair is that one."""
+    x = tl.load(order + tl.arange(0, BQ))
+    ok = x >= 0
+    x = tl.where(ok, x, one)
+    line = (b * G + (hk * (Hq // Hk) + one // K // T) // (Hq // G)) * T + one // K % T
+    begin = tl.load(indices + line * K + one % K).to(tl.int64) * GRANULARITY
+    return x, ok, begin, tl.minimum(begin + GRANULARITY, limit)
+
+
+@triton.jit
 def step(acc, m, l, q0, q1, k, v, key, ok, mask, sks, svs, scale2, inner, outer, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
          V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr):
     """BK keys; MASK: only those ok are read, and a row sees what `mask` [BQ, BK] says."""
@@ -80,20 +98,13 @@ def attend(q, k, v, out, lse, order, indices, lengths, kv_length, q_starts, sqb,
            q_start, scale, inner, outer, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
            GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
     """A tile of pairs: out [lists, pairs, Dv], lse [lists, pairs], float32."""
-    list_ = tl.program_id(1).to(tl.int64)
-    b = (first + list_) // Hk
-    hk = (first + list_) % Hk
+    list_, b, hk = list_of(first, Hk)
     order += list_ * capacity + tl.program_id(0) * BQ
-    head_of_tile = tl.load(order)
-    if head_of_tile >= 0:
+    one = tl.load(order)
+    if one >= 0:
         limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-        x = tl.load(order + tl.arange(0, BQ))
-        row_ok = x >= 0
-        x = tl.where(row_ok, x, head_of_tile)
+        x, row_ok, begin, end = tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY, BQ)
         h, t, _, _ = pairs_of(x, b, hk, row_ok, indices, lengths, limit, start, Hq, Hk, G, T, K, GRANULARITY, CAUSAL)
-        line = (b * G + (hk * (Hq // Hk) + head_of_tile // K // T) // (Hq // G)) * T + head_of_tile // K % T
-        begin = tl.load(indices + line * K + head_of_tile % K).to(tl.int64) * GRANULARITY
-        end = tl.minimum(begin + GRANULARITY, limit)
         whole = end
         if CAUSAL:
             p = start + t
@@ -184,11 +195,16 @@ def artifacts(problem) -> list[dict]:
     arrays |= dict.fromkeys("qkv", pointer) | dict.fromkeys(("out", "lse"), "*fp32")
     found = []
     for fn, fixed, how_compiled in ((count_pairs, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (place_pairs, {**how, "CHUNK": CHUNK}, dict(num_warps=4)), (attend, tile, OPTIONS)):
-        names = [n for n in fn.arg_names if n not in fixed and not (n in ("kv_length", "q_starts") and n not in arrays)]
-        signature = {n: arrays.get(n) or ("fp32" if n in ("scale", "inner", "outer") else "i32") for n in names}
-        aligned = [n for n in names if n in arrays or n.startswith("s") and len(n) == 3 and problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0]
-        found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=how_compiled, div16=tuple(aligned)))
+        found.append(artifact(problem, fn, arrays, fixed, how_compiled))
     return found
+
+
+def artifact(problem, fn, arrays: dict, fixed: dict, options: dict) -> dict:
+    """Of a kernel that takes some of these arrays; positions that are not among them are not given."""
+    names = [n for n in fn.arg_names if n not in fixed and not (n in ("kv_length", "q_starts") and n not in arrays)]
+    signature = {n: arrays.get(n) or ("fp32" if n in ("scale", "inner", "outer") else "i32") for n in names}
+    aligned = [n for n in names if n in arrays or n.startswith("s") and len(n) == 3 and problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0]
+    return dict(fn=fn, signature=signature, constexprs=fixed, options=options, div16=tuple(aligned))
 
 
 def run(q, k, v, indices, out_kind, place, *, lengths, granularity, causal, scale, sink_logits, softcap, kv_length, q_start):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import gather_blocks
-from sparsetile.backends.triton.gather_blocks import lists_at_once, sorted_pairs
+from sparsetile.backends.triton.gather_blocks import list_of, lists_at_once, sorted_pairs, tile_of
 from sparsetile.backends.triton.launch import POINTER, known_start, power
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
@@ -29,9 +29,7 @@ def rows_of_pairs(x, ok, b, hk, q, dout, lse, delta, sqb, sqh, sqt, sgb, sgh, sg
 def keys(q, k, v, dout, lse, delta, dk, dv, order, begins, totals, kv_length, q_starts, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, first, Hq, Hk, T, S, K, bins,
          capacity, q_start, scale, inner, outer, D: tl.constexpr, D0: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
          GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
-    list_ = tl.program_id(1).to(tl.int64)
-    b = (first + list_) // Hk
-    hk = (first + list_) % Hk
+    list_, b, hk = list_of(first, Hk)
     TILES: tl.constexpr = (GRANULARITY + BK - 1) // BK
     block = tl.program_id(0) // TILES
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
@@ -67,19 +65,12 @@ def keys(q, k, v, dout, lse, delta, dk, dv, order, begins, totals, kv_length, q_
 def queries(q, k, v, dout, lse, delta, dq, order, indices, lengths, kv_length, q_starts, sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, first, Hq, Hk, G, T, S, K, pairs,
             capacity, q_start, scale, inner, outer, D: tl.constexpr, D0: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             GRANULARITY: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, FROM_LENGTH: tl.constexpr):
-    list_ = tl.program_id(1).to(tl.int64)
-    b = (first + list_) // Hk
-    hk = (first + list_) % Hk
+    list_, b, hk = list_of(first, Hk)
     order += list_ * capacity + tl.program_id(0) * BQ
     one = tl.load(order)
     if one >= 0:
         limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-        x = tl.load(order + tl.arange(0, BQ))
-        ok = x >= 0
-        x = tl.where(ok, x, one)
-        line = (b * G + (hk * (Hq // Hk) + one // K // T) // (Hq // G)) * T + one // K % T
-        begin = tl.load(indices + line * K + one % K).to(tl.int64) * GRANULARITY
-        end = tl.minimum(begin + GRANULARITY, limit)
+        x, ok, begin, end = tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY, BQ)
         t, q0, g0, logs, shift = rows_of_pairs(x, ok, b, hk, q, dout, lse, delta, sqb, sqh, sqt, sgb, sgh, sgt, Hq, Hk, T, K, D, D0, DV, V0)
         p_last = tl.max(start + t, 0)
         if CAUSAL:
@@ -114,11 +105,7 @@ def artifacts(problem) -> list[dict]:
     arrays |= dict.fromkeys(("q", "k", "v", "dout"), pointer) | dict.fromkeys(("lse", "delta"), "*fp32")
     found = gather_blocks.artifacts(problem)[:2]  # count and place
     for fn, made, rows, step, compiled in ((keys, dict(dk=pointer, dv=pointer), QUERIES, KEYS, OPTIONS[0]), (queries, dict(dq="*fp32"), gather_blocks.ROWS, STEP, OPTIONS[1])):
-        fixed, known = dict(tile, BQ=rows, BK=step), arrays | made
-        names = [n for n in fn.arg_names if n not in fixed and not (n in ("kv_length", "q_starts") and n not in known)]
-        signature = {n: known.get(n) or ("fp32" if n in ("scale", "inner", "outer") else "i32") for n in names}
-        aligned = [n for n in names if n in known or n.startswith("s") and len(n) == 3 and D % 16 == 0 and DV % 16 == 0]
-        found.append(dict(fn=fn, signature=signature, constexprs=fixed, options=compiled, div16=tuple(aligned)))
+        found.append(gather_blocks.artifact(problem, fn, arrays | made, dict(tile, BQ=rows, BK=step), compiled))
     return found
 
 

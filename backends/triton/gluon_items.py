@@ -141,11 +141,18 @@ def item_at(j, queue, WARPS: gl.constexpr):
 @gluon.jit
 def make_queue(READERS: gl.constexpr):
     """Two slots of an item, with a barrier that says that one is full and a barrier that says that all readers have it."""
-    B: gl.constexpr = mbarrier.MBarrierLayout()
     slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    slot_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    for s in gl.static_range(2):
-        mbarrier.init(slot_full.index(s), count=1)
-        mbarrier.init(slot_free.index(s), count=READERS)
+    slot_full, slot_free = make_bars(2, (1, READERS))
     return slots, slot_full, slot_free
+
+
+@gluon.jit
+def make_bars(STAGES: gl.constexpr, COUNTS: gl.constexpr):
+    """For each of COUNTS barriers of so many stages, complete after so many arrivals."""
+    bars = ()
+    for n in gl.static_range(len(COUNTS)):
+        bars = bars + (gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()), )
+    for s in gl.static_range(STAGES):
+        for n in gl.static_range(len(COUNTS)):
+            mbarrier.init(bars[n].index(s), count=COUNTS[n])
+    return bars
