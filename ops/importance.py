@@ -140,16 +140,23 @@ dispatch.PLAN_CACHES.append(_ends)
 
 
 def ends_of(call: Call):
-    """`ends`, which for positions that the host knows are kept, those of the last 16 shapes on a stream. A graph makes its own: the kept ones go when others come."""
-    if call.kv_length is not None or not isinstance(call.q_start, int) or call.caller != "torch" or _captured(call):
+    """`ends`, which for positions that the host knows are kept, those of the last 16 shapes on a stream. A graph makes its own: the kept ones go when others come.
+    PyTorch's are packed here: a call's kernel would else be given copies, which no tape (backends/tape.py) knows."""
+    if call.caller != "torch":
         return ends(call)
+    if call.kv_length is not None or not isinstance(call.q_start, int) or _captured(call):
+        return _packed(call)
     stream = None if call.device is None else devices.stream_of("torch", call.device)
     key = call.sizes, call.block, call.stride, call.select_block, call.keys, call.q_start, call.device, stream
     if key not in _ends:
-        _ends[key] = ends(call)
+        _ends[key] = _packed(call)
         if len(_ends) > 16:
             _ends.popitem(last=False)
     return _ends[key]
+
+
+def _packed(call: Call):
+    return tuple(x.contiguous() for x in ends(call))
 
 
 def _captured(call: Call) -> bool:

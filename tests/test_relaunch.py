@@ -65,6 +65,42 @@ def test_what_triton_would_specialise_makes_another_launch(fn, what):
     assert not fn.calls and (fn.bound, second.bound) == ((1, 1) if what == "function" else (2, 2))
 
 
+def test_a_choice_of_blocks_is_noted_and_repeated(monkeypatch):
+    """importance_topk, path row, from the op's own ends on: after one run every launch can stand on a tape, which tells it the new addresses."""
+    from sparsetile.backends import tape
+    from sparsetile.backends.triton import importance_topk
+    from sparsetile.ops import importance, ready
+    kernel = Fn()
+    monkeypatch.setattr(relaunch, "_compiled", {})
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, grid, warmup, **constants: kernel)
+
+    class Chip(Place):
+        arch, sms = "sm_90a", 132
+
+        def empty(self, shape, dtype):
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    def drawn():
+        q, k, lse = torch.zeros(1, 32, 700, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 42, 64, dtype=torch.bfloat16), torch.zeros(1, 32, 700)
+        call = importance.check(q, k, lse, 5, 32, 16, 64, 700, None, None, None, 1, 2, False, None, None)
+        return q, k, lse, *importance.ends_of(call)
+
+    def run(place, q, k, lse, key_end, block_end):
+        return importance_topk.run(q, k, lse, 5, place=place, config=dict(path="row", queries=1, stages=2, scratch_mb=64), key_end=key_end, block_end=block_end, blocks=11, reach=2, step=4,
+                                   scale=0.1, force_first=1, force_last=2)
+    first, later = drawn(), drawn()
+    assert all(x.is_contiguous() for x in first)
+    run(Chip(), *first)
+    recorder = tape.Recorder(Chip(), ready.NO_LISTS, natives := [x.detach() for x in first], first)
+    made = recorder.tape(*run(recorder, *natives))
+    assert made is not None and len(made.steps) == 2
+    before = len(kernel.calls)
+    indices, lengths = made(5, *later)
+    score, choose = (call[9:] for call in kernel.calls[before:])
+    q, k, lse, key_end, block_end = (x.data_ptr() for x in later)
+    assert score[:3] == (q, k, lse) and score[5] == key_end and choose[1:5] == (key_end, block_end, indices.data_ptr(), lengths.data_ptr()) and choose[0] == score[7]
+
+
 def test_profilers_see_every_launch(fn):
     constants, x, seen = relaunch.Constants(W=4, num=2), torch.zeros(64), []
     knobs.runtime.launch_enter_hook.add(seen.append)
