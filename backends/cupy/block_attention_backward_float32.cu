@@ -63,7 +63,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
     const int t = at[row + e];
     if (t < 0) continue;
     Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.dq + ((i64)head * p.at.T + t) * p.D;
-    leave_row<OUT_KIND>(out, p.D, slice * DQS, dq[e], [&](float y) { return y * p.scale; });
+#pragma unroll
+    for (int c = 0; c < DQS / 16; c++) {
+      const int col = slice * DQS + tx + 16 * c;
+      if (col < p.D) out[col] = from_float<OUT_KIND>(dq[e][c] * p.scale);
+    }
   }
 }
 
@@ -124,7 +128,15 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
     if (s < 0 || s >= p.at.S) continue;
     const bool exists = s < limit;
     Element<OUT_KIND>*to_k = (Element<OUT_KIND>*)p.dk + (head * p.at.S + s) * p.D, *to_v = (Element<OUT_KIND>*)p.dv + (head * p.at.S + s) * p.Dv;
-    leave_row<OUT_KIND>(to_k, p.D, slice * DKS, dk[e], [&](float y) { return exists ? y * p.scale : 0.f; });
-    leave_row<OUT_KIND>(to_v, p.Dv, slice * DVS, dv[e], [&](float y) { return exists ? y : 0.f; });
+#pragma unroll
+    for (int m = 0; m < DKS / 16; m++) {
+      const int col = slice * DKS + tx + 16 * m;
+      if (col < p.D) to_k[col] = from_float<OUT_KIND>(exists ? dk[e][m] * p.scale : 0.f);
+    }
+#pragma unroll
+    for (int m = 0; m < DVS / 16; m++) {
+      const int col = slice * DVS + tx + 16 * m;
+      if (col < p.Dv) to_v[col] = from_float<OUT_KIND>(exists ? dv[e][m] : 0.f);
+    }
   }
 }

@@ -71,6 +71,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     const int t = rows[row + i];
     if (t < 0) continue;
     if (p.lse && x.slice == 0 && tx == 0) p.lse[(i64)x.head * p.at.T + t] = empty ? -inf() : most[i] + logf(sum[i]);
-    leave_row<OUT_KIND>(out + (i64)t * p.Dv, p.Dv, x.slice * DVP, o[i], [&](float y) { return empty ? 0.f : y * inverse; });
+#pragma unroll
+    for (int c = 0; c < DVP / 16; c++) {
+      const int col = x.slice * DVP + tx + 16 * c;
+      if (col < p.Dv) out[(i64)t * p.Dv + col] = from_float<OUT_KIND>(empty ? 0.f : o[i][c] * inverse);
+    }
   }
 }

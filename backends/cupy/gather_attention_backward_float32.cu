@@ -46,7 +46,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rows(const __grid_cons
   for (int e = 0; e < 4; e++) {
     if (row + e >= x.rows) continue;
     Element<OUT_KIND>* out = (Element<OUT_KIND>*)p.dq + (head + (i64)(row + e) * p.at.T) * p.D;
-    leave_row<OUT_KIND>(out, p.D, slice * DQS, dq[e], [&](float y) { return y * p.scale; });
+#pragma unroll
+    for (int c = 0; c < DQS / 16; c++) {
+      const int col = slice * DQS + tx + 16 * c;
+      if (col < p.D) out[col] = from_float<OUT_KIND>(dq[e][c] * p.scale);
+    }
   }
 }
 
@@ -99,7 +103,15 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS) columns(const __gri
     const int s = tile * TK + row + e;
     if (s >= p.at.S) continue;
     Element<OUT_KIND>*to_k = (Element<OUT_KIND>*)p.dk + (head * p.at.S + s) * p.D, *to_v = (Element<OUT_KIND>*)p.dv + (head * p.at.S + s) * p.Dv;
-    leave_row<OUT_KIND>(to_k, p.D, slice * DKS, dk[e], [&](float y) { return y * p.scale; });
-    leave_row<OUT_KIND>(to_v, p.Dv, slice * DVS, dv[e], [&](float y) { return y; });
+#pragma unroll
+    for (int m = 0; m < DKS / 16; m++) {
+      const int col = slice * DKS + tx + 16 * m;
+      if (col < p.D) to_k[col] = from_float<OUT_KIND>(dk[e][m] * p.scale);
+    }
+#pragma unroll
+    for (int m = 0; m < DVS / 16; m++) {
+      const int col = slice * DVS + tx + 16 * m;
+      if (col < p.Dv) to_v[col] = from_float<OUT_KIND>(dv[e][m]);
+    }
   }
 }

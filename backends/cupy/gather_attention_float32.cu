@@ -54,6 +54,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const __grid_const
     const float inverse = 1.f / (sum[i] + (p.sink && !empty ? expf(__ldg(p.sink + x.head + row + i) - most[i]) : 0.f));
     const i64 at = ((i64)x.b * p.Hq + x.head + row + i) * p.at.T + x.t;
     if (p.lse && slice == 0 && tx == 0) p.lse[at] = empty ? -inf() : most[i] + logf(sum[i]);
-    leave_row<OUT_KIND>((Element<OUT_KIND>*)p.out + at * p.Dv, p.Dv, slice * DVP, o[i], [&](float y) { return empty ? 0.f : y * inverse; });
+#pragma unroll
+    for (int c = 0; c < DVP / 16; c++) {
+      const int col = slice * DVP + tx + 16 * c;
+      if (col < p.Dv) ((Element<OUT_KIND>*)p.out)[at * p.Dv + col] = from_float<OUT_KIND>(empty ? 0.f : o[i][c] * inverse);
+    }
   }
 }

@@ -60,17 +60,6 @@ __device__ __forceinline__ void add_rows(float (&o)[4][Columns / 16], const floa
   }
 }
 
-// A thread's columns first + tx, + 16, ... of a row of `out`, of those that it has; tx: which of a row group's 16 threads it is.
-template <int OutKind, int N, typename F>
-__device__ __forceinline__ void leave_row(Element<OutKind>* out, int width, int first, const float (&x)[N], const F& value) {
-  const int tx = threadIdx.x % 16;
-#pragma unroll
-  for (int c = 0; c < N; c++) {
-    const int col = first + tx + 16 * c;
-    if (col < width) out[col] = from_float<OutKind>(value(x[c]));
-  }
-}
-
 __device__ __forceinline__ float max16(float x) {  // over the threads of a row group
 #pragma unroll
   for (int m = 1; m < 16; m *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, m));

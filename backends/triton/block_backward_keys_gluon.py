@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from sparsetile.backends.triton.block_attention_gluon import bring_tile
-from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, bring_step, known, leave, leave_sums, exist, probabilities
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, bring_step, known, leave, leave_sums, exist, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, cut, drawn, make_bars, make_queue, next_item, place_of, section_of, take
 from sparsetile.backends.triton.gluon_keys import key_word
 from sparsetile.backends.triton.tiles import queries_of
@@ -228,7 +228,8 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
                         kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)
                         acc_k, acc_k1 = warpgroup_mma_wait(0, deps=(kt, kt1))
                     else:
-                        st, gt = begin_by_key(sq0, sg, sk0, sv, at, s, less, zero)
+                        gt = warpgroup_mma(sv.index(at), sg.index(s).permute((1, 0)), gl.expand_dims(less, 0) + zero, is_async=True)  # before any product is under way
+                        st = warpgroup_mma(sk0.index(at), sq0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
                         low, high = _words(words, kind, partial, key, flags, t, T, MASKS)
                         x, grad = warpgroup_mma_wait(0, deps=(st, gt))
                         p = probabilities(x, gl.expand_dims(logs, 0), scale)

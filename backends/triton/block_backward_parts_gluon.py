@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sparsetile.backends.triton.block_attention_parts_gluon import FIELDS, _look, open_tile
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP
-from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_key, begin_by_query, end_by_query, known, probabilities
+from sparsetile.backends.triton.block_backward_steps_gluon import add_by_key, begin_by_query, end_by_query, known, probabilities
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, take
 from sparsetile.backends.triton.gluon_keys import clear_word, seen_or
 
@@ -339,7 +339,9 @@ def multiply_part_keys(W: gl.constexpr, dk_map, dv_map, k_sums, v_sums, held, en
                     if MASKED:
                         low, high = _query_words(seen, kind, W, half, L)  # before products whose end would be waited for first
                     mbarrier.wait(q_full.index(s), (n // STAGES) & 1)
-                    st, gt = begin_by_key(sq, sg, sk, sv, 2 * u + W, s, sd.index(s).load(C), zero)
+                    less = gl.expand_dims(sd.index(s).load(C), 0) + zero
+                    gt = warpgroup_mma(sv.index(2 * u + W), sg.index(s).permute((1, 0)), less, is_async=True)  # first: its sums begin before any product is under way
+                    st = warpgroup_mma(sk.index(2 * u + W), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
                     logs = sl.index(s).load(C)
                     raw, grad = warpgroup_mma_wait(0, deps=(st, gt))
                     p = probabilities(raw, gl.expand_dims(logs, 0), scale)

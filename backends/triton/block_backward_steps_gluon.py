@@ -23,7 +23,8 @@ def known(lse, delta, at, ok):
 
 @gluon.jit
 def bring_step(maps, at, logs, less, s, turn, D1: gl.constexpr, BYTES: gl.constexpr, tiles, rows, bars):
-    """Queries and dout of a step, from `at` on, and what is known of their rows, as soon as stage s, taken `turn` times before, is free; what else comes with them, and that it is all, the caller says."""
+    """Queries and dout of a step, from `at` on, and what is known of their rows, as soon as stage s, taken `turn` times before, is free.
+    What else comes with them, and that it is all, the caller says."""
     q0, q1, dout = maps
     sq0, sq1, sg = tiles
     full, free = bars
@@ -54,13 +55,6 @@ def end_by_query(st, gt, logs, shift, scale, v_free, s):
     grad = warpgroup_mma_wait(0, deps=(gt, ))
     mbarrier.arrive(v_free.index(s))
     return p * (grad - gl.expand_dims(shift, 1))
-
-
-@gluon.jit
-def begin_by_key(sq, sg, sk, sv, w, s, less, zero):
-    """Scores and dP - delta of a step under way, rows keys: keys in buffer w, queries in stage s. The latter first: its sums begin before any product is under way."""
-    gt = warpgroup_mma(sv.index(w), sg.index(s).permute((1, 0)), gl.expand_dims(less, 0) + zero, is_async=True)
-    return warpgroup_mma(sk.index(w), sq.index(s).permute((1, 0)), zero, use_acc=False, is_async=True), gt
 
 
 @gluon.jit

@@ -66,17 +66,6 @@ def list_of(first, Hk):
 
 
 @triton.jit
-def tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY: tl.constexpr, BQ: tl.constexpr):
-    """(pairs, which of them are, first key of their block, the one past its last) of a tile whose first pair is `one`; what is no pair is that one."""
-    x = tl.load(order + tl.arange(0, BQ))
-    ok = x >= 0
-    x = tl.where(ok, x, one)
-    line = (b * G + (hk * (Hq // Hk) + one // K // T) // (Hq // G)) * T + one // K % T
-    begin = tl.load(indices + line * K + one % K).to(tl.int64) * GRANULARITY
-    return x, ok, begin, tl.minimum(begin + GRANULARITY, limit)
-
-
-@triton.jit
 def step(acc, m, l, q0, q1, k, v, key, ok, mask, sks, svs, scale2, inner, outer, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
          V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr):
     """BK keys; MASK: only those ok are read, and a row sees what `mask` [BQ, BK] says."""
@@ -100,11 +89,16 @@ def attend(q, k, v, out, lse, order, indices, lengths, kv_length, q_starts, sqb,
     """A tile of pairs: out [lists, pairs, Dv], lse [lists, pairs], float32."""
     list_, b, hk = list_of(first, Hk)
     order += list_ * capacity + tl.program_id(0) * BQ
-    one = tl.load(order)
-    if one >= 0:
+    head_of_tile = tl.load(order)
+    if head_of_tile >= 0:
         limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-        x, row_ok, begin, end = tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY, BQ)
+        x = tl.load(order + tl.arange(0, BQ))
+        row_ok = x >= 0
+        x = tl.where(row_ok, x, head_of_tile)
         h, t, _, _ = pairs_of(x, b, hk, row_ok, indices, lengths, limit, start, Hq, Hk, G, T, K, GRANULARITY, CAUSAL)
+        line = (b * G + (hk * (Hq // Hk) + head_of_tile // K // T) // (Hq // G)) * T + head_of_tile // K % T
+        begin = tl.load(indices + line * K + head_of_tile % K).to(tl.int64) * GRANULARITY
+        end = tl.minimum(begin + GRANULARITY, limit)
         whole = end
         if CAUSAL:
             p = start + t

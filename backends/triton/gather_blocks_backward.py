@@ -6,7 +6,7 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import gather_blocks
-from sparsetile.backends.triton.gather_blocks import list_of, lists_at_once, sorted_pairs, tile_of
+from sparsetile.backends.triton.gather_blocks import list_of, lists_at_once, sorted_pairs
 from sparsetile.backends.triton.launch import POINTER, known_start, power
 from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
 
@@ -70,7 +70,12 @@ def queries(q, k, v, dout, lse, delta, dq, order, indices, lengths, kv_length, q
     one = tl.load(order)
     if one >= 0:
         limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
-        x, ok, begin, end = tile_of(order, one, b, hk, indices, limit, Hq, Hk, G, T, K, GRANULARITY, BQ)
+        x = tl.load(order + tl.arange(0, BQ))
+        ok = x >= 0
+        x = tl.where(ok, x, one)
+        line = (b * G + (hk * (Hq // Hk) + one // K // T) // (Hq // G)) * T + one // K % T
+        begin = tl.load(indices + line * K + one % K).to(tl.int64) * GRANULARITY
+        end = tl.minimum(begin + GRANULARITY, limit)
         t, q0, g0, logs, shift = rows_of_pairs(x, ok, b, hk, q, dout, lse, delta, sqb, sqh, sqt, sgb, sgh, sgt, Hq, Hk, T, K, D, D0, DV, V0)
         p_last = tl.max(start + t, 0)
         if CAUSAL:
