@@ -37,6 +37,7 @@ struct Params {
 #if LATENT
 #include "latent_bytes_hopper.cuh"
 #else
+#define EARLY 0
 #include "latent_hopper.cuh"
 
 // 32 rows into a tile of 9 chunks of 64 columns: eight threads to a row, each thread rows r and r + 16 (`to` is its place in the first)

@@ -16,6 +16,9 @@
 #define HELD 31             // k-steps of the query in registers: 31, or whole chunks of four
 #define BRING_REGISTERS 24  // of a thread of the group that brings tiles
 #endif
+#ifndef EARLY
+#define EARLY 1  // values of a tile start behind the issue of the next one's scores; 0: behind their end
+#endif
 #ifndef PAIR
 #define PAIR 1  // 2: the blocks of threads of a cluster go through the same tiles for different heads, and each makes every other tile for both
 #endif
@@ -67,36 +70,54 @@ __device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar,
 // Of two rows, those of a lane: the largest product so far (this lane's keys), the reference m of the sums (powers of two), and the sums (this lane's keys).
 struct Rows { float top[2], m[2], sum[2]; bool wide; };
 
-// Products of a tile become probabilities relative to 2^m. Whether a reference of this warp's rows moved: then `factor` is for what was summed before. Where one key
-// of a row decides, its probability is 1 exactly: were it ahead of m by less than 2^8, another key would have a say.
-__device__ __forceinline__ bool probabilities(float (&s)[16], Rows& r, float (&factor)[2], float scale2) {
+__device__ __forceinline__ void raise_tops(const float (&s)[16], const Rows& r, float (&top)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    factor[h] = 1.f;
+    top[h] = r.top[h];
 #pragma unroll
-    for (int j = 0; j < 4; j++) r.top[h] = fmaxf(r.top[h], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+    for (int j = 0; j < 4; j++) top[h] = fmaxf(top[h], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
   }
-  const bool moved = __any_sync(~0u, fmaf(r.top[0], scale2, -LAZY) > r.m[0] || fmaf(r.top[1], scale2, -LAZY) > r.m[1]);
-  if (moved) {  // rare: no exchange otherwise
+}
+__device__ __forceinline__ bool outgrown(const Rows& r, const float (&top)[2], float scale2) {
+  return __any_sync(~0u, fmaf(top[0], scale2, -LAZY) > r.m[0] || fmaf(top[1], scale2, -LAZY) > r.m[1]);
+}
+
+// Products of a tile become probabilities relative to 2^m; `seen`: its keys. Whether a reference of this warp's rows moved: then `factor` is for what was summed before.
+// Where one key of a row decides, its probability is 1 exactly: were it ahead of m by less than 2^8, another key would have a say.
+// Everything rare stands behind one branch: this is the longest chain of a tile, and each branch costs it 1-3 %, taken or not.
+template <class Tell> __device__ __forceinline__ bool probabilities(float (&s)[16], Rows& r, u32 seen, float scale2, const Tell& tell) {
+  float top[2], unit = scale2;
+  bool moved = false;
+  raise_tops(s, r, top);  // of keys that are not seen, too: those are zeros, which may only take us there for nothing
+  if (outgrown(r, top, scale2) || seen != ~0u || r.wide) {
+    const u32 word = seen >> 2 * (thread_again() & 3);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 1));
-      r.top[h] = fmaxf(r.top[h], __shfl_xor_sync(~0u, r.top[h], 2));
-      const float m = __fmul_rn(r.top[h], scale2);
-      if (m > r.m[h]) {
-        factor[h] = ex2(r.m[h] - m);
-        r.m[h] = m;
-        r.sum[h] *= factor[h];
+    for (int i = 0; i < 16; i++) if (!(word >> (i / 4 * 8 + (i & 1)) & 1)) s[i] = -inf();
+    raise_tops(s, r, top);
+    moved = outgrown(r, top, scale2);
+    if (moved) {
+      float factor[2] = {1.f, 1.f};
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+        top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+        const float m = __fmul_rn(top[h], scale2);
+        if (m > r.m[h]) {
+          factor[h] = ex2(r.m[h] - m);
+          r.m[h] = m;
+          r.sum[h] *= factor[h];
+        }
       }
+      r.wide = __any_sync(~0u, fabsf(r.m[0]) > WIDE || fabsf(r.m[1]) > WIDE);
+      tell(factor);
     }
-    r.wide = __any_sync(~0u, fabsf(r.m[0]) > WIDE || fabsf(r.m[1]) > WIDE);
-  }
-  float unit = scale2;
-  if (r.wide) {  // a fused product would not give the largest its own reference back
-    unit = 1.f;
+    if (r.wide) {  // a fused product would not give the largest its own reference back
+      unit = 1.f;
 #pragma unroll
-    for (int i = 0; i < 16; i++) s[i] = __fmul_rn(s[i], scale2);
+      for (int i = 0; i < 16; i++) s[i] = __fmul_rn(s[i], scale2);
+    }
   }
+  r.top[0] = top[0]; r.top[1] = top[1];
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     s[i] = ex2(fmaf(s[i], unit, -r.m[i / 2 % 2]));
@@ -126,8 +147,8 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
-// By one thread of the group, behind the last of its products: values that start nine products earlier slow both down by a quarter, and when the products have ended 4 % are lost.
-// Predicated inside, so that ptxas sees no divergent branch between products.
+// By one thread of the group. EARLY, behind the last of its products: values that start nine products earlier slow both down by a quarter. Where threads bring the tiles, values that
+// start before the products have ended cost 10 %; where the copy engine does, waiting costs 2-4 %. Predicated inside, so that ptxas sees no divergent branch between products.
 __device__ __forceinline__ void start_values(u32 bar, bool doit) {
 #ifdef SPARSETILE_EMULATE
   if (doit && threadIdx.x % 128 == 0) bar_arrive(bar);
@@ -176,23 +197,19 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
         else wgmma<KIND, K_MAJOR>(s, k < 4 * LEFT ? step31 : query + (k & 3) * 2 + ((k >> 2) - LEFT) * (2 * CHUNK >> 4), b, 1);
       }
       wgmma_commit();
-      start_values(START(before), !first);
+      if (EARLY) start_values(START(before), !first);
       wgmma_wait<0>(); hold(s);
+      if (!EARLY) start_values(START(before), !first);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
       left = uniform(found.left);
-      if (found.word != ~0u) {
-        const u32 word = found.word >> 2 * (lane & 3);
-#pragma unroll
-        for (int i = 0; i < 16; i++) if (!(word >> (i / 4 * 8 + (i & 1)) & 1)) s[i] = -inf();
-      }
-      float factor[2];
-      const bool moved = probabilities(s, rows, factor, p.scale2) && !first;
-      const u32 r16 = tid / 32 * 16 + (lane & 15), to = base + slot * TILE + 8 * CHUNK + r16 * 64;
-      if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = moved;
-      if (moved) {
+      if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = 0;
+      const bool moved = probabilities(s, rows, found.word, p.scale2, [&](const float (&factor)[2]) {
+        if (first) return;
         bar_wait(FREE(before), slot == 0 ? phase ^ 1 : phase, patience);  // the factors before these have been applied
         if ((lane & 3) == 0) { ((float*)(raw + FACTORS))[r] = factor[0]; ((float*)(raw + FACTORS))[r + 8] = factor[1]; }
-      }
+        if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = 1;
+      }) && !first;
+      const u32 r16 = tid / 32 * 16 + (lane & 15), to = base + slot * TILE + 8 * CHUNK + r16 * 64;
 #pragma unroll
       for (int j = 0; j < 2; j++)
         stmatrix_at(to + (((2 * j + (lane >> 4)) ^ (r16 >> 1 & 3)) << 4), pack<KIND>(s[8 * j], s[8 * j + 1]), pack<KIND>(s[8 * j + 2], s[8 * j + 3]),
