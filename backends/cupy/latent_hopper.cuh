@@ -17,7 +17,7 @@
 #define BRING_REGISTERS 24  // of a thread of the group that brings tiles
 #endif
 #ifndef EARLY
-#define EARLY 1  // values of a tile start behind the issue of the next one's scores; 0: behind their end
+#define EARLY 1  // values of a tile start when all products of the next one's scores are asked for; 0: when all but four have ended
 #endif
 #ifndef PAIR
 #define PAIR 1  // 2: the blocks of threads of a cluster go through the same tiles for different heads, and each makes every other tile for both
@@ -147,8 +147,8 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
-// By one thread of the group. EARLY, behind the last of its products: values that start nine products earlier slow both down by a quarter. Where threads bring the tiles, values that
-// start before the products have ended cost 10 %; where the copy engine does, waiting costs 2-4 %. Predicated inside, so that ptxas sees no divergent branch between products.
+// By one thread of the group. Where the copy engine brings the tiles, EARLY: waiting costs 3 %; but nine products earlier both are slowed down by a quarter. Where threads bring them
+// EARLY costs 10 %, and waiting for the last four products 1 %. Predicated inside, so that ptxas sees no divergent branch between products.
 __device__ __forceinline__ void start_values(u32 bar, bool doit) {
 #ifdef SPARSETILE_EMULATE
   if (doit && threadIdx.x % 128 == 0) bar_arrive(bar);
@@ -193,13 +193,14 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
 #pragma unroll
       for (int k = 0; k < 36; k++) {
         const u64 b = keys + (k & 3) * 2 + (k >> 2) * (CHUNK >> 4);
+        if (!EARLY && k == 32) wgmma_commit();
         if (k < HELD) wgmma<KIND, K_MAJOR>(s, q[k], b, k != 0);
         else wgmma<KIND, K_MAJOR>(s, k < 4 * LEFT ? step31 : query + (k & 3) * 2 + ((k >> 2) - LEFT) * (2 * CHUNK >> 4), b, 1);
       }
       wgmma_commit();
-      if (EARLY) start_values(START(before), !first);
+      if (!EARLY) wgmma_wait<1>();
+      start_values(START(before), !first);
       wgmma_wait<0>(); hold(s);
-      if (!EARLY) start_values(START(before), !first);
       const int tid = thread_again() % 128, lane = tid & 31, r = tid / 32 * 16 + lane / 4;  // read again each time: no address may live through the products
       left = uniform(found.left);
       if (lane == 0) raw[MOVED + slot * 4 + tid / 32] = 0;
