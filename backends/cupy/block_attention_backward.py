@@ -245,7 +245,7 @@ def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap
     if config["path"] != "two_pass" or not B * Hq * T or not takes_hopper(q, k, v, dout, config, scale, softcap, kind):
         return None
     axes = [axes_of(part, start, T, S) for part in parts]
-    if None in axes or not axes[0].every or any(at.ends_within for at in axes) or any(2 * B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+    if None in axes or not axes[0].every or any(at.ragged_rows or at.ragged_keys for at in axes) or any(2 * B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
     dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
     made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
