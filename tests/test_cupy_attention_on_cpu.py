@@ -221,10 +221,11 @@ PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
     (192, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
     (128, Causal() & (Window(10) | Strided(32)), 2048, 2048, 1, 1, None),  # classes of half a block
 ]
-RAGGED_CASES = [  # forward only
+RAGGED_CASES = [  # classes one longer than others
     (128, Causal() & (Window(10) | Strided(8)), 1251, 1251, 2, 1, None),
     (128, Causal() & (Window(10) | Strided(8)), 1245, 1251, 1, 1, None),
     (128, Causal() & Strided(2), 401, 401, 1, 1, None),
+    (128, Causal() & (Window(34) | Strided(32)), 2053, 2053, 2, 1, None),
 ]
 
 
@@ -271,7 +272,7 @@ def judge_gradients_of_parts(rule, T, S, Hq, Hk, length, kind, rng, D=16, Dv=16)
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 @pytest.mark.parametrize("piece", ["all", "a head"])
-@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", [case[1:] for case in PART_CASES if case[0] == 128], ids=lambda x: str(x).replace(" ", ""))
+@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", [case[1:] for case in PART_CASES + RAGGED_CASES if case[0] == 128], ids=lambda x: str(x).replace(" ", ""))
 def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, rng, monkeypatch):
     """The same parts backward: dQ, dK and dV of all in float32, rounded once."""
     if piece == "a head":

@@ -15,7 +15,11 @@
 #include "ordered.cuh"
 
 struct Params {
+#if PARTED
+  TensorMap q[2], k[2], v[2], dout[2];  // of the shorter classes, of the longer ones (view_of)
+#else
   TensorMap q, k, v, dout;          // boxes of 64 columns, 64 rows; k, v: 128 rows
+#endif
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
