@@ -85,7 +85,7 @@ __device__ __forceinline__ void take_query(u32 base, u32 begin, u32 (&q)[36][4],
   }
 }
 
-__device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars) {
+__device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars, int) {
   const int tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid & 31, head = warp * 8 + lane / 4;
   u32 slot = 0, phase = 0, made = 0, turn = 1, patience = PATIENCE;
   for (int left = 0; left >= 0;) {

@@ -3,12 +3,14 @@
 // heads, heads (gather_tokens_by_head.cuh):
 //   S^T [64 tokens, HEADS] = K Q^T or S = Q K^T        O^T [512, HEADS] += V^T P^T
 //
-// Persistent, four warpgroups: one gathers, one makes scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the fourth announces what has landed.
+// Persistent, four or five warpgroups: one gathers, one or two (GROUPS) make scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the last announces what has
+// landed.
 // A slot of the ring is a third of a step, 192 columns of 64 tokens: scores begin when the first columns are there, values give back third by third, and memory that is no whole step
 // still holds what is on its way. With slots of 32 whole tokens a step's way from its gathering to its values bound the kernel; slots of 64 columns ask for three times the waits and
 // arrivals, which cost as much as products. The query passes through the ring, too.
 #include "selections.cuh"
 #include "wgmma.cuh"
+#define RARE(x) __builtin_expect(x, 0)
 
 #ifndef KIND
 #define KIND BFLOAT16
@@ -31,10 +33,11 @@ struct Params {
 };
 
 constexpr int N = 64, PART = N * 128, SLOT = 3 * PART, SLOTS = HEADS == 32 ? 9 : 8, CHUNK = HEADS * 128;  // PART, CHUNK: 64 columns of a slot and of the query
+constexpr int GROUPS = HEADS == 32 ? 1 : 2, MOVERS = HEADS == 32 ? 4 : 1;  // groups that make scores; who of one says for itself that its references moved
 constexpr int QUERY_SLOTS = (9 * CHUNK + SLOT - 1) / SLOT, QUERY_PARTS = (9 * CHUNK + PART - 1) / PART, COLUMNS = HEADS / 4;
-constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + (HEADS == 32 ? 0 : 9 * CHUNK), TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * HEADS * 4;
-constexpr int FACTORS = ENDS + 4 * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4;
-constexpr int FOUND = INVERSE + 2 * HEADS * 4, MADE = FOUND + SLOTS * 16, BARS = MADE + 2 * 32;
+constexpr int QUERY = SLOTS * SLOT, WEIGHTS = QUERY + (HEADS == 32 ? 0 : 9 * CHUNK), TOPS = WEIGHTS + 2 * CHUNK, ENDS = TOPS + 4 * GROUPS * HEADS * 4;
+constexpr int FACTORS = ENDS + 4 * GROUPS * HEADS * 8, INVERSE = FACTORS + 2 * HEADS * 4, REFERENCES = INVERSE + 2 * HEADS * 4;
+constexpr int FOUND = REFERENCES + HEADS * 4, ABOUT = FOUND + SLOTS * 16, MADE = ABOUT + 16, BARS = MADE + 2 * (GROUPS == 1 ? 32 : 16);
 constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in latent_hopper.cuh
 #define FULL(s) (bars + 8 * (s))
 #define FREE(s) (bars + 8 * (SLOTS + (s)))
@@ -42,8 +45,11 @@ constexpr float LOWEST = -3.4028235e38f, LAZY = 8.f, WIDE = 1024.f;  // as in la
 #define READY(s) (bars + 8 * (3 * SLOTS + (s)))
 #define DONE(s) (bars + 8 * (3 * SLOTS + 2 + (s)))
 
-struct Found { u32 words[2]; int left, item; };      // of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all
-struct Made { int moved[4], left, item, unused[2]; };  // of a step's probabilities; moved (one or four that say so): earlier sums take a factor first
+enum { OWN = 1, VALUES = 3, QUERY_THERE, QUERY_FREE };  // named barriers: OWN and the next are the two groups' that make scores
+
+// Of a step's 64 tokens those that are seen; how many steps of the item follow, -1: no step at all. With two groups of a query: how many steps; whether another item follows.
+struct Found { u32 words[2]; int left, item; };
+struct alignas(16) Made { int moved[MOVERS], left, item, reference; };  // of a step's probabilities; moved: earlier sums take a factor first; reference: two groups' is a new one
 __device__ __forceinline__ u32 slot_after(u32 slot, u32 n) { return slot + n < SLOTS ? slot + n : slot + n - SLOTS; }
 __device__ __forceinline__ u32 part_after(u32 slot, int c) { return slot_after(slot, c / 3) * SLOT + c % 3 * PART; }  // where part c of what begins with a slot stands
 
@@ -90,7 +96,10 @@ __device__ __forceinline__ void gather(const Params& p, unsigned char* raw, u32 
       fetch_rows(here + slot * SLOT + part % 3 * PART, rows, 0, exist);
       if (part % 3 == 2 || part == QUERY_PARTS - 1) {
         copies_arrive(FULL(slot));
-        if (tid == 0) bar_arrive(FULL(slot));
+        if (tid == 0) {
+          if (GROUPS == 2 && part < 3) ((Found*)(raw + FOUND))[slot] = {{0, 0}, left, it + (int)gridDim.x < p.items};
+          bar_arrive(FULL(slot));
+        }
         advance<SLOTS>(slot, phase);
       }
     }
@@ -159,7 +168,7 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
   float f[COLUMNS];
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++) f[i] = inverse[head_of(lane, i)];
-  named_sync(2, 128);
+  named_sync(VALUES, 128);
 #pragma unroll
   for (int c = 0; c < 8; c++)
 #pragma unroll
@@ -169,7 +178,7 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
       const float *y = &o[c][4 * j], *z = &o[c][4 * j2], *fy = &f[2 * j], *fz = &f[2 * j2];
       stmatrix_transposed_at(to, pack<KIND>(y[0] * fy[0], y[1] * fy[1]), pack<KIND>(y[2] * fy[0], y[3] * fy[1]), pack<KIND>(z[0] * fz[0], z[1] * fz[1]), pack<KIND>(z[2] * fz[0], z[3] * fz[1]));
     }
-  named_sync(2, 128);
+  named_sync(VALUES, 128);
   char* out = (char*)p.out + (((i64)x.b * p.Hq + x.head) * p.at.T + x.t) * 1024 + tid % 64 * 16;
 #pragma unroll 4
   for (int head = tid / 64; head < x.rows; head += 2)
@@ -187,7 +196,10 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
       bar_wait(READY(made), turn, patience);
       const Made step = ((const Made*)(raw + MADE))[made];
       left = uniform(step.left);
-      if (step.moved[0] | step.moved[1] | step.moved[2] | step.moved[3]) {
+      int moved = 0;
+#pragma unroll
+      for (int w = 0; w < MOVERS; w++) moved |= step.moved[w];
+      if (moved) {
         float f[COLUMNS];
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) f[i] = ((const float*)(raw + FACTORS))[made * HEADS + head_of(lane, i)];
@@ -231,7 +243,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__((3 + GROUPS) * 128, 1) gather_tokens_hopper(const __grid_constant__ Params p) {
   SWIZZLED_SHARED(raw);
   const u32 base = shared_address(raw), bars = base + BARS;
   const int group = uniform(threadIdx.x / 128);
@@ -244,14 +256,14 @@ extern "C" __global__ void __launch_bounds__(512, 1) gather_tokens_hopper(const 
   if (group == 0) {
     fewer_registers<72>();
     gather(p, raw, base, bars);
-  } else if (group == 1) {
-    more_registers<232>();
-    scores(p, raw, base, bars);
-  } else if (group == 2) {
-    more_registers<184>();
+  } else if (GROUPS == 1 ? group == 1 : group < 3) {
+    if constexpr (GROUPS == 1) more_registers<232>();  // two stay with the 96 of the launch
+    scores(p, raw, base, bars, group - 1);
+  } else if (group == GROUPS + 1) {
+    more_registers<GROUPS == 1 ? 184 : 192>();
     values(p, raw, base, bars);
   } else {
     fewer_registers<24>();
-    if (threadIdx.x == 384) herald(raw, bars);
+    if (threadIdx.x == (GROUPS + 2) * 128) herald(raw, bars);
   }
 }

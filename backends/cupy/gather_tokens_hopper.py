@@ -10,7 +10,7 @@ from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy.operands import KINDS, POSITIONS, SELECTED, ceil_div, position_values, selected_values
 
 FIELDS = "5Q" + SELECTED + POSITIONS + "4q3iI2f"
-SOURCE, THREADS, SLOT, MOST = "gather_tokens_hopper", 512, 3 * 64 * 128, 32  # MOST: heads that gather their tokens once
+SOURCE, SLOT, MOST = "gather_tokens_hopper", 3 * 64 * 128, 32  # MOST: heads that gather their tokens once
 
 
 def heads_of(Hq: int) -> int:
@@ -18,13 +18,18 @@ def heads_of(Hq: int) -> int:
     return 8 if Hq <= 8 else 16 if Hq <= 16 else MOST
 
 
+def threads(heads: int) -> int:
+    return 128 * (4 if heads == 32 else 5)  # up to 16 heads two warpgroups take turns at the scores
+
+
 def shared_bytes(heads: int) -> int:
-    slots, query = (9, 0) if heads == 32 else (8, 9 * 128)  # 32 heads: the query stands in registers
-    return slots * (SLOT + 16 + 3 * 8) + heads * (query + 2 * 128 + 16 * 4) + 96
+    slots, query, groups = (9, 0, 1) if heads == 32 else (8, 9 * 128, 2)  # 32 heads: the query stands in registers
+    return slots * (SLOT + 16 + 3 * 8) + heads * (query + 2 * 128 + 48 * groups + 20) + 16 + 2 * (32 if heads == 32 else 16) + 4 * 8
 
 
 def resources(Hq: int) -> Resources:
-    return Resources(THREADS, shared_bytes(heads_of(Hq)), 128)
+    heads = heads_of(Hq)
+    return Resources(threads(heads), shared_bytes(heads), 128 if heads == 32 else 96)
 
 
 def artifacts(kind: str, Hq: int) -> list[dict]:
@@ -40,6 +45,6 @@ def run(q, k, indices, out, lse, place, lengths, causal, scale, sink_logits, kv_
         raise Unsupported(f"CuPy gather attention takes at most 2^31 - 1 tiles of {heads} heads, not {items}; split the batch")
     function = nvrtc.function(SOURCE, SOURCE, FIELDS, dict(KIND=KINDS[q.dtype], HEADS=heads), place)
     strides = [2 * s for s in (*q.strides[:3], k.strides[0])]
-    function(min(items, max(place.sms, 1)), THREADS, shared_bytes(heads), place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
+    function(min(items, max(place.sms, 1)), threads(heads), shared_bytes(heads), place.stream, q.ptr, k.ptr, out.ptr, nvrtc.ptr(lse), nvrtc.ptr(sink_logits),
              *selected_values(indices, lengths, 1, causal), *position_values(T, S, kv_length, q_start), *strides, Hq, parts, items, 2 * k.strides[2], scale, scale * math.log2(math.e))
     return out, lse
