@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsetile.autotune import provenance  # noqa: E402
-from sparsetile.bench.gpu_rows import NAMED, ROWS, STORED_AT, Row, selected  # noqa: E402
+from sparsetile.bench.gpu_rows import NAMED, STORED_AT, Row, selected  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("triton", "cupy")
@@ -74,7 +74,7 @@ def supervise(order: dict, found: Measured, limit: float, until: float, command=
 
 
 def ahead(order: dict, jobs: int, until: float, command=None):
-    """Compiles what rows need, by several processes before anything is timed: the workers find it on disk. What is not ready by then is compiled by its row."""
+    """Compiles what rows with a peer of torch.compile need, by several processes before anything is timed: the workers find it on disk. What is not ready by then is compiled by its row."""
     rows = order["rows"]
     made = [subprocess.Popen([*(command or WORKER), json.dumps(order | dict(rows=rows[n::jobs], ahead=True))], cwd=ROOT, env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
             for n in range(min(jobs, len(rows)))]
@@ -143,9 +143,11 @@ def table(found: Measured, names: list[str]) -> str:
     scale = found.ceilings.get("bf16_tflops", STORED_AT) / STORED_AT
     rows, lines, missing = [row for row in NAMED.values() if row.name in names], [], []
     ours = (*OURS, "portable") if any("portable" in found.rows.get(row.name, {}) for row in rows) else OURS
+    varied = {row.name: by_peer(found, row) for row in rows}
+    columns = [(name, 8) for name in ours] + [("floor", 6)] + [("by peer", 7)] * any(varied.values())
     for row in rows:
         events, seen = found.rows.get(row.name, {}), rates(found, row)
-        figures = " ".join(f"{shown(x, row.unit):>{width}}" for x, width in [(seen.get(name), 8) for name in ours] + [(row.floor, 6), (by_peer(found, row), 7)])
+        figures = " ".join(f"{shown(x, row.unit):>{width}}" for (_, width), x in zip(columns, [seen.get(name) for name in ours] + [row.floor, varied[row.name]]))
         others = [f"{who} {shown(value, row.unit)}" for who, value in seen.items() if who not in ours]
         others += [f"{who}* {shown(value / scale if row.unit == 'ms' else value * scale, row.unit)}" for who, value in row.stored if seen.get(who) is None]
         clock = next((event["clock_mhz"] for event in events.values() if event.get("clock_mhz")), "-")
@@ -153,7 +155,7 @@ def table(found: Measured, names: list[str]) -> str:
         missing += [f"{row.name}, {who}: {event['failed'][:150]}" for who, event in events.items() if "failed" in event]
         missing += [f"{row.name}, {who}: outside our numeric policy: {event['outside_policy'][:100]}" for who, event in events.items() if "outside_policy" in event]
     head = [" ".join(f"{k} {v}" for k, v in found.machine.items()), " ".join(f"{k} {v}" for k, v in found.ceilings.items()),
-            f"{'row':30} {'unit':7} " + " ".join(f"{name:>8}" for name in ours) + f" {'floor':>6} {'by peer':>7} {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
+            f"{'row':30} {'unit':7} " + " ".join(f"{name:>{width}}" for name, width in columns) + f" {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
     return "\n".join(missing + head + lines)
 
 
@@ -197,16 +199,22 @@ def listed(rows: list, args) -> int:
     return 0 if rows else 2
 
 
-def measured(args, names: list, **order) -> Measured:
-    """What the files of --read hold, or what workers make of these rows. order: more for them than rows and seconds."""
-    if args.read:
-        return read(args.read)
-    until, out = time.monotonic() + 60 * args.minutes, None
+def writing(args) -> Measured:
+    """An empty table whose results are appended to --out, the commit first."""
+    out = None
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         out = open(args.out, "a")
     found = Measured(out)
     found.take({"machine": {"commit": args.commit or provenance.commit()}})
+    return found
+
+
+def measured(args, names: list, **order) -> Measured:
+    """What the files of --read hold, or what workers make of these rows. order: more for them than rows and seconds."""
+    if args.read:
+        return read(args.read)
+    found, until = writing(args), time.monotonic() + 60 * args.minutes
     order = dict(rows=list(names), without=[], seconds=args.seconds) | order
     if order["compiled"]:
         ahead(order, min(12, os.cpu_count() - 1), (time.monotonic() + until) / 2)

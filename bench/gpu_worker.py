@@ -171,9 +171,11 @@ def moved(task) -> float:
 def compile_ahead(row: gpu_rows.Row, order: dict):
     """Every candidate of a row of which one is made by torch.compile, called once: its inputs are zeros of the right shapes and strides."""
     task = tasks.Task(row.make(), 0, hollow=True)
+    found = sorted(candidates(task, order), key=lambda who: who.name not in peers.COMPILED)
+    if not found or found[0].name not in peers.COMPILED:
+        return
     task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
-    found = candidates(task, order)
-    for who in sorted(found, key=lambda who: who.name not in peers.COMPILED) if any(who.name in peers.COMPILED for who in found) else []:
+    for who in found:
         try:
             who.make()()
             torch.cuda.synchronize()
