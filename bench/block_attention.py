@@ -1,8 +1,13 @@
-"""Block attention on one GPU, both paths of the CuPy and the Triton backend in one run: python -m sparsetile.bench.block_attention [--quick] [--backend NAME]
+"""Block attention on one GPU, every row of its table beside its peers: python -m sparsetile.bench.block_attention [--check] [--only WORD ...] [--share I/N] [--out FILE]
 
-First small calls of every kind (windows, globals, random blocks, bitmaps, ragged lengths, sinks, head groups, strides, NaN in keys that nobody sees) against the
-float64 formula by the numeric policy; then the large ones, each checked on a few rows, timed in turn (CUDA events, cold L2, median) and counted by the pairs inside the
-pattern. Leaves with 1 if an answer is wrong. --quick: fewer repeats.
+Every pattern at N 8k, 32k and 128k with 32 and 8 key heads to 32 query heads, and D 64 and D 192, forward and backward: both GPU backends and Triton's portable source ("portable", what runs
+where Gluon does not) beside cuDNN (causal), the compiled FlexAttention, and FlashAttention-3 where it is installed; by the machinery of bench/gpu_table.py, so --list, --share, --minutes and --read
+are as there. FlexAttention's programs are compiled by several processes before anything is timed; --no-flex leaves it out. A row's floor stands as it is and by a peer: the floor of its pattern times what cuDNN (FlexAttention
+where cuDNN cannot) reaches here / reached in the table. Under the table stands what came of floors, the other backend, goals and the portable source.
+--knobs: variants of a backend's default config beside it, e.g. cupy:sums=1 cupy:sums=2,heads=4.
+
+--check: small calls of every kind (windows, globals, random blocks, bitmaps, ragged lengths, sinks, head groups, strides, NaN in keys that nobody sees) by both paths of both backends against the
+float64 formula by the numeric policy, and nothing else; leaves with 1 if an answer is wrong.
 """
 import argparse
 import sys
@@ -14,19 +19,20 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from sparsetile.autotune import measure, numeric, plain, tasks, timing  # noqa: E402
-from sparsetile.bench import spot  # noqa: E402
+from sparsetile.autotune import numeric, plain  # noqa: E402
+from sparsetile.bench import gpu_table, spot  # noqa: E402
+from sparsetile.bench.gpu_rows import BLOCK, GRID, NAMED, selected  # noqa: E402
 from sparsetile.ops.attention import sparse_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal, Dilated, Full, Global, RandomBlocks, Sink, Window  # noqa: E402
 from sparsetile.ops.presets import bigbird  # noqa: E402
 
+SLOWER = {False: 1.15, True: 1.3}  # forward, backward: how much longer the other backend may take
 PATHS = {  # backend and path -> config, by the wider of the widths
     ("cupy", "hopper"): lambda D: dict(path="hopper", block_q=128, block_k=128, tile_k=64 if D <= 128 else 32),
     ("cupy", "portable"): lambda D: dict(path="portable", block_q=128, block_k=128, tile_k=64 if D <= 128 else 32),
     ("triton", "gluon"): lambda D: dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2),
     ("triton", "portable"): lambda D: dict(path="portable", block_q=128, block_k=64, num_warps=4 if D <= 128 else 8, num_stages=2),
 }
-LARGE = ("causal/8192", "causal/32768", "window-4096/32768", "window-1024/32768", "bigbird-128/32768", "longformer-512/32768", "causal-d64/16384", "causal-d192/16384")
 SMALL = (  # pattern, B, Hq, Hk, T, S, D, Dv, options
     (Causal(), 2, 4, 2, 1000, 1000, 128, 128, {}),
     (Causal(), 1, 4, 4, 513, 2000, 64, 64, dict(sink=True, dtype=torch.float16)),
@@ -74,28 +80,51 @@ def wrong_paths(paths, pattern, B, Hq, Hk, T, S, D, Dv, options) -> dict:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--backend", choices=("cupy", "triton"), help="only this one")
-    given = parser.parse_args()
-    seconds, paths = 0.6 if given.quick else 2.0, [path for path in PATHS if given.backend in (None, path[0])]
-    wrong = 0
+def check(backend: str | None) -> int:
+    """How many of the small calls' answers are wrong; each is said."""
+    paths, wrong = [path for path in PATHS if backend in (None, path[0])], 0
     for case in SMALL:
         found = wrong_paths(paths, *case)
         wrong += sum(x is not None for x in found.values())
         print(f"{str(case[0])[:60]:62}" + "  ".join(f"{' '.join(path)} {'right' if x is None else 'WRONG: ' + x[:200]}" for path, x in found.items()), flush=True)
-    watch, lines = timing.Stopwatch(0, flush_mb=1024), []
-    for name in LARGE:
-        task = tasks.Task(tasks.find(f"gpu/{name}"), 0)
-        judge, flops = spot.Judge(task), measure.operations(task)
-        calls = [task.bound(path[0], PATHS[path](task.workload["D"])) for path in paths]
-        verdicts = [judge.wrong(call()) for call in calls]
-        wrong += sum(x is not None for x in verdicts)
-        rates = [flops / watch.centre(x) / 1e6 for x in timing.finals(watch, calls, seconds)]
-        lines.append(f"{name:24}" + "".join(f"{rate:17.0f}" for rate in rates) + "".join(f"  {' '.join(path)} WRONG: {x[:120]}" for path, x in zip(paths, verdicts) if x))
-    print(f"\nforward, TFLOP/s, {torch.cuda.get_device_name(0)}\n{'':24}" + "".join(f"{' '.join(path):>17}" for path in paths), *lines, sep="\n")
-    return wrong > 0
+    return wrong
+
+
+def verdicts(found, names: list) -> str:
+    """Four lines: rows whose floor the better backend reaches (as it stands, elsewhere by the peer), where the other one is near enough, goals, and the portable source ahead of FlexAttention."""
+    seen = {name: gpu_table.rates(found, NAMED[name]) for name in names}
+    both = {name: [x[who] for who in gpu_table.OURS if who in x] for name, x in seen.items()}
+    best = {name: max(x) for name, x in both.items() if x}
+    floors = {name: NAMED[name].floor or gpu_table.by_peer(found, NAMED[name]) for name in best}
+    ahead = lambda row: 1.05 if row.backward and "causal" in row.name else 1.2  # noqa: E731
+    asked = {"floors reached by the better backend": {name: (best[name], floor) for name, floor in floors.items() if floor},
+             "the other backend within 1.15 x (backward 1.3 x) of its time": {name: (min(x), max(x) / SLOWER[NAMED[name].backward]) for name, x in both.items() if len(x) == 2},
+             "goals": {name: (best[name], NAMED[name].goal) for name in best if NAMED[name].goal},
+             "portable source 1.2 x ahead of FlexAttention (causal backward 1.05 x)": {name: (x["portable"], ahead(NAMED[name]) * x["Flex"]) for name, x in seen.items() if {"portable", "Flex"} <= x.keys()}}
+    lines = []
+    for what, figures in asked.items():
+        short = [f"{name} {got:.0f} of {least:.0f}" for name, (got, least) in figures.items() if got < least]
+        lines.append(f"{what}: {len(figures) - len(short)} of {len(figures)}" + (f"; not {', '.join(short)}" if short else ""))
+    return "\n".join(lines)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="sparsetile.bench.block_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="small calls of every kind by every path, nothing timed")
+    parser.add_argument("--backend", choices=gpu_table.OURS, help="only this one")
+    parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="the compiled FlexAttention (half a minute a row to compile, twelve at once)")
+    parser.add_argument("--portable", action=argparse.BooleanOptionalAction, default=True, help="Triton's portable source")
+    parser.add_argument("--knobs", nargs="+", default=[], metavar="BACKEND:KNOB=VALUE", help="a backend's default config with these knobs (joined by commas), beside it")
+    gpu_table.options(parser)
+    args = parser.parse_args(arguments)
+    if args.check:
+        return int(check(args.backend) > 0)
+    names = gpu_table.share([row.name for row in selected(args.only, (*BLOCK, *GRID))], args.share)
+    if args.list or not names:
+        return gpu_table.listed([NAMED[name] for name in names], args)
+    found = gpu_table.measured(args, names, compiled=args.flex, portable=args.portable, knobs=args.knobs, backends=[args.backend] if args.backend else gpu_table.OURS)
+    print(f"\n{gpu_table.table(found, names)}\n{verdicts(found, names)}")
+    return int(any("wrong answer" in event.get("failed", "") for name in names for event in found.rows.get(name, {}).values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables | --no-calls] [--minutes 10] [--out results.jsonl]
+"""DeepSeek sparse attention on one GPU, kernel by kernel and whole: python -m sparsetile.bench.dsa [--quick] [--no-tables | --no-calls] [--backend NAME] [--share I/N] [--out results.jsonl]
 
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
@@ -7,11 +7,11 @@ Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 6
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
 FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row, which is printed as soon as it is measured; what --minutes
-leave no time for says so, the whole calls have half of them. Leaves with 1 if an answer is wrong.
+leave no time for says so, the whole calls have half of them. --list shows the rows, --share 1/4 takes a quarter of them (both tables and both backends are ten minutes of four GPUs), --read makes one
+report of several commands' files. Leaves with 1 if an answer is wrong.
 """
 import argparse
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 from sparsetile.autotune import graphs, numeric, plain, timing  # noqa: E402
 from sparsetile.backends.reference.positions import latents  # noqa: E402
 from sparsetile.bench import gpu_table  # noqa: E402
+from sparsetile.bench.gpu_rows import NAMED  # noqa: E402
 from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops.attention import sparse_attention  # noqa: E402
 from sparsetile.ops.caches.indexer import IndexerKeys  # noqa: E402
@@ -37,6 +38,8 @@ TABLES = {
     "Selected keys": [f"DSA h {h}{where}" for where in ("", " 128k") for h in (128, 64, 32, 16, 8) if not where or h > 32]
     + ["DSA decode h 128", "DSA decode h 64", "DSA bwd 16k", "latent decode h 128", "latent decode h 16"],
     "Indexer and top-k": ["scores 2048 x 32k", "scores 4096 x 128k", "scores decode B 128", "top-k 4096 x 128k", "top-k 4096 x 32k", "top-k 128 x 128k", "scores + top-k"]}
+CACHED = {"decode of chosen tokens, fp8 pages, h 128": "floor 0.185, FlashMLA* 0.194", "decode of chosen tokens, fp8 pages, h 64": "floor 0.105, FlashMLA* 0.123",
+          "decode of chosen tokens, bfloat16 pages, h 128": "FlashInfer* 0.151", "decode of chosen tokens, bfloat16 pages, h 64": ""}  # B 128, S 32k, 2048 keys of pages of 64; floor and stored peers in ms
 SIZES = dict(H=128, R=512, P=64, Dn=128, Dv=128, Hi=64, Di=128)  # DeepSeek-V3.2
 FLUSH_MB = 4096  # about 1 ms of writing: the host, which launches six kernels, is ahead when a call begins
 SMALL = dict(H=4, R=32, P=8, Dn=16, Dv=16, Hi=4, Di=32)
@@ -106,47 +109,61 @@ def calls(torch, model, index, top_k, backends, mode):
     return found | {f"dense {backend}": made(latent_attention, Causal(), mode=mode, backend=backend) for backend in backends}
 
 
-def usable(torch, given: dict) -> dict:
+def usable(torch, given: dict, row: str, found) -> dict:
     """The calls that run; why the others do not."""
-    found = {}
+    made = {}
     for name, call in given.items():
         try:
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            found[name] = call
+            made[name] = call
         except Exception as error:  # noqa: BLE001 (that call's row)
-            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:150]}", flush=True)
+            found.take(dict(row=row, who=name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    return found
+    return made
 
 
-def curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, until) -> list:
-    """One line for each S: milliseconds of every call, and how much faster sparse is than the best dense one."""
-    watch, lines, ratios = timing.Stopwatch(0 if device != "cpu" else None, flush_mb=FLUSH_MB), [], []
-    for S in lengths:
-        if time.monotonic() > until:
-            lines.append(f"{kind:8}{S:7} not measured: out of time")
-            continue
-        model, index = inputs(torch, device, B, min(T, S), S, **sizes)
-        truths, cached = known(model, index), in_pages(torch, model, index) if kind == "decode" else None
-        for backend in backends:
-            check(model, index, top_k, backend, truths, cached)
-        if cached:
-            model, index = cached
-        ours = usable(torch, calls(torch, model, index, top_k, backends, "decompressed" if kind == "prefill" else "absorbed"))
-        recorded, how = graphs.record(list(ours.values()), 0) if kind == "decode" and device != "cpu" else (None, "events")
-        samples = timing.finals(watch, recorded or list(ours.values()), given.seconds)
-        times = {name: watch.centre(x) / 1e3 for name, x in zip(ours, samples)}
-        best = {sparse: min(ms for name, ms in times.items() if name.startswith("DSA") == sparse) for sparse in (True, False)}
-        ratios.append((S, best[False] / best[True]))
-        lines.append(f"{kind:8}{S:7} B {B:3} {how[:6]:7}" + " ".join(f"{name} {ms:.3f}" for name, ms in times.items()) + f" ms: {ratios[-1][1]:.2f} x{clock(torch, device)}")
-        print(lines[-1], flush=True)
-        del model, index, ours, recorded, cached
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    return lines + ([f"{kind}: {crossover(ratios)}"] if ratios else [])
+def timed(torch, device, found, row, watch, ours: dict, seconds, in_graphs):
+    """Every call of a row in turn, by CUDA graphs where they are asked for and can be recorded."""
+    recorded, how = graphs.record(list(ours.values()), 0) if in_graphs and device != "cpu" else (None, "events")
+    samples = timing.finals(watch, recorded or list(ours.values()), seconds)
+    for call in list(ours.values())[:1]:
+        call()
+    at = clock(torch, device)  # under load
+    for name, times in zip(ours, samples):
+        found.take(dict(row=row, who=name, time_us=round(watch.centre(times), 1), **timing.spread(times), clock_mhz=at, timed=how[:60]))
+    found.take(dict(row=row, who="row", done=True))
+
+
+def whole(torch, device, given, found, kind, S, B, T, sizes, top_k, backends, watch):
+    """Every call of one S, checked before it is timed."""
+    model, index = inputs(torch, device, B, min(T, S), S, **sizes)
+    truths, cached = known(model, index), in_pages(torch, model, index) if kind == "decode" else None
+    for backend in backends:
+        check(model, index, top_k, backend, truths, cached)
+    if cached:
+        model, index = cached
+    row = f"{kind} {S}"
+    ours = usable(torch, calls(torch, model, index, top_k, backends, "decompressed" if kind == "prefill" else "absorbed"), row, found)
+    timed(torch, device, found, row, watch, ours, given.seconds, kind == "decode")
+
+
+def lines_of(found, rows: list) -> list:
+    """One line for each row measured: milliseconds of every call, how they were timed and at which clock; how much faster sparse is than the best dense one, and from which S on it is."""
+    lines, ratios = [], []
+    for row in rows:
+        events = found.rows.get(row, {})
+        times = {who: event["time_us"] / 1e3 for who, event in events.items() if "time_us" in event}
+        said = [f"{who} {ms:.3f}" for who, ms in times.items()] + [f"({event['timed']}, {event['clock_mhz'] or '-'} MHz)" for event in list(events.values())[:1] if "time_us" in event]
+        best = [min((ms for who, ms in times.items() if who.startswith("DSA") == sparse), default=None) for sparse in (True, False)]
+        if None not in best:
+            ratios.append((int(row.split()[1]), best[1] / best[0]))
+            said.append(f"{ratios[-1][1]:.2f} x")
+        said += [CACHED.get(row, "")] + [f"{who}: {event['failed']}" for who, event in events.items() if "failed" in event]
+        lines.append(f"{row:16} ms: {'' if events else 'not measured '}" + " ".join(said).rstrip())
+    return lines + ([f"{rows[0].split()[0]}: {crossover(ratios)}"] if ratios else [])
 
 
 def latent_cache(torch, device, B, S, fp8, page=64):
@@ -176,29 +193,23 @@ def check_cached(q, cache, indices, out):
         numeric.assert_close(f"cached decode, sequence {b}", host(out[b:b + 1, ::q.shape[1] - 1]), truth, formula, reduction=len(keys) + 576)
 
 
-def cached(torch, given, backends, B=128, S=32768, K=2048) -> list:
-    """One line for each kind of cache and head count: milliseconds of every backend in CUDA graphs; floors and stored peers of the fp8 layout."""
-    watch, lines = timing.Stopwatch(0, flush_mb=FLUSH_MB), []
+def cached(torch, given, found, row, backends, watch, B=128, S=32768, K=2048):
+    """Every backend's decode of chosen tokens from one kind of cache, in CUDA graphs."""
+    fp8, heads = "fp8" in row, int(row.split()[-1])
+    torch.manual_seed(0)
     indices = torch.rand(B, S, device="cuda").topk(K, dim=1).indices[:, torch.randperm(K, device="cuda")].to(torch.int32)[:, None, None]
-    for fp8, known in ((True, {128: "floor 0.185, FlashMLA* 0.194", 64: "floor 0.105, FlashMLA* 0.123"}), (False, {128: "FlashInfer* 0.151", 64: ""})):
-        cache = latent_cache(torch, "cuda", B, S, fp8)
-        for heads, others in known.items():
-            q = torch.randn(B, heads, 1, 576, device="cuda", dtype=torch.bfloat16)
-            ours = usable(torch, {name: lambda name=name: sparse_attention(q, cache, None, Selection(indices), value_width=512, backend=name) for name in backends})
-            for call in ours.values():
-                check_cached(q, cache, indices, call())
-            samples = timing.finals(watch, graphs.record(list(ours.values()), 0)[0] or list(ours.values()), given.seconds)
-            times = " ".join(f"{name} {watch.centre(x) / 1e3:.3f}" for name, x in zip(ours, samples))
-            lines.append(f"decode of chosen tokens, {'fp8' if fp8 else 'bfloat16'} pages of 64, B {B}, S {S}, h {heads}: {times} ms{clock(torch, 'cuda')} {others}")
-            print(lines[-1], flush=True)
-    return lines
+    cache, q = latent_cache(torch, "cuda", B, S, fp8), torch.randn(B, heads, 1, 576, device="cuda", dtype=torch.bfloat16)
+    ours = usable(torch, {name: lambda name=name: sparse_attention(q, cache, None, Selection(indices), value_width=512, backend=name) for name in backends}, row, found)
+    for call in ours.values():
+        check_cached(q, cache, indices, call())
+    timed(torch, "cuda", found, row, watch, ours, given.seconds, True)
 
 
-def clock(torch, device) -> str:
+def clock(torch, device) -> int | None:
     if device == "cpu":
-        return ""
+        return None
     from sparsetile.bench.gpu_worker import clock_mhz
-    return f" {clock_mhz()} MHz"
+    return clock_mhz()
 
 
 def crossover(ratios: list) -> str:
@@ -212,14 +223,19 @@ def crossover(ratios: list) -> str:
     return f"sparse is faster from {a + (b - a) * (1 - low) / (high - low):.0f} keys on"
 
 
-def tables(given, until):
-    """Both tables of targets, on gpu_table's workers."""
-    names = list(itertools.chain(*TABLES.values()))
-    with open(given.out or os.devnull, "a") as out:
-        found = gpu_table.Measured(out)
-        gpu_table.supervise(dict(rows=names, without=[], seconds=given.seconds, compiled=False), found, 60, until)
-    for title, rows in TABLES.items():
-        print(f"\n{title}\n{gpu_table.table(found, rows)}")
+def plans(given, cuda: bool) -> dict:
+    """Row of whole calls -> (kind, S, B, T, sizes, top_k)."""
+    prefill, decode = ([2048, 8192, 32768, 131072], [8192, 32768, 131072]) if given.quick else ([2048 << n for n in range(7)], [4096 << n for n in range(6)])
+    made = [("prefill", S, 1, 4096, SIZES, 2048) for S in prefill] + [("decode", S, 32 if given.quick else 128, 1, SIZES, 2048) for S in decode]
+    return {f"{kind} {S}": (kind, S, *more) for kind, S, *more in (made if cuda else [("prefill", S, 1, 64, SMALL, 64) for S in (128, 512)])}
+
+
+def report(found, names: list) -> str:
+    """What came of these rows: whole calls, caches, both tables."""
+    groups = [[name for name in names if name.split()[0] == kind and name.split()[1].isdecimal()] for kind in ("prefill", "decode")] + [[name for name in names if name in CACHED]]
+    parts = ["\n".join(lines_of(found, rows)) for rows in groups]
+    parts += [f"{title}\n{gpu_table.table(found, [name for name in rows if name in names])}" for title, rows in TABLES.items() if set(rows) & set(names)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def main(arguments=None) -> int:
@@ -228,33 +244,44 @@ def main(arguments=None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer lengths and rounds")
     parser.add_argument("--no-tables", action="store_true", help="whole calls only")
     parser.add_argument("--no-calls", action="store_true", help="tables only")
-    parser.add_argument("--backend", action="append", choices=("triton", "cupy", "numba", "reference"), help="of the whole calls (default: cupy and triton, without a GPU numba)")
-    parser.add_argument("--seconds", type=float, help="for the rounds of a row (default: 0.8; 0.3 with --quick)")
-    parser.add_argument("--minutes", type=float, default=10, help="stop and print what there is (default: 10)")
-    parser.add_argument("--out", help="file of JSON lines that the tables' results are appended to")
+    parser.add_argument("--backend", action="append", choices=("triton", "cupy", "numba", "reference"), help="this one (default: cupy and triton, without a GPU numba)")
+    gpu_table.options(parser, minutes=10)
     given, start = parser.parse_args(arguments), time.monotonic()
-    given.seconds = given.seconds or (0.3 if given.quick else 0.8)
+    given.seconds = min(given.seconds, 0.3) if given.quick else given.seconds
     cuda = torch.cuda.is_available()
     device, backends = ("cuda", given.backend or ["cupy", "triton"]) if cuda else ("cpu", given.backend or ["numba"])
+    gpu = cuda or given.list or bool(given.read)
+    plan = plans(given, gpu)
+    every = ([] if given.no_calls else [*plan, *(CACHED if gpu else ())]) + ([] if given.no_tables or not gpu else list(itertools.chain(*TABLES.values())))
+    names = gpu_table.share([name for name in every if not given.only or any(word.lower() in name.lower() for word in given.only)], given.share)
+    if given.list or not names:
+        print("\n".join(names) or f"--only: no row's name contains {given.only}")
+        return 0 if names else 2
+    if given.read:
+        print(report(gpu_table.read(given.read), names))
+        return 0
     print(torch.cuda.get_device_name() if cuda else "CPU", flush=True)
-    lines, wrong, until = [], 0, start + 60 * given.minutes
-    prefill, decode = ([2048, 8192, 32768, 131072], [8192, 32768, 131072]) if given.quick else ([2048 << n for n in range(7)], [4096 << n for n in range(6)])
-    plans = [("prefill", prefill, 1, 4096, SIZES, 2048), ("decode", decode, 32 if given.quick else 128, 1, SIZES, 2048)] if cuda else [("prefill", [128, 512], 1, 64, SMALL, 64)]
-    for kind, lengths, B, T, sizes, top_k in [] if given.no_calls else plans:
+    found, until = gpu_table.writing(given), start + 60 * given.minutes
+    watch, wrong = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB), 0
+    for row in (name for name in names if name not in NAMED):
         try:
-            lines += curve(torch, device, given, kind, lengths, B, T, sizes, top_k, backends, until if given.no_tables else (start + until) / 2)
-        except AssertionError as error:
-            wrong += 1
-            lines.append(f"{kind}: WRONG: {str(error)[:200]}")
-    if cuda and not given.no_calls:
-        try:
-            lines += cached(torch, given, backends)
-        except AssertionError as error:
-            wrong += 1
-            lines.append(f"cached decode: WRONG: {str(error)[:200]}")
-    print("\n" + "\n".join(lines))
-    if cuda and not given.no_tables:
-        tables(given, until)
+            if time.monotonic() > (until if given.no_tables else (start + until) / 2):
+                raise TimeoutError("not measured: out of time")
+            if row in plan:
+                whole(torch, device, given, found, *plan[row], backends, watch)
+            else:
+                cached(torch, given, found, row, backends, watch)
+        except (AssertionError, TimeoutError, torch.OutOfMemoryError) as error:
+            wrong += isinstance(error, AssertionError)
+            found.take(dict(row=row, who="row", failed=f"{'WRONG: ' * isinstance(error, AssertionError)}{str(error)[:200]}"))
+        if cuda:
+            torch.cuda.empty_cache()
+    if cuda:
+        del watch
+        torch.cuda.empty_cache()
+        order = dict(rows=[name for name in names if name in NAMED], without=[], seconds=given.seconds, compiled=False, backends=backends)
+        gpu_table.supervise(order, found, given.limit, until)
+    print("\n" + report(found, names))
     return int(wrong > 0)
 
 

@@ -3,46 +3,94 @@
 Stored figures were measured on one H200 whose bfloat16 product ran at 790 TFLOP/s (torch 2.11, CUDA events, cold L2, median). A peer that is not installed where
 the table is made stands there with its stored figure times (this run's product / 790), marked with a star.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sparsetile.autotune import tasks
+from sparsetile.bench import layouts
+from sparsetile.ops import patterns as P
 
 STORED_AT = 790.0  # TFLOP/s of the bfloat16 product beside which the stored figures were measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """unit: "TFLOP/s" (more is better), "ms" or "GB/s"; stored: ((peer, figure in that unit), ...); floor in that unit, None where none is set."""
+    """unit: "TFLOP/s" (more is better), "ms" or "GB/s"; stored: ((peer, figure in that unit), ...); floor and goal in that unit, None where none is set.
+
+    A row at another length, or with fewer key heads, names the row of the table whose pattern it has (`like`): its floor is that row's, times what a peer reaches here / reached there.
+    """
     name: str
     workload: str
     unit: str
     stored: tuple = ()
     floor: float | None = None
+    goal: float | None = None
+    like: str | None = None
+    sizes: tuple = ()  # those in which it is not the workload
+    pattern: P.Pattern | None = None  # if not the workload's
+
+    @property
+    def backward(self) -> bool:
+        return self.workload.endswith("/backward")
+
+    def make(self) -> tasks.Workload:
+        w = tasks.find(NAMED[self.like or self.name].workload)
+        if self.like is None:
+            return w
+        options = dict(w.options) | ({} if self.pattern is None else {"pattern": self.pattern})
+        return replace(w, name=self.workload, sizes=tuple((dict(w.sizes) | dict(self.sizes)).items()), options=tuple(options.items()))
 
 
-# name, workload: (peer: forward, backward) ..., floors of forward and backward. FA3 is FlashAttention-3, Flex the compiled FlexAttention.
+# name, workload: (peer: forward, backward) ..., floors and goals of forward and backward. FA3 is FlashAttention-3, Flex the compiled FlexAttention.
 _BLOCK = (
-    ("causal 32k", "causal/32768", dict(FA3=(673, 612), cuDNN=(604, 539), Flex=(429, 393)), (650, 560)),
-    ("causal 8k", "causal/8192", dict(FA3=(732, 602), cuDNN=(617, 504)), (640, 570)),
-    ("window 4096", "window-4096/32768", dict(FA3=(631, 554), Flex=(410, 374)), (640, 540)),
-    ("window 1024", "window-1024/32768", dict(FA3=(556, 447)), (540, 440)),
-    ("documents", "documents/32768", dict(FA3=(628, 568), Flex=(395, 367)), (600, 530)),
-    ("Longformer 512+64", "longformer-512/32768", dict(Flex=(150, 166)), (340, 300)),
-    ("BigBird 128", "bigbird-128/32768", dict(FlashInfer=(421, None), Flex=(289, 310)), (600, 450)),
-    ("random 10 %", "random-10pct/32768", dict(FlashInfer=(535, None), Flex=(335, 340)), (660, 510)),
-    ("causal 16k D 64", "causal-d64/16384", dict(cuDNN=(450, 450), Flex=(357, 294)), (420, 400)),
-    ("causal 16k D 192", "causal-d192/16384", dict(cuDNN=(607, 496), Flex=(329, 148)), (560, 430)),
-    ("strided 128", "strided-128/32768", {}, (250, 200)),
-    ("fixed 128 + 8", "fixed-128/32768", {}, (250, 200)),
+    ("causal 32k", "causal/32768", dict(FA3=(673, 612), cuDNN=(604, 539), Flex=(429, 393)), (650, 560), (720, 640)),
+    ("causal 8k", "causal/8192", dict(FA3=(732, 602), cuDNN=(617, 504)), (640, 570), (740, 640)),
+    ("window 4096", "window-4096/32768", dict(FA3=(631, 554), Flex=(410, 374)), (640, 540), (700, 600)),
+    ("window 1024", "window-1024/32768", dict(FA3=(556, 447)), (540, 440), (610, 510)),
+    ("documents", "documents/32768", dict(FA3=(628, 568), Flex=(395, 367)), (600, 530), (680, 600)),
+    ("Longformer 512+64", "longformer-512/32768", dict(Flex=(150, 166)), (340, 300), (450, 400)),
+    ("BigBird 128", "bigbird-128/32768", dict(FlashInfer=(421, None), Flex=(289, 310)), (600, 450), (700, 550)),
+    ("random 10 %", "random-10pct/32768", dict(FlashInfer=(535, None), Flex=(335, 340)), (660, 510), (720, 600)),
+    ("causal 16k D 64", "causal-d64/16384", dict(cuDNN=(450, 450), Flex=(357, 294)), (420, 400), (500, 470)),
+    ("causal 16k D 192", "causal-d192/16384", dict(cuDNN=(607, 496), Flex=(329, 148)), (560, 430), (650, 520)),
+    ("strided 128", "strided-128/32768", {}, (250, 200), (450, 350)),
+    ("fixed 128 + 8", "fixed-128/32768", {}, (250, 200), (450, 350)),
 )
+LENGTHS, KEY_HEADS = (8192, 32768, 131072), (32, 8)
 
 
 def _block():
     for turn, (word, suffix) in enumerate((("fwd", ""), ("bwd", "/backward"))):
-        for name, workload, stored, floors in _BLOCK:
-            yield Row(f"{word} {name}", f"gpu/{workload}{suffix}", "TFLOP/s", tuple((peer, figures[turn]) for peer, figures in stored.items() if figures[turn]), floors[turn])
+        for name, workload, stored, floors, goals in _BLOCK:
+            figures = tuple((peer, both[turn]) for peer, both in stored.items() if both[turn])
+            yield Row(f"{word} {name}", f"gpu/{workload}{suffix}", "TFLOP/s", figures, floors[turn], goals[turn])
 
 
+def _other_lengths(table: tuple):
+    """Every pattern at every length, with 32 and 8 key heads to 32 query heads, but what stands in the table. causal 8k is its own row's kind."""
+    by_workload = {row.workload: row for row in table}
+    for base in (row for row in table if "/32768" in row.workload):
+        for n in LENGTHS:
+            same = by_workload.get(base.workload.replace("/32768", f"/{n}"))
+            for heads in KEY_HEADS:
+                if same is None or heads != 32:
+                    kind = base.name.removesuffix(" 32k")
+                    name = base.workload.replace("/32768", f"-hk{heads}/{n}")
+                    yield Row(f"{kind} {n // 1024}k Hk {heads}", name, "TFLOP/s", like=(same or base).name, sizes=(("Hk", heads), ("T", n), ("S", n)), pattern=_at(kind[4:], n))
+
+
+def _at(kind: str, n: int) -> P.Pattern | None:
+    """The patterns that are not the same at another length: documents are drawn anew, a tenth of the blocks is another number."""
+    if n == 32768 or kind not in ("documents", "random 10 %"):
+        return None
+    return layouts.documents(n, np.random.default_rng(11)) & P.Causal() if kind == "documents" else P.RandomBlocks(n // 1280, 128)
+
+
+BLOCK = tuple(_block())
+GRID = tuple(_other_lengths(BLOCK))
 ROWS = (
-    *_block(),
+    *BLOCK,
     Row("DSA h 128", "gpu/dsa-prefill-h128", "TFLOP/s", (("FlashMLA", 592), ("TileLang", 515)), 580),
     Row("DSA h 64", "gpu/dsa-prefill-h64", "TFLOP/s", (("FlashMLA", 579),), 570),
     Row("DSA h 128 128k", "gpu/dsa-prefill-h128/131072", "TFLOP/s", (("FlashMLA", 543), ("TileLang", 494)), 530),
@@ -79,6 +127,9 @@ ROWS = (
 )
 
 
-def selected(words: list[str]) -> list[Row]:
+NAMED = {row.name: row for row in (*ROWS, *GRID)}
+
+
+def selected(words: list[str], rows: tuple = ROWS) -> list[Row]:
     """Rows whose name or workload contains one of the words; all of them without words."""
-    return [row for row in ROWS if not words or any(word.lower() in f"{row.name} {row.workload}".lower() for word in words)]
+    return [row for row in rows if not words or any(word.lower() in f"{row.name} {row.workload}".lower() for word in words)]

@@ -3,10 +3,11 @@
 Every kernel is checked against the float64 formula on a few rows before it is timed; a row's candidates are timed in turn (CUDA events, cold L2, median); operations
 count only pairs inside the pattern. What fails is a row that says so. Rows are measured in a process of their own: a kernel that hangs or breaks the device
 costs that one figure, and the table goes on without it. `--list` shows the rows, and needs no GPU. Several GPUs make one table together: `--share 1/4 --out a.jsonl`
-and so on, one command on each, then `--read *.jsonl`.
+and so on, one command on each, then `--read *.jsonl`. bench/block_attention.py is the front of block attention alone, at other lengths too.
 """
 import argparse
 import json
+import os
 import queue
 import re
 import subprocess
@@ -19,10 +20,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsetile.autotune import provenance  # noqa: E402
-from sparsetile.bench.gpu_rows import ROWS, STORED_AT, selected  # noqa: E402
+from sparsetile.bench.gpu_rows import NAMED, STORED_AT, Row, selected  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("triton", "cupy")
+WORKER = (sys.executable, "-m", "sparsetile.bench.gpu_worker")
 
 
 class Measured:
@@ -53,7 +55,7 @@ def supervise(order: dict, found: Measured, limit: float, until: float, command=
     """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying."""
     while order["rows"]:
         found.trying = None
-        end = work(command or [sys.executable, "-m", "sparsetile.bench.gpu_worker"], order, found, limit, until)
+        end = work(command or WORKER, order, found, limit, until)
         order["rows"] = [name for name in order["rows"] if name not in found.done]
         if not order["rows"]:
             return
@@ -69,6 +71,19 @@ def supervise(order: dict, found: Measured, limit: float, until: float, command=
             order["rows"].remove(row)
         else:
             order["without"].append([row, who])
+
+
+def ahead(order: dict, jobs: int, until: float, command=None):
+    """Compiles what rows with a peer of torch.compile need, by several processes before anything is timed: the workers find it on disk. What is not ready by then is compiled by its row."""
+    rows = order["rows"]
+    made = [subprocess.Popen([*(command or WORKER), json.dumps(order | dict(rows=rows[n::jobs], ahead=True))], cwd=ROOT, env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+            for n in range(min(jobs, len(rows)))]
+    for one in made:
+        try:
+            one.wait(max(0.01, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.kill()
+            one.wait()
 
 
 def work(command: list, order: dict, found: Measured, limit: float, until: float) -> str:
@@ -112,24 +127,35 @@ def shown(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.3f}" if unit == "ms" else f"{value:.0f}"
 
 
+def rates(found: Measured, row: Row) -> dict:
+    return {who: figure(event, row.unit) for who, event in found.rows.get(row.name, {}).items() if "time_us" in event}
+
+
+def by_peer(found: Measured, row: Row) -> float | None:
+    """The floor of a row (of the row that it varies) times what a peer reaches here / reached there: cuDNN where it runs, else FlexAttention; there by the stored figure, or by this table's."""
+    base = NAMED[row.like or row.name]
+    here, there = rates(found, row), (rates(found, base) if row.like else {}) | dict(base.stored)
+    return next((base.floor / there[who] * here[who] for who in ("cuDNN", "Flex") if base.floor and who in here and who in there), None)
+
+
 def table(found: Measured, names: list[str]) -> str:
-    """Why what is missing is missing; then short lines: ours, the floor, the clock, peers of this run, stored peers scaled by the product of this run (*)."""
+    """Why what is missing is missing; then short lines: ours, the floor as it stands and by a peer of this run, the clock, peers of this run, stored peers scaled by the product of this run (*)."""
     scale = found.ceilings.get("bf16_tflops", STORED_AT) / STORED_AT
-    lines, missing = [], []
-    for row in ROWS:
-        if row.name not in names:
-            continue
-        events = found.rows.get(row.name, {})
-        seen = {who: figure(event, row.unit) for who, event in events.items()}
-        ours = " ".join(f"{shown(seen.get(name), row.unit):>7}" for name in OURS)
-        others = [f"{who} {shown(value, row.unit)}" for who, value in seen.items() if who not in OURS and value is not None]
+    rows, lines, missing = [row for row in NAMED.values() if row.name in names], [], []
+    ours = (*OURS, "portable") if any("portable" in found.rows.get(row.name, {}) for row in rows) else OURS
+    varied = {row.name: by_peer(found, row) for row in rows}
+    columns = [(name, 8) for name in ours] + [("floor", 6)] + [("by peer", 7)] * any(varied.values())
+    for row in rows:
+        events, seen = found.rows.get(row.name, {}), rates(found, row)
+        figures = " ".join(f"{shown(x, row.unit):>{width}}" for (_, width), x in zip(columns, [seen.get(name) for name in ours] + [row.floor, varied[row.name]]))
+        others = [f"{who} {shown(value, row.unit)}" for who, value in seen.items() if who not in ours]
         others += [f"{who}* {shown(value / scale if row.unit == 'ms' else value * scale, row.unit)}" for who, value in row.stored if seen.get(who) is None]
         clock = next((event["clock_mhz"] for event in events.values() if event.get("clock_mhz")), "-")
-        lines.append(f"{row.name:24} {row.unit:7} {ours} {shown(row.floor, row.unit):>6} {clock:>5}  {', '.join(others)}")
+        lines.append(f"{row.name:30} {row.unit:7} {figures} {clock:>5}  {', '.join(others)}")
         missing += [f"{row.name}, {who}: {event['failed'][:150]}" for who, event in events.items() if "failed" in event]
         missing += [f"{row.name}, {who}: outside our numeric policy: {event['outside_policy'][:100]}" for who, event in events.items() if "outside_policy" in event]
     head = [" ".join(f"{k} {v}" for k, v in found.machine.items()), " ".join(f"{k} {v}" for k, v in found.ceilings.items()),
-            f"{'row':24} {'unit':7} {'triton':>7} {'cupy':>7} {'floor':>6} {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
+            f"{'row':30} {'unit':7} " + " ".join(f"{name:>{width}}" for name, width in columns) + f" {'MHz':>5}  peers (*: stored figure x {scale:.3f})"]
     return "\n".join(missing + head + lines)
 
 
@@ -154,36 +180,58 @@ def read(paths: list[str]) -> Measured:
     return found
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser("gpu_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser, seconds: float = 0.8, minutes: float = 8.5):
+    """What every front of these rows takes."""
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name or workload contains one of these words")
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
-    parser.add_argument("--seconds", type=float, default=0.8, help="time for a row's rounds, at least five rounds each (default: 0.8)")
-    parser.add_argument("--compiled", action="store_true", help="also peers that torch.compile makes: FlexAttention, decompression with split and concat (tens of seconds a row)")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the calls: short ones cost less than the host needs to launch them; every line says how it was timed")
-    parser.add_argument("--limit", type=float, default=60, help="seconds of silence after which a worker is stopped (default: 60; 180 with --compiled)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="stop and print what there is (default: 8.5)")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time for a row's rounds, at least five rounds each (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of silence after which a worker is stopped (default: 60; 180 where something is compiled)")
+    parser.add_argument("--minutes", type=float, default=minutes, help="stop and print what there is (default: %(default)s)")
     parser.add_argument("--out", help="file of JSON lines that the results are appended to")
     parser.add_argument("--commit", help="what is measured (default: git describe)")
     parser.add_argument("--share", type=_part, default="1/1", help="I/N: every N-th row from the I-th on, for N GPUs")
     parser.add_argument("--read", nargs="+", default=[], help="measure nothing: print the table of what these files hold")
-    args = parser.parse_args(argv)
-    names = share([row.name for row in selected(args.only)], args.share)
-    if args.list or not names:
-        print("\n".join(f"{row.name:24} {row.workload}" for row in selected(args.only) if row.name in names) or f"--only: no row's name or workload contains {args.only}")
-        return 0 if names else 2
-    if args.read:
-        print(table(read(args.read), names))
-        return 0
-    until = time.monotonic() + 60 * args.minutes
+
+
+def listed(rows: list, args) -> int:
+    """What --list prints, which is also the answer where --only names nothing."""
+    print("\n".join(f"{row.name:30} {row.workload}" for row in rows) or f"--only: no row's name or workload contains {args.only}")
+    return 0 if rows else 2
+
+
+def writing(args) -> Measured:
+    """An empty table whose results are appended to --out, the commit first."""
     out = None
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         out = open(args.out, "a")
     found = Measured(out)
     found.take({"machine": {"commit": args.commit or provenance.commit()}})
-    order = dict(rows=list(names), without=[], seconds=args.seconds, compiled=args.compiled, graph=args.graphs)
-    supervise(order, found, max(args.limit, 180) if args.compiled else args.limit, until)
+    return found
+
+
+def measured(args, names: list, **order) -> Measured:
+    """What the files of --read hold, or what workers make of these rows. order: more for them than rows and seconds."""
+    if args.read:
+        return read(args.read)
+    found, until = writing(args), time.monotonic() + 60 * args.minutes
+    order = dict(rows=list(names), without=[], seconds=args.seconds) | order
+    if order["compiled"]:
+        ahead(order, min(12, os.cpu_count() - 1), (time.monotonic() + until) / 2)
+    supervise(order, found, max(args.limit, 180) if order["compiled"] else args.limit, until)
+    return found
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("gpu_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiled", action="store_true", help="also peers that torch.compile makes: FlexAttention, decompression with split and concat (tens of seconds a row)")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the calls: short ones cost less than the host needs to launch them; every line says how it was timed")
+    options(parser)
+    args = parser.parse_args(argv)
+    names = share([row.name for row in selected(args.only)], args.share)
+    if args.list or not names:
+        return listed([NAMED[name] for name in names], args)
+    found = measured(args, names, compiled=args.compiled, graph=args.graphs)
     print("\n" + table(found, names))
     return 0
 

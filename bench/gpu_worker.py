@@ -1,7 +1,7 @@
 """The process that measures rows of the GPU table, one after the other, and says each result as a line of JSON at once. bench/gpu_table.py starts it.
 
 Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
-A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel.
+A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel. With "ahead" in its order it times nothing, but compiles.
 """
 import json
 import statistics
@@ -14,7 +14,7 @@ import torch
 from sparsetile.autotune import graphs, measure, tasks, timing
 from sparsetile.backends import arrays
 from sparsetile.bench import gpu_rows, peers, spot
-from sparsetile.bench.gpu_rows import ROWS
+from sparsetile.ops import dispatch
 
 OURS = ("triton", "cupy")
 FLUSH_MB = 3072  # 0.7 ms of writing on an H200, longer than a busy host needs to launch any call: behind 0.24 ms a call of 1.15 ms measured 1.23
@@ -60,8 +60,28 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def candidates(task, compiled: bool) -> list[peers.Peer]:
-    return [peers.Peer(name, lambda name=name: task.bound(name)) for name in OURS] + peers.peers(task, compiled)
+def candidates(task, order: dict) -> list[peers.Peer]:
+    found = [peers.Peer(name, lambda name=name: task.bound(name)) for name in order.get("backends", OURS)]
+    w = task.workload
+    if order.get("portable") and w.kernel.startswith("block_attention") and w["T"] > 1:
+        found.append(peers.Peer("portable", lambda: task.bound("triton", dispatch.kernel("triton", w.kernel).portable_config(task.problem))))
+    return found + [varied(task, one) for one in order.get("knobs", ())] + peers.peers(task, order["compiled"])
+
+
+def varied(task, variant: str) -> peers.Peer:
+    """BACKEND:KNOB=VALUE,...: the backend's default config with these knobs."""
+    backend, _, knobs = variant.partition(":")
+
+    def make():
+        kernel = dispatch.kernel(backend, task.workload.kernel)
+        known = {knob.name: knob.values for knob in kernel.TUNABLES}
+        chosen = {name: next(x for x in known[name] if str(x) == value) for name, value in (knob.split("=") for knob in knobs.split(","))}
+        return task.bound(backend, {**kernel.default_config(task.problem), **chosen})
+    return peers.Peer(variant, make)
+
+
+def ours(name: str) -> bool:
+    return name.partition(":")[0] in (*OURS, "portable")
 
 
 def ready(who: peers.Peer, judge, row: str) -> tuple | None:
@@ -75,7 +95,7 @@ def ready(who: peers.Peer, judge, row: str) -> tuple | None:
         wrong = judge.wrong(got) if who.judged else None
         size = sum(x.numel() * x.element_size() for x in tasks.outputs(got))
         del got
-        if wrong and who.name in OURS:
+        if wrong and ours(who.name):
             say(row=row, who=who.name, failed=f"wrong answer: {wrong[:300]}")
             return None
         torch.cuda.synchronize()
@@ -93,32 +113,32 @@ def ready(who: peers.Peer, judge, row: str) -> tuple | None:
         return None
 
 
-def measured(row: gpu_rows.Row, watch, seconds: float, compiled: bool, without: set, graph: bool = False):
+def measured(row: gpu_rows.Row, watch, order: dict):
     """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses."""
     say(row=row.name, who="inputs", trying=True)
     try:
-        task = tasks.Task(tasks.find(row.workload), 0)
+        task = tasks.Task(row.make(), 0)
         judge, flops = spot.Judge(task), measure.operations(task)
     except Exception as error:
         say(row=row.name, who="inputs", failed=failure(error))
         del error
         torch.cuda.synchronize()
         return
-    found = {who.name: ready(who, judge, row.name) for who in candidates(task, compiled) if (row.name, who.name) not in without}
+    found = {who.name: ready(who, judge, row.name) for who in candidates(task, order) if [row.name, who.name] not in order["without"]}
     found = {name: one for name, one in found.items() if one}
     if not found:
         return
     slow = max(us for _, _, us in found.values()) > SLOW_US
     calls = [call for call, _, _ in found.values()]
     say(row=row.name, who="timing", trying=True)
-    recorded, how = graphs.record(calls, 0) if graph else (None, None)
-    samples = timing.finals(watch, recorded or calls, seconds, 3 if slow else 40)
+    recorded, how = graphs.record(calls, 0) if order.get("graph") else (None, None)
+    samples = timing.finals(watch, recorded or calls, order["seconds"], 3 if slow else 40)
     calls[0]()
     clock = clock_mhz()  # under load
     torch.cuda.synchronize()
     for (name, (_, known, _)), times in zip(found.items(), samples):
         time_us = watch.centre(times)
-        say(row=row.name, who=name, time_us=round(time_us, 1), **timing.spread(times), **known, clock_mhz=clock, **({"timed": how} if graph else {}),
+        say(row=row.name, who=name, time_us=round(time_us, 1), **timing.spread(times), **known, clock_mhz=clock, **({"timed": how} if order.get("graph") else {}),
             **({"tflops": round(flops / time_us / 1e6, 1)} if flops else {}), gbs=round(moved(task) / time_us / 1e3))
 
 
@@ -148,19 +168,38 @@ def moved(task) -> float:
     return total + 4 * w["B"] * w["T"] * (w["S"] if w.kernel == "indexer_scores" else w["K"] + 1)
 
 
+def compile_ahead(row: gpu_rows.Row, order: dict):
+    """Every candidate of a row of which one is made by torch.compile, called once: its inputs are zeros of the right shapes and strides."""
+    task = tasks.Task(row.make(), 0, hollow=True)
+    found = sorted(candidates(task, order), key=lambda who: who.name not in peers.COMPILED)
+    if not found or found[0].name not in peers.COMPILED:
+        return
+    task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
+    for who in found:
+        try:
+            who.make()()
+            torch.cuda.synchronize()
+        except Exception as error:  # its row says why
+            print(f"{row.name}, {who.name}, ahead: {failure(error)}", file=sys.stderr, flush=True)
+
+
 def main(order: dict) -> int:
-    """order: rows (names), without ([row, who] pairs), seconds, compiled, graph."""
+    """order: rows (names), without ([row, who] pairs), seconds, compiled; graph, backends, portable, knobs, ahead where asked for."""
     torch.cuda.init()
+    rows = [gpu_rows.NAMED[name] for name in gpu_rows.NAMED if name in order["rows"]]
+    if order.get("ahead"):
+        for row in rows:
+            compile_ahead(row, order)
+            torch.cuda.empty_cache()
+        return 0
     watch = timing.Stopwatch(0, flush_mb=FLUSH_MB)
     say(machine=machine())
     say(ceilings=ceilings(watch))
-    without = {tuple(pair) for pair in order["without"]}
-    for row in ROWS:
-        if row.name in order["rows"]:
-            start = time.monotonic()
-            measured(row, watch, order["seconds"], order["compiled"], without, order.get("graph", False))
-            torch.cuda.empty_cache()
-            say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
+    for row in rows:
+        start = time.monotonic()
+        measured(row, watch, order)
+        torch.cuda.empty_cache()
+        say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
     return 0
 
 

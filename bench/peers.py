@@ -14,6 +14,7 @@ from sparsetile.autotune import tasks
 from sparsetile.ops import patterns as P
 
 
+COMPILED = ("Flex", "compiled")  # what torch.compile makes
 OF_LATENTS = {"FlashMLA": "flash_mla", "FlashInfer": "flashinfer"}  # who else decodes on latents, and the module that makes it
 
 
@@ -61,7 +62,7 @@ def peers(task, compiled: bool) -> list[Peer]:
 # --------------------------------------------------------------------------------------------------------------------- attention
 def _attention(task, forward, backward: bool):
     """forward(q, k, v) -> out, or the gradients of it: everything that autograd does after the forward."""
-    q, k, v = (x.detach().clone().requires_grad_(backward) for x in task.inputs[:3])
+    q, k, v = (x.detach().requires_grad_(backward) for x in task.inputs[:3])
     if not backward:
         return lambda: forward(q, k, v)
     dout, out = task.inputs[6], forward(q, k, v)
@@ -112,8 +113,7 @@ def _sees(rule, w, device):
         return lambda b, h, p, s: (p >= s) & ((p - s <= 127) | ((p - s) % 128 == 0))
     if rule == tasks.LONG["fixed-128"]:
         return lambda b, h, p, s: (p >= s) & ((p // 128 == s // 128) | (s % 128 >= 120))
-    if rule == tasks.DOCUMENTS:
-        lengths = next(part.lengths for part in rule.parts if isinstance(part, P.Documents))
+    if lengths := next((part.lengths for part in getattr(rule, "parts", ()) if isinstance(part, P.Documents)), None):
         document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
         return lambda b, h, p, s: (p >= s) & (document[p] == document[s])
     p, s = np.arange(0, w["T"], 128)[:, None], np.arange(0, w["S"], 128)  # block masks of 128

@@ -6,6 +6,7 @@
 #   ci/gpu.sh sanitize                                 CuPy kernels with garbage indices under compute-sanitizer memcheck (says so where the tool is missing)
 #   ci/gpu.sh tune [tune arguments]                    profiles/ for this GPU; names of workloads or kernels keep a part short, --storage lets it go on
 #   ci/gpu.sh bench [table arguments]                  the table of all kernels beside their peers, and $RESULTS/<gpu>-table.jsonl
+#   ci/gpu.sh attention [its arguments]                block attention alone: every pattern at three lengths, 32 and 8 key heads, FlexAttention too (--share 1/4 and so on, one of four GPUs each); the same file
 #   ci/gpu.sh host                                     what a call costs the host
 # Compiled kernels are kept in .gpu-cache between parts (and may be carried to another machine of the kind). Unless they are set, $RESULTS is bench/results, and
 # $PARTS, where pytest's JUnit files of the parts lie, .gpu-cache/tests; `python -m sparsetile.ci.report *.xml` joins parts anywhere.
@@ -36,6 +37,7 @@ case "$part" in
     CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 "$python" -m sparsetile.ci.sanitize "$@" ;;
   tune) "$python" -m sparsetile tune --device 0 --profiles profiles "$@" ;;
   bench) "$python" -m sparsetile.bench.gpu_table --out "$results/$(gpu)-table.jsonl" "$@" ;;
+  attention) "$python" -m sparsetile.bench.block_attention --out "$results/$(gpu)-table.jsonl" "$@" ;;
   host) "$python" -m sparsetile.bench.host "$@" ;;
-  *) echo "ci/gpu.sh: expected tests, report, sanitize, tune, bench or host, got $part" >&2; exit 2 ;;
+  *) echo "ci/gpu.sh: expected tests, report, sanitize, tune, bench, attention or host, got $part" >&2; exit 2 ;;
 esac

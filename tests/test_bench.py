@@ -19,7 +19,7 @@ GPU = {w.name: w for w in tasks.workloads()}
 
 def test_every_row_has_a_workload_and_a_name_of_its_own():
     assert len({row.name for row in gpu_rows.ROWS}) == len(gpu_rows.ROWS)
-    assert [row.name for row in gpu_rows.ROWS if row.workload not in GPU] == []
+    assert [row.name for row in gpu_rows.ROWS if row.make() != GPU[row.workload]] == []
     assert [row.name for row in gpu_rows.selected(["bigbird"])] == ["fwd BigBird 128", "bwd BigBird 128"]
 
 
@@ -57,11 +57,11 @@ def test_pairs_of_a_selection_are_those_of_its_mask():
     assert measure.selected_pairs(replace(chosen, indices=chosen.indices[-1:]), w["S"]) == every  # the judge looks at the last batch entry
 
 
-@pytest.mark.parametrize("name", [row.workload for row in gpu_rows.ROWS if row.name.startswith("fwd")])
+@pytest.mark.parametrize("name", [row.name for row in gpu_rows.BLOCK if row.name.startswith("fwd")] + [f"fwd {kind} {n} Hk 8" for kind in ("documents", "random 10 %", "strided 128") for n in ("8k", "128k")])
 def test_masks_given_to_flex_attention_are_the_patterns(name, rng):
     torch = pytest.importorskip("torch")
     from sparsetile.bench import peers
-    w = GPU[name]
+    w = gpu_rows.NAMED[name].make()
     rule = w.option("pattern")
     p, s = (np.unique(np.concatenate((np.arange(130), rng.integers(0, w["T"], 300), w["T"] - 1 - np.arange(130)))) for _ in range(2))
     got = peers._sees(rule, w, "cpu")(0, 0, torch.from_numpy(p)[:, None], torch.from_numpy(s)[None])
@@ -356,10 +356,10 @@ def test_graphs_are_timed_where_they_are_asked_for(asked, how, monkeypatch, caps
     graphs_of = lambda given, device: (["a graph"] * len(given) if how == "graph" else None, how)  # noqa: E731
     for where, name, value in ((graphs, "record", graphs_of), (latent.timing, "finals", lambda watch, given, *rest: timed.append(given) or [[3.0] * 5 for _ in given]), (latent.timing, "Stopwatch", Watch),
                                (gpu_worker, "clock_mhz", lambda: None), (gpu_worker.tasks, "Task", lambda w, device: Namespace(workload=w, inputs=())), (gpu_worker.spot, "Judge", lambda task: None),
-                               (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, compiled: [Namespace(name=name) for name in calls]),
+                               (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, order: [Namespace(name=name) for name in calls]),
                                (gpu_worker, "ready", lambda who, judge, row: (calls[who.name], {}, 3.0)), (gpu_worker, "moved", lambda task: 6000), (torch.cuda, "synchronize", lambda: None)):
         monkeypatch.setattr(where, name, value)
-    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), 0.1, False, set(), orders[0]["graph"])
+    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), orders[0] | dict(seconds=0.1))
     found = gpu_table.Measured(None)
     assert latent.here(torch, "cuda", Namespace(graphs=asked, seconds=0.1, quick=True), found, [("a row", lambda: [("a row", 1, 6000, calls)])], time.monotonic() + 60) == 0
     said = [event for event in map(json.loads, (line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))) if "time_us" in event]
@@ -391,6 +391,26 @@ def test_the_tables_of_sparse_attention_are_rows():
     from sparsetile.bench import dsa
     names = [row.name for row in gpu_rows.ROWS]
     assert [name for rows in dsa.TABLES.values() for name in rows if name not in names] == []
+
+
+def test_rows_of_sparse_attention_are_shared_and_read_together(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    listed = lambda *more: (dsa.main(["--list", *more]), capsys.readouterr().out.splitlines())[1]  # noqa: E731
+    assert sorted(sum((listed("--share", f"{n}/4") for n in (1, 2, 3, 4)), [])) == sorted(listed()) and len(listed("--no-tables")) + len(listed("--no-calls")) == len(listed())
+    if torch.cuda.is_available():
+        return
+    files = [str(tmp_path / f"{n}.jsonl") for n in (1, 2)]
+    for n, file in enumerate(files):
+        assert dsa.main(["--quick", "--share", f"{n + 1}/2", "--out", file]) == 0
+    found = gpu_table.read(files)
+    assert {row: set(events) for row, events in found.rows.items()} == {f"prefill {S}": {"DSA numba", "dense numba"} for S in (128, 512)}
+    capsys.readouterr()
+    assert dsa.main(["--read", *files, "--only", "prefill 2048", "decode", "DSA h"]) == 0
+    text = capsys.readouterr().out
+    assert "prefill 2048" in text and "FlashMLA* 0.194" in text and "DSA h 128" in text and "top-k 4096" not in text
+    lines = dsa.lines_of(found, ["prefill 128", "prefill 512"])
+    assert " x" in lines[0] and lines[2].startswith("prefill: sparse is ")
 
 
 @pytest.mark.parametrize("ratios, words", [
@@ -508,32 +528,66 @@ def test_density_does_what_its_command_line_says(direction, backend, quick, monk
 
 
 # -------------------------------------------------------------------------------------------------------------- other lengths
-def test_other_lengths_vary_rows_of_the_table():
-    pytest.importorskip("torch")
-    from sparsetile.bench import grid
-    cases = grid.cases()
-    table = {(GPU[row.workload].option("pattern"), GPU[row.workload].kernel, GPU[row.workload]["S"], GPU[row.workload]["Hk"]) for row in gpu_rows.ROWS if row.workload.startswith(("gpu/causal/", "gpu/window", "gpu/longformer", "gpu/bigbird"))}
-    shapes = {(w.option("pattern"), w.kernel, w["S"], w["Hk"]) for _, w, _ in cases}
-    assert len({name for name, *_ in cases}) == len(shapes) == len(cases) and not shapes & table
-    assert {(n, heads) for _, _, n, heads in shapes | table} == {(n, heads) for n in grid.LENGTHS for heads in grid.KEY_HEADS} and len(shapes | table) == len(grid.PATTERNS) * 2 * 6
-    assert all(w["Hq"] == 32 and w["T"] == w["S"] for _, w, _ in cases)
+def test_the_front_has_every_pattern_at_every_length():
+    """Nine patterns forward and backward at three lengths with 32 and 8 key heads, each once, and D 64 and D 192; a tenth of the blocks is a tenth at every length."""
+    rows = [(row, row.make()) for row in (*gpu_rows.BLOCK, *gpu_rows.GRID)]
+    shapes = {(row.like or row.name, w.kernel, w["S"], w["Hk"], w["D"]): row for row, w in rows}
+    assert len(shapes) == len(rows) == 9 * 2 * 3 * 2 + 4 and len({w.name for _, w in rows}) == len(rows)
+    square = [(row, w) for row, w in rows if "-d" not in w.name]
+    assert all(w["T"] == w["S"] and w["Hq"] == 32 for _, w in square) and {(w["S"], w["Hk"]) for _, w in square} == {(n, heads) for n in gpu_rows.LENGTHS for heads in gpu_rows.KEY_HEADS}
+    for _, w in square:
+        rule, n = w.option("pattern"), w["S"]
+        if "random" in w.name:
+            assert 0.09 < rule.pairs(n, n) / n ** 2 < 0.1
+        if "documents" in w.name:
+            lengths = next(part.lengths for part in rule.parts if hasattr(part, "lengths"))
+            assert len(lengths) > 2 and sum(lengths) == n
 
 
 def test_a_variant_is_the_default_config_with_knobs_set(monkeypatch):
     pytest.importorskip("torch")
-    from sparsetile.bench import grid
+    from sparsetile.bench import gpu_worker
     task = tasks.Task(GPU["gpu/causal/8192/backward"], None, hollow=True)
     task.bound = lambda backend, config: (backend, config)
     kernel = dispatch.kernel("cupy", "block_attention_backward")
     monkeypatch.setattr(kernel, "default_config", lambda problem: dict(path="hopper", heads=8, sums=1))
-    assert grid.varied(task, "cupy:sums=2,heads=4").make() == ("cupy", dict(path="hopper", heads=4, sums=2))
+    assert gpu_worker.varied(task, "cupy:sums=2,heads=4").make() == ("cupy", dict(path="hopper", heads=4, sums=2))
     for wrong in ("cupy:sums=3", "cupy:nothing=1"):
         with pytest.raises((StopIteration, KeyError)):
-            grid.varied(task, wrong).make()
+            gpu_worker.varied(task, wrong).make()
 
 
 def test_the_floor_of_another_length_follows_the_peer_there():
+    """cuDNN before FlexAttention; by the stored figure of the row that it varies, else by what this table says of it."""
+    found, floor = gpu_table.Measured(None), lambda name: gpu_table.by_peer(found, gpu_rows.NAMED[name])  # noqa: E731
+    for row, figures in {"fwd causal 128k Hk 8": dict(cuDNN=302.0, Flex=1.0, cupy=9.0), "bwd causal 8k Hk 8": dict(cuDNN=504.0), "fwd window 4096 8k Hk 32": dict(Flex=820.0), "fwd BigBird 128 8k Hk 8": dict(cuDNN=820.0),
+                         "fwd window 1024": dict(Flex=270.0), "fwd window 1024 8k Hk 8": dict(Flex=135.0), "fwd causal 32k": dict(cuDNN=604.0)}.items():
+        for who, rate in figures.items():
+            found.take(dict(row=row, who=who, time_us=1.0, tflops=rate))
+    assert floor("fwd causal 128k Hk 8") == pytest.approx(325) and floor("bwd causal 8k Hk 8") == pytest.approx(570) and floor("fwd window 4096 8k Hk 32") == pytest.approx(1280)
+    assert floor("fwd BigBird 128 8k Hk 8") is None and floor("fwd window 1024 8k Hk 8") == pytest.approx(270) and floor("fwd causal 32k") == pytest.approx(650)
+
+
+def test_the_front_says_what_came_of_its_rows(tmp_path, capsys):
     pytest.importorskip("torch")
-    from sparsetile.bench import grid
-    causal, window = (next(row for row in gpu_rows.ROWS if row.name == name) for name in ("fwd causal 32k", "fwd window 4096"))
-    assert grid.floor(causal, {"cuDNN": 302.0, "cupy": 9.0}) == pytest.approx(325) and grid.floor(window, {"Flex": 820.0}) == pytest.approx(1280) and grid.floor(window, {"cuDNN": 820.0}) is None
+    from sparsetile.bench import block_attention
+    figures = {"fwd causal 32k": dict(cupy=700.0, triton=600.0, portable=500.0, Flex=430.0), "bwd causal 32k": dict(cupy=500.0, triton=490.0, portable=420.0, Flex=400.0)}
+    with open(tmp_path / "lines.jsonl", "w") as out:
+        found = gpu_table.Measured(out)
+        for row, rates in figures.items():
+            for who, rate in rates.items():
+                found.take(dict(row=row, who=who, time_us=1.0, tflops=rate, clock_mhz=1500))
+    assert block_attention.main(["--read", str(tmp_path / "lines.jsonl"), "--only", "gpu/causal/32768"]) == 0
+    text = capsys.readouterr().out
+    assert "portable  floor" in text and "1 of 2; not bwd causal 32k 500 of 560" in text and "of its time: 1 of 2; not fwd causal 32k 600 of 609" in text
+    assert "goals: 0 of 2" in text and "(causal backward 1.05 x): 1 of 2; not fwd causal 32k 500 of 516" in text
+    assert block_attention.main(["--list", "--only", "bigbird"]) == 0 and len(capsys.readouterr().out.splitlines()) == 12
+    assert block_attention.main(["--only", "no such row"]) == 2
+
+
+def test_what_is_compiled_ahead_is_every_row_once(tmp_path):
+    """By as many processes as were asked for; what does not end in time is stopped."""
+    script = "import json, os, sys, time; order = json.loads(sys.argv[1]); open(os.path.join(order['at'], '-'.join(order['rows'])), 'w').write(str(order['ahead'])); time.sleep(60 if 'c' in order['rows'] else 0)"
+    start = time.monotonic()
+    gpu_table.ahead(dict(rows=list("abcde"), at=str(tmp_path)), 3, start + 4, [sys.executable, "-c", script])
+    assert time.monotonic() - start < 20 and sorted(x.name for x in tmp_path.iterdir()) == ["a-d", "b-e", "c"] and (tmp_path / "c").read_text() == "True"
