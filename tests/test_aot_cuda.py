@@ -17,7 +17,7 @@ HALF, SINGLE = "bfloat16", "float32"
 ATTENTION = ("block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward")
 SPILLS = {  # source -> bytes that a thread may store and load: registers that ptxas caps for occupancy, loop counters and addresses
     "block_attention": 256, "block_attention_float32": 64, "block_attention_backward": 64, "gather_attention_backward": 128, "topk": 160, "indexer_scores": 64, "layout": 32, "indexer_topk_hopper": 96,
-    "block_attention_backward_hopper": 224,  # the planning warp has 24 registers
+    "block_attention_backward_hopper": 248,  # the planning warp has 24 registers
     "block_attention_backward_two_pass": 272,  # the same warp; D 192: where an item's keys leave
     "selection_bitmaps": 8,  # a call of 64-bit division
     "importance_topk_hopper": 80,  # wide heads in one group: some of a lane's 32 lse, once an item

@@ -132,10 +132,11 @@ BACKWARD = {"triton-portable": dict(path="portable", block_q=128, block_k=128, n
             "triton-wide": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64, width=136),
             "triton-ordered": dict(path="gluon_ordered", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "triton-ascending": dict(path="gluon_ordered", heads=2, walk="ascending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
-            "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
+            "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-turning": dict(path="hopper", walk="turning", block_q=128, block_k=128),
+            "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
 BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", "triton-gluon": "triton.block_attention_backward_gluon.launch", "triton-wide": "triton.block_attention_backward_gluon.launch",
                     "triton-ordered": "triton.block_attention_backward_gluon.launch_ordered", "triton-ascending": "triton.block_attention_backward_gluon.launch_ordered",
-                    "cupy-hopper": "cupy.block_attention_backward.run_hopper", "cupy-two_pass": "cupy.two_pass.run"}
+                    "cupy-hopper": "cupy.block_attention_backward.run_hopper", "cupy-turning": "cupy.block_attention_backward.run_hopper", "cupy-two_pass": "cupy.two_pass.run"}
 
 
 @pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in BACKWARD])

@@ -9,6 +9,7 @@ import pytest
 from cuda_on_cpu import CXX
 from hopper_on_cpu import HopperPlace
 
+from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import block_attention_backward
 from sparsetile.ops import device_lists
 
@@ -55,7 +56,7 @@ CASES = {  # lists, nq, nk, global blocks, first, queries from position, queries
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("section, walk", [(0, "descending"), (8, "descending"), (0, "ascending"), (8, "ascending"), (0, "freest"), (8, "freest")])
+@pytest.mark.parametrize("section, walk", [(0, "descending"), (8, "descending"), (0, "ascending"), (8, "ascending"), (0, "freest"), (8, "freest"), (0, "turning"), (8, "turning")])
 def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng):
     L, nq, nk, globals_, first, start, T, S, sums, static = CASES[case]
     kinds, place = grids(rng, L, nq, nk, globals_), Lists()
@@ -67,10 +68,10 @@ def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng)
     q, k, row = place.put(np.zeros((1, L, T, 8), np.float16)), place.put(np.zeros((1, L, S, 8), np.float16)), place.put(np.zeros((1, L, T), np.float32))
     config = dict(path="hopper", block_q=128, block_k=128, tile_k=64, tile_q=32, stages=1, heads=8, sums=sums, section=section, walk=walk)
     block_attention_backward.run(q, k, k, lists, row, row, q, place=place, config=config, scale=1.0, q_start=start)
-    backwards = -1 if walk == "ascending" else 1  # the sequence is taken from its end
+    backwards, turning = -1 if walk == "ascending" else 1, walk == "turning"  # ascending: the sequence is taken from its end
     walk = next(x.owner for x in place.made if x.owner.shape == (len(made.by_key_rows), 4))
     sequence = next(x.owner for x in place.made if x.owner.ndim == 3 and x.owner.shape[2] == 2)
-    long = [[j for j in range(nk) if (n := (kinds[l, :, j] > -2).sum()) > 16 and n * nk > 4 * (kinds[l] > -2).sum()] for l in range(L)]
+    long = [[j for j in range(min(nk, -(-S // 128))) if (n := (kinds[l, :, j] > -2).sum()) > 16 and n * nk > 4 * (kinds[l] > -2).sum()] for l in range(L)]
     for l in range(L):
         items = [tuple(x) for x in sequence[l, ::backwards].tolist() if x[0] >= 0]
         split = {j for j, g in items if g >= 0}
@@ -89,7 +90,7 @@ def test_every_sum_is_added_to_in_the_order_of_tickets(case, section, walk, rng)
         assert all(ranks == list(range(len(ranks))) for ranks in turns.values())
         assert {s for _, s in turns} <= set(range(sums)) and (sums == 1 or len({s for _, s in turns}) == 2)
         for blocks in (1, 2, 7, 132):
-            assert finishes(queues, blocks)
+            assert finishes([queue[::-1] if turning and n // blocks % 2 else queue for n, queue in enumerate(queues)], blocks)
 
 
 def finishes(queues, blocks: int) -> bool:
@@ -106,3 +107,21 @@ def finishes(queues, blocks: int) -> bool:
         if not moved:
             return False
     return True
+
+
+@pytest.mark.parametrize("sizes, features, expected", [
+    (dict(B=1, Hk=8, T=8192, S=8192), ["static", "causal"], ("turning", 8, 2)),
+    (dict(B=1, Hk=8, T=32768, S=32768), ["static", "causal"], ("turning", 8, 1)),
+    (dict(B=3, Hk=8, T=8192, S=8192), ["static", "causal"], ("turning", 32, 1)),
+    (dict(B=16, Hk=8, T=4096, S=4096), ["static", "causal"], ("abreast", 8, 1)),  # teams of heads follow each other: rounds would cross
+    (dict(B=1, Hk=8, T=2048, S=8192), ["static", "causal"], ("abreast", 8, 1)),
+    (dict(B=1, Hk=8, T=32768, S=32768), ["static", "causal+documents"], ("abreast", 8, 1)),
+    (dict(B=1, Hk=8, T=32768, S=32768), ["static", "window"], ("descending", 8, 1)),
+    (dict(B=1, Hk=8, T=8192, S=8192), ["static", "causal", "per_head"], ("descending", 8, 1)),  # heads of a group go by lists of their own
+    (dict(B=1, Hk=32, T=8192, S=8192), ["static", "causal"], ("descending", 8, 2))])
+def test_walks_of_groups_of_heads(sizes, features, expected):
+    problem = Problem.of("block_attention_backward", dict(Hq=32, D=128, Dv=128, **sizes), dict.fromkeys("qkv", "bfloat16"), "sm_90a", [*features, "gradient"])
+    config = block_attention_backward.default_config(problem)
+    assert tuple(config[name] for name in ("walk", "heads", "sums")) == expected and not isinstance(block_attention_backward.resources(problem, config), str)
+    alone = Problem.of("block_attention_backward", dict(Hq=32, D=128, Dv=128, **{**sizes, "Hk": 32}), dict.fromkeys("qkv", "bfloat16"), "sm_90a", [*features, "gradient"])
+    assert isinstance(block_attention_backward.resources(alone, {**config, "walk": "turning"}), str)

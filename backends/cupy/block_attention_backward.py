@@ -27,11 +27,12 @@ TUNABLES = (
     Tunable("heads", (1, 2, 4, 8, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("hopper", "two_pass")),
     Tunable("sums", (1, 2), "float32 sums of dQ; 2: where rows are long, even key blocks do not wait for odd ones", ("hopper",)),
     Tunable("section", (0, 8, 16, 32), "query tiles of an item of a key block that far more rows see than others; 0: such key blocks are items like others", ("hopper",)),
-    Tunable("walk", ("descending", "ascending", "freest"), "rows of an item from the last to the first and key blocks ascending, or both the other way, or, in static layouts, rows as a simulation of the queues finds them free (walks.py)", ("hopper",)),
+    Tunable("walk", ("descending", "ascending", "freest", "abreast", "turning"), "rows of an item from the last to the first and key blocks ascending, or both the other way, or, in static layouts, rows as a simulation of the queues finds them free (walks.py); abreast: descending, all heads of a group at a row before the next row; turning: so, and every other round of items from the first row to the last", ("hopper",)),
     Tunable("scratch", (2, 1, 4, 8), "GiB of dS, 32 KiB for each block of 128 x 128 of each head, before a second pass takes it", ("two_pass",)),
 )
+GROUPED = ("abreast", "turning")  # walks of heads that share a key head
 LOG2E = 1.4426950408889634
-HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "15i2f"
+HOPPER_FIELDS = "128s" * 6 + "18Q" + LISTS + POSITIONS + "17i2f"
 HOPPER_FIELDS += f"{-struct.calcsize(HOPPER_FIELDS) % 64}x"  # the struct is as long as its alignment asks
 FIELDS = "12Q" + LISTS + POSITIONS + "16q6i2f"
 
@@ -77,7 +78,7 @@ def hopper_defines(kind: str, D: int, Dv: int, parted: bool = False) -> dict:
 def hopper_bytes(D: int, Dv: int, path: str) -> int:
     """Keys and values; two stages of queries and dout, of dS, of dQ in float32 where it is added, of rows; plans and barriers."""
     width, values = ceil_div(D, 64) * 64, ceil_div(Dv, 64) * 64
-    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 48
+    return 1024 + 256 * (width + values) * 2 + 2 * 64 * 256 + (2 * 64 * width * 4 if path == "hopper" else 0) + 2 * 784 + 128 + 168 + 56
 
 
 def resources(problem: Problem, config: dict):
@@ -89,6 +90,8 @@ def resources(problem: Problem, config: dict):
             return f"path {path} has tiles of its own; leave tile_k, tile_q and stages at 64, 32 and 1, which are for calls that need the portable path"
         if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
             return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
+        if config["walk"] in GROUPED and problem["Hq"] == problem["Hk"]:
+            return f"walk {config['walk']} is for groups of query heads that share a key head; take descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
         shared = hopper_bytes(problem["D"], problem["Dv"], path)
         return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))
@@ -135,6 +138,8 @@ def hopper_default(problem: Problem) -> dict | None:
         alone = problem["Hq"] == problem["Hk"]
         if crowded(problem):
             return dict(path="hopper", heads=1, walk="freest", scratch=2)
+        if not alone and (own := grouped_default(problem)):
+            return own
         if kinds & {"window", "documents"} and alone and "kv_length" not in kinds:  # where keys end early, key blocks past them would come first, with every key masked
             return dict(path="hopper", heads=2, walk="ascending", scratch=2)
         two = "causal" in kinds and "documents" not in kinds and (problem["T"] <= 16384 if alone else 16384 < problem["T"] <= 65536)
@@ -142,6 +147,18 @@ def hopper_default(problem: Problem) -> dict | None:
     if problem["T"] > 64 and no_hopper(problem, "two_pass") is None:
         return dict(path="two_pass", heads=1 if waits(problem) else 2 if in_classes(problem) else 32, scratch=two_pass.default_scratch(problem))
     return None
+
+
+def grouped_default(problem: Problem) -> dict | None:
+    """Causal, heads in groups. TFLOP/s of descending / abreast / turning on an H200, one run, 32 query heads to 8, one sum: 8k 467 / 556 / 554 (two sums 496 / 502 / 567), in batches of 4 480 / 553 / 559, 16k 527 / 569 / 563
+    (another run 553 / - / 599), 32k - / 581 / 592 (two sums 576 / 552 / -), 128k 581 / 562 / 582; 4k in batches of 16 419 / 529 / 482, 2k of 32 329 / 478 / 411: rounds stay in step while all key heads are worked on at a
+    time. The last 2k of 8k 500 / 524 / 485, 8k of 32k 572 / 592 / 581; documents 492 / 526 / 460. To 4 key heads 8k 428 / - / 563 (two sums 583), to 16 521 / - / 566. Windows keep theirs: 4096 523 / 400 / 425, 1024 427 / 320 / 266."""
+    causal, T, key_heads = "causal" in problem.features, problem["T"], problem["B"] * problem["Hk"]
+    if not (causal or "causal+documents" in problem.features) or "per_head" in problem.features:
+        return None
+    if causal and T == problem["S"] and key_heads <= 32:
+        return dict(path="hopper", walk="turning", heads=next(n for n in (8, 16, 32) if n >= key_heads), sums=2 if key_heads <= 8 and T <= (8192 if problem["D"] > 64 else 16384) else 1, scratch=2)
+    return dict(path="hopper", walk="abreast", heads=8, sums=1, scratch=2) if T <= 32768 else None
 
 
 def default_config(problem: Problem) -> dict:
@@ -235,7 +252,7 @@ def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv
     chosen = chosen_walk(lists, config["walk"], max(place.sms // together, 1), place)
     values = (*maps_of(q, k, v, dout, dk, dv, place), dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, rows.ptr, sums.ptr, parts.ptr, turns.ptr, turns.ptr + 4 * n * halves, before.ptr, blocks.ptr, sequence.ptr, walk.ptr,
               lists.by_key_offsets.ptr, lists.by_key_rows.ptr, lists.by_key_kinds.ptr, nvrtc.ptr(chosen), *lists_values(lists), *position_values(T, S, kv_length, q_start),
-              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, int(config["walk"] == "ascending"), scale, scale * LOG2E)
+              B * Hk, Hq, Hq // Hk, D, Dv, tiles, key_tiles, together, items, n, section, each, splits, places, int(config["walk"] == "ascending"), int(config["walk"] in GROUPED), int(config["walk"] == "turning"), scale, scale * LOG2E)
     for name, grid, threads, shared in (("prepare", halves, 64, 0), ("classify", count, 32, 0), ("order", columns, 128, 0), ("backward", min(items, max(place.sms, 1)), 384, hopper_bytes(D, Dv, "hopper")),
                                        ("join", 2 * B * Hk * splits * (d["WIDTH"] + d["VALUES"]) // 64, 128, 0), ("finish", halves, 256, 64 * (d["WIDTH"] // 2 + 4) * 4)):
         nvrtc.function("block_attention_backward_hopper", name, HOPPER_FIELDS, d, place)(grid, threads, shared, place.stream, *values)

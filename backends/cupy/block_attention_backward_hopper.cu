@@ -8,6 +8,10 @@
 // windows and causal patterns come to a row without waiting; or `ascending`, its mirror image, key blocks from the last to the first and rows ascending, which spares windows and packed
 // documents what waiting there is, and wants few heads at a time: their key blocks stand at different rows.
 //
+// Head after head, an item with fewer rows than its neighbour comes to the group's next head before it, and waits. So heads may step `abreast`, all of a group at a row before the
+// next row. Of causal patterns the items of the first round (one for each block of threads) then start together at the last row and end one after the other, and those of the
+// second start so: where rounds are `turning`, they walk upwards and end together. Then whoever is at work is within a few steps of the others, and finds rows and sums in the cache.
+//
 // Where few key blocks are seen by far more rows than others (global tokens, sinks), everybody would wait for them while they walk. They are split: each `section` of rows is an
 // item of its own, taken shortly before the items that stand beside its rows, and its dK and dV are parts in device memory that `join` adds. Rows that far more key blocks
 // see than others come first in every walk: items start in the order of their turns there, but do not end in it.
@@ -33,7 +37,7 @@ struct Params {
   const int* chosen;                // where in its key block's walk each entry stands (walks.py), or null: rows descending
   ListArrays lists;
   Positions at;
-  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places, ascending;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list; whether the sequence and all walks are taken from their end
+  int key_heads, Hq, group, D, Dv, tiles, key_tiles, together, items, most_sums, section, sections, splits, places, ascending, abreast, turning;  // key_heads = B * Hk; `together` of them are worked on at a time; rows of a section, how many there are, most split blocks of a list; whether the sequence and all walks are taken from their end, heads of a group step abreast, every other round of items walks upwards
   float scale, exponent;                                               // exponent = scale * log2(e)
 };
 
@@ -68,6 +72,11 @@ __device__ __forceinline__ Item::Item(const Params& p, int number) {
   }
   first_row = rows.x;
   end_row = imax(rows.x, rows.y);
+  if (p.abreast && block >= 0 && block < p.lists.nk && (p.group == 1 || !p.lists.list_h)) {
+    const int* o = p.by_key_offsets + 2 * ((i64)list(p, 0) * p.lists.nk + block);
+    abreast = 1;
+    mirror = p.turning && number / gridDim.x & 1 ? __ldg(o) + __ldg(o + 2) : 0;
+  }
 }
 
 __device__ __forceinline__ bool known_whole(const Params& p, const Item& x) { return false; }

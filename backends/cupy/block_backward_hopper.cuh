@@ -25,7 +25,7 @@ constexpr float FAR = 100.f;                                                    
 enum { FIRST = 1, LAST = 2, CLEAR = 4, EMPTY = 8, STOP = 16, SECOND = 32, SECTION = 64 };  // SECOND: adds to the second sum; SECTION: key_head is the place of its part
 // A query tile of an item. row: head * tiles + tile; t: query of its row 0, negative where it starts before the call; state: bits above, from bit 8 on how many keys of the block exist and, where nothing is added, `quarters`.
 struct Plan { int row, t, head, key_head, block, kind, rank, state; };
-enum { KEY_HEAD = 3, BLOCK, KIND_OF, RANK, STATE };  // its fields
+enum { HEAD = 2, KEY_HEAD, BLOCK, KIND_OF, RANK, STATE };  // its fields
 // Quarters of a block, 64 queries b by 64 keys w, as bits 2 b + w of a state: of which some key is seen, then those of b = 0 of the item's next block, then which are seen entirely.
 constexpr int SEEN = 16, COMING = 20, WHOLE = 24;
 
@@ -74,6 +74,7 @@ __device__ __forceinline__ int2 rows_of_call(const Params& p, int start) {
 struct Item {
   int key_head, b, hk, block, slot, start, limit, first_row, end_row;  // tiles first_row .. end_row - 1 of the lists hold queries
   int first_of_section, end_of_section;                                // where nothing is added: those that a section walks through
+  int abreast = 0, mirror = 0;                                         // abreast: heads take turns at every tile of the walk; mirror: entry i of the walk is read at mirror - 1 - i, 0: at i
   __device__ __forceinline__ Item(const Params& p, int number);
   __device__ __forceinline__ int list(const Params& p, int r) const { return __ldg(p.lists.list_of + b * p.lists.list_b + (hk * p.group + r) * p.lists.list_h); }
 };
@@ -103,6 +104,16 @@ struct Planner {
     __syncwarp();
     open = true;
   }
+  // the plan before for the next head
+  __device__ __forceinline__ void again() {
+    bar_wait(m.free_plan(n), n / PLANS & 1 ^ 1, patience);
+    if (lane < 8) {
+      const int x = *m.at<int>(m.plan_at(n - 1, lane));
+      *m.at<int>(m.plan_at(n, lane)) = lane == 0 ? x + p.tiles : lane == HEAD ? x + 1 : lane == STATE ? x & ~(FIRST | CLEAR) : x;
+    }
+    __syncwarp();
+    open = true;
+  }
   // Makes K and V zero where no query of the call sees the key: what nobody sees must not reach a product (0 * NaN). Only partial blocks leave such keys. Once the item's first
   // plan is out: then the loading thread loads.
   __device__ __forceinline__ void clear(const Item& x, bool whole);
@@ -124,14 +135,15 @@ struct Entries {
     e = x.first_row < x.end_row ? __ldg(o) : 0;
     until = x.first_row < x.end_row ? __ldg(o + 2) : 0;
   }
+  __device__ __forceinline__ int place(const Item& x, int i) const { return ADDS && x.mirror ? x.mirror - 1 - i : i; }
   __device__ __forceinline__ bool next(const Params& p, const Item& x, int lane, int4& w, bool all = false) {
     while (!found) {
       if (e >= until) return false;
-      const int row = e + lane < until ? p.walk[e + lane].x : -1;
+      const int row = e + lane < until ? p.walk[place(x, e + lane)].x : -1;
       found = __ballot_sync(~0u, row >= x.first_row && row < x.end_row && (all || in_section(x, row)));
       e += 32;
     }
-    w = p.walk[e - 33 + __ffs(found)];
+    w = p.walk[place(x, e - 33 + __ffs(found))];
     found &= found - 1;
     return true;
   }
@@ -189,13 +201,21 @@ __device__ __forceinline__ void Planner::item(int number) {
   for (int made = 0, r = 0;; made++) {
     int4 w;
     bool found = some.next(p, x, lane, w);
-    while (!found && ++r < p.group) {
+    while (!found && !(ADDS && x.abreast) && ++r < p.group) {
       some = Entries(p, x, r);
       found = some.next(p, x, lane, w);
     }
     if (!found && !made && (!ADDS || x.slot < 0)) write({0, 0, 0, ADDS || x.slot < 0 ? x.key_head : x.slot, x.block, -1, 0, ADDS || x.slot < 0 ? EMPTY : EMPTY | SECTION});
-    publish(!found ? LAST : ADDS ? 0 : (w.w & 3) << COMING);
+    const bool more = ADDS && made && x.abreast && p.group > 1;
+    publish(!found && !more ? LAST : ADDS ? 0 : (w.w & 3) << COMING);
     if (made == 1 && clears) clear(x, all);
+    if (more) {
+      for (r = 1; r < p.group; r++) {
+        again();
+        publish(found || r < p.group - 1 ? 0 : LAST);
+      }
+      r = 0;
+    }
     if (!found) return;
     const int head = x.b * p.Hq + x.hk * p.group + r;
     write({head * p.tiles + tile_of(p, w.x, x.start), first_query(p, w.x, x.start), head, x.slot < 0 ? x.key_head : x.slot, x.block, w.y, w.z,
