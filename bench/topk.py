@@ -1,16 +1,20 @@
-"""Exact top-k over scores of every kind beside normal ones: python -m sparsetile.bench.topk [--quick] [--backend NAME ...] (a GPU).
+"""Exact top-k over scores of every kind beside normal ones: python -m sparsetile.bench.topk [--quick] [--backend NAME ...]
 
 Top 2048 of 4096 rows of 131072 and of 32768 float32 scores. A kernel looks at a sample of a row first, so each distribution is told as a ratio to normal data of the same run: the listed ones are to cost
 at most 3 times as much, rows made against the sample (their best scores stand where few samples are taken, or all samples lie) 5 times. Checked first: some rows against a stable sort. Calls in turn
-within each round, cold L2, medians.
+within each round, cold L2, medians. Without a GPU: a small size on the CPU, minima.
 """
 import argparse
 
 from sparsetile.autotune import numeric, timing
 from sparsetile.ops.indexer import topk
 
-T, K, WIDTHS = 4096, 2048, (131072, 32768)
 ROWS = 8  # compared with a stable sort
+
+
+def sizes(cuda: bool) -> tuple:
+    """Rows, how many of each are chosen, widths."""
+    return (4096, 2048, (131072, 32768)) if cuda else (8, 100, (16384,))
 
 
 def listed(torch) -> dict:
@@ -32,9 +36,9 @@ def against(torch) -> dict:
     return found
 
 
-def check(torch, name, x, backends):
+def check(torch, name, x, K, backends):
     """All backends choose the same, and some rows what a stable sort puts first."""
-    rows = torch.linspace(0, T - 1, ROWS, device=x.device).long()
+    rows = torch.linspace(0, len(x) - 1, ROWS, device=x.device).long()
     first = None
     for backend in backends:
         got = topk(x[None], K, backend=backend)
@@ -46,19 +50,21 @@ def check(torch, name, x, backends):
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="sparsetile.bench.topk", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--backend", nargs="+", default=["cupy", "triton"])
+    parser.add_argument("--backend", nargs="+", help="backends; by default both of a GPU, and on a CPU numba")
     given = parser.parse_args(arguments)
     import torch
-    watch, kinds = timing.Stopwatch(0), {**{name: (3, make) for name, make in listed(torch).items()}, **{name: (5, make) for name, make in against(torch).items()}}
-    for S in WIDTHS:
-        normal = torch.randn(T, S, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-        print(f"top {K} of [{T}, {S}], {torch.cuda.get_device_name()}\n{'scores':28}" + "".join(f"{backend + ' ms':>12}{'x normal':>10}" for backend in given.backend) + "  at most", flush=True)
+    cuda = torch.cuda.is_available()
+    device, backends, (T, K, widths) = "cuda" if cuda else "cpu", given.backend or (["cupy", "triton"] if cuda else ["numba"]), sizes(cuda)
+    watch, kinds = timing.Stopwatch(0 if cuda else None), {name: (most, make) for most, makes in ((3, listed(torch)), (5, against(torch))) for name, make in makes.items()}
+    for S in widths:
+        normal = torch.randn(T, S, device=device, generator=torch.Generator(device).manual_seed(0))
+        print(f"top {K} of [{T}, {S}], {torch.cuda.get_device_name() if cuda else 'CPU'}\n{'scores':28}" + "".join(f"{backend + ' ms':>12}{'x normal':>10}" for backend in backends) + "  at most", flush=True)
         for name, (most, make) in kinds.items():
             x = make(normal)
-            check(torch, name, x, given.backend)
-            calls = [lambda rows=rows, backend=backend: topk(rows[None], K, backend=backend) for rows in (x, normal) for backend in given.backend]
-            times = [watch.centre(one) / 1e3 for one in timing.finals(watch, calls, seconds=0.1 if given.quick else 1.0, most=5 if given.quick else 20)]
-            ratios = [times[n] / times[n + len(given.backend)] for n in range(len(given.backend))]
+            check(torch, name, x, K, backends)
+            calls = [lambda rows=rows, backend=backend: topk(rows[None], K, backend=backend) for rows in (x, normal) for backend in backends]
+            times = [watch.centre(one) / 1e3 for one in timing.finals(watch, calls, seconds=0.0 if not cuda else 0.1 if given.quick else 1.0, most=5 if given.quick else 20)]
+            ratios = [times[n] / times[n + len(backends)] for n in range(len(backends))]
             over = " OVER" if max(ratios) > most else ""
             print(f"{name:28}" + "".join(f"{ms:12.3f}{ratio:10.2f}" for ms, ratio in zip(times, ratios)) + f"{most:9}{over}", flush=True)
             del x, calls

@@ -537,3 +537,13 @@ def test_the_floor_of_another_length_follows_the_peer_there():
     from sparsetile.bench import grid
     causal, window = (next(row for row in gpu_rows.ROWS if row.name == name) for name in ("fwd causal 32k", "fwd window 4096"))
     assert grid.floor(causal, {"cuDNN": 302.0, "cupy": 9.0}) == pytest.approx(325) and grid.floor(window, {"Flex": 820.0}) == pytest.approx(1280) and grid.floor(window, {"cuDNN": 820.0}) is None
+
+
+def test_scores_of_every_kind_are_told_beside_normal_ones(capsys):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import topk
+    assert topk.main(["--quick"]) == 0
+    names = [*topk.listed(torch), *topk.against(torch)]
+    lines = capsys.readouterr().out.splitlines()
+    for heading in (n for n, line in enumerate(lines) if line.startswith("top ")):
+        assert [line[:28].rstrip() for line in lines[heading + 2:heading + 2 + len(names)]] == names
