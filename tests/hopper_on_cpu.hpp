@@ -10,6 +10,7 @@ static inline EmulatedBarrier& emulate_barrier(uint32_t at) {
   return *(EmulatedBarrier*)(emulate_shared() + at);
 }
 static inline void emulate_barrier_settle(EmulatedBarrier& b) {
+  emulate::still = 0;
   if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
 }
 namespace emulate {
@@ -103,7 +104,7 @@ static inline bool emulate_named_or(int id, int n, bool mine) {
   emulate::arrive(emulate::named[id], n, [=] { came[id] = coming[id]; coming[id] = false; });
   return came[id];
 }
-static inline void emulate_named_arrive(int id, int n) { auto& b = emulate::named[id]; if (++b.count == n) { b.count = 0; b.generation++; } }
+static inline void emulate_named_arrive(int id, int n) { auto& b = emulate::named[id]; emulate::still = 0; if (++b.count == n) { b.count = 0; b.generation++; } }
 
 namespace emulate {
 static Barrier warpgroup[MOST / 128];

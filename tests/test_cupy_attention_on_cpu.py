@@ -221,10 +221,11 @@ PART_CASES = [  # queries of a tile, rule, T, S, Hq, Hk, keys that exist
     (192, Fixed(32, 8) & Causal(), 384, 640, 2, 1, 630),
     (128, Causal() & (Window(10) | Strided(32)), 2048, 2048, 1, 1, None),  # classes of half a block
 ]
-RAGGED_CASES = [  # forward only
+RAGGED_CASES = [  # classes one longer than others
     (128, Causal() & (Window(10) | Strided(8)), 1251, 1251, 2, 1, None),
     (128, Causal() & (Window(10) | Strided(8)), 1245, 1251, 1, 1, None),
     (128, Causal() & Strided(2), 401, 401, 1, 1, None),
+    (128, Causal() & (Window(34) | Strided(32)), 2053, 2053, 2, 1, None),
 ]
 
 
@@ -253,31 +254,44 @@ def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
         assert_close(name, x.owner, true, one, reduction=S)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
-@pytest.mark.parametrize("piece", ["all", "a head"])
-@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", [case[1:] for case in PART_CASES if case[0] == 128], ids=lambda x: str(x).replace(" ", ""))
-def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, rng, monkeypatch):
-    """The same parts backward: dQ, dK and dV of all in float32, rounded once."""
+def judge_gradients_of_parts(rule, T, S, Hq, Hk, length, kind, rng, D=16, Dv=16):
     place, at_portable = HopperPlace(), CpuPlace()
     place.refused = "block_attention_backward"
-    q, k, v = tensors(rng, kind, 1, Hq, Hk, T, S, 16, 16)
+    q, k, v = tensors(rng, kind, 1, Hq, Hk, T, S, D, Dv)
     parts = parts_of(lower(rule, S - T, S, S, 128, 128), place)
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
-    if piece == "a head":
-        monkeypatch.setattr(two_pass, "GIB", 1)
-        monkeypatch.setattr(two_pass, "SECTIONS", 2)
     at = dict(place=place, scale=0.3, q_start=S - T, kv_length=None if length is None else place.put(np.array([length], np.int32)))
     config = dict(path="two_pass", block_q=128, block_k=128, tile_k=32, tile_q=32, stages=1, heads=2, scratch=1)
     forward = dict(path="hopper", block_q=128, block_k=128, tile_k=32, row_tiles=1)
     operands = tuple(map(place.put, (q, k, v)))
-    if any(axes.ends_within for part in parts if (axes := axes_of(part, S - T, T, S))):  # left to the portable path
-        lse, delta = (place.put(np.zeros((1, Hq, T), np.float32)) for _ in range(2))
-        assert block_attention_backward.run_parts(*operands, parts, lse, delta, operands[0], config=config, **at) is None
-        return
     judge(at_portable, lambda sink: block_attention.run_parts(*operands, parts, config=forward, sink_logits=place.put(sink), **at),
           lambda lse, delta, dout: block_attention_backward.run_parts(*operands, parts, lse, delta, dout, config=config, **at),
           q, k, v, count[None, None], scale=0.3, sink=SINK[:Hq], rng=rng)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("piece", ["all", "a head"])
+@pytest.mark.parametrize("rule, T, S, Hq, Hk, length", [case[1:] for case in PART_CASES + RAGGED_CASES if case[0] == 128], ids=lambda x: str(x).replace(" ", ""))
+def test_gradients_of_parts_on_hopper(rule, T, S, Hq, Hk, length, piece, kind, rng, monkeypatch):
+    """The same parts backward: dQ, dK and dV of all in float32, rounded once."""
+    if piece == "a head":
+        monkeypatch.setattr(two_pass, "GIB", 1)
+        monkeypatch.setattr(two_pass, "SECTIONS", 2)
+    judge_gradients_of_parts(rule, T, S, Hq, Hk, length, kind, rng)
+
+
+@pytest.mark.parametrize("D, Dv", [(16, 16), (192, 128)])
+@pytest.mark.parametrize("step, positions", [(32, 64), (32, 67), (8, 97), (8, 127), (8, 129), (8, 157), (8, 191), (8, 192), (8, 193)])
+def test_gradients_of_classes_that_end_anywhere(step, positions, D, Dv, rng):
+    """Of a class's last block some quarters hold no position, and some lanes of a warp no key."""
+    judge_gradients_of_parts(Causal() & (Window(step + 2) | Strided(step)), step * positions, step * positions, 1, 1, None, "bfloat16", rng, D, Dv)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 16])
+def test_gradients_of_summaries_of_any_width(columns, rng):
+    """Some lanes of a warp start from sums of the part before, the others from nothing."""
+    judge_gradients_of_parts(Causal() & Fixed(32, columns), 640, 640, 2, 1, None, "bfloat16", rng)
 
 
 def test_parts_that_hopper_leaves():

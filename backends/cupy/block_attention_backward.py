@@ -208,10 +208,16 @@ def chosen_walk(lists, walk: str, under_way: int, place):
     return lists.extras[key]
 
 
-def maps_of(q, k, v, dout, dk, dv, place, axes=Axes()) -> tuple:
-    """How the copy engine reads queries 64 rows at a time and keys 128, and writes 64 of dK and dV; 64 columns each."""
+def views_of(q, k, v, dout, place, axes=Axes(), views=(False,)) -> tuple:
+    """How the copy engine reads queries 64 rows at a time and keys 128, 64 columns each; views: of short classes or not (hopper_axes.py)."""
+    rows, keys = (lambda x: [axes.rows(place, x, 64, short) for short in views]), (lambda x: [axes.keys(place, x, short) for short in views])  # noqa: E731
+    return *rows(q), *keys(k), *keys(v), *rows(dout)
+
+
+def maps_of(q, k, v, dout, dk, dv, place) -> tuple:
+    """And how it writes 64 rows of dK and dV."""
     write = lambda x: hopper.tensor_map(place, x, (x.shape[3], x.shape[2], x.shape[0] * x.shape[1]), (1, x.shape[3], x.shape[2] * x.shape[3]), (64, 64, 1))  # noqa: E731
-    return axes.rows(place, q, 64), axes.keys(place, k), axes.keys(place, v), axes.rows(place, dout, 64), write(dk), write(dv)
+    return *views_of(q, k, v, dout, place), write(dk), write(dv)
 
 
 def run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start):
@@ -245,10 +251,10 @@ def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap
     if config["path"] != "two_pass" or not B * Hq * T or not takes_hopper(q, k, v, dout, config, scale, softcap, kind):
         return None
     axes = [axes_of(part, start, T, S) for part in parts]
-    if None in axes or not axes[0].every or any(at.ends_within for at in axes) or any(2 * B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
+    if None in axes or not axes[0].every or any(2 * B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
     dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
-    made = [two_pass.Part(at.applied(part), maps_of(q, k, v, dout, dk, dv, place, at), part.nq, at) for part, at in zip(parts, axes)]
+    made = [two_pass.Part(at.applied(part), views_of(q, k, v, dout, place, at, (True, False)), part.nq, at) for part, at in zip(parts, axes)]
     return two_pass.run(made[::-1], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv, True), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
                         shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=start)
 
@@ -268,7 +274,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
             return run_hopper(q, k, v, lists, lse, delta, dout, tiles, place, config, scale, kv_length, q_start)
         dq, dk, dv = place.empty((B, Hq, T, D), kind), place.empty((B, Hk, S, D), kind), place.empty((B, Hk, S, Dv), kind)
         start = S - T if q_start is None and kv_length is None else q_start
-        whole = two_pass.Part(lists, maps_of(q, k, v, dout, dk, dv, place), tiles, covered=isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq)
+        whole = two_pass.Part(lists, views_of(q, k, v, dout, place), tiles, covered=isinstance(start, int) and start // 128 == lists.first and tiles == lists.nq)
         return two_pass.run([whole], dq, dk, dv, lse, delta, hopper_defines(kind, D, Dv), place=place, config=config, first_bytes=hopper_bytes(D, Dv, "two_pass"),
                             shape=(B, Hq, Hk, T, S, D, Dv), scale=scale, kv_length=kv_length, q_start=q_start)
     make = place.zeros if lists.k_order is not None or B * Hq * T == 0 else place.empty  # an order may lack keys

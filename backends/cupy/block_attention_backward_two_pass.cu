@@ -15,7 +15,11 @@
 #include "ordered.cuh"
 
 struct Params {
+#if PARTED
+  TensorMap q[2], k[2], v[2], dout[2];  // of the shorter classes, of the longer ones (view_of)
+#else
   TensorMap q, k, v, dout;          // boxes of 64 columns, 64 rows; k, v: 128 rows
+#endif
   void *dq, *dk_out, *dv_out;
   const float *lse, *delta;
   float *rows, *sums;               // by head, tile and half: what `prepare` made, LINE floats; dQ between pieces as the accumulators lie, by head of the piece, or null
@@ -220,10 +224,11 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
   const auto field = [&](int of) { return __shfl_sync(~0u, shared_int(m.plan_at(plan, of)), 0); };
   const auto release = [&] { if (thread_again() % 128 == 0) bar_arrive(m.free_plan(plan)); plan++; };
   const auto places_of_keys = [&](i64 (&at)[2], int width, bool starts) {  // of a part: where this lane's sums stand in float32; of those that it starts from, where there are any
+    const int block = field(BLOCK), head = field(KEY_HEAD) - p.from_head;  // all lanes read a field together: here, not where some of them have no key
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int tid = thread_again() % 128, key = starts && p.sections > 1 ? -1 : key_at(p, field(BLOCK), w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
-      at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)(field(KEY_HEAD) - p.from_head) * p.at.S + key) * width + 4 * (tid & 3);
+      const int tid = thread_again() % 128, key = starts && p.sections > 1 ? -1 : key_at(p, block, w * 64 + tid / 32 * 16 + tid % 32 / 4 + 8 * h);
+      at[h] = key < 0 || (starts && !is_held(p, key)) ? -1 : ((i64)head * p.at.S + key) * width + 4 * (tid & 3);
     }
   };
   const auto write = [&] {

@@ -237,16 +237,16 @@ __device__ __forceinline__ void load_items(const Params& p, const Shared& m) {
       items = (items + 1) % 2;
       bar_expect(bar, (Q_PARTS + V_PARTS) * SLAB);
       const int key = first_key(p, x.block);
-      for (int c = 0; c < Q_PARTS; c++) load_box(m.k + c * SLAB, &p.k, bar, 64 * c, key, key_steps(p), h / p.group, b);
-      for (int c = 0; c < V_PARTS; c++) load_box(m.v + c * SLAB, &p.v, bar, 64 * c, key, key_steps(p), h / p.group, b);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.k + c * SLAB, p.k, bar, 64 * c, key, key_steps(p), p.at.S, h / p.group, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(m.v + c * SLAB, p.v, bar, 64 * c, key, key_steps(p), p.at.S, h / p.group, b);
     }
     for (int s = 0; s < 2; s++) {
       bar_wait(m.free_q(s), turn, patience);
       if (!ADDS && !(x.state >> (SEEN + 2 * s) & 3)) { bar_arrive(m.full_q(s)); continue; }
       bar_expect(m.full_q(s), (Q_PARTS + V_PARTS) * PART + LINE * 4);
-      for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, &p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
+      for (int c = 0; c < Q_PARTS; c++) load_box(m.q + (s * Q_PARTS + c) * PART, p.q, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), p.at.T, h, b);
       bulk_load(m.rows + s * LINE * 4, p.rows + ((i64)x.row * 2 + s) * LINE, LINE * 4, m.full_q(s));
-      for (int c = 0; c < V_PARTS; c++) load_box(m.dout + (s * V_PARTS + c) * PART, &p.dout, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), h, b);
+      for (int c = 0; c < V_PARTS; c++) load_box(m.dout + (s * V_PARTS + c) * PART, p.dout, m.full_q(s), 64 * c, x.t + s * STEP * row_step(p), row_steps(p), p.at.T, h, b);
     }
     turn ^= 1;
   }

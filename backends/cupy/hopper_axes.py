@@ -25,11 +25,6 @@ class Axes:
     ragged_rows: bool = False  # the call ends within a step: the first T % row_step classes have one query more than the others, which are boxes of the `short` view
     ragged_keys: bool = False
 
-    @property
-    def ends_within(self) -> bool:
-        """Whether residue classes end within a block: the backward in two passes is not proven there (T 20096, stride 128: an illegal address on a chip)."""
-        return self.ragged_rows or self.ragged_keys or self.key_run == 1 and not self.whole
-
     def rows(self, place, q, block_q: int, short: bool = False):
         return self._map(place, q, self.row_step, 1 if self.row_step > 1 else block_q, block_q, short)
 

@@ -30,3 +30,9 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, 
   if (PARTED) tma_load(to, map, bar, column, steps ? at % steps : at, steps ? at / steps : 0, h, b);
   else tma_load(to, map, bar, column, at, h, b);
 }
+// Of an axis of n positions. Where it ends within a step its first n % steps classes are longer by one than the others: boxes of the second of two views, the others of the first.
+__device__ __forceinline__ const TensorMap* view_of(const TensorMap& only, int, int, int) { return &only; }
+__device__ __forceinline__ const TensorMap* view_of(const TensorMap (&two)[2], int at, int steps, int n) { return two + (steps && at % steps < n % steps); }
+template <class Views> __device__ __forceinline__ void load_box(u32 to, const Views& views, u32 bar, int column, int at, int steps, int n, int h, int b) {
+  load_box(to, view_of(views, at, steps, n), bar, column, at, steps, h, b);
+}

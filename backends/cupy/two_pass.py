@@ -14,9 +14,12 @@ SLOPES, GIB = 128 * 128 * 2, 2 ** 30
 SECTIONS = 4  # of the rows, where a part has far fewer key blocks than query tiles
 SHARE = 0.25  # of what a multiprocessor does in a piece: no section of a far longer key block is a larger one
 LOG2E = 1.4426950408889634
-FIELDS = "128s" * 4 + "19Q" + LISTS + POSITIONS + "22i2f"
-FIELDS += "4i5Q"
-FIELDS += f"{-struct.calcsize(FIELDS) % 64}x"  # the struct is as long as its alignment asks
+FIELDS = "19Q" + LISTS + POSITIONS + "22i2f4i5Q"
+
+
+def fields(maps: int) -> str:
+    text = "128s" * maps + FIELDS
+    return text + f"{-struct.calcsize(text) % 64}x"  # the struct is as long as its alignment asks
 
 
 def query_bytes(width: int) -> int:
@@ -138,8 +141,8 @@ def run(parts, dq, dk, dv, lse, delta, d, *, place, config, first_bytes, shape, 
         n_blocks = part.key_tiles if parted else n_blocks
         items = n_blocks + part.cut * (part.sections - 1)
         far = min(lists.far_longer("by_key_offsets", part.key_tiles)[0] * part.sections, items) if whole else 0
-        nvrtc.function("block_attention_backward_two_pass", name, FIELDS, d, place)(
-            grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps[:4], dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
+        nvrtc.function("block_attention_backward_two_pass", name, fields(len(part.maps)), d, place)(
+            grid(n_heads, n_blocks), threads, shared, place.stream, *part.maps, dq.ptr, dk.ptr, dv.ptr, lse.ptr, delta.ptr, part.rows.ptr, nvrtc.ptr(sums), slopes.ptr, keys.ptr, part.ticket.ptr + 8 * n,
             *part.pointers(), *lists_values(lists), *position_values(T, S, kv_length, q_start), Hq, group, D, Dv, part.tiles, part.key_tiles, part.outside, min(config["heads"], n_heads), far,
             lists.far_longer("offsets")[0], len(cuts), head, n_heads, block, n_blocks if parted else blocks, most, n_heads * items,
             *((axes.row_step, axes.key_step, axes.key_run) if parted else (1, 128, 128)), adds, rounds, scale, scale * LOG2E, 2 * B * Hq * part.tiles, part.intervals, part.sections, part.cut, nvrtc.ptr(sums_of_keys), nvrtc.ptr(part.held), *wide)
