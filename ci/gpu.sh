@@ -4,6 +4,9 @@
 #   ci/gpu.sh tests [--shard 1/3] [pytest arguments]   every test that runs a Triton or CuPy kernel, on the chip
 #   ci/gpu.sh report                                   all parts that ran, as one text: $RESULTS/<gpu>-tests.txt
 #   ci/gpu.sh sanitize                                 CuPy kernels with garbage indices under compute-sanitizer memcheck (says so where the tool is missing)
+#   ci/gpu.sh sanitize paths [cupy|triton]             the same for paths of one architecture, pages, caches and selectors
+#   ci/gpu.sh sanitize races [cupy|triton]             racecheck of the kernels that it understands (ci/sanitize_paths.py says which)
+#   ci/gpu.sh uneven [--count 1000]                    random layouts of very uneven rows through the ordered backward, beside a kernel that occupies 16 multiprocessors too
 #   ci/gpu.sh tune [tune arguments]                    profiles/ for this GPU; names of workloads or kernels keep a part short, --storage lets it go on
 #   ci/gpu.sh bench [table arguments]                  the table of all kernels beside their peers, and $RESULTS/<gpu>-table.jsonl
 #   ci/gpu.sh attention [its arguments]                block attention alone: every pattern at three lengths, 32 and 8 key heads, FlexAttention too (--share 1/4 and so on, one of four GPUs each); the same file
@@ -34,10 +37,16 @@ case "$part" in
   sanitize)
     tool="$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)"
     if [ ! -x "$tool" ]; then echo "compute-sanitizer is not on this machine: guard bands and poisoned memory in tests/test_garbage.py are what was checked"; exit 0; fi
-    CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 "$python" -m sparsetile.ci.sanitize "$@" ;;
+    program=sanitize check=memcheck
+    case "${1:-}" in
+      paths) program=sanitize_paths; shift ;;
+      races) program=sanitize_paths check=racecheck; shift; set -- "$@" --portable ;;
+    esac
+    CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 9 "$python" -m "sparsetile.ci.$program" "$@" ;;
+  uneven) "$python" -m sparsetile.ci.uneven "$@" ;;
   tune) "$python" -m sparsetile tune --device 0 --profiles profiles "$@" ;;
   bench) "$python" -m sparsetile.bench.gpu_table --out "$results/$(gpu)-table.jsonl" "$@" ;;
   attention) "$python" -m sparsetile.bench.block_attention --out "$results/$(gpu)-table.jsonl" "$@" ;;
   host) "$python" -m sparsetile.bench.host "$@" ;;
-  *) echo "ci/gpu.sh: expected tests, report, sanitize, tune, bench, attention or host, got $part" >&2; exit 2 ;;
+  *) echo "ci/gpu.sh: expected tests, report, sanitize, uneven, tune, bench, attention or host, got $part" >&2; exit 2 ;;
 esac

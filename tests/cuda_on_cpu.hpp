@@ -1,6 +1,7 @@
 // Runs one .cu of backends/cupy on the CPU, exactly as written: one fiber per CUDA thread, barriers by yielding, tensor-core instructions by their
 // definition in the PTX manual. Slow, deterministic, and strict: shared memory starts as NaN, and asynchronous copies land as late as the waits allow
 // (or at once, SPARSETILE_EMULATE_EAGER=1), so a missing wait or barrier gives a wrong answer. SPARSETILE_EMULATE_SLOW=n: of 64 turns warpgroup n gets one.
+// A launch in which nobody can go on, or that takes longer than SPARSETILE_EMULATE_SECONDS (300), ends with a report of which threads stand where.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -11,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
+#include <string>
 #include <vector>
 #undef isnan
 #define __device__
@@ -44,6 +47,7 @@ struct Copy { void* to; const void* from; int bytes; bool exists; };
 struct Fiber {
   jmp_buf at; ucontext_t start; bool started = false, done = false;
   std::vector<std::vector<Copy>> groups; std::vector<Copy> open;
+  const char* what; long long which;  // stands there, and at which of them
 };
 struct Barrier { int count = 0; unsigned generation = 0; };
 struct Deposit { const uint32_t *a, *b; float* c; uint32_t b0, b1; const void* row; uint32_t* out; uint32_t value; int lane; };
@@ -52,21 +56,37 @@ static Fiber fibers[MOST]; static jmp_buf home; static ucontext_t home_context; 
 static Barrier block, warp[MOST / 32]; static Deposit deposit[MOST]; static unsigned char* shared; static char* stacks;
 static bool eager; static int slow; static void (*body)(const void*); static const void* arguments;
 
-static void yield() { if (!_setjmp(fibers[now].at)) _longjmp(home, 1); }
-template <class F> static void arrive(Barrier& b, int n, F last) {  // the last to arrive works for all
+static void yield(const char* what, long long which) {
+  fibers[now].what = what; fibers[now].which = which;
+  if (!_setjmp(fibers[now].at)) _longjmp(home, 1);
+}
+template <class F> static void arrive(Barrier& b, int n, F last, const char* what, long long which = 0) {  // the last to arrive works for all
   const unsigned g = b.generation;
   still = 0;
   if (++b.count == n) { last(); b.count = 0; b.generation++; }
-  else while (b.generation == g) yield();
+  else while (b.generation == g) yield(what, which);
 }
 static int lanes() { return threads - now / 32 * 32 < 32 ? threads - now / 32 * 32 : 32; }
-template <class F> static void warp_do(F f) { arrive(warp[now / 32], lanes(), f); }
+template <class F> static void warp_do(F f) { arrive(warp[now / 32], lanes(), f, "an instruction of warp", now / 32); }
 static void run(const Copy& c) { if (c.exists) memcpy(c.to, c.from, c.bytes); else memset(c.to, 0, c.bytes); }
 static void entry() { body(arguments); fibers[now].done = true; still = 0; _longjmp(home, 1); }
 
-static void block_of_threads(int n) {
+static std::string report;
+static const char* where(const Fiber& f) { return f.done ? "their end" : f.what; }
+static void stuck(const char* why) {  // threads that stand at one place together
+  char line[200];
+  snprintf(line, sizeof line, "%s: block (%u, %u, %u)", why, blockIdx.x, blockIdx.y, blockIdx.z);
+  report = line;
+  for (int i = 0, j; i < threads; i = j) {
+    for (j = i + 1; j < threads && !strcmp(where(fibers[j]), where(fibers[i])) && (fibers[i].done || fibers[j].which == fibers[i].which);) j++;
+    snprintf(line, sizeof line, ", threads %d to %d at %s", i, j - 1, where(fibers[i]));
+    report += line;
+    if (!fibers[i].done) report += " " + std::to_string(fibers[i].which);
+  }
+}
+static bool block_of_threads(int n, time_t until) {  // whether it ended
   threads = n; steps = still = 0; block = Barrier(); for (auto& w : warp) w = Barrier();
-  for (int i = 0; i < n; i++) { Fiber& f = fibers[i]; f.started = f.done = false; f.groups.clear(); f.open.clear(); }
+  for (int i = 0; i < n; i++) { Fiber& f = fibers[i]; f.started = f.done = false; f.what = "their beginning"; f.which = 0; f.groups.clear(); f.open.clear(); }
   for (int left = n; left;) {
     left = 0;
     for (int i = 0; i < n; i++) {
@@ -82,9 +102,10 @@ static void block_of_threads(int n) {
       }
       left += !f.done;
     }
-    steps++;
-    if (++still > 1000) { fprintf(stderr, "emulated kernel hangs\n"); abort(); }
+    if (++still > 1000) { stuck("nobody can go on"); return false; }
+    if (++steps % 1024 == 0 && time(nullptr) > until) { stuck("too slow, or without an end"); return false; }
   }
+  return true;
 }
 static float half(uint16_t h) {
   const int e = h >> 10 & 31, m = h & 1023; float y = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024 + m, e - 25) : ldexpf(m, -24);
@@ -93,7 +114,7 @@ static float half(uint16_t h) {
 static float wide(uint16_t x, bool bf16) { if (!bf16) return half(x); uint32_t u = (uint32_t)x << 16; float y; memcpy(&y, &u, 4); return y; }
 }  // namespace emulate
 
-static inline void __syncthreads() { emulate::arrive(emulate::block, emulate::threads, [] {}); }
+static inline void __syncthreads() { emulate::arrive(emulate::block, emulate::threads, [] {}, "__syncthreads", 0); }
 static inline void __syncwarp(unsigned = ~0u) { emulate::warp_do([] {}); }
 template <class T> static T emulate_exchange(T x, int from) {
   using namespace emulate;
@@ -195,18 +216,22 @@ template <class P, void (*KERNEL)(P)> static int emulate_launch(int x, int y, in
   unsigned char* raw = (unsigned char*)aligned_alloc(1024, (bytes + 1024 + 1023) / 1024 * 1024);
   shared = raw; arguments = p; body = [](const void* q) { KERNEL(*(const P*)q); };
   gridDim = {(unsigned)x, (unsigned)y, (unsigned)z}; blockDim = {(unsigned)n, 1, 1};
-  int bad = 0;
-  for (int k = 0; k < z; k++) for (int j = 0; j < y; j++) for (int i = 0; i < x; i++) {
+  bool ended = true, bad = false;
+  const time_t until = time(nullptr) + (getenv("SPARSETILE_EMULATE_SECONDS") ? atoi(getenv("SPARSETILE_EMULATE_SECONDS")) : 300);
+  report.clear();
+  for (int k = 0; k < z; k++) for (int j = 0; j < y; j++) for (int i = 0; i < x && ended; i++) {
     memset(raw, 0xff, bytes); memset(raw + bytes, 0xa5, 512);
     blockIdx = {(unsigned)i, (unsigned)j, (unsigned)k};
-    block_of_threads(n);
+    ended = block_of_threads(n, until);
     for (int b = 0; b < 512; b++) bad |= raw[bytes + b] != 0xa5;
   }
+  if (ended && bad) report = "the kernel wrote behind its shared memory";
   free(raw);
-  return bad;
+  return !ended || bad;
 }
 template <class P> struct emulate_parameter;
 template <class P> struct emulate_parameter<void (*)(P)> { using type = std::remove_const_t<P>; };
 #define EMULATE(name) extern "C" int emulate_##name(int x, int y, int z, int n, int bytes, const void* p) { \
-  using P = emulate_parameter<decltype(&name)>::type; return emulate_launch<P, name>(x, y, z, n, bytes, p); }
+  using P = emulate_parameter<decltype(&name)>::type; return emulate_launch<P, name>(x, y, z, n, bytes, p); } \
+  extern "C" const char* emulate_report() { return emulate::report.c_str(); }
 #include "hopper_on_cpu.hpp"

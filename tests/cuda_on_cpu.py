@@ -23,7 +23,9 @@ class Emulated:
     """One kernel, called as compile.Function is."""
 
     def __init__(self, library, name, fields):
-        self.entry = getattr(ctypes.CDLL(str(library)), f"emulate_{name}")
+        library = ctypes.CDLL(str(library))
+        self.entry, self.report = getattr(library, f"emulate_{name}"), library.emulate_report
+        self.report.restype = ctypes.c_char_p
         self.pack = struct.Struct("@" + fields)
 
     def __call__(self, grid, threads, shared, stream, *values):
@@ -31,7 +33,7 @@ class Emulated:
         buffer = ctypes.create_string_buffer(self.pack.size + 16)
         self.pack.pack_into(buffer, 0, *values)
         if x and y and z and self.entry(x, y, z, threads, shared, buffer):
-            raise AssertionError("the kernel wrote behind its shared memory")
+            raise AssertionError(self.report().decode())
 
 
 class CpuPlace:

@@ -14,12 +14,13 @@ static inline void emulate_barrier_settle(EmulatedBarrier& b) {
   if (b.pending == 0 && b.phase_and_bytes >> 1 == 0) { b.phase_and_bytes ^= 1; b.pending = b.arrivals; }
 }
 namespace emulate {
-static Barrier named[16];
+static Barrier named[16], warpgroup[MOST / 128];
 struct Landing { uint32_t bar; std::vector<Copy> copies; };  // an arrival that follows a thread's asynchronous copies: they land when somebody waits for it, not before
 static std::vector<Landing> landings;
 }
-static inline void emulate_barrier_init(uint32_t at, int arrivals) {  // the first thing a kernel does: named barriers of the block before may have arrivals left
+static inline void emulate_barrier_init(uint32_t at, int arrivals) {  // the first thing a kernel does: barriers of the block before may have arrivals left
   for (auto& b : emulate::named) b.count = 0;
+  for (auto& b : emulate::warpgroup) b.count = 0;
   emulate::landings.clear();
   emulate_barrier(at) = {(short)arrivals, (short)arrivals, 0};
 }
@@ -48,7 +49,7 @@ static inline void emulate_copies_arrive(uint32_t at) {
 static inline void emulate_barrier_wait(uint32_t at, uint32_t parity) {
   while ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) {
     emulate_copies_land(at);
-    if ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) emulate::yield();
+    if ((emulate_barrier(at).phase_and_bytes & 1) == (int)parity) emulate::yield(parity ? "a barrier's second phase, shared memory" : "a barrier's first phase, shared memory", at);
   }
 }
 
@@ -97,17 +98,16 @@ static inline void emulate_stmatrix(uint32_t at, uint32_t a, uint32_t b, uint32_
     for (int m = 0; m < 4; m++) for (int l = 0; l < 32; l++) memcpy(emulate_shared() + given[base + 8 * m + l / 4][4] + 4 * (l % 4), &given[base + l][m], 4);
   });
 }
-static inline void emulate_named_sync(int id, int n) { emulate::arrive(emulate::named[id], n, [] {}); }
+static inline void emulate_named_sync(int id, int n) { emulate::arrive(emulate::named[id], n, [] {}, "named barrier", id); }
 static inline bool emulate_named_or(int id, int n, bool mine) {
   static bool coming[16], came[16];
   coming[id] |= mine;
-  emulate::arrive(emulate::named[id], n, [=] { came[id] = coming[id]; coming[id] = false; });
+  emulate::arrive(emulate::named[id], n, [=] { came[id] = coming[id]; coming[id] = false; }, "named barrier", id);
   return came[id];
 }
 static inline void emulate_named_arrive(int id, int n) { auto& b = emulate::named[id]; emulate::still = 0; if (++b.count == n) { b.count = 0; b.generation++; } }
 
 namespace emulate {
-static Barrier warpgroup[MOST / 128];
 struct Product { float* d; uint64_t a, b; int acc; };
 static Product product[MOST];
 static float e4m3(uint8_t x) {
@@ -136,7 +136,7 @@ template <int N> static inline void emulate_wgmma_e4m3(float (&d)[N / 2], uint64
       for (int k = 0; k < 32; k++) s += A[row][k] * B[column][k];
       product[first + t].d[i] = s;
     }
-  });
+  }, "a product of warpgroup", now / 128);
 }
 
 // Element (row, k) of an operand of 16-bit values as its descriptor says; rows are M or N. columns: the tile's rows are k, as many columns each as the swizzle is wide.
@@ -169,7 +169,7 @@ template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint3
       for (int k = 0; k < 16; k++) s += A[row][k] * B[k][column];
       product[first + t].d[i] = s;
     }
-  });
+  }, "a product of warpgroup", now / 128);
 }
 
 // Plain bulk copies, and waiting for a counter that another thread of the grid raises (blocks run one after the other, so it was raised or a thread of this one will)
@@ -183,7 +183,7 @@ template <class T> static inline void emulate_bulk_store(T* to, uint32_t from, i
   const T* x = (const T*)(emulate_shared() + from);
   for (int i = 0; i < bytes / (int)sizeof(T); i++) to[i] = add ? to[i] + x[i] : x[i];
 }
-static inline void emulate_wait_equal(const int* counter, int value) { while (*(const volatile int*)counter != value) emulate::yield(); }
+static inline void emulate_wait_equal(const int* counter, int value) { while (*(const volatile int*)counter != value) emulate::yield("a counter in memory that is not yet", value); }
 static inline void emulate_stmatrix_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   using namespace emulate;
   static uint32_t given[MOST][5];

@@ -591,3 +591,13 @@ def test_what_is_compiled_ahead_is_every_row_once(tmp_path):
     start = time.monotonic()
     gpu_table.ahead(dict(rows=list("abcde"), at=str(tmp_path)), 3, start + 4, [sys.executable, "-c", script])
     assert time.monotonic() - start < 20 and sorted(x.name for x in tmp_path.iterdir()) == ["a-d", "b-e", "c"] and (tmp_path / "c").read_text() == "True"
+
+
+def test_scores_of_every_kind_are_told_beside_normal_ones(capsys):
+    torch = pytest.importorskip("torch")
+    from sparsetile.bench import topk
+    assert topk.main(["--quick"]) == 0
+    names = [*topk.listed(torch), *topk.against(torch)]
+    lines = capsys.readouterr().out.splitlines()
+    for heading in (n for n, line in enumerate(lines) if line.startswith("top ")):
+        assert [line[:28].rstrip() for line in lines[heading + 2:heading + 2 + len(names)]] == names
