@@ -72,7 +72,7 @@ def traffic(task) -> float | None:
     """Bytes that have to move: each input once, of keys and values at most one for each pair of the pattern, and each output once. None where indices say what is read."""
     w = task.workload
     size = lambda *axes: float(np.prod([w[a] for a in axes]))
-    if w.kernel.startswith("gather"):
+    if w.kernel.startswith(("gather", "selection")):
         return None
     read = [x for item in task.inputs for x in (item if isinstance(item, list) else [item]) if hasattr(x, "itemsize")]
     element, total = read[0].itemsize, sum(x.size * x.itemsize for x in read)
@@ -101,7 +101,7 @@ def torch_peer(task):
         return None
     from sparsetile.backends import arrays
     w = task.workload
-    if w.kernel == "block_attention" and w["T"] * w["S"] <= 2 ** 28:
+    if w.kernel == "block_attention" and w["T"] * w["S"] <= 2 ** 28 and w.option("keys") is None:
         q, k, v = (arrays.as_torch(x) for x in task.inputs[:3] if x is not None) if task.inputs[2] is not None else (None,) * 3
         if q is None:
             return None
