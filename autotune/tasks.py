@@ -292,6 +292,8 @@ def workloads() -> list[Workload]:
             found.append(W(f"gpu/{name}-causal/{n}", "block_attention", kind, dict(pattern=P.Causal(), **eight), T=n, S=n, **quantised))
         for word, pattern in (("decode", P.Full()), ("decode-causal", P.Causal())):  # one query sees the same keys by both, and a key tells them apart
             found.append(W(f"gpu/{name}-{word}-b64/32768", "block_attention", kind, dict(pattern=pattern, **eight), T=1, S=32768, **{**quantised, "B": 64}))
+    for name, heads in (("h64", dict(Hq=64)), ("hk32", dict(Hk=32))):
+        found.append(W(f"gpu/float8-keys-causal-{name}/8192", "block_attention", "bfloat16", dict(pattern=P.Causal(), **eight), T=8192, S=8192, **{**quantised, **heads}))
     for heads, B, S in [(128, 128, 32768), (16, 128, 32768)] + [(h, B, S) for h in (128, 16) for B in (1, 8, 128) for S in (4096, 32768, 131072) if (B, S) != (128, 32768)]:
         name = f"gpu/latent-decode-h{heads}" + (f"-b{B}/{S}" if (B, S) != (128, 32768) else "")  # the attention of latent_attention's absorbed mode over every key
         found.append(W(name, "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=B, Hq=heads, Hk=1, T=1, S=S, D=576, Dv=512))
