@@ -79,7 +79,7 @@ def traffic(task) -> float | None:
     if w.kernel.startswith("block_attention"):
         unseen = 1 - min(w["S"], task.inputs[3].pairs(w["T"], w["S"])) / w["S"]
         total -= unseen * sum(x.size * x.itemsize for x in task.inputs[1:3] if x is not None)
-    written = {"block_attention": lambda: size("B", "Hq", "T", "Dv") * element, "block_attention_backward": lambda: sum(x.size * element for x in task.inputs[:3] if x is not None),
+    written = {"block_attention": lambda: size("B", "Hq", "T", "Dv") * max(element, 2), "block_attention_backward": lambda: sum(x.size * element for x in task.inputs[:3] if x is not None),
                "indexer_scores": lambda: size("B", "T", "S") * 4, "latent_decompress": lambda: (size("B", "S", "H") * (w["Dn"] + w["Dv"]) + size("B", "S", "P")) * element,
                "grouped_matmul": lambda: size("B", "H", "T") * (w["M"] + w["P"]) * element, "merge_attention": lambda: size("B", "Hq", "T", "Dv") * element}
     return total + (written[w.kernel]() if w.kernel in written else size("B", "T", "K") * 4)
