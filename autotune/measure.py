@@ -72,14 +72,14 @@ def traffic(task) -> float | None:
     """Bytes that have to move: each input once, of keys and values at most one for each pair of the pattern, and each output once. None where indices say what is read."""
     w = task.workload
     size = lambda *axes: float(np.prod([w[a] for a in axes]))
-    if w.kernel.startswith("gather"):
+    if w.kernel.startswith(("gather", "selection")):
         return None
     read = [x for item in task.inputs for x in (item if isinstance(item, list) else [item]) if hasattr(x, "itemsize")]
     element, total = read[0].itemsize, sum(x.size * x.itemsize for x in read)
     if w.kernel.startswith("block_attention"):
         unseen = 1 - min(w["S"], task.inputs[3].pairs(w["T"], w["S"])) / w["S"]
         total -= unseen * sum(x.size * x.itemsize for x in task.inputs[1:3] if x is not None)
-    written = {"block_attention": lambda: size("B", "Hq", "T", "Dv") * element, "block_attention_backward": lambda: sum(x.size * element for x in task.inputs[:3] if x is not None),
+    written = {"block_attention": lambda: size("B", "Hq", "T", "Dv") * max(element, 2), "block_attention_backward": lambda: sum(x.size * element for x in task.inputs[:3] if x is not None),
                "indexer_scores": lambda: size("B", "T", "S") * 4, "latent_decompress": lambda: (size("B", "S", "H") * (w["Dn"] + w["Dv"]) + size("B", "S", "P")) * element,
                "grouped_matmul": lambda: size("B", "H", "T") * (w["M"] + w["P"]) * element, "merge_attention": lambda: size("B", "Hq", "T", "Dv") * element}
     return total + (written[w.kernel]() if w.kernel in written else size("B", "T", "K") * 4)
@@ -101,7 +101,7 @@ def torch_peer(task):
         return None
     from sparsetile.backends import arrays
     w = task.workload
-    if w.kernel == "block_attention" and w["T"] * w["S"] <= 2 ** 28:
+    if w.kernel == "block_attention" and w["T"] * w["S"] <= 2 ** 28 and w.option("keys") is None:
         q, k, v = (arrays.as_torch(x) for x in task.inputs[:3] if x is not None) if task.inputs[2] is not None else (None,) * 3
         if q is None:
             return None

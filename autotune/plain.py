@@ -181,6 +181,13 @@ def forced_blocks(workload, rows):
     return (j == 0) | (j >= last - 1), j <= last
 
 
+def seen_by_bits(bitmaps, kinds, T, S):
+    """What a selection's blocks show: bitmaps [blocks, block_q, words], kinds [L, nq, nk] -> [L,T,S] bool. A block without a row of the bitmaps shows nothing."""
+    blocks = np.unpackbits(np.ascontiguousarray(bitmaps).view(np.uint8), axis=-1, bitorder="little")[np.maximum(kinds, 1) // 2] * (kinds >= 0)[..., None, None]
+    (L, nq, nk), (block_q, block_k) = kinds.shape, blocks.shape[3:]
+    return blocks.swapaxes(2, 3).reshape(L, nq * block_q, nk * block_k)[:, :T, :S].astype(bool)
+
+
 def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None):
     """latent [B,S,R]  w_uk [H,R,Dn]  w_uv [H,R,Dv]  ->  k [B,H,S,Dn+P], v [B,H,S,Dv] in w_uk's type"""
     with np.errstate(all="ignore"):

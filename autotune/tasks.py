@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsetile.backends import arrays
 from sparsetile.backends.contract import TUNED
-from sparsetile.ops import attention, dispatch, importance, indexer, latent, merge, patterns, presets
+from sparsetile.ops import attention, dispatch, float8, importance, indexer, latent, merge, patterns, presets, selected_blocks
 from sparsetile.ops.selection import Selection
 
 
@@ -79,33 +79,47 @@ class Task:
         import torch
         return torch.zeros((), device=f"cuda:{self.device}", dtype=arrays.torch_dtype(dtype)).expand(shape)
 
-    def integers(self, x):
-        """A host int32 array on the device."""
+    def integers(self, x, shape):
+        """A host int32 array on the device, repeated to the shape."""
         if self.hollow:
-            return self.filled(x.shape, "int32")
-        x = np.ascontiguousarray(x, np.int32)
+            return self.filled(shape, "int32")
         if self.device is None:
-            return x
+            return np.ascontiguousarray(np.broadcast_to(x, shape), np.int32)
         import torch
-        return torch.from_numpy(x).to(f"cuda:{self.device}")
+        return torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(f"cuda:{self.device}").expand(shape).contiguous()
 
     def _attention(self):
         w = self.workload
         B, Hq, Hk, T, S, D, Dv = (w[a] for a in ("B", "Hq", "Hk", "T", "S", "D", "Dv"))
-        q, k = self.normal((B, Hq, T, D)), self.normal((B, Hk, S, D))
-        v = None if w.option("shared_kv") else self.normal((B, Hk, S, Dv))
+        keys = w.option("keys")
+        q, k = self.normal((B, Hq, T, D)), self.normal((B, Hk, S, D), keys)
+        v = None if w.option("shared_kv") else self.normal((B, Hk, S, Dv), keys)
         return q, k, v
 
     def _block_attention(self):
-        return *self._attention(), self.workload.option("pattern", patterns.Causal())
+        return *self._attention(), self.workload.option("pattern", patterns.Causal()), *self._scales()
+
+    def _scales(self):
+        """Of float8 q, k and v, about 1: () where none is, None for one that is not."""
+        w = self.workload
+        if w.option("keys") != float8.FLOAT8:
+            return ()
+        shapes = float8.shapes_of(*(w[a] for a in ("B", "Hq", "Hk", "T", "S")))
+        return tuple(None if name == "q_scale" and w.dtype != float8.FLOAT8 else self.normal(shape, "float32", 0.1) + np.float32(1) for name, (shape, _) in shapes.items())
 
     def _gather_attention(self):
+        return *self._attention(), self._selection(self.workload.option("causal", False))
+
+    def _selection(self, before: bool):
+        """Entries drawn from all keys, or (before) from those at or before the query; every list is the same."""
         w = self.workload
         B, G, T, K, S, g = w["B"], w.option("G", 1), w["T"], w["K"], w["S"], w.option("granularity", 1)
-        causal = w.option("causal", False)
         blocks = -(-S // g)
-        rows = np.full((1, 1), -1, np.int32) if self.hollow else _drawn(self.rng, T, K, np.clip((S - T + np.arange(T)) // g + 1, 1, blocks) if causal else np.full(T, blocks))
-        return *self._attention(), Selection(self.integers(np.broadcast_to(rows, (B, G, T, K))), g, None, causal)
+        rows = np.full((1, 1), -1, np.int32) if self.hollow else _drawn(self.rng, T, K, np.clip((S - T + np.arange(T)) // g + 1, 1, blocks) if before else np.full(T, blocks))
+        return Selection(self.integers(rows, (B, G, T, K)), g, None, w.option("causal", False))
+
+    def _selection_bitmaps(self):
+        return (self._selection(True),)
 
     def _gradient(self, name):
         q, k, v, rule = getattr(self, "_" + name)()
@@ -160,22 +174,22 @@ class Task:
         return [self.normal((B, Hq, T, Dv)) for _ in range(N)], [self.normal((B, Hq, T), "float32") for _ in range(N)]
 
     # -------------------------------------------------------------------------------------------------------------- calls
-    def _call(self, q, k, v, rule, backend=None, config=None):
+    def _call(self, q, k, v, rule, *scales, backend=None, config=None):
         w = self.workload
-        return attention.check(q, k, v, rule, w.option("scale"), None, w.option("softcap"), None, None, w["Dv"] if v is None else None, True, backend, config)
+        return attention.check(q, k, v, rule, w.option("scale"), None, w.option("softcap"), None, None, w["Dv"] if v is None else None, True, backend, config, *scales)
 
     def run(self, backend=None, config=None):
         """One call; the result is in the caller's array type."""
         w, kernel, x = self.workload, self.workload.kernel, self.inputs
         if kernel in ("block_attention", "gather_attention"):
-            return attention.forward(self._call(*x, backend, config), False)[0]
+            return attention.forward(self._call(*x, backend=backend, config=config), False)[0]
         if kernel == "indexer_scores_backward":
             q, k, weights, k_scale, dscores = x
             call = indexer.check("indexer_scores", q, k, weights, k_scale, w.option("causal", True), None, None, None, "relu", backend, None)
             return indexer.scores_backward(call, dscores, config)
         if kernel.endswith("_backward"):
             q, k, v, rule, out, lse, dout = x
-            return attention.backward(self._call(q, k, v, rule, backend), out, lse, dout, config=config)[:3]
+            return attention.backward(self._call(q, k, v, rule, backend=backend), out, lse, dout, config=config)[:3]
         options = dict(backend=backend, config=config)
         if kernel == "indexer_scores":
             return indexer.indexer_scores(*x[:3], k_scale=x[3], causal=w.option("causal", True), **options)
@@ -191,6 +205,10 @@ class Task:
         if kernel == "grouped_matmul":
             caller = "numpy" if self.device is None else "torch"
             return latent.matmul(*x, backend, caller, self.device, config)
+        if kernel == "selection_bitmaps":
+            caller = "numpy" if self.device is None else "torch"
+            choice = dispatch.choose(selected_blocks.OP, selected_blocks.problem_of_bits(*x, w["Hq"], w["Hk"], w["S"], self.device), self.device, backend, config)
+            return selected_blocks.bits(choice, *x, w["S"], caller, self.device)
         return merge.merge_attention(*x, **options)[0]
 
     def bound(self, backend=None, config=None):
@@ -268,6 +286,14 @@ def workloads() -> list[Workload]:
     found.append(W("gpu/decode-window/32768", "block_attention", "bfloat16", dict(pattern=P.Window(4095) | P.Sink(4)), B=64, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
     for B in (64, 8):
         found.append(W(f"gpu/decode-b{B}/32768", "block_attention", "bfloat16", dict(pattern=P.Full()), B=B, Hq=32, Hk=8, T=1, S=32768, D=128, Dv=128))
+    quantised, eight = dict(B=1, Hq=32, Hk=8, D=128, Dv=128), dict(keys=float8.FLOAT8)
+    for name, kind in (("float8-keys", "bfloat16"), ("float8", float8.FLOAT8)):
+        for n in (8192, 32768):
+            found.append(W(f"gpu/{name}-causal/{n}", "block_attention", kind, dict(pattern=P.Causal(), **eight), T=n, S=n, **quantised))
+        for word, pattern in (("decode", P.Full()), ("decode-causal", P.Causal())):  # one query sees the same keys by both, and a key tells them apart
+            found.append(W(f"gpu/{name}-{word}-b64/32768", "block_attention", kind, dict(pattern=pattern, **eight), T=1, S=32768, **{**quantised, "B": 64}))
+    for name, heads in (("h64", dict(Hq=64)), ("hk32", dict(Hk=32))):
+        found.append(W(f"gpu/float8-keys-causal-{name}/8192", "block_attention", "bfloat16", dict(pattern=P.Causal(), **eight), T=8192, S=8192, **{**quantised, **heads}))
     for heads, B, S in [(128, 128, 32768), (16, 128, 32768)] + [(h, B, S) for h in (128, 16) for B in (1, 8, 128) for S in (4096, 32768, 131072) if (B, S) != (128, 32768)]:
         name = f"gpu/latent-decode-h{heads}" + (f"-b{B}/{S}" if (B, S) != (128, 32768) else "")  # the attention of latent_attention's absorbed mode over every key
         found.append(W(name, "block_attention", "bfloat16", dict(pattern=P.Full(), shared_kv=True), B=B, Hq=heads, Hk=1, T=1, S=S, D=576, Dv=512))
@@ -288,6 +314,8 @@ def workloads() -> list[Workload]:
         found.append(W(f"gpu/importance-{S}", "importance_topk", "bfloat16", B=1, Hq=64, Hk=4, T=S, S=S, D=128, K=16))
     for T, S in ((4096, 131072), (4096, 32768), (128, 131072)):
         found.append(W(f"gpu/topk-{T}x{S}", "topk", "float32", B=1, T=T, S=S, K=2048))
+    for n in (4096, 8192, 16384):  # of exact top-k: a list for each head, none past the query
+        found.append(W(f"gpu/bitmaps-{n}", "selection_bitmaps", "int32", dict(G=32), B=1, Hq=32, Hk=8, T=n, S=n, K=2048))
     for S in (4096, 32768, 131072):
         found.append(W(f"gpu/latent-{S}", "latent_decompress", "bfloat16", B=1, S=S, H=128, R=512, Dn=128, Dv=128, P=64))
         found.append(W(f"gpu/absorb-{S // 32}", "grouped_matmul", "bfloat16", B=1, H=128, T=S // 32, N=128, M=512, P=64))
@@ -346,11 +374,15 @@ def of_problem(problem, pattern=None) -> Workload | None:
         options["pattern"] = P.Full()
     if "shared_kv" in problem.features:
         options["shared_kv"] = True
-    if problem.op.startswith(("indexer", "gather")):
+    if problem.op.startswith(("indexer", "gather", "selection")):
         options["causal"] = "causal" in problem.features
     if problem.granularity > 1:
         options["pool" if problem.op == "indexer_topk" else "granularity"] = problem.granularity
-    return Workload.of(f"recorded/{problem.op}/" + "-".join(f"{a}{n}" for a, n in problem.dims), problem.op, problem.dtypes[0][1], options, **sizes)
+    if problem.op == "selection_bitmaps":
+        options["G"] = sizes["Hq"]
+    if problem.op == "block_attention" and problem.dtype("k") == float8.FLOAT8:
+        options["keys"] = float8.FLOAT8
+    return Workload.of(f"recorded/{problem.op}/" + "-".join(f"{a}{n}" for a, n in problem.dims), problem.op, problem.dtype("q", problem.dtypes[0][1]), options, **sizes)
 
 
 def _of_kind(S: int, density: float) -> dict:

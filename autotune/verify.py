@@ -4,6 +4,7 @@ import numpy as np
 from sparsetile.autotune import numeric, plain
 from sparsetile.autotune.tasks import Task, outputs
 from sparsetile.backends import arrays
+from sparsetile.ops.float8 import GROUP
 
 
 class Verifier:
@@ -35,6 +36,8 @@ class Verifier:
                 numeric.assert_chosen(kernel, got[0], length, self.truth[0], self.plain[0], self.workload["K"], visible=seen, forced=forced,
                                       reduction=self.workload["D"] * self.workload["Hq"] // self.workload["Hk"])
                 return None
+            if kernel == "selection_bitmaps":
+                return None if np.array_equal(plain.seen_by_bits(*got, self.workload["T"], self.workload["S"]), self.truth[0]) else "bits of other keys than the selection's"
             if kernel == "indexer_topk":
                 length = (got[0] >= 0).sum(-1).astype(np.int32)
                 numeric.assert_chosen(kernel, got[0][:, 0], length[:, 0], self.truth[0], self.plain[0], self.workload["K"], visible=np.isfinite(self.truth[0]),
@@ -81,6 +84,8 @@ def _answers(task: Task, dtype) -> list:
     w, x = task.workload, task.inputs
     if w.kernel == "topk":
         return []
+    if w.kernel == "selection_bitmaps":
+        return [_count(*x, w).reshape(-1, w["T"], w["S"]) > 0]  # a list for each head
     if w.kernel == "importance_topk":
         return [plain.importances(w, *(_wide(a, dtype) for a in x), np.arange(w["T"]))]
     if w.kernel in ("indexer_scores", "indexer_topk"):
@@ -116,13 +121,22 @@ def _answers(task: Task, dtype) -> list:
     scale = w["D"] ** -0.5 if w.option("scale") is None else w.option("scale")
     count = _count(rule, w)
     if not w.kernel.endswith("_backward"):
-        return [plain.attention(q, k, v, count, scale=scale, softcap=w.option("softcap"))[0]]
+        scales = dict(zip(("q_scale", "k_scale", "v_scale"), x[4:]))
+        if scales and dtype:
+            q, k, v, scales = *_scaled(q, k, v, **scales), {}
+        return [plain.attention(q, k, v, count, scale=scale, softcap=w.option("softcap"), **scales)[0]]
     dq, dk, dv, _ = plain.attention_gradients(q, k, v, count, _wide(x[6], dtype), scale=scale, softcap=w.option("softcap"))
     if x[2] is None:
         dk = dk.astype(np.float64 if dtype else np.float32)
         dk[..., :w["Dv"]] += dv
         return [dq, dk.astype(k.dtype)]
     return [dq, dk, dv]
+
+
+def _scaled(q, k, v, q_scale, k_scale, v_scale):
+    """float8 operands as what they stand for."""
+    k, v = (x * np.repeat(scale, GROUP, 2)[:, :, :x.shape[2], None] for x, scale in ((k, k_scale), (v, v_scale)))
+    return q if q_scale is None else q * q_scale[..., None], k, v
 
 
 def _scores64(q, k, weights, k_scale, visible):

@@ -20,9 +20,9 @@ from typing import Any, Mapping
 
 TUNED = (
     "block_attention", "block_attention_backward", "gather_attention", "gather_attention_backward", "merge_attention",
-    "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul",
+    "indexer_scores", "indexer_scores_backward", "indexer_topk", "importance_topk", "topk", "latent_decompress", "grouped_matmul", "selection_bitmaps",
 )
-UNTUNED = ("attention_delta", "layout", "selection_bitmaps", "append", "page_rows")  # small ones beside them, one pass over their memory: no workload stands for them, and no profile is missed
+UNTUNED = ("attention_delta", "layout", "append", "page_rows")  # small ones beside them, one pass over their memory: no workload stands for them, and no profile is missed
 KERNELS = TUNED + UNTUNED
 BACKENDS = ("triton", "cupy", "numba", "reference")  # in order of preference
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "gfx942")

@@ -4,12 +4,10 @@ A decode step (one query, 64 sequences of 32k keys, Hq 32, Hk 8), and causal pre
 keys, beside the same backend on bfloat16 and torch's attention on bfloat16, in turn within each round (CUDA events, cold L2), medians. Decoding is told in GB/s of keys and values, prefill in TFLOP/s.
 Without a GPU: a small size on the CPU, minima. Checked first: some queries of the first and the last sequence and head against the float64 formula by the numeric policy.
 """
-import argparse
-
 import numpy as np
 
-from sparsetile.autotune import numeric, plain, timing
-from sparsetile.bench.nsa import report_first, without_gradients
+from sparsetile.autotune import numeric, plain
+from sparsetile.bench.calls import started, without_gradients
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.float8 import GROUP
 from sparsetile.ops.patterns import Causal
@@ -60,21 +58,15 @@ def check(name, got, q, k, v, scales):
 
 def main(arguments=None):
     import torch
-    parser = argparse.ArgumentParser(prog="sparsetile.bench.float8", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU one")
-    parser.add_argument("--backend", nargs="+", help="backends; by default both of a GPU, and on a CPU the first")
-    parser.add_argument("--only", nargs="+", default=[""], help="only shapes whose name begins so: decode, causal")
-    given = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available()
-    watch, backends = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB), given.backend or (("triton", "cupy") if cuda else (None,))
-    for name, shape in shapes(cuda).items():
-        if not name.startswith(tuple(given.only)):
+    run = started(torch, "float8", __doc__, "only shapes whose name begins so: decode, causal", FLUSH_MB, arguments)
+    for name, shape in shapes(run.cuda).items():
+        if not name.startswith(tuple(run.given.only)):
             continue
-        (q, k, v), (q8, k8, v8), scales = inputs(torch, "cuda" if cuda else "cpu", shape)
+        (q, k, v), (q8, k8, v8), scales = inputs(torch, run.device, shape)
         keys, every = {what: scales[what] for what in ("k_scale", "v_scale")}, {}
         B, Hq, _, T, S, D = shape
         wide = {"torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)}
-        for backend in backends:
+        for backend in run.backends:
             attend = lambda q, k, v, backend=backend, **how: sparse_attention(q, k, v, Causal(), backend=backend, **how)  # noqa: E731
             mixed, eight = lambda attend=attend: attend(q, k8, v8, **keys), lambda attend=attend: attend(q8, k8, v8, **keys, q_scale=scales["q_scale"])
             with torch.no_grad():
@@ -84,10 +76,8 @@ def main(arguments=None):
             every |= {f"{backend or 'auto'}, bfloat16 over float8": mixed, f"{backend or 'auto'}, float8": eight}
         print(f"{name}: queries of 2 sequences and heads within the policy", flush=True)
         every = {what: without_gradients(torch, call) for what, call in {**{f"{who}, bfloat16": call for who, call in wide.items()}, **every}.items()}
-        report_first(watch, every)
-        samples = timing.finals(watch, list(every.values()), seconds=0.0 if given.quick and not cuda else 1.0 if given.quick else 10.0, most=10 if given.quick else 40)
-        times = {what: watch.centre(x) / 1e3 for what, x in zip(every, samples)}
-        print(f"{name}, B {B}, Hq {Hq}, Hk {shape[2]}, T {T}, S {S}, D {D}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
+        times = run.times(every, (1.0, 10), (10.0, 40))
+        print(f"{name}, B {B}, Hq {Hq}, Hk {shape[2]}, T {T}, S {S}, D {D}, {run.on(torch)}")
         for what, ms in times.items():
             moved = 2 * k.numel() * (k.element_size() if what.endswith(", bfloat16") else 1)
             rate = f"{moved / ms / 1e6:8.0f} GB/s" if T == 1 else f"{4 * B * Hq * D * Causal().pairs(T, S) / ms / 1e9:8.1f} TFLOP/s"

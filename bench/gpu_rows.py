@@ -122,6 +122,7 @@ ROWS = (
     Row("decompress 4k", "gpu/latent-4096", "ms", (("cuBLAS", 0.217), ("compiled", 0.368)), 0.217),
     Row("decompress 32k", "gpu/latent-32768", "ms", (("cuBLAS", 1.685), ("compiled", 2.887)), 1.685 / 1.12),
     Row("decompress 128k", "gpu/latent-131072", "ms", (("cuBLAS", 7.65), ("compiled", 11.75)), 7.65 / 1.12),
+    Row("bitmaps 16k", "gpu/bitmaps-16384", "ms"),
     Row("absorb 4k", "gpu/absorb-4096", "TFLOP/s"),
     Row("merge 32k", "gpu/merge-32768", "GB/s"),
 )

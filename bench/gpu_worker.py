@@ -163,6 +163,8 @@ def moved(task) -> float:
         return total + w["B"] * w["H"] * w["T"] * (w["M"] + w["P"]) * size
     if w.kernel == "merge_attention":
         return total + w["B"] * w["Hq"] * w["T"] * (w["Dv"] * size + 4)
+    if w.kernel == "selection_bitmaps":
+        return w["B"] * w.option("G", 1) * w["T"] * (4 * w["K"] + w["S"] / 8)
     if w.kernel == "importance_topk":
         return total + 4 * w["B"] * w["Hk"] * w["T"] * (w["K"] + 1)
     return total + 4 * w["B"] * w["T"] * (w["S"] if w.kernel == "indexer_scores" else w["K"] + 1)

@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsetile.autotune import numeric, plain, timing
 from sparsetile.autotune.tasks import Workload
+from sparsetile.bench.calls import backward, report_first, without_gradients
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.ops.importance import importance_topk
 from sparsetile.ops.patterns import Compressed, Window
@@ -76,25 +77,6 @@ def calls(torch, q, k, v, gates, backend):
     return found
 
 
-def without_gradients(torch, call):
-    def run():
-        with torch.no_grad():
-            return call()
-    return run
-
-
-def backward(torch, function, *tensors):
-    """The backward alone: its forward is made by the first call."""
-    tensors, made = [x.detach().requires_grad_() for x in tensors], []
-
-    def run():
-        if not made:
-            made.append(function(*tensors))
-            made.append(torch.randn_like(made[0]))
-        return torch.autograd.grad(made[0], tensors, made[1], retain_graph=True)
-    return run
-
-
 def fla(torch, q, k, v, gates):
     """flash-linear-attention's parts: tokens before heads, a power-of-two group of 16 or more, its window by flash-attn, which is left out.
 
@@ -155,14 +137,6 @@ def main(arguments=None):
             beside = "" if dense is None else f"{ms / dense:9.2f} of dense"
             print(f"{name:26}{ms:10.3f} ms{'' if work is None else f'{work / ms / 1e6:11.0f} GFLOP/s':>20}{beside}{host.get(name, '')}", flush=True)
     return 0
-
-
-def report_first(watch, calls):
-    for name, call in calls.items():
-        begun = time.perf_counter()
-        call()
-        watch.synchronize()
-        print(f"first call of {name}: {time.perf_counter() - begun:.1f} s", flush=True)
 
 
 def host_us(watch, call) -> float:

@@ -4,12 +4,11 @@ Hq 32, Hk 8, D 128, bfloat16: MoBA (blocks of 512, four of them) at 16k and 64k,
 Beside them in the same run: torch's causal attention, forward and backward. Calls in turn within each round (CUDA events, cold L2, the host ahead), medians. Without a GPU: a small size on the CPU,
 minima. Checked first: some queries of some heads, out and dq, against the float64 formula over the chosen keys by the numeric policy.
 """
-import argparse
-
 import numpy as np
 
-from sparsetile.autotune import numeric, plain, timing
-from sparsetile.bench.nsa import FLUSH_MB, backward, report_first, without_gradients
+from sparsetile.autotune import numeric, plain
+from sparsetile.bench.calls import backward, started, without_gradients
+from sparsetile.bench.nsa import FLUSH_MB
 from sparsetile.ops.attention import sparse_attention
 from sparsetile.systems.exact_topk import exact_topk_selection
 from sparsetile.systems.moba import moba, moba_selection
@@ -74,33 +73,25 @@ def calls(torch, q, k, v, choice, whole, chosen, backend) -> dict:
 
 def main(arguments=None):
     import torch
-    parser = argparse.ArgumentParser(prog="sparsetile.bench.selectors", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; on a CPU one")
-    parser.add_argument("--backend", nargs="+", help="backends; by default both of a GPU, and on a CPU the first")
-    parser.add_argument("--only", nargs="+", default=[""], help="only systems whose name and length contain one of these words (MoBA, exact, 16384, ...)")
-    given = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available()
-    device, (Hq, Hk, D) = ("cuda", (32, 8, 128)) if cuda else ("cpu", (4, 2, 32))
-    watch, backends = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB), given.backend or (("triton", "cupy") if cuda else (None,))
-    for system, N, choice, whole in cases(cuda):
-        if not any(word.lower() in f"{system} {N}".lower() for word in given.only):
+    run = started(torch, "selectors", __doc__, "only systems whose name and length contain one of these words (MoBA, exact, 16384, ...)", FLUSH_MB, arguments)
+    Hq, Hk, D = (32, 8, 128) if run.cuda else (4, 2, 32)
+    for system, N, choice, whole in cases(run.cuda):
+        if not any(word.lower() in f"{system} {N}".lower() for word in run.given.only):
             continue
-        q, k, v = inputs(torch, device, N, Hq, Hk, D)
+        q, k, v = inputs(torch, run.device, N, Hq, Hk, D)
         with torch.no_grad():
-            chosen = choice(q, k, backends[-1])
+            chosen = choice(q, k, run.backends[-1])
         dense = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
         every = {"dense, torch": without_gradients(torch, lambda: dense(q, k, v)), "dense, torch, backward": backward(torch, dense, q, k, v)}
-        for backend in backends:
+        for backend in run.backends:
             check(torch, q, k, v, chosen, backend)
             every |= {f"{part}, {backend or 'auto'}": call for part, call in calls(torch, q, k, v, choice, whole, chosen, backend).items()}
-        report_first(watch, every)
-        samples = timing.finals(watch, list(every.values()), seconds=0.0 if given.quick and not cuda else 2.0 if given.quick else 20.0, most=5 if given.quick else 40)
-        times = {name: watch.centre(x) / 1e3 for name, x in zip(every, samples)}
-        print(f"{system}, N {N}, Hq {Hq}, Hk {Hk}, D {D}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
+        times = run.times(every, (2.0, 5), (20.0, 40))
+        print(f"{system}, N {N}, Hq {Hq}, Hk {Hk}, D {D}, {run.on(torch)}")
         for name, ms in times.items():
             print(f"{name:26}{ms:10.3f} ms{ms / times['dense, torch, backward' if 'backward' in name else 'dense, torch']:9.2f} of dense", flush=True)
         del q, k, v, chosen, every
-        if cuda:
+        if run.cuda:
             torch.cuda.empty_cache()
     return 0
 

@@ -7,6 +7,7 @@ import numpy as np
 from sparsetile.autotune import numeric, plain
 from sparsetile.autotune.tasks import outputs
 from sparsetile.backends import arrays
+from sparsetile.ops.selected_blocks import BLOCK
 
 ROWS = 32
 
@@ -30,6 +31,8 @@ class Judge:
                 name, x = f"{self.kernel}[{n}]", take(got[n])
                 if self.kernel in ("topk", "indexer_topk", "importance_topk"):
                     self._chosen(name, x, truth, formula, reduction)
+                elif self.kernel == "selection_bitmaps":
+                    assert np.array_equal(x, truth), f"{name}: bits of other keys than the selection's"
                 else:
                     numeric.assert_close(name, x, truth, formula, reduction=reduction, accumulator=self._accumulator)
         except AssertionError as error:
@@ -141,6 +144,20 @@ class Judge:
         self.rows = rows = self._some(self.w["T"], 6)
         held = [host(x) for x in (q[-1:][:, :, rows], k[-1:], lse[-1:][:, :, rows])]
         return [(0, lambda x: host(x[-1:][:, :, rows]), plain.importances(self.w, *wide(*held), rows), plain.importances(self.w, *held, rows), self.w["D"] * self.w["Hq"] // self.w["Hk"])]
+
+    def _selection_bitmaps(self):
+        """Words of the last list's blocks that show anything, and kinds of all, of a few blocks of rows."""
+        (chosen,), (T, S), parts = self.task.inputs, (self.w["T"], self.w["S"]), []
+        nq, nk = -(-T // BLOCK), -(-S // BLOCK)
+        for i in self._some(nq, 4):
+            rows, seen = np.arange(i * BLOCK, min(T, (i + 1) * BLOCK)), np.zeros((BLOCK, nk * BLOCK), bool)
+            seen[:len(rows), :S] = self._count(chosen, self.w["Hq"] - 1, rows) > 0
+            blocks = seen.reshape(BLOCK, nk, BLOCK).swapaxes(0, 1)
+            some, first = blocks.any((1, 2)), ((self.w["B"] * chosen.indices.shape[1] - 1) * nq + i) * nk
+            words = np.packbits(blocks[some], axis=-1, bitorder="little").view(np.int32)
+            parts += [(0, lambda x, at=first + np.flatnonzero(some): host(x[at]), words, None, 0),
+                      (1, lambda x, i=i: host(x[-1, i]), np.where(some, 2 * (first + np.arange(nk)) + 1, -2), None, 0)]
+        return parts
 
     def _topk(self):
         rows = self._some(self.w["T"], 6)

@@ -66,7 +66,8 @@ def together(named: dict):
         framework = arrays.framework(x)
         if framework in (None, "torch"):
             array(name, x)
-        here = framework, "meta" if framework == "torch" and x.is_meta else arrays.device_of(x)
+        device = arrays.device_of(x)
+        here = framework, "meta" if framework == "torch" and x.is_meta and device is None else device  # what compiles ahead gives them a device
         if first is None:
             first, origin = here, name
         elif here != first:

@@ -44,8 +44,7 @@ def as_blocks(call, problem_of):
     """
     B, Hq, Hk, T, S, _, _ = call.sizes
     s = call.rule
-    problem = Problem.of("selection_bitmaps", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, K=int(s.indices.shape[3])), dict(indices="int32"), devices.device_info(call.device).arch,
-                         ["causal"] * s.causal, 1.0, s.granularity)
+    problem = problem_of_bits(s, Hq, Hk, S, call.device)
     G = int(s.indices.shape[1])
     nq, nk = -(-T // BLOCK), -(-S // BLOCK)
     rest = dict(q_start=0, kv_length=None)
@@ -62,13 +61,23 @@ def as_blocks(call, problem_of):
         empty = xp.full(s.indices, (1,), 0)
         part = Lists(BLOCK, BLOCK, 0, nq, nk, *[empty] * 8, list_of=xp.full(s.indices, (1, 1), 0), has_bitmaps=True)
     else:
-        place = places.place_for(dispatch.package(choice.backend).NATIVE, call.caller, call.device)
-        with place.guard():
-            indices, lengths, kv_length = (None if x is None else place.packed(place.native(x)) for x in (s.indices, s.lengths, call.kv_length))
-            start = call.q_start if call.q_start is None or isinstance(call.q_start, int) else place.packed(place.native(call.q_start))
-            bitmaps, kinds = (place.give(x) for x in choice.kernel.run(indices, place=place, config=choice.config, S=S, block_q=BLOCK, block_k=BLOCK, lengths=lengths,
-                                                                       granularity=s.granularity, causal=s.causal, kv_length=kv_length, q_start=start))
+        bitmaps, kinds = bits(choice, s, S, call.caller, call.device, call.kv_length, call.q_start)
         part = device_lists.lists(kinds, BLOCK, BLOCK, (B, G), bitmaps=bitmaps, op=OP, backend=call.backend)
         if G not in (1, Hq):
             part = replace(part, list_of=xp.astype(xp.module(kinds).broadcast_to(part.list_of[:, :, None], (B, G, Hq // G)).reshape(B, Hq), "int32"))
     return replace(call, rule=Layout((part,), T, S, 0), **rest)
+
+
+def problem_of_bits(s: Selection, Hq: int, Hk: int, S: int, device) -> Problem:
+    B, _, T, K = (int(n) for n in s.indices.shape)
+    return Problem.of("selection_bitmaps", dict(B=B, Hq=Hq, Hk=Hk, T=T, S=S, K=K), dict(indices="int32"), devices.device_info(device).arch, ["causal"] * s.causal, 1.0, s.granularity)
+
+
+def bits(choice, s: Selection, S: int, caller: str, device, kv_length=None, q_start=None):
+    """Bitmaps and kinds of a selection's blocks, by who was chosen for problem_of_bits."""
+    place = places.place_for(dispatch.package(choice.backend).NATIVE, caller, device)
+    with place.guard():
+        indices, lengths, kv_length = (None if x is None else place.packed(place.native(x)) for x in (s.indices, s.lengths, kv_length))
+        start = q_start if q_start is None or isinstance(q_start, int) else place.packed(place.native(q_start))
+        return tuple(place.give(x) for x in choice.kernel.run(indices, place=place, config=choice.config, S=S, block_q=BLOCK, block_k=BLOCK, lengths=lengths, granularity=s.granularity,
+                                                              causal=s.causal, kv_length=kv_length, q_start=start))

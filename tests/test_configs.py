@@ -8,7 +8,7 @@ from sparsetile.ops import dispatch
 
 # kernel -> parts that its configs are dealt into, so that several processes share what takes long to compile
 PARTS = {"block_attention": 8, "block_attention_backward": 8, "gather_attention": 2, "gather_attention_backward": 2, "importance_topk": 1, "indexer_scores": 1, "indexer_scores_backward": 1, "indexer_topk": 6, "topk": 3,
-           "latent_decompress": 2, "grouped_matmul": 2, "merge_attention": 1}
+           "latent_decompress": 2, "grouped_matmul": 2, "merge_attention": 1, "selection_bitmaps": 1}
 
 
 def test_every_tuned_kernel_is_here():

@@ -3,13 +3,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-from sparsetile.autotune import store
+from sparsetile.autotune import store, tasks
+from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,3 +194,22 @@ def test_shipped_profiles_are_valid_and_none_is_slower_than_its_default(path):
             assert e["note"], "who writes an entry by hand says why"
         else:
             assert e["time_us"] <= e.get("default_us", e["time_us"]), e["key"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("profiles/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_shipped_configs_name_knobs_that_are_there(path):
+    """Else calls run by the default, and say so once."""
+    pytest.importorskip("triton")
+    data = schema.load(path)
+    for e in data["entries"]:
+        known = {knob.name: knob.values for knob in dispatch.kernel(e["backend"], data["op"]).TUNABLES}
+        assert all(value in known.get(name, ()) for name, value in e["config"].items()), (e["key"], e["config"])
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+@pytest.mark.parametrize("name", ["gpu/float8-keys-causal/8192", "gpu/float8-keys-decode-b64/32768", "gpu/float8-causal/8192", "gpu/bitmaps-16384"])
+def test_what_auto_takes_on_hopper_is_the_fastest_that_was_timed(name, device, tmp_path, monkeypatch):
+    """Float8 keys and a selection's bitmaps, where the first in preference order takes longer (on an H100 too: what its own profile lacks comes from its architecture's)."""
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
+    problem = replace(tasks.Task(tasks.find(name), None, hollow=True).problem, arch="sm_90a")
+    assert lookup.find(problem, device).backend == "cupy"

@@ -147,7 +147,7 @@ def test_a_config_that_raises_is_a_failure_with_its_cause(monkeypatch):
 
 @pytest.mark.parametrize("kernel", TUNED)
 def test_the_verifier_accepts_the_reference_and_notices_a_change(kernel, monkeypatch):
-    w = next(w for w in tasks.for_device(None) if w.kernel == kernel)
+    w = next(w for w in (*tasks.for_device(None), *tasks.for_device(0)) if w.kernel == kernel)
     verifier = verify.Verifier(w, None)
     assert verifier.wrong("reference", None) is None
     module, right = dispatch.kernel("reference", kernel), dispatch.kernel("reference", kernel).run

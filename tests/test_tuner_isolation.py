@@ -91,11 +91,26 @@ def test_the_finals_keep_the_default_among_the_best():
     assert [t.config["n"] for t in decide.finalists("numba", slow, [{"n": 8}])] == [0, 1, 8]
 
 
+H200 = dict(name="NVIDIA H200", arch="sm_90a", sms=132, vendor="nvidia", mem_gb=141, l2_mb=50, smem_optin=232448)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["gpu/decode-window/32768", "gpu/float8-decode-b64/32768", "gpu/merge-1024"])
+def test_triton_is_compiled_ahead_by_the_call_itself(name):
+    """In a process of its own, which can run nothing afterwards; None: nothing is left to the bench worker."""
+    pytest.importorskip("triton")
+    worker = isolate.Worker("sparsetile.autotune.ahead:Compiler", env={"CUDA_VISIBLE_DEVICES": ""})
+    try:
+        worker.open(H200)
+        assert worker("compile", tasks.find(name), "triton", None, seconds=120.0) is None
+    finally:
+        worker.kill()
+
+
 def test_compiling_ahead_tells_a_refusal_from_what_it_cannot_do(monkeypatch):
-    h200 = dict(name="NVIDIA H200", arch="sm_90a", sms=132, vendor="nvidia", mem_gb=141, l2_mb=50, smem_optin=232448)
     monkeypatch.setattr(ahead.devices, "device_info", ahead.devices.device_info)  # put back afterwards
     compiler = ahead.Compiler()
-    compiler.open(h200)
+    compiler.open(H200)
     workload = tasks.find("gpu/merge-1024")
     from sparsetile.backends.cupy import compile
     assert compiler.compile(workload, "cupy", {}) is None

@@ -69,7 +69,8 @@ def test_a_problem_travels_between_processes():
 
 
 def test_stand_ins_have_the_key_of_the_problem_they_stand_for():
-    for name in ("cpu/causal/4096", "cpu/window-256/4096", "cpu/gather-32", "cpu/indexer-topk-32", "cpu/latent-512", "cpu/longformer-512/4096"):
+    for name in ("cpu/causal/4096", "cpu/window-256/4096", "cpu/gather-32", "cpu/indexer-topk-32", "cpu/latent-512", "cpu/longformer-512/4096", "gpu/float8-keys-causal/8192",
+                 "gpu/float8-decode-b64/32768", "gpu/bitmaps-4096"):
         task = tasks.Task(tasks.find(name), None, hollow=True)
         for pattern in (None, task.workload.option("pattern")):
             stand_in = tasks.of_problem(task.problem, pattern)

@@ -11,12 +11,12 @@ import triton.language as tl
 
 from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton.block_attention_portable import step
-from sparsetile.backends.triton.float8 import exact, more_pointers, of_keys, passed, pointer, query_scales
+from sparsetile.backends.triton.float8 import more_pointers, of_keys, passed, pointer, query_scales
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
 from sparsetile.backends.triton.launch import BYTES, FAR, known_start, list_steps, options, power, scales, shared_limit, tiles
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, pages_of, rows_in
 from sparsetile.backends.triton.relaunch import Constants, launch
-from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, load, negated, place_of
+from sparsetile.backends.triton.tiles import entries_of, finish, interval_of, opened, place_of
 
 QUERIES, SPLITS = 32, 64
 
@@ -82,14 +82,7 @@ def attend(q, k, v, out, lse, sums, tops, offsets, cols, kinds, intervals, bitma
             v_scale += groups
     q_rows = h.to(tl.int64) * sqh + t.to(tl.int64) * sqt
     scale2 = scale * 1.4426950408889634
-    q0 = exact(load(q, q_rows, row_ok, 0, D0, D, True))
-    q1 = 0.0
-    if D1:
-        q1 = exact(load(q, q_rows, row_ok, D0, D1, D, True))
-    if NEGATE:
-        q0 = negated(q0)
-        if D1:
-            q1 = negated(q1)
+    q0, q1 = opened(q, q_rows, row_ok, D, D0, D1, NEGATE)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, V0], tl.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from sparsetile.backends.triton.float8 import exact, key_scales, query_scales
 from sparsetile.backends.triton.latents import latent_tile, rotary_tile
 from sparsetile.backends.triton.pages import pages_of, rows_in
-from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, negated, place_of, product, rows_of, seen, soften
+from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, opened, place_of, product, rows_of, seen, soften
 
 
 @triton.jit
@@ -114,13 +114,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
     q0 = 0.0
     q1 = 0.0
     if CHUNK == 0:
-        q0 = exact(load(q, q_rows, row_ok, 0, D0, D, True))
-        if D1:
-            q1 = exact(load(q, q_rows, row_ok, D0, D1, D, True))
-        if NEGATE:
-            q0 = negated(q0)
-            if D1:
-                q1 = negated(q1)
+        q0, q1 = opened(q, q_rows, row_ok, D, D0, D1, NEGATE)
     m = tl.full([BQ], float("-inf"), tl.float32)
     l = tl.zeros([BQ], tl.float32)
     acc = tl.zeros([BQ, V0], tl.float32)

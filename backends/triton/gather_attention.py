@@ -17,7 +17,7 @@ from sparsetile.backends.triton.gluon_paths import lacking
 from sparsetile.backends.triton.latents import latent_of, latent_tile, mode, parts_of, rotary_tile
 from sparsetile.backends.triton.latents import refusal as no_latents
 from sparsetile.backends.triton.launch import BYTES, POINTER, known_start, options, power, refusal, scales, shared_limit
-from sparsetile.backends.triton.tiles import capped, finish, load, load_at, negated, place_of, product, soften
+from sparsetile.backends.triton.tiles import capped, finish, load, load_at, opened, place_of, product, soften, taken
 
 TUNABLES = (
     Tunable("path", ("portable", "gluon", "blocks"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
@@ -71,21 +71,12 @@ def forward(q, k, v, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb
     g = (first // (Hq // G)).to(tl.int64)
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     line = (b * G + g) * T + t
-    count = K
-    if lengths is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths + line), 0), K)
+    count = taken(lengths, line, K)
     row = indices + line * K
     q += b * sqb + t * sqt
     k += b * skb + hk * skh
     v += b * svb + hk * svh
-    q0 = load(q, h * sqh, row_ok, 0, D0, D, True)
-    q1 = 0.0
-    if D1:
-        q1 = load(q, h * sqh, row_ok, D0, D1, D, True)
-    if NEGATE:
-        q0 = negated(q0)
-        if D1:
-            q1 = negated(q1)
+    q0, q1 = opened(q, h * sqh, row_ok, D, D0, D1, NEGATE)
     m = tl.full([BH], float("-inf"), tl.float32)
     l = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, V0], tl.float32)

@@ -17,7 +17,7 @@ from sparsetile.backends.contract import Problem, Resources, Tunable
 from sparsetile.backends.triton import gather_blocks, gather_blocks_backward
 from sparsetile.backends.triton.gather_attention import keys_of, no_gluon, shared_rows
 from sparsetile.backends.triton.launch import BYTES, POINTER, known_start, options, parts, power, refusal, shared_limit
-from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store
+from sparsetile.backends.triton.tiles import load, place_of, product, rebuilt, rows_known, store, taken
 
 TUNABLES = (
     Tunable("path", ("portable", "gluon", "blocks"), "gluon: Hopper's own instructions, contributions to keys added as integers; 16-bit latents of width 576 whose first 512 columns are the values. "
@@ -56,9 +56,7 @@ def queries(q, k, v, dout, lse, delta, dq, indices, lengths, kv_length, q_starts
     h, row_ok, logs, shift = rows_of_set(b, which, tile, t, lse, delta, T, Hq, ROWS, BH)
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     line = (b * G + g) * T + t
-    count = K
-    if lengths is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths + line), 0), K)
+    count = taken(lengths, line, K)
     q += b * sqb + t * sqt
     dout += b * sgb + t * sgt
     k += b * skb + hk * skh
@@ -114,9 +112,7 @@ def shares(q, k, v, dout, lse, delta, numbers, dks, dvs, indices, lengths, kv_le
         g = (which * ROWS // (Hq // G)).to(tl.int64)
         limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
         line = (b * G + g) * T + t
-        count = K
-        if lengths is not None:
-            count = tl.minimum(tl.maximum(tl.load(lengths + line), 0), K)
+        count = taken(lengths, line, K)
         key, ok = keys_of(indices + line * K, block * BK, count, limit, start + t, GRANULARITY, CAUSAL, BK)
         tl.store(numbers + at, tl.where(ok, (b * Hk + hk) * S + key, none))
         if tl.max(ok.to(tl.int32), 0) > 0:

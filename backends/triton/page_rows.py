@@ -12,7 +12,7 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.gather_attention import keys_of
 from sparsetile.backends.triton.launch import known_start
 from sparsetile.backends.triton.pages import page_of
-from sparsetile.backends.triton.tiles import place_of
+from sparsetile.backends.triton.tiles import place_of, taken
 
 TUNABLES = ()
 BLOCK = 512
@@ -25,9 +25,7 @@ def page_rows(indices, lengths, table, kv_length, q_starts, rows, G, T, K, pages
     x = tl.program_id(0).to(tl.int64)
     t, b = x % T, x // T // G
     limit, start = place_of(b, T, pages * PAGE, q_start, q_starts, kv_length, FROM_LENGTH)
-    count = K
-    if lengths is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths + x), 0), K)
+    count = taken(lengths, x, K)
     first = tl.program_id(1) * BLOCK
     key, ok = keys_of(indices + x * K, first, count, limit, start + t, GRANULARITY, CAUSAL, BLOCK)
     page, there = page_of(table + b * pages, tl.where(ok, key, -1), limit, N, PAGE)

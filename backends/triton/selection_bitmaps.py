@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.triton.tiles import place_of
+from sparsetile.backends.triton.tiles import place_of, taken
 
 TUNABLES = (Tunable("entries", (1024, 256, 512, 2048), "keys of a row taken at a time"),)
 
@@ -48,9 +48,7 @@ def single_keys(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, 
     if CAUSAL:
         limit = tl.minimum(limit.to(tl.int64), tl.maximum(start + t + 1, 0)).to(tl.int32)
     row = line * T + t
-    count = K
-    if lengths is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths + row), 0), K)
+    count = taken(lengths, row, K)
     block = (line * nq + t // BQ) * nk
     WORDS: tl.constexpr = BK // 32
     for at in tl.range(0, count * GRANULARITY, ENTRIES):
@@ -81,9 +79,7 @@ def whole_words(indices, lengths, kv_length, q_starts, bitmaps, kinds, G, T, S, 
     line = (tl.program_id(0) // T).to(tl.int64)
     limit, start = place_of(line // G, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
     row = line * T + t
-    count = K
-    if lengths is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths + row), 0), K)
+    count = taken(lengths, row, K)
     if CAUSAL:
         limit = tl.minimum(limit.to(tl.int64), tl.maximum(start + t + 1, 0))
     block = (line * nq + t // BQ) * nk

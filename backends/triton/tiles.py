@@ -62,6 +62,29 @@ def negated(x):
 
 
 @triton.jit
+def opened(q, rows, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEGATE: tl.constexpr):
+    """Both parts of a tile of queries, float8 as float16, turned over where the scale is negative."""
+    q0 = exact(load(q, rows, ok, 0, D0, D, True))
+    q1 = 0.0
+    if D1:
+        q1 = exact(load(q, rows, ok, D0, D1, D, True))
+    if NEGATE:
+        q0 = negated(q0)
+        if D1:
+            q1 = negated(q1)
+    return q0, q1
+
+
+@triton.jit
+def taken(lengths, line, K):
+    """How many of a list's K entries are read."""
+    count = K
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + line), 0), K)
+    return count
+
+
+@triton.jit
 def first_from(cols, lo, hi, count):
     """The first of the ascending entries lo .. hi whose column is at least `count`. Almost always hi or lo: two looks; else bisection."""
     n = hi
