@@ -133,6 +133,7 @@ def strides_of(x) -> tuple[int, ...]:
 def view(x) -> View:
     name = framework(x)
     if name == "torch":
+        x = held(x)
         return View(x.data_ptr(), x.shape, x.stride(), torch_name(x.dtype), x.get_device(), x)
     if name == "cupy":
         return View(x.data.ptr, x.shape, strides_of(x), dtype_name(x), x.device.id, x)
@@ -142,13 +143,18 @@ def view(x) -> View:
     raise TypeError(f"expected an array on a CUDA device, got {type(x).__name__}; move it there with torch or CuPy first")
 
 
+def held(x):
+    """A tensor whose memory holds its values: itself, unless it is lazily negated, or stands for zeros and has no memory (autograd makes both)."""
+    return x.resolve_neg().clone() if x._is_zerotensor() else x.resolve_neg() if x.is_neg() else x
+
+
 def as_numpy(x) -> np.ndarray:
     """A CPU array as NumPy sees it, sharing memory (bfloat16 and float8 as ml_dtypes)."""
     name = framework(x)
     if name == "numpy":
         return plain(x)
     if name == "torch":
-        x = x.detach()
+        x = held(x.detach())
         kind = dtype_name(x)
         if kind in _NUMPY:
             import torch
@@ -169,7 +175,7 @@ def as_torch(x):
     import torch
     name = framework(x)
     if name == "torch":
-        return x.detach()
+        return held(x.detach())
     if name == "numpy":
         kind, x = dtype_name(x), plain(x)
         if any(s < 0 for s in x.strides):

@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from sparsetile.backends import devices
-from sparsetile.backends.arrays import View, as_cupy, as_numpy, as_torch, contiguous_last, numpy_dtype, torch_dtype, torch_name, unit_stride_within, view
+from sparsetile.backends.arrays import View, as_cupy, as_numpy, as_torch, contiguous_last, held, numpy_dtype, torch_dtype, torch_name, unit_stride_within, view
 from sparsetile.backends.host_memory import in_lines
 
 _NOTHING = contextlib.nullcontext()
@@ -104,7 +104,7 @@ class TorchPlace(Place):
 
     def native(self, x):
         if type(x) is self.torch.Tensor and not x.requires_grad and x.stride()[-1:] == (1,):
-            return x
+            return held(x)
         return contiguous_last(as_torch(x))
 
     def weights(self, x):
@@ -183,7 +183,7 @@ class ViewPlace(Place):
 
     def native(self, x):
         if self.caller == "torch":
-            strides = x.stride()
+            x, strides = held(x), x.stride()
             if not strides or strides[-1] == 1:
                 return View(x.data_ptr(), x.shape, strides, torch_name(x.dtype), self.device, x)
         return view(contiguous_last(x))

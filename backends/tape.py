@@ -33,7 +33,7 @@ class Recorder:
         self.stream = Address(place.stream, 0)
         at = [0 if x is None else x.data_ptr() for x in tensors]
         self._same, self._inputs = at[1] == at[2], len(at)
-        self._rests = [a % 16 for a in at]
+        self._rests, self._none = [a % 16 for a in at], at.count(0)
         self._refused = len({id(x) for x in natives if x is not None}) < sum(x is not None for x in natives)
         for slot, (x, a) in enumerate(zip(natives, at), 1):
             if x is not None:
@@ -102,13 +102,14 @@ class Recorder:
         made = [self._made[slot - first] for slot in order[first:]]
         place = lambda slot: tuple(map(order.index, slot)) if type(slot) is tuple else order.index(slot)  # noqa: E731
         steps = [(call, args, [(n, place(slot)) for n, slot in moves]) for call, args, moves in self._steps]
-        return Tape(made[:len(kept)], made[len(kept):], steps, self._same, self._rests)
+        return Tape(made[:len(kept)], made[len(kept):], steps, self._same, self._rests, self._none)
 
 
 class Tape:
-    def __init__(self, made, scratch, steps, same: bool, rests: list):
-        """made, scratch: shape, strides, type and device of each result, and of what else is allocated: one piece of memory here. rests: of the inputs' addresses by 16."""
-        self.made, self.steps, self.same, self.rests = made, steps, same, rests
+    def __init__(self, made, scratch, steps, same: bool, rests: list, none: int):
+        """made, scratch: shape, strides, type and device of each result, and of what else is allocated: one piece of memory here. rests: of the inputs' addresses by 16; none: how many of
+        them are 0, of inputs that are None (another is a tensor of zeros without memory)."""
+        self.made, self.steps, self.same, self.rests, self.none = made, steps, same, rests, none
         ends = list(accumulate([-(-math.prod(shape) * dtype.itemsize // 256) * 256 for shape, _, dtype, _ in scratch], initial=0))
         self.offsets, self.size, self.device = ends[:-1], ends[-1], made[0][3]
 
@@ -116,7 +117,7 @@ class Tape:
         """The run's results on these tensors; None if their addresses are not alike, and nothing was done."""
         b, c = k.data_ptr(), v.data_ptr()
         slots = [stream, q.data_ptr(), b, c, *[0 if x is None else x.data_ptr() for x in more]]
-        if (b == c) != self.same or [x % 16 for x in slots[1:]] != self.rests:
+        if (b == c) != self.same or [x % 16 for x in slots[1:]] != self.rests or slots.count(0) != self.none + (not stream):
             return None
         made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in self.made]
         slots += [x.data_ptr() for x in made]

@@ -96,7 +96,7 @@ def sparse_attention(q, k, v=None, pattern=None, *, scale=None, sink_logits=None
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
         if float8.is_float8(call.k):
-            float8.no_gradients(*call.arrays, *call.scales)
+            float8.no_gradients(*call.arrays, *call.scales), torch_ops.no_tangents(*call.scales)
         if torch_ops.wanted(*call.arrays):
             if call.table is not None or call.latent is not None:
                 raise Unsupported("k: a cache read through its pages is neither differentiated nor traced by torch.compile yet; call under torch.no_grad(), or pass cache.gather()")

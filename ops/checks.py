@@ -48,8 +48,6 @@ def _strided(name, x, what):
         raise TypeError(f"{name}: expected a dense {what}, got a tensor of layout {x.layout}; call to_dense() first")
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense {what}, got a nested tensor; pad it with to_padded_tensor, and give kv_length, or pack it and use Documents")
-    if not torch.compiler.is_compiling() and x.is_neg():  # the memory holds the opposite sign; a tracer cannot ask
-        raise TypeError(f"{name}: expected an {what} whose memory holds its values, got a lazily negated view; call resolve_neg() first")
 
 
 def same(name, what, expected, got, remedy):

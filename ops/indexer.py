@@ -51,6 +51,7 @@ def indexer_scores(q, k, weights, *, k_scale=None, causal=True, q_start=None, ke
     B, H, T, S, D = call.sizes
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
+        torch_ops.no_tangents(k_scale)
         if torch_ops.wanted(q, call.k, weights):
             _whole(call)
             return torch_ops.indexer_scores(call)
@@ -109,6 +110,7 @@ def indexer_topk(q, k, weights, top_k, *, k_scale=None, causal=True, q_start=Non
     options = dict(pool=pool, force_first=force_first, force_last=force_last, return_scores=return_scores)
     if call.caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
+        torch_ops.no_tangents(k_scale)
         if torch_ops.wanted(q, call.k, weights):
             _whole(call)
             indices, lengths, best = torch_ops.indexer_topk(call, top_k, options)

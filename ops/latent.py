@@ -24,6 +24,7 @@ def latent_decompress(latent, w_uk, w_uv, *, k_rope=None, latent_scale=None, bac
     sizes, caller, device = _check_latent(latent, w_uk, w_uv, k_rope, latent_scale)
     if caller == "torch" and not dispatch.is_explaining():
         from sparsetile.ops import torch_ops
+        torch_ops.no_tangents(latent_scale)
         if torch_ops.wanted(latent, w_uk, w_uv, k_rope):
             return torch_ops.latent_decompress(latent, w_uk, w_uv, k_rope, latent_scale, backend, config)
     if caller == "jax":
@@ -241,7 +242,7 @@ def _joined(latent, k_rope, caller, device):
     """[latent, k_rope] along the width: the memory itself if one array holds them side by side, else one copy."""
     if caller == "torch":
         from sparsetile.ops import torch_ops
-        if not torch_ops.wanted(latent, k_rope) and latent.stride() == k_rope.stride() and \
+        if not torch_ops.wanted(latent, k_rope) and arrays.held(latent) is latent and arrays.held(k_rope) is k_rope and latent.stride() == k_rope.stride() and \
                 k_rope.data_ptr() == latent.data_ptr() + latent.shape[2] * latent.element_size():
             return latent.as_strided((*latent.shape[:2], latent.shape[2] + k_rope.shape[2]), latent.stride())
     return _concat(latent, k_rope, caller, device)

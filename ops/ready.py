@@ -24,12 +24,17 @@ def transformed(torch) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forward_mode(torch) -> bool:
+    """Whether this is a call at a level of forward-mode AD, where a tensor may carry a tangent."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def key_of(op: str, tensors, options: tuple, rule=None):
     """What makes two calls of the op alike, or None for a call that takes the long way. The rest of `tensors` may be None."""
     if type(tensors[0]).__module__ != "torch":
         return None
     import torch  # not looked for in sys.modules: torch.compile would walk over all of them, while they grow
-    if type(tensors[0]) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch):
+    if type(tensors[0]) is not torch.Tensor or torch.compiler.is_compiling() or dispatch.is_explaining() or transformed(torch) or forward_mode(torch):
         return None
     kinds = tuple(map(type, options))  # 1 == True, and is refused
     if not PLAIN.issuperset(kinds):

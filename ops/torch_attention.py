@@ -15,7 +15,7 @@ from sparsetile.ops.float8 import is_float8
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Pattern
 from sparsetile.ops.selection import Selection
-from sparsetile.ops.torch_library import define, device_of, differentiable, knobs, options_text, plain, start_arguments, start_of
+from sparsetile.ops.torch_library import define, device_of, differentiable, knobs, no_batches, options_text, plain, start_arguments, start_of
 
 
 def encode(rule) -> tuple[str, list]:
@@ -80,6 +80,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        no_batches(dout, dlse)
         q, k, v, sink_logits, kv_length, q_start, out, lse = ctx.saved_tensors
         call = replace(ctx.call, q=q, k=k, v=v, sink_logits=sink_logits, kv_length=kv_length, q_start=ctx.call.q_start if q_start is None else q_start)
         dout = torch.zeros_like(out) if dout is None else dout
@@ -126,6 +127,7 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _attention_autograd(ctx, dout, dlse):
+    no_batches(dout, dlse)
     q, k, v, sink_logits, kv_length, q_start, out, lse, *tables = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)

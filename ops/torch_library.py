@@ -7,9 +7,10 @@ import json
 import torch
 
 from sparsetile.backends.contract import Unsupported
-from sparsetile.ops.ready import transformed
+from sparsetile.ops.ready import forward_mode, transformed
 
 lib = torch.library.Library("sparsetile", "DEF")
+_BATCHED = torch._C._dispatch_key_parse("Batched")  # of torch.autograd's own vmap, which is not torch.func's
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -19,11 +20,25 @@ def wanted(*tensors) -> bool:
         return True
     if transformed(torch):
         raise Unsupported("a call inside torch.func (vmap, grad, jvp) is not supported by any backend; batch along B, and take gradients with torch.autograd")
+    no_tangents(*tensors)
     grad = torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (type(x) not in _PLAIN or x.is_meta or grad and x.requires_grad):
             return True
     return False
+
+
+def no_tangents(*tensors) -> None:
+    """Refuses tensors that carry a tangent: no kernel would carry it on."""
+    if forward_mode(torch) and any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise Unsupported("forward-mode AD (a tensor of make_dual, with a tangent) is not supported by any backend; take gradients with torch.autograd, in reverse")
+
+
+def no_batches(*grads) -> None:
+    """Refuses gradients of outputs that vmap runs over: a kernel would see one tensor where there are many."""
+    if any(x is not None and (torch._C._dispatch_keys(x).has(_BATCHED) or torch._C._functorch.is_batchedtensor(x)) for x in grads):
+        raise Unsupported("gradients of a batch of outputs' gradients at once (is_grads_batched, jacobian with vectorize=True, vmap) are not supported by any backend; call torch.autograd.grad "
+                          "for one at a time, or jacobian with vectorize=False")
 
 
 def plain(*tensors) -> bool:

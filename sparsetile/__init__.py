@@ -16,6 +16,7 @@ _HOME = {
     "sparse_attention": "ops.attention", "merge_attention": "ops.merge",
     "indexer_scores": "ops.indexer", "indexer_topk": "ops.indexer", "topk": "ops.indexer", "importance_topk": "ops.importance",
     "latent_decompress": "ops.latent", "latent_attention": "ops.latent",
+    "quantise_float8": "ops.quantise", "dequantise_float8": "ops.quantise", "hadamard": "ops.quantise",
     "Selection": "ops.selection", "Layout": "ops.layout", "LayerPlan": "ops.plan", "Selector": "ops.plan", "Call": "ops.plan",
     "Pattern": "ops.patterns", "Full": "ops.patterns", "Causal": "ops.patterns", "Window": "ops.patterns", "Dilated": "ops.patterns",
     "Strided": "ops.patterns", "Compressed": "ops.patterns", "Fixed": "ops.patterns", "Global": "ops.patterns", "Sink": "ops.patterns", "RandomBlocks": "ops.patterns",

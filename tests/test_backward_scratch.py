@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import sparsetile as st
-from sparsetile.backends.arrays import ITEMSIZE, View
+from counting import CountingPlace
 from sparsetile.backends.cupy import block_attention_backward
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import two_pass
@@ -29,36 +29,6 @@ ROWS = {  # pattern, Hq, Hk, length, D, Dv
     "strided 128k": (Causal() & (Window(127) | Strided(128)), 32, 32, 131072, 128, 128), "fixed": (Causal() & Fixed(128, 8), 32, 32, 32768, 128, 128),
     "fixed, groups": (Causal() & Fixed(128, 8), 32, 8, 32768, 128, 128), "fixed 128k": (Causal() & Fixed(128, 8), 32, 32, 131072, 128, 128),
 }
-
-
-class Memory:
-    """An array of no bytes, which its place counts as long as somebody holds it."""
-
-    def __init__(self, place, size: int):
-        self.place, self.size = place, size
-        place.alive += size
-        place.most = max(place.most, place.alive)
-
-    def __del__(self):
-        self.place.alive -= self.size
-
-
-class CountingPlace:
-    arch, sms, device, stream = "sm_90a", 132, 0, 0
-    alive = most = 0
-
-    def empty(self, shape, dtype):
-        steps = np.cumprod((1, *shape[:0:-1]))[::-1].tolist()
-        return View(4096, tuple(shape), tuple(steps), dtype, 0, Memory(self, int(np.prod(shape)) * ITEMSIZE[dtype]))
-
-    zeros = empty
-
-    def upload(self, x):
-        """What is kept with the layout: no call's scratch."""
-        return View(4096, x.shape, (1,) * x.ndim, "int32", 0, x)
-
-    def tensor_map(self, *about):
-        return b""
 
 
 def scratch(row, monkeypatch, known=True, **more) -> tuple[float, set]:

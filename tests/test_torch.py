@@ -265,23 +265,6 @@ def test_gradients_are_rounded_once(monkeypatch, rng):
         assert set(asked) == {("float32" if several else None, several)} and x[0].grad.dtype == torch.bfloat16, rule
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
-def test_memory_that_does_not_hold_the_values_is_refused(tensors):
-    q, k, v, sink = tensors
-    call = lambda q, **options: st.sparse_attention(q, k, v, st.Causal(), **options)  # noqa: E731
-    call(q, sink_logits=sink)                                                          # a call of its like is known already
-    negated = torch.complex(q, -q).conj().imag
-    numeric.assert_same_bits("resolved", call(negated.resolve_neg()), call(q))
-    for bad in (negated, torch._neg_view(q)):
-        with pytest.raises(TypeError, match=r"^q: expected .* negated view; call resolve_neg\(\)"):
-            call(bad)
-    with pytest.raises(TypeError, match=r"^sink_logits: expected .* negated view; call resolve_neg\(\)"):
-        call(q, sink_logits=torch._neg_view(sink))
-    for layout in (torch.strided, torch.jagged):
-        with pytest.raises(TypeError, match="^q: expected a dense array"):
-            call(torch.nested.nested_tensor(list(q), layout=layout))
-
-
 @pytest.mark.parametrize("where", ["side by side", "apart", "overlapping"])
 def test_latents_beside_their_rotary_parts_are_read_in_place(rng, where):
     """One array may hold both, in any strides: taken for one only where it is one."""

@@ -2,10 +2,11 @@
 
     q [B,H,T,D]  k [B,S,D]  weights [B,H,T]  ->  indices [B,T,top_k] int32 ascending, then -1; lengths [B,T] int32; scores [B,T,top_k] float32 or None
 
-Some queries at a time: their scores go into a scratch of at most `scratch_mb` (one row where a row is longer), and the exact selection of topk.cu reads
-them there. The score kernel is that of indexer_scores, so the sets are equal bit for bit. A row that sees no more than top_k entries is answered with all of
-them, NaN too, and its scores are not computed, unless scores are asked for. Forced blocks are always taken: they are the ends of the row's window, selection
-works between them. Everything is queued on the stream; nothing comes back to the host.
+Some queries at a time: their scores go into a scratch of at most `scratch_mb` (one row where a row is longer), under 50 MB in every config, and the exact selection
+of topk.cu reads them there. The score kernel is that of indexer_scores, so the sets are equal bit for bit. 44 MiB are 88 rows of 128k, an item of the score kernel for
+each of 132 multiprocessors: 9.2 to 9.3 ms for 4096 rows on an H200, where 47 MiB took 9.5, 40 took 9.7 and 32 took 10.1. A row that sees no more than top_k entries is
+answered with all of them, NaN too, and its scores are not computed, unless scores are asked for. Forced blocks are always taken: they are the ends of the row's window,
+selection works between them. Everything is queued on the stream; nothing comes back to the host.
 
 With table [B,pages] int32 keys and scales are pages, read where they lie (indexer_scores); an entry of which no key lies in a page is never chosen.
 
@@ -20,7 +21,7 @@ from sparsetile.backends.cupy import hopper, indexer_scores, topk
 from sparsetile.backends.cupy.operands import PAGES, ceil_div, page_defines, pages_of
 
 TUNABLES = (Tunable("path", ("scratch", "fused"), "fused: scores and selection in one kernel"),
-            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (64, 16, 32), "MiB of scores held at a time"))))
+            *(replace(knob, paths=("scratch",)) for knob in (*indexer_scores.TUNABLES, *topk.TUNABLES, Tunable("scratch_mb", (44, 16, 32), "MiB of scores held at a time, and of blocks' maxima"))))
 FUSED_FIELDS = "128s128s" + "7Q5q6i8x"
 FUSED_STAGES, FUSED_CAP, FUSED_MOST = 3, 4096, 2048
 FUSED_SHARED = 1024 + 4 * 64 * 128 + FUSED_STAGES * (128 * 128 + 16) + 32 + 4 * FUSED_CAP * 8 + 2 * 2048 * 4 + 256
@@ -61,7 +62,7 @@ def default_config(problem):
     S, T = problem["S"], problem["T"] * problem["B"]
     busy = problem["B"] * ceil_div(problem["T"], 4) >= 66  # half of an H200: fewer groups of queries leave it idle, the other path splits the keys too
     long = S >= 65536  # at 32k thinning the first candidates weighs more than writing the scores: 1.33 ms against 1.24 for 2048 queries on an H100
-    config = dict(indexer_scores.default_config(problem), scratch_mb=64, path="fused" if busy and long and not no_fused(problem) else "scratch")
+    config = dict(indexer_scores.default_config(problem), scratch_mb=44, path="fused" if busy and long and not no_fused(problem) else "scratch")
     return {**config, **topk.heuristic(min(T, rows_held(S, config)), S, problem["K"])}
 
 
@@ -76,8 +77,9 @@ def fused_defines(activation) -> dict:
     return dict(RELU=int(activation == "relu"), STAGES=FUSED_STAGES, CAP=FUSED_CAP)
 
 
-def rows_held(S: int, config: dict) -> int:
-    return max(1, config["scratch_mb"] * 2 ** 20 // (4 * max(S, 1)))
+def rows_held(columns: int, config: dict) -> int:
+    """Rows of scores, and of the maxima of their blocks, that fit the scratch."""
+    return max(1, config["scratch_mb"] * 2 ** 20 // (4 * max(columns, 1)))
 
 
 def chunks(B: int, T: int, rows: int, queries: int):
@@ -136,7 +138,7 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
         run_fused(q, k, weights, top_k, place, k_scale, bounds, activation, indices, lengths)
         return indices, lengths, chosen
     row, pooled_row = ceil_div(S, 4) * 4, ceil_div(ceil_div(S, pool), 4) * 4  # rows start at 16 bytes
-    pieces = chunks(B, T, rows_held(S, config), config["queries"])
+    pieces = chunks(B, T, rows_held(row + pooled_row * (pool > 1), config), config["queries"])
     most = max(nb * nt for _, nb, _, nt in pieces)
     scratch = place.empty((most, row), "float32")
     pooled = place.empty((most, pooled_row), "float32") if pool > 1 else None

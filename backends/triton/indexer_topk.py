@@ -2,7 +2,7 @@
 
     q [B,H,T,D]  k [B,S,D]  weights [B,H,T]  ->  indices [B,T,top_k] int32 ascending, then -1; lengths [B,T] int32; scores [B,T,top_k] float32 or None
 
-Scores of as many queries as fit a bounded scratch are computed by the score function of `indexer_scores`, and their best chosen exactly as `topk` does.
+Scores of as many queries as fit a bounded scratch (under 50 MB with their candidates, but one row at least) are computed by the score function of `indexer_scores`, and their best chosen exactly as `topk` does.
 A row with no more than top_k visible entries is answered with all of them, and nothing is computed for it, unless scores are asked for.
 pool > 1: entries are blocks, a block's score is the maximum over its visible keys, NaN passed over. The first `force_first` and last `force_last` blocks that hold
 visible keys are always taken, whatever their score, and count in top_k. scores are those of the entries, -inf where the index is -1.
@@ -14,7 +14,7 @@ import triton.language as tl
 from sparsetile.backends.contract import Resources, Tunable
 from sparsetile.backends.triton import index_score, indexer_scores, pages, select_few, select_rows
 
-TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 64), "scores held at a time"),)
+TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 44), "MiB of scores, of blocks' maxima and of candidates held at a time"),)
 
 
 @triton.jit
@@ -81,19 +81,24 @@ def resources(problem, config):
     return refused or indexer_scores.resources(problem, config)
 
 
-def rows_at_once(T, S, scratch_mb) -> int:
-    """Rows of scores in the scratch; rows start at multiples of 64 bytes, so that they are read 16 bytes at a time."""
-    return max(1, (scratch_mb << 20) // (4 * row_stride(S)))
+def rows_at_once(S, blocks, config) -> int:
+    """Rows that the scratch holds with the maxima of their `blocks` blocks, if any, and their candidates; whole tiles of queries where some fit."""
+    rows = (config["scratch_mb"] << 20) // (4 * (row_stride(S) + (row_stride(blocks) if blocks else 0)) + select_rows.row_bytes(config))
+    return max(1, rows // config["queries"] * config["queries"] or rows)
 
 
 def row_stride(S) -> int:
+    """Rows start at multiples of 64 bytes, so that they are read 16 bytes at a time."""
     return -(-max(S, 1) // 16) * 16
 
 
 def default_config(problem):
     B, T, S = problem["B"], problem["T"], problem["S"]
-    rows = min(B * T, rows_at_once(T, S, 64))
-    return {**indexer_scores.default_config(problem), **select_rows.default_knobs(rows, S, problem["K"], 132), "scratch_mb": 64}
+    rows = max(1, (44 << 20) // (4 * row_stride(S)))  # without candidates
+    config = {**indexer_scores.default_config(problem), **select_rows.default_knobs(min(B * T, rows), S, problem["K"], 132), "scratch_mb": 44}
+    while config["splits"] > 1 and rows_at_once(S, 0, config) < min(B * T, 64, rows * 3 // 4):  # parts of a row have room for all of its candidates each: more parts, fewer rows
+        config["splits"] //= 2
+    return config
 
 
 def pool_width(pool) -> tuple[int, int]:
@@ -132,10 +137,10 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     if not B * T:
         return indices, lengths, values
     weights = index_score.near_heads(weights)
-    at_once, stride = min(B * T, rows_at_once(T, S, config["scratch_mb"])), row_stride(S)
+    blocks, stride = -(-S // pool), row_stride(S)
+    at_once = min(B * T, rows_at_once(S, blocks if pool > 1 else 0, config))
     batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
     scratch = place.empty((batches * queries * stride,), "float32")
-    blocks = -(-S // pool)
     pooled = place.empty((batches * queries * row_stride(blocks),), "float32") if pool > 1 else None
     kept = None if values is None and select_few.serves(blocks, top_k) else select_rows.buffers(batches * queries, place, config)
     by_batch = not isinstance(q_start, int)

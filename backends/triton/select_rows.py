@@ -194,6 +194,11 @@ def select_rows(scores, top_k, out, lengths, values=None, *, place, config, T_al
         choose_rows[(rows,)](scores, starts, ends, q_starts, out, lengths, values, kept, counts, first, *window, **choose_, **choosing)
 
 
+def row_bytes(config) -> int:
+    """What `buffers` takes for one row, all at once."""
+    return 8 + config["splits"] * (8 * (config["capacity"] + LINE.value) + 4)
+
+
 def buffers(rows, place, config):
     """A bound for each row, and bounded scratch for as many as go through at once: the candidates of each part of a row, and their number."""
     splits, room, every = config["splits"], config["capacity"] + LINE.value, rows

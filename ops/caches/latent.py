@@ -1,10 +1,10 @@
 """Paged latents of MLA: as they are, or in DeepSeek-V3.2's 656 bytes a token."""
 from sparsetile.backends import arrays
-from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.kv import FLOATS
 from sparsetile.ops.caches.paged import PagedCache
+from sparsetile.ops.quantise import dequantise_float8
 
 GROUP = 128  # latent values that share a scale
 
@@ -84,7 +84,7 @@ class PagedLatent(PagedCache):
         latent, scale, rope = parts(rows, R, P)
         if quantised:
             return memory.typed(latent, "float8_e4m3fn"), rope, scale
-        return dequantised(latent, scale, dtype), memory.cast(rope, dtype) if P else None
+        return dequantise_float8(memory.typed(latent, "float8_e4m3fn"), scale, dtype=dtype), memory.cast(rope, dtype) if P else None
 
 
 def latent_bytes(R: int, P: int) -> int:
@@ -95,18 +95,3 @@ def parts(rows, R: int, P: int):
     """Rows [...,bytes] of the fp8 layout -> latent bytes [...,R], scales float32 [...,R/128], rotary part bfloat16 [...,P] or None; the same memory."""
     at = R + 4 * R // GROUP
     return rows[..., :R], memory.typed(rows[..., R:at], "float32"), memory.typed(rows[..., at:], "bfloat16") if P else None
-
-
-def dequantised(latent, scale, dtype: str):
-    """float8 bytes [...,R] times scales [...,R/128], in float32 and rounded once."""
-    values = xp.lookup(VALUES, latent).reshape(*latent.shape[:-1], -1, GROUP) * scale[..., None]
-    return memory.cast(values.reshape(latent.shape), dtype)
-
-
-def _values():
-    import numpy as np
-    return np.arange(256, dtype=np.uint8).view(arrays.numpy_dtype("float8_e4m3fn")).astype(np.float32)
-
-
-VALUES = _values()
-"""What each byte means as float8_e4m3fn."""
