@@ -238,6 +238,10 @@ def report(found, names: list) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def wrong_answers(found, names) -> bool:
+    return any("wrong" in event.get("failed", "").lower() for name in names for event in found.rows.get(name, {}).values())
+
+
 def main(arguments=None) -> int:
     import torch
     parser = argparse.ArgumentParser(prog="sparsetile.bench.dsa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,11 +262,12 @@ def main(arguments=None) -> int:
         print("\n".join(names) or f"--only: no row's name contains {given.only}")
         return 0 if names else 2
     if given.read:
-        print(report(gpu_table.read(given.read), names))
-        return 0
+        found = gpu_table.read(given.read)
+        print(report(found, names))
+        return int(wrong_answers(found, names))
     print(torch.cuda.get_device_name() if cuda else "CPU", flush=True)
     found, until = gpu_table.writing(given), start + 60 * given.minutes
-    watch, wrong = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB), 0
+    watch = timing.Stopwatch(0 if cuda else None, flush_mb=FLUSH_MB)
     for row in (name for name in names if name not in NAMED):
         try:
             if time.monotonic() > (until if given.no_tables else (start + until) / 2):
@@ -272,7 +277,6 @@ def main(arguments=None) -> int:
             else:
                 cached(torch, given, found, row, backends, watch)
         except (AssertionError, TimeoutError, torch.OutOfMemoryError) as error:
-            wrong += isinstance(error, AssertionError)
             found.take(dict(row=row, who="row", failed=f"{'WRONG: ' * isinstance(error, AssertionError)}{str(error)[:200]}"))
         if cuda:
             torch.cuda.empty_cache()
@@ -282,7 +286,7 @@ def main(arguments=None) -> int:
         order = dict(rows=[name for name in names if name in NAMED], without=[], seconds=given.seconds, compiled=False, backends=backends)
         gpu_table.supervise(order, found, given.limit, until)
     print("\n" + report(found, names))
-    return int(wrong > 0)
+    return int(wrong_answers(found, names))
 
 
 if __name__ == "__main__":

@@ -55,20 +55,22 @@ def main(arguments=None) -> int:
     import torch
     cuda = torch.cuda.is_available()
     device, backends, (T, K, widths) = "cuda" if cuda else "cpu", given.backend or (["cupy", "triton"] if cuda else ["numba"]), sizes(cuda)
-    watch, kinds = timing.Stopwatch(0 if cuda else None), {name: (most, make) for most, makes in ((3, listed(torch)), (5, against(torch))) for name, make in makes.items()}
+    missed, watch, kinds = 0, timing.Stopwatch(0 if cuda else None), {name: (most, make) for most, makes in ((3, listed(torch)), (5, against(torch))) for name, make in makes.items()}
     for S in widths:
         normal = torch.randn(T, S, device=device, generator=torch.Generator(device).manual_seed(0))
         print(f"top {K} of [{T}, {S}], {torch.cuda.get_device_name() if cuda else 'CPU'}\n{'scores':28}" + "".join(f"{backend + ' ms':>12}{'x normal':>10}" for backend in backends) + "  at most", flush=True)
         for name, (most, make) in kinds.items():
+            torch.manual_seed(0)
             x = make(normal)
             check(torch, name, x, K, backends)
             calls = [lambda rows=rows, backend=backend: topk(rows[None], K, backend=backend) for rows in (x, normal) for backend in backends]
             times = [watch.centre(one) / 1e3 for one in timing.finals(watch, calls, seconds=0.0 if not cuda else 0.1 if given.quick else 1.0, most=5 if given.quick else 20)]
             ratios = [times[n] / times[n + len(backends)] for n in range(len(backends))]
             over = " OVER" if max(ratios) > most else ""
+            missed += bool(over)
             print(f"{name:28}" + "".join(f"{ms:12.3f}{ratio:10.2f}" for ms, ratio in zip(times, ratios)) + f"{most:9}{over}", flush=True)
             del x, calls
-    return 0
+    return int(cuda and missed > 0)  # a CPU's few scores are too quickly chosen from
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def paths(m, b) -> dict:
     return {
         "parts": (dict(cupy=("block_attention.run_parts", "block_attention_backward.run_parts"), triton=("block_attention.run_parts", "block_attention_backward.run_parts")),
                   lambda: attend(*m.attention(1, 2, 1, 2048, 2048, 128), strided, b, True)),
+        "parts of any length": (dict(cupy="two_pass.run", triton="block_attention_backward.run_parts"), lambda: [attend(*m.attention(1, 2, 1, T, T, 128), rule, b, True) for rule, T in
+                                                                                                                ((strided, 2500), (st.Causal() & st.Fixed(32, 4), 672))]),
         "ordered": (dict(cupy=("block_attention.run_hopper", "block_attention_backward.run_hopper"), triton=("block_attention_gluon.launch", "block_attention_backward_gluon.launch_ordered")),
                     lambda: attend(*m.attention(2, 4, 2, 600, 600, 128), st.Layout.from_block_mask(mask, T=600, S=600), b, True)),
         "far longer rows": (dict(cupy="two_pass.run", triton="block_attention_backward_gluon.launch"), lambda: attend(*m.attention(1, 4, 2, 2300, 4096, 64), window, b, True)),
@@ -89,8 +91,8 @@ def paths(m, b) -> dict:
                                                    config=dict(path=dict(cupy="hopper", triton="gluon")[b]))),
         "latents, chosen, backward": (dict(cupy="gather_backward_hopper.run", triton="gather_backward_gluon.run"),
                                       lambda: attend(m.normal(1, 128, 200, 576), m.normal(1, 1, 300, 576), None, st.Selection(m.entries(300, 1, 1, 200, 100)), b, True, value_width=512)),
-        "few heads": (dict(cupy="gather_tokens_hopper.run"), lambda: attend(m.normal(1, 16, 37, 576), m.normal(1, 1, 400, 576), None, st.Selection(m.entries(400, 1, 1, 37, 200)), b, value_width=512,
-                                                                            config=dict(path=dict(cupy="tokens", triton="portable")[b]))),
+        "few heads": (dict(cupy="gather_tokens_hopper.run"), lambda: [attend(m.normal(1, heads, 37, 576), m.normal(1, 1, 400, 576), None, st.Selection(m.entries(400, 1, 1, 37, 200)), b, value_width=512,
+                                                                             config=dict(path=dict(cupy="tokens", triton="portable")[b])) for heads in (8, 16, 32)]),
         "union": (dict(cupy=("gather_union.run", "gather_union.run_rows")), lambda: attend(*m.attention(2, 4, 2, 1100, 1200, 64), st.Selection(m.entries(38, 2, 2, 1100, 7), 32, causal=True), b, True)),
         "bitmaps of each head": (both("selection_bitmaps.run"), lambda: attend(*m.attention(1, 4, 2, 300, 300, 64), st.Selection(m.distinct(300, 1, 4, 300, 40), causal=True, distinct=True), b, True)),
         "indexer": (dict(cupy="indexer_topk.run_fused"), lambda: st.indexer_topk(eight(m.normal(1, 64, 37, 128)), eight(m.normal(1, 4100, 128)), m.normal(1, 64, 37, dtype="float32"), 512,

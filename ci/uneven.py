@@ -18,7 +18,8 @@ from sparsetile.ops.layout import Layout
 
 SHAPES = ((2, 4, 4, 2048, 2048, 128), (1, 8, 2, 3000, 3000, 128), (1, 4, 4, 1500, 5000, 96), (3, 2, 1, 700, 1100, 128))  # B, Hq, Hk, T, S, D
 CONFIGS = dict(cupy=(dict(heads=8), dict(heads=8, sums=2), dict(heads=8, section=8), dict(heads=2, walk="ascending"), dict(heads=1, walk="freest")),
-               triton=(dict(heads=8), dict(heads=2, walk="ascending"), dict(heads=32)))  # each layout takes the next
+               triton=(dict(heads=8), dict(heads=2, walk="ascending"), dict(heads=32)))  # each layout of a shape takes the next
+GROUPED = dict(cupy=(dict(heads=8, walk="abreast"), dict(heads=8, walk="turning", sums=2), dict(heads=1, walk="turning")), triton=())  # of groups of heads, too
 PATHS = dict(cupy="hopper", triton="gluon_ordered")
 BATCH, PATIENCE = 20, 20  # layouts beside one occupying kernel; seconds after which they hang
 HELD = r"""
@@ -89,7 +90,8 @@ class Case:
         self.out, self.lse = attention.forward(self.call, True)
         self.config = None  # no path of other chips waits
         if torch.cuda.get_device_capability() == (9, 0):
-            self.config = dict(path=PATHS[backend], block_q=128, block_k=128, **CONFIGS[backend][seed % len(CONFIGS[backend])])
+            configs = CONFIGS[backend] + GROUPED[backend] * (Hq > Hk)
+            self.config = dict(path=PATHS[backend], block_q=128, block_k=128, **configs[(seed // len(SHAPES) + seed // 32) % len(configs)])
 
     def gradients(self):
         return attention.backward(self.call, self.out, self.lse, self.inputs[3], None, self.config)[:3]

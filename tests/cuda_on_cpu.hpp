@@ -1,7 +1,7 @@
 // Runs one .cu of backends/cupy on the CPU, exactly as written: one fiber per CUDA thread, barriers by yielding, tensor-core instructions by their
 // definition in the PTX manual. Slow, deterministic, and strict: shared memory starts as NaN, and asynchronous copies land as late as the waits allow
 // (or at once, SPARSETILE_EMULATE_EAGER=1), so a missing wait or barrier gives a wrong answer. SPARSETILE_EMULATE_SLOW=n: of 64 turns warpgroup n gets one.
-// A launch in which nobody can go on, or that takes longer than SPARSETILE_EMULATE_SECONDS (300), ends with a report of which threads stand where.
+// A launch in which nobody can go on, or that takes more than SPARSETILE_EMULATE_SECONDS (300) of the processor, ends with a report of which threads stand where.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -84,7 +84,7 @@ static void stuck(const char* why) {  // threads that stand at one place togethe
     if (!fibers[i].done) report += " " + std::to_string(fibers[i].which);
   }
 }
-static bool block_of_threads(int n, time_t until) {  // whether it ended
+static bool block_of_threads(int n, double until) {  // whether it ended
   threads = n; steps = still = 0; block = Barrier(); for (auto& w : warp) w = Barrier();
   for (int i = 0; i < n; i++) { Fiber& f = fibers[i]; f.started = f.done = false; f.what = "their beginning"; f.which = 0; f.groups.clear(); f.open.clear(); }
   for (int left = n; left;) {
@@ -103,7 +103,7 @@ static bool block_of_threads(int n, time_t until) {  // whether it ended
       left += !f.done;
     }
     if (++still > 1000) { stuck("nobody can go on"); return false; }
-    if (++steps % 1024 == 0 && time(nullptr) > until) { stuck("too slow, or without an end"); return false; }
+    if (++steps % 1024 == 0 && clock() / (double)CLOCKS_PER_SEC > until) { stuck("too slow, or without an end"); return false; }
   }
   return true;
 }
@@ -217,7 +217,7 @@ template <class P, void (*KERNEL)(P)> static int emulate_launch(int x, int y, in
   shared = raw; arguments = p; body = [](const void* q) { KERNEL(*(const P*)q); };
   gridDim = {(unsigned)x, (unsigned)y, (unsigned)z}; blockDim = {(unsigned)n, 1, 1};
   bool ended = true, bad = false;
-  const time_t until = time(nullptr) + (getenv("SPARSETILE_EMULATE_SECONDS") ? atoi(getenv("SPARSETILE_EMULATE_SECONDS")) : 300);
+  const double until = clock() / (double)CLOCKS_PER_SEC + (getenv("SPARSETILE_EMULATE_SECONDS") ? atoi(getenv("SPARSETILE_EMULATE_SECONDS")) : 300);
   report.clear();
   for (int k = 0; k < z; k++) for (int j = 0; j < y; j++) for (int i = 0; i < x && ended; i++) {
     memset(raw, 0xff, bytes); memset(raw + bytes, 0xa5, 512);

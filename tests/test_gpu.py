@@ -572,6 +572,29 @@ def test_parts_together(backend, name, rng, monkeypatch):
 
 
 @both
+@pytest.mark.parametrize("rule, T, S, Hq, Hk", [(st.Causal() & (st.Window(15) | st.Strided(16)), 2500, 2500, 2, 2), (st.Causal() & (st.Window(10) | st.Strided(8)), 2045, 2051, 4, 2),
+                                                (st.Causal() & (st.Window(10) | st.Strided(8)), 1256, 1256, 2, 1), (st.Causal() & st.Fixed(32, 4), 672, 672, 2, 1)], ids=["156-157", "ragged", "157", "fixed-4"])
+def test_gradients_of_parts_of_any_length(backend, rule, T, S, Hq, Hk, rng, monkeypatch):
+    """Classes that end within a block or one position apart, and summaries of four keys: together in one launch, and twice the same bits."""
+    import oracle
+    kernel, answers, make = dispatch.kernel(backend, "block_attention_backward"), [], Make(rng)
+    together = kernel.run_parts
+    monkeypatch.setattr(kernel, "run_parts", lambda *a, **how: answers.append(together(*a, **how)) or answers[-1])
+    q, k, v = (make.normal(1, H, n, 128)().requires_grad_() for H, n in ((Hq, T), (Hk, S), (Hk, S)))
+    dout = make.normal(1, Hq, T, 128)()
+    out = st.sparse_attention(q, k, v, rule, backend=backend)
+    first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert answers and None not in answers
+    seen = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S)
+    count, given = np.broadcast_to(seen, (1, Hq, T, S)).astype(np.int64), [to_numpy(x.detach()) for x in (q, k, v)]
+    truth, formula = (f(*given, count, to_numpy(dout), scale=128 ** -0.5) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, true, one, n in zip(("dq", "dk", "dv"), first, truth, formula, (S + 256, T * Hq // Hk + 256, T * Hq // Hk + 256)):
+        assert_close(name, to_numpy(got), true, one, reduction=n)
+
+
+@both
 @pytest.mark.parametrize("G", [1, 2])
 def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
     """Native Sparse Attention's first block: its long sums are cut into parts, and twice the same call gives the same bits."""

@@ -163,3 +163,10 @@ def test_a_jacobian_is_refused_in_a_batch_and_made_one_by_one(rng, op):
     with pytest.raises(st.Unsupported, match=BATCHES):
         jacobian(vectorize=True)
     assert jacobian().shape == (5, *inputs[0].shape)
+
+
+def test_a_cache_is_made_in_a_compiled_function():
+    """torch.compile cannot ask what memory holds; it does not have to."""
+    made = lambda k, v, table, lengths: st.PagedKV(k, v, table, lengths).lengths + 1  # noqa: E731
+    k, table, lengths = torch.zeros(3, 4, 2, 8), torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    assert torch.equal(torch.compile(made, fullgraph=True, backend="eager")(k, k, table, lengths), made(k, k, table, lengths))

@@ -90,8 +90,8 @@ def resources(problem: Problem, config: dict):
             return f"path {path} has tiles of its own; leave tile_k, tile_q and stages at 64, 32 and 1, which are for calls that need the portable path"
         if path == "two_pass" and (config["sums"], config["section"], config["walk"]) != (1, 0, "descending"):
             return "path two_pass adds nothing in device memory; leave sums, section and walk at 1, 0 and descending"
-        if config["walk"] in GROUPED and problem["Hq"] == problem["Hk"]:
-            return f"walk {config['walk']} is for groups of query heads that share a key head; take descending"
+        if config["walk"] in GROUPED and (problem["Hq"] == problem["Hk"] or "per_head" in problem.features):
+            return f"walk {config['walk']} is for groups of query heads that share a key head and a list; take descending"
         portable = resources(problem, {**config, "path": "portable"})  # where a call needs it
         shared = hopper_bytes(problem["D"], problem["Dv"], path)
         return no_hopper(problem, path) or (portable if isinstance(portable, str) else Resources(384, shared if path == "hopper" else max(shared, two_pass.query_bytes(ceil_div(problem["D"], 64) * 64)), 168))

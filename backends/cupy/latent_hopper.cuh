@@ -147,8 +147,8 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
-// By one thread of the group. Where the copy engine brings the tiles, EARLY: waiting costs 3 %; but nine products earlier both are slowed down by a quarter. Where threads bring them
-// EARLY costs 10 %, and waiting for the last four products 1 %. Predicated inside, so that ptxas sees no divergent branch between products.
+// By one thread of the group. Where the copy engine brings the tiles, EARLY: waiting costs 3 %; but nine products earlier both are slowed down by a quarter. Where threads gather
+// rows of 16 bits EARLY costs 10 %, and waiting for the last four products 1 %; where they convert bytes it makes no difference. Predicated inside, so that ptxas sees no divergent branch between products.
 __device__ __forceinline__ void start_values(u32 bar, bool doit) {
 #ifdef SPARSETILE_EMULATE
   if (doit && threadIdx.x % 128 == 0) bar_arrive(bar);
