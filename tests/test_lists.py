@@ -139,8 +139,8 @@ BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", 
                     "cupy-hopper": "cupy.block_attention_backward.run_hopper", "cupy-turning": "cupy.block_attention_backward.run_hopper", "cupy-two_pass": "cupy.two_pass.run"}
 
 
-@pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in BACKWARD])
-@pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each", "a list for each of a group"])
+@pytest.mark.parametrize("variant, backend, style", [(name, name.partition("-")[0], style) for name in BACKWARD for style in ("first negative", "bitmaps only", "a list for each", "a list for each of a group")
+                                                     if (name, style) != ("cupy-turning", "a list for each")])  # refused: every head has its own key head there
 @pytest.mark.parametrize("ends", [True, False])
 def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     """Rows at no multiple of 16 bytes, queries before the lists' first, keys that nobody sees are NaN, a device length of 0; the same bits twice."""
