@@ -144,8 +144,20 @@ def view(x) -> View:
 
 
 def held(x):
-    """A tensor whose memory holds its values: itself, unless it is lazily negated, or stands for zeros and has no memory (autograd makes both)."""
+    """A tensor whose memory holds its values: itself, unless it is lazily negated, or stands for zeros and has no memory (autograd makes both). torch.compile cannot ask."""
+    if sys.modules["torch"].compiler.is_compiling():
+        return x
     return x.resolve_neg().clone() if x._is_zerotensor() else x.resolve_neg() if x.is_neg() else x
+
+
+def cast(x, dtype: str):
+    """The same values in another element type."""
+    return x.to(torch_dtype(dtype)) if framework(x) == "torch" else x.astype(numpy_dtype(dtype))
+
+
+def typed(x, dtype: str):
+    """The same bytes as elements of another type; the last axis is contiguous and counts them."""
+    return x.view(torch_dtype(dtype) if framework(x) == "torch" else numpy_dtype(dtype))
 
 
 def as_numpy(x) -> np.ndarray:

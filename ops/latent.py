@@ -2,7 +2,6 @@
 from sparsetile.backends import arrays, devices, places
 from sparsetile.backends.contract import Problem, Unsupported
 from sparsetile.ops import attention, checks, dispatch, latent_mode
-from sparsetile.ops.caches import memory
 from sparsetile.ops.caches.latent import parts
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.latent_mode import MODES, WIDEST
@@ -143,7 +142,7 @@ def _gathered(cache, k_rope, latent_scale, kind):
     """latent [B,S,R], k_rope [B,S,P] or None and latent_scale of a cache, S the longest sequence."""
     _cached(cache, k_rope, latent_scale)
     latent, rope, *scale = cache.gather(quantised=cache.quantised)
-    return latent, None if rope is None else memory.cast(rope, kind), scale[0] if scale else None
+    return latent, None if rope is None else arrays.cast(rope, kind), scale[0] if scale else None
 
 
 def _cached(cache, k_rope, latent_scale):
@@ -156,7 +155,7 @@ def _cached(cache, k_rope, latent_scale):
     pool, R = cache.pools[0], cache.rank
     if cache.quantised:
         values, scale, rope = parts(pool, R, cache.rotary)
-        return memory.typed(values, "float8_e4m3fn"), rope, scale
+        return arrays.typed(values, "float8_e4m3fn"), rope, scale
     return pool[..., :R], pool[..., R:] if cache.rotary else None, None
 
 

@@ -6,9 +6,10 @@ from sparsetile.backends import arrays
 from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
+from sparsetile.ops.float8 import FLOAT8
 
 FLOATS = ("float32", "float16", "bfloat16")
-FLOAT8, LARGEST, SMALLEST = "float8_e4m3fn", 448.0, 2.0 ** -126  # the largest value of e4m3; the smallest normal float32
+LARGEST, SMALLEST = 448.0, 2.0 ** -126  # the largest value of e4m3; the smallest normal float32
 
 
 def quantise_float8(x, *, group=128, power_of_two=False):
@@ -31,10 +32,10 @@ def quantise_float8(x, *, group=128, power_of_two=False):
     top = xp.highest(sizes, -1)
     scale = lib.maximum(_divided(lib.where(bad, 0, top), xp.full(top, top.shape, LARGEST, "float32")), xp.full(top, (), SMALLEST, "float32"))
     if power_of_two:  # any bit of the mantissa carries into the exponent
-        scale = _seen_as(_seen_as(scale, "int32") + 0x7FFFFF & -0x800000, "float32")
+        scale = arrays.typed(arrays.typed(scale, "int32") + 0x7FFFFF & -0x800000, "float32")
     scale = lib.where(bad, lib.nan, scale)
     values = lib.clip(_divided(wide, lib.broadcast_to(scale[..., None], wide.shape)), -LARGEST, LARGEST)
-    return _cast(_flat(values, D), FLOAT8), scale
+    return arrays.cast(_flat(values, D), FLOAT8), scale
 
 
 def dequantise_float8(values, scales, *, group=128, dtype="float32"):
@@ -47,7 +48,7 @@ def dequantise_float8(values, scales, *, group=128, dtype="float32"):
     checks.same("scales", "shape [...,ceil(D/group)]", [*values.shape[:-1], -(-D // group)], list(scales.shape), f"one for {group} values each; name the group that they were made with")
     checks.together({"values": values, "scales": scales})
     wide = _grouped(xp.astype(values, "float32"), group) * scales[..., None]
-    return _cast(_flat(wide, D), dtype)
+    return arrays.cast(_flat(wide, D), dtype)
 
 
 def hadamard(x):
@@ -97,12 +98,3 @@ def _divided(x, by):
         import jax
         by = jax.lax.optimization_barrier(by)
     return x / by
-
-
-def _seen_as(x, dtype: str):
-    """The same bits."""
-    return x.view(getattr(xp.module(x), dtype))
-
-
-def _cast(x, dtype: str):
-    return x.to(arrays.torch_dtype(dtype)) if xp.kind(x) == "torch" else x.astype(arrays.numpy_dtype(dtype))

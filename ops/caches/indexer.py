@@ -1,4 +1,5 @@
 """Paged keys of a lightning indexer, 132 bytes a token."""
+from sparsetile.backends import arrays
 from sparsetile.ops import array_operators as xp
 from sparsetile.ops import checks
 from sparsetile.ops.caches import memory
@@ -30,7 +31,7 @@ class IndexerKeys(PagedCache):
     def planes(self):
         """(keys [N,page,D] uint8, scales [N,page] float32): the same memory."""
         pool, size = self.pools[0], self.page_size
-        return pool[:, :size * self.width].reshape(-1, size, self.width), memory.typed(pool[:, size * self.width:], "float32")
+        return pool[:, :size * self.width].reshape(-1, size, self.width), arrays.typed(pool[:, size * self.width:], "float32")
 
     def write(self, k, counts=None, *, backend=None) -> None:
         """k [B,n,D] at the ends of their sequences, quantised, then lengths += n (or counts [B] int32 on the device). Device work only."""
@@ -51,9 +52,9 @@ class IndexerKeys(PagedCache):
         length = lib.clip(self.lengths, 0, self.capacity)
         end = length[:, None] if key_end is None else lib.minimum(key_end, length[:, None])
         end = xp.astype(end + xp.arange(length, T) * 0, "int32")                     # [B, T]
-        return memory.typed(keys, "float8_e4m3fn"), scales, self.page_table, length - T if q_start is None else q_start, end
+        return arrays.typed(keys, "float8_e4m3fn"), scales, self.page_table, length - T if q_start is None else q_start, end
 
     def gather(self):
         """(k [B,S,D] float8_e4m3fn, k_scale [B,S] float32) in one piece, as indexer_scores takes them; 0 past each sequence's tokens."""
         keys, scales = self.planes()
-        return memory.typed(self._gather(keys), "float8_e4m3fn"), self._gather(scales)
+        return arrays.typed(self._gather(keys), "float8_e4m3fn"), self._gather(scales)

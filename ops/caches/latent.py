@@ -79,12 +79,12 @@ class PagedLatent(PagedCache):
         dtype = checks.choice("dtype", dtype or ("bfloat16" if self.quantised else own), FLOATS)
         rows, R, P = self._gather(self.pools[0]), self.rank, self.rotary
         if not self.quantised:
-            rows = rows if dtype == own else memory.cast(rows, dtype)
+            rows = rows if dtype == own else arrays.cast(rows, dtype)
             return rows[..., :R], rows[..., R:] if P else None
         latent, scale, rope = parts(rows, R, P)
         if quantised:
-            return memory.typed(latent, "float8_e4m3fn"), rope, scale
-        return dequantise_float8(memory.typed(latent, "float8_e4m3fn"), scale, dtype=dtype), memory.cast(rope, dtype) if P else None
+            return arrays.typed(latent, "float8_e4m3fn"), rope, scale
+        return dequantise_float8(arrays.typed(latent, "float8_e4m3fn"), scale, dtype=dtype), arrays.cast(rope, dtype) if P else None
 
 
 def latent_bytes(R: int, P: int) -> int:
@@ -94,4 +94,4 @@ def latent_bytes(R: int, P: int) -> int:
 def parts(rows, R: int, P: int):
     """Rows [...,bytes] of the fp8 layout -> latent bytes [...,R], scales float32 [...,R/128], rotary part bfloat16 [...,P] or None; the same memory."""
     at = R + 4 * R // GROUP
-    return rows[..., :R], memory.typed(rows[..., R:at], "float32"), memory.typed(rows[..., at:], "bfloat16") if P else None
+    return rows[..., :R], arrays.typed(rows[..., R:at], "float32"), arrays.typed(rows[..., at:], "bfloat16") if P else None

@@ -47,22 +47,6 @@ def put(target, host) -> None:
         target[...] = host
 
 
-def typed(x, dtype: str):
-    """The same bytes as elements of another type; the last axis is contiguous and counts them."""
-    return x.view(arrays.torch_dtype(dtype) if arrays.framework(x) == "torch" else arrays.numpy_dtype(dtype))
-
-
-def cast(x, dtype: str):
-    """The same values in another element type."""
-    return x.to(arrays.torch_dtype(dtype)) if arrays.framework(x) == "torch" else x.astype(arrays.numpy_dtype(dtype))
-
-
-def compiling() -> bool:
-    """Whether torch.compile traces this: it cannot ask what a tensor's memory holds."""
-    import torch
-    return torch.compiler.is_compiling()
-
-
 def pool(name, x, ndim, axes, dtypes):
     """An array that holds pages, checked: writable, of the right rank and type, contiguous, so that rows of all pages stand at one step."""
     checks.array(name, writable(name, x), ndim, axes, dtypes)
@@ -71,7 +55,7 @@ def pool(name, x, ndim, axes, dtypes):
         if extent > 1 and stride != step:
             raise ValueError(f"{name}: expected a contiguous array {axes}, got strides {list(strides)} of shape {list(x.shape)}; keep each pool in one piece")
         step *= extent
-    if arrays.framework(x) == "torch" and not compiling() and arrays.held(x) is not x:
+    if arrays.framework(x) == "torch" and arrays.held(x) is not x:
         raise TypeError(f"{name}: expected an array {axes} whose memory holds its values, for it is written in place, got a lazily negated view or zeros without memory; clone it first")
     if arrays.dtype_name(x) == "uint8" and (x.data_ptr() if arrays.framework(x) == "torch" else x.ctypes.data) % 4:
         raise ValueError(f"{name}: expected memory that starts at a multiple of 4 bytes, where float32 scales can stand, got a slice between; allocate the pool by itself")
