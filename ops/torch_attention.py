@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from sparsetile.backends.contract import Lists
-from sparsetile.ops import attention as attention_op
+from sparsetile.ops import attention as attention_op, attention_call
 from sparsetile.ops.float8 import is_float8
 from sparsetile.ops.layout import Layout
 from sparsetile.ops.patterns import Pattern
@@ -25,7 +25,7 @@ def encode(rule) -> tuple[str, list]:
         return f"s{rule.granularity},{int(rule.causal)},{int(rule.distinct)}", [rule.indices] + ([] if rule.lengths is None else [rule.lengths])
     tables, text = [], f"l{rule.T},{rule.S}"
     for part in rule.parts:
-        held = [getattr(part, name) for name in attention_op._ARRAYS]
+        held = [getattr(part, name) for name in attention_call.ARRAYS]
         tables += [torch.as_tensor(x) for x in held if x is not None]
         numbers = [int(getattr(part, name)) for name in _NUMBERS]
         # f"{n}", not str(n): torch.compile can do that to a length which it keeps as a symbol, and is told the number
@@ -53,7 +53,7 @@ def decode(text: str, tables):
     for part in said:
         values = list(map(int, part.split(",")))
         numbers = dict(zip(_NUMBERS, values)) | {name: bool(dict(zip(_NUMBERS, values))[name]) for name in ("has_intervals", "has_bitmaps")}
-        parts.append(Lists(**numbers, **{name: next(tables) if has else None for name, has in zip(attention_op._ARRAYS, values[len(_NUMBERS):])}))
+        parts.append(Lists(**numbers, **{name: next(tables) if has else None for name, has in zip(attention_call.ARRAYS, values[len(_NUMBERS):])}))
     return Layout(tuple(parts), T, S)
 
 
@@ -63,7 +63,7 @@ _RULE = ("str rule, Tensor[] tables, Tensor? sink_logits, Tensor? kv_length, Ten
 
 
 def _call(q, k, v, rule, tables, sink_logits, kv_length, q_start, start, scale, softcap, value_width, deterministic, backend, config):
-    return attention_op.Call(q, k, v, decode(rule, tables), scale, sink_logits, softcap or None, kv_length, start_of(q_start, start), value_width, deterministic, backend or None,
+    return attention_call.Call(q, k, v, decode(rule, tables), scale, sink_logits, softcap or None, kv_length, start_of(q_start, start), value_width, deterministic, backend or None,
                              knobs(config), "torch", device_of(q))
 
 

@@ -1,20 +1,20 @@
 """What the selectors share: where queries and keys stand, means over windows of keys, and the best keys of every query by plain products."""
 from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops import attention, dispatch
+from sparsetile.ops import attention, attention_call, dispatch
 from sparsetile.ops.caches.paged import Cache
 from sparsetile.ops.indexer import indexer_topk, topk
 from sparsetile.systems.compression import mean
 
 
-def check(q, k, kv_length=None, q_start=None, backend=None) -> attention.Call:
+def check(q, k, kv_length=None, q_start=None, backend=None) -> attention_call.Call:
     """The arguments of a selector, checked as those of sparse_attention are. The call's q and k carry no gradient."""
     if isinstance(k, Cache):
         raise Unsupported(f"k: a selector looks at keys in one piece, got a {type(k).__name__}; pass the arrays of cache.gather(), or a Selection with the cache to sparse_attention")
     return attention.check(xp.constant_of(q), xp.constant_of(k), None, None, None, None, None, kv_length, q_start, 1, True, backend, None)
 
 
-def places(call: attention.Call):
+def places(call: attention_call.Call):
     """Position of query 0 and number of keys that exist, int32 [B or 1, 1] beside q."""
     _, _, _, T, S, _, _ = call.sizes
     length = xp.full(call.q, (1,), S) if call.kv_length is None else xp.module(call.q).clip(call.kv_length, 0, S)
@@ -22,7 +22,7 @@ def places(call: attention.Call):
     return start[:, None], length[:, None]
 
 
-def positions(call: attention.Call):
+def positions(call: attention_call.Call):
     """Of all queries, int32 [B or 1, T]."""
     T = call.sizes[3]
     if isinstance(call.q_start, int) and -2 ** 31 <= call.q_start < 2 ** 31 - T:

@@ -247,13 +247,13 @@ def test_float8_latents_are_read_where_they_lie(on, backend, rng, case):
 
 def test_growing_lengths_build_nothing_anew(rng):
     """Twenty steps of decode make lists once or twice, not each time."""
-    from sparsetile.ops import attention
+    from sparsetile.ops import attention_call
     cache = st.PagedKV.empty(np.zeros(1, np.float32), sequences=1, pages=16, page_size=16, heads=1, width=8, max_pages=16)
-    attention._lists.clear()
+    attention_call._lists.clear()
     for _ in range(20):
         cache.append(*(normal(rng, 1, 1, 1, 8) for _ in "kv"), backend="numba")
         st.sparse_attention(normal(rng, 1, 1, 1, 8), cache, pattern=st.Window(5), backend="numba")
-    assert len(attention._lists) == 1
+    assert len(attention_call._lists) == 1
 
 
 @pytest.mark.parametrize("call, words", [
