@@ -46,13 +46,6 @@ class Ahead:
         """Seconds that a config has taken to compile of late."""
         return statistics.median(self.spent) if self.spent else 0.0
 
-    def begin(self, workload, backend: str | None) -> None:
-        """Compile the default configs of a workload that comes next, for the device that is known already."""
-        if self.device is not None:
-            for name in [backend] if backend else ("triton", "cupy"):
-                if dispatch.has_kernel(name, workload.kernel):
-                    self.pool.submit(self._compile, workload, name, None)
-
     def submit(self, workload, backend: str, config: dict) -> Future:
         """Its result is (the sentence that says why the config does not compile, or None; what was left to the bench worker, or None)."""
         return self.pool.submit(self._compile, workload, backend, config)

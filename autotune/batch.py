@@ -21,7 +21,7 @@ def run(workloads: list, say, *, device, storage=None, profiles=None, backend=No
     failed, todo, known = 0, list(workloads), set()
     while todo:
         later = []
-        for w in todo:
+        for n, w in enumerate(todo):
             claim = shared and shared.claim(f"{where}/{w.name}/{backend or 'all'}", again or not _written(w, device, profiles, where))
             if shared and claim is None:
                 if shared.done(f"{where}/{w.name}/{backend or 'all'}"):
@@ -29,7 +29,8 @@ def run(workloads: list, say, *, device, storage=None, profiles=None, backend=No
                 else:
                     later.append(w)
                 continue
-            failed += _one(w, claim, say, device=device, storage=storage, profiles=profiles, backend=backend, **options)
+            then = None if shared else next(iter(todo[n + 1:]), None)  # in a list that is shared another may take it
+            failed += _one(w, claim, say, device=device, storage=storage, profiles=profiles, backend=backend, then=then, **options)
         if later and {w.name for w in later} != known:
             known = {w.name for w in later}
             say({"event": "waiting", "workloads": sorted(known)})

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("tune", commands.do_tune, "Search the legal configs of kernels on this device and write the winners as YAML that the next call finds.",
                 "examples:\n  sparsetile tune                                    every CPU workload, 30 s each\n  sparsetile tune --device 0 --effort quick          the first GPU\n"
-                "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on; processes side by side share the work\n"
+                "  sparsetile tune cpu/window-256/4096 --backend numba\n  sparsetile tune --device all --missing --trials 6 --profiles profiles     in a checkout: what its profiles lack, or have of older kernels\n  sparsetile tune --storage tune.journal             survives a kill: run it again to go on; processes side by side share the work\n"
                 "  sparsetile tune --storage postgresql+psycopg://user@host/db --device all      on every host: they share the list, each GPU model's its own\n"
                 "  sparsetile tune --shapes shapes.jsonl              after SPARSETILE_RECORD_SHAPES=shapes.jsonl python app.py\n"
                 "  sparsetile tune --list                             the workloads")
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu, the index of a GPU, or all: every GPU of this host, one process each (default: cpu)")
     p.add_argument("--shapes", help="tune what a running application needed: the file that SPARSETILE_RECORD_SHAPES named")
     p.add_argument("--again", action="store_true", help="tune workloads too that the storage says are done")
+    p.add_argument("--missing", action="store_true", help="tune only workloads for which the profiles (--profiles and the shipped ones) hold no entry of this device made by the kernels of today, on some backend")
     p.add_argument("--backend", choices=("triton", "cupy", "numba"), help="tune this backend only (default: each that supports the problem)")
     p.add_argument("--seconds", type=_duration, help="budget for each workload and backend (default: 30)")
     p.add_argument("--trials", type=_count, help="configs to try for each workload and backend")
@@ -83,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     profiles("show", "Print the entries of profiles: time, gain over the default, config, and whether the kernel has changed since.", commands.do_show)
     p = command("diff", commands.do_diff, "What changed from one profile (or directory) to another: speed and config of each entry.")
     p.add_argument("a"), p.add_argument("b")
-    p = command("merge", commands.do_merge, "Put the entries of profiles into one directory: of two for one key the higher status stays, then the faster; conflicts are printed.",
+    p = command("merge", commands.do_merge, "Put the entries of profiles into one directory: of two for one key a pinned one stays, else the one of today's kernel, then the higher status, then the faster; conflicts are printed.",
                 "example:\n  sparsetile merge host1/profiles host2/profiles --into profiles")
     p.add_argument("paths", nargs="+", help="profile files or directories")
     p.add_argument("--into", required=True, help="the directory that receives them")
-    p = profiles("verify", "Time each entry's config again beside the default on this machine. Exit code 1 if one is slower beyond the noise, or fails.", commands.do_verify)
+    p = profiles("verify", "Time each entry's config again beside the default on this machine, where it is another. Exit code 1 if one is slower beyond the noise, or fails.", commands.do_verify)
     p.add_argument("--device", default="cpu", help="cpu, or the index of a GPU (default: cpu)")
     p.add_argument("--write", action="store_true", help="instead: time what another GPU of this model made (in one directory, default the user cache) and write the figures into the entries; one that is slower than "
                    "the default here gives way to it. `tune --device all` does so at its end")

@@ -59,7 +59,7 @@ def do_tune(args):
     busy = doctor.busy(device)
     if busy:
         print(busy, file=sys.stderr)
-    workloads = _recorded(args.shapes, device) if args.shapes else _selected(args.workloads, device)
+    workloads = _recorded(args.shapes, device) if args.shapes else _wanted(args, device)
     with progress.show(len(workloads), args.json) as say, search.answering(args.storage):
         failed = batch.run(workloads, say, device=device, storage=args.storage, profiles=args.profiles, backend=args.backend, again=args.again, trials=args.trials,
                            seconds=args.seconds, effort=args.effort, sampler=args.sampler, seed=args.seed)
@@ -67,15 +67,38 @@ def do_tune(args):
 
 
 def _every_gpu(args):
-    from sparsetile.autotune import batch
+    from sparsetile.autotune import batch, tune
     if not _gpus():
         raise ValueError("--device: expected GPUs for all, got none; use --device cpu, or see sparsetile doctor")
     if args.shapes and not args.storage:
         raise ValueError("--shapes: expected --storage beside --device all, got none; the GPUs share the list by it, e.g. --storage tune.journal")
-    names = [w.name for w in _selected(args.workloads, 0)]
+    names = [w.name for w in _wanted(args, 0)]
+    tune.close()  # of this process, where it asked for the device's name
+    if not names:
+        return 0
     options = [(f"--{name}", getattr(args, name)) for name in ("backend", "seconds", "trials", "effort", "storage", "profiles", "sampler", "seed", "shapes")]
     words = [str(word) for pair in options if pair[1] is not None for word in pair] + ["--json"] * args.json + ["--again"] * args.again
     return batch.every_gpu(_gpus(), words, [] if args.shapes else names, args.storage, args.profiles)
+
+
+def _wanted(args, device):
+    """The workloads that are named; with --missing those of them that have no entry of today's kernels."""
+    from sparsetile.autotune import shelf, tune
+    found = _selected(args.workloads, device)
+    if not args.missing:
+        return found
+    backends = [b for b in BACKENDS[:-1] if _runs(b, device) and args.backend in (None, b)]
+    name = tune.machine(device)["name"]
+    found = [w for w in found if shelf.lacks(w, name, backends, args.profiles)]
+    print(f"{len(found)} workloads have no entry of {', '.join(backends)} as they are today", file=sys.stderr)
+    return found
+
+
+def _runs(backend, device) -> bool:
+    """Whether a backend computes on the device at all."""
+    from sparsetile.ops import dispatch
+    package = dispatch.package(backend)
+    return (package.NATIVE == "numpy") == (device is None) and package.unavailable() is None
 
 
 def _recorded(path, device):

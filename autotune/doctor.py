@@ -127,5 +127,5 @@ def _now(d: dict) -> str:
 def _line(p: dict) -> str:
     if "error" in p:
         return f"  {p['path']}: {p['error']}"
-    changed = f", {p['stale']} of kernels that have changed since (sparsetile verify)" if p["stale"] else ""
+    changed = f", {p['stale']} of kernels that have changed since (sparsetile tune --missing)" if p["stale"] else ""
     return f"  {p['path']}: {p['op']}, {p['entries']} {'entry' if p['entries'] == 1 else 'entries'}{changed}, {p['device']}{'' if p['used_here'] else ' (not used here)'}"

@@ -25,6 +25,7 @@ class Hunt:
         self.backend, self.workload, self.problem, self.worker, self.compilers, self.say = backend, workload, problem, worker, compilers, say
         self.module = dispatch.kernel(backend, workload.kernel)
         self.tried, self.line, self.start, self.end, self.warm, self.gained, self.finals = [], deque(), time.monotonic(), None, 0, 0, FINALS
+        self.then = None  # called when the last config was asked for: the compilers are free for what comes next
 
     def failures(self) -> Counter:
         return Counter(t.failure.partition(":")[0] for t in self.tried if t.failure)
@@ -43,7 +44,7 @@ class Hunt:
         self.tried = [Tried(self.backend, r["config"], r["time_us"], r.get("failure")) for r in getattr(self.study, "history", {}).values()]
         self.gained = len(self.tried)
         if self.compilers:
-            self._fill()
+            self.fill()
 
     def search(self, seconds) -> None:
         self.start = time.monotonic()
@@ -52,7 +53,7 @@ class Hunt:
             self.finals = min(FINALS, seconds / timing.LONGEST)
         self.say({"event": "start", "workload": self.workload.name, "backend": self.backend, "feasible": len(self.pool), "total": self.total, "resumed": len(self.tried)})
         while not self._stagnant():
-            self._fill()
+            self.fill()
             if not self.line or self._over() and self.tried:
                 break
             config, compiled = self._first()
@@ -68,21 +69,32 @@ class Hunt:
                 self.gained = len(self.tried)
             self.say({"event": "trial", "workload": self.workload.name, "backend": self.backend, "config": config, "time_us": one.time_us, "failure": one.failure, "done": len(self.tried),
                       "best_us": self.best, "seconds": one.seconds})
-        for config, compiled in self.line:  # asked for, and never tried
-            self.study.drop(config)
-            compiled and compiled.cancel()
+        self.drop()
+        self._asked_all()
         enough = self.trials is not None and len(self.tried) >= self.trials
         self.stop = "exhausted" if len(self.tried) >= len(self.pool) else "trials" if enough else "stagnation" if self._stagnant() else "seconds"
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Ask for as many configs as can be compiled side by side, and for none that would not be compiled in time."""
         width, compiling = (self.compilers.width, self.compilers.typical) if self.compilers else (1, 0.0)
         while len(self.line) < width:
             more = (self.trials is None or len(self.tried) + len(self.line) < self.trials) and (self.end is None or time.monotonic() + compiling < self.end)
             config = self.study.ask() if more or not self.tried and not self.line else None
             if config is None:
-                return
+                return self._asked_all()
             self.line.append((config, self.compilers and self.compilers.submit(self.workload, self.backend, config)))
+
+    def _asked_all(self) -> None:
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+
+    def drop(self) -> None:
+        """What was asked for, and never tried."""
+        while self.line:
+            config, compiled = self.line.popleft()
+            self.study.drop(config)
+            compiled and compiled.cancel()
 
     def _first(self) -> tuple:
         """The config that is compiled first; where nothing is when the budget ends, the one that was asked for first."""

@@ -3,7 +3,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from sparsetile.autotune import hunt, isolate, shelf, store, tasks, timing, tune
+from sparsetile.autotune import hunt, isolate, shelf, space, store, tasks, timing, tune
 from sparsetile.backends.contract import Problem
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -18,12 +18,25 @@ class Again:
 
     def workload(self, op: str, entry: dict):
         """The workload of the entry's name, else (it was recorded from a program) one that stands for its key; None where nothing does."""
-        key = entry["key"]
-        problem = Problem.of(op, key["dims"], key["dtypes"], self.machine["arch"], key.get("features", ()), key.get("density", 1.0), key.get("granularity", 1))
         try:
-            return self.named.get(entry.get("workload")) or tasks.of_problem(problem)
+            return self.named.get(entry.get("workload")) or tasks.of_problem(self.problem(op, entry))
         except KeyError:  # by hand: axes are missing
             return None
+
+    def problem(self, op: str, entry: dict) -> Problem:
+        """What the entry's key says."""
+        key = entry["key"]
+        return Problem.of(op, key["dims"], key["dtypes"], self.machine["arch"], key.get("features", ()), key.get("density", 1.0), key.get("granularity", 1))
+
+    def is_default(self, op: str, entry: dict) -> bool:
+        """Whether a call by the entry is the kernel's default call, which cannot be slower than itself."""
+        module, problem = dispatch.kernel(entry["backend"], op), self.problem(op, entry)
+        if lookup.keeps_default(entry):
+            return True
+        if not set(entry["config"]) <= {t.name for t in module.TUNABLES} or module.supports(problem) is not None:
+            return False
+        default = module.default_config(problem)
+        return space.call_of(module, problem, {**default, **entry["config"]}) == space.call_of(module, problem, default)
 
     def facts(self, workload) -> dict:
         if self.opened != workload:
@@ -46,8 +59,8 @@ class Again:
 
 
 def verify(paths, device, say=print) -> int:
-    """Time each entry's config again beside its kernel's default, interleaved, on this machine. Returns how many are slower than the default beyond the noise, or fail.
-    ValueError if there is none to time."""
+    """Time each entry's config again beside its kernel's default, interleaved, on this machine; what makes the default's call is counted and not timed. Returns how many are slower than the default
+    beyond the noise, or fail. ValueError if there is none of this device."""
     again, bad, left, timed = Again(device), 0, Counter(), 0
     for path in shelf.files(paths):
         data = schema.load(path)
@@ -57,6 +70,9 @@ def verify(paths, device, say=print) -> int:
                 left[f"of {data['device']['arch']}" if data["device"]["arch"] != again.machine["arch"] else "without a workload that stands for them"] += 1
                 continue
             timed += 1
+            if again.is_default(data["op"], e):
+                left["that are their kernel's default"] += 1
+                continue
             found, where = again.times(data["op"], e, w), f"{path.name}: entry {n}: {w.name} {e['backend']}"
             bad += found.get("slower", True)
             say(f"FAILS   {where}: {found['failed']}" if "failed" in found else

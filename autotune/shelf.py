@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 from sparsetile.autotune import store
+from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
 
 RANK = {status: n for n, status in enumerate(("inherited", "partial", "tuned", "manual", "pinned"))}
@@ -30,7 +31,7 @@ def rows(path: Path) -> list[dict]:
     data = schema.load(path)
     return [{"device": data["device"]["name"], "op": data["op"], "workload": e.get("workload", ""), "key": short(e["key"]), "backend": e["backend"], "time_us": e.get("time_us"),
              "default_us": e.get("default_us"), "config": dict(e["config"]), "status": e.get("status", "tuned"), "ties": e.get("ties"), "band": e.get("band"),
-             "stale": stale(data["op"], e)} for e in data["entries"]]
+             "default": lookup.keeps_default(e), "stale": stale(data["op"], e)} for e in data["entries"]]
 
 
 def stale(op, entry) -> bool | None:
@@ -42,11 +43,20 @@ def stale(op, entry) -> bool | None:
     return provenance.of(folder / f"{op}.py") != entry["code"]
 
 
+def lacks(w, device: str, backends, root=None) -> bool:
+    """Whether one of the backends has no entry for a workload on the device that was made by its kernel as it is today, in a directory (None: the user cache) or among the shipped."""
+    fresh = set()
+    for folder in (Path(root) if root else lookup.user_cache(), lookup.SHIPPED):
+        path = folder / lookup.slug(device) / f"{w.kernel}.yaml"
+        fresh |= {e["backend"] for e in (schema.load(path)["entries"] if path.exists() else ()) if e.get("workload") == w.name and not stale(w.kernel, e)}
+    return not {b for b in backends if dispatch.has_kernel(b, w.kernel)} <= fresh
+
+
 def table(found: list[dict]) -> str:
     lines = []
     for r in found:
         gain = f"{r['default_us'] / r['time_us']:6.3f} x" if r["time_us"] and r["default_us"] else " " * 8
-        lines.append(f"{r['op']:26} {r['backend']:7} {r['time_us'] or 0:12.2f} us {gain}  {r['status']}{', stale' if r['stale'] else ''}  {r['workload'] or r['key']}\n    {r['config']}")
+        lines.append(f"{r['op']:26} {r['backend']:7} {r['time_us'] or 0:12.2f} us {gain}  {r['status']}{', stale' if r['stale'] else ''}  {r['workload'] or r['key']}\n    {r['config']}{', then the default: calls take the default of today' * r['default']}")
     return "\n".join(lines) or "no entries"
 
 
@@ -76,27 +86,29 @@ def diff(a, b) -> list[str]:
 
 
 def merge(target, sources: list) -> list[str]:
-    """Put the entries of the sources into the target directory: of two for one key and backend the higher status stays, then the lower time. Returns the conflicts,
-    a line each; the outcome does not depend on the order of the sources."""
+    """Put the entries of the sources into the target directory: of two for one key and backend a pinned one stays, else the one of today's kernel (a time of other code says nothing of it), then the higher
+    status, then the lower time. Returns the conflicts, a line each; the outcome does not depend on the order of the sources."""
     conflicts = []
     mine = _entries([target]) if Path(target).exists() else {}
     for path in files(sources):
         data = schema.load(path)
+        worth = lambda entry: _worth(data["op"], entry)
         for e in data["entries"]:
             where = data["device"]["name"], data["op"], str(lookup._flat(e["key"], data["dims"])), e["backend"]
             other = mine.get(where)
             if other is not None and other["config"] != e["config"]:
-                first = min((other, e), key=_worth)
+                first = min((other, e), key=worth)
                 conflicts.append(f"{where[0]} {where[1]} {where[3]} {short(e['key'])}: {first['config']} ({first.get('time_us')} us) stays, "
                                  f"{(e if first is other else other)['config']} ({(e if first is other else other).get('time_us')} us) does not")
-            if other is None or _worth(e) < _worth(other):
+            if other is None or worth(e) < worth(other):
                 mine[where] = e
                 store.add(Path(target), data["op"], data["device"], e, data.get("tuned_with", {}), data.get("regime", {}), keep_pinned=False)
     return conflicts
 
 
-def _worth(entry) -> tuple:
-    return -RANK.get(entry.get("status", "tuned"), 0), entry.get("time_us", float("inf")), str(sorted(entry["config"].items()))
+def _worth(op, entry) -> tuple:
+    status = entry.get("status", "tuned")
+    return status != "pinned", stale(op, entry) is True, -RANK.get(status, 0), entry.get("time_us", float("inf")), str(sorted(entry["config"].items()))
 
 
 def to_csv(paths) -> str:

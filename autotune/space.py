@@ -14,19 +14,32 @@ def legal(module, problem: Problem, seed: int = 0, only: dict | None = None) -> 
     names = [t.name for t in module.TUNABLES]
     values = [(only or {}).get(t.name, t.values) for t in module.TUNABLES]
     total = math.prod(map(len, values))
-    if total <= MOST:
-        points = itertools.product(*values)
-    else:
-        rng = random.Random(seed)
-        points = ([rng.choice(v) for v in values] for _ in range(MOST))
     found, seen = [default], {call_of(module, problem, default)}
-    for point in points:
-        config = dict(zip(names, point))
-        call = call_of(module, problem, config)
-        if call not in seen and isinstance(module.resources(problem, config), Resources):
+    for configs in _calls(module, names, values, seed):
+        first = next(configs)
+        call = call_of(module, problem, first)
+        if call in seen:
+            continue
+        config = next((c for c in itertools.chain([first], configs) if isinstance(module.resources(problem, c), Resources)), None)
+        if config is not None:
             seen.add(call)
             found.append(config)
     return found, total
+
+
+def _calls(module, names, values, seed: int):
+    """Of each call the configs that make it, which differ in knobs that do nothing on its path (those are in reach of `resources` all the same): half a million configs are some thousand calls."""
+    paths = values[names.index("path")] if "path" in names else (None,)
+    active = [[path is None or not t.paths or path in t.paths for t in module.TUNABLES] for path in paths]
+    spaces = [[(path,) if t.name == "path" else v for t, v in zip(module.TUNABLES, values)] for path in paths]
+    if sum(math.prod(len(v) for v, does in zip(space, acts) if does) for space, acts in zip(spaces, active)) > MOST:
+        rng = random.Random(seed)
+        yield from (iter([{name: rng.choice(v) for name, v in zip(names, values)}]) for _ in range(MOST))
+        return
+    for space, acts in zip(spaces, active):
+        for point in itertools.product(*(v if does else (None,) for v, does in zip(space, acts))):
+            idle = itertools.product(*((x,) if does else v for x, v, does in zip(point, space, acts)))
+            yield (dict(zip(names, one)) for one in idle)
 
 
 def call_of(module, problem: Problem, config: dict) -> tuple:

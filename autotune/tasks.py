@@ -53,9 +53,9 @@ class Workload:
 class Task:
     """A workload with its inputs on a device."""
 
-    def __init__(self, workload: Workload, device: int | None, seed: int = 0, hollow: bool = False):
-        """hollow: inputs of the right shapes that hold one element each: enough for `problem`, at no cost."""
-        self.workload, self.device, self.hollow = workload, device, hollow
+    def __init__(self, workload: Workload, device: int | None, seed: int = 0, hollow: bool = False, forward: str | None = None):
+        """hollow: inputs of the right shapes that hold one element each: enough for `problem`, at no cost. forward: the backend that makes the answer whose gradient is asked for (None: a call's own)."""
+        self.workload, self.device, self.hollow, self.forward = workload, device, hollow, forward
         self.rng = np.random.default_rng(seed + zlib.crc32(workload.name.encode()))
         self.seed = int(self.rng.integers(2 ** 31))
         self.inputs = getattr(self, "_" + workload.kernel)()
@@ -125,7 +125,7 @@ class Task:
         q, k, v, rule = getattr(self, "_" + name)()
         w = self.workload
         shape = w["B"], w["Hq"], w["T"], w["Dv"]
-        out, lse = (self.filled(shape, w.dtype), self.filled(shape[:3], "float32")) if self.hollow else attention.forward(self._call(q, k, v, rule), True)
+        out, lse = (self.filled(shape, w.dtype), self.filled(shape[:3], "float32")) if self.hollow else attention.forward(self._call(q, k, v, rule, backend=self.forward), True)
         return q, k, v, rule, out, lse, self.normal(tuple(out.shape))
 
     def _block_attention_backward(self):

@@ -30,7 +30,6 @@ class Bench:
         gc.collect()
         self.task = Task(workload, self.device, seed)
         self.verifier  # noqa: B018 (made now: the first trial's time is its own)
-        self.refused = {name: dispatch.refusal(name, self.task.problem, self.device) for name in BACKENDS if name != "reference"}
         gc.freeze()  # what stays as long as the workload, whole frameworks: a trial looks twice for what its calls kept, 40 ms each time
 
     @property
@@ -42,9 +41,11 @@ class Bench:
     def machine(self) -> dict:
         return provenance.device(self.device)
 
-    def facts(self) -> dict:
-        """What the controller has to know of the device, which it never touches."""
-        return {"problem": self.task.problem, "refused": self.refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
+    def facts(self, workload: Workload | None = None) -> dict:
+        """What the controller has to know of the device, which it never touches, and of the workload that is open, or of another, which costs no inputs."""
+        problem = (self.task if workload is None else Task(workload, self.device, hollow=True)).problem
+        refused = {name: dispatch.refusal(name, problem, self.device) for name in BACKENDS if name != "reference"}
+        return {"problem": problem, "refused": refused, "device": provenance.device(self.device), "versions": provenance.versions(), "unit": provenance.unit(self.device)}
 
     def attempt(self, backend: str, config: dict, best_us: float) -> dict:
         """One config: checked between guard bands, then screened. A failure is told with its cause."""

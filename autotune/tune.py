@@ -19,10 +19,11 @@ from sparsetile.profiles import lookup
 BENCH = "sparsetile.autotune.trial:Bench"
 EFFORTS = {"quick": 20.0, "standard": 120.0, "thorough": 600.0}  # seconds for each backend; with inputs, compiling and finals two backends take under 2 and 10 minutes of the first two
 _benches, _aheads = {}, {}  # processes live from one workload to the next
+_next = {}  # device -> the Job that its last call was told of
 
 
 def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, storage=None, profiles=None, device=None, sampler="pool", seed=0, progress=None,
-         isolated=True, bench=BENCH):
+         isolated=True, bench=BENCH, then=None):
     """Tune a kernel on a workload and write the profile entry that the next call on this device finds.
 
     op        kernel ("block_attention", ...) or the public op that runs it; must fit the workload
@@ -36,6 +37,7 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
     progress  called with a dict for each event (start, trial, final, done)
     isolated  False: everything in this process, which a config may then take down
     bench     what the bench worker runs, as "module:class"; tests bring one that breaks
+    then      the Workload that the next call tunes, in the same way: its first configs are compiled while this one's last are timed
     Returns the winner's entry as written. Raises Unsupported if no backend runs the problem.
     """
     w = find(workload) if isinstance(workload, str) else workload
@@ -48,28 +50,25 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
         raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, without seconds and trials, got {effort!r}; leave it out, or them")
     if seconds is None and trials is None:
         seconds = EFFORTS.get(effort, 30.0)
-    say = progress or (lambda event: None)
-    worker = _bench(bench, device, isolated)
-    worker.open(w, seed)
-    compilers = _compilers(device) if isolated and device is not None else None
-    if compilers:
-        compilers.begin(w, backend)  # while the bench worker makes its inputs
-    facts = worker("facts", seconds=isolate.STARTING)
-    problem, refused = facts["problem"], facts["refused"]
-    asked = dispatch.requested_backend(dispatch.op_of(w.kernel), backend)
-    names = [asked] if asked != "auto" else [b for b in BACKENDS if b != "reference"]
-    if not [name for name in names if refused.get(name, name) is None]:
-        raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
+    say = progress or _silent
     entries, root = [], Path(profiles) if profiles else lookup.user_cache()
     store.writable(root)  # asked now, not after the search
-    hunts = [Hunt(name, w, problem, worker, compilers and compilers.on(facts["device"]), say) for name in names if refused.get(name, name) is None]
-    for n, hunt in enumerate(hunts):
-        prepare = lambda one: one.prepare(trials, storage, sampler, seed, lookup.related(problem, facts["device"]["name"], one.backend, user=str(root)))
-        if n == 0 or not compilers:
-            prepare(hunt)
+    worker, compilers = _bench(bench, device, isolated), _compilers(device) if isolated and device is not None else None
+    how = dict(worker=worker, compilers=compilers, say=say, backend=backend, trials=trials, storage=storage, sampler=sampler, seed=seed, root=root)
+    job = _next.pop(device, None)
+    if job is not None and job.asked != (w, how):
+        job.drop()
+        job = None
+    if not compilers:
+        worker.open(w, seed)
+    job = job or Job(w, **how)
+    if compilers:  # which are at work on the first configs while it makes the inputs
+        job.begin(None if then is None else lambda: _foresee(device, then, how))
+        worker.open(w, seed)
+    facts, problem, names = worker("facts", seconds=isolate.STARTING), job.problem, [hunt.backend for hunt in job.hunts]
+    for n, hunt in enumerate(job.hunts):
+        job.prepare(n)
         hunt.search(seconds)
-        if compilers and n + 1 < len(hunts):
-            prepare(hunts[n + 1])  # its first configs are compiled during these finals
         entries.append(hunt.entry(_stands(problem, facts["device"]["name"], hunt.backend, root)))
         note(root, _summary(w, hunt.backend, entries[-1], hunt.failures()))
     entries = [e for e in entries if e is not None]
@@ -84,9 +83,56 @@ def tune(op, workload, *, backend=None, trials=None, seconds=None, effort=None, 
         path = store.add(root, w.kernel, facts["device"], entry, facts["versions"], {"l2": "cold" if device is not None else "warm", "clocks": "floating"})
     dispatch.clear_plans()
     used = lookup.find(problem, facts["device"]["name"], user=None if root == lookup.user_cache() else str(root))
-    note(root, f"{w.name} {w.kernel}: a call gets {used.backend} {used.config} from {used.source}")
+    note(root, f"{w.name} {w.kernel}: a call gets {used.backend} {used.config or 'with its default'} from {used.source}")
     say({"event": "done", "workload": w.name, "entry": entries[0], "path": str(path)})
     return entries[0]
+
+
+def _silent(event) -> None:
+    pass
+
+
+class Job:
+    """A workload's searches, one for each backend, known without its inputs. Where configs are compiled ahead, those of a search come when the one before has asked for its last."""
+
+    def __init__(self, w, *, worker, compilers, say, backend, trials, storage, sampler, seed, root):
+        self.asked = w, dict(worker=worker, compilers=compilers, say=say, backend=backend, trials=trials, storage=storage, sampler=sampler, seed=seed, root=root)
+        facts = worker("facts", *[w] * bool(compilers), seconds=isolate.STARTING)
+        self.problem, self.device, refused, self.prepared = facts["problem"], facts["device"], facts["refused"], 0
+        asked = dispatch.requested_backend(dispatch.op_of(w.kernel), backend)
+        names = [asked] if asked != "auto" else [b for b in BACKENDS if b != "reference"]
+        self.hunts = [Hunt(name, w, self.problem, worker, compilers and compilers.on(self.device), say) for name in names if refused.get(name, name) is None]
+        if not self.hunts:
+            raise Unsupported(f"tune: {w.name}: " + "; ".join(f"{name}: {refused.get(name) or 'is not tuned'}" for name in names))
+        for n, hunt in enumerate(self.hunts[:-1] if compilers else ()):
+            hunt.then = lambda n=n: self.prepare(n + 1)
+
+    def begin(self, then=None) -> None:
+        """Have the first configs compiled; `then` is called when the last search has asked for its last."""
+        self.hunts[-1].then = then
+        self.prepare(0)
+        if self.prepared == len(self.hunts):  # few trials: all are asked for
+            self.hunts[-1].fill()
+
+    def prepare(self, n: int) -> None:
+        """Search n, if it is not yet."""
+        if self.prepared == n:
+            self.prepared += 1
+            hunt, how = self.hunts[n], self.asked[1]
+            hunt.prepare(how["trials"], how["storage"], how["sampler"], how["seed"], lookup.related(self.problem, self.device["name"], hunt.backend, user=str(how["root"])))
+
+    def drop(self) -> None:
+        for hunt in self.hunts[:self.prepared]:
+            hunt.drop()
+
+
+def _foresee(device, w, how) -> None:
+    """Begin with a workload that comes next; what is wrong with it is said at its turn."""
+    try:
+        _next[device] = Job(w, **how)
+        _next[device].begin()
+    except (Unsupported, isolate.Lost, isolate.Failed):
+        _next.pop(device, None)
 
 
 def _stands(problem, device: str, backend: str, root) -> dict | None:
@@ -138,4 +184,4 @@ def close() -> None:
         worker.kill()
     for compilers in _aheads.values():
         compilers.close()
-    _benches.clear(), _aheads.clear()
+    _benches.clear(), _aheads.clear(), _next.clear()

@@ -21,7 +21,7 @@ ALIKE = frozenset({"lse"})  # features that change no winner: one more float32 a
 
 
 class Found(NamedTuple):
-    """A profile's answer: who, with which config, from where (in words, and file and entry); inherited from another device of the architecture or not."""
+    """A profile's answer: who, with which config ({}: the kernel's default, which the search kept), from where (in words, and file and entry); inherited from another device of the architecture or not."""
     backend: str
     config: dict
     source: str
@@ -144,11 +144,18 @@ def _find(problem, device, backend, user) -> Found | None:
             if backend is not None and entry["backend"] != backend:
                 continue
             where = f"{file.path}: entry {file.number[id(entry)]}"
-            found = Found(entry["backend"], dict(entry["config"]), f"{source} {file.path.parent.name}/{file.path.name}", where, inherited, entry)
+            config = {} if keeps_default(entry) else dict(entry["config"])
+            found = Found(entry["backend"], config, f"{source} {file.path.parent.name}/{file.path.name}", where, inherited, entry)
             if entry.get("status") == "pinned":
                 return found
             best = best or found
     return best
+
+
+def keeps_default(entry: dict) -> bool:
+    """Whether its search found nothing better than the kernel's default. Such an entry names the backend, and a call takes the default of today: what was the default then would hold back what
+    the kernel has learned since. A config that is written by hand is meant as it stands."""
+    return "default_us" in entry and entry.get("time_us") == entry["default_us"] and entry.get("status", "tuned") not in ("manual", "pinned")
 
 
 def related(problem: Problem, device: str, backend: str, most: int = 8, user: str | None = None) -> list[dict]:

@@ -135,6 +135,33 @@ def test_entries_are_replaced_by_key_and_the_winner_stands_first(tmp_path):
     assert [(e["backend"], e["time_us"]) for e in schema.load(path)["entries"]] == [("triton", 3.0), ("numba", 4.0)]
 
 
+def test_an_entry_that_kept_the_default_follows_it(monkeypatch, tmp_path):
+    """What a kernel's default was when the search found nothing better does not hold the default of today back; what is written by hand does."""
+    import numpy as np
+
+    import sparsetile as st
+    from sparsetile.backends import devices
+    x = np.ones((1, 2, 40, 16), np.float32)
+    problem = st.explain(st.sparse_attention, x, x, x, st.Causal()).problem
+    module = dispatch.kernel("numba", "block_attention")
+    default = module.default_config(problem)
+    was = {**default, "block_q": next(n for n in (32, 64, 128) if n != default["block_q"])}
+    monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path))
+
+    def taken(**more):
+        one = {**entry(), "key": lookup.key_of(problem), "config": was, **more}
+        data = profile(op="block_attention", device={"name": devices.device_info(None).name, "arch": "cpu"}, entries=[one])
+        store.write(tmp_path / lookup.slug(data["device"]["name"]) / "block_attention.yaml", store.dump(data))
+        lookup.forget(), dispatch.clear_plans()
+        choice = st.explain(st.sparse_attention, x, x, x, st.Causal(), backend="numba")
+        assert "user profile" in choice.source
+        return choice.config
+    assert taken(time_us=3.5, default_us=3.5) == taken(time_us=3.5, default_us=3.5, status="tuned") == default
+    assert taken(time_us=3.5, default_us=3.6) == taken() == was
+    assert taken(time_us=3.5, default_us=3.5, status="manual") == taken(time_us=3.5, default_us=3.5, status="pinned") == was
+    lookup.forget(), dispatch.clear_plans()
+
+
 def test_same_content_same_text(tmp_path):
     path = store.add(tmp_path, "topk", DEVICE, entry(), {}, {})
     first = path.read_text()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import recorded
 
-from sparsetile.autotune import decide, hunt, isolate, pinning, provenance, replay, tasks, timing
+from sparsetile.autotune import batch, decide, hunt, isolate, pinning, provenance, replay, tasks, timing, tune
 from sparsetile.backends.contract import Tunable
 from sparsetile.ops import dispatch
+from sparsetile.profiles import lookup, schema
 
 TOPK = tasks.Workload.of("test/topk", "topk", B=1, T=8, S=64, K=5)
 
@@ -150,6 +151,53 @@ def test_the_default_and_what_stands_now_are_timed_to_the_end(search):
     assert worker.kept == [{"threads": 64}, {"threads": 77}] and entry["config"]["threads"] > 100 and entry["default_us"] == 130.0
     assert entry["launch"] == "graph" and entry["clock_mhz"] == 1900 and entry["err"] == {"max": 0.5, "allowed": 1.0} and "seed 0" in entry["inputs"]
     assert one.entry({"threads": 7}) is not None and worker.kept == [{"threads": 64}]  # not legal today
+
+
+class Device(Worker):
+    """A bench worker that opens workloads, and knows of others without opening them."""
+    opened = None
+
+    def open(self, workload, seed):
+        self.opened = workload
+
+    def __call__(self, order, *args, seconds=None):
+        if order != "facts":
+            return super().__call__(order, *args, seconds=seconds)
+        self.asked.append(("open", self.opened.name) if not args else ("facts", args[0].name))
+        return {"problem": tasks.Task(args[0] if args else self.opened, None, hollow=True).problem, "refused": {"triton": "no", "cupy": "no", "numba": None}, "versions": {},
+                "device": {"name": "Some GPU", "arch": "cpu"}}
+
+
+@pytest.mark.parametrize("budget", [dict(trials=3), dict(seconds=0.5)])
+def test_the_next_workload_is_compiled_while_one_is_timed(search, budget, monkeypatch, tmp_path):
+    class Host(Compilers):
+        def on(self, device):
+            return self
+
+        def submit(self, workload, backend, config):
+            device.asked.append(("compile", workload.name))
+            return super().submit(workload, backend, config)
+    device, host = Device(), Host()
+    monkeypatch.setattr(tune, "_bench", lambda *_: device), monkeypatch.setattr(tune, "_compilers", lambda _: host)
+    work = [tasks.Workload.of(f"test/topk-{K}", "topk", B=1, T=8, S=64, K=K) for K in (5, 9, 17)]
+    monkeypatch.setenv("SPARSETILE_CACHE_DIR", str(tmp_path))
+    assert batch.run(work, lambda event: None, device=0, profiles=tmp_path / "p", **budget) == 0
+    (path,) = (tmp_path / "p").rglob("*.yaml")
+    assert {e["workload"] for e in schema.load(path)["entries"]} == {w.name for w in work}
+    for one, other in zip(work, work[1:]):
+        last = [n for n, order in enumerate(device.asked) if order == "finals"][work.index(one)]
+        assert device.asked.index(("facts", other.name)) < device.asked.index(("compile", other.name)) < last < device.asked.index(("open", other.name))
+    assert all(device.asked.count(("facts", w.name)) == 1 for w in work)
+    if "trials" in budget:
+        assert all(device.asked.count(("compile", w.name)) == 3 for w in work)
+    device.asked.clear()
+    tune.tune("topk", work[0], device=0, profiles=tmp_path / "p", then=work[1], **budget)
+    tune.tune("topk", work[1], device=0, profiles=tmp_path / "p", then=work[0], **budget)
+    assert device.asked.count(("facts", work[1].name)) == 1
+    device.asked.clear()
+    tune.tune("topk", work[2], device=0, profiles=tmp_path / "p", **budget)  # another than was said
+    assert ("open", work[0].name) not in device.asked and ("facts", work[2].name) in device.asked and not tune._next
+    lookup.forget(), dispatch.clear_plans()
 
 
 def test_ties_go_to_what_stands_now(search):

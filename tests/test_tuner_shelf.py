@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sparsetile as st
-from sparsetile.autotune import fleet, hunt, report, retime, shelf, store, tasks, tune
+from sparsetile.autotune import fleet, hunt, provenance, report, retime, shelf, store, tasks, tune
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, misses, schema
 
@@ -50,6 +50,34 @@ def test_merge_keeps_the_higher_status_then_the_faster_whatever_the_order(tmp_pa
     assert kept == {64: (4.0, "tuned"), 128: (9.0, "pinned"), 256: (5.0, "tuned")}
 
 
+def test_merge_prefers_a_time_of_the_kernel_as_it_is(tmp_path):
+    """What was measured of older code may have been faster, or written by hand: it says nothing of today's. A pinned entry stays."""
+    today = provenance.of(ROOT / "backends/cupy/topk.py")
+    new = put(tmp_path / "new", *(entry(T, code=today, time_us=5.5) for T in (64, 128, 256, 512)))
+    put(tmp_path / "shipped", entry(64, code="0" * 8), entry(128, code="0" * 8, status="manual"), entry(256, code="0" * 8, status="pinned"), entry(512, code=today))
+    shelf.merge(tmp_path / "shipped", [new])
+    kept = {e["key"]["dims"]["T"]: e["time_us"] for e in schema.load(tmp_path / "shipped/some-gpu/topk.yaml")["entries"]}
+    assert kept == {64: 5.5, 128: 5.5, 256: 5.0, 512: 5.0}
+
+
+def test_what_is_missing_is_what_no_kernel_of_today_has_an_entry_for(tmp_path, monkeypatch, capsys):
+    from sparsetile.autotune import cli
+    w, today = tasks.find("gpu/topk-128x131072"), provenance.of(ROOT / "backends/cupy/topk.py")
+    lacks = lambda *backends: shelf.lacks(w, "Some GPU", backends, tmp_path)
+    assert lacks("cupy") and not shelf.lacks(tasks.find("gpu/bitmaps-4096"), "Some GPU", ["numba"], tmp_path)  # which has no such kernel
+    put(tmp_path, entry(workload=w.name, code="0" * 8))
+    assert lacks("cupy")
+    put(tmp_path, entry(workload=w.name, code=today))
+    assert not lacks("cupy") and lacks("cupy", "triton") and shelf.lacks(w, "Another GPU", ["cupy"], tmp_path)
+    monkeypatch.setattr(tune, "machine", lambda device: {"name": "Some CPU"})
+    code = provenance.of(ROOT / "backends/numba/topk.py")
+    store.add(tmp_path, "topk", {"name": "Some CPU", "arch": "cpu"}, entry(workload="cpu/topk-32", backend="numba", code=code), {}, {})
+    tuned = []
+    monkeypatch.setattr(tune, "tune", lambda op, w, **options: tuned.append(w.name))
+    assert cli.main(["tune", "cpu/topk-32", "cpu/topk-128", "--missing", "--profiles", str(tmp_path)]) == 0 and tuned == ["cpu/topk-128"]
+    assert "1 workloads have no entry of numba" in capsys.readouterr().err
+
+
 def test_diff_says_speed_and_knobs(tmp_path):
     a, b = put(tmp_path / "a", entry(), entry(128)), put(tmp_path / "b", entry(time_us=4.0, config={"threads": 512}), entry(256))
     lines = shelf.diff(a, b)
@@ -74,12 +102,19 @@ def test_a_report_of_a_search_and_verify_of_its_entry(tmp_path):
     (path,) = (tmp_path / "p").rglob("*.yaml")
     page = report.write(path, tmp_path / "report", str(tmp_path / "journal")).read_text()
     assert "4 trials, best" in page and "block_q" in page
-    said = []
-    assert retime.verify([path], None, said.append) in (0, 1) and len(said) == 1 and "cpu/window-256/4096" in said[0]
-    data = schema.load(path)
-    data["entries"][0]["config"] = {"block_q": 5}
-    store.write(path, store.dump(data))
-    assert retime.verify([path], None, said.append) == 1 and said[1].startswith("FAILS")
+    data, said = schema.load(path), []
+    one = data["entries"][0]
+
+    def verified(**changed):
+        one.update(changed), said.clear()
+        store.write(path, store.dump(data))
+        return retime.verify([path], None, said.append)
+    default = dispatch.kernel("numba", "block_attention").default_config(retime.Again(None).problem("block_attention", one))
+    other = next(n for n in (32, 64, 128) if n != default["block_q"])
+    assert verified(config={**default, "block_q": other}, default_us=one["time_us"] * 2) in (0, 1) and len(said) == 1 and "cpu/window-256/4096" in said[0]
+    assert verified(config={"block_q": 5}) == 1 and said[0].startswith("FAILS")
+    assert verified(config=default) == 0 and said == ["not timed: 1 that are their kernel's default"]  # by its config
+    assert verified(config={"block_q": 5}, default_us=one["time_us"]) == 0 and said == ["not timed: 1 that are their kernel's default"]  # by what it says
 
 
 def test_verify_says_what_it_cannot_time(tmp_path):
@@ -116,6 +151,11 @@ def test_misses_are_counted_and_become_a_work_list(tmp_path, monkeypatch, rng):
     assert got.returncode == 0 and "SPARSETILE_PROFILE_DIR" not in got.stderr, got.stderr  # the directory was new: nobody's variable is wrong
     monkeypatch.delenv("SPARSETILE_RECORD_SHAPES")
     said = []
+    for path in (tmp_path / "p").rglob("*.yaml"):  # whichever won
+        data = schema.load(path)
+        for e in data["entries"]:
+            e |= {"config": {"block_q": 32, "block_k": 32}, "default_us": 2 * e["time_us"]}
+        store.write(path, store.dump(data))
     assert retime.verify([tmp_path / "p"], None, said.append) in (0, 1, 2) and len(said) == 2 and all("recorded/block_attention/" in line and " us, default " in line for line in said)
     monkeypatch.setenv("SPARSETILE_PROFILE_DIR", str(tmp_path / "p"))
     lookup.forget(), dispatch.clear_plans()
