@@ -172,6 +172,27 @@ template <int N> static inline void emulate_wgmma(float (&d)[N / 2], const uint3
   }, "a product of warpgroup", now / 128);
 }
 
+// N columns, 32 values of k: A in registers, of every four columns the first two in a warp's rows 0 .. 7 and the last two in its rows 8 .. 15; B in shared memory, K-major
+template <int N> static inline void emulate_wgmma_pairs(float (&d)[N / 2], const uint32_t* a, uint64_t db, int acc, bool bf16) {
+  using namespace emulate;
+  static uint32_t given[MOST][4];
+  memcpy(given[now], a, 16);
+  product[now] = {d, 0, db, acc};
+  const int first = now / 128 * 128;
+  arrive(warpgroup[now / 128], 128, [=] {
+    static float A[64][16], B[32][N];
+    for (int t = 0; t < 128; t++) for (int r = 0; r < 4; r++) for (int h = 0; h < 2; h++)
+      A[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][t % 4 * 2 + h + 8 * (r >> 1)] = wide(given[first + t][r] >> 16 * h, bf16);
+    for (int k = 0; k < 32; k++) for (int n = 0; n < N; n++) B[k][n] = emulate_element(product[first].b, n, k, false, bf16);
+    for (int t = 0; t < 128; t++) for (int i = 0; i < N / 2; i++) {
+      const int row = t / 32 * 16 + t % 32 / 4 + (i & 2) * 4, column = i / 4 * 8 + t % 4 * 2 + (i & 1);
+      float s = product[first + t].acc ? product[first + t].d[i] : 0.f;
+      for (int k = 0; k < 16; k++) s += A[row][k] * B[k / 2 * 4 + k % 2 + (i & 2)][column];
+      product[first + t].d[i] = s;
+    }
+  }, "a product of warpgroup", now / 128);
+}
+
 // Plain bulk copies, and waiting for a counter that another thread of the grid raises (blocks run one after the other, so it was raised or a thread of this one will)
 static inline void emulate_bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {
   if (to % 16 || bytes % 16 || (uintptr_t)from % 16) { fprintf(stderr, "bulk copy: unaligned\n"); abort(); }

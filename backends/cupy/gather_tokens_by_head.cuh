@@ -1,9 +1,10 @@
-// Scores and probabilities of 64 tokens with heads as the rows of the product (gather_tokens_hopper.cu, 32 heads): S [64, 64 tokens] = Q K^T. Of the 16 rows of a warp eight are heads
-// and eight are empty. The query stands in registers for an item, so that shared memory is read for the keys alone, and a thread makes probabilities of one head, which no other warp
-// has to hear of. They are made while the next step's first products, asked for before, are on their way.
+// Scores and probabilities of 64 tokens with heads as the rows of the product (gather_tokens_hopper.cu, 32 heads): S [2 x 32, 64 tokens] = Q K^T. Each head is two rows, which take two of
+// every four columns each (wgmma_pairs): no row is empty, and a product covers 32 columns. The query stands in registers for an item, so that shared memory is read for the keys alone,
+// and a thread makes probabilities of one head, both of whose rows it has and which no other warp has to hear of. They are made while the next step's first products, asked for before,
+// are on their way.
 #pragma once
 
-constexpr int AHEAD = 4;  // of the nine parts of the next step those whose products are asked for first: 1 to 3 were slower
+constexpr int AHEAD = 3;  // of the nine parts of the next step those whose products are asked for first: they are the slot that lands first
 
 // Of a lane's head: the largest product this lane has seen, the reference m of the sums (powers of two), the sum of this lane's tokens.
 struct Head { float top, m, sum; bool wide; };
@@ -13,9 +14,9 @@ __device__ __forceinline__ float largest_of(float x) { x = fmaxf(x, __shfl_xor_s
 __device__ __forceinline__ float sum_of(float x) { x += __shfl_xor_sync(~0u, x, 1); return x + __shfl_xor_sync(~0u, x, 2); }
 
 // Products of 64 tokens become probabilities relative to 2^m (latent_hopper.cuh has the reasons). Whether a reference moved: then `factor` is for what was summed before.
-__device__ __forceinline__ bool probabilities(float (&s)[N / 2], Head& h, float& factor, float scale2) {
+__device__ __forceinline__ bool probabilities(float (&s)[N / 4], Head& h, float& factor, float scale2) {
 #pragma unroll
-  for (int c = 0; c < 8; c++) h.top = fmaxf(h.top, fmaxf(s[4 * c], s[4 * c + 1]));
+  for (int c = 0; c < 8; c++) h.top = fmaxf(h.top, fmaxf(s[2 * c], s[2 * c + 1]));
   factor = 1.f;
   const bool moved = __any_sync(~0u, fmaf(h.top, scale2, -LAZY) > h.m);
   if (moved) {
@@ -32,15 +33,13 @@ __device__ __forceinline__ bool probabilities(float (&s)[N / 2], Head& h, float&
   if (h.wide) {
     unit = 1.f;
 #pragma unroll
-    for (int c = 0; c < 8; c++) { s[4 * c] = __fmul_rn(s[4 * c], scale2); s[4 * c + 1] = __fmul_rn(s[4 * c + 1], scale2); }
+    for (int i = 0; i < N / 4; i++) s[i] = __fmul_rn(s[i], scale2);
   }
 #pragma unroll
-  for (int c = 0; c < 8; c++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      s[4 * c + e] = ex2(fmaf(s[4 * c + e], unit, -h.m));
-      h.sum += s[4 * c + e];
-    }
+  for (int i = 0; i < N / 4; i++) {
+    s[i] = ex2(fmaf(s[i], unit, -h.m));
+    h.sum += s[i];
+  }
   return moved;
 }
 
@@ -56,31 +55,24 @@ __device__ __forceinline__ void finish(const Params& p, const Item& x, float* in
 }
 
 // Probabilities of a warp's heads, 64 tokens a row: K-major for the second product
-__device__ __forceinline__ void store_probabilities(u32 weights, const float (&s)[N / 2], int warp, int lane) {
+__device__ __forceinline__ void store_probabilities(u32 weights, const float (&s)[N / 4], int warp, int lane) {
   const u32 row = lane & 7, to = weights + warp * 1024 + row * 128;
 #pragma unroll
   for (int c = 0; c < 8; c += 4)
-    stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[4 * c], s[4 * c + 1]), pack<KIND>(s[4 * c + 4], s[4 * c + 5]), pack<KIND>(s[4 * c + 8], s[4 * c + 9]),
-                pack<KIND>(s[4 * c + 12], s[4 * c + 13]));
+    stmatrix_at(to + ((c + (lane >> 3) ^ row) << 4), pack<KIND>(s[2 * c], s[2 * c + 1]), pack<KIND>(s[2 * c + 2], s[2 * c + 3]), pack<KIND>(s[2 * c + 4], s[2 * c + 5]),
+                pack<KIND>(s[2 * c + 6], s[2 * c + 7]));
 }
 
-// Zeros, too, have registers of their own from here on: a product takes four that stand side by side, and would wait for their copies.
-__device__ __forceinline__ void hold(u32 (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
-
-// The query of a warp's heads from the ring: A of the products over 16 columns each
-__device__ __forceinline__ void take_query(u32 base, u32 begin, u32 (&q)[36][4], int warp, int lane) {
-  const u32 row = warp * 8 + (lane & 7), here = base + row * 128;
+// The query of a warp's heads from the ring: A of the products over 32 columns each, as wgmma_pairs asks for it
+__device__ __forceinline__ void take_query(const unsigned char* raw, u32 begin, u32 (&q)[18][4], int warp, int lane) {
+  const u32 row = lane / 4, here = (warp * 8 + row) * 128 + (lane & 1) * 8;
 #pragma unroll
-  for (int c = 0; c < 9; c++) {
-    const u32 from = here + part_after(begin, c * HEADS / N) + c * HEADS % N * 128;
+  for (int k = 0; k < 18; k++) {
+    const u32 from = here + part_after(begin, k / 2 * HEADS / N) + k / 2 * HEADS % N * 128;
 #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      u32 x[4];
-      ldmatrix_at(x, from + ((2 * k + (lane >> 3) ^ row & 7) << 4));
-#pragma unroll
-      for (int i = 0; i < 4; i++) { q[4 * c + k + i / 2][i % 2 * 2] = x[i]; q[4 * c + k + i / 2][i % 2 * 2 + 1] = 0; }
-      hold(q[4 * c + k]);
-      hold(q[4 * c + k + 1]);
+    for (int i = 0; i < 2; i++) {
+      const uint2 x = *(const uint2*)(raw + from + ((k % 2 * 4 + i * 2 + (lane & 3) / 2 ^ row) << 4));
+      q[k][2 * i] = x.x; q[k][2 * i + 1] = x.y;
     }
   }
 }
@@ -94,16 +86,16 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       bar_wait(LANDED(slot), phase, patience);
       advance<SLOTS>(slot, phase);
     }
-    u32 q[36][4];
-    take_query(base, first_slot, q, warp, lane);
+    u32 q[18][4];
+    take_query(raw, first_slot, q, warp, lane);
     __syncwarp();
     if (lane < 2)  // for the other group, too
       for (int n = 0; n < QUERY_SLOTS; n++) bar_arrive(FREE(slot_after(first_slot, n)));
     Head h = {-inf(), LOWEST, 0.f, false};
     bool first = true;
-    float s[N / 2];  // of the step before, of which the probabilities are still to be made
+    float s[N / 4];  // of the step before, of which the probabilities are still to be made
     int item = 0;
-    const auto soften = [&] {
+    const auto soften = [&](bool last) {
       bar_wait(DONE(made), turn, patience);
       Made& step = ((Made*)(raw + MADE))[made];
       float factor;
@@ -112,7 +104,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       if (lane % 4 == 0) ((float*)(raw + FACTORS))[made * HEADS + head] = factor;
       if (lane == 0) step.moved[warp] = moved && !first;
       if (tid == 0) { step.left = left; step.item = item; }
-      if (left <= 0) finish(p, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, head, lane);
+      if (last) finish(p, Item(p, item), (float*)(raw + INVERSE) + made * HEADS, h, head, lane);
       __syncwarp();
       if (lane == 0) bar_arrive(READY(made));
       advance<2>(made, turn);
@@ -120,19 +112,21 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
     };
     for (bool more = true, before = false; more; before = true) {
       const u32 begin = uniform(slot);
+      u64 keys[3];
+#pragma unroll
+      for (int i = 0; i < 3; i++) keys[i] = descriptor_of(base + slot_after(begin, i) * SLOT, 16, 1024, SWIZZLE_128);
       float next[N / 2];
       hold(next);
 #pragma unroll
       for (int c = 0; c < 9; c++) {
-        if (c == AHEAD && before) soften();
+        if (c == AHEAD && before) soften(false);
         if (c % 3 == 0) {
           bar_wait(LANDED(slot), phase, patience);
           advance<SLOTS>(slot, phase);
         }
         if (c % 3 == 0 || c == AHEAD) wgmma_fence();
-        const u64 keys = descriptor_of(base + part_after(begin, c), 16, 1024, SWIZZLE_128);
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR>(next, q[4 * c + k], keys + 2 * k, c || k);
+        for (int k = 0; k < 2; k++) wgmma_pairs<KIND>(next, q[2 * c + k], keys[c / 3] + c % 3 * (PART >> 4) + 4 * k, c || k);
       }
       wgmma_commit();
       const Found found = ((const Found*)(raw + FOUND))[begin];
@@ -142,11 +136,14 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       __syncwarp();
       if (lane < 3) bar_arrive(FREE(slot_after(begin, lane)));  // for this group; the other gives back what it has added
 #pragma unroll
-      for (int c = 0; c < 8; c++)
+      for (int i = 0; i < N / 4; i++) s[i] = next[i / 2 * 4 + i % 2] + next[i / 2 * 4 + 2 + i % 2];  // a head's two rows
+      if ((found.words[0] & found.words[1]) != ~0u) {
 #pragma unroll
-        for (int e = 0; e < 2; e++) s[4 * c + e] = found.words[c / 4] >> (c % 4 * 8 + 2 * (lane & 3) + e) & 1 ? next[4 * c + e] : -inf();
+        for (int i = 0; i < N / 4; i++)
+          if (!(found.words[i / 8] >> (i / 2 % 4 * 8 + 2 * (lane & 3) + i % 2) & 1)) s[i] = -inf();
+      }
       more = left > 0;
     }
-    soften();
+    soften(true);
   }
 }

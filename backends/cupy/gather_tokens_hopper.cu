@@ -1,7 +1,7 @@
 // Attention over selected keys for few heads, by Hopper's own instructions: keys of width 576 whose first 512 columns are the values (DeepSeek's latent), float16 and
 // bfloat16. Tokens are the rows of the second product, heads its columns, so that HEADS = 8, 16 or 32 are not padded to 64; of the first tokens (gather_tokens_by_token.cuh) or, with 32
-// heads, heads (gather_tokens_by_head.cuh):
-//   S^T [64 tokens, HEADS] = K Q^T or S = Q K^T        O^T [512, HEADS] += V^T P^T
+// heads, heads, each of them twice (gather_tokens_by_head.cuh):
+//   S^T [64 tokens, HEADS] = K Q^T or S [2 x 32, 64 tokens] = Q K^T        O^T [512, HEADS] += V^T P^T
 //
 // Persistent, four or five warpgroups: one gathers, one or two (GROUPS) make scores and probabilities of 64 tokens at a time, one holds the sums, a thread of the last announces what has
 // landed.

@@ -33,6 +33,7 @@ enum Major : bool { K_MAJOR, N_MAJOR, M_MAJOR = true };
 #ifdef SPARSETILE_EMULATE
 template <int Kind, Major B, Major A = K_MAJOR, int Sums> inline void wgmma(float (&d)[Sums], u64 a, u64 b, int acc) { emulate_wgmma<2 * Sums>(d, nullptr, a, b, acc, Kind == BFLOAT16, B, A); }
 template <int Kind, Major B, int Sums> inline void wgmma(float (&d)[Sums], const u32* a, u64 b, int acc) { emulate_wgmma<2 * Sums>(d, a, 0, b, acc, Kind == BFLOAT16, B); }
+template <int Kind> inline void wgmma_pairs(float (&d)[32], const u32* a, u64 b, int acc) { emulate_wgmma_pairs<64>(d, a, b, acc, Kind == BFLOAT16); }
 inline void wgmma_e4m3(float (&d)[64], u64 a, u64 b, int acc) { emulate_wgmma_e4m3<128>(d, a, b, acc); }
 inline void wgmma_e4m3(float (&d)[32], u64 a, u64 b, int acc) { emulate_wgmma_e4m3<64>(d, a, b, acc); }
 #else
@@ -65,6 +66,15 @@ PRODUCTS(32, D16(0), LIST16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCTS(64, D32(0), LIST32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCTS(128, D64, LIST64, 64, 65, 66, 67, 68, 69, 70)
 PRODUCTS(192, D96, LIST96, 96, 97, 98, 99, 100, 101, 102)
+// Half the rows at twice the depth, by products whose A is sparse: A, 64 x 32, has two of every four columns, the first two in a warp's rows 0 .. 7 and the last two in its rows 8 .. 15.
+// So 32 rows come whole where both hold the same ones, and a sum is d[4 c + e] + d[4 c + 2 + e] of one lane, which holds of its row l / 4 columns 4 (l % 4) .. + 3 in a[0] and a[1], those
+// 16 further on in a[2] and a[3]. B, 64 x 32, is K-major in shared memory; 32 further along k is + 4 in its descriptor.
+constexpr u32 PAIRS = 0xEEEE4444;  // which two of four a row has, a nibble for each four: rows 0 .. 7 in the low half, 8 .. 15 in the high one
+#define WGMMA_PAIRS(TYPE) "{.reg .pred p; setp.ne.b32 p, %38, 0; wgmma.mma_async.sp.sync.aligned.m64n64k32.f32." TYPE "." TYPE " {" LIST32 "}, {%32, %33, %34, %35}, %36, %37, 0, p, 1, 1, 0;}"
+template <int Kind> __device__ __forceinline__ void wgmma_pairs(float (&d)[32], const u32* a, u64 b, int acc) {
+  if constexpr (Kind == BFLOAT16) asm volatile(WGMMA_PAIRS("bf16") : D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(PAIRS), "r"(acc));
+  else asm volatile(WGMMA_PAIRS("f16") : D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(PAIRS), "r"(acc));
+}
 // A 64 x 32, B 128 x 32 or 64 x 32, both e4m3 in shared memory and K-major
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], u64 a, u64 b, int acc) { asm volatile(WGMMA("m64n128k32", "e4m3", 66, LIST64, "%64", 65, "") : D64 : "l"(a), "l"(b), "r"(acc)); }
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[32], u64 a, u64 b, int acc) { asm volatile(WGMMA("m64n64k32", "e4m3", 34, LIST32, "%32", 33, "") : D32(0) : "l"(a), "l"(b), "r"(acc)); }
