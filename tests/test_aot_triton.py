@@ -134,6 +134,16 @@ def test_what_resources_lets_through_fits(op):
         assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
 
 
+@pytest.mark.parametrize("op, kind, T", [("gather_attention", HALF, 64), ("gather_attention", "latent_fp8", 64), ("block_attention", HALF, 1)])
+def test_resources_of_the_latent_are_what_is_taken(op, kind, T):
+    """Its ring fills shared memory: a tile more in it, or a conversion of layouts through it, has to be counted."""
+    kernel = importlib.import_module(f"sparsetile.backends.triton.{op}")
+    problem = Problem.of(op, dict(B=128, Hq=128, Hk=1, T=T, S=32768, D=576, Dv=512, K=2048), dict(q=HALF, k=kind, v=kind), "sm_90a", ("shared_kv",), 1.0)
+    config = kernel.default_config(problem)
+    asked, used = kernel.resources(problem, config), aot.resources(kernel.artifacts(problem, config)[0], "sm_90a")
+    assert config["path"] in ("gluon", "latent") and asked.shared - 64 <= used["shared"] <= asked.shared, (asked, used)
+
+
 def test_the_best_one_of_a_row_compiles():
     """Triton makes a constant of an argument that is 1, which has not what a tensor has."""
     kernel, problem = importlib.import_module("sparsetile.backends.triton.topk"), Problem.of("topk", dict(B=1, T=64, S=32768, K=1), dict(scores=SINGLE), "sm_90a")

@@ -662,6 +662,26 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
     assert_close("dk + dv", to_numpy(first[1]), summed(*truth[1:3]), summed(*formula[1:3]), reduction=T * Hq + 576 + 512)
 
 
+@both
+@pytest.mark.parametrize("way", ["selection", "blocks"])
+def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
+    """Of another slope for each head: what probabilities are relative to moves in every tile of keys, in some, in none; among them keys that nobody sees, and whole tiles of those."""
+    import judge
+    Hq, T, S, make = 70, 3, 430, Make(rng)
+    q, k = make.normal(2, Hq, T, 576)(), make.normal(2, 1, S, 576)()
+    q[..., 0], k[..., 0] = torch.linspace(-60, 60, Hq, device="cuda")[:, None], torch.linspace(-40, 40, S, device="cuda")
+    indices = np.stack([np.stack([np.arange(S), np.arange(S)[::-1], rng.permutation(S)])] * 2)[:, None].astype(np.int32)
+    indices[rng.random(indices.shape) < 0.05] = -1
+    indices[..., 64:96] = indices[0, ..., :32] = -1
+    count = np.stack([np.stack([np.bincount(line[line >= 0], minlength=S) for line in lines[0]]) for lines in indices])[:, None]
+    where = {"triton": {"selection": "triton.gather_attention_gluon.launch", "blocks": "triton.block_attention_latent.launch"}}.get(backend, {}).get(way)
+    rule = st.Selection(torch.from_numpy(indices).cuda()) if way == "selection" else st.Full()
+    with hoppers(where) if where else nullcontext():
+        out, lse = st.sparse_attention(q, k, None, rule, value_width=512, return_lse=True, backend=backend)
+    held = [to_numpy(x) for x in (q, k)]
+    judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
+
+
 # ------------------------------------------------------------------------------------------------------------------ ready calls
 READY = {"tiny": ((1, 2, 16, 64), (1, 2, 16, 64)), "one-query": ((2, 16, 1, 128), (2, 4, 1500, 128))}
 

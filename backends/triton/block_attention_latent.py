@@ -7,13 +7,14 @@ from functools import lru_cache
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparsetile.backends.contract import Problem, Resources
 from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.block_attention_decode import merge, merge_constants
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
+from sparsetile.backends.triton.latent_gluon import (HALF, HEADS, KEYS, LATENT, PIECE, STAGES, add_values, after, copy_keys, copy_query, give_last, make_memory,
+                                                     score, store, store_through, take_last)
 from sparsetile.backends.triton.launch import POINTER, known_start, list_steps
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor, page_of
 from sparsetile.backends.triton.tiles import entries_of, finish
@@ -67,22 +68,22 @@ def bring(q, k, table, lists, kinds, tables, at, sizes, strides, pages, items, B
     Hq, parts, T, S = sizes
     sqb, sqh, sqt, skb, sks = strides
     table_b, pool = pages
-    k_tiles, found, full, free = memory
+    latents, rotary, found, full, free = memory
     c = gl.arange(0, KEYS, gl.SliceLayout(1, B))
-    n = 0
+    slot = 0
+    phase = 0
     j = 0
     for number in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
         a, whole, e, end, edge = run
         if lo < hi:
-            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, queries, B)
+            slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, B)
             j += 1
             keys = k + b.to(gl.int64) * skb
             for x in range(lo, hi):
                 masked = x - (whole - a)  # from 0 on; a full block that the limit cuts stands before the others
                 entry = gl.where(masked < 0, a + x, gl.where(masked < edge, whole, e + masked - edge))
                 first = gl.load(cols + entry) * KEYS
-                s = n % STAGES
                 ok = first + c < limit
                 if INTERVALS or BITMAPS:
                     if masked >= 0:
@@ -92,12 +93,9 @@ def bring(q, k, table, lists, kinds, tables, at, sizes, strides, pages, items, B
                     page, there = page_of(table + b.to(gl.int64) * table_b, first + c, limit, pool, PAGE)
                     ok = ok & there
                     key = page * PAGE + (first + c) % PAGE
-                mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
-                copy_rows(k_tiles, s, keys + key * sks, ok, 0, B)
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                found.index(s).store(ok.to(gl.int8))
-                mbarrier.arrive(full.index(s))
-                n += 1
+                mbarrier.wait(free.index(slot), phase ^ 1)
+                copy_keys(slot, keys + key * sks, ok, memory, B)
+                slot, phase = after(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -105,12 +103,13 @@ def probabilities(q, lse, tops, sinks, lists, at, sizes, strides, items, scale, 
                   queries, keys, weights, end):
     Hq, parts, T, S = sizes
     sqb, sqh, sqt, skb, sks = strides
-    n = 0
+    slot = 0
+    phase = 0
     j = 0
     turn = 0
     for number in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
-        m, l = score(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, hi - lo, n, j, scale * 1.4426950408889634, queries, keys, weights)
+        m, l, unit, slot, phase = score(scale * 1.4426950408889634, hi - lo, slot, phase, j, queries, keys, weights)
         r = gl.arange(0, HEADS, m.type.layout)
         exists = r < Hq - head
         h = head + gl.where(exists, r, 0)
@@ -124,8 +123,7 @@ def probabilities(q, lse, tops, sinks, lists, at, sizes, strides, items, scale, 
             to = tops + 2 * (line + split.to(gl.int64) * (items // (parts * SPLIT)) * Hq)
             gl.store(to, m, mask=exists)
             gl.store(to + 1, l, mask=exists)
-        give_last(factor, turn, end)
-        n += hi - lo
+        give_last(factor * unit, turn, end)
         j += (lo < hi).to(gl.int32)
         turn += 1
 
@@ -134,16 +132,26 @@ def probabilities(q, lse, tops, sinks, lists, at, sizes, strides, items, scale, 
 def values(W: gl.constexpr, to, lists, at, sizes, items, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr, FROM_LENGTH: gl.constexpr, keys, weights, end):
     """to: the answer, or sums of shares."""
     Hq, parts, T, S = sizes
-    n = 0
+    latents, rotary, found, full, free = keys
+    slot = 0
+    phase = 0
     turn = 0
     for number in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, split, row, limit, run, lo, hi = item_of(number, lists, at, sizes, BQ, SPLIT, EDGE, FROM_LENGTH)
-        x, y = add_values(W, hi - lo, n, keys, weights)
+        x, y, last, slot, phase = add_values(W, hi - lo, slot, phase, keys, weights)
         factor = gl.expand_dims(take_last(turn, end, gl.SliceLayout(1, x.type.layout)), 1)
-        here = to + ((b + split * (items // (parts * SPLIT * T))).to(gl.int64) * Hq * T + t) * (4 * PIECE)
-        store(x * factor, here, head, T, Hq, 2 * W * PIECE)
-        store(y * factor, here, head, T, Hq, 2 * W * PIECE + PIECE)
-        n += hi - lo
+        here = to + ((b + split * (items // (parts * SPLIT * T))).to(gl.int64) * Hq * T + t) * LATENT
+        if SPLIT == 1:
+            if lo < hi:
+                store_through(W, x * factor, y * factor, last, keys, here, head, T, Hq)
+            else:
+                store(x, here, head, T, Hq, HALF * W)
+                store(y, here, head, T, Hq, HALF * W + PIECE)
+        else:
+            store(x * factor, here, head, T, Hq, HALF * W)
+            store(y * factor, here, head, T, Hq, HALF * W + PIECE)
+            if lo < hi:
+                mbarrier.arrive(free.index(last))
         turn += 1
 
 
@@ -151,7 +159,7 @@ def values(W: gl.constexpr, to, lists, at, sizes, items, BQ: gl.constexpr, SPLIT
 def attend_latent(q, k, out, lse, sums, tops, offsets, cols, kinds, intervals, bitmaps, list_of, kv_length, q_starts, sinks, table,
                   sqb, sqh, sqt, skb, sks, slb, first, nq, Hq, parts, T, S, items, q_start, scale, table_b, pool, BQ: gl.constexpr, SPLIT: gl.constexpr, EDGE: gl.constexpr,
                   INTERVALS: gl.constexpr, BITMAPS: gl.constexpr, FROM_LENGTH: gl.constexpr, PAGE: gl.constexpr):
-    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, ARRIVALS)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES)
     sizes = (Hq, parts, T, S)
     strides = (sqb, sqh, sqt, skb, sks)
     lists = (offsets, cols, list_of, slb, first, nq)
@@ -194,7 +202,7 @@ def constants(block_q: int, splits: int, edge=False, intervals=False, bitmaps=Fa
 
 @lru_cache(64)
 def joined(splits: int) -> relaunch.Constants:
-    return relaunch.Constants(merge_constants(4 * PIECE.value, splits), num_warps=4, enable_fp_fusion=False)
+    return relaunch.Constants(merge_constants(LATENT.value, splits), num_warps=4, enable_fp_fusion=False)
 
 
 def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, kv_length, q_start, table):
@@ -207,7 +215,7 @@ def launch(q, k, v, lists, out, lse, kind, place, scale: float, *, sink_logits, 
     made = constants(lists.block_q, splits, kv_length is not None or lists.nk * KEYS.value > S, lists.has_intervals, lists.has_bitmaps, q_start is None, page)
     sums = tops = None
     if splits > 1:
-        sums, tops = place.empty((splits, lines, 4 * PIECE.value), "float32"), place.empty((splits, lines, 2), "float32")
+        sums, tops = place.empty((splits, lines, LATENT.value), "float32"), place.empty((splits, lines, 2), "float32")
     pointers = (q, k, out, lse, sums, tops, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, kv_length, starts, sink_logits, table)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), list_steps(lists)[0], lists.first, lists.nq, Hq, parts, T, S, items, host or 0, float(scale),
                None if table is None else table.stride(0), pool)

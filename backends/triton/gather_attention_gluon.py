@@ -5,11 +5,12 @@ from functools import lru_cache
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparsetile.backends.triton import latent_gluon, relaunch
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, PIECE, STAGES, add_values, copy_query, copy_rows, give_last, make_memory, score, store, take_last
+from sparsetile.backends.triton.latent_gluon import (HALF, HEADS, KEYS, LATENT, PIECE, STAGES, add_values, after, copy_keys, copy_query, give_last, make_memory,
+                                                     score, store, store_through, take_last)
 from sparsetile.backends.triton.latents import latent_of
 from sparsetile.backends.triton.launch import POINTER, known_start
 from sparsetile.backends.triton.tiles import finish
@@ -33,51 +34,48 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
     B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     Hq, parts, T, S, K = sizes
     sqb, sqh, sqt, skb, sks = strides
-    k_tiles, found, full, free = memory
+    latents, rotary, found, full, free = memory
     r = gl.arange(0, KEYS, gl.SliceLayout(1, B))
-    n = 0
+    slot = 0
+    phase = 0
     j = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)  # late queries have long rows: first
         if count > 0:
             limit, start = place_of(b, T, S, at, FROM_LENGTH)
-            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, queries, B)
+            slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, B)
             j += 1
             keys = k + b.to(gl.int64) * skb
             entry = gl.load(indices + line + r, mask=r < count, other=-1)
             for first in range(0, count, KEYS):
-                s = n % STAGES
                 ok = (entry >= 0) & (entry < limit)
                 if CAUSAL:
                     ok = ok & (entry <= start + t)
                 rows = keys + gl.where(ok, entry, 0).to(gl.int64) * sks
                 entry = gl.load(indices + line + first + KEYS + r, mask=first + KEYS + r < count, other=-1)  # asked for a tile ahead
-                mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
-                copy_rows(k_tiles, s, rows, ok, 0, B)
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                found.index(s).store(ok.to(gl.int8))
-                mbarrier.arrive(full.index(s))
-                n += 1
+                mbarrier.wait(free.index(slot), phase ^ 1)
+                copy_keys(slot, rows, ok, memory, B)
+                slot, phase = after(slot, phase, STAGES)
 
 
 @gluon.jit
 def probabilities(q, lse, lengths, sinks, sizes, strides, items, scale, queries, keys, weights, end):
     Hq, parts, T, S, K = sizes
     sqb, sqh, sqt, skb, sks = strides
-    n = 0
+    slot = 0
+    phase = 0
     j = 0
     turn = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
         tiles = (count + KEYS - 1) // KEYS
-        m, l = score(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, tiles, n, j, scale * 1.4426950408889634, queries, keys, weights)
+        m, l, unit, slot, phase = score(scale * 1.4426950408889634, tiles, slot, phase, j, queries, keys, weights)
         r = gl.arange(0, HEADS, m.type.layout)
         h = head + gl.where(r < Hq - head, r, 0)
         factor, logs = finish(m, l, scale, scale * 1.4426950408889634, sinks, h, sinks is not None)
         if lse is not None:
             gl.store(lse + (b.to(gl.int64) * Hq + h) * T + t, logs, mask=r < Hq - head)
-        give_last(factor, turn, end)
-        n += tiles
+        give_last(factor * unit, turn, end)
         j += (tiles > 0).to(gl.int32)
         turn += 1
 
@@ -85,24 +83,26 @@ def probabilities(q, lse, lengths, sinks, sizes, strides, items, scale, queries,
 @gluon.jit
 def values(W: gl.constexpr, out, lengths, sizes, items, keys, weights, end):
     Hq, parts, T, S, K = sizes
-    n = 0
+    slot = 0
+    phase = 0
     turn = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
-        tiles = (count + KEYS - 1) // KEYS
-        x, y = add_values(W, tiles, n, keys, weights)
+        x, y, last, slot, phase = add_values(W, (count + KEYS - 1) // KEYS, slot, phase, keys, weights)
         factor = gl.expand_dims(take_last(turn, end, gl.SliceLayout(1, x.type.layout)), 1)
-        to = out + (b.to(gl.int64) * Hq * T + t) * (4 * PIECE)
-        store(x * factor, to, head, T, Hq, 2 * W * PIECE)
-        store(y * factor, to, head, T, Hq, 2 * W * PIECE + PIECE)
-        n += tiles
+        to = out + (b.to(gl.int64) * Hq * T + t) * LATENT
+        if count > 0:
+            store_through(W, x * factor, y * factor, last, keys, to, head, T, Hq)
+        else:
+            store(x, to, head, T, Hq, HALF * W)
+            store(y, to, head, T, Hq, HALF * W + PIECE)
         turn += 1
 
 
 @gluon.jit(do_not_specialize=["Hq", "parts", "T", "S", "K", "items", "q_start"])
 def gather_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
                  CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, ARRIVALS)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES)
     sizes = (Hq, parts, T, S, K)
     strides = (sqb, sqh, sqt, skb, sks)
     gl.warp_specialize([

@@ -9,12 +9,11 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import latent_gluon
 from sparsetile.backends.triton.gather_attention_gluon import item_of, probabilities, values
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import KEYS, ROTARY, copy_query, make_memory
+from sparsetile.backends.triton.latent_gluon import ARRIVALS, KEYS, LATENT, ROTARY, after, copy_query, make_memory
 
 STAGES = gl.constexpr(4)
 COMING = gl.constexpr(2)  # tiles whose bytes are on their way
-CHUNK = gl.constexpr(64)  # bytes of a row that four threads convert together: eight chunks of float8 values, two of rotary columns
-LATENT = gl.constexpr(512)  # bytes of a row before its four scales, which stand before its rotary columns
+CHUNK = gl.constexpr(64)  # bytes of a row that four threads convert together: eight chunks of float8 values, behind which stand four scales, and two of rotary columns
 
 
 @gluon.jit
@@ -49,22 +48,22 @@ def _copy_chunks(to, chunk, there, N: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def convert(k_tiles, slot, n, bytes_):
+def convert(latents, elements, slot, n, bytes_):
     """Elements of tile n into a slot of the ring."""
     B: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     E: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     codes, rotary, scales = bytes_
-    kind: gl.constexpr = k_tiles[0].dtype
+    kind: gl.constexpr = latents.dtype
     s = n % COMING
     four = scales.index(s)._reinterpret(gl.float32, [KEYS, 4], flat)
     values_, columns = codes.index(s)._reinterpret(gl.uint8, [8 * KEYS, CHUNK], flat), rotary.index(s)._reinterpret(gl.bfloat16, [2 * KEYS, CHUNK // 2], flat)
     for c in gl.static_range(8):
         x = values_.slice(KEYS * c, KEYS).load(B).to(gl.float8e4nv, bitcast=True).to(gl.float32) * four.slice(c // 2, 1, dim=1).load(B)
-        k_tiles[c // 2].index(slot).slice(c % 2 * CHUNK, CHUNK, dim=1).store(x.to(kind))
+        latents.index(slot).slice(c * CHUNK, CHUNK, dim=1).store(x.to(kind))
     for c in gl.static_range(2):
         x = columns.slice(KEYS * c, KEYS).load(E)
-        k_tiles[4].index(slot).slice(c * (CHUNK // 2), CHUNK // 2, dim=1).store(x.to(gl.float32).to(kind))
+        elements.index(slot).slice(c * (CHUNK // 2), CHUNK // 2, dim=1).store(x.to(gl.float32).to(kind))
 
 
 @gluon.jit
@@ -73,8 +72,10 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
     A: gl.constexpr = gl.BlockedLayout([1, 1, 16], [1, 8, 4], [1, 4, 1], [2, 1, 0])  # a thread has one row of a tile
     Hq, parts, T, S, K = sizes
     sqb, sqh, sqt, skb, sks = strides
-    k_tiles, found, full, free = memory
+    latents, elements, found, full, free = memory
     r = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(0, A)))
+    slot = 0
+    phase = 0
     n = 0
     j = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -90,16 +91,16 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
             ok1 = seen(entry, limit, start + t, CAUSAL)
             ask(keys, entry, ok1, sks, n + 1, bytes_)
             entry = gl.load(row + 2 * KEYS + r, mask=2 * KEYS + r < count, other=-1)
-            copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, j, queries, Q)
+            slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, Q)
             j += 1
             for first in range(0, count, KEYS):
-                s = n % STAGES
                 async_copy.wait_group(1)
-                mbarrier.wait(free.index(s), ((n // STAGES) & 1) ^ 1)
-                convert(k_tiles, s, n, bytes_)
-                found.index(s).store(ok.to(gl.int8))
+                mbarrier.wait(free.index(slot), phase ^ 1)
+                convert(latents, elements, slot, n, bytes_)
+                found.index(slot).store(ok.to(gl.int8))
                 fence_async_shared()
-                mbarrier.arrive(full.index(s))
+                mbarrier.arrive(full.index(slot), count=ARRIVALS)  # no copies of threads to wait for
+                slot, phase = after(slot, phase, STAGES)
                 ok = ok1
                 ok1 = seen(entry, limit, start + t, CAUSAL)
                 ask(keys, entry, ok1, sks, n + 2, bytes_)
@@ -112,7 +113,7 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
 def gather_bytes_gluon(q, k, out, lse, indices, lengths, kv_length, q_starts, sinks, sqb, sqh, sqt, skb, sks, Hq, parts, T, S, K, items, q_start, scale,
                        CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
     chunks: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES, 1)
+    queries, keys, weights, end = make_memory(q.dtype.element_ty, STAGES)
     bytes_ = (gl.allocate_shared_memory(gl.uint8, [COMING, 8, KEYS, CHUNK], chunks), gl.allocate_shared_memory(gl.uint8, [COMING, 2, KEYS, CHUNK], chunks),
               gl.allocate_shared_memory(gl.uint8, [COMING, KEYS, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])))
     sizes = (Hq, parts, T, S, K)

@@ -1,45 +1,67 @@
 """Attention with a latent 576 wide whose first 512 columns are the values (DeepSeek's), for Hopper in Gluon, float16 and bfloat16: what the kernels over selections
-(gather_attention_gluon.py) and over block lists (block_attention_latent.py) share. They differ in who brings a tile's 32 keys.
+(gather_attention_gluon.py, gather_bytes_gluon.py) and over block lists (block_attention_latent.py) share. They differ in who brings a tile's 32 keys.
 
 A persistent block of threads takes one query and up to 64 heads that share its keys at a time, in four groups of warps: one brings tiles into a ring, `score` makes
-scores and probabilities with 384 columns of the query in registers, two `gather_values` hold 256 value columns each. While values of one tile are multiplied, the
-probabilities of the next are made. Keys that nobody sees are zeros in a tile and -inf in the scores. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
+scores and probabilities with 384 columns of the query in registers, two `add_values` hold 256 value columns each. The query arrives as two more tiles of the ring, and the
+probabilities of a tile overwrite its rotary columns, which no value needs. Values of a tile are multiplied while the probabilities of the next are made, not beside its
+scores: `score` says when. Keys that nobody sees are zeros in a tile and -inf in the scores. What is rare (holes, a reference that moves, sums that have to follow it) stands
+behind a branch: `score` is the longest chain of a tile. Scores and sums are rounded as in the portable source (tiles.py), hence as in the backward.
 """
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from sparsetile.backends.contract import Resources
-from sparsetile.backends.triton.tiles import finish, soften
 
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(32)
-PIECE = gl.constexpr(128)  # columns of a piece of the latent, of which there are four; a fifth are the rotary columns
+LATENT = gl.constexpr(512)
 ROTARY = gl.constexpr(64)
-HELD = gl.constexpr(3)  # pieces of the query in registers
+HALF = gl.constexpr(256)  # value columns of a group
+PIECE = gl.constexpr(128)  # columns of a product of values
+HELD = gl.constexpr(384)  # columns of the query in registers
 STAGES = gl.constexpr(5)
-COPIERS = gl.constexpr(128)  # threads of the group that brings tiles
-ARRIVALS = gl.constexpr(129)  # each of them with its copies, and which keys are seen
+TAKEN = gl.constexpr(2)  # of them by a query
+COPIERS = gl.constexpr(128)  # threads of a group
+ARRIVALS = gl.constexpr(129)  # for a tile: each thread of those that bring it with its copies, and which keys are seen
+SEEN = gl.constexpr(0x01010101)  # four keys that are
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+LOWEST = gl.constexpr(-3.4028235e38)
+# Of a thread's two rows: the largest product so far of its own keys, the reference of the sums (a logarithm to base 2), the scale. When a row of the warp has grown by 2^8
+# (-8 is 0fC1000000), references of all 16 move to their largest scores. New references, and what sums so far are multiplied by.
+FOLLOW = gl.constexpr("""{.reg .pred p; .reg .f32 a, b, c;
+mov.f32 $0, $6; mov.f32 $1, $7; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000;
+fma.rn.f32 a, $4, $8, 0fC1000000; fma.rn.f32 b, $5, $9, 0fC1000000;
+setp.gt.f32 p, a, $6; setp.gt.or.f32 p, b, $7, p;
+vote.sync.any.pred p, p, -1;
+@!p bra STAYS;
+shfl.sync.bfly.b32 c, $4, 1, 31, -1; max.f32 a, c, $4; shfl.sync.bfly.b32 c, a, 2, 31, -1; max.f32 a, a, c; mul.rn.f32 a, a, $8;
+shfl.sync.bfly.b32 c, $5, 1, 31, -1; max.f32 b, c, $5; shfl.sync.bfly.b32 c, b, 2, 31, -1; max.f32 b, b, c; mul.rn.f32 b, b, $9;
+max.f32 $0, a, $6; max.f32 $1, b, $7;
+sub.f32 a, $6, $0; sub.f32 b, $7, $1;
+ex2.approx.ftz.f32 $2, a; ex2.approx.ftz.f32 $3, b;
+STAYS: }""")
 
 
 @gluon.jit
-def make_memory(kind: gl.constexpr, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Pieces of the query and of keys, probabilities, which of a tile's keys are seen, what sums are multiplied by before a tile and at the end, barriers: a tile is there after
-    ARRIVALS of the threads that bring it."""
-    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+def make_memory(kind: gl.constexpr, STAGES: gl.constexpr):
+    """The rest of a query; tiles of keys and which of them are seen; probabilities, what sums are multiplied by before a tile (as each thread of a quad says) and whether
+    by 1; the same at the end; barriers."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_tiles = (gl.allocate_shared_memory(kind, [1, HEADS, PIECE], tile), gl.allocate_shared_memory(kind, [1, HEADS, ROTARY], tile))
-    k_tiles = (gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile),
-               gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile), gl.allocate_shared_memory(kind, [STAGES, KEYS, PIECE], tile),
-               gl.allocate_shared_memory(kind, [STAGES, KEYS, ROTARY], tile))
-    p_tiles = gl.allocate_shared_memory(kind, [STAGES, HEADS, KEYS], gl.NVMMASharedLayout(64, 16, 2))
-    found = gl.allocate_shared_memory(gl.int8, [STAGES, KEYS], flat)
-    factors = gl.allocate_shared_memory(gl.float32, [STAGES, HEADS], flat)
-    last = gl.allocate_shared_memory(gl.float32, [1, HEADS], flat)
+    rest = (gl.allocate_shared_memory(kind, [1, HEADS, LATENT - HELD], TILE), gl.allocate_shared_memory(kind, [1, HEADS, ROTARY], TILE))
+    latents = gl.allocate_shared_memory(kind, [STAGES, KEYS, LATENT], TILE)
+    rotary = gl.allocate_shared_memory(kind, [STAGES, KEYS, ROTARY], TILE)
+    found = gl.allocate_shared_memory(gl.int8, [STAGES, KEYS], FLAT)
+    p_tiles = rotary._reinterpret(kind, [STAGES, HEADS, KEYS], gl.NVMMASharedLayout(64, 16, 2))
+    factors = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * HEADS], FLAT)
+    moved = gl.allocate_shared_memory(gl.int8, [STAGES, 4 * HEADS], FLAT)
+    last = gl.allocate_shared_memory(gl.float32, [1, HEADS], FLAT)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], B)  # full, free
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    start = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     last_bars = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     mbarrier.init(q_bars.index(0), count=COPIERS)
@@ -49,113 +71,201 @@ def make_memory(kind: gl.constexpr, STAGES: gl.constexpr, ARRIVALS: gl.constexpr
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=ARRIVALS)
         mbarrier.init(ready.index(s), count=1)
+        mbarrier.init(start.index(s), count=1)
         mbarrier.init(free.index(s), count=2)
     fence_async_shared()
-    return (q_tiles, q_bars), (k_tiles, found, full, free), (p_tiles, factors, ready), (last, last_bars)
+    return (rest, q_bars), (latents, rotary, found, full, free), (p_tiles, factors, moved, ready, start), (last, last_bars)
 
 
 @gluon.jit
-def copy_rows(tiles, s, rows, ok, FIRST: gl.constexpr, B: gl.constexpr):
-    """Rows, where `rows` points, from piece FIRST on into slot s: zeros where not ok."""
-    for n in gl.static_range(5 - FIRST):
-        c = (FIRST + n) * PIECE + gl.arange(0, tiles[n].shape[2], gl.SliceLayout(0, B))
-        async_copy.async_copy_global_to_shared(tiles[n].index(s), gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(ok, 1), cache_modifier=".cg")
+def after(s, phase, STAGES: gl.constexpr):
+    """The slot behind slot s of the ring, and its phase."""
+    wraps = s == STAGES - 1
+    return gl.where(wraps, 0, s + 1), phase ^ wraps.to(gl.int32)
 
 
 @gluon.jit
-def copy_query(q, head, Hq, sqh, j, queries, B: gl.constexpr):
-    """What `score` does not hold of heads head .. of the query where `q` points, the j-th of this block of threads: zeros past the last."""
-    q_tiles, q_bars = queries
+def copy_rows(to, rows, ok, FIRST: gl.constexpr, B: gl.constexpr):
+    """Columns FIRST .. of rows, where `rows` points: zeros where not ok."""
+    c = FIRST + gl.arange(0, to.shape[1], gl.SliceLayout(0, B))
+    async_copy.async_copy_global_to_shared(to, gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(ok, 1), cache_modifier=".cg")
+
+
+@gluon.jit
+def copy_keys(s, rows, ok, keys, B: gl.constexpr):
+    latents, rotary, found, full, free = keys
+    copy_rows(latents.index(s), rows, ok, 0, B)
+    copy_rows(rotary.index(s), rows, ok, LATENT, B)
+    async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+    found.index(s).store(ok.to(gl.int8))
+    mbarrier.arrive(full.index(s))
+
+
+@gluon.jit
+def as_query(latents, s, W: gl.constexpr):
+    """The first of a slot of the ring as W columns of a query."""
+    return latents.index(s)._reinterpret(latents.dtype, [KEYS * LATENT // HEADS // W, HEADS, W], TILE).index(0)
+
+
+@gluon.jit
+def copy_query(q, head, Hq, sqh, s, phase, j, queries, keys, B: gl.constexpr):
+    """Heads head .. of the query where `q` points, the j-th of this block of threads, zeros past the last: what `score` holds into the next two slots, which are behind
+    (s, phase) then, and what it does not."""
+    rest, q_bars = queries
+    latents, rotary, found, full, free = keys
+    STAGES: gl.constexpr = latents.shape[0]
     h = gl.arange(0, HEADS, gl.SliceLayout(1, B))
     exists = h < Hq - head
-    mbarrier.wait(q_bars.index(1), (j & 1) ^ 1)
-    copy_rows(q_tiles, 0, q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh, exists, HELD, B)
-    async_copy.mbarrier_arrive(q_bars.index(0), increment_count=False)
-
-
-@gluon.jit
-def load_piece(q, head, Hq, sqh, n: gl.constexpr, A: gl.constexpr):
-    h = gl.arange(0, HEADS, gl.SliceLayout(1, A))
-    c = n * PIECE + gl.arange(0, PIECE, gl.SliceLayout(0, A))
-    exists = h < Hq - head
     rows = q + (head + gl.where(exists, h, 0)).to(gl.int64) * sqh
-    return gl.load(gl.expand_dims(rows, 1) + gl.expand_dims(c, 0), mask=gl.expand_dims(exists, 1), other=0.0)
+    for n in gl.static_range(TAKEN):
+        mbarrier.wait(free.index(s), phase ^ 1)
+        copy_rows(as_query(latents, s, HALF if n == 0 else HELD - HALF), rows, exists, n * HALF, B)
+        async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+        mbarrier.arrive(full.index(s))
+        s, phase = after(s, phase, STAGES)
+    mbarrier.wait(q_bars.index(1), (j & 1) ^ 1)
+    copy_rows(rest[0].index(0), rows, exists, HELD, B)
+    copy_rows(rest[1].index(0), rows, exists, LATENT, B)
+    async_copy.mbarrier_arrive(q_bars.index(0), increment_count=False)
+    return s, phase
 
 
 @gluon.jit
-def products(q0, q1, q2, q_tiles, n, k_tiles, full, L: gl.constexpr):
-    """Scores of tile n, on their way."""
-    STAGES: gl.constexpr = k_tiles[0].shape[0]
-    s = n % STAGES
-    zero = gl.zeros([HEADS, KEYS], gl.float32, L)
-    mbarrier.wait(full.index(s), (n // STAGES) & 1)
-    fence_async_shared()  # copies of threads, read by products
-    x = warpgroup_mma(q0, k_tiles[0].index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-    x = warpgroup_mma(q1, k_tiles[1].index(s).permute((1, 0)), x, is_async=True)
-    x = warpgroup_mma(q2, k_tiles[2].index(s).permute((1, 0)), x, is_async=True)
-    x = warpgroup_mma(q_tiles[0].index(0), k_tiles[3].index(s).permute((1, 0)), x, is_async=True)
-    return warpgroup_mma(q_tiles[1].index(0), k_tiles[4].index(s).permute((1, 0)), x, is_async=True)
-
-
-@gluon.jit
-def weigh(x, n, m, l, scale2, found, weights):
-    """Scores of tile n become probabilities for `add_values`."""
-    p_tiles, factors, ready = weights
-    s = n % p_tiles.shape[0]
-    ok = found.index(s).load(gl.SliceLayout(0, x.type.layout))
-    p, f, m, l = soften(gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf")), m, l, scale2, True)
-    p_tiles.index(s).store(p.to(p_tiles.dtype))
-    factors.index(s).store(f)
-    fence_async_shared()
+def take_query(s, phase, keys, weights, A: gl.constexpr):
+    """The columns that `score` holds, from two slots, which go on to be freed."""
+    latents, rotary, found, full, free = keys
+    p_tiles, factors, moved, ready, start = weights
+    STAGES: gl.constexpr = latents.shape[0]
+    mbarrier.wait(full.index(s), phase)
+    q0 = as_query(latents, s, HALF).load(A)
+    t, phase = after(s, phase, STAGES)
+    mbarrier.wait(full.index(t), phase)
+    q1 = as_query(latents, t, HELD - HALF).load(A)
+    mbarrier.arrive(start.index(s))
+    mbarrier.arrive(start.index(t))
     mbarrier.arrive(ready.index(s))
-    return m, l
+    mbarrier.arrive(ready.index(t))
+    s, phase = after(t, phase, STAGES)
+    return q0, q1, s, phase
 
 
 @gluon.jit
-def score(q, head, Hq, sqh, count, n, j, scale2, queries, keys, weights):
-    """Probabilities of `count` tiles, from tile n of this block of threads on, for its query j where `q` points: maximum and sum of each row."""
+def products(q0, q1, rest, s, keys, L: gl.constexpr):
+    """Scores of a tile, on their way."""
+    latents, rotary, found, full, free = keys
+    tile = latents.index(s)
+    zero = gl.zeros([HEADS, KEYS], gl.float32, L)
+    x = warpgroup_mma(q0, tile.slice(0, HALF, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma(q1, tile.slice(HALF, HELD - HALF, dim=1).permute((1, 0)), x, is_async=True)
+    x = warpgroup_mma(rest[0].index(0), tile.slice(HELD, LATENT - HELD, dim=1).permute((1, 0)), x, is_async=True)
+    return warpgroup_mma(rest[1].index(0), rotary.index(s).permute((1, 0)), x, is_async=True)
+
+
+@gluon.jit
+def landed(s, phase, keys):
+    """When a tile is there: whether all of its keys are seen (SEEN, else less)."""
+    latents, rotary, found, full, free = keys
+    mbarrier.wait(full.index(s), phase)
+    words = found.index(s)._reinterpret(gl.int32, [KEYS // 4], FLAT).load(gl.BlockedLayout([KEYS // 4], [32], [4], [0]))
+    fence_async_shared()  # copies of threads, and probabilities of the tile before, read by products
+    return gl.min(words, 0)
+
+
+@gluon.jit
+def of_thread(x):
+    """[heads, keys] as [heads, pair of keys, thread of a quad, key of a pair]: no thread needs another's."""
+    return x.reshape([HEADS, KEYS // 8, 4, 2])
+
+
+@gluon.jit
+def weigh(x, s, seen, top, sums, ref, scale2, found, weights):
+    """Scores of a tile become probabilities relative to 2^ref, and sums of each thread's own keys."""
+    p_tiles, factors, moved, ready, start = weights
+    L: gl.constexpr = x.type.layout
+    if seen != SEEN:
+        ok = found.index(s).load(gl.SliceLayout(0, L))
+        x = gl.where(gl.expand_dims(ok, 0) != 0, x, float("-inf"))
+    y = of_thread(x)
+    top = gl.maximum(top, gl.max(gl.max(y, 3), 1))
+    ref, f = gl.inline_asm_elementwise(FOLLOW, "=&f,=&f,=&f,=&f,f,f,f,f,f,f", [top, ref, scale2], (gl.float32, gl.float32), False, 2)
+    p = gl.exp2(gl.fma(y, scale2, -gl.expand_dims(gl.expand_dims(ref, 1), 3)))
+    p_tiles.index(s).store(gl.convert_layout(p.reshape([HEADS, KEYS]), L, assert_trivial=True).to(p_tiles.dtype))
+    f_of = f.permute((1, 0))
+    factors.index(s)._reinterpret(gl.float32, [4, HEADS], ROWS).store(f_of)
+    moved.index(s)._reinterpret(gl.int8, [4, HEADS], ROWS).store((f_of != 1.0).to(gl.int8))
+    return top, sums * f + gl.sum(gl.sum(p, 3), 1), ref
+
+
+@gluon.jit
+def score(scale2, tiles, s, phase, j, queries, keys, weights):
+    """Probabilities of `tiles` tiles, for this block's query j, which begins at slot s: each row's largest product, its sum relative to that, what sums of values are
+    multiplied by to be so, too, and the slot behind them."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     R: gl.constexpr = gl.SliceLayout(1, L)
-    q_tiles, q_bars = queries
-    k_tiles, found, full, free = keys
-    m = gl.full([HEADS], float("-inf"), gl.float32, R)
-    l = gl.zeros([HEADS], gl.float32, R)
-    q0 = load_piece(q, head, Hq, sqh, 0, A)
-    q1 = load_piece(q, head, Hq, sqh, 1, A)
-    q2 = load_piece(q, head, Hq, sqh, 2, A)
-    if count > 0:
+    S: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, of_thread(gl.zeros([HEADS, KEYS], gl.float32, L)).type.layout))
+    rest, q_bars = queries
+    latents, rotary, found, full, free = keys
+    p_tiles, factors, moved, ready, start = weights
+    STAGES: gl.constexpr = latents.shape[0]
+    top = gl.full([HEADS, 4], float("-inf"), gl.float32, S)
+    sums = gl.zeros([HEADS, 4], gl.float32, S)
+    ref = gl.full([HEADS, 4], LOWEST, gl.float32, S)
+    if tiles > 0:
+        q0, q1, s, phase = take_query(s, phase, keys, weights, gl.DotOperandLayout(0, L, 2))
         mbarrier.wait(q_bars.index(0), j & 1)
-        x = warpgroup_mma_wait(0, deps=(products(q0, q1, q2, q_tiles, n, k_tiles, full, L), ))
-        for i in range(n, n + count - 1):
-            following = products(q0, q1, q2, q_tiles, i + 1, k_tiles, full, L)
-            m, l = weigh(x, i, m, l, scale2, found, weights)
-            x = warpgroup_mma_wait(0, deps=(following, ))
+        seen = landed(s, phase, keys)
+        x = warpgroup_mma_wait(0, deps=(products(q0, q1, rest, s, keys, L), ))
+        for i in range(1, tiles):
+            top, sums, ref = weigh(x, s, seen, top, sums, ref, scale2, found, weights)
+            before = s
+            s, phase = after(s, phase, STAGES)
+            seen = landed(s, phase, keys)
+            mbarrier.arrive(ready.index(before))
+            x = products(q0, q1, rest, s, keys, L)
+            mbarrier.arrive(start.index(before))
+            x = warpgroup_mma_wait(0, deps=(x, ))
         mbarrier.arrive(q_bars.index(1))
-        m, l = weigh(x, n + count - 1, m, l, scale2, found, weights)
-    return m, l
+        top, sums, ref = weigh(x, s, seen, top, sums, ref, scale2, found, weights)
+        fence_async_shared()
+        mbarrier.arrive(ready.index(s))
+        mbarrier.arrive(start.index(s))
+        s, phase = after(s, phase, STAGES)
+    m = gl.convert_layout(gl.max(top, 1), R)
+    unit = gl.where(m == float("-inf"), 1.0, gl.exp2(gl.convert_layout(gl.max(ref, 1), R) - m * scale2))
+    return m, gl.convert_layout(gl.sum(sums, 1), R) * unit, unit, s, phase
 
 
 @gluon.jit
-def add_values(W: gl.constexpr, count, n, keys, weights):
-    """Sums of value columns 256 W .. over `count` tiles, from tile n of this block of threads on, as two halves."""
+def add_values(W: gl.constexpr, tiles, s, phase, keys, weights):
+    """Sums of value columns 256 W .. over `tiles` tiles behind a query's slots s .., as two halves; the last slot, not yet free, and the one behind it."""
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    k_tiles, found, full, free = keys
-    p_tiles, factors, ready = weights
-    STAGES: gl.constexpr = p_tiles.shape[0]
+    latents, rotary, found, full, free = keys
+    p_tiles, factors, moved, ready, start = weights
+    STAGES: gl.constexpr = latents.shape[0]
     a = gl.zeros([HEADS, PIECE], gl.float32, O)
     b = gl.zeros([HEADS, PIECE], gl.float32, O)
-    for i in range(count):
-        s = (n + i) % STAGES
-        mbarrier.wait(ready.index(s), ((n + i) // STAGES) & 1)
-        f = gl.expand_dims(factors.index(s).load(gl.SliceLayout(1, O)), 1)
-        a = a * f
-        b = b * f
-        a = warpgroup_mma(p_tiles.index(s), k_tiles[2 * W].index(s), a, is_async=True)
-        b = warpgroup_mma(p_tiles.index(s), k_tiles[2 * W + 1].index(s), b, is_async=True)
+    last = s
+    if tiles > 0:
+        for n in gl.static_range(TAKEN):  # the query passes by
+            mbarrier.wait(ready.index(s), phase)
+            mbarrier.arrive(free.index(s))
+            s, phase = after(s, phase, STAGES)
+    for i in range(tiles):
+        mbarrier.wait(ready.index(s), phase)
+        words = moved.index(s).slice(0, HEADS)._reinterpret(gl.int32, [HEADS // 4], FLAT).load(gl.BlockedLayout([HEADS // 4], [32], [4], [0]))
+        if gl.max(words, 0) != 0:
+            f = gl.expand_dims(factors.index(s).slice(0, HEADS).load(gl.SliceLayout(1, O)), 1)
+            a = a * f
+            b = b * f
+        mbarrier.wait(start.index(s), phase)
+        a = warpgroup_mma(p_tiles.index(s), latents.index(s).slice(HALF * W, PIECE, dim=1), a, is_async=True)
+        b = warpgroup_mma(p_tiles.index(s), latents.index(s).slice(HALF * W + PIECE, PIECE, dim=1), b, is_async=True)
         a, b = warpgroup_mma_wait(0, deps=(a, b))
-        mbarrier.arrive(free.index(s))
-    return a, b
+        if i < tiles - 1:
+            mbarrier.arrive(free.index(s))
+        last = s
+        s, phase = after(s, phase, STAGES)
+    return a, b, last, s, phase
 
 
 @gluon.jit
@@ -177,12 +287,37 @@ def take_last(turn, end, layout: gl.constexpr):
 
 
 @gluon.jit
+def rows_at(to, head, step, FIRST: gl.constexpr, C: gl.constexpr, B: gl.constexpr):
+    """Where columns FIRST .. FIRST + C of heads head .. are: head h of 512 columns stands at to + 512 h step."""
+    at = to + (head + gl.arange(0, HEADS, gl.SliceLayout(1, B))).to(gl.int64) * step * LATENT + FIRST
+    return gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, B)), 0)
+
+
+@gluon.jit
 def store(sums, to, head, step, Hq, FIRST: gl.constexpr):
-    """[64, 128] for heads head .. and value columns FIRST .., where head h of 512 columns stands at to + 512 h step."""
+    """[64, 128] for value columns FIRST .., from where they are held."""
     O: gl.constexpr = sums.type.layout
-    row = gl.arange(0, HEADS, gl.SliceLayout(1, O))
-    at = to + (head + row).to(gl.int64) * step * (4 * PIECE) + FIRST
-    gl.store(gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, PIECE, gl.SliceLayout(0, O)), 0), sums.to(to.dtype.element_ty), mask=gl.expand_dims(row < Hq - head, 1))
+    gl.store(rows_at(to, head, step, FIRST, PIECE, O), sums.to(to.dtype.element_ty), mask=gl.expand_dims(gl.arange(0, HEADS, gl.SliceLayout(1, O)) < Hq - head, 1))
+
+
+@gluon.jit
+def store_lines(sums, place, to, head, step, Hq, FIRST: gl.constexpr):
+    """[64, 64] in whole lines of memory, through `place`."""
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    place.store(gl.convert_layout(sums, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), assert_trivial=True).to(to.dtype.element_ty))
+    gl.store(rows_at(to, head, step, FIRST, 64, B), place.load(B), mask=gl.expand_dims(gl.arange(0, HEADS, gl.SliceLayout(1, B)) < Hq - head, 1))
+
+
+@gluon.jit
+def store_through(W: gl.constexpr, a, b, s, keys, to, head, step, Hq):
+    """An item's sums of `add_values`, through this group's half of its last tile, which is free then."""
+    latents, rotary, found, full, free = keys
+    places = latents.index(s)._reinterpret(latents.dtype, [KEYS * LATENT // HEADS // 64, HEADS, 64], TILE)
+    for n in gl.static_range(2):
+        c, d = (a if n == 0 else b).reshape([HEADS, 2, 64]).permute((0, 2, 1)).split()
+        store_lines(c, places.index(2 * W), to, head, step, Hq, HALF * W + PIECE * n)
+        store_lines(d, places.index(2 * W + 1), to, head, step, Hq, HALF * W + PIECE * n + 64)
+    mbarrier.arrive(free.index(s))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the host
@@ -195,5 +330,5 @@ def fits(q, k, v, scale: float, softcap, kind: str) -> bool:
 
 def resources(stages: int = STAGES.value, more: int = 0) -> Resources:
     """`more` bytes beside the query, the tiles, their masks and factors; a few for barriers and for what the groups of warps are told."""
-    held, tile = 2 * HEADS.value * ((4 - HELD.value) * PIECE.value + ROTARY.value), 2 * KEYS.value * (4 * PIECE.value + ROTARY.value) + 2 * HEADS.value * KEYS.value
-    return Resources(threads=512, shared=held + stages * (tile + KEYS.value + 4 * HEADS.value) + more + 880, registers=128)
+    rest, tile = 2 * HEADS.value * (LATENT.value - HELD.value + ROTARY.value), 2 * KEYS.value * (LATENT.value + ROTARY.value)
+    return Resources(threads=512, shared=rest + stages * (tile + KEYS.value + 20 * HEADS.value) + more + 880, registers=128)
