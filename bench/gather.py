@@ -14,7 +14,7 @@ from sparsetile.ops.caches.latent import PagedLatent
 from sparsetile.ops.selection import Selection
 
 D, DV = 576, 512
-PATHS = (("cupy", "hopper"), ("cupy", "tokens"), ("triton", "gluon"), ("cupy", "portable"), ("triton", "portable"))
+PATHS = (("cupy", "hopper"), ("cupy", "tokens"), ("triton", "gluon"), ("triton", "tokens"), ("cupy", "portable"), ("triton", "portable"))
 
 
 def inputs(torch, T, Hq, S, K, seed=0, pool=None):
@@ -112,7 +112,8 @@ def prefill(torch, quick):
         check(torch, "cupy", "hopper", Hq=Hq)
     check(torch, "triton", "gluon", causal=True)
     for Hq in (70, 32, 16, 8, 1):
-        check(torch, "cupy", "tokens", Hq=Hq)
+        for backend in ("cupy", "triton"):
+            check(torch, backend, "tokens", Hq=Hq)
     check(torch, "cupy", "portable"), check(torch, "triton", "portable")
     watch, T, K = timing.Stopwatch(0), 4096, 2048
     print(f"{'heads':>6}{'S':>8}{'pool':>8}" + "".join(f"{backend + ' ' + path + ' ms':>20}{'TFLOP/s':>9}" for backend, path in PATHS), flush=True)

@@ -20,7 +20,7 @@ SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and wh
     ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 320,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("importance_topk", "score_by_queries"): 96, ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88,
-    ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("topk", "topk_gluon"): 376,
+    ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
 }
 
 
@@ -81,6 +81,8 @@ def cases():
     yield "append", "latent", (dict(B=8, T=1, D=512), dict(rows=HALF, pool="uint8"), ("latent_fp8",))
     yield "append", "indexer", (dict(B=8, T=1, D=128), dict(rows=HALF, pool="uint8"), ("indexer_fp8",))
     yield "page_rows", "selection", (dict(B=128, Hk=1, T=1, K=2048), dict(indices="int32"), ())
+    for Hq, kind, features in ((8, "float16", ("shared_kv", "causal", "kv_length", "sink")), (16, HALF, ("shared_kv",)), (32, HALF, ("shared_kv", "causal", "q_start"))):
+        yield "gather_attention", f"few-heads-{Hq}", attention(576, 512, kind, Hq, 1, features)
     yield "gather_attention", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "lse"), 512)
     yield "gather_attention_backward", "long blocks of each head", (dict(B=1, Hq=32, Hk=8, T=16384, S=16384, D=128, Dv=128, K=4), dict(q=HALF, k=HALF, v=HALF), ("causal", "per_head", "gradient"), 512)
     for granularity in (1, 64):
@@ -105,7 +107,7 @@ def test_budget(op, case, arch):
     if refusal:
         pytest.skip(refusal)
     default = kernel.default_config(problem)
-    configs = [default, kernel.portable_config(problem)] if default.get("path") == "gluon" else [default]
+    configs = [default, kernel.portable_config(problem)] if default.get("path") in ("gluon", "tokens") else [default]
     for config in configs:
         asked = kernel.resources(problem, config)
         assert isinstance(asked, Resources), asked

@@ -682,6 +682,37 @@ def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
     judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
 
 
+@both
+@pytest.mark.parametrize("Hq", [40, 32, 17, 16, 8, 1])
+def test_few_heads_of_the_latent(backend, Hq, rng):
+    """Tokens as rows: lists from none to several steps after each other in a block of threads, holes, duplicates, NaN in keys that nobody names, sinks, caches of several lengths: the policy, and the
+    same bits twice."""
+    import oracle
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("path tokens is for sm_90a")
+    B, T, S, K, make = 2, 230, 500, 300, Make(rng)
+    q, k, kv = make.normal(B, Hq, T, 576)(), make.normal(B, 1, S, 576)(), [S - 6, 260]
+    k[:, :, S - 6:] = float("nan")
+    indices = np.stack([rng.permutation(S - 6)[:K] for _ in range(B * T)]).astype(np.int32).reshape(B, 1, T, K)
+    indices[rng.random(indices.shape) < 0.2] = -5
+    indices[..., 60:62] = indices[..., :2]
+    indices[0, 0, :9, :] = -1
+    lengths = np.where(rng.random((B, 1, T)) < 0.5, rng.choice([-1, 0, 1, 63, 64, 65, 128, 129, 192, 256], (B, 1, T)), K + 7).astype(np.int32)
+    sink = make.normal(Hq, dtype=torch.float32)()
+    given = dict(value_width=512, kv_length=torch.tensor(kv, dtype=torch.int32, device="cuda"), sink_logits=sink, return_lse=True, backend=backend, config=dict(path="tokens"))
+    call = lambda: st.sparse_attention(q, k, None, st.Selection(torch.from_numpy(indices).cuda(), lengths=torch.from_numpy(lengths).cuda(), causal=True), **given)  # noqa: E731
+    with hoppers(dict(cupy="cupy.gather_tokens_hopper.run", triton="triton.gather_attention_gluon.launch")[backend]):
+        first, again = call(), call()
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    heads = sorted({0, Hq // 2, Hq - 1})
+    count = oracle.selection_count(indices, S, len(heads), lengths=lengths, causal=True, kv_length=kv)
+    rows, keys = to_numpy(q[:, heads]), to_numpy(k)
+    keys[:, :, S - 6:] = 0
+    truth, formula = (f(rows, keys, keys[..., :512], count, scale=576 ** -0.5, sink_logits=to_numpy(sink[heads])) for f in (oracle.attention, plain.attention))
+    for what, got, true, one in zip(("out", "lse"), first, truth, formula):
+        assert_close(what, to_numpy(got[:, heads]), true, one, reduction=S + 576)
+
+
 # ------------------------------------------------------------------------------------------------------------------ ready calls
 READY = {"tiny": ((1, 2, 16, 64), (1, 2, 16, 64)), "one-query": ((2, 16, 1, 128), (2, 4, 1500, 128))}
 

@@ -114,7 +114,7 @@ def test_profilers_see_every_launch(fn):
 
 def test_another_triton_has_no_gluon(monkeypatch):
     """Gluon's names change from version to version: with another Triton every path that is written in it is refused in a sentence, and no default is one of them."""
-    gluon, asked = ("gluon", "gluon_ordered", "latent"), {}
+    gluon, asked = ("gluon", "gluon_ordered", "latent", "tokens"), {}
     kernels = {name: dispatch.kernel("triton", name) for name in TUNED if dispatch.has_kernel("triton", name)}
     kernels = {name: kernel for name, kernel in kernels.items() if kernel.TUNABLES[0].name == "path" and "gluon" in kernel.TUNABLES[0].values}
     problems = [replace(tasks.Task(w, None, hollow=True).problem, arch="sm_90a") for w in tasks.workloads() if w.kernel in kernels]

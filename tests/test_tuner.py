@@ -59,16 +59,17 @@ def test_legal_configs_start_with_the_default_and_fit():
     ("triton", "latent_decompress", dict(B=1, S=4096, H=128, R=512, Dn=128, Dv=128, P=64), {}, {"gluon": ("windows",), "portable": ("block_t", "block_m", "block_n", "warps", "stages", "group")}),
     ("triton", "topk", dict(B=1, T=512, S=32768, K=512), {}, {"gluon": ("capacity", "sample", "select_warps", "programs"), "portable": ("capacity", "sample", "select_warps", "splits")}),
     ("cupy", "gather_attention", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "hopper": ("split",), "portable": ("heads", "tile_k", "key_warps", "stages")}),
+    ("triton", "gather_attention", dict(B=1, Hq=16, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"tokens": (), "gluon": (), "portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),
     ("triton", "gather_attention_backward", dict(B=1, Hq=64, Hk=1, T=64, S=4096, D=576, Dv=512, K=512), dict(shared_kv=True), {"gluon": (), "portable": ("heads", "block_k", "num_warps", "num_stages")}),
     ("triton", "gather_attention", dict(B=1, Hq=16, Hk=4, T=64, S=4096, D=128, Dv=128, K=16), dict(granularity=64, causal=True, G=4), {"blocks": (), "portable": ("heads", "block_k", "num_warps", "num_stages", "value_block")}),
 ])
 def test_of_configs_that_make_the_same_call_one_is_legal(backend, kernel, sizes, options, paths):
-    """Which knobs each path has, by hand, and that 128 columns of 128 are all: the pool holds no two configs that differ in others only, and every config that resources allow has one there that makes
+    """Which knobs each path has, by hand, and that as many value columns as there are are all: the pool holds no two configs that differ in others only, and every config that resources allow has one there that makes
     its call."""
     module = dispatch.kernel(backend, kernel)
     problem = dataclasses.replace(tasks.Task(W("test/x", kernel, "bfloat16", options, **sizes), None, hollow=True).problem, arch="sm_90a")
     pool, default = space.legal(module, problem)[0], module.default_config(problem)
-    words = lambda c: (c["path"], *(0 if knob == "value_block" and c[knob] >= 128 else c[knob] for knob in paths[c["path"]]))  # noqa: E731
+    words = lambda c: (c["path"], *(0 if knob == "value_block" and c[knob] >= sizes["Dv"] else c[knob] for knob in paths[c["path"]]))  # noqa: E731
     calls = [words(c) for c in pool]
     every = [dict(zip((t.name for t in module.TUNABLES), values)) for values in itertools.product(*(t.values for t in module.TUNABLES))]
     asked = {words(c) for c in every if c["path"] in paths and isinstance(module.resources(problem, c), Resources)}

@@ -3,7 +3,8 @@
 q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  indices [B,G,T,K] int32, G in {1, Hk, Hq}  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
 Entry e >= 0 stands for keys e * granularity ... + granularity - 1. What is no key of the call (below 0, at or past the end, at or past `lengths`, past the
 query with causal) is a hole: it is read as zeros and never reaches a sum. An entry given twice counts twice. Empty row: out 0, lse -inf.
-The path "gluon" (gather_attention_gluon.py) is for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that its copies cannot serve (`takes`) run on the portable one.
+The paths "gluon" (gather_attention_gluon.py) and "tokens" (gather_tokens_gluon.py, few heads) are for sm_90a and DeepSeek's latent, 576 wide, of which 512 are the values; calls that their copies
+cannot serve (`takes`) run on the portable one.
 Rows in the fp8 layout of a latent cache have a kernel of their own there (gather_bytes_gluon.py).
 """
 from functools import lru_cache
@@ -20,14 +21,15 @@ from sparsetile.backends.triton.launch import BYTES, POINTER, known_start, optio
 from sparsetile.backends.triton.tiles import capped, finish, load, load_at, opened, place_of, product, soften, taken
 
 TUNABLES = (
-    Tunable("path", ("portable", "gluon", "blocks"), "gluon: Hopper's own instructions with 64 heads of one query as rows; 16-bit latents of width 576 whose first 512 columns are the values. "
-            "blocks: queries that chose the same block of keys are brought together; 16 bits, widths up to 128, blocks of 64 and more. The rest is for portable"),
+    Tunable("path", ("portable", "gluon", "blocks", "tokens"), "gluon, tokens: Hopper's own instructions with 64 heads of one query as rows, with up to 32 as columns; 16-bit latents of width 576 whose "
+            "first 512 columns are the values. blocks: queries that chose the same block of keys are brought together; 16 bits, widths up to 128, blocks of 64 and more. The rest is for portable"),
     Tunable("heads", (16, 32, 64, 128), "rows of a tile: heads that share entries and keys, padded", ("portable",)),
     Tunable("block_k", (32, 16, 64, 128), "keys gathered at a time", ("portable",)),
     Tunable("num_warps", (4, 8), "warps of a program", ("portable",)),
     Tunable("num_stages", (1, 2, 3), "blocks of keys in flight", ("portable",)),
     Tunable("value_block", (0, 64, 128, 256), "value columns of a program; 0: all", ("portable",), "Dv"),
 )
+FEW = 32  # heads that path tokens multiplies without padding, and gathers keys for once
 
 
 @triton.jit
@@ -120,24 +122,25 @@ def supports(problem: Problem) -> str | None:
     return no_latents(problem) or refusal(problem)
 
 
-def no_gluon(problem: Problem) -> str | None:
-    """Why the path "gluon" is not for this problem."""
-    if refused := lacking(problem):
+def no_gluon(problem: Problem, path: str = "gluon") -> str | None:
+    """Why a path of Hopper's own products is not for this problem."""
+    if refused := lacking(problem, path):
         return refused
+    if path != "gluon" and latent_of(problem) is not None:
+        return f"path {path} reads latents of 16 bits, not the fp8 layout of a latent cache; take gluon or portable"
     kind = problem.dtype("q")
     if kind not in ("float16", "bfloat16") or problem.dtype("out", kind) != kind:
-        return f"path gluon takes queries of 16 bits and answers in their type, not {kind} to {problem.dtype('out', kind)}; take portable"
+        return f"path {path} takes queries of 16 bits and answers in their type, not {kind} to {problem.dtype('out', kind)}; take portable"
     if (problem["D"], problem["Dv"], problem["Hk"], problem.granularity) != (576, 512, 1, 1) or "shared_kv" not in problem.features or "softcap" in problem.features:
-        return "path gluon takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
+        return f"path {path} takes one key head of width 576 whose first 512 columns are the values, tokens (granularity 1) and no softcap; take portable"
     return None
 
 
 def default_config(problem: Problem) -> dict:
-    """Up to 16 heads the portable tile of 16 rows is ahead of one of 64: 2.0 ms against 2.6 for 4096 queries and 2048 keys each. Rows of bytes it converts one after the other: 0.30 ms
-    against 0.14 for 128 queries."""
     if gather_blocks.pays(problem):
         return portable_config(problem) | dict(path="blocks")
-    return portable_config(problem) | (dict(path="gluon") if (problem["Hq"] > 16 or latent_of(problem) is not None) and no_gluon(problem) is None else {})
+    path = "tokens" if problem["Hq"] <= FEW and latent_of(problem) is None else "gluon"
+    return portable_config(problem) | (dict(path=path) if no_gluon(problem, path) is None else {})
 
 
 def portable_config(problem: Problem) -> dict:
@@ -167,11 +170,13 @@ def _widths(D, DV, config, latent=None):
 
 
 def resources(problem: Problem, config) -> Resources | str:
-    if config["path"] == "gluon":
-        portable = no_gluon(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
+    if config["path"] in ("gluon", "tokens"):
+        portable = no_gluon(problem, config["path"]) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
-        from sparsetile.backends.triton import gather_bytes_gluon, latent_gluon
+        from sparsetile.backends.triton import gather_bytes_gluon, gather_tokens_gluon, latent_gluon
+        if config["path"] == "tokens":
+            return gather_tokens_gluon.resources(problem["Hq"])
         return latent_gluon.resources() if latent_of(problem) is None else gather_bytes_gluon.resources()
     if config["path"] == "blocks":
         portable = gather_blocks.refusal(problem) or resources(problem, {**config, "path": "portable"})  # where a call needs it
@@ -218,14 +223,15 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     if not B * Hq * T or not S or not K:
         return place.zeros((B, Hq, T, DV), kind), place.full((B, Hq, T), "float32", float("-inf")) if return_lse else None
     out, lse = place.empty((B, Hq, T, DV), kind), place.empty((B, Hq, T), "float32") if return_lse else None
-    if config["path"] == "gluon":
+    if config["path"] in ("gluon", "tokens"):
         from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon
-        given = dict(lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits, kv_length=kv_length, q_start=q_start)
-        if latent is None and gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind):
-            gather_attention_gluon.launch(gather_attention_gluon.gather_gluon, q, k, indices, out, lse, place, **given)
-            return out, lse
-        if latent is not None and gather_bytes_gluon.takes(q, k, indices, granularity, scale, softcap, kind, latent):
-            gather_attention_gluon.launch(gather_bytes_gluon.gather_bytes_gluon, q, k, indices, out, lse, place, **given)
+        if latent is None:
+            ours = gather_attention_gluon.takes(q, k, v, indices, granularity, scale, softcap, kind)
+        else:
+            ours = gather_bytes_gluon.takes(q, k, indices, granularity, scale, softcap, kind, latent)
+        if ours:
+            gather_attention_gluon.launch(*_of_hopper(config["path"], Hq, latent), q, k, indices, out, lse, place, lengths=lengths, causal=causal, scale=scale, sink_logits=sink_logits,
+                                          kv_length=kv_length, q_start=q_start)
             return out, lse
     if config["path"] == "blocks" and gather_blocks.takes(q, k, v, indices, latent, granularity):
         return gather_blocks.run(q, k, v, indices, kind, place, lengths=lengths, granularity=granularity, causal=causal, scale=scale, sink_logits=sink_logits, softcap=softcap,
@@ -240,13 +246,22 @@ def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=
     return out, lse
 
 
+def _of_hopper(path: str, Hq: int, latent):
+    """A kernel of Hopper's own products, and how many heads it takes at a time."""
+    from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon, gather_tokens_gluon
+    if latent is not None:
+        return gather_bytes_gluon.gather_bytes_gluon, gather_bytes_gluon.HEADS.value
+    if path == "tokens":
+        return gather_tokens_gluon.gather_tokens_gluon, gather_tokens_gluon.heads_of(Hq)
+    return gather_attention_gluon.gather_gluon, gather_attention_gluon.HEADS.value
+
+
 def artifacts(problem: Problem, config) -> list[dict]:
     if config["path"] == "blocks":
         return gather_blocks.artifacts(problem) + artifacts(problem, {**config, "path": "portable"})
-    if config["path"] == "gluon":
-        from sparsetile.backends.triton import gather_attention_gluon, gather_bytes_gluon
-        kernel = gather_attention_gluon.gather_gluon if latent_of(problem) is None else gather_bytes_gluon.gather_bytes_gluon
-        return gather_attention_gluon.artifacts(kernel, problem) + artifacts(problem, {**config, "path": "portable"})
+    if config["path"] in ("gluon", "tokens"):
+        from sparsetile.backends.triton import gather_attention_gluon
+        return gather_attention_gluon.artifacts(*_of_hopper(config["path"], problem["Hq"], latent_of(problem)), problem) + artifacts(problem, {**config, "path": "portable"})
     has = problem.features.__contains__
     pointer = POINTER[problem.dtype("q", "float32")]
     made = constants(problem["D"], problem["Dv"], config, rows=problem["Hq"] // problem["Hk"], granularity=problem.granularity, causal=has("causal"), shared_kv=has("shared_kv"),

@@ -17,7 +17,7 @@ from sparsetile.backends.triton.tiles import finish
 
 
 @gluon.jit
-def item_of(number, sizes, lengths):
+def item_of(number, sizes, lengths, HEADS: gl.constexpr):
     """(batch, query, first head, line of its list, how many entries)."""
     Hq, parts, T, S, K = sizes
     y = number // parts
@@ -40,7 +40,7 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
     phase = 0
     j = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)  # late queries have long rows: first
+        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)  # late queries have long rows: first
         if count > 0:
             limit, start = place_of(b, T, S, at, FROM_LENGTH)
             slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, B)
@@ -67,7 +67,7 @@ def probabilities(q, lse, lengths, sinks, sizes, strides, items, scale, queries,
     j = 0
     turn = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
+        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)
         tiles = (count + KEYS - 1) // KEYS
         m, l, unit, slot, phase = score(scale * 1.4426950408889634, tiles, slot, phase, j, queries, keys, weights)
         r = gl.arange(0, HEADS, m.type.layout)
@@ -87,7 +87,7 @@ def values(W: gl.constexpr, out, lengths, sizes, items, keys, weights, end):
     phase = 0
     turn = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)
+        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)
         x, y, last, slot, phase = add_values(W, (count + KEYS - 1) // KEYS, slot, phase, keys, weights)
         factor = gl.expand_dims(take_last(turn, end, gl.SliceLayout(1, x.type.layout)), 1)
         to = out + (b.to(gl.int64) * Hq * T + t) * LATENT
@@ -120,23 +120,23 @@ def takes(q, k, v, indices, granularity: int, scale: float, softcap, kind: str) 
 
 
 @lru_cache
-def constants(causal: bool, from_length: bool) -> relaunch.Constants:
-    return relaunch.Constants(CAUSAL=causal, FROM_LENGTH=from_length, num_warps=4, enable_fp_fusion=False)
+def constants(causal: bool, from_length: bool, heads: int) -> relaunch.Constants:
+    return relaunch.Constants(CAUSAL=causal, FROM_LENGTH=from_length, **({} if heads == HEADS.value else dict(HEADS=heads)), num_warps=4, enable_fp_fusion=False)
 
 
-def launch(kernel, q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
-    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). kernel: gather_gluon, or that over bytes (gather_bytes_gluon.py)."""
+def launch(kernel, heads: int, q, k, indices, out, lse, place, *, lengths, causal, scale, sink_logits, kv_length, q_start):
+    """Fills out [B,Hq,T,512] and lse [B,Hq,T] (or None). kernel: gather_gluon, that over bytes (gather_bytes_gluon.py), that of few heads (gather_tokens_gluon.py); heads: how many it takes at a time."""
     (B, Hq, T, _), S, K = q.shape, k.shape[2], indices.shape[3]
-    parts, (host, starts) = -(-Hq // HEADS.value), known_start(q_start)
+    parts, (host, starts) = -(-Hq // heads), known_start(q_start)
     items = B * T * parts
     pointers = (q, k, out, lse, indices, lengths, kv_length, starts, sink_logits)
     numbers = (*q.stride()[:3], k.stride(0), k.stride(2), Hq, parts, T, S, K, items, host or 0, float(scale))
-    relaunch.launch(kernel, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None), (q.dtype,))
+    relaunch.launch(kernel, (min(items, max(place.sms, 1)),), place, pointers, numbers, constants(bool(causal), q_start is None, heads), (q.dtype,))
 
 
-def artifacts(kernel, problem) -> list[dict]:
+def artifacts(kernel, heads: int, problem) -> list[dict]:
     has, pointer = problem.features.__contains__, POINTER[problem.dtype("q")]
     names, strides = ["indices", "lengths"] + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start"), ("sqb", "sqh", "sqt", "skb", "sks")
     pointers = dict(q=pointer, k="*u8" if latent_of(problem) else pointer, out=pointer, lse="*fp32") | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
-    made = constants(has("causal"), has("kv_length") and not has("q_start"))
+    made = constants(has("causal"), has("kv_length") and not has("q_start"), heads)
     return [relaunch.artifact(kernel, made, pointers, (*strides, "Hq", "parts", "T", "S", "K", "items", "q_start"), ("scale",), aligned=strides)]

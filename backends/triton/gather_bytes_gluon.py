@@ -9,7 +9,7 @@ from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import latent_gluon
 from sparsetile.backends.triton.gather_attention_gluon import item_of, probabilities, values
 from sparsetile.backends.triton.gluon_items import place_of
-from sparsetile.backends.triton.latent_gluon import ARRIVALS, KEYS, LATENT, ROTARY, after, copy_query, make_memory
+from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, LATENT, ROTARY, after, copy_query, make_memory
 
 STAGES = gl.constexpr(4)
 COMING = gl.constexpr(2)  # tiles whose bytes are on their way
@@ -79,7 +79,7 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
     n = 0
     j = 0
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths)  # late queries have long rows: first
+        b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)  # late queries have long rows: first
         if count > 0:
             limit, start = place_of(b, T, S, at, FROM_LENGTH)
             keys = k + b.to(gl.int64) * skb
