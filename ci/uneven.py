@@ -16,10 +16,10 @@ from sparsetile.backends.cupy.compile import shared_limit
 from sparsetile.ops import attention, patterns
 from sparsetile.ops.layout import Layout
 
-SHAPES = ((2, 4, 4, 2048, 2048, 128), (1, 8, 2, 3000, 3000, 128), (1, 4, 4, 1500, 5000, 96), (3, 2, 1, 700, 1100, 128))  # B, Hq, Hk, T, S, D
+SHAPES = ((2, 4, 4, 2048, 2048, 128), (4, 8, 2, 3000, 3000, 128), (1, 4, 4, 1500, 5000, 96), (3, 2, 1, 700, 1100, 128))  # B, Hq, Hk, T, S, D; the second has more items than multiprocessors: rounds turn
 CONFIGS = dict(cupy=(dict(heads=8), dict(heads=8, sums=2), dict(heads=8, section=8), dict(heads=2, walk="ascending"), dict(heads=1, walk="freest")),
                triton=(dict(heads=8), dict(heads=2, walk="ascending"), dict(heads=32)))  # each layout of a shape takes the next
-GROUPED = dict(cupy=(dict(heads=8, walk="abreast"), dict(heads=8, walk="turning", sums=2), dict(heads=1, walk="turning")), triton=())  # of groups of heads, too
+GROUPED = dict(cupy=(dict(heads=8, walk="abreast"), dict(heads=8, walk="turning", sums=2), dict(heads=1, walk="turning")), triton=(dict(heads=8, walk="abreast"),))  # of groups of heads, too
 PATHS = dict(cupy="hopper", triton="gluon_ordered")
 BATCH, PATIENCE = 20, 20  # layouts beside one occupying kernel; seconds after which they hang
 HELD = r"""

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
 
 from sparsetile.backends.triton import interpreted  # noqa: E402
 
@@ -49,6 +50,43 @@ def test_every_addition_has_its_turn(ascending, past, rng):
             for x, rank in zip(i, ranks[part].tolist()):
                 taken[l * nq + x].append(rank)
     assert all(x == [*range(len(x))] for x in taken)
+
+
+@pytest.mark.parametrize("abreast", [0, 1])
+@pytest.mark.parametrize("count, group", [(5, 4), (1, 3), (4, 1), (1, 1)])
+def test_every_head_walks_every_entry(count, group, abreast):
+    from sparsetile.backends.triton.block_backward_order import following
+
+    @triton.jit
+    def steps(out, count, group, abreast, following: tl.constexpr):
+        m = 0
+        e = 0
+        for n in range(count * group):
+            tl.store(out + 2 * n, m)
+            tl.store(out + 2 * n + 1, e)
+            m, e = following(m, e, count, group, abreast)
+        tl.store(out + 2 * count * group, e)  # the readers load the entry of a step that does not come
+    out = torch.full((2 * count * group + 1,), -9, dtype=torch.int32, device=DEVICE)
+    steps[(1,)](out, count, group, abreast, following)
+    expected = [(m, e) for e in range(count) for m in range(group)] if abreast else [(m, e) for m in range(group) for e in range(count)]
+    assert out[:-1].reshape(-1, 2).tolist() == [list(x) for x in expected] and 0 <= out[-1] < count
+
+
+@pytest.mark.parametrize("sizes, features, expected", [
+    (dict(Hk=8, T=8192, S=8192), ["causal"], "abreast"),
+    (dict(Hk=8, T=32768, S=32768), ["causal+documents"], "abreast"),
+    (dict(Hk=8, T=131072, S=131072), ["causal"], "descending"),  # what its rounds read falls out of the cache
+    (dict(Hk=8, T=2048, S=8192), ["causal"], "descending"),
+    (dict(Hk=8, T=8192, S=8192), ["causal", "per_head"], "descending"),  # heads of a group go by lists of their own
+    (dict(Hk=32, T=8192, S=8192), ["causal"], "descending")])
+def test_walks_of_groups_of_heads(sizes, features, expected):
+    from sparsetile.backends.contract import Problem
+    from sparsetile.backends.triton import block_attention_backward
+    problem = Problem.of("block_attention_backward", dict(B=1, Hq=32, D=128, Dv=128, **sizes), dict.fromkeys("qkv", "bfloat16"), "sm_90a", [*features, "static", "gradient"])
+    config = block_attention_backward.default_config(problem)
+    assert (config["path"], config["walk"]) == ("gluon_ordered", expected)
+    refused = isinstance(block_attention_backward.resources(problem, {**config, "walk": "abreast"}), str)
+    assert refused == (sizes["Hk"] == 32 or "per_head" in features)
 
 
 def test_sums_become_gradients(rng):

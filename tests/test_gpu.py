@@ -614,21 +614,22 @@ def test_gradients_of_a_block_that_every_query_sees(backend, G, rng):
         assert_close(name, to_numpy(got), true, one, reduction=n)
 
 
+@both
 @pytest.mark.parametrize("T, S, group", [(2000, 2000, 2), (2100, 2100, 3), (700, 2000, 2)])  # rounds that turn, of more items than multiprocessors; abreast
-def test_gradients_of_groups_of_heads(T, S, group, rng):
+def test_gradients_of_groups_of_heads(backend, T, S, group, rng):
     """Causal, more items than a round has: the policy for one key head, and twice the same bits."""
     import oracle
-    Hk, head, make = 10, int(rng.integers(10)), Make(rng)
-    q, k, v, dout = make.normal(1, Hk * group, T, 64)().requires_grad_(), make.normal(1, Hk, S, 64)().requires_grad_(), make.normal(1, Hk, S, 64)().requires_grad_(), make.normal(1, Hk * group, T, 64)()
-    out = st.sparse_attention(q, k, v, st.Causal(), backend="cupy")
-    with hoppers("cupy.block_attention_backward.run_hopper"):
+    Hk, D, head, make = 10, dict(cupy=64, triton=96)[backend], int(rng.integers(10)), Make(rng)
+    q, k, v, dout = make.normal(1, Hk * group, T, D)().requires_grad_(), make.normal(1, Hk, S, D)().requires_grad_(), make.normal(1, Hk, S, D)().requires_grad_(), make.normal(1, Hk * group, T, D)()
+    out = st.sparse_attention(q, k, v, st.Causal(), backend=backend)
+    with hoppers(dict(cupy="cupy.block_attention_backward.run_hopper", triton="triton.block_attention_backward_gluon.launch_ordered")[backend]):
         first, again = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     rows, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
     given = [to_numpy(x.detach()[:, of]) for x, of in ((q, rows), (k, keys), (v, keys))]
     count = np.broadcast_to(np.tri(T, S, S - T, dtype=np.int64), (1, group, T, S))
-    truth, formula = (f(*given, count, to_numpy(dout[:, rows]), scale=0.125) for f in (oracle.attention_gradients, plain.attention_gradients))
-    for name, got, of, true, one, n in zip(("dq", "dk", "dv"), first, (rows, keys, keys), truth, formula, (S + 128, group * T + 128, group * T + 128)):
+    truth, formula = (f(*given, count, to_numpy(dout[:, rows]), scale=D ** -0.5) for f in (oracle.attention_gradients, plain.attention_gradients))
+    for name, got, of, true, one, n in zip(("dq", "dk", "dv"), first, (rows, keys, keys), truth, formula, (S + 2 * D, group * T + 2 * D, group * T + 2 * D)):
         assert_close(name, to_numpy(got[:, of]), true, one, reduction=n)
 
 

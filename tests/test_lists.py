@@ -132,15 +132,17 @@ BACKWARD = {"triton-portable": dict(path="portable", block_q=128, block_k=128, n
             "triton-wide": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64, width=136),
             "triton-ordered": dict(path="gluon_ordered", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "triton-ascending": dict(path="gluon_ordered", heads=2, walk="ascending", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
+            "triton-abreast": dict(path="gluon_ordered", walk="abreast", block_q=128, block_k=128, num_warps=8, num_stages=1, chunk=64, columns=64),
             "cupy-hopper": dict(path="hopper", block_q=128, block_k=128), "cupy-turning": dict(path="hopper", walk="turning", block_q=128, block_k=128),
             "cupy-two_pass": dict(path="two_pass", heads=1, sums=1, section=0, walk="descending", block_q=128, block_k=128)}
 BACKWARD_ENTRIES = {"triton-portable": "triton.block_attention_backward._plan", "triton-gluon": "triton.block_attention_backward_gluon.launch", "triton-wide": "triton.block_attention_backward_gluon.launch",
                     "triton-ordered": "triton.block_attention_backward_gluon.launch_ordered", "triton-ascending": "triton.block_attention_backward_gluon.launch_ordered",
+                    "triton-abreast": "triton.block_attention_backward_gluon.launch_ordered",
                     "cupy-hopper": "cupy.block_attention_backward.run_hopper", "cupy-turning": "cupy.block_attention_backward.run_hopper", "cupy-two_pass": "cupy.two_pass.run"}
 
 
 @pytest.mark.parametrize("variant, backend, style", [(name, name.partition("-")[0], style) for name in BACKWARD for style in ("first negative", "bitmaps only", "a list for each", "a list for each of a group")
-                                                     if (name, style) != ("cupy-turning", "a list for each")])  # refused: every head has its own key head there
+                                                     if not (name in ("cupy-turning", "triton-abreast") and style == "a list for each")])  # refused: every head has its own key head there
 @pytest.mark.parametrize("ends", [True, False])
 def test_variants_of_the_backward(on, backend, variant, style, ends, rng):
     """Rows at no multiple of 16 bytes, queries before the lists' first, keys that nobody sees are NaN, a device length of 0; the same bits twice."""

@@ -25,7 +25,7 @@ TUNABLES = (
     Tunable("columns", (0, 64, 128, 256), "with chunk: columns of the gradients that a program makes; 0: all", ("portable",)),
     Tunable("path", ("portable", "gluon", "gluon_ordered"), "of Hopper's own instructions, 16-bit types, blocks of 128, D and Dv up to 128: gluon: dQ in a kernel of its own, as for layouts of several parts always; gluon_ordered: one pass, dQ added in order; D 65 to 128"),
     Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
-    Tunable("walk", ("descending", "ascending"), "rows of an item from the last to the first and key blocks ascending, or both the other way", ("gluon_ordered",)),
+    Tunable("walk", ("descending", "ascending", "abreast"), "rows of an item from the last to the first and key blocks ascending, or both the other way; abreast: descending, all heads of a group at a row before the next row", ("gluon_ordered",)),
 )
 HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
@@ -61,6 +61,8 @@ def default_config(problem: Problem) -> dict:
     Longformer with eight key heads - / 328 / - (353), causal 16k of D 64 - / 370 / - (432), of D 192 222 / 450 / - (535).
     Of gluon_ordered, descending 8 / 16 / 32 heads / ascending 2: causal 8k 495 / - / 493 / 489, 32k 487 / 498 / - / -, window 4096 434 / - / - / 426, window 1024 348 / - / - / 350,
     documents 449 / 460 / - / 478.
+    Under groups of heads on an H200, descending / abreast (CuPy), one run: causal 8k of 32 heads on 8 458 / 512 (603), 32k 505 / 527 (622), 64k 497 / 519, documents 430 / 463 (559), 4k 368 / 456, the last 8k of 32k 503 / 511
+    (another run 502 / 487), window 4096 464 / 382, window 1024 386 / 318; 128k 483 / 413 (rounds start staggered, and what they read falls out of the cache).
     All keys at 32k - / 487 / 327 (617). Layouts of several parts run as block_backward_parts.py says on either path: strided 128 / fixed 128 + 8 at 32k 98 / 349 (portable 44 / 108, CuPy 90 / 259)."""
     kinds = problem.words
     if problem["T"] <= 64 or {"order", "shared_kv"} & problem.features or parts_alone(problem, widest=128) or no_gluon(problem) is not None:  # gradients of shared keys leave in float32
@@ -70,7 +72,8 @@ def default_config(problem: Problem) -> dict:
         return config
     if "documents" in kinds and problem["Hq"] == problem["Hk"]:
         return config | dict(path="gluon_ordered", heads=2, walk="ascending")
-    return config | dict(path="gluon_ordered", heads=16 if "causal" in kinds and problem["T"] > 16384 else 8)
+    grouped = "causal" in kinds and problem["Hq"] > problem["Hk"] and "per_head" not in problem.features
+    return config | dict(path="gluon_ordered", heads=16 if "causal" in kinds and problem["T"] > 16384 else 8, walk="abreast" if grouped and problem["T"] == problem["S"] <= 65536 else "descending")
 
 
 def portable_config(problem: Problem) -> dict:
@@ -103,6 +106,8 @@ def resources(problem: Problem, config) -> Resources | str:
     if config["path"] != "portable":
         if (config["block_q"], config["block_k"]) != (128, 128):
             return f"path {config['path']} takes blocks of 128 x 128, not {config['block_q']} x {config['block_k']}"
+        if config["walk"] == "abreast" and (problem["Hq"] == problem["Hk"] or "per_head" in problem.features):
+            return "walk abreast is for groups of query heads that share a key head and a list; take descending"
         portable = no_gluon(problem, config["path"]) or resources(problem, {**config, "path": "portable"})  # where a call needs it
         if isinstance(portable, str):
             return portable
@@ -190,7 +195,7 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
             if config["path"] == "gluon" or not block_attention_backward_gluon.shares_lists(q, k, lists):
                 block_attention_backward_gluon.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **where)
             else:
-                block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, heads=config["heads"], ascending=config["walk"] == "ascending", **where)
+                block_attention_backward_gluon.launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale, **{name: config[name] for name in ("heads", "walk")}, **where)
             return dq, dk, dv
     host, starts = known_start(q_start)
     by_rows, by_columns, n, covers = _plan(

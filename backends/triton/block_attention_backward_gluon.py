@@ -30,23 +30,23 @@ def ordered_constants(D: int, DV: int, intervals=False, bitmaps=False, edge_q=Fa
             relaunch.Constants(D=D, FROM_LENGTH=from_length, num_warps=8))
 
 
-def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start, heads: int, ascending: bool):
+def launch_ordered(q, k, v, dout, lists, lse, delta, dq, dk, dv, place, scale: float, *, kv_length, q_start, heads: int, walk: str):
     """Fills dq, dk and dv; `heads` key heads are worked on at a time."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     group, (host, starts) = Hq // Hk, known_start(q_start)
     (n, _, exact), key_tiles = covered(T, ROWS.value, host, lists.first, lists.nq), -(-S // KEYS.value)
-    ascending = ascending and kv_length is None  # key blocks past the last key would come first, and take their turns with every key masked
+    ascending = walk == "ascending" and kv_length is None  # key blocks past the last key would come first, and take their turns with every key masked
     before, made, after = ordered_constants(D, DV, lists.has_intervals, lists.has_bitmaps, not exact, q_start is None, ascending)
     entries, blocks = lists.by_key_rows.shape[0], lists.by_key_offsets.shape[0] // 2
-    walk, kinds, ranks = (place.empty((max(entries, 1),), "int32") for _ in range(3))
+    walked, kinds, ranks = (place.empty((max(entries, 1),), "int32") for _ in range(3))
     counters, sums = place.zeros((B * Hq * n * 2 + 4,), "int32"), place.empty((B * Hq * n * ROWS.value * 4, 32), "float32")
     ticket, turns = counters[:1], counters[4:]
-    relaunch.launch(order, (blocks,), place, (lists.offsets, lists.cols, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, walk, kinds, ranks),
+    relaunch.launch(order, (blocks,), place, (lists.offsets, lists.cols, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, walked, kinds, ranks),
                     (lists.nq, lists.nk, key_tiles, max(lists.nq, lists.nk).bit_length() + 1), before)
     items = B * Hk * key_tiles
     relaunch.launch(ordered_gluon, (min(items, max(place.sms, 1)),), place,
-                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walk, kinds, ranks, turns, lists.intervals, lists.bitmaps, lists.list_of, kv_length, starts, ticket),
-                    (*list_steps(lists), B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), items, host or 0, float(scale)), made, (q.dtype,),
+                    (dk, dv, lse, delta, lists.by_key_offsets, lists.by_key_rows, walked, kinds, ranks, turns, lists.intervals, lists.bitmaps, lists.list_of, kv_length, starts, ticket),
+                    (*list_steps(lists), B * Hk, Hk, group, T, S, lists.first, lists.nq, lists.nk, key_tiles, n, min(heads, B * Hk), int(ascending), int(walk == "abreast"), items, host or 0, float(scale)), made, (q.dtype,),
                     (Map(q, 64, 128), Map(dout, 64, made["V0"]), Map(k, 64, 128), Map(v, 64, made["V0"]), Map(flat(dk), 64, 128), Map(flat(dv), 64, made["V0"]), Map(sums, 64, 32)))
     relaunch.launch(finish, (B * Hq * n * 2,), place, (sums, turns, dq, kv_length, starts), (Hq, T, S, n, host or 0, float(scale)), after, (q.dtype,))
 
@@ -104,7 +104,7 @@ def artifacts(problem, path: str) -> list[dict]:
     lists = ("offsets", "cols", "by_key_offsets", "by_key_rows", "by_key_kinds", "walk", "kinds", "ranks")
     return [artifact(order, before, {name: "*i32" for name in lists}, ("nq", "nk", "key_tiles", "bits"), ()),
             artifact(ordered_gluon, made, dict(dk=pointer, dv=pointer) | rows | words("offsets", "entries", "walk", "kinds", "ranks", "turns", "ticket"),
-                     (*integers, "Hk", "nk", "q_tiles", "together", "ascending"),
+                     (*integers, "Hk", "nk", "q_tiles", "together", "ascending", "abreast"),
                      maps=lambda made: dict(q=mapped(4, 64, 128), dout=mapped(4, 64, made["V0"]), k=mapped(4, 64, 128), v=mapped(4, 64, made["V0"]),
                                             dk_map=mapped(3, 64, 128), dv_map=mapped(3, 64, made["V0"]), sums=mapped(2, 64, 32, "*fp32", 32))),
             artifact(finish, after, dict(sums="*fp32", turns="*i32", dq=pointer) | {name: "*i32" for name in positions}, ("Hq", "T", "S", "tiles", "q_start"))]

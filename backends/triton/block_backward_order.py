@@ -1,4 +1,4 @@
-"""Before and after path "gluon_ordered" of block_attention_backward: in which order key blocks walk their rows, which turn each addition to dQ has, and dQ rounded."""
+"""Around path "gluon_ordered" of block_attention_backward: in which order key blocks walk their rows and heads, which turn each addition to dQ has, and dQ rounded."""
 import triton
 import triton.language as tl
 
@@ -46,6 +46,13 @@ def order(offsets, cols, by_key_offsets, by_key_rows, by_key_kinds, walk, kinds,
         tl.store(walk + begin + place, row, mask=ok)
         tl.store(kinds + begin + place, tl.load(by_key_kinds + e, mask=ok, other=-1), mask=ok)
         tl.store(ranks + begin + place, rank, mask=ok)
+
+
+@triton.jit
+def following(m, e, count, group, abreast):
+    """The head of a group and the entry after these in the walk of an item of so many entries: head after head, or all heads `abreast` at an entry. After the last: an entry that is there."""
+    turned = tl.where(abreast > 0, m + 1 == group, e + 1 == count)
+    return tl.where(turned, (m + 1) * (1 - abreast), m + abreast), tl.minimum(tl.where(turned, (e + 1) * abreast, e + 1 - abreast), count - 1)
 
 
 @triton.jit(do_not_specialize=["Hq", "T", "S", "tiles", "q_start"])

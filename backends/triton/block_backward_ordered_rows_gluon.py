@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from sparsetile.backends.triton.block_backward_keys_gluon import STEP, bring_block, known_rows
+from sparsetile.backends.triton.block_backward_order import following
 from sparsetile.backends.triton.block_backward_steps_gluon import bring_step
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, item_at
 from sparsetile.backends.triton.gluon_keys import clear_word, key_range, key_word
@@ -36,7 +37,7 @@ def _clear_unseen(block, first, count, limit, row0, T, entries, kinds, tables, s
 
 
 @gluon.jit
-def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
+def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, abreast, T, D0: gl.constexpr, V0: gl.constexpr, STAGES: gl.constexpr, INTERVALS: gl.constexpr, BITMAPS: gl.constexpr,
                   queue, memory, rows, k_bars, q_bars):
     """Keys and values of an item, those that no query sees as zeros, then queries, dout and what is known of their rows, 64 a step. The next item is drawn when all of this one is under way:
     an item that waits for another to be done would keep those back that wait for it."""
@@ -63,19 +64,21 @@ def bring_queries(maps, lse, delta, entries, kinds, tables, Hk, group, T, D0: gl
             else:
                 bring_block((k, None, v), [b, hk, block * KEYS, 0], k_full, (sk, sk, sv), 0, D0, 0, V0)
             j += 1
-            for m in range(group):
+            m = 0
+            e = 0
+            row = gl.load(entries + first)
+            for _ in range(count * group):
                 h = hk * group + m
                 line = (head * group + m).to(gl.int64) * T
-                t = row0 + gl.load(entries + first + gl.where(full == 0, gap, 0)) * ROWS
-                for e in range(count):
-                    following = gl.load(entries + first + gl.minimum(e + 1, count - 1) + gl.where(e + 1 >= full, gap, 0))
-                    for half in gl.static_range(2):
-                        s = n % STAGES
-                        logs, less = known_rows(lse, delta, line, t + STEP * half, T)
-                        bring_step((q, None, dout), [b, h, t + STEP * half, 0], logs, less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
-                        mbarrier.arrive(q_bars[0].index(s))
-                        n += 1
-                    t = row0 + following * ROWS
+                t = row0 + row * ROWS
+                m, e = following(m, e, count, group, abreast)
+                row = gl.load(entries + first + e)
+                for half in gl.static_range(2):
+                    s = n % STAGES
+                    logs, less = known_rows(lse, delta, line, t + STEP * half, T)
+                    bring_step((q, None, dout), [b, h, t + STEP * half, 0], logs, less, s, n // STAGES, 0, 2 * STEP * (D0 + V0), (sq, sq, sg), rows, q_bars)
+                    mbarrier.arrive(q_bars[0].index(s))
+                    n += 1
         mbarrier.arrive(queue[2].index(turn % 2))
         turn += 1
         head, block, first, full, count, gap, limit, row0 = item_at(turn, queue, 1)
