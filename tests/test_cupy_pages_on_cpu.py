@@ -194,7 +194,8 @@ def test_float8_latents(case, kind, rng):
     if rule is None:
         chosen = np.array([[rng.permutation(S)[:K] for _ in range(T)] for _ in range(B)], np.int32)
         found = np.take_along_axis(table.astype(np.int64), chosen.reshape(B, -1) // page, 1).reshape(chosen.shape) * page + chosen % page
-        entries = np.where(chosen < np.array(lengths)[:, None, None], found, -1).astype(np.int32)
+        garbage = rng.choice([-1, -2 ** 31, -123456, len(pool) * page, 2 ** 31 - 1], chosen.shape)
+        entries = np.where(chosen < np.array(lengths)[:, None, None], found, garbage).astype(np.int32)
         seen = (chosen[..., None] == np.arange(S)).any(2) & there
         flat = np.broadcast_to(pool[:, 0].reshape(1, 1, -1, pool.shape[-1]), (B, 1, len(pool) * page, pool.shape[-1]))
         got = gather_attention.run(place.put(q), place.put(flat), place.put(flat[..., :R]), place.put(entries[:, None]), **how)

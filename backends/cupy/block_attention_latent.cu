@@ -85,8 +85,8 @@ __device__ __forceinline__ void stream(const Params& p, unsigned char* raw, u32 
       const int left = take * (BK / N) - 1 - i;
       const Found found = {word, left || share.units ? left : -1, share.job * p.parts + part, take == job.run.n ? -1 : scratch};
 #if LATENT
-      ask(p, raw, base, bars, bytes, found, OWN, [&](u32 to, u32 loaded) {
-        if (threadIdx.x % 32 == 0) bulk_load(to, p.k + ((i64)imax(row, 0) + 8 * bytes.warp) * ROW, OWN, loaded);
+      ask(p, raw, base, bars, bytes, found, [&](u32 to, u32 loaded) {
+        warp_bulk_load(to, p.k + ((i64)imax(row, 0) + 8 * bytes.warp) * ROW, OWN, loaded);
       });
 #else
       bar_wait(FREE(slot), phase, patience);

@@ -58,9 +58,7 @@ struct Ring { u32 slot, phase, patience; };
 __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, u32 base, u32 here, u32 bars, Ring& ring, int number, int at, int most, int scratch, bool more) {
   const int tid = threadIdx.x % 128;
   const Item x(p, number);
-#if LATENT
-  const int lane = tid % 32;
-#else
+#if !LATENT
   const int r = tid / 8, column = tid % 8 * 16;
   const char* from = (const char*)p.q + x.b * p.qb + (x.head + r) * p.qh + x.t * p.qt + column;
 #pragma unroll 1
@@ -82,7 +80,6 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
   }
 #if LATENT
   const char* from = (const char*)p.k + x.b * p.kb;
-  const bool mine = lane / 8 == ring.warp;
 #else
   from = (const char*)p.k + x.b * p.kb + column;
 #endif
@@ -94,8 +91,10 @@ __device__ __forceinline__ int gather_item(const Params& p, unsigned char* raw, 
     entry = to_come > 0 ? __ldg(next) : -1;  // asked for a tile ahead
     const Found found = {word, left || more ? left : -1, number, scratch};
 #if LATENT
-    ask(p, raw, base, bars, ring, found, __popc(word >> 8 * ring.warp & 255) * ROW, [&](u32 to, u32 loaded) {
-      if (mine && key >= 0) bulk_load(to + lane % 8 * ROW, from + (u64)(u32)key * p.kt, ROW, loaded);
+    ask(p, raw, base, bars, ring, found, [&](u32 to, u32 loaded) {
+      const int there = imax(key, 0);  // a row comes for holes too, and nobody looks at it: a condition for each costs more
+#pragma unroll
+      for (int r = 0; r < 8; r++) warp_bulk_load(to + r * ROW, from + (u64)(u32)__shfl_sync(~0u, there, 8 * ring.warp + r) * p.kt, ROW, loaded);
     });
 #else
     const int a = __shfl_sync(~0u, key, r), b = __shfl_sync(~0u, key, r + 16);

@@ -89,6 +89,7 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x,
 // Bulk copies without a map: 16-byte aligned, and additions by the copy engine. Stores and additions end with the groups of tma_store_commit.
 #ifdef SPARSETILE_EMULATE
 inline void bulk_load(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
+inline void warp_bulk_load(u32 to, const void* from, int bytes, u32 bar) { if (threadIdx.x % 32 == 0) emulate_bulk_load(to, from, bytes, bar); }
 inline void bulk_load_once(u32 to, const void* from, int bytes, u32 bar) { emulate_bulk_load(to, from, bytes, bar); }
 inline void bulk_store(void* to, u32 from, int bytes) { emulate_bulk_store((char*)to, from, bytes, false); }
 inline void bulk_add(float* to, u32 from, int bytes) { emulate_bulk_store(to, from, bytes, true); }
@@ -109,6 +110,10 @@ template <int N> inline void more_registers() {}
 #else
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+// By a whole warp whose lanes say the same: straight code. Of lanes that copy a row each ptxas makes a loop of eight instructions and three moves to uniform registers a row.
+__device__ __forceinline__ void warp_bulk_load(u32 to, const void* from, int bytes, u32 bar) {
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];}" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
 // What nobody reads again: it leaves the L2 cache first, and what others come back to stays.
 __device__ __forceinline__ void bulk_load_once(u32 to, const void* from, int bytes, u32 bar) {

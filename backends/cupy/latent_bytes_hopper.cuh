@@ -26,27 +26,26 @@ __device__ __forceinline__ void convert(unsigned char* to, const unsigned char* 
   const float4 scales = *(const float4*)(row + LATENT);
   const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
   unsigned char *even = to + r * 128 + (2 * piece ^ r) * 16, *odd = to + r * 128 + ((2 * piece + 1) ^ r) * 16;
-  row += piece * 16;
-  uint4 next = *(const uint4*)row;  // a chunk ahead
-#pragma unroll
-  for (int c = 0; c < 8; c++) {
-    const uint4 x = next;
-    if (c < 7) next = *(const uint4*)(row + c * 64 + 64);
-    const u32 four[4] = {x.x, x.y, x.z, x.w};
-    u32 e[8];
-#pragma unroll
-    for (int i = 0; i < 4; i++) scaled_four<KIND>(four[i], scale[c / 2], e[2 * i], e[2 * i + 1]);
-    *(uint4*)(even + c * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
-    *(uint4*)(odd + c * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
-  }
-  row += LATENT + LATENT / 32 + piece * 16;
-  const uint4 x = *(const uint4*)row, y = *(const uint4*)(row + 16);
+  const unsigned char* rotary = row + LATENT + LATENT / 32 + piece * 32;
+  const uint4 x = *(const uint4*)rotary, y = *(const uint4*)(rotary + 16);
   const u32 eight[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
   u32 e[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) e[i] = KIND == BFLOAT16 ? eight[i] : pack<FLOAT16>(to_float<BFLOAT16>((u16)eight[i]), to_float<BFLOAT16>((u16)(eight[i] >> 16)));
   *(uint4*)(even + 8 * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
   *(uint4*)(odd + 8 * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
+  row += piece * 16;
+  uint4 next = *(const uint4*)row;  // a chunk ahead
+#pragma unroll
+  for (int c = 0; c < 8; c++) {
+    const uint4 now = next;
+    if (c < 7) next = *(const uint4*)(row + c * 64 + 64);
+    const u32 four[4] = {now.x, now.y, now.z, now.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) scaled_four<KIND>(four[i], scale[c / 2], e[2 * i], e[2 * i + 1]);
+    *(uint4*)(even + c * CHUNK) = make_uint4(e[0], e[1], e[2], e[3]);
+    *(uint4*)(odd + c * CHUNK) = make_uint4(e[4], e[5], e[6], e[7]);
+  }
 }
 
 // The queries of an item, as two tiles of the ring.
@@ -62,28 +61,27 @@ __device__ __forceinline__ void bring_queries(const Params& p, u32 base, u32 bar
   b.begins = false;
 }
 
-// The oldest tile that was asked for.
+// The oldest tile that was asked for. What it writes is fenced by those who multiply: a fence here would wait for all writes of the group.
 __device__ __forceinline__ void make_tile(unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found) {
-  const int lane = threadIdx.x & 31, stage = b.stage(b.made);
+  const int lane = thread_again() & 31, stage = b.stage(b.made);  // again: kept from tile to tile, a lane's places leave the conversion too few registers
   const bool seen = found.word >> (8 * b.warp + (lane & 7)) & 1;
   bar_wait(LOADED(stage), b.made / STAGES & 1, b.patience);
   bar_wait(FREE(b.slot), b.phase, b.patience);
   convert(raw + b.slot * TILE + b.warp * 1024, raw + (seen ? STAGED + stage * OWN + (lane & 7) * ROW : ZEROS), lane);
   if (threadIdx.x == 0) ((Found*)(raw + FOUND))[b.slot] = found;
-  shared_to_copy_engine();
   __syncwarp();
-  if (lane == 0) bar_arrive(FULL(b.slot));
+  if (thread_again() % 32 == 0) bar_arrive(FULL(b.slot));
   advance<SLOTS>(b.slot, b.phase);
   b.made++;
   b.begins = found.left == 0;
 }
 
-// Asks for a tile's bytes: load(where this warp's eight rows go, their barrier) for `bytes` of them. Then the oldest tile is made where no stage is left, behind the last tile all are.
-template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, int bytes, const Load& load) {
+// Asks for a tile's bytes: load(where this warp's eight rows go, their barrier). Then the oldest tile is made where no stage is left, behind the last tile all are.
+template <class Load> __device__ __forceinline__ void ask(const Params& p, unsigned char* raw, u32 base, u32 bars, Bytes& b, const Found& found, const Load& load) {
   const int stage = b.stage(b.asked);
   if (threadIdx.x % 32 == 0) {
     ((Found*)(raw + COMING))[stage] = found;
-    bar_expect(LOADED(stage), bytes);
+    bar_expect(LOADED(stage), OWN);
   }
   __syncwarp();
   load(base + STAGED + stage * OWN, LOADED(stage));
