@@ -19,8 +19,9 @@ WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # register
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
     ("block_attention", "forward"): 896, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448, ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 192,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
-    ("indexer_topk", "sample_rows"): 16, ("importance_topk", "score_by_queries"): 96, ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88,
-    ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32, ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
+    ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("indexer_topk", "rescue_rows"): 24, ("importance_topk", "score_by_queries"): 96,
+    ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88, ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32,
+    ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
 }
 
 
@@ -66,6 +67,7 @@ def cases():
         yield "merge_attention", f"weights-{kind}", (dict(B=1, Hq=64, T=8192, Dv=128, N=3), dict(out=HALF, weights=kind), ("weights",))
     yield "indexer_scores", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128), dict(q=EIGHT, k=EIGHT), ("causal",))
     yield "indexer_topk", EIGHT, (dict(B=1, H=64, T=2048, S=32768, D=128, K=2048), dict(q=EIGHT, k=EIGHT), ("causal",))
+    yield "indexer_topk", "128k", (dict(B=1, H=64, T=4096, S=131072, D=128, K=2048), dict(q=EIGHT, k=EIGHT), ("scale", "window"))
     paged = ("causal", "scale", "window", "q_start", "paged")
     yield "indexer_scores", "paged", (dict(B=8, H=64, T=1, S=32768, D=128), dict(q=EIGHT, k=EIGHT), paged)
     yield "indexer_scores", "paged-h4", (dict(B=8, H=4, T=1, S=32768, D=128), dict(q=EIGHT, k=EIGHT), paged)
@@ -107,7 +109,8 @@ def test_budget(op, case, arch):
     if refusal:
         pytest.skip(refusal)
     default = kernel.default_config(problem)
-    configs = [default, kernel.portable_config(problem)] if default.get("path") in ("gluon", "tokens") else [default]
+    portable, stored = lambda: [kernel.portable_config(problem)], lambda: [default | {"path": "stored"}]
+    configs = [default, *dict(gluon=portable, tokens=portable, kept=stored).get(default.get("path"), list)()]
     for config in configs:
         asked = kernel.resources(problem, config)
         assert isinstance(asked, Resources), asked

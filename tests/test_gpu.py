@@ -372,6 +372,27 @@ def test_deepseeks_scores_are_the_same_alone_and_in_pages(B, S, rng):
     assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
 
 
+@pytest.mark.parametrize("case", ["plain", "causal", "windows", "equal", "nan"])
+def test_choice_without_scores_in_memory(case, rng):
+    """Triton, rows so long that only what may be chosen is stored: the set and the order of topk of the scores, twice the same bits."""
+    make, T, S = Make(rng), 300, 40_003
+    q, k = (make.normal(1, *shape)().to(torch.float8_e4m3fn) for shape in ((64, T, 128), (S, 128)))
+    w, scale, options = make.normal(1, 64, T, dtype=torch.float32)(), make.normal(1, S, dtype=torch.float32)().abs(), dict(causal=case == "causal")
+    if case == "windows":
+        options |= dict(key_start=make.integers(0, 9000, 1, T)(), key_end=make.integers(8000, S + 9, 1, T)())
+    if case == "equal":
+        k, scale = k[:, :1].expand(1, S, 128).contiguous(), torch.ones_like(scale)
+    if case == "nan":
+        scale[:, ::3] = float("nan")
+    if case == "causal":
+        options["q_start"] = S - T
+    with through("triton.index_keep.launch"):
+        chosen = [st.indexer_topk(q, k, w, 2048, k_scale=scale, backend="triton", **options) for _ in range(2)]
+    known = st.topk(st.indexer_scores(q, k, w, k_scale=scale, backend="triton", **options), 2048, backend="triton")
+    for x in chosen:
+        assert torch.equal(x.indices, known.indices) and torch.equal(x.lengths, known.lengths)
+
+
 @both
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31(backend, rng):

@@ -11,7 +11,7 @@ from sparsetile.backends.arrays import torch_dtype
 from sparsetile.backends.contract import Problem
 from sparsetile.backends.cupy import compile as nvrtc
 from sparsetile.backends.cupy import indexer_topk as cupy_kernel
-from sparsetile.backends.triton import index_score, select_rows
+from sparsetile.backends.triton import index_keep, index_score, relaunch, select_rows
 from sparsetile.backends.triton import indexer_topk as triton_kernel
 from sparsetile.ops import dispatch
 from sparsetile.profiles import lookup, schema
@@ -44,6 +44,7 @@ def held(monkeypatch):
     monkeypatch.setattr(index_score, "score", lambda q, k, w, scores, **o: launched.append(("scores", scores.shape[0] * scores.shape[1])))
     monkeypatch.setattr(select_rows, "select_rows", lambda scores, *rest, **o: launched.append(("topk", scores.shape[0] * scores.shape[1])))
     monkeypatch.setattr(triton_kernel, "pool_launch", lambda scores, pooled, *rest: pooled)
+    monkeypatch.setattr(relaunch, "launch", lambda fn, grid, *rest: launched.append(("topk" if fn.__name__ == "pick_rows" else "other", grid[0])))
 
     def run(backend, shape, config, pool=1, scores=False):
         (B, T, S), place = SHAPES[shape], CountingPlace() if backend == "cupy" else MetaPlace()
@@ -64,13 +65,15 @@ def problem(shape):
     return Problem.of("indexer_topk", dict(B=B, H=64, T=T, S=S, D=128, K=2048), dict(q="float8_e4m3fn", k="float8_e4m3fn"), "sm_90a", ["scale"])
 
 
+PATHS = [("cupy", "scratch"), ("triton", "stored"), ("triton", "kept")]
+
+
 @pytest.mark.parametrize("pool, scores", [(1, False), (1, True), (2, False), (64, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_the_default_holds_less_than_the_limit(held, backend, shape, pool, scores):
+@pytest.mark.parametrize("backend, path", PATHS)
+def test_the_default_holds_less_than_the_limit(held, backend, path, shape, pool, scores):
     B, T, S = SHAPES[shape]
-    config = KERNELS[backend].default_config(problem(shape))
-    config |= {"path": "scratch"} if backend == "cupy" else {}
+    config = KERNELS[backend].default_config(problem(shape)) | {"path": path}
     found, chosen = held(backend, shape, config, pool, scores)
     assert chosen == B * T and 0 < found <= MOST
 
@@ -81,13 +84,13 @@ def test_the_fused_kernel_holds_nothing(held):
 
 
 @pytest.mark.parametrize("shape", ["4096 x 128k", "2048 x 32k", "decode"])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_no_config_of_the_tuner_holds_more(held, backend, shape):
+@pytest.mark.parametrize("backend, path", PATHS)
+def test_no_config_of_the_tuner_holds_more(held, backend, path, shape):
     """Every value of what moves memory."""
     kernel, about = KERNELS[backend], problem(shape)
-    moving = [t for t in kernel.TUNABLES if t.name in ("scratch_mb", "queries", "splits", "capacity")]
+    moving = [t for t in kernel.TUNABLES if t.name in ("scratch_mb", "queries", "capacity", "sample" if path == "kept" else "splits")]
     assert {"scratch_mb", "queries"} <= {t.name for t in moving}
-    base = {**kernel.default_config(about), **({"path": "scratch"} if backend == "cupy" else {})}
+    base = kernel.default_config(about) | {"path": path}
     for values in itertools.product(*(t.values for t in moving)):
         config = base | {t.name: value for t, value in zip(moving, values)}
         assert held(backend, shape, config)[0] <= MOST, config
@@ -110,5 +113,7 @@ def test_what_is_shipped_holds_no_more():
 def test_whole_tiles_of_queries_where_some_fit():
     """Triton's score kernel takes queries by tiles: 68 rows of 128k would be three of 32, one of them nearly empty."""
     config = triton_kernel.default_config(problem("4096 x 128k"))
+    assert config["path"] == "kept" and index_keep.rows_at_once(1, 4096, config) == 16 * config["queries"] == 1024
+    config |= dict(path="stored", queries=32)
     assert triton_kernel.rows_at_once(131072, 0, config) == 2 * config["queries"] == 64 and config["splits"] == 4
     assert triton_kernel.default_config(problem("2048 x 32k"))["splits"] == 4

@@ -2,19 +2,27 @@
 
     q [B,H,T,D]  k [B,S,D]  weights [B,H,T]  ->  indices [B,T,top_k] int32 ascending, then -1; lengths [B,T] int32; scores [B,T,top_k] float32 or None
 
-Scores of as many queries as fit a bounded scratch (under 50 MB with their candidates, but one row at least) are computed by the score function of `indexer_scores`, and their best chosen exactly as `topk` does.
+Two paths, both with a bounded scratch (under 50 MB, but one row at least) and the score function of `indexer_scores`. kept: only scores that may be chosen are ever stored (index_keep.py).
+stored: scores of as many queries as fit are stored, and their best chosen exactly as `topk` does.
 A row with no more than top_k visible entries is answered with all of them, and nothing is computed for it, unless scores are asked for.
 pool > 1: entries are blocks, a block's score is the maximum over its visible keys, NaN passed over. The first `force_first` and last `force_last` blocks that hold
 visible keys are always taken, whatever their score, and count in top_k. scores are those of the entries, -inf where the index is -1.
 With table [B,pages] int32 keys and scales are pages, read where they lie (index_score.py); an entry of which no key lies in a page is never chosen.
 """
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
-from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.triton import index_score, indexer_scores, pages, select_few, select_rows
+from sparsetile.backends.contract import Tunable
+from sparsetile.backends.triton import index_keep, index_score, indexer_scores, pages, select_few, select_rows
 
-TUNABLES = indexer_scores.TUNABLES + select_rows.TUNABLES + (Tunable("scratch_mb", (32, 16, 44), "MiB of scores, of blocks' maxima and of candidates held at a time"),)
+TUNABLES = (
+    Tunable("path", ("stored", "kept"), "kept: scores that cannot be chosen are never stored; many queries of long rows"),
+    *indexer_scores.TUNABLES,
+    *(replace(knob, paths=("stored",)) if knob.name == "splits" else knob for knob in select_rows.TUNABLES),
+    Tunable("scratch_mb", (32, 16, 44), "MiB of scores, of blocks' maxima and of candidates held at a time"),
+)
 
 
 @triton.jit
@@ -78,6 +86,8 @@ def supports(problem):
 
 def resources(problem, config):
     refused = select_rows.refusal(config)
+    if config["path"] == "kept":
+        refused = refused or index_keep.refusal(problem, config)
     return refused or indexer_scores.resources(problem, config)
 
 
@@ -95,10 +105,14 @@ def row_stride(S) -> int:
 def default_config(problem):
     B, T, S = problem["B"], problem["T"], problem["S"]
     rows = max(1, (44 << 20) // (4 * row_stride(S)))  # without candidates
-    config = {**indexer_scores.default_config(problem), **select_rows.default_knobs(min(B * T, rows), S, problem["K"], 132), "scratch_mb": 44}
+    config = {"path": "stored", **indexer_scores.default_config(problem), **select_rows.default_knobs(min(B * T, rows), S, problem["K"], 132), "scratch_mb": 44}
     while config["splits"] > 1 and rows_at_once(S, 0, config) < min(B * T, 64, rows * 3 // 4):  # parts of a row have room for all of its candidates each: more parts, fewer rows
         config["splits"] //= 2
-    return config
+    seen = S - (T // 2 if "causal" in problem.features else 0)  # keys of a row in the mean; of shorter ones too large a part is kept
+    kept = config | index_keep.default_knobs(S, problem["K"]) | {"path": "kept"}
+    if problem.arch == "sm_90a" and T >= 1024:
+        kept |= dict(queries=64, stages=4)
+    return kept if seen >= 32768 and B * T >= 256 and not isinstance(resources(problem, kept), str) else config
 
 
 def pool_width(pool) -> tuple[int, int]:
@@ -111,6 +125,8 @@ def artifacts(problem, config):
     has = problem.features
     causal, scores, pooled = "causal" in has, "return_scores" in has, "pool" in has
     windows = bool(has & {"window", "key_start", "key_end"})
+    if config["path"] == "kept":
+        return index_keep.artifacts(problem, config, causal=causal, windows=windows)
     found = [index_score.score_artifact(problem, queries=config["queries"], stages=config["stages"], fill=False)]
     found += select_rows.row_artifacts(config, problem.arch, causal=causal, forced="force" in has, everything=not scores, windows=windows, q_starts="q_start" in has, values=scores)
     if "paged" in has:
@@ -137,6 +153,9 @@ def run(q, k, weights, top_k, *, place, config, k_scale=None, key_start=None, ke
     if not B * T:
         return indices, lengths, values
     weights = index_score.near_heads(weights)
+    if config["path"] == "kept" and pool == 1 and not (return_scores or force_first or force_last) and table is None:
+        index_keep.launch(q, k, weights, top_k, indices, lengths, place=place, config=config, k_scale=k_scale, key_start=key_start, key_end=key_end, causal=causal, q_start=q_start, activation=activation)
+        return indices, lengths, None
     blocks, stride = -(-S // pool), row_stride(S)
     at_once = min(B * T, rows_at_once(S, blocks if pool > 1 else 0, config))
     batches, queries = (at_once // T, T) if at_once >= T else (1, at_once)
