@@ -123,7 +123,7 @@ def test_budget(op, case, arch):
         assert used["registers"] <= WIDEST[arch]
         assert used["spills"] <= SPILLS.get((op, name), 0), f"{op}.{name}: {used} with {artifact['constexprs']}"
         assert used["shared"] <= shared_limit(arch), f"{op}.{name}: {used} with {artifact['constexprs']}"
-        if name.endswith("_gluon") or name in ("attend_latent", "forward_maps"):
+        if name.endswith("_gluon") or name == "attend_latent" or any("tensordesc" in str(kind) for kind in artifact["signature"].values()):
             assert not used["said"], f"{op}.{name}: ptxas serialised products or ignored a register budget: {used['said']}"
 
 

@@ -11,9 +11,10 @@ arrays that the copy engine cannot address) take the portable one with the same 
 from functools import lru_cache
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
+from sparsetile.backends.triton import block_backward_maps
 from sparsetile.backends.triton.block_backward_portable import columns, rows
 from sparsetile.backends.triton.gluon_paths import lacking
-from sparsetile.backends.triton.launch import (BYTES, FAR, POINTER, covered, known_start, list_steps, options, parts, parts_alone, power, refusal, schedule,
+from sparsetile.backends.triton.launch import (BYTES, FAR, POINTER, beside, covered, known_start, list_steps, options, parts, parts_alone, power, refusal, schedule,
                                                shared_limit)
 
 TUNABLES = (
@@ -27,7 +28,6 @@ TUNABLES = (
     Tunable("heads", (8, 1, 2, 4, 16, 32), "key heads worked on at a time; more keep additions to one row apart, fewer keep a head in the L2 cache", ("gluon_ordered",)),
     Tunable("walk", ("descending", "ascending", "abreast"), "rows of an item from the last to the first and key blocks ascending, or both the other way; abreast: descending, all heads of a group at a row before the next row", ("gluon_ordered",)),
 )
-HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 
 
 def supports(problem: Problem) -> str | None:
@@ -138,11 +138,6 @@ def constants(D: int, DV: int, config, own: int, *, cap=False, intervals=False, 
                 EDGE=edge, FROM_LENGTH=from_length, FAR=far or QT > 0, QT=QT, KT=KT, VT=VT, GT=GT)
 
 
-def beside(heads: int) -> int:
-    """How many heads run side by side: the most that divides them."""
-    return max(n for n in range(1, HEADS + 1) if heads % n == 0)
-
-
 @lru_cache(4096)
 def _plan(shapes, strides, lists_key, flags, config, softcap):
     """Of both kernels: constants, and of `rows` its tiles and whether the call covers exactly those of the lists."""
@@ -206,6 +201,9 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     list_of, compiled = lists.list_of, options(config)
     where = lists.q_order, lists.k_order, kv_length, starts
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
+    if block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch):
+        block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, compiled, n, covers, kv_length, starts, host or 0, (float(scale), inner, outer))
+        return dq, dk, dv
     rows[(by_rows["SLICES"] * n * Hq * B,)](
         q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
         *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, **compiled)
@@ -235,6 +233,8 @@ def artifacts(problem: Problem, config) -> list[dict]:
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgt")
     numbers = {name: "i32" for name in (*strides, "slb", "slh", "group", "T", "S", "first", "nq", "tiles", "together", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
     aligned = strides if D % 16 == 0 and DV % 16 == 0 else ()
+    if block_backward_maps.takes_problem(problem, by_columns):
+        return block_backward_maps.artifacts(problem, by_rows, by_columns, pointer, gradient, options(config))
     found = []
     for fn, own, integers, made in ((rows, {"dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("Hq",), by_rows),
                                     (columns, {"dk": gradient, "dv": gradient, "entries": "*i32"}, ("Hk", "nk"), by_columns)):

@@ -8,6 +8,7 @@ SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90a": 22
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 POINTER = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int32": "*i32", "int64": "*i64"}
 FLOATS = ("float32", "float16", "bfloat16")
+HEADS = 8  # so many heads run side by side: few enough to share what the L2 holds, enough that no head's longest list is left for the end
 FAR = 2 ** 31  # offsets of elements from here on need 64 bits
 
 
@@ -47,6 +48,11 @@ def covered(T: int, block: int, q_start: int | None, first: int, nq: int) -> tup
 def known_start(q_start) -> tuple:
     """(position of query 0 where the host knows it, else None; the array of them, else None). Both None: it follows from the keys' length."""
     return (q_start, None) if isinstance(q_start, int) else (None, q_start)
+
+
+def beside(heads: int) -> int:
+    """How many heads run side by side: the most that divides them."""
+    return max(n for n in range(1, HEADS + 1) if heads % n == 0)
 
 
 def list_steps(lists) -> tuple[int, ...]:
