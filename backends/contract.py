@@ -111,7 +111,7 @@ class Lists:
     offsets [L * nq * 2 + 1]   list l, block i, x = l * nq + i: entries offsets[2x] .. offsets[2x+1] are full blocks,
                                offsets[2x+1] .. offsets[2x+2] partial ones; within each, columns ascend
     cols    [entries]          key block of an entry (one readable element more than the last entry)
-    kinds   [entries]          -1 full; 2n: row n of `intervals`; 2n + 1: row n of `bitmaps`
+    kinds   [entries]          (likewise) -1 full; 2n: row n of `intervals`; 2n + 1: row n of `bitmaps`
     by_key_offsets [L * nk * 2 + 1], by_key_rows, by_key_kinds    the same by key block; rows are i (relative to `first`), ascending
     intervals [n, block_q, 2]  keys lo <= c < hi of the block are seen by row r (lo = hi = 0: none)
     bitmaps [n, block_q, block_k / 32]   bit c % 32 of word c / 32

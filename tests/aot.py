@@ -46,14 +46,14 @@ def cubin_resources(cubin: bytes) -> dict:
     return dict(registers=int(found[0]["REG"]), spills=int(found[0]["STACK"]) + int(found[0]["LOCAL"]))
 
 
-def said_by_ptxas(ptx: str) -> list:
+def said_by_ptxas(ptx: str, more: str = "") -> list:
     """Numbers of ptxas's messages on warpgroup products: C75xx it serialised them, C76xx it ignored a register budget."""
     import triton.backends.nvidia as nvidia
     tool = Path(nvidia.__file__).parent / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        text = subprocess.run([tool, "-arch=sm_90a", "-v", file.name, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+        text = subprocess.run([tool, "-arch=sm_90a", "-v", *more.split(), file.name, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
     return sorted(set(re.findall(r"\bC7[56]\d\d\b", text)))
 
 
@@ -79,7 +79,7 @@ def resources(artifact: dict, arch: str) -> dict:
     if "cubin" in kernel.asm:
         found = cubin_resources(kernel.asm["cubin"])
         if arch == "sm_90a":
-            found["said"] = said_by_ptxas(kernel.asm["ptx"])
+            found["said"] = said_by_ptxas(kernel.asm["ptx"], artifact.get("options", {}).get("ptx_options", ""))
     else:
         found = amd_resources(kernel.asm["amdgcn"])
     found |= dict(shared=kernel.metadata.shared, threads=kernel.metadata.num_warps * TARGETS[arch][2])

@@ -102,10 +102,13 @@ def test_lists(on, backend, style, block, dtype, rng):
 VARIANTS = {"triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2),
             "triton-maps": dict(path="portable", block_q=16, block_k=32, maps=True, num_warps=4),
             "cupy-hopper": dict(path="hopper", block_q=128, block_k=128)}
-ENTRIES = {"triton-gluon": "triton.block_attention_gluon.launch", "triton-maps": "triton.block_attention.Map", "cupy-hopper": "cupy.block_attention.run_hopper"}
+ENTRIES = {"triton-gluon": "triton.block_attention_gluon.launch", "triton-maps": "triton.block_attention_maps.launch", "cupy-hopper": "cupy.block_attention.run_hopper"}
 
 
-@pytest.mark.parametrize("variant, backend", [(name, name.partition("-")[0]) for name in VARIANTS])
+OF_THE_FORWARD = pytest.mark.parametrize("variant, backend", [pytest.param(name, name.partition("-")[0], marks=pytest.mark.interp if name == "triton-maps" else ()) for name in VARIANTS])
+
+
+@OF_THE_FORWARD
 @pytest.mark.parametrize("style", ["first negative", "bitmaps only", "a list for each"])
 def test_variants_of_the_forward(on, backend, variant, style, rng):
     """Paths that the lists above do not reach by default: ragged tiles, keys that nobody sees are NaN, a device length of 0."""
@@ -124,6 +127,43 @@ def test_variants_of_the_forward(on, backend, variant, style, rng):
     k[1, :, 101:] = v[1, :, 101:] = 0
     how = dict(scale=D ** -0.5)
     for name, x, truth, measure in zip(("out", "lse"), got, oracle.attention(q, k, v, count, **how), plain.attention(q, k, v, count, **how)):
+        assert_close(name, x, truth, measure, reduction=S + D)
+
+
+@OF_THE_FORWARD
+@pytest.mark.parametrize("style", ["first block inside", "bitmaps only"])
+def test_values_of_keys_that_nobody_sees(on, backend, variant, style, rng):
+    """They stand in blocks of which other keys are seen, and are no numbers."""
+    options, config = STYLES[style], VARIANTS[variant]
+    Hq, Hk, T, S, D, Dv = 2, 1, 53 if config["block_q"] < 64 else 203, 150, 72, 40
+    mask = masks(style, 1, T, S, rng)
+    hidden = rng.random(S) < 0.2
+    mask[:, :, hidden] = False
+    lists = build(mask, options["p0"], config["block_q"], config["block_k"], bitmaps=options.get("bitmaps", False), full=options.get("full", True))
+    q, k, v = (normal(rng, (1, heads, n, width), numpy_dtype("bfloat16")) for heads, n, width in ((Hq, T, D), (Hk, S, D), (Hk, S, Dv)))
+    truths, measures = (attend(q, k, v, np.broadcast_to(mask[None], (1, Hq, T, S)), scale=D ** -0.5) for attend in (oracle.attention, plain.attention))
+    k[:, :, hidden], v[:, :, hidden] = np.nan, np.where(rng.random((hidden.sum(), Dv)) < 0.5, np.nan, -np.inf)
+    got = Kernels(on).run("block_attention", q, k, v, lists, dims=dict(B=1, Hq=Hq, Hk=Hk, T=T, S=S, D=D, Dv=Dv), dtype="bfloat16", config=config, by=ENTRIES[variant],
+                          scale=D ** -0.5, q_start=options["p0"], features=["interval", "bitmap", "lse"])
+    for name, x, truth, measure in zip(("out", "lse"), got, truths, measures):
+        assert_close(name, x, truth, measure, reduction=S + D)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.interp)])
+@pytest.mark.parametrize("maps", [False, True])
+def test_far_longer_rows_come_first(on, backend, maps, rng):
+    """Where the host knows the lists, one of several heads' tiles that is far longer than the others starts before all of these: each tile is done all the same."""
+    Hq, T, S, D = 3, 320, 320, 64
+    mask = np.abs(np.arange(T)[:, None] - np.arange(S)) < 9
+    mask[40:44] = True
+    lists = build(mask[None], 0, 16, 32)
+    lists.extras["offsets"] = lists.offsets
+    assert lists.far_longer("offsets")[0] == 1
+    q, k, v = (normal(rng, (1, Hq, n, D), np.float16) for n in (T, S, S))
+    count = np.broadcast_to(mask, (1, Hq, T, S))
+    got = Kernels(on).run("block_attention", q, k, v, lists, dims=dict(B=1, Hq=Hq, Hk=Hq, T=T, S=S, D=D, Dv=D), dtype="float16", scale=D ** -0.5, q_start=0, features=["interval", "lse"],
+                          config=dict(path="portable", block_q=16, block_k=32, maps=maps, num_warps=4), by=f"triton.{'block_attention_maps' if maps else 'block_attention'}.turns")
+    for name, x, truth, measure in zip(("out", "lse"), got, oracle.attention(q, k, v, count, scale=D ** -0.5), plain.attention(q, k, v, count, scale=D ** -0.5)):
         assert_close(name, x, truth, measure, reduction=S + D)
 
 

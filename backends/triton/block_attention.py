@@ -3,7 +3,7 @@
 q [B,Hq,T,D]  k [B,Hk,S,D]  v [B,Hk,S,Dv] (may lie inside k)  ->  out [B,Hq,T,Dv], lse [B,Hq,T]
 Partial blocks come first, then the full ones, whose loop holds no mask: measured equal or faster than the other orders, and a row that a
 partial block left empty costs no guard later. Key blocks that end past the call's last key are cut in the first loop, later ones skipped.
-A key of a partial block that no row of the tile sees is never read into a product (0 * NaN). Empty row: out 0, lse -inf.
+A key of a partial block that no row of the tile sees is never read into a product (0 * NaN), or, by tensor maps, that product is done again without it. Empty row: out 0, lse -inf.
 With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart (pages.py); keys in a page that is not one of 0 .. N - 1
 do not exist, so that every block has a mask. latent (R, P): rows of k are bytes, the fp8 layout of a latent cache (latents.py), whose first R columns are the values. The paths portable and decode read them where they lie.
 
@@ -19,10 +19,10 @@ from sparsetile.backends.triton.block_attention_portable import forward
 from sparsetile.backends.triton.float8 import more_pointers, of_keys, passed, pointer
 from sparsetile.backends.triton.float8 import refusal as no_float8
 from sparsetile.backends.triton.gluon_paths import lacking
-from sparsetile.backends.triton.launch import BYTES, FAR, covered, known_start, list_steps, options, parts_alone, power, refusal, scales, schedule, shared_limit
+from sparsetile.backends.triton.launch import BYTES, FAR, covered, known_start, list_steps, options, parts_alone, power, refusal, scales, shared_limit, turns
 from sparsetile.backends.triton.latents import latent_of, mode, parts_of
 from sparsetile.backends.triton.latents import refusal as no_latents
-from sparsetile.backends.triton.maps import Map, can_map
+from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.pages import DEFAULT, one_tensor
 from sparsetile.backends.triton.relaunch import Constants, launch
 
@@ -171,26 +171,26 @@ def _gluon_resources(problem: Problem, config) -> Resources | str:
 
 
 def constants(D: int, DV: int, config, *, shared_kv=False, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False,
-              mapped=False, page=0, latent=None, arch="", float8=False) -> dict:
+              page=0, latent=None, arch="", float8=False) -> dict:
     """The compile-time constants of `forward`: what run launches and what artifacts compiles ahead."""
     w = widths(D, DV, config, latent)
     same = shared_kv and not config["chunk"] and w["SLICES"] == 1 and DV == w["V0"] == w["D0"]
     return dict(D=D, DV=DV, **w, BQ=config["block_q"], BK=config["block_k"], CHUNK=config["chunk"], SHARED=same, NEGATE=negate, CAP=cap, INTERVALS=intervals,
-                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, MAPS=mapped, PAGE=page, LATENT=mode(latent, arch), FLOAT8=float8)
+                BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far, PAGE=page, LATENT=mode(latent, arch), FLOAT8=float8)
 
 
 @lru_cache(4096)
 def _plan(shapes, strides, dtype, lists_key, flags, config, scale, softcap):
     (B, Hq, T, D), (_, Hk, S, DV) = shapes
     block_q, block_k, first, nq, nk, has_intervals, has_bitmaps, ordered_q, ordered_k = lists_key
-    kv_length, from_length, shared_kv, q_start, mapped, page, apart, latent, arch = flags
+    kv_length, from_length, shared_kv, q_start, page, apart, latent, arch = flags
     config = dict(config)
     sqt, sks, svs = strides
     reach_q, reach_k = T if ordered_q else block_q, S if ordered_k else block_k
     far = max(reach_q * max(abs(sqt), DV), reach_k * max(abs(sks), abs(svs), D, DV)) >= FAR or apart
     size, inner, outer, negate = scales(scale, softcap)
     made = constants(D, DV, config, shared_kv=shared_kv, negate=negate, cap=softcap is not None, intervals=has_intervals, bitmaps=has_bitmaps,
-                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, mapped=mapped, page=page, latent=latent, arch=arch,
+                     edge=not ordered_k and (kv_length or nk * block_k > S), from_length=from_length, far=far, page=page, latent=latent, arch=arch,
                      float8=dtype[1].itemsize == 1 and latent is None)
     n, covers, _ = (nq, True, False) if ordered_q else covered(T, block_q, q_start, first, nq)
     return (made["SLICES"] * n * Hq * B,), n, covers, (size, inner, outer), Constants({**made, **options(config)})
@@ -239,22 +239,24 @@ def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None,
             return block_attention_decode.run(q, k, v, lists, out, lse, kind, place=place, config=config, scale=scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start,
                                               table=table, latent=latent, float8_scales=(q_scale, k_scale, v_scale))
         config = {**config, "num_stages": 1}
+    if config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v):
+        from sparsetile.backends.triton import block_attention_maps
+        block_attention_maps.launch(q, k, v, lists, out, lse, place, config, scale, sink_logits=sink_logits, softcap=softcap, kv_length=kv_length, q_start=q_start)
+        return out, lse
     _, count, page, apart, k, v = one_tensor(table, k, v)
     host, starts = known_start(q_start)
     shared_kv = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
-    mapped = config["maps"] and table is None and lists.k_order is None and can_map(k) and can_map(v)
     grid, n, covers, (size, inner, outer), constant = _plan(
         ((B, Hq, T, D), (B, Hk, S, DV)), (q.stride(2), k.stride(2), v.stride(2)), (q.dtype, k.dtype),
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, ordered, lists.k_order is not None),
-        (kv_length is not None, q_start is None, shared_kv, host, mapped, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
-    BK, D0, D1 = (constant[name] for name in ("BK", "D0", "D1"))
-    maps = (Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, constant["V0"])) if mapped else (None,) * 3
+        (kv_length is not None, q_start is None, shared_kv, host, page, apart, latent, place.arch), tuple(config.items()), float(scale), None if softcap is None else float(softcap))
+    order, ahead, section = turns(lists, covers, B * Hq, Hq // Hk, (D + DV) * S * k.element_size())
     launch(forward, grid, place,
-           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, schedule(lists) if covers else None,
+           (passed(q, place.arch), passed(k, place.arch), passed(v, place.arch), out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, order,
             lists.q_order, lists.k_order, kv_length, starts, sink_logits, table, q_scale, k_scale, v_scale),
            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *list_steps(lists),
-            Hq, Hq // Hk, T, S, lists.first, lists.nq, n, host or 0, size, inner, outer,
-            None if table is None else table.stride(0), count), constant, (q.dtype, kind), maps)
+            B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, ahead, section, host or 0, size, inner, outer,
+            None if table is None else table.stride(0), count), constant, (q.dtype, kind))
     return out, lse
 
 
@@ -274,18 +276,19 @@ def artifacts(problem: Problem, config) -> list[dict]:
         from sparsetile.backends.triton import block_attention_decode
         return block_attention_decode.artifacts(problem, config) + artifacts(problem, {**config, "path": "portable", "num_stages": 1})
     has = problem.features.__contains__
+    if config["maps"] and not has("order"):
+        from sparsetile.backends.triton import block_attention_maps
+        return [block_attention_maps.artifact(problem, config)]
     own = pointer(problem.dtype("q", "float32"), problem.arch)
     made = constants(problem["D"], problem["Dv"], config, shared_kv=has("shared_kv"), cap=has("softcap"), intervals=has("interval"), bitmaps=has("bitmap"),
                      edge=not has("order") and (has("kv_length") or problem["S"] % config["block_k"] != 0), from_length=has("kv_length") and not has("q_start"),
-                     mapped=config["maps"] and not has("order"), page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch, float8=of_keys(problem))
+                     page=DEFAULT * has("paged"), latent=latent_of(problem), arch=problem.arch, float8=of_keys(problem))
     names = ["list_of", "offsets", "cols", "kinds", "intervals", "bitmaps", "schedule"]
     names += ["q_order", "k_order"] * has("order") + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start") + ["table"] * has("paged")
-    widths_of = {"k0_map": made["D0"], "k1_map": made["D1"], "v_map": made["V0"]} if made["MAPS"] else {}
-    maps = {name: f"tensordesc<{own[1:]}{[1, 1, made['BK'], width]}>" for name, width in widths_of.items() if width}
     keys = "*u8" if latent_of(problem) else pointer(problem.dtype("k", "float32"), problem.arch)
     signature = {"q": own, "k": keys, "v": keys, "lse": "*fp32"} | more_pointers(problem, problem.arch) | {name: "*i32" for name in names} | ({"sinks": "*fp32"} if has("sink") else {})
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs")
-    integers = ("slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start") + ("table_b", "count") * has("paged")
+    integers = ("slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "q_start") + ("table_b", "count") * has("paged")
     div16 = tuple(signature) + (strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ())
-    signature |= maps | {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
+    signature |= {name: "i32" for name in strides + integers} | {name: "fp32" for name in ("scale", "inner", "outer")}
     return [dict(fn=forward, signature=signature, constexprs=made, options=options(config), div16=div16)]

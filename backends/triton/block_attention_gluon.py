@@ -16,7 +16,7 @@ from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.gluon_items import KEYS, ROWS, make_bars, make_queue, next_item, open_item, take
 from sparsetile.backends.triton.gluon_keys import clear, look, seen_or
 from sparsetile.backends.triton.gluon_maps import Map, map_type
-from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, schedule
+from sparsetile.backends.triton.launch import POINTER, covered, known_start, list_steps, power, scales, turns
 from sparsetile.backends.triton.maps import can_map
 from sparsetile.backends.triton.tiles import capped, finish
 
@@ -312,9 +312,8 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     host, starts = known_start(q_start)
     n, covers, _ = covered(T, ROWS.value, host, lists.first, lists.nq)
-    order = schedule(lists) if covers else None
+    order, ahead, section = turns(lists, covers, B * Hq, Hq // Hk, 2 * S * (D + DV), CACHED)
     items, sms = B * Hq * n, max(place.sms, 1)
-    section = min(max(1, CACHED // max(1, 2 * S * (D + DV))) * (Hq // Hk), B * Hq)
     made = constants(D, DV, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * KEYS.value > S, q_start is None,
                      host is None or host % ROWS.value != 0)
     size, inner, outer, _ = scales(scale, softcap)
@@ -323,7 +322,7 @@ def launch(q, k, v, lists, out, lse, place, scale: float, *, sink_logits, softca
             Map(v, KEYS.value, V0), Map(out.view(B * Hq, T, DV), 64, V0))
     pointers = (out, lse, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, lists.list_of, order, kv_length, starts, sink_logits, place.zeros((1,), "int32") if items > sms else None)
     numbers = (*list_steps(lists), B * Hq, Hq, Hq // Hk, T, S, lists.first, lists.nq, n,
-               lists.far_longer("offsets")[0] if order is not None else 0, section, items, host or 0, size, inner, outer)
+               ahead, section, items, host or 0, size, inner, outer)
     relaunch.launch(forward_gluon, (min(items, sms),), place, pointers, numbers, made, (q.dtype,), maps)
 
 

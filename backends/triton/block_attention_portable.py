@@ -1,6 +1,6 @@
 """Path "portable" of block_attention, on any chip: a program has a tile of queries of one head and runs through the blocks of its list.
 
-What `forward` takes and gives, and in which order blocks come: block_attention.py. Its step is that of path "decode" too (block_attention_decode.py).
+Where tensor maps bring the tiles: block_attention_maps.py. What `forward` takes and gives, and in which order blocks come: block_attention.py. Its step is that of path "decode" too (block_attention_decode.py).
 """
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 from sparsetile.backends.triton.float8 import exact, key_scales, query_scales
 from sparsetile.backends.triton.latents import latent_tile, rotary_tile
 from sparsetile.backends.triton.pages import pages_of, rows_in
-from sparsetile.backends.triton.tiles import capped, chunked, entries_of, finish, load, load_at, opened, place_of, product, rows_of, seen, soften
+from sparsetile.backends.triton.tiles import capped, chunked, drawn, entries_of, finish, load, load_at, opened, place_of, product, rows_of, seen, soften
 
 
 @triton.jit
@@ -60,37 +60,18 @@ def step(acc, m, l, q, q_rows, q_ok, q0, q1, k, v, keys_s, keys_v, ok_k, ok_v, m
     return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
 
 
-@triton.jit
-def _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, any_row, mask, scale, inner, outer,
-                  D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr):
-    """`step` through the copy engine, which reads columns past the width and keys past the last as 0."""
-    s = product(q0, tl.trans(k0_map.load([b, h, row, 0]).reshape(BK, D0)), tl.zeros([BQ, BK], tl.float32))
-    if D1:
-        s = product(q1, tl.trans(k1_map.load([b, h, row, D0]).reshape(BK, D1)), s)
-    if CAP:
-        s = capped(s, inner, outer)
-    if MASK:
-        s = tl.where(mask, s, float("-inf"))
-    p, a, m, l = soften(s, m, l, scale, MASK)
-    v0 = v_map.load([b, h, row, 0]).reshape(BK, V0)
-    if MASK:
-        v0 = tl.where(any_row[:, None], v0, tl.zeros([BK, V0], v0.dtype))
-    return product(p.to(v0.dtype), v0, acc * a[:, None]), m, l
-
-
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "q_start", "table_b", "count"])
-def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table, q_scale, k_scale, v_scale,
-            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer, table_b, count,
+@triton.jit(do_not_specialize=["slb", "slh", "heads", "Hq", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "q_start", "table_b", "count"])
+def forward(q, k, v, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts, sinks, table, q_scale, k_scale, v_scale,
+            sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, q_start, scale, inner, outer, table_b, count,
             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             SLICES: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
             INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, MAPS: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr):
+            FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr):
     x = tl.program_id(0)
     piece = x % SLICES
-    x = x // SLICES
-    i = x % tiles
-    h = (x // tiles) % Hq
-    b = (x // tiles // Hq).to(tl.int64)
+    head, i = drawn(x // SLICES, (heads, tiles, ahead, section))
+    h = head % Hq
+    b = (head // Hq).to(tl.int64)
     hk = (h // group).to(tl.int64)
     which = tl.load(list_of + b * slb + h * slh)
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
@@ -141,7 +122,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                               sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key)
     else:
         if EDGE or INTERVALS or BITMAPS:
-            for f in tl.range(e - edge, c, num_stages=None if MAPS else 1):  # by maps unpipelined, ptxas would wait after every product of the kernel (C7515)
+            for f in tl.range(e - edge, c, num_stages=1):
                 entry = tl.where(f < e, n, f)
                 s_key = tl.load(cols + entry) * BK
                 exists = s_key + w < limit
@@ -152,10 +133,7 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                     mask = mask & seen(tl.load(kinds + entry), intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
                 any_row = tl.max(mask.to(tl.int32), 0) > 0
                 far = s_key.to(tl.int64)
-                if MAPS:
-                    acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, s_key, any_row, mask,
-                                              scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, True)
-                elif PAGE:
+                if PAGE:
                     acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, any_row, mask, col,
                                       scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, False, NEGATE, CAP, True, True, LATENT, FLOAT8, by_query, k_scale, v_scale, s_key + w)
                 else:
@@ -174,9 +152,6 @@ def forward(k0_map, k1_map, v_map, q, k, v, out, lse, offsets, cols, kinds, inte
                 ahead = pages_of(table, following * BK, limit, PAGE, BK)
                 acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k, v, keys * sks, keys * svs, exists, exists, exists[None, :], col,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, True, True, LATENT)
-            elif MAPS:
-                acc, m, l = _step_by_maps(acc, m, l, q0, q1, k0_map, k1_map, v_map, b.to(tl.int32), h // group, row, ok, ok,
-                                          scale2, inner, outer, D0, D1, V0, BQ, BK, CAP, False)
             else:
                 acc, m, l = step(acc, m, l, q, q_rows, row_ok, q0, q1, k + far * sks, v + far * svs, span * sks, span * svs, ok, ok, ok, col,
                                   scale2, inner, outer, sks, svs, D, D0, D1, DV, V0, BQ, BK, CHUNK, SLICES > 1, SHARED, NEGATE, CAP, False, False, 0, FLOAT8, by_query, k_scale, v_scale, row)

@@ -6,7 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sparsetile.backends.triton.tiles import entries_of
+from sparsetile.backends.triton.tiles import drawn, entries_of
 
 ROWS = gl.constexpr(128)
 KEYS = gl.constexpr(128)
@@ -25,19 +25,6 @@ def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
     elif FROM_LENGTH:
         start += limit - T
     return limit, start
-
-
-@gluon.jit
-def drawn(number, order):
-    """(head, place among its tiles) of item `number`: the first `ahead` tiles of every head, then heads in sections, tile after tile."""
-    heads, tiles, ahead, section = order
-    m = number - ahead * heads
-    each = tiles - ahead
-    begin = gl.where(m < 0, 0, m // gl.maximum(section * each, 1) * section)
-    width = gl.where(m < 0, heads, gl.minimum(section, heads - begin))
-    m = gl.where(m < 0, number, m - begin * each)
-    rank = m // width
-    return begin + m - rank * width, rank + gl.where(number < ahead * heads, 0, ahead)
 
 
 @gluon.jit

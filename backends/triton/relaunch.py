@@ -19,7 +19,7 @@ class Constants(dict):
         return self is other
 
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "ptx_options")
 
 
 def artifact(fn, constants: dict, arrays: dict, integers=(), floats=(), maps=None, *, aligned=(), unaligned=()) -> dict:

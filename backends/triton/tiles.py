@@ -118,6 +118,19 @@ def place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH: tl.constexpr):
 
 
 @triton.jit
+def drawn(number, order):
+    """(head, place among its tiles) of item `number`: the first `ahead` tiles of every head, then heads in sections, tile after tile."""
+    heads, tiles, ahead, section = order
+    m = number - ahead * heads
+    each = tiles - ahead
+    begin = tl.where(m < 0, 0, m // tl.maximum(section * each, 1) * section)
+    width = tl.where(m < 0, heads, tl.minimum(section, heads - begin))
+    m = tl.where(m < 0, number, m - begin * each)
+    rank = m // width
+    return begin + m - rank * width, rank + tl.where(number < ahead * heads, 0, ahead)
+
+
+@triton.jit
 def rows_of(i, which, schedule, q_order, start, T, first, nq, tiles, BQ: tl.constexpr, FAR: tl.constexpr):
     """Program i's query tile: (number in the layout, or outside 0 .. nq - 1 if it has none; base, row: query base + row[r]; row_ok).
 
@@ -211,11 +224,14 @@ def interval_of(kind, row, intervals, M: tl.constexpr, BQ: tl.constexpr, BK: tl.
 
 
 @triton.jit
-def seen(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr):
-    """[BQ, BK]: which key of the block each row sees, by the table of partial blocks. kind -1: all."""
+def seen(kind, intervals, bitmaps, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, ANY: tl.constexpr = True):
+    """[BQ, BK]: which key of the block each row sees, by the table of partial blocks. kind -1: all. Not ANY, nor BITMAPS: it is one of `intervals`, both ends of which one load brings."""
     r = tl.arange(0, BQ)
     c = tl.arange(0, BK)
-    lo, hi = interval_of(kind, r, intervals, BQ, BQ, BK, INTERVALS)
+    if ANY or BITMAPS:
+        lo, hi = interval_of(kind, r, intervals, BQ, BQ, BK, INTERVALS)
+    else:
+        lo, hi = tl.split(tl.load(intervals + (kind >> 1).to(tl.int64) * (2 * BQ) + 2 * r[:, None] + tl.arange(0, 2)[None, :]))
     ok = (c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None])
     if BITMAPS:
         if kind >= 0:
