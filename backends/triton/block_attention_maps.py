@@ -86,7 +86,7 @@ def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, of
                  sqb, sqh, sqt, slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, q_start, scale, inner, outer,
                  D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
                  INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
-    """q1_map, k1_map: None where one part holds the width. q0_map, out_map: None where queries have an order, or lie as the copy engine cannot address them; FAR is about offsets without them."""
+    """q1_map, k1_map: None where one part holds the width. q0_map, out_map: None where queries have an order, or lie as the copy engine cannot address them, out_map too where a tile begins before the first query; FAR is about offsets without them."""
     head, i = drawn(tl.program_id(0), (heads, tiles, ahead, section))
     b = head // Hq
     h = head % Hq
@@ -149,7 +149,8 @@ def launch(q, k, v, lists, out, lse, place, config, scale: float, *, sink_logits
     made = constants(D, DV, tuple(config.items()), place.arch, negate, softcap is not None, lists.has_intervals, lists.has_bitmaps, kv_length is not None or lists.nk * BK > S, q_start is None,
                      (T if ordered else BQ) * max(abs(q.stride(2)), DV) >= FAR)
     D0, D1, V0 = (made[name] for name in ("D0", "D1", "V0"))
-    mapped = not ordered and can_map(q), not ordered and DV * out.element_size() % 16 == 0
+    whole = host is not None and host % BQ == 0  # else a head's first tile begins before its first query: the copy engine brings zeros for such rows, but takes none (an illegal instruction)
+    mapped = not ordered and can_map(q), not ordered and whole and DV * out.element_size() % 16 == 0
     maps = (Map(q, BQ, D0) if mapped[0] else None, Map(q, BQ, D1) if mapped[0] and D1 else None, Map(k, BK, D0), Map(k, BK, D1) if D1 else None, Map(v, BK, V0),
             Map(out.view(B * Hq, T, DV), BQ, V0) if mapped[1] else None)
     relaunch.launch(forward_maps, (n * B * Hq,), place,
@@ -169,7 +170,7 @@ def artifact(problem, config) -> dict:
     if not has("order"):
         blocks |= {"q0_map": (BQ, D0)} | ({"q1_map": (BQ, D1)} if D1 else {})
     maps = {name: f"tensordesc<{kind[1:]}{[1, 1, *block]}>" for name, block in blocks.items()}
-    if not ordered and problem["Dv"] % 8 == 0:
+    if not (ordered or has("q_start") or has("kv_length")) and problem["Dv"] % 8 == 0:
         maps["out_map"] = f"tensordesc<{kind[1:]}{[1, BQ, V0]}>"
     names = ["offsets", "cols", "kinds", "intervals", "bitmaps", "list_of", "schedule"] + ["q_order"] * ordered + ["kv_length"] * has("kv_length") + ["q_starts"] * has("q_start")
     arrays = {"q": kind, "out": kind, "lse": "*fp32"} | dict.fromkeys(names, "*i32") | ({"sinks": "*fp32"} if has("sink") else {})
