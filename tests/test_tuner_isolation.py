@@ -75,6 +75,7 @@ def test_the_worker_is_replaced_and_dies_with_its_parent(tmp_path):
     worker = isolate.Worker("faulty:Bench", None)
     worker.open(TOPK, 0)
     assert worker("facts", seconds=60)["refused"]["numba"] is None
+    assert worker("facts", tasks.find("cpu/topk-32"), seconds=60)["problem"]["S"] == 4096 and worker("facts", seconds=60)["problem"]["S"] == TOPK["S"]  # of another it needs no inputs
     first = worker.process.pid
     os.kill(first, signal.SIGKILL)
     with pytest.raises(isolate.Lost, match="SIGKILL"):
