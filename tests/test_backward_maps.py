@@ -51,3 +51,13 @@ def test_gradients_by_maps(on, backend, name, by_maps, rng):
         return x
     gradients(on, q, k, v, rule, count, rng, poison=poison, **options)
     assert by_maps
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("size", [12, 120])
+def test_large_scores(on, backend, size, by_maps, rng):
+    """Logits of about 1e3 and 1e5, of which a row's two hardly differ: what the forward rounded has to cancel."""
+    q = normal(rng, (1, 1, 70, 64), np.float16, size)
+    k, v = q.copy(), normal(rng, (1, 1, 70, 64), np.float16)
+    gradients(on, q, k, v, st.Window(1), np.broadcast_to(oracle.visible(1, 70, 70, rule=lambda p, s: (s == p) | (s == p - 1)), (1, 1, 70, 70)), rng)
+    assert by_maps

@@ -138,6 +138,11 @@ def constants(D: int, DV: int, config, own: int, *, cap=False, intervals=False, 
                 EDGE=edge, FROM_LENGTH=from_length, FAR=far or QT > 0, QT=QT, KT=KT, VT=VT, GT=GT)
 
 
+def masked(made: dict) -> bool:
+    """Whether a tile may have blocks with a mask, hence keys that none of its rows sees."""
+    return made["EDGE"] or made["INTERVALS"] or made["BITMAPS"]
+
+
 @lru_cache(4096)
 def _plan(shapes, strides, lists_key, flags, config, softcap):
     """Of both kernels: constants, and of `rows` its tiles and whether the call covers exactly those of the lists."""
@@ -201,12 +206,15 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     list_of, compiled = lists.list_of, options(config)
     where = lists.q_order, lists.k_order, kv_length, starts
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
-    if block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch):
+    mapped = block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch)
+    if mapped:
         block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, compiled, n, covers, kv_length, starts, host or 0, (float(scale), inner, outer))
+    if not mapped or masked(by_rows):
+        rows[(by_rows["SLICES"] * n * Hq * B,)](
+            q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
+            *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, AGAIN=mapped, **compiled)
+    if mapped:
         return dq, dk, dv
-    rows[(by_rows["SLICES"] * n * Hq * B,)](
-        q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
-        *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, **compiled)
     n = lists.nk if lists.k_order is not None else -(-S // config["block_k"])
     columns[(by_columns["SLICES"] * n * Hk * B,)](
         q, k, v, dout, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, *where,
@@ -233,11 +241,12 @@ def artifacts(problem: Problem, config) -> list[dict]:
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgt")
     numbers = {name: "i32" for name in (*strides, "slb", "slh", "group", "T", "S", "first", "nq", "tiles", "together", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
     aligned = strides if D % 16 == 0 and DV % 16 == 0 else ()
-    if block_backward_maps.takes_problem(problem, by_columns):
-        return block_backward_maps.artifacts(problem, by_rows, by_columns, pointer, gradient, options(config))
-    found = []
-    for fn, own, integers, made in ((rows, {"dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("Hq",), by_rows),
+    mapped = block_backward_maps.takes_problem(problem, by_columns)
+    found = block_backward_maps.artifacts(problem, by_rows, by_columns, pointer, gradient, options(config)) if mapped else []
+    for fn, own, integers, made in ((rows, {"dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("Hq",), by_rows | dict(AGAIN=mapped)),
                                     (columns, {"dk": gradient, "dv": gradient, "entries": "*i32"}, ("Hk", "nk"), by_columns)):
+        if mapped and (fn is columns or not masked(made)):
+            continue
         pointers = arrays | own
         found.append(dict(fn=fn, signature=pointers | numbers | {name: "i32" for name in integers}, constexprs=made, options=options(config), div16=(*pointers, *aligned)))
     return found

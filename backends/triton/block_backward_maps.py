@@ -1,13 +1,14 @@
-"""Path "portable" of block_attention_backward where the copy engine brings what a program runs through: keys and values of `rows`, queries and dO of `columns` (tensor maps, zeros outside the arrays).
+"""Path "portable" of block_attention_backward where the copy engine brings what a program runs through: keys and values of `rows_maps`, queries and dO of `columns_maps` (tensor maps, zeros outside the arrays).
 
-What both take and give: block_backward_portable.py. Two programs share a multiprocessor, one multiplies while the other takes exponentials: registers and instructions are what counts, and maps save the addresses.
+What both take and give: block_backward_portable.py. Which keys of a partial block no row sees is not asked here: one that is no number leaves NaN in dQ (0 * NaN), and such tiles are done once more by
+pointers (`rows`, AGAIN), which reads dQ for it. Two programs share a multiprocessor, one multiplies while the other takes exponentials: registers and instructions are what counts, and maps save the addresses.
 """
 import triton
 import triton.language as tl
 
 from sparsetile.backends.triton.launch import list_steps, schedule
 from sparsetile.backends.triton.maps import Map, can_map
-from sparsetile.backends.triton.tiles import drawn, entries_of, load, place_of, product, queries_of, rows_known, rows_of, seen, seen_by_key, store, tanh
+from sparsetile.backends.triton.tiles import drawn, entries_of, load, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key, store
 
 CACHED = 32 << 20  # bytes of what is streamed by the heads whose tiles are in flight together: the second-level cache holds it
 ARCHS = ("sm_90a",)  # sm_100 lays sums out in another memory: not measured there
@@ -28,39 +29,25 @@ def takes_problem(problem, made: dict) -> bool:
 
 
 def maps_of(q, k, v, dout, made: dict) -> tuple:
-    """(keys, values) of `rows`, (queries, dO) of `columns`."""
+    """(keys, values) of `rows_maps`, (queries, dO) of `columns_maps`."""
     return (Map(k, made["BK"], made["D0"]), Map(v, made["BK"], made["V0"])), (Map(q, made["BQ"], made["D0"]), Map(dout, made["BQ"], made["V0"]))
 
 
 @triton.jit
-def _rebuilt(raw, grad, below, delta, scale2, inner, outer2, CAP: tl.constexpr):
-    """`rebuilt` for 16-bit tiles: scale2 and outer2 take logits to base 2, below is -lse in base 2; what that rounds, 1e-7 of a logit, is far below the rounding of P."""
-    if CAP:
-        y = tanh(inner * raw)
-        p = tl.math.exp2(tl.fma(y, outer2, below))
-        ds = p * (grad - delta) * (1.0 - y * y)
-    else:
-        p = tl.math.exp2(tl.fma(raw, scale2, below))
-        ds = p * (grad - delta)
-    return p, ds
-
-
-@triton.jit
-def _row_step(dq, q, g, below, shift, k_map, v_map, b, h, row, mask, scale2, inner, outer2, D0: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+def _row_step(dq, q, g, logs, shift, k_map, v_map, b, h, row, mask, scale, inner, outer, D0: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
               CAP: tl.constexpr, MASK: tl.constexpr):
-    """One block of keys. MASK: `mask` [BQ, BK] hides pairs, and what is no number in a key counts as 0: of rows that see it dS is none either."""
+    """One block of keys. MASK: `mask` [BQ, BK] hides pairs."""
     k = k_map.load([b, h, row, 0]).reshape(BK, D0)
     raw = product(q, tl.trans(k), tl.zeros([BQ, BK], tl.float32))
     grad = product(g, tl.trans(v_map.load([b, h, row, 0]).reshape(BK, V0)), tl.zeros([BQ, BK], tl.float32))
-    p, ds = _rebuilt(raw, grad, below[:, None], shift[:, None], scale2, inner, outer2, CAP)
+    p, ds = rebuilt(raw, grad, logs[:, None], shift[:, None], scale, inner, outer, CAP)
     if MASK:
         ds = tl.where(mask, ds, 0.0)
-        k = tl.where(tl.abs(k) < float("inf"), k, tl.zeros([BK, D0], k.dtype))
     return product(ds.to(k.dtype), k, dq)
 
 
 @triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "heads", "tiles", "ahead", "section", "q_start"])
-def rows(k_map, v_map, q, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts,
+def rows_maps(k_map, v_map, q, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts,
          sqb, sqh, sqt, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, heads, tiles, ahead, section, q_start, scale, inner, outer,
          D: tl.constexpr, D0: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
          CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
@@ -73,9 +60,6 @@ def rows(k_map, v_map, q, dout, lse, delta, dq, offsets, cols, kinds, intervals,
     a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
     line = (b * Hq + h) * T + base
     logs, shift = rows_known(lse, delta, line, t, row_ok, True)
-    below = logs * -1.4426950408889634
-    scale2 = scale * 1.4426950408889634
-    outer2 = outer * 1.4426950408889634
     q0 = load(q + b * sqb + h.to(tl.int64) * sqh + base * sqt, t * sqt, row_ok, 0, D0, D, True)
     g0 = load(dout + b * sgb + h.to(tl.int64) * sgh + base * sgt, t * sgt, row_ok, 0, V0, DV, True)
     batch = b.to(tl.int32)
@@ -96,17 +80,17 @@ def rows(k_map, v_map, q, dout, lse, delta, dq, offsets, cols, kinds, intervals,
                 mask = seen(kind, intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS)
             if EDGE:
                 mask = mask & (key + tl.arange(0, BK) < limit)[None, :]
-            sums = _row_step(sums, q0, g0, below, shift, k_map, v_map, batch, head, key, mask, scale2, inner, outer2, D0, V0, BQ, BK, CAP, True)
+            sums = _row_step(sums, q0, g0, logs, shift, k_map, v_map, batch, head, key, mask, scale, inner, outer, D0, V0, BQ, BK, CAP, True)
     following = tl.load(cols + a)
     for f in tl.range(a, n):
         key = following * BK
         following = tl.load(cols + f + 1)
-        sums = _row_step(sums, q0, g0, below, shift, k_map, v_map, batch, head, key, True, scale2, inner, outer2, D0, V0, BQ, BK, CAP, False)
+        sums = _row_step(sums, q0, g0, logs, shift, k_map, v_map, batch, head, key, True, scale, inner, outer, D0, V0, BQ, BK, CAP, False)
     store(dq + line * D, t * D, row_ok, sums * scale, 0, D0, D)
 
 
 @triton.jit
-def _column_step(dk, dv, k, v, q_map, g_map, b, h, row, lse, delta, line, r, ok, kind, intervals, bitmaps, scale2, inner, outer2,
+def _column_step(dk, dv, k, v, q_map, g_map, b, h, row, lse, delta, line, r, ok, kind, intervals, bitmaps, scale, inner, outer,
                  D0: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, ROWS: tl.constexpr):
     """One block of queries, rows line + r of lse and delta. ROWS: queries that are not ok do not count."""
     q = q_map.load([b, h, row, 0]).reshape(BQ, D0)
@@ -114,7 +98,7 @@ def _column_step(dk, dv, k, v, q_map, g_map, b, h, row, lse, delta, line, r, ok,
     raw = product(k, tl.trans(q), tl.zeros([BK, BQ], tl.float32))
     grad = product(v, tl.trans(g), tl.zeros([BK, BQ], tl.float32))
     logs, shift = rows_known(lse, delta, line, r, ok, ROWS)
-    p, ds = _rebuilt(raw, grad, (logs * -1.4426950408889634)[None, :], shift[None, :], scale2, inner, outer2, CAP)
+    p, ds = rebuilt(raw, grad, logs[None, :], shift[None, :], scale, inner, outer, CAP)
     if ROWS:
         p = tl.where(ok[None, :], p, 0.0)
         ds = tl.where(ok[None, :], ds, 0.0)
@@ -128,7 +112,7 @@ def _column_step(dk, dv, k, v, q_map, g_map, b, h, row, lse, delta, line, r, ok,
 
 
 @triton.jit(do_not_specialize=["slb", "slh", "Hk", "group", "T", "S", "first", "nq", "nk", "lines", "tiles", "ahead", "section", "q_start"])
-def columns(q_map, g_map, k, v, lse, delta, dk, dv, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts,
+def columns_maps(q_map, g_map, k, v, lse, delta, dk, dv, offsets, entries, kinds, intervals, bitmaps, list_of, schedule, kv_length, q_starts,
             skb, skh, sks, svb, svh, svs, slb, slh, Hk, group, T, S, first, nq, nk, lines, tiles, ahead, section, q_start, scale, inner, outer,
             D: tl.constexpr, D0: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
             CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
@@ -149,8 +133,6 @@ def columns(q_map, g_map, k, v, lse, delta, dk, dv, offsets, entries, kinds, int
     sum_k = tl.zeros([BK, D0], tl.float32)
     sum_v = tl.zeros([BK, V0], tl.float32)
     origin = (first * BQ - start).to(tl.int32)
-    scale2 = scale * 1.4426950408889634
-    outer2 = outer * 1.4426950408889634
     batch = b.to(tl.int32)
     for member in tl.range(0, heads, num_stages=1):
         h = hk * group + member
@@ -166,14 +148,14 @@ def columns(q_map, g_map, k, v, lse, delta, dk, dv, offsets, entries, kinds, int
                 following = tl.load(entries + f + 1)
                 kind_ahead = tl.load(kinds + f + 1)
                 ok = (t + origin + r >= 0) & (t + origin + r < T)
-                sum_k, sum_v = _column_step(sum_k, sum_v, k0, v0, q_map, g_map, batch, h, t + origin, lse, delta, line + t, r, ok, kind, intervals, bitmaps, scale2, inner, outer2,
+                sum_k, sum_v = _column_step(sum_k, sum_v, k0, v0, q_map, g_map, batch, h, t + origin, lse, delta, line + t, r, ok, kind, intervals, bitmaps, scale, inner, outer,
                                             D0, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE)
         following = tl.load(entries + a)
         for f in tl.range(a, e):
             t = following * BQ
             following = tl.load(entries + f + 1)
             ok = (t + origin + r >= 0) & (t + origin + r < T)
-            sum_k, sum_v = _column_step(sum_k, sum_v, k0, v0, q_map, g_map, batch, h, t + origin, lse, delta, line + t, r, ok, -1, intervals, bitmaps, scale2, inner, outer2,
+            sum_k, sum_v = _column_step(sum_k, sum_v, k0, v0, q_map, g_map, batch, h, t + origin, lse, delta, line + t, r, ok, -1, intervals, bitmaps, scale, inner, outer,
                                         D0, V0, BQ, BK, CAP, False, False, EDGE)
     # ---- the answer: keys past the limit were computed from zeros, which means nothing
     line = (b * Hk + hk) * S + base
@@ -189,6 +171,7 @@ def _own(made: dict) -> dict:
 
 
 def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, compiled, tiles, covers, kv_length, starts, start, scales):
+    """Fills dq, but for tiles of NaN by keys that nobody sees, dk and dv."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     group = Hq // Hk
     streamed, turned = maps_of(q, k, v, dout, by_rows)
@@ -197,9 +180,9 @@ def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, co
     by_key = schedule(lists, True) if key_tiles == lists.nk else None
     ahead = [0 if given is None else lists.far_longer(name)[0] for given, name in ((order, "offsets"), (by_key, "by_key_offsets"))]
     section = min(max(1, CACHED // (2 * S * (D + DV))) * group, heads), min(max(1, CACHED // (2 * T * group * (D + DV))), B * Hk)
-    rows[(tiles * heads,)](*streamed, q, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *tables, order, kv_length, starts, *q.stride()[:3], *dout.stride()[:3], *steps,
+    rows_maps[(tiles * heads,)](*streamed, q, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *tables, order, kv_length, starts, *q.stride()[:3], *dout.stride()[:3], *steps,
                            Hq, group, T, S, lists.first, lists.nq, heads, tiles, ahead[0], section[0], start, *scales, **_own(by_rows), **compiled)
-    columns[(key_tiles * B * Hk,)](*turned, k, v, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, *tables, by_key, kv_length, starts, *k.stride()[:3], *v.stride()[:3], *steps,
+    columns_maps[(key_tiles * B * Hk,)](*turned, k, v, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, *tables, by_key, kv_length, starts, *k.stride()[:3], *v.stride()[:3], *steps,
                                    Hk, group, T, S, lists.first, lists.nq, lists.nk, B * Hk, key_tiles, ahead[1], section[1], start, *scales, **_own(by_columns), **compiled)
 
 
@@ -211,9 +194,9 @@ def artifacts(problem, by_rows: dict, by_columns: dict, pointer: str, gradient: 
     numbers = {name: "i32" for name in ("slb", "slh", "group", "T", "S", "first", "nq", "tiles", "ahead", "section", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
     found = []
     for fn, maps, own, strides, integers, made in (
-            (rows, {"k_map": mapped(by_rows["BK"], by_rows["D0"]), "v_map": mapped(by_rows["BK"], by_rows["V0"])},
+            (rows_maps, {"k_map": mapped(by_rows["BK"], by_rows["D0"]), "v_map": mapped(by_rows["BK"], by_rows["V0"])},
              {"q": pointer, "dout": pointer, "dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("sqb", "sqh", "sqt", "sgb", "sgh", "sgt"), ("Hq", "heads"), by_rows),
-            (columns, {"q_map": mapped(by_columns["BQ"], by_columns["D0"]), "g_map": mapped(by_columns["BQ"], by_columns["V0"])},
+            (columns_maps, {"q_map": mapped(by_columns["BQ"], by_columns["D0"]), "g_map": mapped(by_columns["BQ"], by_columns["V0"])},
              {"k": pointer, "v": pointer, "dk": gradient, "dv": gradient, "entries": "*i32", "schedule": "*i32"}, ("skb", "skh", "sks", "svb", "svh", "svs"), ("Hk", "nk", "lines"), by_columns)):
         aligned = strides if problem["D"] % 16 == 0 and problem["Dv"] % 16 == 0 else ()
         found.append(dict(fn=fn, signature=maps | arrays | own | numbers | {name: "i32" for name in (*strides, *integers)}, constexprs=_own(made), options=compiled, div16=(*arrays, *own, *aligned)))

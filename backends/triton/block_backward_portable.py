@@ -62,7 +62,8 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
          sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, together, q_start, scale, inner, outer,
          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
          SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
+         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """AGAIN: only tiles whose dq holds NaN."""
     if QT:
         sqt = QT
         sks = KT
@@ -81,6 +82,12 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
     q_rows = t * sqt
     g_rows = t * sgt
     line = (b * Hq + h) * T + base
+    if AGAIN:
+        made = load(dq + line * D, t * D, row_ok, 0, D0, D, True).to(tl.float32)
+        bad = tl.max(tl.max((made != made).to(tl.int32), 1), 0) > 0
+        row_ok = row_ok & bad
+        n = tl.where(bad, n, a)
+        c = tl.where(bad, c, e - edge)
     logs, shift = rows_known(lse, delta, line, t, row_ok, True)
     q0 = 0.0
     q1 = 0.0

@@ -32,9 +32,25 @@ def tile_window(starts, ends, q_starts, b, T_all, t0, T, S, position, short, CAU
 
 
 @triton.jit
+def step_of(length):
+    """From one tile to the next in each stretch of `length` keys: near the golden part, so that tiles in a row lie evenly there, and without a factor in common, so that all tiles take every key once."""
+    step = (length.to(tl.float32) * 0.61803399).to(tl.int32) | 1
+    common = length * 0 + 2
+    while common > 1:
+        common = step
+        rest = length
+        while rest > 0:
+            last = rest
+            rest = common % rest
+            common = last
+        step = tl.where(common > 1, step + 1, step)
+    return step
+
+
+@triton.jit
 def turn(tile, length):
-    """How far tile number `tile` (or some of them) of `length` has gone in each stretch; the factor is a prime, so that all of them take every key once."""
-    return (tile.to(tl.int64) * ((length * 0).to(tl.uint32) + 0x9E3779B1).to(tl.int64) % length).to(tl.int32)
+    """How far tile number `tile` (or some of them) of `length` has gone in each stretch."""
+    return (tile.to(tl.int64) * step_of(length) % length).to(tl.int32)
 
 
 @triton.jit
@@ -52,9 +68,7 @@ def dealt(turned, i, first, length):
 def sample_keys(begin, first, length, BLOCK_S: tl.constexpr, TILES: tl.constexpr):
     """The keys of the TILES tiles from number `begin` on, tile by tile."""
     tile, i = begin + tl.arange(0, TILES)[:, None], tl.arange(0, BLOCK_S)[None, :]
-    length_ = length.to(tl.uint32)
-    step = (length_ * 0 + 0x9E3779B1) % length_
-    turned = (tile.to(tl.uint32) * step % length_).to(tl.int32)  # as `turn`, in 32 bits
+    turned = tile * step_of(length) % length  # as `turn`: 32 bits hold these few tiles
     return tl.reshape(dealt(turned, i, first, length), (TILES * BLOCK_S,))
 
 
@@ -178,6 +192,7 @@ def bound_rows(sampled, room, state, starts, ends, q_starts, T, T_all, S, k, pos
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 KNOBS = ("capacity", "sample", "queries", "stages", "select_warps")
+RESCUED = 512  # rows at a time, at most, whose bound failed
 
 
 def refusal(problem, config) -> str | None:
@@ -231,7 +246,8 @@ def launch(q, k, weights, top_k, indices, lengths, *, place, config, k_scale, ke
     by_batch = not isinstance(q_start, int)
     batches, queries = (rows // T, T) if rows >= T else (1, rows)
     stride, room = -(-S // 16) * 16, width(config)
-    held = place.empty((max(batches * queries * room, -(-stride // 2)),), "int64")
+    rescued = max(1, min(B * T, RESCUED, (config["scratch_mb"] << 20) // (4 * stride)))  # so many programs take rows whose bound failed, each with a row of scores
+    held = place.empty((max(batches * queries * room, -(-stride // 2) * rescued),), "int64")
     floats = held.view(weights.dtype)
     state = place.empty((batches * queries, STATE.value), "int32")
     tiles = triton.cdiv(S, fixed["bound"]["BLOCK_S"])
@@ -255,7 +271,7 @@ def launch(q, k, weights, top_k, indices, lengths, *, place, config, k_scale, ke
     if S > top_k:
         arrays = passed(q, place.arch), passed(k, place.arch), weights, k_scale, key_start, key_end, q_start if by_batch and causal else None, floats, indices, lengths
         numbers = B * T, T, S, top_k, stride, *q.stride()[:3], *k.stride()[:2], *weights.stride(), 0 if k_scale is None else k_scale.stride(0), 0 if by_batch else q_start
-        relaunch.launch(rescue_rows, (min(B * T, floats.shape[0] // stride, 512),), place, arrays, numbers, fixed["rescue"], _kinds(arrays))
+        relaunch.launch(rescue_rows, (min(rescued, floats.shape[0] // stride),), place, arrays, numbers, fixed["rescue"], _kinds(arrays))
 
 
 def _kinds(arrays) -> tuple:

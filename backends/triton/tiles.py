@@ -314,10 +314,10 @@ def rows_known(lse, delta, line, rows, ok, ROWS: tl.constexpr):
     at = tl.where(tl.arange(0, 2)[None, :] == 0, lse, delta) + line + rows[:, None]  # one load of both: one alone would be few enough for every thread to load all it uses
     if ROWS:
         logs, shift = tl.split(tl.load(at, mask=ok[:, None], other=0.0))
-        return tl.where(ok & (tl.abs(logs) < float("inf")), logs, float("inf")), shift
+        return tl.where(ok & (tl.abs(logs) != float("inf")), logs, float("inf")), shift
     else:
         logs, shift = tl.split(tl.load(at))
-        return tl.where(tl.abs(logs) < float("inf"), logs, float("inf")), shift
+        return tl.where(tl.abs(logs) != float("inf"), logs, float("inf")), shift
 
 
 @triton.jit
