@@ -6,7 +6,7 @@ pointers (`rows`, AGAIN), which reads dQ for it. Two programs share a multiproce
 import triton
 import triton.language as tl
 
-from sparsetile.backends.triton.launch import list_steps, schedule
+from sparsetile.backends.triton.launch import list_steps, turns
 from sparsetile.backends.triton.maps import Map, can_map
 from sparsetile.backends.triton.tiles import drawn, entries_of, load, place_of, product, queries_of, rebuilt, rows_known, rows_of, seen, seen_by_key, store
 
@@ -26,11 +26,6 @@ def takes(q, k, v, dout, lists, made: dict, arch: str) -> bool:
 
 def takes_problem(problem, made: dict) -> bool:
     return problem.arch in ARCHS and problem.dtype("q", "float32") != "float32" and "order" not in problem.features and _whole(made)
-
-
-def maps_of(q, k, v, dout, made: dict) -> tuple:
-    """(keys, values) of `rows_maps`, (queries, dO) of `columns_maps`."""
-    return (Map(k, made["BK"], made["D0"]), Map(v, made["BK"], made["V0"])), (Map(q, made["BQ"], made["D0"]), Map(dout, made["BQ"], made["V0"]))
 
 
 @triton.jit
@@ -174,16 +169,17 @@ def launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, co
     """Fills dq, but for tiles of NaN by keys that nobody sees, dk and dv."""
     (B, Hq, T, D), (Hk, S), DV = q.shape, k.shape[1:3], v.shape[3]
     group = Hq // Hk
-    streamed, turned = maps_of(q, k, v, dout, by_rows)
     tables, steps = (lists.intervals, lists.bitmaps, lists.list_of), list_steps(lists)
-    order, heads, key_tiles = schedule(lists) if covers else None, B * Hq, -(-S // by_columns["BK"])
-    by_key = schedule(lists, True) if key_tiles == lists.nk else None
-    ahead = [0 if given is None else lists.far_longer(name)[0] for given, name in ((order, "offsets"), (by_key, "by_key_offsets"))]
-    section = min(max(1, CACHED // (2 * S * (D + DV))) * group, heads), min(max(1, CACHED // (2 * T * group * (D + DV))), B * Hk)
-    rows_maps[(tiles * heads,)](*streamed, q, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *tables, order, kv_length, starts, *q.stride()[:3], *dout.stride()[:3], *steps,
-                           Hq, group, T, S, lists.first, lists.nq, heads, tiles, ahead[0], section[0], start, *scales, **_own(by_rows), **compiled)
-    columns_maps[(key_tiles * B * Hk,)](*turned, k, v, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, *tables, by_key, kv_length, starts, *k.stride()[:3], *v.stride()[:3], *steps,
-                                   Hk, group, T, S, lists.first, lists.nq, lists.nk, B * Hk, key_tiles, ahead[1], section[1], start, *scales, **_own(by_columns), **compiled)
+    own, heads = _own(by_rows), B * Hq
+    order, ahead, section = turns(lists, covers, heads, group, 2 * S * (D + DV), CACHED)
+    rows_maps[(tiles * heads,)](Map(k, own["BK"], own["D0"]), Map(v, own["BK"], own["V0"]), q, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *tables, order, kv_length, starts,
+                                *q.stride()[:3], *dout.stride()[:3], *steps, Hq, group, T, S, lists.first, lists.nq, heads, tiles, ahead, section, start, *scales, **own, **compiled)
+    own, heads = _own(by_columns), B * Hk
+    tiles = -(-S // own["BK"])
+    order, ahead, section = turns(lists, tiles == lists.nk, heads, 1, 2 * T * group * (D + DV), CACHED, by_key=True)
+    columns_maps[(tiles * heads,)](Map(q, own["BQ"], own["D0"]), Map(dout, own["BQ"], own["V0"]), k, v, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, *tables, order,
+                                   kv_length, starts, *k.stride()[:3], *v.stride()[:3], *steps, Hk, group, T, S, lists.first, lists.nq, lists.nk, heads, tiles, ahead, section, start, *scales, **own,
+                                   **compiled)
 
 
 def artifacts(problem, by_rows: dict, by_columns: dict, pointer: str, gradient: str, compiled: dict) -> list[dict]:

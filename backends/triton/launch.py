@@ -91,11 +91,11 @@ def options(config) -> dict:
     return dict(num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=False)
 
 
-def turns(lists, covers: bool, heads: int, group: int, head_bytes: int, together: int = 8 << 20) -> tuple:
-    """(schedule or None, ahead, section) of `tiles.drawn`: tiles far longer than the others first, then, tile after tile, as many heads as have `together` bytes
-    of keys and values, head_bytes each. Heads that are short so end together; of long ones in flight together the cache would hold none (8 MiB: causal 8k + 4 %, 32k as one head after the other)."""
-    order = schedule(lists) if covers else None
-    return order, 0 if order is None else lists.far_longer("offsets")[0], min(max(1, together // max(1, head_bytes)) * group, heads)
+def turns(lists, covers: bool, heads: int, group: int, head_bytes: int, together: int = 8 << 20, by_key: bool = False) -> tuple:
+    """(schedule or None, ahead, section) of `tiles.drawn`: tiles (by_key: key blocks) far longer than the others first, then, tile after tile, as many heads as have `together` bytes
+    of what is streamed, keys and values or queries and dO, head_bytes each. Heads that are short so end together; of long ones in flight together the cache would hold none (8 MiB: causal 8k + 4 %, 32k as one head after the other)."""
+    order = schedule(lists, by_key) if covers else None
+    return order, 0 if order is None else lists.far_longer("by_key_offsets" if by_key else "offsets")[0], min(max(1, together // max(1, head_bytes)) * group, heads)
 
 
 def schedule(lists, by_key: bool = False):
