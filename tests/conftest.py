@@ -58,6 +58,20 @@ def pytest_runtest_logreport(report):
         print(f"\nfailed: {report.nodeid} ({report.when})", flush=True)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """A kernel that faults takes its process's CUDA context along, and every later test there would fail too. Such a worker ends instead: xdist says which test it was and starts another."""
+    yield
+    torch = sys.modules.get("torch")
+    if not hasattr(item.config, "workerinput") or torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"\nthe context is lost after {item.nodeid}: {str(error).splitlines()[0]}", file=sys.__stderr__, flush=True)
+        os._exit(70)
+
+
 def pytest_collection_modifyitems(config, items):
     """--shard keeps its part. `-m interp` in a process with TRITON_INTERPRET=1 takes the Triton cases alone; numpy's warnings about inf and nan in them say nothing."""
     part, of = map(int, config.getoption("--shard").split("/"))
