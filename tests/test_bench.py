@@ -585,12 +585,33 @@ def test_the_front_says_what_came_of_its_rows(tmp_path, capsys):
     assert block_attention.main(["--only", "no such row"]) == 2
 
 
-def test_what_is_compiled_ahead_is_every_row_once(tmp_path):
-    """By as many processes as were asked for; what does not end in time is stopped."""
-    script = "import json, os, sys, time; order = json.loads(sys.argv[1]); open(os.path.join(order['at'], '-'.join(order['rows'])), 'w').write(str(order['ahead'])); time.sleep(60 if 'c' in order['rows'] else 0)"
-    start = time.monotonic()
-    gpu_table.ahead(dict(rows=list("abcde"), at=str(tmp_path)), 3, start + 4, [sys.executable, "-c", script])
-    assert time.monotonic() - start < 20 and sorted(x.name for x in tmp_path.iterdir()) == ["a-d", "b-e", "c"] and (tmp_path / "c").read_text() == "True"
+COMPILER = """
+import os, time
+class Compiler:
+    def __init__(self, order):
+        self.at = order["at"]
+    def compile(self, name, compiled):
+        with open(os.path.join(self.at, "said"), "a") as file:
+            file.write(f"{name} {compiled}\\n")
+        if name == "dies":
+            os._exit(3)
+        if name == "hangs" and not compiled:
+            time.sleep(60)
+        return {"Flex" if compiled else "cupy": os.environ["TORCHINDUCTOR_COMPILE_THREADS"]}
+"""
+
+
+@pytest.mark.parametrize("peers_only", [False, True])
+def test_what_is_compiled_ahead_is_every_row_once(peers_only, tmp_path, monkeypatch, capfd):
+    """Peers of torch.compile before our kernels, by as many processes as were asked for; what dies or does not end in time costs that row alone."""
+    (tmp_path / "made_ahead.py").write_text(COMPILER)
+    monkeypatch.syspath_prepend(tmp_path)
+    start, names = time.monotonic(), ["a", "dies", "b", "hangs", "c"]
+    gpu_table.ahead(dict(rows=names, at=str(tmp_path)), 2, start + 6, peers_only, "made_ahead:Compiler")
+    said, printed = (tmp_path / "said").read_text().splitlines(), capfd.readouterr()
+    assert time.monotonic() - start < 20 and sorted(said) == sorted(f"{name} {compiled}" for compiled in (True, False)[:1 if peers_only else 2] for name in names)
+    assert {line.split()[1] for line in said[:3]} == {"True"}
+    assert '{"row": "c", "who": "Flex", "ahead": "1"}' in printed.out and "dies, ahead: exit: status 3" in printed.err and ("hangs, ahead: hang" in printed.err) == (not peers_only)
 
 
 def test_scores_of_every_kind_are_told_beside_normal_ones(capsys):
