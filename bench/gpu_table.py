@@ -211,7 +211,7 @@ def options(parser, seconds: float = 0.8, minutes: float = 8.5):
 def compiling(parser):
     """What fronts take whose rows may have peers of torch.compile."""
     parser.add_argument("--ahead", action="store_true", help="only compile the rows' peers that torch.compile makes: TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR keep them for a later command (on another machine under the same paths: Triton writes them down)")
-    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() - 1), help="processes that compile ahead (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, os.cpu_count() - 1)), help="processes that compile ahead (default: %(default)s)")
 
 
 def listed(rows: list, args) -> int:

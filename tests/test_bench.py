@@ -386,6 +386,18 @@ def test_a_step_over_rows_of_bytes_is_checked_and_timed(monkeypatch, capsys):
         gather.main(["--bytes"])
 
 
+def test_clustered_choices_stand_beside_random_ones_of_the_same_size(monkeypatch):
+    pytest.importorskip("torch")
+    from sparsetile.bench import gather
+    checked, asked = [], []
+    monkeypatch.setattr(gather, "check", lambda torch, backend, path, Hq: checked.append((backend, path, Hq)))
+    monkeypatch.setattr(gather, "table", lambda torch, paths, sizes, quick: asked.append((paths, sizes)))
+    gather.main(["--clustered", "--quick"])
+    (paths, sizes), = asked
+    assert {path for _, path in paths} == {None} and {(*one, Hq) for one in paths for Hq, _, _ in sizes} == set(checked)
+    assert sizes[0::2] == [(Hq, S, None) for Hq, S, _ in sizes[1::2]] and all(pool for _, _, pool in sizes[1::2])
+
+
 def test_the_tables_of_sparse_attention_are_rows():
     pytest.importorskip("torch")
     from sparsetile.bench import dsa
