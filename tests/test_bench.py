@@ -597,6 +597,22 @@ def test_the_front_says_what_came_of_its_rows(tmp_path, capsys):
     assert block_attention.main(["--only", "no such row"]) == 2
 
 
+@pytest.mark.parametrize("name", ["causal", "window-1024", "documents", "longformer-512", "bigbird-128", "strided-128", "fixed-128"])
+def test_flex_attention_gets_the_blocks_that_torch_makes(name):
+    """Of the table's own patterns over 2048 tokens, some rows at a time."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from sparsetile.bench import peers
+    w, n = GPU[f"gpu/{name}/32768"], 2048
+    sees = peers._sees(w.option("pattern"), replace(w, sizes=tuple((dict(w.sizes) | dict(T=n, S=n)).items())), "cpu")
+    theirs, ours = create_block_mask(sees, None, None, n, n, device="cpu"), peers.block_mask(sees, n, n, "cpu", rows=384)
+    for part in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        a, b = getattr(theirs, part), getattr(ours, part)
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b), part
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+
+
 COMPILER = """
 import os, time
 class Compiler:
