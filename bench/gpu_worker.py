@@ -178,12 +178,15 @@ class Compiler:
         self.order = order
 
     def compile(self, name: str, compiled: bool) -> dict:
-        """Of a row with a peer of torch.compile that peer, or our kernels, called once on zeros of the right shapes and strides: what each one's first call took in seconds, or how it failed."""
-        task = tasks.Task(gpu_rows.NAMED[name].make(), 0, hollow=True)
+        """Of a row with a peer of torch.compile that peer, or our kernels (of a gradient also the forward that its inputs need), called once on zeros of the right shapes and strides: what each one's first
+        call took in seconds, or how it failed."""
+        row = gpu_rows.NAMED[name]
+        task = tasks.Task(row.make(), 0, hollow=compiled or not row.backward)
         found = candidates(task, self.order)
         if not any(who.name in peers.COMPILED for who in found):
             return {}
-        task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
+        if task.hollow:
+            task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
         came = {who.name: _first(who) for who in found if (who.name in peers.COMPILED if compiled else ours(who.name))}
         del task, found
         torch.cuda.empty_cache()

@@ -642,6 +642,21 @@ def test_what_is_compiled_ahead_is_every_row_once(peers_only, tmp_path, monkeypa
     assert '{"row": "c", "who": "Flex", "ahead": "1"}' in printed.out and "dies, ahead: exit: status 3" in printed.err and ("hangs, ahead: hang" in printed.err) == (not peers_only)
 
 
+def test_a_gradients_forward_is_compiled_with_our_kernels_of_it(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from argparse import Namespace
+
+    from sparsetile.bench import gpu_worker, peers
+    made = []
+    for where, name, value in ((torch.cuda, "init", lambda: None), (torch.cuda, "synchronize", lambda: None), (torch.cuda, "empty_cache", lambda: None),
+                               (gpu_worker.tasks, "Task", lambda w, device, hollow: made.append(hollow) or Namespace(workload=w, inputs=[torch.zeros(()).expand(3)], hollow=hollow)),
+                               (gpu_worker, "candidates", lambda task, order: [peers.Peer(name, lambda name=name: lambda: made.append((name, task.inputs[0].stride(0)))) for name in ("triton", "portable", "cuDNN", "Flex")])):
+        monkeypatch.setattr(where, name, value)
+    compiler = gpu_worker.Compiler({})
+    assert [list(compiler.compile(*asked)) for asked in (("bwd causal 8k", True), ("bwd causal 8k", False), ("fwd causal 8k", False))] == [["Flex"], ["triton", "portable"], ["triton", "portable"]]
+    assert made == [True, ("Flex", 1), False, ("triton", 0), ("portable", 0), True, ("triton", 1), ("portable", 1)]
+
+
 def test_scores_of_every_kind_are_told_beside_normal_ones(capsys):
     torch = pytest.importorskip("torch")
     from sparsetile.bench import topk
