@@ -6,6 +6,7 @@ costs that one figure, and the table goes on without it. `--list` shows the rows
 and so on, one command on each, then `--read *.jsonl`. bench/block_attention.py is the front of block attention alone, at other lengths too.
 """
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -52,11 +53,12 @@ class Measured:
             self.rows.setdefault(event["row"], {})[event["who"]] = event
 
 
-def supervise(order: dict, found: Measured, limit: float, until: float, command=None):
-    """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying."""
+def supervise(order: dict, found: Measured, limit: float, until: float, command=None, first=None):
+    """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying. first: a worker that waits already."""
     while order["rows"]:
         found.trying = None
-        end = work(command or WORKER, order, found, limit, until)
+        end = work(first or start(command or WORKER, order), found, limit, until)
+        first = None
         order["rows"] = [name for name in order["rows"] if name not in found.done]
         if not order["rows"]:
             return
@@ -101,9 +103,16 @@ def _compile(worker, steps, until: float):
     worker.kill()
 
 
-def work(command: list, order: dict, found: Measured, limit: float, until: float) -> str:
-    """One worker, to its end; why it ended."""
-    worker = subprocess.Popen([*command, json.dumps(order)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def start(command: list, order: dict):
+    """A worker, which imports what it needs and waits for a line."""
+    return subprocess.Popen([*command, json.dumps(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def work(worker, found: Measured, limit: float, until: float) -> str:
+    """Lets a worker begin, to its end; why it ended."""
+    with contextlib.suppress(OSError):  # it has ended
+        worker.stdin.write("begin\n")
+        worker.stdin.close()
     lines = queue.Queue()
     threading.Thread(target=_read, args=(worker, lines), daemon=True).start()
     while True:
@@ -237,11 +246,14 @@ def measured(args, names: list, **order) -> Measured:
         return read(args.read)
     found, until = writing(args), time.monotonic() + 60 * args.minutes
     order = dict(rows=list(names), without=[], seconds=args.seconds) | order
-    if order["compiled"] or args.ahead:
-        ahead(order | dict(compiled=True), args.jobs, until if args.ahead else (time.monotonic() + until) / 2, args.ahead)
     if args.ahead:
+        ahead(order | dict(compiled=True), args.jobs, until, True)
         return found
-    supervise(order, found, max(args.limit, 180) if order["compiled"] else args.limit, until)
+    first = None
+    if order["compiled"]:
+        first = start(WORKER, order)  # its imports take as long as a few rows
+        ahead(order, args.jobs, (time.monotonic() + until) / 2)
+    supervise(order, found, max(args.limit, 180) if order["compiled"] else args.limit, until, None, first)
     return found
 
 

@@ -1,8 +1,9 @@
 """The process that measures rows of the GPU table, one after the other, and says each result as a line of JSON at once. bench/gpu_table.py starts it.
 
-Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
+It begins when a line comes. Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
 A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel.
 """
+import importlib
 import json
 import statistics
 import sys
@@ -113,18 +114,26 @@ def ready(who: peers.Peer, judge, row: str) -> tuple | None:
         return None
 
 
-def measured(row: gpu_rows.Row, watch, order: dict):
-    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses."""
+def measured(row: gpu_rows.Row, watch, order: dict, stages: dict):
+    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses. stages: gets what each took in seconds."""
     say(row=row.name, who="inputs", trying=True)
+    start = time.monotonic()
+
+    def ended(stage):
+        stages[stage] = round(time.monotonic() - start - sum(stages.values()), 1)
     try:
         task = tasks.Task(row.make(), 0)
+        torch.cuda.synchronize()
+        ended("inputs_s")
         judge, flops = spot.Judge(task), measure.operations(task)
     except Exception as error:
         say(row=row.name, who="inputs", failed=failure(error))
         del error
         torch.cuda.synchronize()
         return
+    ended("truth_s")
     found = {who.name: ready(who, judge, row.name) for who in candidates(task, order) if [row.name, who.name] not in order["without"]}
+    ended("calls_s")
     found = {name: one for name, one in found.items() if one}
     if not found:
         return
@@ -206,15 +215,19 @@ def _first(who: peers.Peer) -> float | str:
 def main(order: dict) -> int:
     """order: rows (names), without ([row, who] pairs), seconds, compiled; graph, backends, portable, knobs where asked for."""
     torch.cuda.init()
+    if order["compiled"]:
+        importlib.import_module("torch._inductor.compile_fx")  # seconds, while others compile
+    if not sys.stdin.readline():  # who started it is gone
+        return 1
     rows = [gpu_rows.NAMED[name] for name in gpu_rows.NAMED if name in order["rows"]]
     watch = timing.Stopwatch(0, flush_mb=FLUSH_MB)
     say(machine=machine())
     say(ceilings=ceilings(watch))
     for row in rows:
-        start = time.monotonic()
-        measured(row, watch, order)
+        stages, start = {}, time.monotonic()
+        measured(row, watch, order, stages)
         torch.cuda.empty_cache()
-        say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
+        say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1), **stages)
     return 0
 
 

@@ -132,6 +132,7 @@ def test_peers_of_latent_decode_are_called_as_they_are_documented(monkeypatch):
 WORKER = '''
 import json, os, sys, time
 order = json.loads(sys.argv[1])
+assert sys.stdin.readline()
 without = {tuple(x) for x in order["without"]}
 def say(**event): print(json.dumps(event), flush=True)
 say(machine={"gpu": "none"}); say(ceilings={"bf16_tflops": 395.0})
@@ -163,6 +164,16 @@ def test_a_worker_that_cannot_start_ends_the_table():
     found = gpu_table.Measured(None)
     gpu_table.supervise(dict(rows=["fwd causal 8k"], without=[]), found, 5, time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"])
     assert "code 3" in found.rows["fwd causal 8k"]["row"]["failed"]
+
+
+def test_a_worker_started_before_waits_until_the_table_begins(capsys):
+    order, found = dict(rows=["fwd causal 32k"], without=[]), gpu_table.Measured(None)
+    first = gpu_table.start([sys.executable, "-c", WORKER], order)
+    time.sleep(1)
+    assert first.poll() is None
+    gpu_table.supervise(order, found, 30, time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"], first)
+    assert found.done == {"fwd causal 32k"} and found.rows["fwd causal 32k"]["cupy"]["tflops"] == 321.0
+    assert gpu_table.start([sys.executable, "-c", WORKER], order).communicate("")[0] == ""  # nobody is left to tell
 
 
 def test_the_table_stops_when_its_time_is_over():
@@ -359,7 +370,8 @@ def test_graphs_are_timed_where_they_are_asked_for(asked, how, monkeypatch, caps
                                (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, order: [Namespace(name=name) for name in calls]),
                                (gpu_worker, "ready", lambda who, judge, row: (calls[who.name], {}, 3.0)), (gpu_worker, "moved", lambda task: 6000), (torch.cuda, "synchronize", lambda: None)):
         monkeypatch.setattr(where, name, value)
-    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), orders[0] | dict(seconds=0.1))
+    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), orders[0] | dict(seconds=0.1), stages := {})
+    assert list(stages) == ["inputs_s", "truth_s", "calls_s"]
     found = gpu_table.Measured(None)
     assert latent.here(torch, "cuda", Namespace(graphs=asked, seconds=0.1, quick=True), found, [("a row", lambda: [("a row", 1, 6000, calls)])], time.monotonic() + 60) == 0
     said = [event for event in map(json.loads, (line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))) if "time_us" in event]
