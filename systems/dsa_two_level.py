@@ -1,11 +1,9 @@
 """The lightning indexer in two levels, an approximation: blocks by the mean of their keys first, then the best keys inside the best blocks."""
 from dataclasses import replace
 
-from sparsetile.backends import arrays
 from sparsetile.backends.contract import Unsupported
 from sparsetile.ops import array_operators as xp
-from sparsetile.ops import checks, dispatch, indexer
-from sparsetile.ops.float8 import FLOAT8
+from sparsetile.ops import checks, dispatch, float8, indexer
 from sparsetile.ops.quantise import quantise_float8
 from sparsetile.ops.selection import Selection
 from sparsetile.systems.dsa import dsa_selection, keys_of, standing
@@ -63,7 +61,7 @@ def _means(call, pages, scales, table, each: int, block: int):
     sums = (wide if scales is None else wide * scales[..., None]).sum(1)              # [N,D]
     at = xp.module(table).clip(table, 0, N - 1)
     means = sums[at.long() if xp.kind(at) == "torch" else at].reshape(B, -1, each, D).sum(2) / block
-    if arrays.dtype_name(call.q) != FLOAT8:
+    if not float8.is_float8(call.q):
         return xp.as_type_of(means, pages), None
     values, scale = quantise_float8(means, group=D)
     return values, scale[..., 0]
