@@ -230,6 +230,26 @@ def test_fused_over_many_tiles(on, backend, dtype, pool, force, rng):
 
 
 @large
+@pytest.mark.parametrize("options", [{}, dict(pool=16, force_first=1, force_last=2), dict(force_last=3)], ids=["keys", "blocks", "forced"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_fused_few_rows_of_many_keys(on, backend, T, options, rng):
+    """Keys are dealt to all threads, or multiprocessors, and the shares' winners compete once more: small integers, so that cuts are full of ties; rows that see one share, or none."""
+    B, S, k = 2, 20_011, 133
+    q, keys = (rng.integers(-1, 2, s).astype(numpy_dtype("float16")) for s in ((B, 3, T, 32), (B, S, 32)))
+    weights = rng.integers(0, 3, (B, 3, T)).astype(np.float32)
+    start, end = np.full((B, T), 5, np.int32), np.array([[S, 9000, 0], [20_000, 140, 4096]], np.int32)[:, :T].copy()
+    dots = np.maximum(np.einsum("bhtd,bsd->bhts", q.astype(np.float32), keys.astype(np.float32)), 0)
+    scores = np.einsum("bhts,bht->bts", dots, weights)
+    for window in ({}, dict(key_start=start, key_end=end)):
+        for wanted in (False, True):
+            indices, lengths = indexer_topk(on, q, keys, weights, k, causal=False, return_scores=wanted, **window, **options)
+            if not options:
+                s = np.arange(S)
+                seen = (s >= (start if window else 0 * start)[..., None]) & (s < (end if window else 0 * end + S)[..., None])
+                assert_topk("topk", indices, lengths, scores, k, visible=seen)
+
+
+@large
 def test_small_k_is_not_dense_and_all_is(on, backend, rng):
     """An anti-cheat pair: k = all equals dense attention, a small k differs from it."""
     import sparsetile as st
