@@ -159,6 +159,8 @@ def test_what_it_cannot_take_says_so(rng):
     keys = st.IndexerKeys.empty(np.zeros(1), sequences=1, pages=9, page_size=6, width=8)
     with pytest.raises(ValueError, match="block: expected a multiple of the cache's page_size 6, got 4"):
         st.dsa_two_level_selection(made(rng)[0].astype(E4M3), keys, made(rng)[2], top_k=7, block=4, blocks=3)
-    jax = pytest.importorskip("jax")
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    with pytest.raises(Exception, match="not traced by torch.compile"):  # in PyTorch's words around ours
+        torch.compile(lambda *x: st.dsa_two_level_selection(*x, top_k=7, block=4, blocks=3).indices, fullgraph=True, backend="eager")(*map(torch.from_numpy, made(rng)))
     with pytest.raises(st.Unsupported, match="jax.jit"):
         jax.jit(lambda *x: st.dsa_two_level_selection(*x, top_k=7, block=4, blocks=3).indices)(*made(rng))
