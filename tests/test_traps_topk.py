@@ -250,6 +250,24 @@ def test_fused_few_rows_of_many_keys(on, backend, T, options, rng):
 
 
 @large
+@pytest.mark.parametrize("H", [2, 17])
+def test_fused_more_queries_than_a_grid_axis_holds(on, backend, H, rng):
+    """T = 70000 against 65535, ragged windows; scores and the choice among them."""
+    T, S, k = 70_000, 40, 7
+    q, keys = (rng.integers(-2, 3, s).astype(numpy_dtype("bfloat16")) for s in ((1, H, T, 4), (1, S, 4)))
+    weights, end = rng.integers(0, 3, (1, H, T)).astype(np.float32), rng.integers(-3, S + 9, (1, T)).astype(np.int32)
+    dots = np.maximum(np.einsum("bhtd,bsd->bhts", q.astype(np.float32), keys.astype(np.float32)), 0)
+    scores = np.where(np.arange(S) < end[..., None], np.einsum("bhts,bht->bts", dots, weights), -np.inf).astype(np.float32)
+    got, = arrays(on.indexer_scores(q, keys, weights, causal=False, key_end=end))
+    np.testing.assert_array_equal(got, scores)
+    indices, lengths = selection_arrays(on.indexer_topk(q, keys, weights, k, causal=False, key_end=end))
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    order = np.sort(np.where(np.take_along_axis(scores, order, -1) > -np.inf, order, S), -1)
+    np.testing.assert_array_equal(indices, np.where(order < S, order, -1))
+    np.testing.assert_array_equal(lengths, (order < S).sum(-1))
+
+
+@large
 def test_small_k_is_not_dense_and_all_is(on, backend, rng):
     """An anti-cheat pair: k = all equals dense attention, a small k differs from it."""
     import sparsetile as st
