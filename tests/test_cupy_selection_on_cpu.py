@@ -97,6 +97,17 @@ def test_indexer_scores(kind, H, D, columns, rng, place):
                      plain.indexer_scores(q, k, w, visible=seen, **given), reduction=H * D)
 
 
+@pytest.mark.parametrize("kind, H, D, columns", [case for case in CASES if case[0] != "float8_e4m3fn"])
+def test_an_infinite_key_is_no_nan_of_a_padded_head(kind, H, D, columns, rng, place):
+    q, k, w, _ = inputs(rng, kind, 1, H, 3, 70, D, columns)
+    q, w = abs(q) + q.dtype.type(0.1), abs(w) + np.float32(0.1)
+    k[0, 33, D - 1], k[0, 5, 0] = np.inf, -np.inf
+    got = place.get(indexer_scores.run(*map(place.put, (q, k, w)), place=place, config=indexer_scores.default_config(problem("indexer_scores", kind, 1, H, 3, 70, D)), causal=False))
+    seen = np.ones((1, 3, 70), bool)
+    assert np.isposinf(got[..., 33]).all() and not np.isnan(got).any()
+    assert_close("scores", got, oracle.indexer_scores(q, k, w, seen=seen), plain.indexer_scores(q, k, w, visible=seen), reduction=H * D)
+
+
 def test_no_knob_changes_a_bit(rng, place):
     q, k, w, scale = inputs(rng, "bfloat16", 1, 24, 5, 200, 96)
     configs = [dict(warps=a, row_tiles=b, queries=c) for a, b, c in ((4, 2, 2), (2, 1, 4), (8, 1, 1), (1, 2, 8))]

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from drivers import EVERY, LARGE, arrays, numpy_dtype
-from judge import indexer_topk, normal, selection_arrays
+from judge import indexer_scores, indexer_topk, normal, selection_arrays
 from numeric import assert_same_bits, assert_topk
 
 every, large = pytest.mark.parametrize("backend", EVERY), pytest.mark.parametrize("backend", LARGE)
@@ -208,6 +208,18 @@ def test_fused_with_infinite_scales(on, backend, rng):
     scale[0, [4, 11]] = -np.inf
     for k in (2, 5, 39):
         indexer_topk(on, q, keys, weights, k, causal=False, k_scale=scale)
+
+
+@every
+@pytest.mark.parametrize("H", [1, 3, 17, 20])
+def test_fused_with_infinite_keys(on, backend, H, rng):
+    """An infinite key scores +inf where its products say so and is chosen first, whatever number of heads a tile is padded to: a head that is not there has no say."""
+    q, keys, weights = abs(normal(rng, (1, H, 3, 40), np.float16)) + np.float16(0.1), normal(rng, (1, 50, 40), np.float16), rng.random((1, H, 3)).astype(np.float32) + 0.1
+    keys[0, [4, 30], 7], keys[0, [9, 44], 0] = np.inf, -np.inf
+    assert np.isposinf(indexer_scores(on, q, keys, weights, causal=False)[..., [4, 30]]).all()
+    for k in (2, 5, 49):
+        indices, _ = indexer_topk(on, q, keys, weights, k, causal=False)
+        assert np.isin([4, 30], indices[0, 0]).all() and np.isin([4, 30], indices[0, 2]).all()
 
 
 @every
