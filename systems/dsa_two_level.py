@@ -19,6 +19,7 @@ def dsa_two_level_selection(index_q, index_k, index_weights, *, top_k=2048, bloc
     Not exact: a key that scores high in a block whose mean does not is missed, and a block with NaN in it is passed over. Where a query sees no more than `blocks` blocks nothing is: then it gets what dsa_selection gives it.
     A mean is rounded to the type of index_k (float8: with a scale of its own). Only blocks that a query sees whole compete by it, so later keys have no say; equal means: the earlier block.
     Returns Selection [B,1,T,min(top_k, S)] of single keys, causal. Costs T S / 2 block + T blocks block of the indexer's products where dsa_selection costs T S / 2. Memory O(T (top_k + blocks)).
+    Besides, index_q is copied, and index_k stands in float32 for its means.
     The means are made in each call, by reading all keys once: it is for prefill, one query reads all keys for dsa_selection as well. Not differentiable.
     """
     checks.integer("top_k", top_k, 1, indexer.MOST), checks.integer("block", block, 1, 2 ** 20)
