@@ -61,7 +61,7 @@ def _means(call, pages, scales, table, each: int, block: int):
     wide, N, (B, D) = xp.astype(pages, "float32"), int(pages.shape[0]), call.sizes[::4]
     sums = (wide if scales is None else wide * scales[..., None]).sum(1)              # [N,D]
     at = xp.module(table).clip(table, 0, N - 1)
-    means = sums[at.long() if xp.kind(at) == "torch" else at].reshape(B, -1, each, D).sum(2) / block
+    means = sums[at.long() if xp.kind(at) == "torch" else at].reshape(B, int(table.shape[1]) // each, each, D).sum(2) / block
     if not float8.is_float8(call.q):
         return xp.as_type_of(means, pages), None
     values, scale = quantise_float8(means, group=D)

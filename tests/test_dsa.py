@@ -264,6 +264,21 @@ def test_a_few_queries_at_a_time(phase, rng, monkeypatch):
         assert_same_bits("again", one, two)
 
 
+@pytest.mark.parametrize("B, T, S", [(1, 0, 5), (1, 3, 0), (0, 3, 5), (1, 5, 3)])
+def test_nothing_to_attend_to(B, T, S):
+    """No query, no key, no sequence, more queries than keys: zeros of the right shapes, and gradients of zero."""
+    torch = pytest.importorskip("torch")
+    leaf = lambda *shape: torch.ones(shape, requires_grad=True)  # noqa: E731
+    x, index = [leaf(B, 4, T, 8), leaf(B, 2, S, 8), leaf(B, 2, S, 8)], dict(index_q=leaf(B, 2, T, 4), index_k=leaf(B, S, 4), index_weights=leaf(B, 2, T))
+    assert st.dsa_attention(*x, **index, top_k=2).shape == (B, 4, T, 8)
+    for chosen in (st.dsa_selection(*index.values(), top_k=2), st.dsa_two_level_selection(*index.values(), top_k=2, block=1, blocks=2)):
+        assert chosen.indices.shape == (B, 1, T, min(2, max(S, 1))) and (chosen.lengths <= S).all()
+    for out, divergence in (st.dsa_warmup(*x, **index), st.dsa_training(*x, **index, top_k=2)):
+        assert out.shape == (B, 4, T, 8) and divergence.shape == (B, T) and torch.isfinite(divergence).all()
+        (out.sum() + divergence.sum()).backward()
+    assert all(torch.isfinite(y.grad).all() for y in (*x, *index.values()) if y.grad is not None)
+
+
 @every
 def test_gradients_of_scores_by_products(on, backend, rng):
     """indexer_scores' own gradients, with windows, scales and NaN in keys that nobody scores: on a GPU they are products."""
