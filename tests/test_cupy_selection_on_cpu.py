@@ -116,7 +116,8 @@ def test_no_knob_changes_a_bit(rng, place):
         assert_same_bits("scores", first, other)
 
 
-OPTIONS = [dict(), dict(return_scores=True), dict(pool=16, force_first=1, force_last=2), dict(pool=7, force_first=1, force_last=2, return_scores=True), dict(pool=33, force_first=2, force_last=1)]
+OPTIONS = [dict(), dict(return_scores=True), dict(pool=16, force_first=1, force_last=2), dict(pool=7, force_first=1, force_last=2, return_scores=True), dict(pool=33, force_first=2, force_last=1),
+           dict(pool=97, force_first=3, force_last=3, return_scores=True)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()) or "plain")

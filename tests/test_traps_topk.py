@@ -211,6 +211,30 @@ def test_fused_with_infinite_scales(on, backend, rng):
 
 
 @every
+@pytest.mark.parametrize("start", [2 ** 31 - 3, -2 ** 31], ids=str)
+def test_fused_positions_at_the_ends_of_int32(on, backend, start, rng):
+    """Query t stands at start + t, past 2^31 too: it sees all keys, or none; given as a number and on the device."""
+    q, keys, weights = normal(rng, (2, 3, 5, 32), np.float16), normal(rng, (2, 40, 32), np.float16), normal(rng, (2, 3, 5), np.float32)
+    for q_start in (start, np.array([start, 17], np.int32)):
+        indexer_scores(on, q, keys, weights, q_start=q_start)
+        for k, pool in ((4, 1), (3, 4)):
+            indexer_topk(on, q, keys, weights, k, pool=pool, q_start=q_start)
+            indexer_topk(on, q, keys, weights, k, pool=pool, q_start=q_start, return_scores=True)
+
+
+@every
+@pytest.mark.parametrize("pool", [1, 3])
+def test_fused_with_more_forced_than_there_are(on, backend, pool, rng):
+    """Rows of no entry, one, two ... up to seven: the first and the last forced ones meet and overlap, each is there once."""
+    q, keys, weights = normal(rng, (1, 3, 8, 32), np.float16), normal(rng, (1, 21, 32), np.float16), normal(rng, (1, 3, 8), np.float32)
+    end = np.arange(8, dtype=np.int32)[None] * pool
+    for first, last, k in ((2, 3, 6), (0, 4, 4), (5, 0, 5), (3, 3, 6)):
+        for wanted in (False, True):
+            indices, lengths = indexer_topk(on, q, keys, weights, k, causal=False, pool=pool, key_end=end, force_first=first, force_last=last, return_scores=wanted)
+            assert (lengths == np.minimum(np.arange(8), k)).all() and (indices[0, 1, 0] == 0)
+
+
+@every
 @pytest.mark.parametrize("H", [1, 3, 17, 20])
 def test_fused_with_infinite_keys(on, backend, H, rng):
     """An infinite key scores +inf where its products say so and is chosen first, whatever number of heads a tile is padded to: a head that is not there has no say."""
