@@ -211,6 +211,16 @@ def test_fused_with_infinite_scales(on, backend, rng):
 
 
 @every
+def test_fused_blocks_that_begin_before_the_window(on, backend, rng):
+    """Keys before a row's window are of no block, whatever an earlier call left in the memory of scores that this one does not make."""
+    q, keys, weights = normal(rng, (1, 3, 4, 32), np.float16), normal(rng, (1, 700, 32), np.float16), normal(rng, (1, 3, 4), np.float32)
+    window = dict(key_start=np.array([[150, 290, 513, 690]], np.int32), key_end=np.array([[400, 580, 640, 699]], np.int32))
+    for scale in (np.float32(1e30), np.float32(1)):
+        for k in (1, 2, 5):
+            indexer_topk(on, q, keys, abs(weights) * scale, k, causal=False, pool=300, return_scores=True, **(window if scale == 1 else {}))
+
+
+@every
 @pytest.mark.parametrize("start", [2 ** 31 - 3, -2 ** 31], ids=str)
 def test_fused_positions_at_the_ends_of_int32(on, backend, start, rng):
     """Query t stands at start + t, past 2^31 too: it sees all keys, or none; given as a number and on the device."""
