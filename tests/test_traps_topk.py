@@ -220,6 +220,26 @@ def test_fused_blocks_that_begin_before_the_window(on, backend, rng):
             indexer_topk(on, q, keys, abs(weights) * scale, k, causal=False, pool=300, return_scores=True, **(window if scale == 1 else {}))
 
 
+@pytest.mark.parametrize("backend", EVERY[2:3])
+@pytest.mark.parametrize("call", ["scores", "top-k"])
+def test_tiles_past_the_diagonal_are_not_computed(on, backend, call, rng, monkeypatch):
+    """Products that the interpreter is asked for: of causal queries about half of those that all keys take, of a window those of its tiles."""
+    if not on.interpreted:
+        pytest.skip("products are counted in the interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+    q, keys, weights, made = normal(rng, (1, 16, 256, 32), np.float16), normal(rng, (1, 256, 32), np.float16), normal(rng, (1, 16, 256), np.float32), []
+    product = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *x: made.append(1) or product(*x))
+
+    def count(**options):
+        made.clear()
+        on.indexer_scores(q, keys, weights, **options) if call == "scores" else on.indexer_topk(q, keys, weights, 5, **options)
+        return len(made)
+    full, causal = count(causal=False), count()
+    narrow = count(causal=False, key_start=np.full(256, 100, np.int32), key_end=np.full(256, 120, np.int32))
+    assert 0 < causal <= 0.75 * full and 0 < narrow <= 0.5 * full
+
+
 @every
 @pytest.mark.parametrize("start", [2 ** 31 - 3, -2 ** 31], ids=str)
 def test_fused_positions_at_the_ends_of_int32(on, backend, start, rng):
