@@ -398,11 +398,12 @@ def test_gradients_of_scores_of_every_size(on, backend, dtype, scale, rng):
 
 
 @every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("scale", [5.0, -30.0])
-def test_gradients_of_an_only_key_beside_holes(on, backend, scale, rng):
-    """Its score may lie hundreds below a hole's, which is 0: nothing of the hole may be multiplied, not even by 0."""
+def test_gradients_of_an_only_key_beside_holes(on, backend, scale, dtype, rng):
+    """Its P is 1 whatever its score. That may lie hundreds below a hole's, which is 0: nothing of the hole may be multiplied, not even by 0."""
     pytest.importorskip("torch")
-    q, k, v = qkv(rng, Hq=8, T=20, S=60, dtype=numpy_dtype("bfloat16"))
+    q, k, v = qkv(rng, Hq=8, T=20, S=60, dtype=numpy_dtype(dtype))
     rows = rng.integers(-1, 60, (20, 9))
     rows[::2, 1:] = -1
     check(on, q, k, v, rows, rng, gradient=True, scale=scale)

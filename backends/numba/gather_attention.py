@@ -81,12 +81,19 @@ def _attend(job, b, t, h, heads, j, found, memory):
 
 
 @kernel
+def _in_logarithms(job, score):
+    """A row's maximum as a natural logarithm, rounded to float32 as the backward rounds each score."""
+    x = score * get_f32(job.constants, 4)
+    return np.float64(x) if np.isfinite(x) else np.float64(score) * job.unit
+
+
+@kernel
 def _store(job, b, t, h, heads, found, o, state):
     """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
     for r in range(heads):
         row, at = o + 4 * r * job.Dvp, (b * job.Hq + h + r) * job.T + t
         total = np.float64(get_f32(state, 4 * r + 1))
-        top = np.float64(get_f32(state, 4 * r)) * job.unit if total != 0 else -math.inf
+        top = _in_logarithms(job, get_f32(state, 4 * r)) if total != 0 else -math.inf
         scale_row(row, job.Dvp, np.float32(row_factor(job, h + r, top, total)))
         put_f32(job.lse, at, np.float32(top + math.log(total) if total > 0 else -math.inf))
         store_row(job.out_code, row, job.Dv, job.out + b * job.out_b + (h + r) * job.out_h + t * job.out_t)
