@@ -11,6 +11,7 @@ import oracle
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
+from judge import answer, decided_late
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
@@ -788,6 +789,26 @@ def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
     assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
+
+
+@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
+@pytest.mark.parametrize("way, heads", [("hopper", 5), ("split", 5), ("dense", 5), ("tokens", 32), ("tokens", 16), ("tokens", 8)])
+def test_one_key_decides_behind_a_reference_that_lags(way, heads, kind, rng):
+    """Its value is the answer, whatever 16 bits keep of its probability."""
+    place, T, S = HopperPlace(), 1 if way in ("split", "dense") else 3, 700
+    q, k, scale = decided_late(rng, TYPES[kind], heads, T, S)
+    v, count = k[..., :512], np.ones((1, heads, T, S), np.int64)
+    operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale)
+    if way == "dense":
+        place.refused = "block_attention_decode"
+        made = block_lists.build(np.ones((1, T, S), bool), 0, 32, 128)
+        made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
+        out, lse = block_attention.run(*operands, made, config=dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1), q_start=0, **at)
+    else:
+        config = dict(gather_attention.default_config(latent_problem(Latent(Hq=heads, T=T, S=S, K=S), kind, "gather_attention")), path="tokens" if way == "tokens" else "hopper", split=int(way == "split"))
+        indices = np.broadcast_to(np.arange(S, dtype=np.int32), (1, 1, T, S)).copy()
+        out, lse = gather_attention.run(*operands, place.put(indices), config=config, **at)
+    answer(out.owner, lse.owner, q, k, v, count, scale=scale)
 
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[2], FEW[4]], ids=str)

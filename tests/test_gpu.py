@@ -704,6 +704,24 @@ def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
     judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way, Hq, T", [("selection", 128, 70), ("selection", 70, 1), ("selection", 32, 70), ("selection", 16, 70), ("selection", 8, 70), ("blocks", 70, 1), ("bytes", 70, 1), ("chosen bytes", 70, 70)])
+def test_one_key_decides_behind_a_reference_that_lags(way, Hq, T, kind, rng):
+    """Its value is the answer, whatever 16 bits keep of its probability."""
+    import judge
+    S, put = 700, lambda x: torch.from_numpy(x.astype(np.float32)).cuda().to(getattr(torch, kind))
+    q, k, scale = judge.decided_late(rng, to_numpy(torch.zeros(1, dtype=getattr(torch, kind))).dtype, Hq, T, S)
+    keys = put(k)
+    if "bytes" in way:
+        cache = st.PagedLatent.empty(put(q[:1]), sequences=1, pages=16, dtype="float8")
+        cache.append(keys[:, 0, :, :512], keys[:, 0, :, 512:])
+        k = to_numpy(torch.cat(cache.gather(kind), -1))[:, None, :S]
+    entries = torch.arange(S, dtype=torch.int32, device="cuda").expand(1, 1, T, S).contiguous()
+    given = dict() if "bytes" in way else dict(value_width=512)
+    out, lse = st.sparse_attention(put(q), cache if "bytes" in way else keys, None, st.Full() if way in ("blocks", "bytes") else st.Selection(entries), scale=scale, return_lse=True, backend="cupy", **given)
+    judge.answer(to_numpy(out), to_numpy(lse), q, k, k[..., :512], np.ones((1, Hq, T, S), np.int64), scale=scale)
+
+
 @both
 @pytest.mark.parametrize("Hq", [40, 32, 17, 16, 8, 1])
 def test_few_heads_of_the_latent(backend, Hq, rng):

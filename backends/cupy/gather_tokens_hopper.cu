@@ -10,6 +10,7 @@
 // arrivals, which cost as much as products. The query passes through the ring, too.
 #include "selections.cuh"
 #include "wgmma.cuh"
+#include "rounded.cuh"
 #define RARE(x) __builtin_expect(x, 0)
 
 #ifndef KIND
