@@ -137,15 +137,15 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
   }
   const bool empty = top == -inf() && sum == 0.f;
   const float ahead = wide ? __fmul_rn(top, p.scale2) - m : fmaf(top, p.scale2, -m), largest = __fmul_rn(top, p.scale), unit = ex2(-ahead), total = sum * unit;
-  const float factor = unit * (sum / with_rounded<KIND>(sum, ex2(ahead)));  // ex2(ahead): as it was multiplied, for the reference of the largest is the last
+  const float rounded = with_rounded<KIND>(sum, ex2(ahead));  // ex2(ahead): as it was multiplied, for the reference of the largest is the last
   if (threadIdx.x % 4) return;
   if (slot >= 0) {
-    ((float*)(raw + INVERSE))[row] = empty ? 0.f : factor;
+    ((float*)(raw + INVERSE))[row] = empty ? 0.f : total / rounded;
     *(float2*)(p.split.rows + 2 * ((i64)slot * BH + row)) = make_float2(empty ? -inf() : largest, empty ? 0.f : total);
     return;
   }
   const float sink = p.sink && row < x.rows ? ex2((__ldg(p.sink + x.head + row) - largest) * LOG2E) : 0.f;
-  ((float*)(raw + INVERSE))[row] = empty ? 0.f : factor / (total + sink);
+  ((float*)(raw + INVERSE))[row] = empty ? 0.f : total / ((total + sink) * rounded);
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
