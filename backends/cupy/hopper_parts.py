@@ -1,6 +1,6 @@
 """All parts of a layout in one launch (block_attention_parts_hopper.cu): what its items and entries are, laid down once on the host for a static layout.
 
-Parts whose tiles hold the same queries are one pass. Of two passes the second starts from the sums of the first. Its tiles of a head follow the first pass of the next head: measured
+Parts whose tiles hold the same queries are one pass. Of two passes of heads up to 128 wide see hopper_classes.py; else the second starts from the sums of the first. Its tiles of a head follow the first pass of the next head: measured
 faster than following groups of tiles of their own head more closely, where they wait more often.
 """
 import struct
