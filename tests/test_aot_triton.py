@@ -142,6 +142,18 @@ def test_what_resources_lets_through_fits(op):
         assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
 
 
+@pytest.mark.parametrize("D, programs", [(64, 3), (128, 2)])
+def test_the_portable_forward_shares_a_multiprocessor(D, programs):
+    """One program multiplies while others take exponentials: so many have to fit a Hopper's registers and shared memory. By default narrow heads run Gluon all the same."""
+    kernel = importlib.import_module("sparsetile.backends.triton.block_attention")
+    problem = Problem.of("block_attention", *attention(D, D)[:2], "sm_90a", ("interval",), 1.0)
+    (artifact,) = kernel.artifacts(problem, kernel.portable_config(problem))
+    used = aot.resources(artifact, "sm_90a")
+    assert programs * (used["shared"] + 1024) <= 228 * 1024 and programs * used["threads"] * -(-used["registers"] // 8) * 8 <= 65536, used
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"], default["block_k"]) == ("gluon", 128, 128)
+
+
 @pytest.mark.parametrize("op, kind, T", [("gather_attention", HALF, 64), ("gather_attention", "latent_fp8", 64), ("block_attention", HALF, 1)])
 def test_resources_of_the_latent_are_what_is_taken(op, kind, T):
     """Its ring fills shared memory: a tile more in it, or a conversion of layouts through it, has to be counted."""
