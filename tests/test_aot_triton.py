@@ -43,6 +43,8 @@ def cases():
     yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))
     yield "block_attention_backward", "64-bitmap-per-head", attention(64, 64, features=("bitmap", "per_head"))
     yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
+    yield "block_attention", "256", attention(256, 256)
+    yield "block_attention", "192-lengths", attention(192, 192, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-lengths", attention(128, 128, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
