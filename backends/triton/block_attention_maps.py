@@ -1,8 +1,8 @@
 """Path "portable" of block_attention where tensor maps bring the tiles (sm_90a, sm_100): a program has a tile of queries of one head and runs through the blocks of its list.
 
-What it takes and gives: block_attention.py. Two programs share a multiprocessor, and one multiplies while the other takes exponentials; so 255 registers a thread are all there are, and each
-instruction of a loop counts. Which keys of a partial block no row sees is not asked: their probabilities are 0, and where their values are not finite the sums become NaN. Then, and only
-then, the tile is done once more, with the values of such keys as 0.
+What it takes and gives: block_attention.py. Two programs share a multiprocessor, three of narrow heads, and one multiplies while another takes exponentials; so 255 or 168 registers a thread are
+all there are, and each instruction of a loop counts. Which keys of a partial block no row sees is not asked: their probabilities are 0, and where their values are not finite the sums become NaN.
+Then, and only then, the tile is done once more, with the values of such keys as 0.
 """
 from functools import lru_cache
 
@@ -191,6 +191,7 @@ def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, of
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 FEW = {"ptx_options": "--register-usage-level=0"}  # else ptxas keeps the 16 addresses of Q for both loops at once, and fetches them from memory between the products: 447 TFLOP/s for 510, causal 32k
+THREE = {"maxnreg": 168}  # three programs of four warps a multiprocessor
 
 
 @lru_cache(1024)
@@ -198,10 +199,10 @@ def constants(D: int, DV: int, config: tuple, arch: str, negate=False, cap=False
     """The compile-time constants of `forward_maps`. config: items."""
     made, (D0, D1), V0 = dict(config), parts(D), power(DV, 64)
     BQ, BK = made["block_q"], made["block_k"]
-    three = made["num_warps"] == 4 and BQ * (V0 + BK) <= 96 * 128  # the sums and scores of a thread
+    three = arch == "sm_90a" and made["num_warps"] == 4 and BQ == 64 and max(D, DV) <= 64
     return relaunch.Constants({**dict(D=D, D0=D0, D1=D1, DV=DV, V0=V0, BQ=BQ, BK=BK, NEGATE=negate, CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far,
                                       AHEAD=made["num_warps"] == 4),
-                               **options(made), **({} if arch == "cpu" else FEW), **(dict(maxnreg=168) if three and arch == "sm_90a" else {})})
+                               **options(made), **({} if arch == "cpu" else FEW), **(THREE if three else {})})
 
 
 def launch(q, k, v, lists, out, lse, place, config, scale: float, *, sink_logits, softcap, kv_length, q_start):
