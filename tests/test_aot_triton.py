@@ -43,6 +43,8 @@ def cases():
     yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))
     yield "block_attention_backward", "64-bitmap-per-head", attention(64, 64, features=("bitmap", "per_head"))
     yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
+    yield "block_attention", "256", attention(256, 256)
+    yield "block_attention", "192-lengths", attention(192, 192, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-lengths", attention(128, 128, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
@@ -140,6 +142,18 @@ def test_what_resources_lets_through_fits(op):
     for artifact in kernel.artifacts(problem, config):
         used = aot.resources(artifact, "sm_80")
         assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
+
+
+@pytest.mark.parametrize("D, programs", [(64, 3), (128, 2)])
+def test_the_portable_forward_shares_a_multiprocessor(D, programs):
+    """One program multiplies while others take exponentials: so many have to fit a Hopper's registers and shared memory. By default narrow heads run Gluon all the same."""
+    kernel = importlib.import_module("sparsetile.backends.triton.block_attention")
+    problem = Problem.of("block_attention", *attention(D, D)[:2], "sm_90a", ("interval",), 1.0)
+    (artifact,) = kernel.artifacts(problem, kernel.portable_config(problem))
+    used = aot.resources(artifact, "sm_90a")
+    assert programs * (used["shared"] + 1024) <= 228 * 1024 and programs * used["threads"] * -(-used["registers"] // 8) * 8 <= 65536, used
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"], default["block_k"]) == ("gluon", 128, 128)
 
 
 @pytest.mark.parametrize("op, kind, T", [("gather_attention", HALF, 64), ("gather_attention", "latent_fp8", 64), ("block_attention", HALF, 1)])
