@@ -1,8 +1,8 @@
 """Scores made against what indexer_topk looks at first of a row without storing it, so that the bound made of that fails: for tests and memcheck.
 
     dealt(S), visited(S)   the keys of Triton's and of CuPy's tiles, in the order that they are looked at [tiles, 128]; those from S on do not exist
-    factors(S, k, backend, tiles, few)   [S]: a key scale for positive scores. few: some of the first tiles' keys are best, more than their bound asks for and fewer than k; else all other keys are better
-                                         than the first tiles'. What is not in those tiles is better the later it is looked at, so that every bound of what has come so far is passed by all that follows
+    factors(S, k, backend, tiles, few, slope)   [S]: a key scale for positive scores. few: some of the first tiles' keys are best, more than their bound asks for and fewer than k; else all other keys are
+                                                better than the first tiles'. Of the others those looked at later are better (slope 1: each passes every bound of what has come before), worse (-1) or alike (0)
 """
 from math import gcd
 
@@ -35,11 +35,11 @@ def visited(S: int):
     return ((np.arange(8)[None, :, None] * tiles + at[:, None, None]) * 16 + np.arange(16)).reshape(tiles, 128)
 
 
-def factors(S: int, k: int, backend: str, tiles: int, few: bool):
+def factors(S: int, k: int, backend: str, tiles: int, few: bool, slope: int = 1):
     order = dealt(S) if backend == "triton" else visited(S)
     early = order[:tiles][order[:tiles] < S]
     looked_at = np.arange(S) if backend == "triton" else np.argsort(order.ravel(), kind="stable")[:S]  # rows without a bound go through Triton's kernel in order
-    found = np.exp(looked_at / looked_at.max() * 80 - 40)
+    found = np.exp((looked_at / looked_at.max() * 80 - 40) * slope)
     found[early] = 1e-25
     if few:
         mean = k * len(early) / S

@@ -396,12 +396,12 @@ def test_choice_without_scores_in_memory(case, rng):
 
 @both
 @pytest.mark.parametrize("few", [True, False], ids=["too few pass", "too many pass"])
-@pytest.mark.parametrize("S", [32_768, 70_001])
-def test_bounds_that_fail(backend, S, few, rng):
+@pytest.mark.parametrize("S, slope", [(32_768, 1), (70_001, 1), (70_001, -1), (70_001, 0)])
+def test_bounds_that_fail(backend, S, few, slope, rng):
     """Scores made against what is looked at first: rows whose bound fails choose the set of topk of the scores."""
     make, T = Make(rng), 300
     q, k, w = make.normal(1, 64, T, 128)().to(torch.float8_e4m3fn), make.normal(1, S, 128)().to(torch.float8_e4m3fn), make.normal(1, 64, T, dtype=torch.float32)().abs()
-    scale = torch.from_numpy(misled.factors(S, 2048, backend, dict(cupy=18, triton=64)[backend], few)[None]).cuda()
+    scale = torch.from_numpy(misled.factors(S, 2048, backend, dict(cupy=18, triton=64)[backend], few, slope)[None]).cuda()
     options = dict(k_scale=scale, causal=False, backend=backend)
     with through(dict(cupy="cupy.indexer_topk.run_fused", triton="triton.index_keep.launch")[backend]):
         chosen = st.indexer_topk(q, k, w, 2048, config=dict(path=dict(cupy="fused", triton="kept")[backend]), **options)
