@@ -54,23 +54,37 @@ def standing(entry):
 
 
 @triton.jit
-def thin(room, count, k, slack, CAPACITY: tl.constexpr):
-    """Leaves the k best of `count` > k + slack entries, and at most `slack` more -> (the standing that they all reach, how many there are)."""
+def kth_standing(room, count, k, slack, BLOCK: tl.constexpr):
+    """A standing that k to k + slack of `count` > k + slack entries reach: digits of 8 bits, from the highest on, until the entries that share them may all be taken."""
+    prefix = (count * 0).to(tl.uint64)
+    shift = count * 0 + 64
+    inside = count
+    while (inside - k > slack) & (shift > 0):
+        shift -= 8
+        low = shift.to(tl.uint64)
+        bins = tl.zeros((256,), tl.int32)
+        for first in range(0, count, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            rank = standing(tl.load(room + i, mask=i < count, other=0))
+            bins += tl.histogram(((rank >> low) & 255).to(tl.int32), 256, mask=(i < count) & ((rank >> low >> 8) == prefix))
+        above = inside - tl.cumsum(bins, axis=0)  # entries with a larger digit
+        digit = tl.sum((above >= k).to(tl.int32), axis=0)
+        k -= tl.sum(tl.where(tl.arange(0, 256) > digit, bins, 0), axis=0)
+        inside = tl.sum(tl.where(tl.arange(0, 256) == digit, bins, 0), axis=0)
+        prefix = (prefix << 8) | digit.to(tl.uint64)
+    return prefix << shift.to(tl.uint64)
+
+
+@triton.jit
+def thin(room, count, k, slack, BLOCK: tl.constexpr):
+    """Leaves the k best entries of a room, and at most `slack` more -> (what they all reach, how many there are)."""
     tl.debug_barrier()  # all entries are there
-    words = room.to(tl.pointer_type(tl.int32))
-    i = tl.arange(0, CAPACITY)
-    keys = tl.where(i < count, order_keys(tl.load(words + (2 * i + 1), mask=i < count, other=0)), 0)
-    key, passed = kth_key(keys, count, k, slack)
-    place = count * 0 - 1  # with this key positions up to here
-    if passed > k + slack:  # equal scores at the end, as far as they are needed
-        at = tl.load(words + 2 * i, mask=i < count, other=0)
-        place = tl.max(tl.where(first_of(keys == key, at, k - tl.sum((keys > key).to(tl.int32), axis=0)), at, 0), axis=0)
-    bound = (key.to(tl.uint64) << 32) | tl.where(place < 0, 0, 0xFFFFFFFF - place.to(tl.uint32)).to(tl.uint64)
+    bound = kth_standing(room, count, k, slack, BLOCK)
     left = count * 0
-    for first in range(0, count, 1024):
-        n = first + tl.arange(0, 1024)
-        entry = tl.load(room + n, mask=n < count, other=0)
-        stays = ((n < count) & (standing(entry) >= bound)).to(tl.int32)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        entry = tl.load(room + i, mask=i < count, other=0)
+        stays = ((i < count) & (standing(entry) >= bound)).to(tl.int32)
         slot = left + tl.cumsum(stays, axis=0) - 1
         tl.debug_barrier()  # everyone has read its entries: those before may be written over
         tl.store(room + slot, entry, mask=stays > 0)
@@ -114,7 +128,7 @@ def rescue_rows(q, k, weights, k_scale, starts, ends, q_starts, room, state, T, 
                 tl.store(room + count + tl.cumsum(passes, axis=0) - 1, entry, mask=passes > 0)
                 count += tl.sum(passes, axis=0)
             if count + many * BLOCK_S > CAPACITY:
-                bound, count = thin(room, count, top_k, (CAPACITY - top_k) // 8, CAPACITY)
+                bound, count = thin(room, count, top_k, (CAPACITY - top_k) // 8, min(CAPACITY, 1024))
         tl.store(state, count)
 
 
