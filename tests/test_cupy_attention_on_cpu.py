@@ -569,6 +569,7 @@ CHOSEN_CASES = [
     Chosen(B=1, Hq=40, Hk=1, D=80, Dv=64, shared=True, T=3, forward=(32, 32, 1, 2), backward=(32, 32, 1, 16, 256)),
     Chosen(B=1, Hq=20, Hk=1, D=352, Dv=320, shared=True, T=2, scale=0.1, forward=(32, 32, 2, 1), backward=(32, 32, 2, 16, 256)),
     Chosen(odd=True, start=(3, 80), causal=True, forward=(16, 32, 1, 2), backward=(16, 32, 1, 32, 256)),
+    Chosen(start=(2 ** 31 - 3, -2 ** 31), causal=True), Chosen(granularity=7, K=12, start=(2 ** 31 - 1, 2 ** 31 - 6), causal=True),
 ]
 
 
@@ -581,7 +582,7 @@ def test_gather_attention(case, kind, rng, place):
     blocks = -(-c.S // c.granularity)
     indices = np.stack([rng.permutation(max(blocks, c.K))[:c.K] for _ in range(c.B * c.G * c.T)]).reshape(c.B, c.G, c.T, c.K).astype(np.int32)
     luck = rng.random(indices.shape)
-    indices[luck < 0.25] = rng.choice(np.array([-1, -1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity]), (luck < 0.25).sum())
+    indices[luck < 0.25] = rng.choice(np.array([-1, -1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity, 2 ** 30 + 1]), (luck < 0.25).sum())
     indices[..., -2:] = indices[..., :2]
     indices[0, 0, 0] = -1
     lengths = rng.integers(-2, c.K + 5, (c.B, c.G, c.T)).astype(np.int32) if c.lengths else None

@@ -98,6 +98,7 @@ def cases(make):
                              lambda b, q, k, v, a, n: attend(b, *map(eight, (q, k, v)), st.Window(700) | st.Sink(4), q_scale=a, kv_length=n)),
         "pages-of-indexer-keys": ([make.normal(2, 64, 3, 128), make.integers(0, 63, 30, 64 * 132), make.normal(2, 64, 3, dtype=torch.float32), make.integers(-2, 32, 2, 15), make.integers(0, 961, 2)],
                                   lambda b, q, k, w, table, n: paged_indexer(b, q.to(torch.float8_e4m3fn), st.IndexerKeys(k.to(torch.uint8), table, n), w)),
+        "pages-of-two-levels": (indexer, lambda b, *x: chosen(st.dsa_two_level_selection(*x, top_k=33, block=8, blocks=6, backend=b))),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
         "indexer-blocks": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 5, pool=16, force_first=1, force_last=1, backend=b))),
@@ -237,7 +238,7 @@ def test_on_a_thread_that_is_new(backend, name, rng):
 
 
 FORWARD = [name for name in NAMES if "gradients" not in name]
-CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py asserts
+CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py and tests/test_dsa_two_level.py assert
 BYTES = ("float8-latents", "float8-latents-selection", "pages-of-indexer-keys", "quantised", "quantised-decode")  # their cases make bytes and float8 in torch's words
 
 
