@@ -21,7 +21,7 @@ SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and wh
     ("block_attention_backward", "columns_maps"): 72, ("block_attention_backward", "rows_again"): 48,
     ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 192,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
-    ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("indexer_topk", "rescue_rows"): 24, ("importance_topk", "score_by_queries"): 96,
+    ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("importance_topk", "score_by_queries"): 96,
     ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88, ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32,
     ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
 }
@@ -38,6 +38,8 @@ def cases():
         yield op, "96x40-bitmap", attention(96, 40, features=("interval", "bitmap", "kv_length", "sink"))
         yield op, "192x128-full", attention(192, 128, features=())
         yield op, "128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order", "bitmap"))
+        yield op, "128x32", attention(128, 32)
+        yield op, "64x16-softcap", attention(64, 16, features=("interval", "bitmap", "softcap"))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "64-float32", attention(64, 64, SINGLE)
     yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))

@@ -15,13 +15,15 @@ from sparsetile.backends.triton.maps import can_map  # noqa: E402
 from sparsetile.ops import dispatch  # noqa: E402
 
 pytestmark = [pytest.mark.interp, pytest.mark.skipif(not interpreted() and not torch.cuda.is_available(), reason="neither a GPU nor TRITON_INTERPRET=1")]
-CASES = {  # pattern, what it means, Hq, Hk, T, S, D, options of two batches
-    "causal": (st.Causal(), lambda p, s: s <= p, 4, 2, 130, 130, 64, {}),
-    "window": (st.Window(40), lambda p, s: (s <= p) & (s >= p - 40), 2, 1, 70, 200, 64, {}),  # keys that nobody sees, within blocks that are seen
-    "lengths": (st.Window(50, 3) | st.Sink(4), lambda p, s: (s <= p + 3) & (s >= p - 50) | (s < 4), 2, 2, 90, 260, 64, dict(kv_length=np.array([77, 0], np.int32))),
-    "positions": (st.Causal(), lambda p, s: s <= p, 2, 1, 100, 230, 128, dict(q_start=np.array([5, 150], np.int32))),
-    "full": (st.Full(), lambda p, s: s == s, 2, 1, 70, 70, 128, {}),
-    "softcap": (st.Full(), lambda p, s: s == s, 1, 1, 70, 65, 64, dict(softcap=5.0)),
+CASES = {  # pattern, what it means, Hq, Hk, T, S, width of keys and of values, options of two batches
+    "causal": (st.Causal(), lambda p, s: s <= p, 4, 2, 130, 130, 64, 64, {}),
+    "window": (st.Window(40), lambda p, s: (s <= p) & (s >= p - 40), 2, 1, 70, 200, 64, 64, {}),  # keys that nobody sees, within blocks that are seen
+    "lengths": (st.Window(50, 3) | st.Sink(4), lambda p, s: (s <= p + 3) & (s >= p - 50) | (s < 4), 2, 2, 90, 260, 64, 64, dict(kv_length=np.array([77, 0], np.int32))),
+    "positions": (st.Causal(), lambda p, s: s <= p, 2, 1, 100, 230, 128, 128, dict(q_start=np.array([5, 150], np.int32))),
+    "full": (st.Full(), lambda p, s: s == s, 2, 1, 70, 70, 128, 128, {}),
+    "softcap": (st.Full(), lambda p, s: s == s, 1, 1, 70, 65, 64, 64, dict(softcap=5.0)),
+    "values 16 wide": (st.Window(40, 9), lambda p, s: (s <= p + 9) & (s >= p - 40), 2, 1, 150, 170, 64, 16, {}),
+    "values 32 wide": (st.Causal(), lambda p, s: s <= p, 2, 2, 100, 230, 128, 32, dict(q_start=np.array([5, 150], np.int32))),
 }
 
 
@@ -43,8 +45,8 @@ def by_maps(monkeypatch):
 @pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_by_maps(on, backend, name, by_maps, rng):
-    rule, meaning, Hq, Hk, T, S, D, options = CASES[name]
-    q, k, v = (normal(rng, (2, heads, n, D), np.float16) for heads, n in ((Hq, T), (Hk, S), (Hk, S)))
+    rule, meaning, Hq, Hk, T, S, D, Dv, options = CASES[name]
+    q, k, v = (normal(rng, shape, np.float16) for shape in ((2, Hq, T, D), (2, Hk, S, D), (2, Hk, S, Dv)))
     placed = {key: value for key, value in options.items() if key != "softcap"}
     count = np.broadcast_to(oracle.visible(2, T, S, rule=meaning, **placed), (2, Hq, T, S))
     unseen = ~count.any((1, 2))

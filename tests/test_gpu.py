@@ -18,6 +18,7 @@ import sparsetile as st
 torch = pytest.importorskip("torch")
 
 from sparsetile.backends import tape  # noqa: E402
+from sparsetile.ci import misled  # noqa: E402
 from sparsetile.ops import dispatch, ready  # noqa: E402
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
@@ -392,6 +393,21 @@ def test_choice_without_scores_in_memory(case, rng):
     known = st.topk(st.indexer_scores(q, k, w, k_scale=scale, backend="triton", **options), 2048, backend="triton")
     for x in chosen:
         assert torch.equal(x.indices, known.indices) and torch.equal(x.lengths, known.lengths)
+
+
+@both
+@pytest.mark.parametrize("few", [True, False], ids=["too few pass", "too many pass"])
+@pytest.mark.parametrize("S, slope", [(32_768, 1), (70_001, 1), (70_001, -1), (70_001, 0)])
+def test_bounds_that_fail(backend, S, few, slope, rng):
+    """Scores made against what is looked at first: rows whose bound fails choose the set of topk of the scores."""
+    make, T = Make(rng), 300
+    q, k, w = make.normal(1, 64, T, 128)().to(torch.float8_e4m3fn), make.normal(1, S, 128)().to(torch.float8_e4m3fn), make.normal(1, 64, T, dtype=torch.float32)().abs()
+    scale = torch.from_numpy(misled.factors(S, 2048, backend, dict(cupy=18, triton=64)[backend], few, slope)[None]).cuda()
+    options = dict(k_scale=scale, causal=False, backend=backend)
+    with through(dict(cupy="cupy.indexer_topk.run_fused", triton="triton.index_keep.launch")[backend]):
+        chosen = st.indexer_topk(q, k, w, 2048, config=dict(path=dict(cupy="fused", triton="kept")[backend]), **options)
+    known = st.topk(st.indexer_scores(q, k, w, **options), 2048, backend=backend)
+    assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
 
 
 @both
