@@ -115,6 +115,7 @@ def score_tiles(q, k, weights, k_scale, starts, ends, q_starts, sampled, room, s
                 low = tl.load(state + n * STATE + 1).to(tl.float32, bitcast=True)
                 high = tl.load(state + n * STATE + 2).to(tl.float32, bitcast=True)
                 place = tl.load(state + n * STATE + 3)
+                full = tl.load(state + n * STATE, cache_modifier=".cg") > WIDTH  # its bound has failed: all its scores adding to one address would take their time
             weight = tl.load(weights + h.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=h < H, other=0.0)
             queries = q + h.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + d[None, :]
             query = widen(tl.load(queries, mask=(h < H)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
@@ -128,7 +129,7 @@ def score_tiles(q, k, weights, k_scale, starts, ends, q_starts, sampled, room, s
                 tl.store(sampled + n * (2 * WIDTH) + i, tl.where(inside, score, float("-inf")))
             else:
                 tl.store(room + (n - 1) * WIDTH + slot, entry, mask=kept & (slot < WIDTH))  # the last query's, whose places have come meanwhile
-                kept = inside & (score >= tl.where(s <= place, low, high))  # false for NaN; no limit is below the least finite float
+                kept = inside & (score >= tl.where(s <= place, low, high)) & (full == 0)  # false for NaN; no limit is below the least finite float
                 slot = tl.atomic_add(state + n * STATE + i * zero, i * 0 + 1, mask=kept, sem="relaxed")  # to one address ptxas would make it an addition a warp, and wait for it
                 entry = entry_of(score, s)
         if not SAMPLING:
@@ -290,11 +291,11 @@ def _fixed(H, D, q_dtype, k_dtype, arch, activation, causal, top_k, words, capac
     scored = {**plan, "ACT": activation, "CAUSAL": causal, "num_warps": warps}
     row = dict(CAUSAL=causal, CAPACITY=capacity, WIDTH=max(capacity, sample // 2))
     tiled = {**scored, "BLOCK_T": queries, "TILES": sample // block, "WIDTH": row["WIDTH"], "num_stages": stages}
-    fewer = dict(maxnreg=80) if arch == "sm_90a" else {}  # three blocks a multiprocessor
+    fewer = lambda n: dict(maxnreg=n) if arch == "sm_90a" else {}  # noqa: E731
     make = relaunch.Constants
     return {"sample": make(tiled, SAMPLING=True), "keep": make(tiled, SAMPLING=False), "rescue": make(scored, CAPACITY=capacity, WIDTH=row["WIDTH"], num_stages=rescue_stages(plan)),
-            "bound": make(row, BLOCK_T=queries, BLOCK_S=block, TILES=sample // block, num_warps=max(4, sample // 1024), **fewer),
-            "pick": make(row, ROOM=1 << max(0, top_k - 1).bit_length(), WORDS=words, num_warps=select_warps)}
+            "bound": make(row, BLOCK_T=queries, BLOCK_S=block, TILES=sample // block, num_warps=max(4, sample // 1024), **fewer(80)),  # three blocks a multiprocessor
+            "pick": make(row, ROOM=1 << max(0, top_k - 1).bit_length(), WORDS=words, num_warps=select_warps, **fewer(128))}  # two
 
 
 def artifacts(problem, config, *, causal: bool, windows: bool) -> list[dict]:
