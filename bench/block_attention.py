@@ -31,7 +31,7 @@ PATHS = {  # backend and path -> config, by the wider of the widths
     ("cupy", "hopper"): lambda D: dict(path="hopper", block_q=128, block_k=128, tile_k=64 if D <= 128 else 32),
     ("cupy", "portable"): lambda D: dict(path="portable", block_q=128, block_k=128, tile_k=64 if D <= 128 else 32),
     ("triton", "gluon"): lambda D: dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2),
-    ("triton", "portable"): lambda D: dict(path="portable", block_q=128, block_k=64, num_warps=4 if D <= 128 else 8, num_stages=2),
+    ("triton", "portable"): lambda D: dict(path="portable", block_q=64 if D <= 64 else 128, block_k=128 if D <= 64 else 64, num_warps=4 if D <= 128 else 8, num_stages=2 if D <= 128 else 3),
 }
 SMALL = (  # pattern, B, Hq, Hk, T, S, D, Dv, options
     (Causal(), 2, 4, 2, 1000, 1000, 128, 128, {}),

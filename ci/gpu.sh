@@ -4,7 +4,7 @@
 #   ci/gpu.sh tests [--shard 1/3] [pytest arguments]   every test that runs a Triton or CuPy kernel, on the chip
 #   ci/gpu.sh report                                   all parts that ran, as one text: $RESULTS/<gpu>-tests.txt
 #   ci/gpu.sh sanitize                                 CuPy kernels with garbage indices under compute-sanitizer memcheck (says so where the tool is missing)
-#   ci/gpu.sh sanitize paths [cupy|triton]             the same for paths of one architecture, pages, caches and selectors
+#   ci/gpu.sh sanitize paths [cupy|triton] [--only NAME ...]  the same for paths of one architecture, pages, caches and selectors
 #   ci/gpu.sh sanitize races [cupy|triton]             racecheck of the kernels that it understands (ci/sanitize_paths.py says which)
 #   ci/gpu.sh uneven [--count 1000]                    random layouts of very uneven rows through the ordered backward, beside a kernel that occupies 16 multiprocessors too
 #   ci/gpu.sh tune [tune arguments]                    profiles/ for this GPU; names of workloads or kernels keep a part short, --storage lets it go on

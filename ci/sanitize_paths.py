@@ -1,4 +1,4 @@
-"""Calls that take the paths of one architecture and the caches' kernels, each named with the function it must come to: python -m sparsetile.ci.sanitize_paths [cupy|triton] [--portable]
+"""Calls that take the paths of one architecture and the caches' kernels, each named with the function it must come to: python -m sparsetile.ci.sanitize_paths [cupy|triton] [--only NAME ...] [--portable]
 
 A program to run under compute-sanitizer (ci/gpu.sh sanitize paths); tests/test_gpu_sanitize.py asserts that the paths are taken. Indices, tables and lengths hold garbage where a caller's may.
 --portable: calls that racecheck can judge. It watches reads and writes of shared memory by threads, so left out is all whose tiles the copy engine writes or warpgroup products read behind the threads'
@@ -12,6 +12,7 @@ from importlib import import_module
 from unittest import mock
 
 import sparsetile as st
+from sparsetile.ci import misled
 from sparsetile.ops import dispatch, selected_blocks
 from sparsetile.ops.importance import importance_topk
 
@@ -56,6 +57,15 @@ def attend(q, k, v, rule, backend, gradients=False, **how):
         out.float().sum().backward()
 
 
+def mislead(m, b, few: bool):
+    """indexer_topk of rows whose bound fails."""
+    S, (k, tiles) = 4100, dict(cupy=(512, 18), triton=(200, 4))[b]
+    q, keys, w = m.normal(1, 64, 37, 128).to(m.torch.float8_e4m3fn), m.normal(1, S, 128).to(m.torch.float8_e4m3fn), m.normal(1, 64, 37, dtype="float32").abs()
+    scale = m.torch.from_numpy(misled.factors(S, k, b, tiles, few)[None]).to(m.device)
+    config = dict(cupy=dict(path="fused"), triton=dict(path="kept", capacity=1024, sample=512, select_warps=4, queries=16))[b]
+    st.indexer_topk(q, keys, w, k, k_scale=scale, causal=False, config=config, backend=b)
+
+
 def paths(m, b) -> dict:
     """name -> (the functions it comes to by backend, the call)"""
     torch = m.torch
@@ -75,6 +85,8 @@ def paths(m, b) -> dict:
         "ordered": (dict(cupy=("block_attention.run_hopper", "block_attention_backward.run_hopper"), triton=("block_attention_gluon.launch", "block_attention_backward_gluon.launch_ordered")),
                     lambda: attend(*m.attention(2, 4, 2, 600, 600, 128), st.Layout.from_block_mask(mask, T=600, S=600), b, True)),
         "far longer rows": (dict(cupy="two_pass.run", triton="block_attention_backward_gluon.launch"), lambda: attend(*m.attention(1, 4, 2, 2300, 4096, 64), window, b, True)),
+        "by maps": (dict(triton=("block_attention_maps.launch", "block_backward_maps.launch")), lambda: [attend(*m.attention(2, 4, 2, 150, 300, D, Dv), rule, b, True, softcap=20.0)
+                                                                                                        for D, Dv, rule in ((128, 128, window), (64, 16, window), (64, 32, st.RandomBlocks(1, 16, seed=1)))]),
         "layouts": (both("layout.run"), lambda: (st.Layout.from_block_mask(mask), st.Layout.from_documents(m.integers(0, 300, 4), 1000, causal=True),
                                                  st.Layout.from_global_tokens(m.entries(1000, 2, 4), 1000, 1000, window=100))),
         "float8": (dict(cupy="block_attention.run_hopper"), lambda: attend(*map(eight, m.attention(2, 4, 2, 140, 300, 128)), window, b, k_scale=m.normal(2, 2, 3, dtype="float32"))),
@@ -97,6 +109,7 @@ def paths(m, b) -> dict:
         "bitmaps of each head": (both("selection_bitmaps.run"), lambda: attend(*m.attention(1, 4, 2, 300, 300, 64), st.Selection(m.distinct(300, 1, 4, 300, 40), causal=True, distinct=True), b, True)),
         "indexer": (dict(cupy="indexer_topk.run_fused", triton="index_keep.launch"), lambda: st.indexer_topk(eight(m.normal(1, 64, 37, 128)), eight(m.normal(1, 4100, 128)), m.normal(1, 64, 37, dtype="float32"), 512,
                                                                                  config=dict(path=dict(cupy="fused", triton="kept")[b]), backend=b)),
+        "indexer, bounds that fail": (dict(cupy="indexer_topk.run_fused", triton="index_keep.launch"), lambda: [mislead(m, b, few) for few in (True, False)]),
         "indexer over pages": ({}, lambda: st.indexer_topk(eight(m.normal(2, 64, 3, 128)), keys(), m.normal(2, 64, 3, dtype="float32"), 40, backend=b)),
         "blocks by importance": (dict(cupy="importance_topk.run_fused"), lambda: importance_topk(m.normal(1, 64, 700, 64), m.normal(1, 4, 42, 64), m.normal(1, 64, 700, dtype="float32") + 4, 5, keys=700,
                                                                                                  backend=b, config=dict(path=dict(cupy="fused", triton="row")[b]))),
@@ -154,11 +167,12 @@ def take(backend: str, name: str, case: tuple, hopper: bool, only_portable: bool
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="sparsetile.ci.sanitize_paths", description=__doc__.splitlines()[0])
     parser.add_argument("backend", nargs="?", default="cupy", choices=("cupy", "triton"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these calls alone")
     parser.add_argument("--portable", action="store_true", help="calls that racecheck can judge")
     given = parser.parse_args(arguments)
     import torch
     cases = (portable if given.portable else paths)(Make(torch), given.backend)
-    for name in cases:
+    for name in given.only or cases:
         take(given.backend, name, cases[name], torch.cuda.get_device_capability() == (9, 0), given.portable)
         torch.cuda.synchronize()
         print(f"{given.backend}: {name}", flush=True)

@@ -18,10 +18,10 @@ HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
     ("block_attention", "forward"): 896, ("block_attention", "forward_maps"): 160, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448,
-    ("block_attention_backward", "columns_maps"): 72,
+    ("block_attention_backward", "columns_maps"): 72, ("block_attention_backward", "rows_again"): 48,
     ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 192,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
-    ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("indexer_topk", "rescue_rows"): 24, ("importance_topk", "score_by_queries"): 96,
+    ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("importance_topk", "score_by_queries"): 96,
     ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88, ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32,
     ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
 }
@@ -38,11 +38,15 @@ def cases():
         yield op, "96x40-bitmap", attention(96, 40, features=("interval", "bitmap", "kv_length", "sink"))
         yield op, "192x128-full", attention(192, 128, features=())
         yield op, "128-float16-softcap-order", attention(128, 128, "float16", features=("softcap", "order", "bitmap"))
+        yield op, "128x32", attention(128, 32)
+        yield op, "64x16-softcap", attention(64, 16, features=("interval", "bitmap", "softcap"))
         yield op, "576x512", attention(576, 512, Hq=128, Hk=1)
         yield op, "64-float32", attention(64, 64, SINGLE)
     yield "block_attention_backward", "128-global-random", attention(128, 128, features=("interval", "global", "random"))
     yield "block_attention_backward", "64-bitmap-per-head", attention(64, 64, features=("bitmap", "per_head"))
     yield "block_attention_backward", "128-fixed", attention(128, 128, features=("interval", "causal+fixed"))
+    yield "block_attention", "256", attention(256, 256)
+    yield "block_attention", "192-lengths", attention(192, 192, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-lengths", attention(128, 128, features=("interval", "bitmap", "kv_length"))
     yield "block_attention", "128-order", attention(128, 128, features=("interval", "order"))
     yield "block_attention", "decode-128", attention(128, 128, Hq=32, Hk=8, T=1, features=("interval", "kv_length"))
@@ -140,6 +144,18 @@ def test_what_resources_lets_through_fits(op):
     for artifact in kernel.artifacts(problem, config):
         used = aot.resources(artifact, "sm_80")
         assert used["shared"] <= shared_limit("sm_80"), f"{artifact['fn'].__name__}: {used} with {config}"
+
+
+@pytest.mark.parametrize("D, programs", [(64, 3), (128, 2)])
+def test_the_portable_forward_shares_a_multiprocessor(D, programs):
+    """One program multiplies while others take exponentials: so many have to fit a Hopper's registers and shared memory. By default narrow heads run Gluon all the same."""
+    kernel = importlib.import_module("sparsetile.backends.triton.block_attention")
+    problem = Problem.of("block_attention", *attention(D, D)[:2], "sm_90a", ("interval",), 1.0)
+    (artifact,) = kernel.artifacts(problem, kernel.portable_config(problem))
+    used = aot.resources(artifact, "sm_90a")
+    assert programs * (used["shared"] + 1024) <= 228 * 1024 and programs * used["threads"] * -(-used["registers"] // 8) * 8 <= 65536, used
+    default = kernel.default_config(problem)
+    assert (default["path"], default["block_q"], default["block_k"]) == ("gluon", 128, 128)
 
 
 @pytest.mark.parametrize("op, kind, T", [("gather_attention", HALF, 64), ("gather_attention", "latent_fp8", 64), ("block_attention", HALF, 1)])

@@ -18,6 +18,7 @@ import sparsetile as st
 torch = pytest.importorskip("torch")
 
 from sparsetile.backends import tape  # noqa: E402
+from sparsetile.ci import misled  # noqa: E402
 from sparsetile.ops import dispatch, ready  # noqa: E402
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory that the other processes of this suite use
@@ -395,6 +396,21 @@ def test_choice_without_scores_in_memory(case, rng):
 
 
 @both
+@pytest.mark.parametrize("few", [True, False], ids=["too few pass", "too many pass"])
+@pytest.mark.parametrize("S, slope", [(32_768, 1), (70_001, 1), (70_001, -1), (70_001, 0)])
+def test_bounds_that_fail(backend, S, few, slope, rng):
+    """Scores made against what is looked at first: rows whose bound fails choose the set of topk of the scores."""
+    make, T = Make(rng), 300
+    q, k, w = make.normal(1, 64, T, 128)().to(torch.float8_e4m3fn), make.normal(1, S, 128)().to(torch.float8_e4m3fn), make.normal(1, 64, T, dtype=torch.float32)().abs()
+    scale = torch.from_numpy(misled.factors(S, 2048, backend, dict(cupy=18, triton=64)[backend], few, slope)[None]).cuda()
+    options = dict(k_scale=scale, causal=False, backend=backend)
+    with through(dict(cupy="cupy.indexer_topk.run_fused", triton="triton.index_keep.launch")[backend]):
+        chosen = st.indexer_topk(q, k, w, 2048, config=dict(path=dict(cupy="fused", triton="kept")[backend]), **options)
+    known = st.topk(st.indexer_scores(q, k, w, **options), 2048, backend=backend)
+    assert torch.equal(chosen.indices, known.indices) and torch.equal(chosen.lengths, known.lengths)
+
+
+@both
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31(backend, rng):
     """3.8 million keys of width 576: the last ones lie past 2^31 elements."""
@@ -703,6 +719,24 @@ def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
         out, lse = st.sparse_attention(q, k, None, rule, value_width=512, return_lse=True, backend=backend)
     held = [to_numpy(x) for x in (q, k)]
     judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way, Hq, T", [("selection", 128, 70), ("selection", 70, 1), ("selection", 32, 70), ("selection", 16, 70), ("selection", 8, 70), ("blocks", 70, 1), ("bytes", 70, 1), ("chosen bytes", 70, 70)])
+def test_one_key_decides_behind_a_reference_that_lags(way, Hq, T, kind, rng):
+    """Its value is the answer, whatever 16 bits keep of its probability."""
+    import judge
+    S, put = 700, lambda x: torch.from_numpy(x.astype(np.float32)).cuda().to(getattr(torch, kind))
+    q, k, scale = judge.decided_late(rng, to_numpy(torch.zeros(1, dtype=getattr(torch, kind))).dtype, Hq, T, S)
+    keys = put(k)
+    if "bytes" in way:
+        cache = st.PagedLatent.empty(put(q[:1]), sequences=1, pages=16, dtype="float8")
+        cache.append(keys[:, 0, :, :512], keys[:, 0, :, 512:])
+        k = to_numpy(torch.cat(cache.gather(kind), -1))[:, None, :S]
+    entries = torch.arange(S, dtype=torch.int32, device="cuda").expand(1, 1, T, S).contiguous()
+    given = dict() if "bytes" in way else dict(value_width=512)
+    out, lse = st.sparse_attention(put(q), cache if "bytes" in way else keys, None, st.Full() if way in ("blocks", "bytes") else st.Selection(entries), scale=scale, return_lse=True, backend="cupy", **given)
+    judge.answer(to_numpy(out), to_numpy(lse), q, k, k[..., :512], np.ones((1, Hq, T, S), np.int64), scale=scale)
 
 
 @both

@@ -1,6 +1,4 @@
 """indexer_topk of Triton where only scores that may be chosen are stored (path kept): the same set as by way of all scores, whatever the rows look like."""
-import itertools
-import math
 from unittest import mock
 
 import numpy as np
@@ -10,6 +8,7 @@ from judge import normal
 from numeric import assert_same_bits
 
 from sparsetile.backends.contract import Problem
+from sparsetile.ci import misled
 
 on_triton = pytest.mark.parametrize("backend", EVERY[2:3])
 KEPT = dict(path="kept", capacity=512, sample=512, select_warps=4, queries=4)
@@ -21,10 +20,11 @@ def same(on, q, k, w, top_k, rescued=None, rows=None, **options):
     from sparsetile.backends.triton import index_keep
     lost, launch = [], index_keep.relaunch.launch
 
-    def watched(fn, grid, place, pointers, *rest):
+    def watched(fn, grid, place, pointers, numbers, fixed, *rest):
         if fn is index_keep.rescue_rows:
-            lost.append(int((pointers[-1] < 0).sum()))
-        launch(fn, grid, place, pointers, *rest)
+            count, bound = pointers[-1][:grid[0], 0], pointers[-1][:grid[0], 4]
+            lost.append(int(((count > fixed["CAPACITY"]) | ((count < top_k) & (bound != 0))).sum()))
+        launch(fn, grid, place, pointers, numbers, fixed, *rest)
 
     with through(WHERE), mock.patch.object(index_keep.relaunch, "launch", watched), mock.patch.object(index_keep, "rows_at_once", lambda *_: rows) if rows else mock.MagicMock():
         kept = on.indexer_topk(q, k, w, top_k, config=KEPT | dict(capacity=1024, sample=1024) if top_k > 200 else KEPT, **options)
@@ -86,47 +86,26 @@ def test_nan_and_few_finite_scores(on, backend, rng):
     same(on, q, k, w, 40, causal=False)
 
 
-def sampled(S, tiles=4, block=128):
-    """The keys of the sample, as index_keep.dealt has them."""
-    length = -(-S // block)
-    i = np.arange(block)
-    x = (i + 1) * 0x9E3779B1 % 2 ** 32
-    x = (x ^ x >> 15) * 0x85EBCA77 % 2 ** 32
-    x = (x ^ x >> 13) * 0xC2B2AE3D % 2 ** 32
-    begin = (x ^ x >> 16) * length >> 32
-    return np.concatenate([i * length + (tile * step_of(length) + begin) % length for tile in range(tiles)])
-
-
-def step_of(length):
-    return next(step for step in itertools.count(int(np.float32(length) * np.float32(0.61803399)) | 1) if math.gcd(step, length) == 1)
-
-
 @on_triton
-@pytest.mark.parametrize("programs", [512, 1])
-@pytest.mark.parametrize("better", [True, False], ids=["the sample is better", "the sample is worse"])
-def test_a_sample_that_misleads(on, backend, better, programs, rng, monkeypatch):
-    """Scores made against the sample: too few pass the bound, or more than there is room for; a program for each such row, or one for all of them."""
-    from sparsetile.backends.triton import index_keep
-    monkeypatch.setattr(index_keep, "RESCUED", programs)
+@pytest.mark.parametrize("slope", [1, -1, 0], ids=["rising", "falling", "equal"])
+@pytest.mark.parametrize("few", [True, False], ids=["the sample is better", "the sample is worse"])
+def test_a_sample_that_misleads(on, backend, few, slope, rng):
+    """Scores made against the sample: too few pass the bound, or more than there is room for."""
     q, k, w = problem(rng)
-    q[:], k[:], w[:] = 1, rng.uniform(1, 2, (1300, 32)), 1
-    at = sampled(1300)
-    assert len(set(at)) == len(at)
-    k[:, at[at < 1300]] *= 4 if better else 0.25
-    same(on, q, k, w, 100, causal=False, rescued=True)
+    q[:], k[:], w[:] = 1, 1, 1
+    same(on, q, k, w, 100, k_scale=misled.factors(1300, 100, "triton", 4, few, slope)[None], causal=False, rescued=True)
 
 
 def test_every_key_is_dealt_once():
     for S in (600, 1300, 131072, 131073, 50001):
-        length = -(-S // 128)
-        at = sampled(S, length)
-        assert (np.sort(at) == np.arange(128 * length)).all()
+        at = misled.dealt(S)
+        assert (np.sort(at.ravel()) == np.arange(at.size)).all()
 
 
 def test_tiles_in_a_row_lie_evenly():
     """The sample is the first tiles: with gaps in each stretch of at most 8 times the mean (6.5 in all lengths up to 33000), it speaks for keys between them, also where neighbours score alike."""
     for length in (*range(130, 9000, 7), 960, 7440, 8160, 131072 // 128):
-        at = np.sort(np.arange(64) * step_of(length) % length)
+        at = np.sort(np.arange(64) * misled.step_of(length, True) % length)
         assert np.diff(at, append=at[0] + length).max() <= 8 * length / 64, length
 
 

@@ -100,12 +100,14 @@ def test_lists(on, backend, style, block, dtype, rng):
 
 
 VARIANTS = {"triton-gluon": dict(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2),
-            "triton-maps": dict(path="portable", block_q=16, block_k=32, maps=True, num_warps=4),
+            "triton-maps": dict(path="portable", block_q=16, block_k=32, maps=True, num_warps=4),  # makes the next block's scores ahead
+            "triton-maps-in-order": dict(path="portable", block_q=16, block_k=32, maps=True, num_warps=8),
             "cupy-hopper": dict(path="hopper", block_q=128, block_k=128)}
-ENTRIES = {"triton-gluon": "triton.block_attention_gluon.launch", "triton-maps": "triton.block_attention_maps.launch", "cupy-hopper": "cupy.block_attention.run_hopper"}
+ENTRIES = {"triton-gluon": "triton.block_attention_gluon.launch", "triton-maps": "triton.block_attention_maps.launch", "triton-maps-in-order": "triton.block_attention_maps.launch",
+           "cupy-hopper": "cupy.block_attention.run_hopper"}
 
 
-OF_THE_FORWARD = pytest.mark.parametrize("variant, backend", [pytest.param(name, name.partition("-")[0], marks=pytest.mark.interp if name == "triton-maps" else ()) for name in VARIANTS])
+OF_THE_FORWARD = pytest.mark.parametrize("variant, backend", [pytest.param(name, name.partition("-")[0], marks=pytest.mark.interp if "maps" in name else ()) for name in VARIANTS])
 
 
 @OF_THE_FORWARD

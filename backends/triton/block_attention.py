@@ -91,8 +91,8 @@ def default_config(problem: Problem) -> dict:
                 fast = few | dict(path="latent", block_k=32)
                 return fast if problem["Hq"] >= 16 and not isinstance(resources(problem, fast), str) else few
     config = portable_config(problem)
-    if config["block_q"] == 128 and not parts_alone(problem) and no_gluon(problem) is None:
-        config.update(path="gluon", block_k=128, num_warps=8)
+    if problem["T"] > 64 and not parts_alone(problem) and no_gluon(problem) is None:
+        config.update(path="gluon", block_q=128, block_k=128, num_warps=8, num_stages=2)
     return config
 
 
@@ -101,7 +101,7 @@ def portable_config(problem: Problem) -> dict:
     single = problem.dtype("q") == "float32"
     wide = power(max(D, DV))
     config = dict(path="portable", block_q=128, block_k=64, num_warps=4, num_stages=2, chunk=0, value_block=0)
-    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 192 and not of_keys(problem) and "paged" not in problem.features and problem["S"] > 128  # each costs the host more than so few keys
+    config["maps"] = problem.arch == "sm_90a" and not single and max(D, DV) <= 256 and not of_keys(problem) and "paged" not in problem.features and problem["S"] > 128  # each costs the host more than so few keys
     if single:
         config.update(block_q=64, block_k=32, num_warps=8 if wide > 64 else 4, num_stages=1, chunk=64 if wide > 64 else 0, value_block=128 if wide > 128 else 0)
     elif wide > 256:
@@ -110,6 +110,10 @@ def portable_config(problem: Problem) -> dict:
         config.update(block_k=128 if problem.arch in ("sm_90a", "sm_100") else 64, num_warps=8)  # converted tiles take registers: four warps would spill
     elif wide > 128:
         config.update(block_k=64 if problem.arch in ("sm_90a", "sm_100", "cpu") else 32, num_warps=8)
+        if config["maps"] and not isinstance(resources(problem, config | dict(num_stages=3)), str):
+            config.update(num_stages=3)  # one program a multiprocessor: nobody else multiplies while it waits for keys
+    elif wide <= 64 and config["maps"] and T > 64:
+        config.update(block_q=64, block_k=128)  # three programs a multiprocessor, and half the reductions of 128 x 64
     if problem.arch == "gfx942":
         config.update(num_stages=1)
         if wide > 128 and not single:

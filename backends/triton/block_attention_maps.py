@@ -1,8 +1,8 @@
 """Path "portable" of block_attention where tensor maps bring the tiles (sm_90a, sm_100): a program has a tile of queries of one head and runs through the blocks of its list.
 
-What it takes and gives: block_attention.py. Two programs share a multiprocessor, and one multiplies while the other takes exponentials; so 255 registers a thread are all there are, and each
-instruction of a loop counts. Which keys of a partial block no row sees is not asked: their probabilities are 0, and where their values are not finite the sums become NaN. Then, and only
-then, the tile is done once more, with the values of such keys as 0.
+What it takes and gives: block_attention.py. Two programs share a multiprocessor, three of narrow heads, and one multiplies while another takes exponentials; so 255 or 168 registers a thread are
+all there are, and each instruction of a loop counts. Which keys of a partial block no row sees is not asked: their probabilities are 0, and where their values are not finite the sums become NaN.
+Then, and only then, the tile is done once more, with the values of such keys as 0.
 """
 from functools import lru_cache
 
@@ -17,12 +17,17 @@ from sparsetile.backends.triton.tiles import capped, drawn, entries_of, finish, 
 
 
 @triton.jit
-def step(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, mask, read, scale, inner, outer,
-         D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, CLEAR: tl.constexpr):
-    """One block of keys, the first of which is `row`. MASK: `mask` [BQ, BK] hides pairs. CLEAR: values of keys not `read` are 0. Columns past the width and keys past the last come as 0."""
+def scores(q0, q1, k0_map, k1_map, b, h, row, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    """Products of the queries with the block of keys whose first is `row`. Columns past the width and keys past the last come as 0."""
     s = product(q0, tl.trans(k0_map.load([b, h, row, 0]).reshape(BK, D0)), tl.zeros([BQ, BK], tl.float32))
     if D1:
         s = product(q1, tl.trans(k1_map.load([b, h, row, D0]).reshape(BK, D1)), s)
+    return s
+
+
+@triton.jit
+def step(s, acc, m, l, v_map, b, h, row, mask, read, scale, inner, outer, V0: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, CLEAR: tl.constexpr):
+    """Takes the block of keys at `row`, whose scores are s, into the sums. MASK: `mask` [BQ, BK] hides pairs. CLEAR: values of keys not `read` are 0."""
     if CAP:
         s = capped(s, inner, outer)
     if MASK:
@@ -35,49 +40,107 @@ def step(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, mask, read, scale,
 
 
 @triton.jit
-def through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n, e, c, edge, limit, row_ok, b, h, scale, inner, outer,
+def shown(row, kind, intervals, bitmaps, limit, BQ: tl.constexpr, BK: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, ANY: tl.constexpr):
+    """(which pairs [BQ, BK] of a block with a mask are seen, which of its keys exist)."""
+    read = tl.arange(0, BK) >= 0
+    mask = read[None, :]
+    if INTERVALS or BITMAPS:
+        mask = seen(kind, intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS, ANY)
+    if EDGE:
+        read = row + tl.arange(0, BK) < limit
+        mask = mask & read[None, :]
+    return mask, read
+
+
+@triton.jit
+def put_by(acc, AHEAD: tl.constexpr):
+    """Sums as they go from turn to turn. AHEAD: as integers, or Triton would wait for them twice, and ptxas after every product (C7515)."""
+    if AHEAD:
+        return acc.to(tl.int32, bitcast=True)
+    else:
+        return acc
+
+
+@triton.jit
+def taken_up(kept, AHEAD: tl.constexpr):
+    if AHEAD:
+        return kept.to(tl.float32, bitcast=True)
+    else:
+        return kept
+
+
+@triton.jit
+def through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n, e, c, edge, limit, b, h, scale, inner, outer,
             D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr,
-            INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, LENGTHS: tl.constexpr, AGAIN: tl.constexpr):
-    """Sums over a tile's list: blocks with a mask, then the others. Columns and kinds are loaded one turn early, so that the pipeline has addresses, by pointers of their own, for an index of two
-    words would take registers; the elements past the last entry are readable.
-    LENGTHS: values past the limit may be anything. AGAIN: values of keys that no row sees may be anything; one loop for all blocks, for with two more ptxas would wait after every product (C7512).
+            INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, LENGTHS: tl.constexpr, AHEAD: tl.constexpr):
+    """Sums over a tile's list: blocks with a mask, then the others. LENGTHS: values past the limit may be anything.
+
+    With two stages Triton asks for a turn's tiles at the end of the turn before, and keys that are needed at its beginning are waited for, a tenth of the time. AHEAD: a turn takes a block's scores
+    into the sums and then makes the next block's, whose keys came meanwhile; the last turn's next block is any. Columns and kinds are loaded earlier still, so that the pipeline has addresses,
+    by pointers of their own, for an index of two words would take registers.
     """
     m = tl.full([BQ], float("-inf"), tl.float32)
     l = tl.zeros([BQ], tl.float32)
-    acc = tl.zeros([BQ, V0], tl.float32)
+    kept = put_by(tl.zeros([BQ, V0], tl.float32), AHEAD)
     all_keys = tl.arange(0, BK) >= 0
+    full = tl.load(cols + a) * BK
+    row = full
     if EDGE or INTERVALS or BITMAPS:
-        first = a if AGAIN else e - edge
-        column_at = cols + first
-        kind_at = kinds + first
-        begin = 0 if AGAIN else tl.where(edge > 0, n - first, 0)
-        following = tl.load(column_at + begin)
-        next_kind = tl.load(kind_at + begin)
+        first = e - edge
+        column_at = cols + first + 1
+        kind_at = kinds + first + 1
+        begin = tl.where(edge > 0, n, first)
+        row = tl.where(first < c, tl.load(cols + begin) * BK, full)
+        next_kind = tl.load(kinds + begin)
+        following = tl.load(column_at, mask=first + 1 < c, other=0)
+    if AHEAD:
+        s = scores(q0, q1, k0_map, k1_map, b, h, row, D0, D1, BQ, BK)
+    if EDGE or INTERVALS or BITMAPS:
         for f in tl.range(first, c):
-            row = following * BK
+            next_row = tl.where(f + 1 < c, following * BK, full)
             kind = next_kind
+            next_kind = tl.load(kind_at)
             column_at += 1
             kind_at += 1
-            following = tl.load(column_at)
-            next_kind = tl.load(kind_at)
-            mask = all_keys[None, :]
-            read = all_keys
-            if INTERVALS or BITMAPS:
-                mask = seen(kind, intervals, bitmaps, BQ, BK, INTERVALS, BITMAPS, EDGE or AGAIN)
-            if EDGE:
-                read = row + tl.arange(0, BK) < limit
-                mask = mask & read[None, :]
-            if AGAIN:
-                read = tl.max((mask & row_ok[:, None]).to(tl.int32), 0) > 0
-            acc, m, l = step(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, mask, read, scale, inner, outer, D0, D1, V0, BQ, BK, CAP, True, AGAIN or LENGTHS)
-    if not AGAIN:
-        column_at = cols + a
-        following = tl.load(column_at)
-        for f in tl.range(a, n):
-            row = following * BK
-            column_at += 1
-            following = tl.load(column_at)
-            acc, m, l = step(acc, m, l, q0, q1, k0_map, k1_map, v_map, b, h, row, all_keys, all_keys, scale, inner, outer, D0, D1, V0, BQ, BK, CAP, False, False)
+            following = tl.load(column_at, mask=f + 2 < c, other=0)
+            mask, read = shown(row, kind, intervals, bitmaps, limit, BQ, BK, INTERVALS, BITMAPS, EDGE, EDGE)
+            if not AHEAD:
+                s = scores(q0, q1, k0_map, k1_map, b, h, row, D0, D1, BQ, BK)
+            acc, m, l = step(s, taken_up(kept, AHEAD), m, l, v_map, b, h, row, mask, read, scale, inner, outer, V0, BK, CAP, True, LENGTHS)
+            if AHEAD:
+                s = scores(q0, q1, k0_map, k1_map, b, h, next_row, D0, D1, BQ, BK)
+            kept = put_by(acc, AHEAD)
+            row = next_row
+    column_at = cols + a + 1
+    following = tl.load(column_at, mask=a + 1 < n, other=0)
+    for f in tl.range(a, n):
+        next_row = following * BK
+        column_at += 1
+        following = tl.load(column_at, mask=f + 2 < n, other=0)
+        if not AHEAD:
+            s = scores(q0, q1, k0_map, k1_map, b, h, row, D0, D1, BQ, BK)
+        acc, m, l = step(s, taken_up(kept, AHEAD), m, l, v_map, b, h, row, all_keys, all_keys, scale, inner, outer, V0, BK, CAP, False, False)
+        if AHEAD:
+            s = scores(q0, q1, k0_map, k1_map, b, h, next_row, D0, D1, BQ, BK)
+        kept = put_by(acc, AHEAD)
+        row = next_row
+    return taken_up(kept, AHEAD), m, l
+
+
+@triton.jit
+def again(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, c, limit, row_ok, b, h, scale, inner, outer,
+          D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr,
+          INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr):
+    """`through`, where values of keys that no row sees may be anything; in one loop, for with two more ptxas would wait after every product (C7512)."""
+    m = tl.full([BQ], float("-inf"), tl.float32)
+    l = tl.zeros([BQ], tl.float32)
+    acc = tl.zeros([BQ, V0], tl.float32)
+    for f in tl.range(a, c):
+        row = tl.load(cols + f) * BK
+        mask, read = shown(row, tl.load(kinds + f), intervals, bitmaps, limit, BQ, BK, INTERVALS, BITMAPS, EDGE, True)
+        read = tl.max((mask & row_ok[:, None]).to(tl.int32), 0) > 0
+        s = scores(q0, q1, k0_map, k1_map, b, h, row, D0, D1, BQ, BK)
+        acc, m, l = step(s, acc, m, l, v_map, b, h, row, mask, read, scale, inner, outer, V0, BK, CAP, True, True)
     return acc, m, l
 
 
@@ -85,7 +148,7 @@ def through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n
 def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, kv_length, q_starts, sinks,
                  sqb, sqh, sqt, slb, slh, heads, Hq, group, T, S, first, nq, tiles, ahead, section, q_start, scale, inner, outer,
                  D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, NEGATE: tl.constexpr, CAP: tl.constexpr,
-                 INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr):
+                 INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr, FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, AHEAD: tl.constexpr):
     """q1_map, k1_map: None where one part holds the width. q0_map, out_map: None where queries have an order, or lie as the copy engine cannot address them, out_map too where a tile begins before the first query; FAR is about offsets without them."""
     head, i = drawn(tl.program_id(0), (heads, tiles, ahead, section))
     b = head // Hq
@@ -107,13 +170,13 @@ def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, of
     a, n, e, c, edge = entries_of(tile, which, offsets, cols, limit, nq, BK, EDGE)
     scale2 = scale * 1.4426950408889634
     LENGTHS: tl.constexpr = kv_length is not None
-    acc, m, l = through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n, e, c, edge, limit, row_ok, b, h // group, scale2, inner, outer,
-                        D0, D1, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE, LENGTHS, False)
+    acc, m, l = through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n, e, c, edge, limit, b, h // group, scale2, inner, outer,
+                        D0, D1, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE, LENGTHS, AHEAD)
     if INTERVALS or BITMAPS:
         total = tl.sum(tl.sum(acc, 1), 0)
         if total != total:
-            acc, m, l = through(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, n, e, c, edge, limit, row_ok, b, h // group, scale2, inner, outer,
-                                D0, D1, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE, LENGTHS, True)
+            acc, m, l = again(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, c, limit, row_ok, b, h // group, scale2, inner, outer,
+                              D0, D1, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE)
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = head.to(tl.int64) * T + base
     if lse is not None:
@@ -128,14 +191,18 @@ def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, of
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 FEW = {"ptx_options": "--register-usage-level=0"}  # else ptxas keeps the 16 addresses of Q for both loops at once, and fetches them from memory between the products: 447 TFLOP/s for 510, causal 32k
+THREE = {"maxnreg": 168}  # three programs of four warps a multiprocessor
 
 
 @lru_cache(1024)
 def constants(D: int, DV: int, config: tuple, arch: str, negate=False, cap=False, intervals=False, bitmaps=False, edge=False, from_length=False, far=False) -> relaunch.Constants:
     """The compile-time constants of `forward_maps`. config: items."""
-    made, (D0, D1) = dict(config), parts(D)
-    return relaunch.Constants({**dict(D=D, D0=D0, D1=D1, DV=DV, V0=power(DV, 64), BQ=made["block_q"], BK=made["block_k"], NEGATE=negate, CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps,
-                                      EDGE=edge, FROM_LENGTH=from_length, FAR=far), **options(made), **({} if arch == "cpu" else FEW)})
+    made, (D0, D1), V0 = dict(config), parts(D), power(DV, 64)
+    BQ, BK = made["block_q"], made["block_k"]
+    three = arch == "sm_90a" and made["num_warps"] == 4 and BQ == 64 and max(D, DV) <= 64
+    return relaunch.Constants({**dict(D=D, D0=D0, D1=D1, DV=DV, V0=V0, BQ=BQ, BK=BK, NEGATE=negate, CAP=cap, INTERVALS=intervals, BITMAPS=bitmaps, EDGE=edge, FROM_LENGTH=from_length, FAR=far,
+                                      AHEAD=made["num_warps"] == 4),
+                               **options(made), **({} if arch == "cpu" else FEW), **(THREE if three else {})})
 
 
 def launch(q, k, v, lists, out, lse, place, config, scale: float, *, sink_logits, softcap, kv_length, q_start):

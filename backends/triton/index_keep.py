@@ -5,8 +5,8 @@ The keys that a tile of queries sees are dealt out to tiles of 128 as cards are,
     score_tiles   the sample's scores, all of them
     bound_rows    of each row's sample a bound that few more than k scores pass (select.py), and what of the sample passes it
     score_tiles   all other tiles; what passes its row's bound goes behind the row's candidates, in any order
+    rescue_rows   rows whose bound failed: candidates from all scores of a row by one program, which thins them as they come
     pick_rows     the k best of a row's candidates, by ascending position
-    rescue_rows   rows whose bound failed: all scores of a row by one program, and radix passes over them
 
 What is chosen depends on the scores alone, not on the order in which candidates come. The sums are those of index_score.score_by_heads, bit for bit.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sparsetile.backends.triton import index_score, relaunch
 from sparsetile.backends.triton.float8 import passed, pointer, widen
-from sparsetile.backends.triton.index_pick import STATE, first_of, pick_rows, rescue_rows
+from sparsetile.backends.triton.index_pick import STATE, entry_of, first_of, pick_rows, rescue_rows
 from sparsetile.backends.triton.select import bound_rank, kth_key, order_keys, value_of
 from sparsetile.backends.triton.select_rows import candidates
 
@@ -48,9 +48,9 @@ def step_of(length):
 
 
 @triton.jit
-def turn(tile, length):
+def turn(tile, step, length):
     """How far tile number `tile` (or some of them) of `length` has gone in each stretch."""
-    return (tile.to(tl.int64) * step_of(length) % length).to(tl.int32)
+    return (tile.to(tl.int64) * step % length).to(tl.int32)
 
 
 @triton.jit
@@ -65,10 +65,10 @@ def dealt(turned, i, first, length):
 
 
 @triton.jit
-def sample_keys(begin, first, length, BLOCK_S: tl.constexpr, TILES: tl.constexpr):
+def sample_keys(begin, first, step, length, BLOCK_S: tl.constexpr, TILES: tl.constexpr):
     """The keys of the TILES tiles from number `begin` on, tile by tile."""
     tile, i = begin + tl.arange(0, TILES)[:, None], tl.arange(0, BLOCK_S)[None, :]
-    turned = tile * step_of(length) % length  # as `turn`: 32 bits hold these few tiles
+    turned = tile * step % length  # as `turn`: 32 bits hold these few tiles
     return tl.reshape(dealt(turned, i, first, length), (TILES * BLOCK_S,))
 
 
@@ -88,7 +88,13 @@ def score_tiles(q, k, weights, k_scale, starts, ends, q_starts, sampled, room, s
     begin, length = tile_window(starts, ends, q_starts, b, T_all, t0, T, S, position, short, CAUSAL, BLOCK_T, BLOCK_S)
     if (tile < length) & ((tile >= TILES) | SAMPLING):
         i, h, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-        s = dealt(turn(tile, length), i, begin, length)
+        if SAMPLING:  # the same for all tiles of keys: the first tells the kernels that follow
+            step = step_of(length)
+            if tile == 0:
+                tl.store(state + (b * T + t0).to(tl.int64) * STATE + 5, step)
+        else:
+            step = tl.load(state + (b * T + t0).to(tl.int64) * STATE + 5)
+        s = dealt(turn(tile, step, length), i, begin, length)
         exists = s < S
         q += b.to(tl.int64) * q_b
         weights += b.to(tl.int64) * w_b
@@ -109,14 +115,11 @@ def score_tiles(q, k, weights, k_scale, starts, ends, q_starts, sampled, room, s
                 low = tl.load(state + n * STATE + 1).to(tl.float32, bitcast=True)
                 high = tl.load(state + n * STATE + 2).to(tl.float32, bitcast=True)
                 place = tl.load(state + n * STATE + 3)
+                full = tl.load(state + n * STATE, cache_modifier=".cg") > WIDTH  # its bound has failed: all its scores adding to one address would take their time
             weight = tl.load(weights + h.to(tl.int64) * w_h + t.to(tl.int64) * w_t, mask=h < H, other=0.0)
             queries = q + h.to(tl.int64)[:, None] * q_h + t.to(tl.int64) * q_t + d[None, :]
             query = widen(tl.load(queries, mask=(h < H)[:, None] & (d < D)[None, :], other=0.0), DTYPE)
-            product = tl.dot(held, tl.trans(query), input_precision="ieee")
-            part = index_score.weigh(product, weight[None, :], None, ACT)
-            if H % BLOCK_H:
-                part = tl.where((h < H)[None, :], part, 0.0)
-            score = tl.zeros((BLOCK_S,), tl.float32) + tl.sum(part, axis=1)
+            score = index_score.score_of(held, query, weight, None, h, H, BLOCK_H, ACT)
             score = tl.gather(score, i, 0)  # to a thread a score, once: left alone the compiler moves what follows, piece by piece
             if k_scale is not None:
                 score = score * scale
@@ -126,22 +129,21 @@ def score_tiles(q, k, weights, k_scale, starts, ends, q_starts, sampled, room, s
                 tl.store(sampled + n * (2 * WIDTH) + i, tl.where(inside, score, float("-inf")))
             else:
                 tl.store(room + (n - 1) * WIDTH + slot, entry, mask=kept & (slot < WIDTH))  # the last query's, whose places have come meanwhile
-                kept = inside & (score >= tl.where(s <= place, low, high))  # false for NaN; no limit is below the least finite float
+                kept = inside & (score >= tl.where(s <= place, low, high)) & (full == 0)  # false for NaN; no limit is below the least finite float
                 slot = tl.atomic_add(state + n * STATE + i * zero, i * 0 + 1, mask=kept, sem="relaxed")  # to one address ptxas would make it an addition a warp, and wait for it
-                entry = ((score.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | s.to(tl.uint32).to(tl.uint64)).to(tl.int64, bitcast=True)
+                entry = entry_of(score, s)
         if not SAMPLING:
             tl.store(room + (tl.minimum(BLOCK_T, T - t0) - 1) * WIDTH + slot, entry, mask=kept & (slot < WIDTH))
 
 
 @triton.jit
-def keep_sample(scores, tile, begin, length, key, place, room, state, BLOCK_S: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
+def keep_sample(scores, tile, begin, step, length, key, place, room, state, BLOCK_S: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
     """What passes the bound of the scores of some tiles of the sample."""
-    bits = scores.to(tl.int32, bitcast=True)
-    keys = order_keys(bits)
-    at = sample_keys(tile, begin, length, BLOCK_S, TILES)
+    keys = order_keys(scores.to(tl.int32, bitcast=True))
+    at = sample_keys(tile, begin, step, length, BLOCK_S, TILES)
     chosen = (keys > key) | ((keys == key) & (keys > 0) & (at <= place))
     slot = tl.atomic_add(state + at * 0, at * 0 + 1, mask=chosen, sem="relaxed")
-    tl.store(room + slot, ((bits.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | at.to(tl.uint32).to(tl.uint64)).to(tl.int64, bitcast=True), mask=chosen & (slot < WIDTH))
+    tl.store(room + slot, entry_of(scores, at), mask=chosen & (slot < WIDTH))
 
 
 @triton.jit
@@ -152,6 +154,7 @@ def bound_rows(sampled, room, state, starts, ends, q_starts, T, T_all, S, k, pos
     b, t = r // T, r % T
     begin, length = tile_window(starts, ends, q_starts, b, T_all, t // BLOCK_T * BLOCK_T, T, S, position, short, CAUSAL, BLOCK_T, BLOCK_S)
     lo, hi = index_score.key_window(starts, ends, q_starts, b, T_all, t, S, position, short, CAUSAL, t < T)
+    step = tl.load(state + (r - t % BLOCK_T).to(tl.int64) * STATE + 5)
     state += r.to(tl.int64) * STATE
     key = (t * 0).to(tl.uint32)
     place = t * 0 - 1
@@ -168,8 +171,8 @@ def bound_rows(sampled, room, state, starts, ends, q_starts, T, T_all, S, k, pos
             key, passed_ = kth_key(keys, have, rank, slack)
             place = hi
             if passed_ > rank + slack:  # equal scores at the bound, as far as they are needed
-                taken = first_of(keys == key, sample_keys(0, begin, length, BLOCK_S, TILES), rank - tl.sum((keys > key).to(tl.int32), axis=0))
-                place = tl.max(tl.where(taken, sample_keys(0, begin, length, BLOCK_S, TILES), -1), axis=0)
+                taken = first_of(keys == key, sample_keys(0, begin, step, length, BLOCK_S, TILES), rank - tl.sum((keys > key).to(tl.int32), axis=0))
+                place = tl.max(tl.where(taken, sample_keys(0, begin, step, length, BLOCK_S, TILES), -1), axis=0)
         tl.debug_barrier()  # read again below: no registers hold them through the search
         e = tl.arange(0, TILES * BLOCK_S // 4)
         n = length * BLOCK_S
@@ -179,10 +182,10 @@ def bound_rows(sampled, room, state, starts, ends, q_starts, T, T_all, S, k, pos
         s3 = tl.load(sampled + (e + TILES * BLOCK_S // 4 * 3), mask=e + TILES * BLOCK_S // 4 * 3 < n, other=float("-inf"))
         tl.debug_barrier()  # everyone has read its scores
         room += r.to(tl.int64) * WIDTH
-        keep_sample(s0, 0, begin, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
-        keep_sample(s1, TILES // 4, begin, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
-        keep_sample(s2, TILES // 2, begin, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
-        keep_sample(s3, TILES // 4 * 3, begin, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
+        keep_sample(s0, 0, begin, step, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
+        keep_sample(s1, TILES // 4, begin, step, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
+        keep_sample(s2, TILES // 2, begin, step, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
+        keep_sample(s3, TILES // 4 * 3, begin, step, length, key, place, room, state, BLOCK_S, TILES // 4, WIDTH)
     least = value_of(key * 0 + 0x00800000)
     tl.store(state + 1, tl.where(key == 0, least, value_of(key)).to(tl.int32, bitcast=True))
     tl.store(state + 2, tl.where(key == 0, least, value_of(key + 1)).to(tl.int32, bitcast=True))
@@ -192,7 +195,6 @@ def bound_rows(sampled, room, state, starts, ends, q_starts, T, T_all, S, k, pos
 
 # ---------------------------------------------------------------------------------------------------------------- the host
 KNOBS = ("capacity", "sample", "queries", "stages", "select_warps")
-RESCUED = 512  # rows at a time, at most, whose bound failed
 
 
 def refusal(problem, config) -> str | None:
@@ -204,7 +206,7 @@ def refusal(problem, config) -> str | None:
         return "path kept chooses keys that lie in one piece, without blocks, forced ones or their scores; take path stored"
     if plan.get("BLOCK_H", 0) < problem["H"] or plan["BLOCK_D"] < problem["D"] or problem["T"] <= index_score.ALONE:
         return f"path kept wants 16 to 64 heads and up to 256 columns in one tile, and more than {index_score.ALONE} queries; take path stored"
-    if problem["S"] > config["capacity"] < candidates(problem["S"], problem["K"], config["sample"]):
+    if problem["S"] > config["capacity"] < max(candidates(problem["S"], problem["K"], config["sample"]), problem["K"] + 2 * plan["BLOCK_S"]):
         return f"of a sample of {config['sample']} scores more than {config['capacity']} candidates follow; take more of either"
     return None
 
@@ -221,6 +223,12 @@ def default_knobs(S: int, k: int) -> dict:
 def width(config) -> int:
     """Candidates that a row has room for; those of its sample stand where its scores have stood."""
     return max(config["capacity"], config["sample"] // 2)
+
+
+def rescue_stages(plan) -> int:
+    """Tiles of keys of one row in flight: at most three, and with its queries 96 KB."""
+    size = 4 if plan["DTYPE"] == tl.float32 else 1 if plan["DTYPE"] == tl.float8e4nv else 2
+    return max(1, min(3, ((96 << 10) // (size * plan["BLOCK_D"]) - plan["BLOCK_H"]) // plan["BLOCK_S"]))
 
 
 def words(S, config) -> int:
@@ -245,9 +253,7 @@ def launch(q, k, weights, top_k, indices, lengths, *, place, config, k_scale, ke
     fixed = _fixed(H, D, *(str(x.dtype).removeprefix("torch.") for x in (q, k)), place.arch, activation, causal, top_k, words(S, config), *map(config.get, KNOBS))
     by_batch = not isinstance(q_start, int)
     batches, queries = (rows // T, T) if rows >= T else (1, rows)
-    stride, room = -(-S // 16) * 16, width(config)
-    rescued = max(1, min(B * T, RESCUED, (config["scratch_mb"] << 20) // (4 * stride)))  # so many programs take rows whose bound failed, each with a row of scores
-    held = place.empty((max(batches * queries * room, -(-stride // 2) * rescued),), "int64")
+    held = place.empty((batches * queries * width(config),), "int64")
     floats = held.view(weights.dtype)
     state = place.empty((batches * queries, STATE.value), "int32")
     tiles = triton.cdiv(S, fixed["bound"]["BLOCK_S"])
@@ -267,11 +273,10 @@ def launch(q, k, weights, top_k, indices, lengths, *, place, config, k_scale, ke
                 relaunch.launch(bound_rows, (nb * nt,), place, (floats, held, state, *windows), (nt, T, S, top_k, where, top_k), fixed["bound"])
                 if tiles > sampled:
                     relaunch.launch(score_tiles, (grid * tiles,), place, arrays, numbers, fixed["keep"], kinds)
+                if S > config["capacity"]:
+                    arrays = *arrays[:-3], held, state
+                    relaunch.launch(rescue_rows, (nb * nt,), place, arrays, (*numbers[:3], top_k, *numbers[3:-3], where), fixed["rescue"], _kinds(arrays))
             relaunch.launch(pick_rows, (nb * nt,), place, (held, state, *windows, indices[part], lengths[part]), (nt, T, S, top_k, where), fixed["pick"])
-    if S > top_k:
-        arrays = passed(q, place.arch), passed(k, place.arch), weights, k_scale, key_start, key_end, q_start if by_batch and causal else None, floats, indices, lengths
-        numbers = B * T, T, S, top_k, stride, *q.stride()[:3], *k.stride()[:2], *weights.stride(), 0 if k_scale is None else k_scale.stride(0), 0 if by_batch else q_start
-        relaunch.launch(rescue_rows, (min(rescued, floats.shape[0] // stride),), place, arrays, numbers, fixed["rescue"], _kinds(arrays))
 
 
 def _kinds(arrays) -> tuple:
@@ -286,25 +291,25 @@ def _fixed(H, D, q_dtype, k_dtype, arch, activation, causal, top_k, words, capac
     scored = {**plan, "ACT": activation, "CAUSAL": causal, "num_warps": warps}
     row = dict(CAUSAL=causal, CAPACITY=capacity, WIDTH=max(capacity, sample // 2))
     tiled = {**scored, "BLOCK_T": queries, "TILES": sample // block, "WIDTH": row["WIDTH"], "num_stages": stages}
-    fewer = dict(maxnreg=80) if arch == "sm_90a" else {}  # three blocks a multiprocessor
+    fewer = lambda n: dict(maxnreg=n) if arch == "sm_90a" else {}  # noqa: E731
     make = relaunch.Constants
-    return {"sample": make(tiled, SAMPLING=True), "keep": make(tiled, SAMPLING=False), "rescue": make(scored, EACH=64, num_stages=1),
-            "bound": make(row, BLOCK_T=queries, BLOCK_S=block, TILES=sample // block, num_warps=max(4, sample // 1024), **fewer),
-            "pick": make(row, ROOM=1 << max(0, top_k - 1).bit_length(), WORDS=words, num_warps=select_warps)}
+    return {"sample": make(tiled, SAMPLING=True), "keep": make(tiled, SAMPLING=False), "rescue": make(scored, CAPACITY=capacity, WIDTH=row["WIDTH"], num_stages=rescue_stages(plan)),
+            "bound": make(row, BLOCK_T=queries, BLOCK_S=block, TILES=sample // block, num_warps=max(4, sample // 1024), **fewer(80)),  # three blocks a multiprocessor
+            "pick": make(row, ROOM=1 << max(0, top_k - 1).bit_length(), WORDS=words, num_warps=select_warps, **fewer(128))}  # two
 
 
 def artifacts(problem, config, *, causal: bool, windows: bool) -> list[dict]:
     """What `launch` launches, to compile ahead."""
     kinds, has = (problem.dtype("q"), problem.dtype("k"), problem.arch), problem.features
     fixed = _fixed(problem["H"], problem["D"], *kinds, "relu", causal, problem["K"], words(problem["S"], config), *map(config.get, KNOBS))
-    arrays = dict(weights="*fp32", k_scale="*fp32", starts="*i32", ends="*i32", q_starts="*i32", sampled="*fp32", scratch="*fp32", room="*i64", state="*i32", out="*i32", lengths="*i32")
+    arrays = dict(weights="*fp32", k_scale="*fp32", starts="*i32", ends="*i32", q_starts="*i32", sampled="*fp32", room="*i64", state="*i32", out="*i32", lengths="*i32")
     absent = {name for name, there in (("k_scale", "scale" in has), ("starts", windows), ("ends", windows), ("q_starts", "q_start" in has)) if not there}
     found = []
-    for name, fn in dict(sample=score_tiles, bound=bound_rows, keep=score_tiles, pick=pick_rows, rescue=rescue_rows).items():
+    for name, fn in dict(sample=score_tiles, bound=bound_rows, keep=score_tiles, rescue=rescue_rows, pick=pick_rows).items():
         own = arrays | (dict(q=pointer(kinds[0], problem.arch), k=pointer(kinds[1], problem.arch)) if "q" in fn.arg_names else {})
         none = {n: None for n in fn.arg_names if n in absent} | ({"w_h": 1} if "w_h" in fn.arg_names else {})
         taken = {n: kind for n, kind in own.items() if n in fn.arg_names and n not in none}
         constants = relaunch.Constants(fixed[name], **none)
         numbers = tuple(n for n in fn.arg_names if n not in taken and n not in constants)
-        found.append(relaunch.artifact(fn, constants, taken, numbers, aligned=tuple(n for n in numbers if n in ("q_b", "q_h", "q_t", "k_b", "k_s", "w_t", "stride") and problem["D"] % 16 == 0 == problem["H"] % 16)))
+        found.append(relaunch.artifact(fn, constants, taken, numbers, aligned=tuple(n for n in numbers if n in ("q_b", "q_h", "q_t", "k_b", "k_s", "w_t") and problem["D"] % 16 == 0 == problem["H"] % 16)))
     return found

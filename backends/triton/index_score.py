@@ -49,6 +49,15 @@ def weigh(product, weight, factor, ACT: tl.constexpr):
 
 
 @triton.jit
+def score_of(held, query, weight, factor, h, H: tl.constexpr, BLOCK_H: tl.constexpr, ACT: tl.constexpr):
+    """The scores of a tile of keys for one query, without their scale, where heads and D are one tile each."""
+    part = weigh(tl.dot(held, tl.trans(query), input_precision="ieee"), weight[None, :], factor, ACT)
+    if H % BLOCK_H:  # a head that is not there would make NaN of an infinite key
+        part = tl.where((h < H)[None, :], part, 0.0)
+    return tl.zeros((held.shape[0],), tl.float32) + tl.sum(part, axis=1)
+
+
+@triton.jit
 def score_by_heads(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S, q_b, q_h, q_t, k_b, k_s, w_b, w_h, w_t, scale_b, out_b, out_t, position, short, factor, table, table_b, pool_pages,
                    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
                    DTYPE: tl.constexpr, ACT: tl.constexpr, CAUSAL: tl.constexpr, FILL: tl.constexpr, PAGE: tl.constexpr):
@@ -150,11 +159,7 @@ def score_alone(q, k, weights, k_scale, starts, ends, q_starts, out, T, T_all, S
                 keys = k + b.to(tl.int64) * k_b + s.to(tl.int64)[:, None] * k_s + d[None, :]              # [BLOCK_S, BLOCK_D]
                 exists = s < S
             held = widen(tl.load(keys, mask=exists[:, None] & (d < D)[None, :], other=0.0), DTYPE)
-            product = tl.dot(held, tl.trans(query), input_precision="ieee")
-            part = weigh(product, weight[None, :], factor, ACT)
-            if H % BLOCK_H:
-                part = tl.where((h < H)[None, :], part, 0.0)
-            score = tl.zeros((BLOCK_S,), tl.float32) + tl.sum(part, axis=1)
+            score = score_of(held, query, weight, factor, h, H, BLOCK_H, ACT)
             if k_scale is not None:
                 score = score * tl.load(k_scale + (page * scale_b + s % PAGE if PAGE else b.to(tl.int64) * scale_b + s), mask=exists, other=0.0)
             tl.store(out + s, tl.where((s >= lo) & (s < hi) & exists, score, float("-inf")), mask=s < S)
