@@ -685,6 +685,39 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
 
 
 @both
+@pytest.mark.parametrize("rule, Hk, D", [(st.Causal(), 2, 128), (st.Causal(), 1, 128), (st.Window(100), 2, 128), (st.Window(100), 2, 64), (st.Window(100), 2, 192),
+                                         (st.Causal() & (st.Window(15) | st.Strided(16)), 2, 128)], ids=["causal", "grouped", "window", "window-64", "window-192", "strided"])
+def test_gradients_of_a_key_of_nan(backend, rule, Hk, D, rng):
+    """Who sees it has NaN, and so have the keys that such a query sees; other tiles of queries and keys have none of it."""
+    T, make = 512, Make(rng)
+    q, k, v, dout = make.normal(1, 2, T, D)(), make.normal(1, Hk, T, D)(), make.normal(1, Hk, T, 128)(), make.normal(1, 2, T, 128)()
+    k[:, :, 300] = float("nan")
+    out = st.sparse_attention(*(x.requires_grad_() for x in (q, k, v)), rule, sink_logits=None if D == 128 else torch.full((2,), -np.inf, device="cuda"), backend=backend)
+    dq, dk, dv = (x.isnan().transpose(1, 2).flatten(2).cpu().numpy()[0] for x in torch.autograd.grad(out, (q, k, v), dout))
+    seen, tiles = rule.visible(np.arange(T)[:, None], np.arange(T), T), np.arange(T) // 128
+    rows = seen[:, 300]
+    keys, near = seen[rows].any(0), np.isin(tiles, tiles[rows])
+    assert dq[rows].all() and dk[keys].all() and dv[keys].all()
+    if "Strided" not in str(rule):
+        far = ~np.isin(tiles, tiles[seen[near].any(0)])
+        assert not dq[~near].any() and not dk[far].any() and not dv[far].any()
+
+
+@both
+@pytest.mark.parametrize("Hq", [128, 16])
+def test_gradients_of_a_chosen_key_of_nan(backend, Hq, rng):
+    T, S, K, make = 60, 200, 40, Make(rng)
+    q, k, dout = make.normal(1, Hq, T, 576)().requires_grad_(), make.normal(1, 1, S, 576)(), make.normal(1, Hq, T, 512)()
+    k[:, :, 7] = float("nan")
+    indices = np.stack([rng.permutation(S)[:K] for _ in range(T)]).astype(np.int32)
+    out = st.sparse_attention(q, k.requires_grad_(), None, st.Selection(torch.from_numpy(indices[None, None]).cuda()), value_width=512, backend=backend)
+    dq, dk = (x.isnan()[0].transpose(0, 1).flatten(1).cpu().numpy() for x in torch.autograd.grad(out, (q, k), dout))
+    rows = (indices == 7).any(1)
+    keys = np.isin(np.arange(S), indices[rows])
+    assert dq[rows].all() and not dq[~rows].any() and dk[keys].all() and not dk[~keys].any()
+
+
+@both
 @pytest.mark.parametrize("way", ["selection", "blocks"])
 def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
     """Of another slope for each head: what probabilities are relative to moves in every tile of keys, in some, in none; among them keys that nobody sees, and whole tiles of those."""

@@ -122,7 +122,7 @@ def score(lse, delta, lengths, sizes, items, scale, q_tiles, k_tiles, images, fo
             exists = r < Hq - part * HEADS
             row = (b.to(gl.int64) * Hq + part * HEADS + gl.where(exists, r, 0)) * T + t
             logs = gl.load(lse + row, mask=exists, other=float("inf"))
-            logs = gl.expand_dims(gl.where(gl.abs(logs) < float("inf"), logs, float("inf")), 1)
+            logs = gl.expand_dims(gl.where(gl.abs(logs) != float("inf"), logs, float("inf")), 1)
             shift = gl.expand_dims(gl.load(delta + row, mask=exists, other=0.0), 1)
             mbarrier.wait(q_full, j & 1)
             j += 1
