@@ -717,6 +717,35 @@ def test_gradients_of_a_chosen_key_of_nan(backend, Hq, rng):
     assert dq[rows].all() and not dq[~rows].any() and dk[keys].all() and not dk[~keys].any()
 
 
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way, Hq", [("selection", 64), ("blocks", 64), ("selection", 32), ("selection", 8)])
+def test_a_latent_that_decides_by_a_few_bits(backend, way, Hq, kind, rng):
+    """Two keys, the second one ahead by up to 8 bits, of every query by itself: what its probability is rounded to must not be what the sum has not."""
+    T, S, make = 16, 160, Make(rng)
+    lead = torch.from_numpy(rng.uniform(3, 8.3, (1, Hq, T)) / 1.4426950408889634).cuda()
+    q, k = torch.zeros(1, Hq, T, 576, dtype=kind, device="cuda"), make.normal(1, 1, S, 576, dtype=kind)()
+    k[..., 512:] = 0
+    k[:, :, 40, 512:514], q[..., 512] = 1, lead.to(kind)
+    q[..., 513] = (lead - q[..., 512]).to(kind)
+    keys, rule = [0, 40], st.Full()
+    if way == "selection":
+        indices = np.full((1, 1, T, S), -1, np.int32)
+        indices[..., keys] = keys
+        rule = st.Selection(torch.from_numpy(indices).cuda())
+    else:
+        q[..., 514], k[..., 514] = -300, 1  # the others are nowhere
+        k[:, :, keys, 514] = 0
+    out = to_numpy(st.sparse_attention(q, k, None, rule, value_width=512, scale=1.0, backend=backend))
+    held, count = [to_numpy(x) for x in (q, k)], np.zeros((1, Hq, T, S), np.int64)
+    count[..., keys] = 1
+    wide = [x.astype(np.float64) for x in held]
+    truth, formula = (plain.attention(x, y, y[..., :512], count, scale=1.0)[0] for x, y in (wide, held))
+    for h in range(Hq):
+        for t in range(T):
+            assert_close(f"head {h}, query {t}", out[:1, h:h + 1, t:t + 1], truth[:, h:h + 1, t:t + 1], formula[:, h:h + 1, t:t + 1], reduction=S + 576)
+
+
 @both
 @pytest.mark.parametrize("way", ["selection", "blocks"])
 def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
@@ -735,6 +764,15 @@ def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
         out, lse = st.sparse_attention(q, k, None, rule, value_width=512, return_lse=True, backend=backend)
     held = [to_numpy(x) for x in (q, k)]
     judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
+
+
+@both
+@pytest.mark.parametrize("Hq", [64, 16])
+def test_queries_near_the_last_position_see_all_that_is_chosen(backend, Hq, rng):
+    q, k, entries = (x() for x in (Make(rng).normal(1, Hq, 5, 576), Make(rng).normal(1, 1, 300, 576), Make(rng).integers(0, 300, 1, 1, 5, 100)))
+    start = torch.tensor([2 ** 31 - 3], dtype=torch.int32, device="cuda")
+    late, all_ = (st.sparse_attention(q, k, None, st.Selection(entries, causal=causal), value_width=512, backend=backend, **how) for causal, how in ((True, dict(q_start=start)), (False, {})))
+    assert torch.equal(late, all_)
 
 
 @both
