@@ -101,11 +101,7 @@ def verdicts(found, names: list) -> str:
              "the other backend within 1.15 x (backward 1.3 x) of its time": {name: (min(x), max(x) / SLOWER[NAMED[name].backward]) for name, x in both.items() if len(x) == 2},
              "goals": {name: (best[name], NAMED[name].goal) for name in best if NAMED[name].goal},
              "portable source 1.2 x ahead of FlexAttention (causal backward 1.05 x)": {name: (x["portable"], ahead(NAMED[name]) * x["Flex"]) for name, x in seen.items() if {"portable", "Flex"} <= x.keys()}}
-    lines = []
-    for what, figures in asked.items():
-        short = [f"{name} {got:.0f} of {least:.0f}" for name, (got, least) in figures.items() if got < least]
-        lines.append(f"{what}: {len(figures) - len(short)} of {len(figures)}" + (f"; not {', '.join(short)}" if short else ""))
-    return "\n".join(lines)
+    return "\n".join(gpu_table.verdict(what, {name: (*both, NAMED[name].unit) for name, both in figures.items()}) for what, figures in asked.items())
 
 
 def main(arguments=None) -> int:

@@ -3,12 +3,12 @@
 Whole calls first: dsa_latent_attention (128 heads, latent 512 + 64; indexer of 64 heads x 128 in float8; 2048 keys) beside dense latent_attention, in one run:
 prefill (dense on rebuilt keys: absorbed it took 8 to 24 times as long), one chunk of 4096 queries at the end of S keys, which is what a position of a long prompt costs; decode (dense on
 the latents: rebuilt keys of all heads would not fit), one query of each of many sequences, latents and the indexer's keys in caches of pages of 64, recorded in CUDA graphs.
-Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 656 bytes a token and in bfloat16, the translation of tokens to rows of the pool included.
+Then attention alone over chosen tokens of a paged latent cache, in DeepSeek's 656 bytes a token and in bfloat16, the translation of tokens to rows of the pool included; and the indexer's scores over paged keys.
 The chosen keys are checked by their float64 scores and the outputs by the numeric policy before anything is timed. The crossover is the S from which on sparse is faster.
 Then the tables of selected keys and of indexer and top-k, by the machinery of bench/gpu_table.py: CuPy and Triton in turn with torch, and with FlashMLA, DeepGEMM and
 FlashInfer where they are installed; others stand there with their stored figures (*). The clock is beside each row, which is printed as soon as it is measured; what --minutes
 leave no time for says so, the whole calls have half of them. --list shows the rows, --share 1/4 takes a quarter of them (both tables and both backends are ten minutes of four GPUs), --read makes one
-report of several commands' files. Leaves with 1 if an answer is wrong.
+report of several commands' files. Last stands what came of floors, of the other backend, of torch, of goals, of few heads and of memory. Leaves with 1 if an answer is wrong.
 """
 import argparse
 import itertools
@@ -29,6 +29,7 @@ from sparsetile.bench.spot import host, wide  # noqa: E402
 from sparsetile.ops.attention import sparse_attention  # noqa: E402
 from sparsetile.ops.caches.indexer import IndexerKeys  # noqa: E402
 from sparsetile.ops.caches.latent import PagedLatent  # noqa: E402
+from sparsetile.ops.indexer import indexer_scores  # noqa: E402
 from sparsetile.ops.latent import latent_attention  # noqa: E402
 from sparsetile.ops.patterns import Causal  # noqa: E402
 from sparsetile.ops.selection import Selection  # noqa: E402
@@ -38,8 +39,10 @@ TABLES = {
     "Selected keys": [f"DSA h {h}{where}" for where in ("", " 128k") for h in (128, 64, 32, 16, 8) if not where or h > 32]
     + ["DSA decode h 128", "DSA decode h 64", "DSA bwd 16k", "latent decode h 128", "latent decode h 16"],
     "Indexer and top-k": ["scores 2048 x 32k", "scores 4096 x 128k", "scores decode B 128", "top-k 4096 x 128k", "top-k 4096 x 32k", "top-k 128 x 128k", "scores + top-k"]}
-CACHED = {"decode of chosen tokens, fp8 pages, h 128": "floor 0.185, FlashMLA* 0.194", "decode of chosen tokens, fp8 pages, h 64": "floor 0.105, FlashMLA* 0.123",
-          "decode of chosen tokens, bfloat16 pages, h 128": "FlashInfer* 0.151", "decode of chosen tokens, bfloat16 pages, h 64": ""}  # B 128, S 32k, 2048 keys of pages of 64; floor and stored peers in ms
+CACHED = {"decode of chosen tokens, fp8 pages, h 128": (0.185, 0.14, "FlashMLA* 0.194"), "decode of chosen tokens, fp8 pages, h 64": (0.105, 0.085, "FlashMLA* 0.123"),
+          "decode of chosen tokens, bfloat16 pages, h 128": (None, None, "FlashInfer* 0.151"), "decode of chosen tokens, bfloat16 pages, h 64": (None, None, ""),
+          "decode of scores, fp8 pages, h 64": (0.16, 0.142, "DeepGEMM* 0.149")}  # B 128, S 32k, 2048 keys of pages of 64; floor, goal and stored peers in ms
+FEW = {32: (1.5, 2.5), 16: (1.5, 2.5), 8: (1.5, 2)}  # heads: floor and goal, times our own rate of 64 heads times heads / 64
 SIZES = dict(H=128, R=512, P=64, Dn=128, Dv=128, Hi=64, Di=128)  # DeepSeek-V3.2
 FLUSH_MB = 4096  # about 1 ms of writing: the host, which launches six kernels, is ahead when a call begins
 SMALL = dict(H=4, R=32, P=8, Dn=16, Dv=16, Hi=4, Di=32)
@@ -161,9 +164,33 @@ def lines_of(found, rows: list) -> list:
         if None not in best:
             ratios.append((int(row.split()[1]), best[1] / best[0]))
             said.append(f"{ratios[-1][1]:.2f} x")
-        said += [CACHED.get(row, "")] + [f"{who}: {event['failed']}" for who, event in events.items() if "failed" in event]
+        said += _asked(*CACHED.get(row, (None, None, ""))) + [f"{who}: {event['failed']}" for who, event in events.items() if "failed" in event]
         lines.append(f"{row:16} ms: {'' if events else 'not measured '}" + " ".join(said).rstrip())
     return lines + ([f"{rows[0].split()[0]}: {crossover(ratios)}"] if ratios else [])
+
+
+def _asked(floor, goal, peers: str) -> list:
+    return [f"floor {floor}, goal {goal}"] * (floor is not None) + [peers] * bool(peers)
+
+
+def verdicts(found, names: list) -> str:
+    """One line for each thing asked of the tables: floors by the better backend, the other one near it, both ahead of torch, goals, few heads beside 64, memory of the fused call."""
+    units = {name: NAMED[name].unit if name in NAMED else "ms" for name in names if name in NAMED or name in CACHED}
+    seen = {name: {who: gpu_table.figure(event, unit) for who, event in found.rows.get(name, {}).items() if "time_us" in event} for name, unit in units.items()}
+    ours = {name: [x[who] for who in gpu_table.OURS if who in x] for name, x in seen.items() if set(gpu_table.OURS) & x.keys()}
+    best = {name: (min if units[name] == "ms" else max)(x) for name, x in ours.items()}
+    worst = {name: (max if units[name] == "ms" else min)(x) for name, x in ours.items() if len(x) == 2}
+    floors, goals = ({name: CACHED[name][n] if name in CACHED else (NAMED[name].floor, NAMED[name].goal)[n] for name in best} for n in range(2))
+    near = lambda name: best[name] * 1.5 if units[name] == "ms" else best[name] / 1.5  # noqa: E731
+    asked = {"floors reached by the better backend": {name: (best[name], floor) for name, floor in floors.items() if floor is not None},
+             "the other backend within 1.5 x of its time": {name: (x, near(name)) for name, x in worst.items()},
+             "ours ahead of torch": {name: (worst.get(name, best[name]), x["torch"]) for name, x in seen.items() if "torch" in x and name in best},
+             "goals": {name: (best[name], goal) for name, goal in goals.items() if goal is not None}}
+    lines = [gpu_table.verdict(what, {name: (*both, units[name]) for name, both in figures.items()}) for what, figures in asked.items() if figures]
+    few = {f"DSA h {h}": (best[f"DSA h {h}"], [n * best["DSA h 64"] * h / 64 for n in times]) for h, times in FEW.items() if {f"DSA h {h}", "DSA h 64"} <= best.keys()}
+    lines += [gpu_table.verdict(f"few heads beside 64, {what}", {name: (got, both[n], "TFLOP/s") for name, (got, both) in few.items()}) for n, what in enumerate(("floors", "goals")) if few]
+    held = {f"scores + top-k, {who}": (event["scratch_mb"], 50, "ms") for who, event in found.rows.get("scores + top-k", {}).items() if who in gpu_table.OURS and "scratch_mb" in event}
+    return "\n".join(lines + [gpu_table.verdict("MB beyond inputs and outputs", held)] * bool(held and "scores + top-k" in names))
 
 
 def latent_cache(torch, device, B, S, fp8, page=64):
@@ -191,6 +218,29 @@ def check_cached(q, cache, indices, out):
         query, count = host(q[b:b + 1, ::q.shape[1] - 1]), np.ones((1, 1, 1, len(keys)), int)
         truth, formula = (plain.attention(one, c[None, None], c[None, None, :, :512], count, scale=576 ** -0.5)[0] for one, c in ((query.astype(float), x), (query, x.astype(query.dtype))))
         numeric.assert_close(f"cached decode, sequence {b}", host(out[b:b + 1, ::q.shape[1] - 1]), truth, formula, reduction=len(keys) + 576)
+
+
+def cached_scores(torch, given, found, row, backends, watch, device="cuda", B=128, S=32768, page=64):
+    """Every backend's scores of one query of each sequence, the indexer's keys in pages, in CUDA graphs; the first and the last sequence by the policy."""
+    generator, heads, width = torch.Generator(device).manual_seed(0), int(row.split()[-1]), SIZES["Di"]
+    normal = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
+    pool = torch.empty((B * S // page, page * (width + 4)), dtype=torch.uint8, device=device)
+    for part in pool.split(2 ** 13):
+        part[:, :page * width] = normal(len(part), page * width).to(torch.float8_e4m3fn).view(torch.uint8)
+        part[:, page * width:] = (normal(len(part), page).abs() * 0.1 + 0.05).view(torch.uint8)
+    table = torch.randperm(len(pool), generator=generator, device=device).view(B, -1).to(torch.int32)
+    keys = IndexerKeys(pool, table, torch.full((B,), S, dtype=torch.int32, device=device), width=width)
+    q, weights = normal(B, heads, 1, width).to(torch.float8_e4m3fn), normal(B, heads, 1)
+    ours = usable(torch, {name: lambda name=name: indexer_scores(q, keys, weights, backend=name) for name in backends}, row, found)
+    for call in ours.values():
+        got = call()
+        for b in (0, B - 1):
+            one = pool[table[b].long()]
+            k, scale = one[:, :page * width].reshape(1, S, width).view(torch.float8_e4m3fn), one[:, page * width:].contiguous().view(torch.float32).reshape(1, S)
+            x, there = [host(y) for y in (q[b:b + 1], k, weights[b:b + 1])], np.ones((1, 1, S), bool)
+            truth = (np.maximum(x[0][:, :, 0].astype(float) @ x[1].astype(float).swapaxes(1, 2), 0) * x[2]).sum(1) * host(scale).astype(float)
+            numeric.assert_close(f"scores of sequence {b}", host(got[b:b + 1]), truth[:, None], plain.indexer_scores(*x, k_scale=host(scale), visible=there), reduction=heads * width, accumulator="float8")
+    timed(torch, device, found, row, watch, ours, given.seconds, True)
 
 
 def cached(torch, given, found, row, backends, watch, B=128, S=32768, K=2048):
@@ -235,7 +285,7 @@ def report(found, names: list) -> str:
     groups = [[name for name in names if name.split()[0] == kind and name.split()[1].isdecimal()] for kind in ("prefill", "decode")] + [[name for name in names if name in CACHED]]
     parts = ["\n".join(lines_of(found, rows)) for rows in groups]
     parts += [f"{title}\n{gpu_table.table(found, [name for name in rows if name in names])}" for title, rows in TABLES.items() if set(rows) & set(names)]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in (*parts, verdicts(found, names)) if part)
 
 
 def wrong_answers(found, names) -> bool:
@@ -274,6 +324,8 @@ def main(arguments=None) -> int:
                 raise TimeoutError("not measured: out of time")
             if row in plan:
                 whole(torch, device, given, found, *plan[row], backends, watch)
+            elif "scores" in row:
+                cached_scores(torch, given, found, row, backends, watch)
             else:
                 cached(torch, given, found, row, backends, watch)
         except (AssertionError, TimeoutError, torch.OutOfMemoryError) as error:

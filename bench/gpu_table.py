@@ -159,6 +159,12 @@ def table(found: Measured, names: list[str]) -> str:
     return "\n".join(missing + head + lines)
 
 
+def verdict(what: str, figures: dict) -> str:
+    """One line: of name -> (reached, asked, unit) so many reached what was asked, and which did not. Of milliseconds less is more."""
+    short = [f"{name} {shown(got, unit)} of {shown(asked, unit)}" for name, (got, asked, unit) in figures.items() if (got > asked if unit == "ms" else got < asked)]
+    return f"{what}: {len(figures) - len(short)} of {len(figures)}" + (f"; not {', '.join(short)}" if short else "")
+
+
 def share(names: list[str], part: str) -> list[str]:
     """Every N-th row from the I-th on, of I/N: costly rows stand together, so each share gets some."""
     one, of = map(int, part.split("/"))

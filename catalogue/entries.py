@@ -73,7 +73,7 @@ SYSTEMS = (
     chosen("dsa", "DeepSeek sparse attention: lightning indexer and selection over the latent", "2512.02556, section 2.1",
            "st.dsa_latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, index_q=index_q, index_k=index_k, index_weights=index_w, top_k=2048)", None,
            run=lambda x, rule: calls.dsa_latent(x), chosen=lambda x: seen(x, lambda v: calls.dsa(x, v)),
-           complexity="T k, and T S / 2 of the indexer's products", sees="the k keys that the indexer scores highest",
+           complexity="T k, and T S / 2 of the indexer's products", sees="the k keys that the indexer scores highest (st.dsa_two_level_selection, approximated: those inside the blocks whose mean key it likes best)",
            trained="the indexer is trained on the model's dense attention (st.dsa_warmup), then both (st.dsa_training)",
            kernels=("indexer_topk", "grouped_matmul", "gather_attention"), backward=(*GATHER_BACKWARD, "grouped_matmul"), token=lambda s: (s.R + s.P) * s.itemsize + s.Di + 4,
            counted=lambda s, N: N * (N + 1) * s.Hi * s.Di + 2 * first_pairs(s.top_k, N) * s.Hq * (2 * s.R + s.P) + 4 * N * s.Hq * s.R * s.D),

@@ -141,8 +141,8 @@ def indexer_topk(call, indices, best, dbest, pool):
         raise Unsupported("indexer_topk: float8 q and k have no gradients; train with bfloat16 q and k")
     B, _, T, S, _ = call.sizes
     totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.q, call.k, call.weights)]
-    for t in range(0, T if S else 0, max(1, SCORES // (B * S))):
-        end = min(T, t + max(1, SCORES // (B * S)))
+    for t in range(0, T if S else 0, max(1, SCORES // max(1, B * S))):
+        end = min(T, t + max(1, SCORES // max(1, B * S)))
         rows = lambda x: None if x is None else x[..., t:end]
         part = replace(call, op="indexer_scores", config=None, q=call.q[:, :, t:end], weights=rows(call.weights), q_start=call.q_start + t, key_start=rows(call.key_start),
                        key_end=rows(call.key_end))

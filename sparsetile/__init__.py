@@ -30,7 +30,7 @@ _HOME = {
     "routing": "systems.routing", "reformer": "systems.reformer", "reformer_selection": "systems.reformer", "lsh_buckets": "systems.reformer",
     "infllm_v2": "systems.infllm", "infllm_v2_selection": "systems.infllm",
     "vertical_slash": "systems.minference", "vertical_slash_selection": "systems.minference", "pooled_blocks": "systems.minference", "pooled_blocks_layout": "systems.minference",
-    "dsa_attention": "systems.dsa", "dsa_latent_attention": "systems.dsa", "dsa_selection": "systems.dsa",
+    "dsa_attention": "systems.dsa", "dsa_latent_attention": "systems.dsa", "dsa_selection": "systems.dsa", "dsa_two_level_selection": "systems.dsa_two_level",
     "dsa_warmup": "systems.dsa_training", "dsa_training": "systems.dsa_training",
     "PagedKV": "ops.caches.kv", "PagedLatent": "ops.caches.latent", "IndexerKeys": "ops.caches.indexer", "RollingKV": "ops.caches.rolling",
     "CacheFull": "ops.caches.pages", "bytes_per_token": "ops.caches.accounting", "compare_memory": "ops.caches.accounting",

@@ -112,6 +112,8 @@ def _chosen_weights(q, k, total, scale, indices, backend):
     (B, Hq, T, D), Hk, K = q.shape, k.shape[1], indices.shape[2]
     q, total, entries = q.transpose(1, 2).flatten(0, 1), total.transpose(1, 2).flatten(0, 1), indices.flatten(0, 1)  # [B*T,Hq,D] [B*T,Hq] [B*T,K]
     found = total.new_zeros(entries.shape)
+    if 0 in (B * T, K, k.shape[2]):  # no query, or no key
+        return found.view(B, T, K)
     step = max(1, HELD * (8 if q.is_cuda else 1) // max(1, K * max(Hq, Hk * D)))
     for n in range(0, B * T, step):
         at = entries[n:n + step].long()                                                               # [n,K]

@@ -21,6 +21,18 @@ def attention(on, q, k, v, rule, count, *, scale=None, softcap=None, sink_logits
     return out, lse
 
 
+LEADS = dict(bfloat16=7.0054, float16=7.00069)  # just above a power of two by half of what the type keeps there: what is rounded most
+
+
+def decided_late(rng, kind, heads, T, S, *, first=3, late=140):
+    """q [1,heads,T,576], latent [1,1,S,576], scale: key `late` decides, by just so many powers of two over key `first` that a kernel whose reference may lag behind as far has to round its probability. The
+    others have no say."""
+    q, latent = np.zeros((1, heads, T, 576), kind), rng.standard_normal((1, 1, S, 576)).astype(kind)
+    q[..., 575], latent[..., 512:], latent[..., 575] = 1, 0, -8
+    latent[..., first, 575], latent[..., late, 575] = 0, 1
+    return q, latent, LEADS[np.dtype(kind).name] * float(np.log(2))
+
+
 def answer(out, lse, q, k, v, count, *, scale=None, softcap=None, sink_logits=None, name="", q_scale=None, k_scale=None, v_scale=None):
     """An attention's out and lse by the policy."""
     how, float8 = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, sink_logits=sink_logits), {}

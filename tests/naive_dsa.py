@@ -21,6 +21,18 @@ def chosen(index_q, index_k, index_weights, seen, top_k):
     return kept
 
 
+def two_levels(index_q, index_k, index_weights, seen, top_k, block, blocks):
+    """[B,T,S] booleans: a row's own block (the last that it sees) and the best of the others by the score of their mean key, then the best visible keys in them; a row sees the first keys."""
+    means = np.stack([index_k[:, s:s + block].astype(np.float64).mean(1) for s in range(0, seen.shape[2], block)], 1)
+    scores = oracle.indexer_scores(index_q, means, index_weights, seen=np.ones((*seen.shape[:2], means.shape[1]), bool))
+    inside = np.zeros(seen.shape, bool)
+    for b, t in np.ndindex(seen.shape[:2]):
+        own = (np.count_nonzero(seen[b, t]) - 1) // block
+        for n in [own, *sorted(range(own), key=lambda n: (-scores[b, t, n], n))[:blocks - 1]]:
+            inside[b, t, n * block:(n + 1) * block] = n >= 0
+    return chosen(index_q, index_k, index_weights, seen & inside, top_k)
+
+
 def divergence(q, k, index_q, index_k, index_weights, kept, *, scale, sink_logits=None):
     """Equations 3 and 4 in float64, for autograd: q ... index_weights NumPy; kept [B,T,S] -> divergence [B,T], leaves of the indexer."""
     import torch

@@ -18,7 +18,7 @@ HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
     ("block_attention", "forward"): 896, ("block_attention", "forward_maps"): 160, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448,
-    ("block_attention_backward", "columns_maps"): 72,
+    ("block_attention_backward", "columns_maps"): 72, ("block_attention_backward", "rows_again"): 48,
     ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 192,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("indexer_topk", "rescue_rows"): 24, ("importance_topk", "score_by_queries"): 96,

@@ -1,4 +1,6 @@
 """Triton's portable backward with tiles by the copy engine (block_backward_maps.py): that it is taken, and its gradients."""
+from types import SimpleNamespace
+
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 import sparsetile as st  # noqa: E402
 from sparsetile.backends.triton import block_attention_backward, block_backward_maps, interpreted  # noqa: E402
+from sparsetile.backends.triton.maps import can_map  # noqa: E402
 from sparsetile.ops import dispatch  # noqa: E402
 
 pytestmark = [pytest.mark.interp, pytest.mark.skipif(not interpreted() and not torch.cuda.is_available(), reason="neither a GPU nor TRITON_INTERPRET=1")]
@@ -17,6 +20,7 @@ CASES = {  # pattern, what it means, Hq, Hk, T, S, D, options of two batches
     "window": (st.Window(40), lambda p, s: (s <= p) & (s >= p - 40), 2, 1, 70, 200, 64, {}),  # keys that nobody sees, within blocks that are seen
     "lengths": (st.Window(50, 3) | st.Sink(4), lambda p, s: (s <= p + 3) & (s >= p - 50) | (s < 4), 2, 2, 90, 260, 64, dict(kv_length=np.array([77, 0], np.int32))),
     "positions": (st.Causal(), lambda p, s: s <= p, 2, 1, 100, 230, 128, dict(q_start=np.array([5, 150], np.int32))),
+    "full": (st.Full(), lambda p, s: s == s, 2, 1, 70, 70, 128, {}),
     "softcap": (st.Full(), lambda p, s: s == s, 1, 1, 70, 65, 64, dict(softcap=5.0)),
 }
 
@@ -51,6 +55,16 @@ def test_gradients_by_maps(on, backend, name, by_maps, rng):
         return x
     gradients(on, q, k, v, rule, count, rng, poison=poison, **options)
     assert by_maps
+
+
+def test_widths_that_the_copy_engine_writes():
+    """Gradients lie without gaps, whatever stands between the rows of keys: their widths have to be multiples of 16 bytes."""
+    lists = SimpleNamespace(q_order=None, k_order=None)
+    for D, taken in ((40, True), (36, False)):
+        x = torch.empty(1, 1, 64, 48, dtype=torch.float16)[..., :D]
+        made = block_attention_backward.constants(D, D, dict(block_q=64, block_k=64, chunk=0), D)
+        made |= dict(D1=0, V1=0)
+        assert can_map(x) and block_backward_maps.takes(x, x, x, x, lists, made, "sm_90a") is taken
 
 
 @pytest.mark.parametrize("backend", ["triton"])

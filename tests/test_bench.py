@@ -474,6 +474,42 @@ def test_the_check_of_cached_decoding_notices(fp8):
         dsa.check_cached(q, cache, indices, out.roll(1, -1))
 
 
+def test_the_check_of_cached_scores_notices(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from sparsetile.autotune import timing
+    from sparsetile.bench import dsa
+    found, right = gpu_table.Measured(None), dsa.indexer_scores
+    call = lambda: dsa.cached_scores(torch, SimpleNamespace(seconds=0.01), found, "decode of scores, fp8 pages, h 4", ["numba"], timing.Stopwatch(None), device="cpu", B=2, S=128, page=16)  # noqa: E731
+    call()
+    assert found.rows["decode of scores, fp8 pages, h 4"]["numba"]["time_us"] > 0
+    monkeypatch.setattr(dsa, "indexer_scores", lambda *x, **o: right(*x, **o).roll(1, -1))
+    with pytest.raises(AssertionError, match="scores of sequence 0"):
+        call()
+
+
+def test_the_bench_of_sparse_attention_says_what_came_of_its_rows(tmp_path, capsys):
+    """Rates and milliseconds each their way round; few heads beside 64; a backend alone is not held against the other."""
+    pytest.importorskip("torch")
+    from sparsetile.bench import dsa
+    figures = {"DSA h 64": dict(cupy=600.0, triton=500.0), "DSA h 16": dict(cupy=230.0, triton=100.0), "DSA h 8": dict(cupy=140.0), "scores 2048 x 32k": dict(cupy=1120.0, triton=900.0)}
+    times = {"top-k 4096 x 128k": dict(cupy=0.55, triton=0.9, torch=0.8), "decode of chosen tokens, fp8 pages, h 64": dict(cupy=0.1, triton=0.16), "scores + top-k": dict(cupy=9.0)}
+    with open(tmp_path / "lines.jsonl", "w") as out:
+        found = gpu_table.Measured(out)
+        for rows, make in ((figures, lambda x: dict(time_us=1.0, tflops=x)), (times, lambda x: dict(time_us=1e3 * x, scratch_mb=46.0, timed="graphs"))):
+            for row, who in rows.items():
+                for name, x in who.items():
+                    found.take(dict(row=row, who=name, clock_mhz=1500, **make(x)))
+    assert dsa.main(["--read", str(tmp_path / "lines.jsonl")]) == 0
+    text = capsys.readouterr().out
+    assert "floors reached by the better backend: 4 of 5; not scores 2048 x 32k 1120 of 1130" in text
+    assert "of its time: 2 of 5; not " in text and "DSA h 16 100 of 153" in text and "top-k 4096 x 128k 0.900 of 0.825" in text and "fp8 pages, h 64 0.160 of 0.150" in text
+    assert "ours ahead of torch: 0 of 1; not top-k 4096 x 128k 0.900 of 0.800" in text and "goals: 1 of 5" in text
+    assert "few heads beside 64, floors: 2 of 2" in text and "few heads beside 64, goals: 0 of 2; not DSA h 16 230 of 375, DSA h 8 140 of 150" in text
+    assert "MB beyond inputs and outputs: 1 of 1" in text
+
+
 def test_cost_of_density_is_a_line_or_said_not_to_be(tmp_path):
     """A straight line, a bent one, and a ragged length that costs more."""
     pytest.importorskip("torch")

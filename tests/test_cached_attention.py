@@ -6,7 +6,7 @@ import oracle
 import paged_keys
 import pytest
 from drivers import EVERY, LARGE, arrays
-from numeric import assert_close, plain, to_numpy
+from numeric import assert_close, assert_same_bits, plain, to_numpy
 
 import sparsetile as st
 
@@ -214,6 +214,7 @@ FLOAT8 = [  # rule or None (a selection), T, H, R, P, lengths, page size, holes 
     (st.Causal(), 1, 16, 128, 16, (70, 33), 16, [(0, 1)], "bfloat16"), (st.Window(9), 3, 5, 256, 6, (45, 20), 7, [(1, 2)], "float16"),
     (st.Full(), 18, 2, 128, 64, (40, 0), 64, [], "bfloat16"), (st.Window(5), 20, 1, 128, 8, (50, 33), 16, [(0, 2)], "bfloat16"), (st.Causal(), 2, 3, 128, 0, (33, 33), 1, [(0, 32)], "bfloat16"),
     (None, 3, 20, 128, 32, (50, 21), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 3, 256, 2, (30, 30), 5, [], "float16"),
+    (None, 2, 17, 128, 16, (40, 37), 8, [(0, 0), (1, 1)], "float32"), (st.Causal(), 3, 3, 256, 6, (0, 41), 7, [(1, 2)], "float32"),
     (None, 2, 17, 512, 64, (40, 37), 8, [(0, 0), (1, 1)], "bfloat16"), (None, 1, 66, 512, 64, (36, 34), 16, [(1, 0)], "float16"),
 ]
 
@@ -243,6 +244,25 @@ def test_float8_latents_are_read_where_they_lie(on, backend, rng, case):
     count, given = np.repeat(seen[:, None], H, 1).astype(int), [x.astype(kind) for x in (keys, keys[..., :R])]
     for name, x, truth, one in zip(("out", "lse"), (out, lse), oracle.attention(q, keys, keys[..., :R], count, scale=0.1), plain.attention(q, *given, count, scale=0.1)):
         assert_close(name, x, truth, one, reduction=S + R + P)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, BF16], ids=["float32", "float16", "bfloat16"])
+def test_float8_latents_on_the_cpu_are_those_of_gather(kind, rng):
+    """The rows that numba makes of the bytes have gather()'s bits, so the answers do: selections with repeated entries, patterns, a kv_length that ends within a page; thousands of rows, of which threads take runs."""
+    cache = st.PagedLatent.empty(np.zeros(1, np.float32), sequences=2, pages=40, page_size=16, rank=256, rotary=10, dtype="float8")
+    cache.append(normal(rng, 2, 300, 256), normal(rng, 2, 300, 10), [300, 123], backend="numba")
+    latent, rope = cache.gather(np.dtype(kind).name)
+    keys, q = np.concatenate([latent, rope], -1)[:, None], normal(rng, 2, 17, 3, 266, dtype=kind)
+    entries, length = rng.integers(-3, 330, (2, 1, 3, 400)).astype(np.int32), np.array([290, 77], np.int32)
+    entries[1, entries[1] >= 123] = -1
+    for pattern in (st.Selection(entries), st.Selection(entries[..., :1] * 0 - 1), st.Causal()):
+        for given in ({}, dict(kv_length=length)):
+            have = given or dict(kv_length=np.array([300, 123], np.int32))
+            for one, two in zip(st.sparse_attention(q, cache, None, pattern, return_lse=True, backend="numba", **given),
+                                st.sparse_attention(q, keys, None, pattern, value_width=256, return_lse=True, backend="numba", **have)):
+                assert_same_bits("bytes", one, two)
+    with pytest.raises(st.Unsupported, match="not float64"):
+        st.sparse_attention(q.astype(np.float64), cache, None, pattern, backend="numba")
 
 
 def test_growing_lengths_build_nothing_anew(rng):

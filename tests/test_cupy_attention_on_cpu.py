@@ -11,6 +11,7 @@ import oracle
 import pytest
 from cuda_on_cpu import CXX, CpuPlace
 from hopper_on_cpu import HopperPlace
+from judge import answer, decided_late
 from numeric import assert_close, assert_same_bits, plain
 
 from sparsetile.backends.contract import Problem
@@ -236,12 +237,13 @@ def parts_of(made, place):
                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
 
 
-@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES + RAGGED_CASES, ids=lambda x: str(x).replace(" ", ""))
-def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
-    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before; in one launch where the keys that exist are known."""
+@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length, D, Dv", [(*case, 16, 16) for case in PART_CASES + RAGGED_CASES] + [
+    (*PART_CASES[0], 192, 64), (*RAGGED_CASES[0], 192, 64), (*PART_CASES[-1], 72, 128)], ids=lambda x: str(x).replace(" ", ""))  # D over 128: tiles of 128 queries
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, D, Dv, rng):
+    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before, or adding them; in one launch where the keys that exist are known."""
     place = HopperPlace()
     place.refused = "block_attention"
-    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
+    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, D, Dv)
     parts = parts_of(lower(rule, S - T, S, S, block_q, 128), place)
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
@@ -309,7 +311,7 @@ def test_tiles_of_parts_follow_each_other():
     """Every tile once for every head; a tile that starts from sums stands behind all tiles of its head that leave them, and waits for each of their two groups of threads."""
     place, heads = CpuPlace(), 3
     parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
-    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
+    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place, 192)
     assert len(plan.axes) == 2
     taken, left = [], {}
     for number in range((heads + 1) * len(plan.items.owner)):
@@ -323,6 +325,25 @@ def test_tiles_of_parts_follow_each_other():
         else:
             assert wait == 2 * len(left[head]) == 2 * 16 and np.isin(t + np.arange(128), left[head]).all() and entries
     assert len(taken) == len(set(taken)) == heads * 32
+
+
+def test_units_of_classes_follow_each_other():
+    """Every unit of 64 queries once for every head; one that adds sums stands behind all units of its head that leave them, and waits for each chunk that holds its rows."""
+    place, heads = HopperPlace(), 3
+    parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
+    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place, 128)
+    items, members, taken, left = plan.items.owner, plan.members.owner, [], {}
+    for number in range((heads + plan.behind) * len(items)):
+        t, number_of_pass, _, _, _, behind, chunk, end = items[number % len(items)].tolist()
+        head = number // len(items) - behind
+        if not 0 <= head < heads:
+            continue
+        taken.append((head, number_of_pass, t))
+        if number_of_pass != 1:
+            left.setdefault((head, chunk), []).append(t + 8 * np.arange(64))
+        else:
+            assert all(members[c] == len(left[head, c]) == 8 for c in range(chunk, end)) and np.isin(t + np.arange(64), [left[head, c] for c in range(chunk, end)]).all()
+    assert len(taken) == len(set(taken)) == heads * 64
 
 
 DECODE_CASES = [
@@ -569,6 +590,7 @@ CHOSEN_CASES = [
     Chosen(B=1, Hq=40, Hk=1, D=80, Dv=64, shared=True, T=3, forward=(32, 32, 1, 2), backward=(32, 32, 1, 16, 256)),
     Chosen(B=1, Hq=20, Hk=1, D=352, Dv=320, shared=True, T=2, scale=0.1, forward=(32, 32, 2, 1), backward=(32, 32, 2, 16, 256)),
     Chosen(odd=True, start=(3, 80), causal=True, forward=(16, 32, 1, 2), backward=(16, 32, 1, 32, 256)),
+    Chosen(start=(2 ** 31 - 3, -2 ** 31), causal=True), Chosen(granularity=7, K=12, start=(2 ** 31 - 1, 2 ** 31 - 6), causal=True),
 ]
 
 
@@ -581,7 +603,7 @@ def test_gather_attention(case, kind, rng, place):
     blocks = -(-c.S // c.granularity)
     indices = np.stack([rng.permutation(max(blocks, c.K))[:c.K] for _ in range(c.B * c.G * c.T)]).reshape(c.B, c.G, c.T, c.K).astype(np.int32)
     luck = rng.random(indices.shape)
-    indices[luck < 0.25] = rng.choice(np.array([-1, -1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity]), (luck < 0.25).sum())
+    indices[luck < 0.25] = rng.choice(np.array([-1, -1, -1, BIG, -BIG - 1, -123456, c.S, blocks, BIG // c.granularity, 2 ** 30 + 1]), (luck < 0.25).sum())
     indices[..., -2:] = indices[..., :2]
     indices[0, 0, 0] = -1
     lengths = rng.integers(-2, c.K + 5, (c.B, c.G, c.T)).astype(np.int32) if c.lengths else None
@@ -788,6 +810,26 @@ def test_gather_attention_on_hopper(path, case, kind, eager, rng, monkeypatch):
     truth, formula = oracle.attention(q, k, v, count, **given), plain.attention(q, k, v, count, **given)
     assert_close("out", out.owner, truth[0], formula[0], reduction=c.S)
     assert_close("lse", lse.owner, truth[1], formula[1], reduction=c.S)
+
+
+@pytest.mark.parametrize("kind", ("bfloat16", "float16"))
+@pytest.mark.parametrize("way, heads", [("hopper", 5), ("split", 5), ("dense", 5), ("tokens", 32), ("tokens", 16), ("tokens", 8)])
+def test_one_key_decides_behind_a_reference_that_lags(way, heads, kind, rng):
+    """Its value is the answer, whatever 16 bits keep of its probability."""
+    place, T, S = HopperPlace(), 1 if way in ("split", "dense") else 3, 700
+    q, k, scale = decided_late(rng, TYPES[kind], heads, T, S)
+    v, count = k[..., :512], np.ones((1, heads, T, S), np.int64)
+    operands, at = tuple(map(place.put, (q, k, v))), dict(place=place, scale=scale)
+    if way == "dense":
+        place.refused = "block_attention_decode"
+        made = block_lists.build(np.ones((1, T, S), bool), 0, 32, 128)
+        made = dataclasses.replace(made, **{f.name: place.put(getattr(made, f.name)) for f in dataclasses.fields(made) if isinstance(getattr(made, f.name), np.ndarray)})
+        out, lse = block_attention.run(*operands, made, config=dict(path="latent", block_q=32, block_k=128, tile_k=64, row_tiles=1), q_start=0, **at)
+    else:
+        config = dict(gather_attention.default_config(latent_problem(Latent(Hq=heads, T=T, S=S, K=S), kind, "gather_attention")), path="tokens" if way == "tokens" else "hopper", split=int(way == "split"))
+        indices = np.broadcast_to(np.arange(S, dtype=np.int32), (1, 1, T, S)).copy()
+        out, lse = gather_attention.run(*operands, place.put(indices), config=config, **at)
+    answer(out.owner, lse.owner, q, k, v, count, scale=scale)
 
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[2], FEW[4]], ids=str)

@@ -97,6 +97,17 @@ def test_indexer_scores(kind, H, D, columns, rng, place):
                      plain.indexer_scores(q, k, w, visible=seen, **given), reduction=H * D)
 
 
+@pytest.mark.parametrize("kind, H, D, columns", [case for case in CASES if case[0] != "float8_e4m3fn"])
+def test_an_infinite_key_is_no_nan_of_a_padded_head(kind, H, D, columns, rng, place):
+    q, k, w, _ = inputs(rng, kind, 1, H, 3, 70, D, columns)
+    q, w = abs(q) + q.dtype.type(0.1), abs(w) + np.float32(0.1)
+    k[0, 33, D - 1], k[0, 5, 0] = np.inf, -np.inf
+    got = place.get(indexer_scores.run(*map(place.put, (q, k, w)), place=place, config=indexer_scores.default_config(problem("indexer_scores", kind, 1, H, 3, 70, D)), causal=False))
+    seen = np.ones((1, 3, 70), bool)
+    assert np.isposinf(got[..., 33]).all() and not np.isnan(got).any()
+    assert_close("scores", got, oracle.indexer_scores(q, k, w, seen=seen), plain.indexer_scores(q, k, w, visible=seen), reduction=H * D)
+
+
 def test_no_knob_changes_a_bit(rng, place):
     q, k, w, scale = inputs(rng, "bfloat16", 1, 24, 5, 200, 96)
     configs = [dict(warps=a, row_tiles=b, queries=c) for a, b, c in ((4, 2, 2), (2, 1, 4), (8, 1, 1), (1, 2, 8))]
@@ -105,7 +116,8 @@ def test_no_knob_changes_a_bit(rng, place):
         assert_same_bits("scores", first, other)
 
 
-OPTIONS = [dict(), dict(return_scores=True), dict(pool=16, force_first=1, force_last=2), dict(pool=7, force_first=1, force_last=2, return_scores=True), dict(pool=33, force_first=2, force_last=1)]
+OPTIONS = [dict(), dict(return_scores=True), dict(pool=16, force_first=1, force_last=2), dict(pool=7, force_first=1, force_last=2, return_scores=True), dict(pool=33, force_first=2, force_last=1),
+           dict(pool=97, force_first=3, force_last=3, return_scores=True)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()) or "plain")
@@ -132,6 +144,23 @@ def test_indexer_topk_selects_from_the_same_bits(options, pieces, rng, place, mo
             entries = oracle.pooled(scores, seen, options.get("pool", 1))[0] if options.get("pool", 1) > 1 else scores
             found = np.take_along_axis(entries, np.maximum(expected, 0), axis=2)
             assert np.array_equal(place.get(chosen), np.where(expected < 0, -np.inf, found), equal_nan=True)
+
+
+def test_blocks_that_begin_before_the_window(rng, place, monkeypatch):
+    """Whatever the scratch held: keys before a row's window are of no block, though their tile may never have been scored."""
+    monkeypatch.setattr(type(place), "empty", lambda self, shape, dtype, empty=type(place).empty: self.full(shape, dtype, 1e30) if dtype == "float32" else empty(self, shape, dtype))
+    B, H, T, S, D = 1, 8, 4, 700, 64
+    q, k, w, _ = inputs(rng, "float16", B, H, T, S, D)
+    bounds = dict(key_start=np.array([[150, 290, 513, 690]], np.int32), key_end=np.array([[400, 580, 640, 699]], np.int32))
+    seen = (np.arange(S) >= bounds["key_start"][..., None]) & (np.arange(S) < bounds["key_end"][..., None])
+    config = indexer_topk.default_config(problem("indexer_topk", "float16", B, H, T, S, D, K=5))
+    arguments = dict(place=place, config=config, causal=False, **{name: place.put(x) for name, x in bounds.items()})
+    scores = place.get(indexer_scores.run(*map(place.put, (q, k, w)), **arguments))
+    indices, lengths, chosen = indexer_topk.run(*map(place.put, (q, k, w)), 5, pool=300, return_scores=True, **arguments)
+    expected, counts = expected_choice(scores, seen, 5, pool=300, return_scores=True)
+    assert np.array_equal(place.get(lengths), counts) and np.array_equal(place.get(indices), expected)
+    found = np.take_along_axis(oracle.pooled(scores, seen, 300)[0], np.maximum(expected, 0), axis=2)
+    assert np.array_equal(place.get(chosen), np.where(expected < 0, -np.inf, found))
 
 
 def expected_choice(scores, seen, top_k, pool=1, force_first=0, force_last=0, return_scores=False):
@@ -235,7 +264,7 @@ def test_one_query_alone_has_the_scores_it_has_among_others(rng):
     assert_same_bits("scores", np.concatenate([run(q[:, :, t:t + 1], w[:, :, t:t + 1]) for t in range(3)], 1), run(q, w))
 
 
-FUSED = [("normal", 2, 5, 1500, 100), ("NaN and inf", 1, 3, 5000, 300), ("ascending", 1, 4, 9000, 200), ("equal", 1, 4, 6000, 128), ("zeros", 1, 4, 6000, 128), ("trap", 1, 2, 9000, 512)]
+FUSED = [("normal", 2, 5, 1500, 100), ("NaN and inf", 1, 3, 5000, 300), ("ascending", 1, 4, 9000, 200), ("equal", 1, 4, 6000, 128), ("zeros", 1, 4, 6000, 128), ("trap", 1, 2, 9000, 512), ("as many as asked for", 1, 6, 1500, 100)]
 
 
 @pytest.mark.parametrize("path", ("fused", "scratch"))
@@ -257,6 +286,11 @@ def test_indexer_topk_on_hopper(name, B, T, S, K, path, rng):
         scale[:] = 1e-3
         scale[:, S // 2:S // 2 + K // 2] = 1
     bounds, seen = windows(rng, B, T, S)
+    if name == "as many as asked for":  # no score is computed, so a NaN keeps nobody out; with a key more it does
+        scale[:, ::3] = np.nan
+        bounds = dict(key_start=np.arange(T, dtype=np.int32)[None] * 200, q_start=np.full(B, S, np.int32))
+        bounds["key_end"] = bounds["key_start"] + K + np.arange(-2, T - 2, dtype=np.int32) // 2
+        seen = (np.arange(S) >= bounds["key_start"][..., None]) & (np.arange(S) < bounds["key_end"][..., None])
     arguments = dict(place=place, k_scale=place.put(scale), **{name: place.put(x) for name, x in bounds.items()})
     p = Problem.of("indexer_topk", dict(B=B, H=64, T=T, S=S, D=128, K=K), dict(q="float8_e4m3fn", k="float8_e4m3fn"), "sm_90a")
     config = {**indexer_topk.default_config(p), "path": path}

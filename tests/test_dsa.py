@@ -114,6 +114,52 @@ def test_caches(on, backend, rng):
     assert_same_bits("shorter", out, st.dsa_latent_attention(*q, c, rope, w_uk, w_uv, index_k=whole, index_scale=scale, **index, top_k=6, kv_length=shorter, backend=backend))
 
 
+@every
+@pytest.mark.parametrize("cached", [False, True], ids=["arrays", "caches"])
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_a_window_beside_selected_keys_of_a_second_segment(on, backend, kind, cached, rng):
+    """As DeepSeek-V4 attends: the latest tokens as they are and chosen ones of another, compressed array are one softmax with one sink; rows that have neither, or one of both."""
+    (B, H, T, R, D), lengths, sinks = (2, 5, 4, 16, 24), (30, 17), np.array([0.5, -1, -np.inf, 3, 0], np.float32)
+    q, near, far = normal(rng, (B, H, T, D), kind), normal(rng, (B, 1, 30, D), kind), normal(rng, (B, 1, 9, D), kind)
+    start, indices = np.array(lengths) - T, rng.integers(-2, 12, (B, 1, T, 6)).astype(np.int32)
+    start[1] = -2                                                                    # two queries before the window's first key
+    indices[:, :, 1], indices[1, :, 0, :5], indices[1, :, 0, 5] = -1, (99, -2 ** 31, -1, 9, 2 ** 31 - 1), 4
+    rule, chosen, where = st.Window(3), on.selection(indices), dict(q_start=start.astype(np.int32))
+    count = np.concatenate([oracle.visible(B, T, 30, rule=lambda p, s: (s <= p) & (s >= p - 3), **where), oracle.selection_count(indices, 9, 1)], -1)
+    how = dict(scale=0.3, return_lse=True)
+    if cached:
+        held = []
+        for x in (near, far):
+            held.append(st.PagedLatent.empty(on.put(np.zeros(1, kind)), sequences=B, pages=40, page_size=4, rank=R, rotary=D - R))
+            held[-1].append(*(on.put(part[:, 0]) for part in (x[..., :R], x[..., R:])), backend=backend)
+        parts = on.sparse_attention(q, held[0], None, rule, **how, **where), on.sparse_attention(q, held[1], None, chosen, **how)
+    else:
+        parts = on.sparse_attention(q, near, None, rule, value_width=R, **how, **where), on.sparse_attention(q, far, None, chosen, value_width=R, **how)
+    out, lse = arrays(*on.merge_attention(*zip(*parts), sink_logits=sinks))
+    keys = np.concatenate([near, far], 2)
+    judge.answer(out, lse, q, keys, keys[..., :R], count, scale=0.3, sink_logits=sinks)
+    assert (count[1, 0, 1] == 0).all() and (out[1, :, 1] == 0).all() and np.isneginf(lse[1, :, 1]).all()
+
+
+@every
+def test_gradients_through_a_second_segment(on, backend, rng):
+    torch = pytest.importorskip("torch")
+    q, near, far, sinks = normal(rng, (1, 3, 6, 16), np.float32), normal(rng, (1, 1, 20, 16), np.float32), normal(rng, (1, 1, 9, 16), np.float32), np.array([0.5, -1, 2], np.float32)
+    indices = rng.integers(-2, 12, (1, 1, 6, 4)).astype(np.int32)
+    leaves, dout = [on.tensor(x, True) for x in (q, near, far, sinks)], normal(rng, q.shape, np.float32)
+    try:
+        made = [st.sparse_attention(leaves[0], k, k, rule, return_lse=True, backend=backend) for k, rule in zip(leaves[1:3], (st.Window(3), st.Selection(on.tensor(indices))))]
+        got = arrays(*torch.autograd.grad(st.merge_attention(*zip(*made), sink_logits=leaves[3], backend=backend)[0], leaves, on.tensor(dout)))
+    except st.Unsupported as refusal:
+        pytest.skip(f"{backend}: {refusal}")
+    keys = np.concatenate([near, far], 2)
+    count = np.concatenate([oracle.visible(1, 6, 20, rule=lambda p, s: (s <= p) & (s >= p - 3)), oracle.selection_count(indices, 9, 1)], -1)
+    both = [f.attention_gradients(q, keys, keys, count, dout, scale=0.25, sink_logits=sinks) for f in (oracle, plain)]
+    both = [(dq, (dk + dv)[:, :, :20], (dk + dv)[:, :, 20:], dsink) for dq, dk, dv, dsink in both]
+    for name, *triple in zip(("dq", "dnear", "dfar", "dsink"), got, *both):
+        assert_close(name, *triple, reduction=29 + 6 * 3 + 32)
+
+
 # -------------------------------------------------------------------------------------------------------------------- training
 def measured(q, k, index_q, index_k, index_weights, kept, dkl, *, scale, sink_logits=None):
     """The plain formula: divergence float32 and the indexer's gradients in its arrays' types."""
@@ -216,6 +262,21 @@ def test_a_few_queries_at_a_time(phase, rng, monkeypatch):
     rng.bit_generator.state = state
     for one, two in zip(first, trained(Driver("numba"), rng, x, index, kept_of(x, index, top_k), function)):
         assert_same_bits("again", one, two)
+
+
+@pytest.mark.parametrize("B, T, S", [(1, 0, 5), (1, 3, 0), (0, 3, 5), (1, 5, 3)])
+def test_nothing_to_attend_to(B, T, S):
+    """No query, no key, no sequence, more queries than keys: zeros of the right shapes, and gradients of zero."""
+    torch = pytest.importorskip("torch")
+    leaf = lambda *shape: torch.ones(shape, requires_grad=True)  # noqa: E731
+    x, index = [leaf(B, 4, T, 8), leaf(B, 2, S, 8), leaf(B, 2, S, 8)], dict(index_q=leaf(B, 2, T, 4), index_k=leaf(B, S, 4), index_weights=leaf(B, 2, T))
+    assert st.dsa_attention(*x, **index, top_k=2).shape == (B, 4, T, 8)
+    for chosen in (st.dsa_selection(*index.values(), top_k=2), st.dsa_two_level_selection(*index.values(), top_k=2, block=1, blocks=2)):
+        assert chosen.indices.shape == (B, 1, T, min(2, max(S, 1))) and (chosen.lengths <= S).all()
+    for out, divergence in (st.dsa_warmup(*x, **index), st.dsa_training(*x, **index, top_k=2)):
+        assert out.shape == (B, 4, T, 8) and divergence.shape == (B, T) and torch.isfinite(divergence).all()
+        (out.sum() + divergence.sum()).backward()
+    assert all(torch.isfinite(y.grad).all() for y in (*x, *index.values()) if y.grad is not None)
 
 
 @every

@@ -97,6 +97,7 @@ def cases(make):
                              lambda b, q, k, v, a, n: attend(b, *map(eight, (q, k, v)), st.Window(700) | st.Sink(4), q_scale=a, kv_length=n)),
         "pages-of-indexer-keys": ([make.normal(2, 64, 3, 128), make.integers(0, 63, 30, 64 * 132), make.normal(2, 64, 3, dtype=torch.float32), make.integers(-2, 32, 2, 15), make.integers(0, 961, 2)],
                                   lambda b, q, k, w, table, n: paged_indexer(b, q.to(torch.float8_e4m3fn), st.IndexerKeys(k.to(torch.uint8), table, n), w)),
+        "pages-of-two-levels": (indexer, lambda b, *x: chosen(st.dsa_two_level_selection(*x, top_k=33, block=8, blocks=6, backend=b))),
         "indexer-scores": (indexer, lambda b, q, k, w: [st.indexer_scores(q, k, w, backend=b)]),
         "indexer-topk": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 33, backend=b))),
         "indexer-blocks": (indexer, lambda b, q, k, w: chosen(st.indexer_topk(q, k, w, 5, pool=16, force_first=1, force_last=1, backend=b))),
@@ -236,7 +237,7 @@ def test_on_a_thread_that_is_new(backend, name, rng):
 
 
 FORWARD = [name for name in NAMES if "gradients" not in name]
-CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py asserts
+CACHED = [name for name in NAMES if name.startswith("pages") or name.startswith("float8")]  # JAX arrays are immutable, and a compiled call takes tensors: refused, as tests/test_caches.py and tests/test_dsa_two_level.py assert
 BYTES = ("float8-latents", "float8-latents-selection", "pages-of-indexer-keys", "quantised", "quantised-decode")  # their cases make bytes and float8 in torch's words
 
 
@@ -764,6 +765,24 @@ def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
         out, lse = st.sparse_attention(q, k, None, rule, value_width=512, return_lse=True, backend=backend)
     held = [to_numpy(x) for x in (q, k)]
     judge.answer(to_numpy(out), to_numpy(lse), *held, held[1][..., :512], np.broadcast_to(count if way == "selection" else 1, (2, Hq, T, S)).astype(np.int64))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way, Hq, T", [("selection", 128, 70), ("selection", 70, 1), ("selection", 32, 70), ("selection", 16, 70), ("selection", 8, 70), ("blocks", 70, 1), ("bytes", 70, 1), ("chosen bytes", 70, 70)])
+def test_one_key_decides_behind_a_reference_that_lags(way, Hq, T, kind, rng):
+    """Its value is the answer, whatever 16 bits keep of its probability."""
+    import judge
+    S, put = 700, lambda x: torch.from_numpy(x.astype(np.float32)).cuda().to(getattr(torch, kind))
+    q, k, scale = judge.decided_late(rng, to_numpy(torch.zeros(1, dtype=getattr(torch, kind))).dtype, Hq, T, S)
+    keys = put(k)
+    if "bytes" in way:
+        cache = st.PagedLatent.empty(put(q[:1]), sequences=1, pages=16, dtype="float8")
+        cache.append(keys[:, 0, :, :512], keys[:, 0, :, 512:])
+        k = to_numpy(torch.cat(cache.gather(kind), -1))[:, None, :S]
+    entries = torch.arange(S, dtype=torch.int32, device="cuda").expand(1, 1, T, S).contiguous()
+    given = dict() if "bytes" in way else dict(value_width=512)
+    out, lse = st.sparse_attention(put(q), cache if "bytes" in way else keys, None, st.Full() if way in ("blocks", "bytes") else st.Selection(entries), scale=scale, return_lse=True, backend="cupy", **given)
+    judge.answer(to_numpy(out), to_numpy(lse), q, k, k[..., :512], np.ones((1, Hq, T, S), np.int64), scale=scale)
 
 
 @both

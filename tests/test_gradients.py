@@ -56,12 +56,14 @@ def test_indexer_scores(on, backend, kind, case, rng):
 
 
 @pytest.mark.parametrize("backend", EVERY)
-@pytest.mark.parametrize("pool, forced", [(1, 0), (4, 1)])
-def test_chosen_scores(on, backend, pool, forced, rng, monkeypatch):
+@pytest.mark.parametrize("pool, forced, tied", [(1, 0, False), (4, 1, False), (4, 1, True)], ids=["keys", "blocks", "blocks, keys in pairs"])
+def test_chosen_scores(on, backend, pool, forced, tied, rng, monkeypatch):
+    """A block's gradient goes to the first of its best keys."""
     from sparsetile.ops import torch_gradients
     monkeypatch.setattr(torch_gradients, "SCORES", 200)  # queries in several runs
     B, H, T, S, D, top_k = 2, 3, 11, 39, 16, 5
     q, k, weights = normal(rng, (B, H, T, D), np.float32), normal(rng, (B, S, D), np.float32), normal(rng, (B, H, T), np.float32)
+    k[:, 1::2] = k[:, 0:S - 1:2] if tied else k[:, 1::2]
     chosen = []
 
     def call(q, k, w):

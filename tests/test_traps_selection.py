@@ -398,6 +398,19 @@ def test_gradients_of_scores_of_every_size(on, backend, dtype, scale, rng):
 
 
 @every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scale", [5.0, -30.0])
+def test_gradients_of_an_only_key_beside_holes(on, backend, scale, dtype, rng):
+    """Its P is 1 whatever its score. That may lie hundreds below a hole's, which is 0: nothing of the hole may be multiplied, not even by 0."""
+    pytest.importorskip("torch")
+    q, k, v = qkv(rng, Hq=8, T=20, S=60, dtype=numpy_dtype(dtype))
+    rows = rng.integers(-1, 60, (20, 9))
+    rows[::2, 1:] = -1
+    check(on, q, k, v, rows, rng, gradient=True, scale=scale)
+    check(on, q, k, v, rows // 4, rng, gradient=True, scale=scale, granularity=4, causal=True, q_start=45)
+
+
+@every
 def test_values_of_every_size(on, backend, rng):
     q, k, v = qkv(rng, T=20, S=60, dtype=numpy_dtype("bfloat16"))
     count = oracle.visible(1, 20, 60, rule=lambda p, s: s <= p)
@@ -415,6 +428,17 @@ def test_causal_inside_a_block(on, backend, granularity, rng):
     check(on, q, k, v, rows, rng, granularity=granularity, causal=True)
     check(on, q, k, v, rows, rng, gradient=True, granularity=granularity, causal=True)
     check(on, q, k, v, rows, rng, granularity=granularity, causal=True, kv_length=np.array([25], np.int32))
+
+
+@every
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("start", [2 ** 31 - 3, -2 ** 31, -2, 2 ** 31 - 6], ids=str)
+def test_positions_at_the_ends_of_int32(on, backend, start, granularity, rng):
+    """Query t stands at start + t, past 2^31 too: it sees all keys, or none; given as a number and on the device."""
+    q, k, v = qkv(rng, B=2, Hq=4, Hk=2, T=5, S=40)
+    rows = rng.integers(-1, -(-40 // granularity), (5, 7))
+    for q_start in (start, np.array([start, 3], np.int32)):
+        check(on, q, k, v, rows, rng, granularity=granularity, causal=True, q_start=q_start)
 
 
 @every

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from drivers import EVERY, LARGE, arrays, numpy_dtype
-from judge import indexer_topk, normal, selection_arrays
+from judge import indexer_scores, indexer_topk, normal, selection_arrays
 from numeric import assert_same_bits, assert_topk
 
 every, large = pytest.mark.parametrize("backend", EVERY), pytest.mark.parametrize("backend", LARGE)
@@ -211,6 +211,72 @@ def test_fused_with_infinite_scales(on, backend, rng):
 
 
 @every
+def test_fused_blocks_that_begin_before_the_window(on, backend, rng):
+    """Keys before a row's window are of no block, whatever an earlier call left in the memory of scores that this one does not make."""
+    q, keys, weights = normal(rng, (1, 3, 4, 32), np.float16), normal(rng, (1, 700, 32), np.float16), normal(rng, (1, 3, 4), np.float32)
+    window = dict(key_start=np.array([[150, 290, 513, 690]], np.int32), key_end=np.array([[400, 580, 640, 699]], np.int32))
+    for scale in (np.float32(1e30), np.float32(1)):
+        for k in (1, 2, 5):
+            indexer_topk(on, q, keys, abs(weights) * scale, k, causal=False, pool=300, return_scores=True, **(window if scale == 1 else {}))
+
+
+@pytest.mark.parametrize("backend", EVERY[2:3])
+@pytest.mark.parametrize("call", ["scores", "top-k"])
+def test_tiles_past_the_diagonal_are_not_computed(on, backend, call, rng, monkeypatch):
+    """Products that the interpreter is asked for: of causal queries about half of those that all keys take, of a window those of its tiles."""
+    if not on.interpreted:
+        pytest.skip("products are counted in the interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+    q, keys, weights, made = normal(rng, (1, 16, 256, 32), np.float16), normal(rng, (1, 256, 32), np.float16), normal(rng, (1, 16, 256), np.float32), []
+    product = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *x: made.append(1) or product(*x))
+
+    def count(**options):
+        made.clear()
+        on.indexer_scores(q, keys, weights, **options) if call == "scores" else on.indexer_topk(q, keys, weights, 5, **options)
+        return len(made)
+    full, causal = count(causal=False), count()
+    narrow = count(causal=False, key_start=np.full(256, 100, np.int32), key_end=np.full(256, 120, np.int32))
+    assert 0 < causal <= 0.75 * full and 0 < narrow <= 0.5 * full
+
+
+@every
+@pytest.mark.parametrize("start", [2 ** 31 - 3, -2 ** 31], ids=str)
+def test_fused_positions_at_the_ends_of_int32(on, backend, start, rng):
+    """Query t stands at start + t, past 2^31 too: it sees all keys, or none; given as a number and on the device."""
+    q, keys, weights = normal(rng, (2, 3, 5, 32), np.float16), normal(rng, (2, 40, 32), np.float16), normal(rng, (2, 3, 5), np.float32)
+    for q_start in (start, np.array([start, 17], np.int32)):
+        indexer_scores(on, q, keys, weights, q_start=q_start)
+        for k, pool in ((4, 1), (3, 4)):
+            indexer_topk(on, q, keys, weights, k, pool=pool, q_start=q_start)
+            indexer_topk(on, q, keys, weights, k, pool=pool, q_start=q_start, return_scores=True)
+
+
+@every
+@pytest.mark.parametrize("pool", [1, 3])
+def test_fused_with_more_forced_than_there_are(on, backend, pool, rng):
+    """Rows of no entry, one, two ... up to seven: the first and the last forced ones meet and overlap, each is there once."""
+    q, keys, weights = normal(rng, (1, 3, 8, 32), np.float16), normal(rng, (1, 21, 32), np.float16), normal(rng, (1, 3, 8), np.float32)
+    end = np.arange(8, dtype=np.int32)[None] * pool
+    for first, last, k in ((2, 3, 6), (0, 4, 4), (5, 0, 5), (3, 3, 6)):
+        for wanted in (False, True):
+            indices, lengths = indexer_topk(on, q, keys, weights, k, causal=False, pool=pool, key_end=end, force_first=first, force_last=last, return_scores=wanted)
+            assert (lengths == np.minimum(np.arange(8), k)).all() and (indices[0, 1, 0] == 0)
+
+
+@every
+@pytest.mark.parametrize("H", [1, 3, 17, 20])
+def test_fused_with_infinite_keys(on, backend, H, rng):
+    """An infinite key scores +inf where its products say so and is chosen first, whatever number of heads a tile is padded to: a head that is not there has no say."""
+    q, keys, weights = abs(normal(rng, (1, H, 3, 40), np.float16)) + np.float16(0.1), normal(rng, (1, 50, 40), np.float16), rng.random((1, H, 3)).astype(np.float32) + 0.1
+    keys[0, [4, 30], 7], keys[0, [9, 44], 0] = np.inf, -np.inf
+    assert np.isposinf(indexer_scores(on, q, keys, weights, causal=False)[..., [4, 30]]).all()
+    for k in (2, 5, 49):
+        indices, _ = indexer_topk(on, q, keys, weights, k, causal=False)
+        assert np.isin([4, 30], indices[0, 0]).all() and np.isin([4, 30], indices[0, 2]).all()
+
+
+@every
 def test_fused_windows_that_hold_nothing(on, backend, rng):
     q, keys, weights = normal(rng, (2, 2, 3, 32), np.float16), normal(rng, (2, 50, 32), np.float16), normal(rng, (2, 2, 3), np.float32)
     start, end = np.array([[10, 50, INT_MIN], [49, 7, INT_MAX]], np.int32), np.array([[10, INT_MAX, INT_MAX], [50, -4, INT_MIN]], np.int32)
@@ -227,6 +293,43 @@ def test_fused_over_many_tiles(on, backend, dtype, pool, force, rng):
     q, keys = normal(rng, (1, 4, 70, 64), numpy_dtype(dtype)), normal(rng, (1, 3000, 64), numpy_dtype(dtype))
     weights = normal(rng, (1, 4, 70), np.float32)
     indexer_topk(on, q, keys, weights, 133 if pool == 1 else 20, pool=pool, force_first=force, force_last=force)
+
+
+@large
+@pytest.mark.parametrize("options", [{}, dict(pool=16, force_first=1, force_last=2), dict(force_last=3)], ids=["keys", "blocks", "forced"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_fused_few_rows_of_many_keys(on, backend, T, options, rng):
+    """Keys are dealt to all threads, or multiprocessors, and the shares' winners compete once more: small integers, so that cuts are full of ties; rows that see one share, or none."""
+    B, S, k = 2, 20_011, 133
+    q, keys = (rng.integers(-1, 2, s).astype(numpy_dtype("float16")) for s in ((B, 3, T, 32), (B, S, 32)))
+    weights = rng.integers(0, 3, (B, 3, T)).astype(np.float32)
+    start, end = np.full((B, T), 5, np.int32), np.array([[S, 9000, 0], [20_000, 140, 4096]], np.int32)[:, :T].copy()
+    dots = np.maximum(np.einsum("bhtd,bsd->bhts", q.astype(np.float32), keys.astype(np.float32)), 0)
+    scores = np.einsum("bhts,bht->bts", dots, weights)
+    for window in ({}, dict(key_start=start, key_end=end)):
+        for wanted in (False, True):
+            indices, lengths = indexer_topk(on, q, keys, weights, k, causal=False, return_scores=wanted, **window, **options)
+            if not options:
+                s = np.arange(S)
+                seen = (s >= (start if window else 0 * start)[..., None]) & (s < (end if window else 0 * end + S)[..., None])
+                assert_topk("topk", indices, lengths, scores, k, visible=seen)
+
+
+@pytest.mark.parametrize("backend", LARGE[1:])
+def test_fused_more_queries_than_a_grid_axis_holds(on, backend, rng):
+    """T = 70000 against 65535, ragged windows; scores and the choice among them."""
+    H, T, S, k = 17, 70_000, 40, 7
+    q, keys = (rng.integers(-2, 3, s).astype(numpy_dtype("bfloat16")) for s in ((1, H, T, 4), (1, S, 4)))
+    weights, end = rng.integers(0, 3, (1, H, T)).astype(np.float32), rng.integers(-3, S + 9, (1, T)).astype(np.int32)
+    dots = np.maximum(np.einsum("bhtd,bsd->bhts", q.astype(np.float32), keys.astype(np.float32)), 0)
+    scores = np.where(np.arange(S) < end[..., None], np.einsum("bhts,bht->bts", dots, weights), -np.inf).astype(np.float32)
+    got, = arrays(on.indexer_scores(q, keys, weights, causal=False, key_end=end))
+    np.testing.assert_array_equal(got, scores)
+    indices, lengths = selection_arrays(on.indexer_topk(q, keys, weights, k, causal=False, key_end=end))
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    order = np.sort(np.where(np.take_along_axis(scores, order, -1) > -np.inf, order, S), -1)
+    np.testing.assert_array_equal(indices, np.where(order < S, order, -1))
+    np.testing.assert_array_equal(lengths, (order < S).sum(-1))
 
 
 @large

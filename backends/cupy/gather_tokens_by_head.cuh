@@ -48,9 +48,9 @@ __device__ __forceinline__ void finish(const Params& p, const Item& x, float* in
   const float top = largest_of(h.top), sum = sum_of(h.sum);
   if (lane & 3) return;
   const bool empty = top == -inf() && sum == 0.f;
-  const float largest = __fmul_rn(top, p.scale), unit = ex2(h.wide ? h.m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -h.m)), total = sum * unit;
+  const float ahead = h.wide ? __fmul_rn(top, p.scale2) - h.m : fmaf(top, p.scale2, -h.m), largest = __fmul_rn(top, p.scale), unit = ex2(-ahead), total = sum * unit;
   const float sink = p.sink && head < x.rows ? ex2((__ldg(p.sink + x.head + head) - largest) * LOG2E) : 0.f;
-  inverse[head] = empty ? 0.f : unit / (total + sink);
+  inverse[head] = empty ? 0.f : total / ((total + sink) * with_rounded<KIND>(sum, ex2(ahead)));
   if (p.lse && head < x.rows) p.lse[((i64)x.b * p.Hq + x.head + head) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 
@@ -79,12 +79,13 @@ __device__ __forceinline__ void take_query(const unsigned char* raw, u32 begin, 
 
 __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 base, u32 bars, int) {
   const int tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid & 31, head = warp * 8 + lane / 4;
-  u32 slot = 0, phase = 0, made = 0, turn = 1, patience = PATIENCE;
+  u32 slot = 0, phase = 0, made = 0, turn = 1, patience = PATIENCE, landed = 0, done = 0;
   for (int left = 0; left >= 0;) {
     const u32 first_slot = slot;
     for (int n = 0; n < QUERY_SLOTS; n++) {
-      bar_wait(LANDED(slot), phase, patience);
+      bar_wait_unless(landed, LANDED(slot), phase, patience);
       advance<SLOTS>(slot, phase);
+      landed = bar_test(LANDED(slot), phase);
     }
     u32 q[18][4];
     take_query(raw, first_slot, q, warp, lane);
@@ -96,7 +97,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
     float s[N / 4];  // of the step before, of which the probabilities are still to be made
     int item = 0;
     const auto soften = [&](bool last) {
-      bar_wait(DONE(made), turn, patience);
+      bar_wait_unless(done, DONE(made), turn, patience);
       Made& step = ((Made*)(raw + MADE))[made];
       float factor;
       const bool moved = probabilities(s, h, factor, p.scale2);
@@ -121,8 +122,10 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       for (int c = 0; c < 9; c++) {
         if (c == AHEAD && before) soften(false);
         if (c % 3 == 0) {
-          bar_wait(LANDED(slot), phase, patience);
+          bar_wait_unless(landed, LANDED(slot), phase, patience);
           advance<SLOTS>(slot, phase);
+          landed = bar_test(LANDED(slot), phase);
+          if (c == 0) done = bar_test(DONE(made), turn);
         }
         if (c % 3 == 0 || c == AHEAD) wgmma_fence();
 #pragma unroll
@@ -144,6 +147,7 @@ __device__ __forceinline__ void scores(const Params& p, unsigned char* raw, u32 
       }
       more = left > 0;
     }
+    done = 0;
     soften(true);
   }
 }

@@ -118,9 +118,9 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
 #pragma unroll
     for (int w = 0; w < 4; w++) { top = fmaxf(top, own[w * HEADS].x); sum += own[w * HEADS].y; }
     const bool empty = top == -inf() && sum == 0.f;
-    const float largest = __fmul_rn(top, p.scale), unit = ex2(h.wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
+    const float ahead = h.wide ? __fmul_rn(top, p.scale2) - m : fmaf(top, p.scale2, -m), largest = __fmul_rn(top, p.scale), unit = ex2(-ahead), total = sum * unit;
     const float sink = p.sink && head < x.rows ? ex2((__ldg(p.sink + x.head + head) - largest) * LOG2E) : 0.f;
-    inverse[head] = empty ? 0.f : unit / (total + sink);
+    inverse[head] = empty ? 0.f : total / ((total + sink) * with_rounded<KIND>(sum, ex2(ahead)));
     if (p.lse && head < x.rows) p.lse[((i64)x.b * p.Hq + x.head + head) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
   }
 }

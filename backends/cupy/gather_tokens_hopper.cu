@@ -10,6 +10,7 @@
 // arrivals, which cost as much as products. The query passes through the ring, too.
 #include "selections.cuh"
 #include "wgmma.cuh"
+#include "rounded.cuh"
 #define RARE(x) __builtin_expect(x, 0)
 
 #ifndef KIND
@@ -63,6 +64,26 @@ struct Item {
     t = y - b * p.at.T;
   }
 };
+
+// Whether it has come already: asked in front of products and answered behind them, where a wait would take 90 clocks even so. The wait is then for what had not come.
+__device__ __forceinline__ u32 bar_test(u32 bar, u32 parity) {
+#ifdef SPARSETILE_EMULATE
+  return 0;
+#else
+  u32 there;
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(there) : "r"(bar), "r"(parity) : "memory");
+  return there;
+#endif
+}
+__device__ __forceinline__ void bar_wait_unless(u32 there, u32 bar, u32 parity, u32& patience) {  // one asm, as bar_wait
+#ifdef SPARSETILE_EMULATE
+  bar_wait(bar, parity, patience);
+#else
+  asm volatile("{.reg .pred p, q; .reg .u32 t, u; setp.ne.u32 p, %3, 0; @p bra E; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 t, %%clock;"
+    "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; @p bra E; mov.u32 u, %%clock; sub.u32 u, u, t; setp.lt.u32 q, u, %0; @q bra W; mov.u32 %0, 0; E:}"
+    : "+r"(patience) : "r"(bar), "r"(parity), "r"(there) : "memory");
+#endif
+}
 
 // 16 bytes of each of four rows of a part, 16 rows apart
 __device__ __forceinline__ void fetch_rows(u32 to, const char* const (&rows)[4], int column, u32 exist) {
@@ -187,13 +208,13 @@ __device__ __forceinline__ void store(const Params& p, unsigned char* raw, u32 b
 
 __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 base, u32 bars) {
   const int tid = threadIdx.x % 128, lane = tid & 31;
-  u32 slot = 0, made = 0, turn = 0, patience = PATIENCE;
+  u32 slot = 0, made = 0, turn = 0, patience = PATIENCE, ready = 0;
   float o[8][HEADS / 2];
   for (int left = 0; left >= 0;) {
     slot = slot_after(slot, QUERY_SLOTS);
     bool first = true;
     do {
-      bar_wait(READY(made), turn, patience);
+      bar_wait_unless(ready, READY(made), turn, patience);
       const Made step = ((const Made*)(raw + MADE))[made];
       left = uniform(step.left);
       int moved = 0;
@@ -221,6 +242,7 @@ __device__ __forceinline__ void values(const Params& p, unsigned char* raw, u32 
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma<KIND, K_MAJOR, M_MAJOR>(o[c], v + k * 128, weights + 2 * k, !first || k);
         wgmma_commit();
+        if (c == 7) ready = bar_test(READY(made ^ 1), made ? turn ^ 1 : turn);
         if (c) {
           wgmma_wait<1>();
           if (c % 3 == 0 && lane == 0 && c / 3 - 1 >= kept) bar_arrive(FREE(slot_after(begin, c / 3 - 1)));

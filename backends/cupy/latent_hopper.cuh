@@ -7,6 +7,7 @@
 // i + 1 are made, not beside its scores. Include after `struct Params` (out, lse, sink, at, split, Hq, parts, scale, scale2).
 #pragma once
 #include "wgmma.cuh"
+#include "rounded.cuh"
 #include "split.cuh"
 
 #ifndef SLOTS
@@ -83,7 +84,7 @@ __device__ __forceinline__ bool outgrown(const Rows& r, const float (&top)[2], f
 }
 
 // Products of a tile become probabilities relative to 2^m; `seen`: its keys. Whether a reference of this warp's rows moved: then `factor` is for what was summed before.
-// Where one key of a row decides, its probability is 1 exactly: were it ahead of m by less than 2^8, another key would have a say.
+// Where one key of a row decides, ahead of m by less than 2^8, its probability is rounded for the product; its sum follows at the end (with_rounded).
 // Everything rare stands behind one branch: this is the longest chain of a tile, and each branch costs it 1-3 %, taken or not.
 template <class Tell> __device__ __forceinline__ bool probabilities(float (&s)[16], Rows& r, u32 seen, float scale2, const Tell& tell) {
   float top[2], unit = scale2;
@@ -135,15 +136,16 @@ __device__ __forceinline__ void finish(const Params& p, unsigned char* raw, cons
     top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
   }
   const bool empty = top == -inf() && sum == 0.f;
-  const float largest = __fmul_rn(top, p.scale), unit = ex2(wide ? m - __fmul_rn(top, p.scale2) : -fmaf(top, p.scale2, -m)), total = sum * unit;
+  const float ahead = wide ? __fmul_rn(top, p.scale2) - m : fmaf(top, p.scale2, -m), largest = __fmul_rn(top, p.scale), unit = ex2(-ahead), total = sum * unit;
+  const float rounded = with_rounded<KIND>(sum, ex2(ahead));  // ex2(ahead): as it was multiplied, for the reference of the largest is the last
   if (threadIdx.x % 4) return;
   if (slot >= 0) {
-    ((float*)(raw + INVERSE))[row] = empty ? 0.f : unit;
+    ((float*)(raw + INVERSE))[row] = empty ? 0.f : total / rounded;
     *(float2*)(p.split.rows + 2 * ((i64)slot * BH + row)) = make_float2(empty ? -inf() : largest, empty ? 0.f : total);
     return;
   }
   const float sink = p.sink && row < x.rows ? ex2((__ldg(p.sink + x.head + row) - largest) * LOG2E) : 0.f;
-  ((float*)(raw + INVERSE))[row] = empty ? 0.f : unit / (total + sink);
+  ((float*)(raw + INVERSE))[row] = empty ? 0.f : total / ((total + sink) * rounded);
   if (p.lse && row < x.rows) p.lse[((i64)x.b * p.Hq + x.head + row) * p.at.T + x.t] = empty ? -inf() : largest + logf(total);
 }
 

@@ -6,6 +6,7 @@ Query t stands at q_start + t (None: the last T keys'). Keys at or past min(S, k
 softcap comes before masking; the sink stands in the denominator only. Values of keys that no query of a tile sees are not read.
 With table [B,pages] int32 keys and values are [N,Hk,page,D] and [N,Hk,page,Dv], rows of all pages one step apart: key s is row s % page of page table[b, s // page];
 where that is not one of 0 .. N - 1 the key does not exist. Keys that lie in rows that follow each other are read in place.
+With latent=(R, P) pages hold bytes, the fp8 layout of a latent cache, and the value is the first R columns: pages that the table names become rows of q's type first (latents.py).
 Rows of float8 are multiplied by q_scale [B,Hq,T], k_scale and v_scale [B,Hk,ceil(S/128)] as they become float32.
 
 A task is one block of queries of one batch and head (where queries are few, of the heads that share a key head); threads take tasks from a counter, and none shares a sum with another, so results do
@@ -20,7 +21,7 @@ import numpy as np
 
 from sparsetile.backends.arrays import numpy_name
 from sparsetile.backends.contract import Resources, Tunable
-from sparsetile.backends.numba import few, tiles
+from sparsetile.backends.numba import few, latents, tiles
 from sparsetile.backends.numba.ahead import ROOM as ASKS, ask_for
 from sparsetile.backends.numba.convert import denormal_rows, fill_zero, size_of
 from sparsetile.backends.numba.exact import exact
@@ -42,7 +43,7 @@ NOTHING = np.float32(-np.inf)
 def supports(problem):
     kinds = [problem.dtype(name, "float32") for name in ("q", "k", "v")]
     if "latent_fp8" in kinds:
-        return "numba reads latents of 16 or 32 bits, not the fp8 layout of a latent cache; pass cache.gather()"
+        return latents.refusal(kinds)
     return "float64 together with other types: convert q, k and v to one type" if 0 < kinds.count("float64") < 3 else None
 
 
@@ -232,7 +233,9 @@ def sizes(job, D, Dv, block_q, k, v, k_order):
 
 
 def run(q, k, v, lists, *, place, config, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None, out_dtype=None, return_lse=True,
-        table=None, q_scale=None, k_scale=None, v_scale=None):
+        table=None, q_scale=None, k_scale=None, v_scale=None, latent=None):
+    if latent is not None:
+        k, v, table = latents.in_pages(k, table, kv_length, q.dtype, latent)
     B, Hq, T, D = q.shape
     Dv, wide = v.shape[3], q.dtype == np.float64
     kind = numpy_name(q.dtype)

@@ -9,6 +9,7 @@ Only named keys are touched, so nothing in others can leak.
 A task is one query with the heads that share its entries and its key head. Its keys come KEYS at a time as a list of rows, read in place where they are
 float32 of a fitting width, else converted into scratch (gather_tiles.py). Maxima are exact per chunk. Sums are float32; float64 inputs and rows
 that float32 cannot hold are done in float64 (gather_exact.py). Tasks share no sum: results do not depend on the number of threads.
+With latent=(R, P) rows are bytes, the fp8 layout of a latent cache, and the value is the first R columns: those that are named become rows of q's type first (latents.py).
 """
 import math
 
@@ -16,6 +17,7 @@ import numba
 import numpy as np
 
 from sparsetile.backends.contract import Resources
+from sparsetile.backends.numba import latents
 from sparsetile.backends.numba.convert import fill_zero
 from sparsetile.backends.numba.exact import row_factor
 from sparsetile.backends.numba.far import far, on_threads, scratch
@@ -34,7 +36,7 @@ NOTHING = np.float32(-np.inf)
 def supports(problem):
     kinds = [problem.dtype(name, "float32") for name in ("q", "k", "v")]
     if "latent_fp8" in kinds:
-        return "numba reads latents of 16 or 32 bits, not the fp8 layout of a latent cache; pass cache.gather()"
+        return latents.refusal(kinds)
     return "float64 together with other types: convert q, k and v to one type" if 0 < kinds.count("float64") < 3 else None
 
 
@@ -79,12 +81,19 @@ def _attend(job, b, t, h, heads, j, found, memory):
 
 
 @kernel
+def _in_logarithms(job, score):
+    """A row's maximum as a natural logarithm, rounded to float32 as the backward rounds each score."""
+    x = score * get_f32(job.constants, 4)
+    return np.float64(x) if np.isfinite(x) else np.float64(score) * job.unit
+
+
+@kernel
 def _store(job, b, t, h, heads, found, o, state):
     """Divide by the sums, write rows and their lse; mark rows that float32 could not hold."""
     for r in range(heads):
         row, at = o + 4 * r * job.Dvp, (b * job.Hq + h + r) * job.T + t
         total = np.float64(get_f32(state, 4 * r + 1))
-        top = np.float64(get_f32(state, 4 * r)) * job.unit if total != 0 else -math.inf
+        top = _in_logarithms(job, get_f32(state, 4 * r)) if total != 0 else -math.inf
         scale_row(row, job.Dvp, np.float32(row_factor(job, h + r, top, total)))
         put_f32(job.lse, at, np.float32(top + math.log(total) if total > 0 else -math.inf))
         store_row(job.out_code, row, job.Dv, job.out + b * job.out_b + (h + r) * job.out_h + t * job.out_t)
@@ -114,7 +123,9 @@ def work(jobs, thread):
 
 
 def run(q, k, v, indices, *, place, config, lengths=None, granularity=1, causal=False, scale, sink_logits=None, softcap=None, kv_length=None, q_start=None,
-        out_dtype=None, return_lse=True):
+        out_dtype=None, return_lse=True, latent=None):
+    if latent is not None:
+        k, v, indices = latents.selected(k, indices, q.dtype, latent)
     (B, Hq, T, _), (S, Dv) = q.shape, v.shape[2:]
     kind = out_dtype or (q.dtype.name if q.dtype.name != "float8_e4m3fn" else "bfloat16")
     out, lse = place.empty((B, Hq, T, Dv), kind), place.empty((B, Hq, T), "float64" if q.dtype == np.float64 else "float32")

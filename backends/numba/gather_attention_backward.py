@@ -97,7 +97,7 @@ def _query(job, b, t, unit, slot, memory):
                 continue
             if job.capped:
                 cap_row(p + r * STEP, count, job.constants, slope)
-            odd += differ(p + r * STEP, ds + r * STEP, count, np.float32(lse / job.unit), delta, job.constants, slope if job.capped else 0)
+            odd += differ(p + r * STEP, ds + r * STEP, count, lse, delta, job.constants, slope if job.capped else 0)
         mix_rows(ds, heads, krow, count, job.row, dq, 4 * job.row)
     for r in range(heads):
         row = dq + 4 * job.row * r

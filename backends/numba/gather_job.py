@@ -65,8 +65,8 @@ def make_gather(indices, *, lengths, granularity, causal, scale, softcap, kv_len
         outer, inner, unit = softcap, abs(scale) / softcap, 1.0
     values |= dict(unit=unit)
     c, largest = unit * math.log2(math.e), float(np.finfo(np.float32).max)
-    # c, the softcap outside and inside of tanh, the scale of dS
-    arrays["constants"] = np.array([min(c, largest), outer, inner, slope], np.float32)
+    # c, the softcap outside and inside of tanh, the scale of dS, that of scores
+    arrays["constants"] = np.array([min(c, largest), outer, inner, slope, min(unit, largest)], np.float32)
     values["constants"] = address(arrays["constants"])
     return make_record(GATHER, values), [arrays, tensors]
 

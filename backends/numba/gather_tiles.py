@@ -211,18 +211,19 @@ soften = op("iiii", _soften, "f")
 
 
 def _differ(e, ps, pd, count, lse, delta, constants, slope):
-    """One head's S and dP -> P = 2 ** (c (S - lse)) and dS = P (dP - delta) times the scale and the derivative at `slope` (0: none), in place.
+    """One head's S and dP -> P = exp(S unit - lse) and dS = P (dP - delta) times the scale and the derivative at `slope` (0: none), in place.
+    S unit is rounded before the lse is taken off, as the forward rounds its maximum: where one key is all of a row, P is 1.
     Returns 0, or NaN where a score or a gradient is not finite."""
     b = e.b
-    c, unit = (e.splat(e.load(constants, offset, F)) for offset in (0, 12))
+    scale, unit = (e.splat(e.load(constants, offset, F)) for offset in (12, 16))
     lse, delta, lanes = e.splat(lse), e.splat(delta), ir.Constant(e.VI, list(range(e.lanes)))
 
     def body(k, odd):
         at = e.mul(k, 4)
         there = b.icmp_signed("<", lanes, e.splat(b.trunc(b.sub(count, k), I32)))
-        s = b.select(there, e.load(e.add(ps, at)), lse)
-        p = e.exp2(b.fmul(b.fsub(s, lse), c))
-        d = b.select(there, b.fmul(b.fmul(p, b.fsub(e.load(e.add(pd, at)), delta)), unit), e.f(0))
+        s = b.select(there, b.fmul(e.load(e.add(ps, at)), unit), lse)
+        p = e.exp2(b.fmul(b.fsub(s, lse), e.f(math.log2(math.e))))
+        d = b.select(there, b.fmul(b.fmul(p, b.fsub(e.load(e.add(pd, at)), delta)), scale), e.f(0))
         e.store(p, e.add(ps, at))
         e.store(d, e.add(pd, at))
         with b.if_then(b.icmp_signed("!=", slope, e.i(0))):

@@ -49,6 +49,10 @@ def backward(q, k, v, count, lse_total, delta, dout, scale, softcap=None):
     # A row without keys (or with everything in the sink) has no gradient, whatever stands in it.
     count = np.where(np.isfinite(lse_total)[:, None], count, 0)
     x, slope = scores(q, k, scale, softcap)
+    base = x.max(axis=1, initial=-np.inf, where=count > 0)
+    base = np.where(np.isfinite(base), base, 0.0)
+    whole = base + np.log((count * np.exp(np.where(count > 0, x - base[:, None], -np.inf))).sum(axis=1))
+    lse_total = np.where(whole.astype(np.float32) == lse_total, whole, lse_total)    # as it was before it was rounded, where no sink is in it
     p = np.where(count > 0, count * np.exp(x - np.where(np.isfinite(lse_total), lse_total, 0.0)[:, None]), 0.0)
     ds = np.where(count > 0, p * (dout @ v.T - delta[:, None]) * slope * scale, 0.0)
     dq = weighted_sum(ds, count, k)

@@ -45,7 +45,7 @@ def keys_of(k, k_scale, table):
     if table is None:
         return k, k_scale, np.ones(k.shape[:2], bool)
     k, there = through_pages(k, table)
-    return k, through_pages(k_scale[..., None], table)[0][..., 0], there
+    return k, None if k_scale is None else through_pages(k_scale[..., None], table)[0][..., 0], there
 
 
 def batch_scores(q, k, weights, k_scale, activation, seen):

@@ -11,8 +11,8 @@ arrays that the copy engine cannot address) take the portable one with the same 
 from functools import lru_cache
 
 from sparsetile.backends.contract import Problem, Resources, Tunable
-from sparsetile.backends.triton import block_backward_maps
-from sparsetile.backends.triton.block_backward_portable import columns, rows
+from sparsetile.backends.triton import block_backward_maps, relaunch
+from sparsetile.backends.triton.block_backward_portable import columns, rows, rows_again
 from sparsetile.backends.triton.gluon_paths import lacking
 from sparsetile.backends.triton.launch import (BYTES, FAR, POINTER, beside, covered, known_start, list_steps, options, parts, parts_alone, power, refusal, schedule,
                                                shared_limit)
@@ -158,7 +158,13 @@ def _plan(shapes, strides, lists_key, flags, config, softcap):
     common = dict(cap=softcap, intervals=has_intervals, bitmaps=has_bitmaps, from_length=from_length, far=far, steps=(sqt, sks, svs, sgt) if usual else (0, 0, 0, 0))
     by_rows = constants(D, DV, config, D, edge=not ordered_k and (kv_length or nk * block_k > S), **common)
     by_columns = constants(D, DV, config, max(D, DV), edge=not ordered_q and not exact, **common)
-    return by_rows, by_columns, n, covers
+    return relaunch.Constants(by_rows | options(config)), relaunch.Constants(by_columns | options(config)), n, covers
+
+
+@lru_cache(4096)
+def _again(made: relaunch.Constants) -> relaunch.Constants:
+    """The constants of `rows_again`, from those of `rows`."""
+    return relaunch.Constants({name: value for name, value in made.items() if name != "SLICES"} | dict(MANY=64))
 
 
 def run_parts(q, k, v, parts, lse, delta, dout, *, place, config, scale, softcap=None, kv_length=None, q_start=None, deterministic=True):
@@ -203,22 +209,26 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
         (lists.block_q, lists.block_k, lists.first, lists.nq, lists.nk, lists.has_intervals, lists.has_bitmaps, lists.q_order is not None, lists.k_order is not None),
         (kv_length is not None, q_start is None, host), tuple(config.items()), softcap is not None)
     inner, outer = (0.0, 0.0) if softcap is None else (scale / softcap, float(softcap))
-    list_of, compiled = lists.list_of, options(config)
+    scales, kinds = (float(scale), inner, outer), (q.dtype, dq.dtype)
+    known = (lists.intervals, lists.bitmaps, lists.list_of)
     where = lists.q_order, lists.k_order, kv_length, starts
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
     mapped = block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch)
     if mapped:
-        block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, dk, dv, by_rows, by_columns, compiled, n, covers, kv_length, starts, host or 0, (float(scale), inner, outer))
-    if not mapped or masked(by_rows):
-        rows[(by_rows["SLICES"] * n * Hq * B,)](
-            q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, lists.intervals, lists.bitmaps, list_of, schedule(lists) if covers else None, *where,
-            *steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n, beside(Hq), host or 0, float(scale), inner, outer, **by_rows, AGAIN=mapped, **compiled)
+        bad = place.empty((B * Hq, n), "int32") if masked(by_rows) else None
+        block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, bad, dk, dv, place, by_rows, by_columns, n, covers, kv_length, starts, host, scales)
+    rest = (q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *known, schedule(lists) if covers else None, *where)
+    numbers = (*steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n)
+    if mapped and bad is not None:
+        made = _again(by_rows)
+        relaunch.launch(rows_again, (-(-B * Hq * n // made["MANY"]),), place, (bad, *rest), (*numbers, B * Hq, host or 0, *scales), made, kinds)
     if mapped:
         return dq, dk, dv
+    relaunch.launch(rows, (by_rows["SLICES"] * n * Hq * B,), place, rest, (*numbers, beside(Hq), host or 0, *scales), by_rows, kinds)
     n = lists.nk if lists.k_order is not None else -(-S // config["block_k"])
-    columns[(by_columns["SLICES"] * n * Hk * B,)](
-        q, k, v, dout, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, lists.intervals, lists.bitmaps, list_of, *where,
-        *steps, Hk, Hq // Hk, T, S, lists.first, lists.nq, lists.nk, n, beside(Hk), host or 0, float(scale), inner, outer, **by_columns, **compiled)
+    relaunch.launch(columns, (by_columns["SLICES"] * n * Hk * B,), place,
+                    (q, k, v, dout, lse, delta, dk, dv, lists.by_key_offsets, lists.by_key_rows, lists.by_key_kinds, *known, *where),
+                    (*steps, Hk, Hq // Hk, T, S, lists.first, lists.nq, lists.nk, n, beside(Hk), host or 0, *scales), by_columns, kinds)
     return dq, dk, dv
 
 
@@ -239,14 +249,15 @@ def artifacts(problem: Problem, config) -> list[dict]:
     arrays = {name: pointer for name in ("q", "k", "v", "dout")} | {"lse": "*fp32", "delta": "*fp32"} | {name: "*i32" for name in ("offsets", "kinds", "intervals", "bitmaps", "list_of")}
     arrays |= {name: "*i32" for name, on in (("q_order", has("order")), ("k_order", has("order")), ("kv_length", has("kv_length")), ("q_starts", has("q_start"))) if on}
     strides = ("sqb", "sqh", "sqt", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgt")
-    numbers = {name: "i32" for name in (*strides, "slb", "slh", "group", "T", "S", "first", "nq", "tiles", "together", "q_start")} | {name: "fp32" for name in ("scale", "inner", "outer")}
-    aligned = strides if D % 16 == 0 and DV % 16 == 0 else ()
+    integers = (*strides, "slb", "slh", "group", "T", "S", "first", "nq", "tiles", "q_start")
+    by_rows, by_columns = (relaunch.Constants(made | options(config)) for made in (by_rows, by_columns))
     mapped = block_backward_maps.takes_problem(problem, by_columns)
-    found = block_backward_maps.artifacts(problem, by_rows, by_columns, pointer, gradient, options(config)) if mapped else []
-    for fn, own, integers, made in ((rows, {"dq": gradient, "cols": "*i32", "schedule": "*i32"}, ("Hq",), by_rows | dict(AGAIN=mapped)),
-                                    (columns, {"dk": gradient, "dv": gradient, "entries": "*i32"}, ("Hk", "nk"), by_columns)):
-        if mapped and (fn is columns or not masked(made)):
-            continue
-        pointers = arrays | own
-        found.append(dict(fn=fn, signature=pointers | numbers | {name: "i32" for name in integers}, constexprs=made, options=options(config), div16=(*pointers, *aligned)))
+    rest = {"dq": gradient, "cols": "*i32", "schedule": "*i32"}
+    if mapped:
+        found = block_backward_maps.artifacts(problem, by_rows, by_columns, masked(by_rows), pointer, gradient)
+        todo = [(rows_again, rest | {"bad": "*i32"}, ("Hq", "heads"), _again(by_rows))] if masked(by_rows) else []
+    else:
+        found, todo = [], [(rows, rest, ("Hq", "together"), by_rows), (columns, {"dk": gradient, "dv": gradient, "entries": "*i32"}, ("Hk", "nk", "together"), by_columns)]
+    for fn, own, more, made in todo:
+        found.append(relaunch.artifact(fn, made, arrays | own, (*integers, *more), ("scale", "inner", "outer"), aligned=strides if D % 16 == 0 and DV % 16 == 0 else ()))
     return found

@@ -57,19 +57,18 @@ def _row_step(dq0, dq1, q0, q1, g0, g1, q, q_rows, dout, g_rows, row_ok, logs, s
     return dq0, dq1
 
 
-@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "together", "q_start"])
-def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
-         sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, together, q_start, scale, inner, outer,
-         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-         SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
-         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr, AGAIN: tl.constexpr = False):
-    """AGAIN: only tiles whose dq holds NaN."""
+@triton.jit
+def _tile(piece, i, h, b, q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+          sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
+          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+          CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+          FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
+    """dQ of tile i of head h: columns from piece * D0 on."""
     if QT:
         sqt = QT
         sks = KT
         svs = VT
         sgt = GT
-    piece, i, h, b = program(tiles, Hq, together, SLICES)
     hk = (h // group).to(tl.int64)
     which = tl.load(list_of + b * slb + h * slh)
     limit, start = place_of(b, T, S, q_start, q_starts, kv_length, FROM_LENGTH)
@@ -82,12 +81,6 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
     q_rows = t * sqt
     g_rows = t * sgt
     line = (b * Hq + h) * T + base
-    if AGAIN:
-        made = load(dq + line * D, t * D, row_ok, 0, D0, D, True).to(tl.float32)
-        bad = tl.max(tl.max((made != made).to(tl.int32), 1), 0) > 0
-        row_ok = row_ok & bad
-        n = tl.where(bad, n, a)
-        c = tl.where(bad, c, e - edge)
     logs, shift = rows_known(lse, delta, line, t, row_ok, True)
     q0 = 0.0
     q1 = 0.0
@@ -143,6 +136,37 @@ def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps
     store(dq, t * D, row_ok, dq0 * scale, col, D0, D)
     if D1:
         store(dq, t * D, row_ok, dq1 * scale, D0, D1, D)
+
+
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "together", "q_start"])
+def rows(q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+         sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, together, q_start, scale, inner, outer,
+         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+         SLICES: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+         FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr):
+    piece, i, h, b = program(tiles, Hq, together, SLICES)
+    _tile(piece, i, h, b, q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+          sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
+          D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, INTERVALS, BITMAPS, EDGE, FROM_LENGTH, FAR, QT, KT, VT, GT)
+
+
+@triton.jit(do_not_specialize=["slb", "slh", "Hq", "group", "T", "S", "first", "nq", "tiles", "heads", "q_start"])
+def rows_again(bad, q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+               sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, heads, q_start, scale, inner, outer,
+               D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+               CHUNK: tl.constexpr, CAP: tl.constexpr, INTERVALS: tl.constexpr, BITMAPS: tl.constexpr, EDGE: tl.constexpr,
+               FROM_LENGTH: tl.constexpr, FAR: tl.constexpr, QT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, GT: tl.constexpr, MANY: tl.constexpr):
+    """`rows` of those tiles of all heads that `bad` [heads, tiles] marks. A program looks at MANY of them: almost always none is."""
+    begin = tl.program_id(0) * MANY
+    end = tl.minimum(begin + MANY, heads * tiles)
+    some = begin + tl.arange(0, MANY)
+    if tl.max(tl.load(bad + some, mask=some < end, other=0), 0) > 0:
+        for place in tl.range(begin, end, num_stages=1):
+            if tl.load(bad + place) > 0:
+                own = place // tiles
+                _tile(0, place % tiles, own % Hq, (own // Hq).to(tl.int64), q, k, v, dout, lse, delta, dq, offsets, cols, kinds, intervals, bitmaps, list_of, schedule, q_order, k_order, kv_length, q_starts,
+                      sqb, sqh, sqt, skb, skh, sks, svb, svh, svs, sgb, sgh, sgt, slb, slh, Hq, group, T, S, first, nq, tiles, q_start, scale, inner, outer,
+                      D, D0, D1, DV, V0, V1, BQ, BK, CHUNK, CAP, INTERVALS, BITMAPS, EDGE, FROM_LENGTH, FAR, QT, KT, VT, GT)
 
 
 @triton.jit
