@@ -2,7 +2,7 @@
 
 Every pattern at N 8k, 32k and 128k with 32 and 8 key heads to 32 query heads, and D 64 and D 192, forward and backward: both GPU backends and Triton's portable source ("portable", what runs
 where Gluon does not) beside cuDNN (causal), the compiled FlexAttention, and FlashAttention-3 where it is installed; by the machinery of bench/gpu_table.py, so --list, --share, --minutes and --read
-are as there. FlexAttention's programs are compiled by several processes before anything is timed; --no-flex leaves it out. A row's floor stands as it is and by a peer: the floor of its pattern times what cuDNN (FlexAttention
+are as there. FlexAttention's programs are compiled by several processes before anything is timed; --no-flex leaves it out, --ahead does only that. A row's floor stands as it is and by a peer: the floor of its pattern times what cuDNN (FlexAttention
 where cuDNN cannot) reaches here / reached in the table. Under the table stands what came of floors, the other backend, goals and the portable source.
 --knobs: variants of a backend's default config beside it, e.g. cupy:sums=1 cupy:sums=2,heads=4.
 
@@ -112,6 +112,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--portable", action=argparse.BooleanOptionalAction, default=True, help="Triton's portable source")
     parser.add_argument("--knobs", nargs="+", default=[], metavar="BACKEND:KNOB=VALUE", help="a backend's default config with these knobs (joined by commas), beside it")
     gpu_table.options(parser)
+    gpu_table.compiling(parser)
     args = parser.parse_args(arguments)
     if args.check:
         return int(check(args.backend) > 0)
@@ -119,6 +120,8 @@ def main(arguments=None) -> int:
     if args.list or not names:
         return gpu_table.listed([NAMED[name] for name in names], args)
     found = gpu_table.measured(args, names, compiled=args.flex, portable=args.portable, knobs=args.knobs, backends=[args.backend] if args.backend else gpu_table.OURS)
+    if args.ahead:
+        return 0
     print(f"\n{gpu_table.table(found, names)}\n{verdicts(found, names)}")
     return int(any("wrong answer" in event.get("failed", "") for name in names for event in found.rows.get(name, {}).values()))
 

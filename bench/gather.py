@@ -1,7 +1,8 @@
-"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] [--bytes] (a GPU with compute capability 9.0).
+"""Attention over selected keys of DeepSeek's latent, checked, then timed: python -m sparsetile.bench.gather [--quick] [--bytes | --clustered] (a GPU with compute capability 9.0).
 
 Checked by the numeric policy, in float64 on sampled queries: holes of every garbage, NaN behind every hole, rows cut short by lengths or the query's position, empty rows,
 sinks. Timed: CuPy's and Triton's paths of the config in turn within each round (cold L2, median), 2 pairs (576 + 512) FLOPs, T 4096, K 2048, bfloat16.
+--clustered: only the paths that calls take by themselves, over 128k keys, where 64 neighbouring queries choose from all keys and where they choose from the same 4096, as neighbours do on real data.
 --bytes: a decode step instead, over DeepSeek's rows of 656 bytes in pages of 64, 128 sequences of 32k, positions translated in the call, as a CUDA graph; without a GPU at a small size on the CPU.
 """
 import argparse
@@ -18,13 +19,17 @@ PATHS = (("cupy", "hopper"), ("cupy", "tokens"), ("triton", "gluon"), ("triton",
 
 
 def inputs(torch, T, Hq, S, K, seed=0, pool=None):
-    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row; pool: 64 neighbouring queries choose from as many keys, as neighbours do on real data."""
+    """q [1,Hq,T,D], latent [1,1,S,D], indices [1,1,T,K], distinct in each row; pool: 64 neighbouring queries choose from as many keys."""
     torch.manual_seed(seed)
     q, latent = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, Hq, T, D), (1, 1, S, D)))
     rows = [torch.rand(min(64, T - t), pool or S, device="cuda").topk(K, dim=1).indices.int() for t in range(0, T, 64)]
     if pool:
         rows = [torch.randperm(S, device="cuda", dtype=torch.int32)[:pool][row.long()] for row in rows]
     return q, latent, torch.cat(rows)[None, None, :, torch.randperm(K, device="cuda")].contiguous()
+
+
+def config_of(path: str | None) -> dict | None:
+    return None if path is None else {"path": path}
 
 
 def check(torch, backend, path, T=300, Hq=128, S=8192, K=2048, causal=False):
@@ -40,7 +45,7 @@ def check(torch, backend, path, T=300, Hq=128, S=8192, K=2048, causal=False):
     lengths[0, 0, 7:12] = torch.tensor([0, -3, 1, 33, K + 9], device="cuda")
     sink = torch.linspace(-3, 3, Hq, device="cuda")
     sink[:3] = torch.tensor([float("-inf"), float("inf"), 3e38])[:Hq]
-    given = dict(value_width=DV, sink_logits=sink, q_start=4000, backend=backend, config={"path": path})
+    given = dict(value_width=DV, sink_logits=sink, q_start=4000, backend=backend, config=config_of(path))
     out, lse = sparse_attention(q, latent, None, Selection(indices, lengths=lengths, causal=causal), return_lse=True, **given)
     heads = np.unique([0, 1 % Hq, 2 % Hq, Hq // 2, Hq - 1]).tolist()
     for t in (0, 1, 5, 6, 7, 8, 9, 10, 11, 131, T // 2, T - 1):
@@ -55,7 +60,7 @@ def check(torch, backend, path, T=300, Hq=128, S=8192, K=2048, causal=False):
         for name, got, true, one in zip(("out", "lse"), (out[:, heads, t:t + 1], lse[:, heads, t:t + 1]), truth, formula):
             numeric.assert_close(f"{backend} {path}, {name} of query {t}", got, true, one, reduction=len(few) + D)
     assert torch.equal(out, sparse_attention(q, latent, None, Selection(indices, lengths=lengths, causal=causal), **given))
-    print(f"{backend} {path}{', causal' * causal}: 12 queries x {len(heads)} of {Hq} heads within the policy, the same bits twice", flush=True)
+    print(f"{backend} {path or 'default'}{', causal' * causal}: 12 queries x {len(heads)} of {Hq} heads within the policy, the same bits twice", flush=True)
 
 
 def cached(torch, device, B, S):
@@ -95,10 +100,14 @@ def step(torch, device, backends, B, S, K, heads, seconds):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
-    parser.add_argument("--bytes", action="store_true", help="a decode step over rows of 656 bytes")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--bytes", action="store_true", help="a decode step over rows of 656 bytes")
+    only.add_argument("--clustered", action="store_true", help="random beside clustered choices of 128k keys, by the default paths")
     given = parser.parse_args(arguments)
     import torch
-    if not given.bytes:
+    if given.clustered:
+        clustered(torch, given.quick)
+    elif not given.bytes:
         prefill(torch, given.quick)
     elif torch.cuda.is_available():
         step(torch, "cuda", ("cupy", "triton"), 128, 32768, 2048, (128, 64), 0.5 if given.quick else 2.0)
@@ -115,12 +124,25 @@ def prefill(torch, quick):
         for backend in ("cupy", "triton"):
             check(torch, backend, "tokens", Hq=Hq)
     check(torch, "cupy", "portable"), check(torch, "triton", "portable")
-    watch, T, K = timing.Stopwatch(0), 4096, 2048
-    print(f"{'heads':>6}{'S':>8}{'pool':>8}" + "".join(f"{backend + ' ' + path + ' ms':>20}{'TFLOP/s':>9}" for backend, path in PATHS), flush=True)
     sizes = [(Hq, 32768, None) for Hq in (128, 64, 32, 16, 8)] + [(128, 131072, None), (128, 131072, 4096)]
-    for Hq, S, pool in sizes if quick else sizes + [(64, 131072, None), (64, 131072, 4096), (1, 32768, None), (16, 131072, None), (16, 131072, 4096)]:
+    table(torch, PATHS, sizes if quick else sizes + [(64, 131072, None), (64, 131072, 4096), (1, 32768, None), (16, 131072, None), (16, 131072, 4096)], quick)
+
+
+def clustered(torch, quick):
+    paths, heads = (("cupy", None), ("triton", None)), (128, 16)
+    for Hq in heads:
+        for backend, path in paths:
+            check(torch, backend, path, Hq=Hq)
+    table(torch, paths, [(Hq, 131072, pool) for Hq in heads for pool in (None, 4096)], quick)
+
+
+def table(torch, paths, sizes, quick, T=4096, K=2048):
+    """A line for each (heads, keys, pool): milliseconds and rate of each path, in turn."""
+    watch = timing.Stopwatch(0)
+    print(f"{'heads':>6}{'S':>8}{'pool':>8}" + "".join(f"{backend + ' ' + (path or 'default') + ' ms':>20}{'TFLOP/s':>9}" for backend, path in paths), flush=True)
+    for Hq, S, pool in sizes:
         q, latent, indices = inputs(torch, T, Hq, S, K, pool=pool)
-        calls = [lambda backend=backend, path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend=backend, config={"path": path}) for backend, path in PATHS]
+        calls = [lambda backend=backend, path=path: sparse_attention(q, latent, None, Selection(indices), value_width=DV, backend=backend, config=config_of(path)) for backend, path in paths]
         for call in calls:
             call()
         samples = timing.finals(watch, calls, seconds=0.6 if quick else 5.0, most=10 if quick else 40)

@@ -6,6 +6,7 @@ costs that one figure, and the table goes on without it. `--list` shows the rows
 and so on, one command on each, then `--read *.jsonl`. bench/block_attention.py is the front of block attention alone, at other lengths too.
 """
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsetile.autotune import provenance  # noqa: E402
+from sparsetile.autotune import isolate, provenance  # noqa: E402
 from sparsetile.bench.gpu_rows import NAMED, STORED_AT, Row, selected  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +53,12 @@ class Measured:
             self.rows.setdefault(event["row"], {})[event["who"]] = event
 
 
-def supervise(order: dict, found: Measured, limit: float, until: float, command=None):
-    """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying."""
+def supervise(order: dict, found: Measured, limit: float, until: float, command=None, first=None):
+    """Runs workers until every row of the order is done: one that dies, or is silent for `limit` seconds, is replaced by one that leaves out what it was trying. first: a worker that waits already."""
     while order["rows"]:
         found.trying = None
-        end = work(command or WORKER, order, found, limit, until)
+        end = work(first or start(command or WORKER, order), found, limit, until)
+        first = None
         order["rows"] = [name for name in order["rows"] if name not in found.done]
         if not order["rows"]:
             return
@@ -73,22 +76,43 @@ def supervise(order: dict, found: Measured, limit: float, until: float, command=
             order["without"].append([row, who])
 
 
-def ahead(order: dict, jobs: int, until: float, command=None):
-    """Compiles what rows with a peer of torch.compile need, by several processes before anything is timed: the workers find it on disk. What is not ready by then is compiled by its row."""
-    rows = order["rows"]
-    made = [subprocess.Popen([*(command or WORKER), json.dumps(order | dict(rows=rows[n::jobs], ahead=True))], cwd=ROOT, env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
-            for n in range(min(jobs, len(rows)))]
-    for one in made:
+def ahead(order: dict, jobs: int, until: float, peers_only: bool = False, role: str = "sparsetile.bench.gpu_worker:Compiler"):
+    """Compiles what rows with a peer of torch.compile need, by several processes before anything is timed: the workers find it on disk. The peers of all rows first, since they take longest; then our
+    kernels, unless peers_only. What is not ready by `until` is compiled by its row."""
+    steps = queue.SimpleQueue()
+    for compiled in (True,) if peers_only else (True, False):
+        for name in order["rows"]:
+            steps.put((name, compiled))
+    crew = [isolate.Worker(role, order, env={"TORCHINDUCTOR_COMPILE_THREADS": "1"}) for _ in range(min(jobs, len(order["rows"])))]
+    for one in crew:
+        one.start()
+    with ThreadPoolExecutor(len(crew)) as pool:
+        list(pool.map(lambda one: _compile(one, steps, until), crew))
+
+
+def _compile(worker, steps, until: float):
+    while (left := until - time.monotonic()) > 0:
         try:
-            one.wait(max(0.01, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.kill()
-            one.wait()
+            name, compiled = steps.get_nowait()
+            for who, came in worker("compile", name, compiled, seconds=left).items():
+                print(json.dumps({"row": name, "who": who, "ahead": came}), flush=True)
+        except queue.Empty:
+            break
+        except (isolate.Failed, isolate.Lost) as error:  # its row says why
+            print(f"{name}, ahead: {error}", file=sys.stderr, flush=True)
+    worker.kill()
 
 
-def work(command: list, order: dict, found: Measured, limit: float, until: float) -> str:
-    """One worker, to its end; why it ended."""
-    worker = subprocess.Popen([*command, json.dumps(order)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def start(command: list, order: dict):
+    """A worker, which imports what it needs and waits for a line."""
+    return subprocess.Popen([*command, json.dumps(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def work(worker, found: Measured, limit: float, until: float) -> str:
+    """Lets a worker begin, to its end; why it ended."""
+    with contextlib.suppress(OSError):  # it has ended
+        worker.stdin.write("begin\n")
+        worker.stdin.close()
     lines = queue.Queue()
     threading.Thread(target=_read, args=(worker, lines), daemon=True).start()
     while True:
@@ -199,6 +223,12 @@ def options(parser, seconds: float = 0.8, minutes: float = 8.5):
     parser.add_argument("--read", nargs="+", default=[], help="measure nothing: print the table of what these files hold")
 
 
+def compiling(parser):
+    """What fronts take whose rows may have peers of torch.compile."""
+    parser.add_argument("--ahead", action="store_true", help="only compile the rows' peers that torch.compile makes: TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR keep them for a later command (on another machine under the same paths: Triton writes them down)")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, os.cpu_count() - 1)), help="processes that compile ahead (default: %(default)s)")
+
+
 def listed(rows: list, args) -> int:
     """What --list prints, which is also the answer where --only names nothing."""
     print("\n".join(f"{row.name:30} {row.workload}" for row in rows) or f"--only: no row's name or workload contains {args.only}")
@@ -222,9 +252,14 @@ def measured(args, names: list, **order) -> Measured:
         return read(args.read)
     found, until = writing(args), time.monotonic() + 60 * args.minutes
     order = dict(rows=list(names), without=[], seconds=args.seconds) | order
+    if args.ahead:
+        ahead(order | dict(compiled=True), args.jobs, until, True)
+        return found
+    first = None
     if order["compiled"]:
-        ahead(order, min(12, os.cpu_count() - 1), (time.monotonic() + until) / 2)
-    supervise(order, found, max(args.limit, 180) if order["compiled"] else args.limit, until)
+        first = start(WORKER, order)  # its imports take as long as a few rows
+        ahead(order, args.jobs, (time.monotonic() + until) / 2)
+    supervise(order, found, max(args.limit, 180) if order["compiled"] else args.limit, until, None, first)
     return found
 
 
@@ -233,12 +268,14 @@ def main(argv=None) -> int:
     parser.add_argument("--compiled", action="store_true", help="also peers that torch.compile makes: FlexAttention, decompression with split and concat (tens of seconds a row)")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the calls: short ones cost less than the host needs to launch them; every line says how it was timed")
     options(parser)
+    compiling(parser)
     args = parser.parse_args(argv)
     names = share([row.name for row in selected(args.only)], args.share)
     if args.list or not names:
         return listed([NAMED[name] for name in names], args)
     found = measured(args, names, compiled=args.compiled, graph=args.graphs)
-    print("\n" + table(found, names))
+    if not args.ahead:
+        print("\n" + table(found, names))
     return 0
 
 

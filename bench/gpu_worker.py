@@ -1,8 +1,9 @@
 """The process that measures rows of the GPU table, one after the other, and says each result as a line of JSON at once. bench/gpu_table.py starts it.
 
-Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
-A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel. With "ahead" in its order it times nothing, but compiles.
+It begins when a line comes. Events: {"machine": ...}, {"ceilings": ...}, {"row", "who", "trying": true} before anything of `who` runs, then {"row", "who", ...} with what came of it.
+A kernel that breaks the device's context ends the process; its supervisor goes on without that kernel.
 """
+import importlib
 import json
 import statistics
 import sys
@@ -113,18 +114,26 @@ def ready(who: peers.Peer, judge, row: str) -> tuple | None:
         return None
 
 
-def measured(row: gpu_rows.Row, watch, order: dict):
-    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses."""
+def measured(row: gpu_rows.Row, watch, order: dict, stages: dict):
+    """Everything of one row: inputs, truth, each candidate checked, then all that passed in turn, as CUDA graphs if told so and no call refuses. stages: gets what each took in seconds."""
     say(row=row.name, who="inputs", trying=True)
+    start = time.monotonic()
+
+    def ended(stage):
+        stages[stage] = round(time.monotonic() - start - sum(stages.values()), 1)
     try:
         task = tasks.Task(row.make(), 0)
+        torch.cuda.synchronize()
+        ended("inputs_s")
         judge, flops = spot.Judge(task), measure.operations(task)
     except Exception as error:
         say(row=row.name, who="inputs", failed=failure(error))
         del error
         torch.cuda.synchronize()
         return
+    ended("truth_s")
     found = {who.name: ready(who, judge, row.name) for who in candidates(task, order) if [row.name, who.name] not in order["without"]}
+    ended("calls_s")
     found = {name: one for name, one in found.items() if one}
     if not found:
         return
@@ -170,38 +179,55 @@ def moved(task) -> float:
     return total + 4 * w["B"] * w["T"] * (w["S"] if w.kernel == "indexer_scores" else w["K"] + 1)
 
 
-def compile_ahead(row: gpu_rows.Row, order: dict):
-    """Every candidate of a row of which one is made by torch.compile, called once: its inputs are zeros of the right shapes and strides."""
-    task = tasks.Task(row.make(), 0, hollow=True)
-    found = sorted(candidates(task, order), key=lambda who: who.name not in peers.COMPILED)
-    if not found or found[0].name not in peers.COMPILED:
-        return
-    task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
-    for who in found:
-        try:
-            who.make()()
-            torch.cuda.synchronize()
-        except Exception as error:  # its row says why
-            print(f"{row.name}, {who.name}, ahead: {failure(error)}", file=sys.stderr, flush=True)
+class Compiler:
+    """Compiles ahead of the rows, in a process of its own (autotune/isolate.py)."""
+
+    def __init__(self, order: dict):
+        torch.cuda.init()
+        self.order = order
+
+    def compile(self, name: str, compiled: bool) -> dict:
+        """Of a row with a peer of torch.compile that peer, or our kernels (of a gradient also the forward that its inputs need), called once on zeros of the right shapes and strides: what each one's first
+        call took in seconds, or how it failed."""
+        row = gpu_rows.NAMED[name]
+        task = tasks.Task(row.make(), 0, hollow=compiled or not row.backward)
+        found = candidates(task, self.order)
+        if not any(who.name in peers.COMPILED for who in found):
+            return {}
+        if task.hollow:
+            task.inputs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else x for x in task.inputs]
+        came = {who.name: _first(who) for who in found if (who.name in peers.COMPILED if compiled else ours(who.name))}
+        del task, found
+        torch.cuda.empty_cache()
+        return came
+
+
+def _first(who: peers.Peer) -> float | str:
+    start = time.monotonic()
+    try:
+        who.make()()
+        torch.cuda.synchronize()
+    except Exception as error:  # the row says why
+        return failure(error)
+    return round(time.monotonic() - start, 1)
 
 
 def main(order: dict) -> int:
-    """order: rows (names), without ([row, who] pairs), seconds, compiled; graph, backends, portable, knobs, ahead where asked for."""
+    """order: rows (names), without ([row, who] pairs), seconds, compiled; graph, backends, portable, knobs where asked for."""
     torch.cuda.init()
+    if order["compiled"]:
+        importlib.import_module("torch._inductor.compile_fx")  # seconds, while others compile
+    if not sys.stdin.readline():  # who started it is gone
+        return 1
     rows = [gpu_rows.NAMED[name] for name in gpu_rows.NAMED if name in order["rows"]]
-    if order.get("ahead"):
-        for row in rows:
-            compile_ahead(row, order)
-            torch.cuda.empty_cache()
-        return 0
     watch = timing.Stopwatch(0, flush_mb=FLUSH_MB)
     say(machine=machine())
     say(ceilings=ceilings(watch))
     for row in rows:
-        start = time.monotonic()
-        measured(row, watch, order)
+        stages, start = {}, time.monotonic()
+        measured(row, watch, order, stages)
         torch.cuda.empty_cache()
-        say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1))
+        say(row=row.name, who="row", done=True, seconds=round(time.monotonic() - start, 1), **stages)
     return 0
 
 

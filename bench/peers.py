@@ -92,12 +92,24 @@ def _flash(rule):
 
 
 def _flex(task):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    w, rule = task.workload, task.inputs[3]
+    from torch.nn.attention.flex_attention import flex_attention
+    w, device = task.workload, task.inputs[0].device
     torch._dynamo.reset()  # a new pattern is a new program; after eight of one function dynamo would stop compiling
-    blocks = create_block_mask(_sees(rule, w, task.inputs[0].device), None, None, w["T"], w["S"], device=task.inputs[0].device, _compile=True)
+    blocks = block_mask(_sees(task.inputs[3], w, device), w["T"], w["S"], device)
     flex = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def block_mask(sees, T: int, S: int, device, block: int = 128, rows: int | None = None):
+    """What create_block_mask makes of lengths of whole blocks, some rows at a time: compiled it takes 20 to 40 s for each new length (16k: minutes), uncompiled it holds all T x S pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+    at, s = torch.arange(T, device=device).split(rows or max(1, 2 ** 27 // (S * block)) * block), torch.arange(S, device=device)
+    count = torch.cat([sees(None, None, p[:, None], s).view(-1, block, S // block, block).sum((1, 3)) for p in at])
+    lists = []
+    for kept in ((count > 0) & (count < block ** 2), count == block ** 2):
+        kept = kept.int()[None, None]
+        lists += [kept.sum(-1).int(), torch.argsort(kept, dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(T, S))
 
 
 def _sees(rule, w, device):

@@ -20,7 +20,7 @@ part="${1:-tests}"
 python="${PYTHON:-python3}"
 results="${RESULTS:-bench/results}" parts="${PARTS:-.gpu-cache/tests}"
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
-export SPARSETILE_CACHE_DIR="${SPARSETILE_CACHE_DIR:-$PWD/.gpu-cache/sparsetile}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.gpu-cache/triton}"
+export SPARSETILE_CACHE_DIR="${SPARSETILE_CACHE_DIR:-$PWD/.gpu-cache/sparsetile}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.gpu-cache/triton}" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.gpu-cache/inductor}"
 gpu() { "$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-"))'; }
 report() { mkdir -p "$results"; "$python" -m sparsetile.ci.report "$parts"/*.xml | tee "$results/$(gpu)-tests.txt"; }
 case "$part" in

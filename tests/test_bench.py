@@ -132,6 +132,7 @@ def test_peers_of_latent_decode_are_called_as_they_are_documented(monkeypatch):
 WORKER = '''
 import json, os, sys, time
 order = json.loads(sys.argv[1])
+assert sys.stdin.readline()
 without = {tuple(x) for x in order["without"]}
 def say(**event): print(json.dumps(event), flush=True)
 say(machine={"gpu": "none"}); say(ceilings={"bf16_tflops": 395.0})
@@ -163,6 +164,16 @@ def test_a_worker_that_cannot_start_ends_the_table():
     found = gpu_table.Measured(None)
     gpu_table.supervise(dict(rows=["fwd causal 8k"], without=[]), found, 5, time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"])
     assert "code 3" in found.rows["fwd causal 8k"]["row"]["failed"]
+
+
+def test_a_worker_started_before_waits_until_the_table_begins(capsys):
+    order, found = dict(rows=["fwd causal 32k"], without=[]), gpu_table.Measured(None)
+    first = gpu_table.start([sys.executable, "-c", WORKER], order)
+    time.sleep(1)
+    assert first.poll() is None
+    gpu_table.supervise(order, found, 30, time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"], first)
+    assert found.done == {"fwd causal 32k"} and found.rows["fwd causal 32k"]["cupy"]["tflops"] == 321.0
+    assert gpu_table.start([sys.executable, "-c", WORKER], order).communicate("")[0] == ""  # nobody is left to tell
 
 
 def test_the_table_stops_when_its_time_is_over():
@@ -359,7 +370,8 @@ def test_graphs_are_timed_where_they_are_asked_for(asked, how, monkeypatch, caps
                                (gpu_worker.measure, "operations", lambda task: 0), (gpu_worker, "candidates", lambda task, order: [Namespace(name=name) for name in calls]),
                                (gpu_worker, "ready", lambda who, judge, row: (calls[who.name], {}, 3.0)), (gpu_worker, "moved", lambda task: 6000), (torch.cuda, "synchronize", lambda: None)):
         monkeypatch.setattr(where, name, value)
-    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), orders[0] | dict(seconds=0.1))
+    gpu_worker.measured(next(row for row in gpu_rows.ROWS if row.name == "merge 32k"), Watch(), orders[0] | dict(seconds=0.1), stages := {})
+    assert list(stages) == ["inputs_s", "truth_s", "calls_s"]
     found = gpu_table.Measured(None)
     assert latent.here(torch, "cuda", Namespace(graphs=asked, seconds=0.1, quick=True), found, [("a row", lambda: [("a row", 1, 6000, calls)])], time.monotonic() + 60) == 0
     said = [event for event in map(json.loads, (line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))) if "time_us" in event]
@@ -384,6 +396,18 @@ def test_a_step_over_rows_of_bytes_is_checked_and_timed(monkeypatch, capsys):
     monkeypatch.setattr(gather, "sparse_attention", lambda q, cache, v, chosen, **how: right(q, cache, v, gather.Selection(chosen.indices // 2), **how))
     with pytest.raises(AssertionError, match="sequence 0"):
         gather.main(["--bytes"])
+
+
+def test_clustered_choices_stand_beside_random_ones_of_the_same_size(monkeypatch):
+    pytest.importorskip("torch")
+    from sparsetile.bench import gather
+    checked, asked = [], []
+    monkeypatch.setattr(gather, "check", lambda torch, backend, path, Hq: checked.append((backend, path, Hq)))
+    monkeypatch.setattr(gather, "table", lambda torch, paths, sizes, quick: asked.append((paths, sizes)))
+    gather.main(["--clustered", "--quick"])
+    (paths, sizes), = asked
+    assert {path for _, path in paths} == {None} and {(*one, Hq) for one in paths for Hq, _, _ in sizes} == set(checked)
+    assert sizes[0::2] == [(Hq, S, None) for Hq, S, _ in sizes[1::2]] and all(pool for _, _, pool in sizes[1::2])
 
 
 def test_the_tables_of_sparse_attention_are_rows():
@@ -621,12 +645,64 @@ def test_the_front_says_what_came_of_its_rows(tmp_path, capsys):
     assert block_attention.main(["--only", "no such row"]) == 2
 
 
-def test_what_is_compiled_ahead_is_every_row_once(tmp_path):
-    """By as many processes as were asked for; what does not end in time is stopped."""
-    script = "import json, os, sys, time; order = json.loads(sys.argv[1]); open(os.path.join(order['at'], '-'.join(order['rows'])), 'w').write(str(order['ahead'])); time.sleep(60 if 'c' in order['rows'] else 0)"
-    start = time.monotonic()
-    gpu_table.ahead(dict(rows=list("abcde"), at=str(tmp_path)), 3, start + 4, [sys.executable, "-c", script])
-    assert time.monotonic() - start < 20 and sorted(x.name for x in tmp_path.iterdir()) == ["a-d", "b-e", "c"] and (tmp_path / "c").read_text() == "True"
+@pytest.mark.parametrize("name", ["causal", "window-1024", "documents", "longformer-512", "bigbird-128", "strided-128", "fixed-128"])
+def test_flex_attention_gets_the_blocks_that_torch_makes(name):
+    """Of the table's own patterns over 2048 tokens, some rows at a time."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from sparsetile.bench import peers
+    w, n = GPU[f"gpu/{name}/32768"], 2048
+    sees = peers._sees(w.option("pattern"), replace(w, sizes=tuple((dict(w.sizes) | dict(T=n, S=n)).items())), "cpu")
+    theirs, ours = create_block_mask(sees, None, None, n, n, device="cpu"), peers.block_mask(sees, n, n, "cpu", rows=384)
+    for part in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        a, b = getattr(theirs, part), getattr(ours, part)
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b), part
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+
+
+COMPILER = """
+import os, time
+class Compiler:
+    def __init__(self, order):
+        self.at = order["at"]
+    def compile(self, name, compiled):
+        with open(os.path.join(self.at, "said"), "a") as file:
+            file.write(f"{name} {compiled}\\n")
+        if name == "dies":
+            os._exit(3)
+        if name == "hangs" and not compiled:
+            time.sleep(60)
+        return {"Flex" if compiled else "cupy": os.environ["TORCHINDUCTOR_COMPILE_THREADS"]}
+"""
+
+
+@pytest.mark.parametrize("peers_only", [False, True])
+def test_what_is_compiled_ahead_is_every_row_once(peers_only, tmp_path, monkeypatch, capfd):
+    """Peers of torch.compile before our kernels, by as many processes as were asked for; what dies or does not end in time costs that row alone."""
+    (tmp_path / "made_ahead.py").write_text(COMPILER)
+    monkeypatch.syspath_prepend(tmp_path)
+    start, names = time.monotonic(), ["a", "dies", "b", "hangs", "c"]
+    gpu_table.ahead(dict(rows=names, at=str(tmp_path)), 2, start + 6, peers_only, "made_ahead:Compiler")
+    said, printed = (tmp_path / "said").read_text().splitlines(), capfd.readouterr()
+    assert time.monotonic() - start < 20 and sorted(said) == sorted(f"{name} {compiled}" for compiled in (True, False)[:1 if peers_only else 2] for name in names)
+    assert {line.split()[1] for line in said[:3]} == {"True"}
+    assert '{"row": "c", "who": "Flex", "ahead": "1"}' in printed.out and "dies, ahead: exit: status 3" in printed.err and ("hangs, ahead: hang" in printed.err) == (not peers_only)
+
+
+def test_a_gradients_forward_is_compiled_with_our_kernels_of_it(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from argparse import Namespace
+
+    from sparsetile.bench import gpu_worker, peers
+    made = []
+    for where, name, value in ((torch.cuda, "init", lambda: None), (torch.cuda, "synchronize", lambda: None), (torch.cuda, "empty_cache", lambda: None),
+                               (gpu_worker.tasks, "Task", lambda w, device, hollow: made.append(hollow) or Namespace(workload=w, inputs=[torch.zeros(()).expand(3)], hollow=hollow)),
+                               (gpu_worker, "candidates", lambda task, order: [peers.Peer(name, lambda name=name: lambda: made.append((name, task.inputs[0].stride(0)))) for name in ("triton", "portable", "cuDNN", "Flex")])):
+        monkeypatch.setattr(where, name, value)
+    compiler = gpu_worker.Compiler({})
+    assert [list(compiler.compile(*asked)) for asked in (("bwd causal 8k", True), ("bwd causal 8k", False), ("fwd causal 8k", False))] == [["Flex"], ["triton", "portable"], ["triton", "portable"]]
+    assert made == [True, ("Flex", 1), False, ("triton", 0), ("portable", 0), True, ("triton", 1), ("portable", 1)]
 
 
 def test_scores_of_every_kind_are_told_beside_normal_ones(capsys):
