@@ -2,7 +2,7 @@
 
 The interpreter holds bfloat16 as uint16 bit patterns and computes on the patterns: no error, wrong numbers. `apply` makes products of bfloat16 tiles right
 (operands widened exactly, float32 sums) and casts from float32 round to nearest even, as devices do. Elementwise arithmetic on bfloat16 stays broken: kernels
-convert to float32 first. NumPy 2.4 also refuses `int()` of one-element arrays, which the interpreter needs for loops with bounds computed on the device.
+convert to float32 first. A fused multiply-add it rounds twice; here once, as devices do. NumPy 2.4 also refuses `int()` of one-element arrays, which the interpreter needs for loops with bounds computed on the device.
 Stores by tensor maps refuse what a chip does. Once per process, before the first launch; safe to call again.
 """
 import inspect
@@ -45,6 +45,10 @@ def apply():
             return handle(rounded(source.data), tl.bfloat16)
         return cast(self, source, kind)
 
+    def create_fma(self, x, y, z):
+        wide = [t.data.astype(np.float64) for t in (x, y, z)]
+        return handle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
     store = builder.create_descriptor_store
 
     def create_descriptor_store(self, description, value, indices):
@@ -52,7 +56,7 @@ def apply():
         assert min(first) >= 0, f"a store by a tensor map at {first}: on a chip a negative coordinate is an illegal instruction"
         return store(self, description, value, indices)
 
-    builder.create_dot, builder.cast_impl, builder.create_descriptor_store = create_dot, cast_impl, create_descriptor_store
+    builder.create_dot, builder.cast_impl, builder.create_fma, builder.create_descriptor_store = create_dot, cast_impl, create_fma, create_descriptor_store
     for name in ("create_fp_trunc", "create_fp_ext"):  # bound to the old cast_impl when the class was made
         if name in vars(builder):
             setattr(builder, name, lambda self, source, kind: self.cast_impl(source, kind))

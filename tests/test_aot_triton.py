@@ -23,7 +23,7 @@ SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and wh
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("importance_topk", "score_by_queries"): 96,
     ("gather_attention", "gather_gluon"): 40, ("block_attention", "attend_latent"): 88, ("block_attention", "forward_parts_gluon"): 24, ("gather_attention_backward", "queries_gluon"): 32,
-    ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 64, ("topk", "topk_gluon"): 376,
+    ("gather_attention", "gather_bytes_gluon"): 112, ("gather_attention", "gather_tokens_gluon"): 72, ("topk", "topk_gluon"): 376,
 }
 
 

@@ -925,6 +925,15 @@ def test_attention_delta(kind, expanded, rng, place):
     assert_close("dsink", dsink.owner, truth[2], plainly[2], reduction=B * T * Dv)
 
 
+@pytest.mark.parametrize("sink", [None, np.array([-np.inf, 2], np.float32)], ids=["no sink", "sink"])
+def test_attention_delta_of_nan(sink, place):
+    out, lse = np.ones((1, 2, 9, 16), np.float32), np.zeros((1, 2, 9), np.float32)
+    out[:, :, 4], lse[:, :, 4] = np.nan, np.nan
+    total, delta, _ = attention_delta.run(*map(place.put, (out, np.ones_like(out), lse)), place=place, sink_logits=None if sink is None else place.put(sink))
+    for x in (total, delta):
+        assert np.array_equal(np.isnan(x.owner), np.isnan(lse))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts, Dv, sink", [(1, 40, True), (2, 33, False), (5, 40, True), (30, 24, True)])
 def test_merge_attention(kind, parts, Dv, sink, rng, place):

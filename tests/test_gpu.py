@@ -702,6 +702,68 @@ def test_gradients_of_the_latent(backend, Hq, rng, monkeypatch):
 
 
 @both
+@pytest.mark.parametrize("rule, Hk, D", [(st.Causal(), 2, 128), (st.Causal(), 1, 128), (st.Window(100), 2, 128), (st.Window(100), 2, 64), (st.Window(100), 2, 192),
+                                         (st.Causal() & (st.Window(15) | st.Strided(16)), 2, 128)], ids=["causal", "grouped", "window", "window-64", "window-192", "strided"])
+def test_gradients_of_a_key_of_nan(backend, rule, Hk, D, rng):
+    """Who sees it has NaN, and so have the keys that such a query sees; other tiles of queries and keys have none of it."""
+    T, make = 512, Make(rng)
+    q, k, v, dout = make.normal(1, 2, T, D)(), make.normal(1, Hk, T, D)(), make.normal(1, Hk, T, 128)(), make.normal(1, 2, T, 128)()
+    k[:, :, 300] = float("nan")
+    out = st.sparse_attention(*(x.requires_grad_() for x in (q, k, v)), rule, sink_logits=None if D == 128 else torch.full((2,), -np.inf, device="cuda"), backend=backend)
+    dq, dk, dv = (x.isnan().transpose(1, 2).flatten(2).cpu().numpy()[0] for x in torch.autograd.grad(out, (q, k, v), dout))
+    seen, tiles = rule.visible(np.arange(T)[:, None], np.arange(T), T), np.arange(T) // 128
+    rows = seen[:, 300]
+    keys, near = seen[rows].any(0), np.isin(tiles, tiles[rows])
+    assert dq[rows].all() and dk[keys].all() and dv[keys].all()
+    if "Strided" not in str(rule):
+        far = ~np.isin(tiles, tiles[seen[near].any(0)])
+        assert not dq[~near].any() and not dk[far].any() and not dv[far].any()
+
+
+@both
+@pytest.mark.parametrize("Hq", [128, 16])
+def test_gradients_of_a_chosen_key_of_nan(backend, Hq, rng):
+    T, S, K, make = 60, 200, 40, Make(rng)
+    q, k, dout = make.normal(1, Hq, T, 576)().requires_grad_(), make.normal(1, 1, S, 576)(), make.normal(1, Hq, T, 512)()
+    k[:, :, 7] = float("nan")
+    indices = np.stack([rng.permutation(S)[:K] for _ in range(T)]).astype(np.int32)
+    out = st.sparse_attention(q, k.requires_grad_(), None, st.Selection(torch.from_numpy(indices[None, None]).cuda()), value_width=512, backend=backend)
+    dq, dk = (x.isnan()[0].transpose(0, 1).flatten(1).cpu().numpy() for x in torch.autograd.grad(out, (q, k), dout))
+    rows = (indices == 7).any(1)
+    keys = np.isin(np.arange(S), indices[rows])
+    assert dq[rows].all() and not dq[~rows].any() and dk[keys].all() and not dk[~keys].any()
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way, Hq", [("selection", 64), ("blocks", 64), ("selection", 32), ("selection", 8)])
+def test_a_latent_that_decides_by_a_few_bits(backend, way, Hq, kind, rng):
+    """Two keys, the second one ahead by up to 8 bits, of every query by itself: what its probability is rounded to must not be what the sum has not."""
+    T, S, make = 16, 160, Make(rng)
+    lead = torch.from_numpy(rng.uniform(3, 8.3, (1, Hq, T)) / 1.4426950408889634).cuda()
+    q, k = torch.zeros(1, Hq, T, 576, dtype=kind, device="cuda"), make.normal(1, 1, S, 576, dtype=kind)()
+    k[..., 512:] = 0
+    k[:, :, 40, 512:514], q[..., 512] = 1, lead.to(kind)
+    q[..., 513] = (lead - q[..., 512]).to(kind)
+    keys, rule = [0, 40], st.Full()
+    if way == "selection":
+        indices = np.full((1, 1, T, S), -1, np.int32)
+        indices[..., keys] = keys
+        rule = st.Selection(torch.from_numpy(indices).cuda())
+    else:
+        q[..., 514], k[..., 514] = -300, 1  # the others are nowhere
+        k[:, :, keys, 514] = 0
+    out = to_numpy(st.sparse_attention(q, k, None, rule, value_width=512, scale=1.0, backend=backend))
+    held, count = [to_numpy(x) for x in (q, k)], np.zeros((1, Hq, T, S), np.int64)
+    count[..., keys] = 1
+    wide = [x.astype(np.float64) for x in held]
+    truth, formula = (plain.attention(x, y, y[..., :512], count, scale=1.0)[0] for x, y in (wide, held))
+    for h in range(Hq):
+        for t in range(T):
+            assert_close(f"head {h}, query {t}", out[:1, h:h + 1, t:t + 1], truth[:, h:h + 1, t:t + 1], formula[:, h:h + 1, t:t + 1], reduction=S + 576)
+
+
+@both
 @pytest.mark.parametrize("way", ["selection", "blocks"])
 def test_scores_that_grow_along_a_list_of_latents(backend, way, rng):
     """Of another slope for each head: what probabilities are relative to moves in every tile of keys, in some, in none; among them keys that nobody sees, and whole tiles of those."""
@@ -737,6 +799,15 @@ def test_one_key_decides_behind_a_reference_that_lags(way, Hq, T, kind, rng):
     given = dict() if "bytes" in way else dict(value_width=512)
     out, lse = st.sparse_attention(put(q), cache if "bytes" in way else keys, None, st.Full() if way in ("blocks", "bytes") else st.Selection(entries), scale=scale, return_lse=True, backend="cupy", **given)
     judge.answer(to_numpy(out), to_numpy(lse), q, k, k[..., :512], np.ones((1, Hq, T, S), np.int64), scale=scale)
+
+
+@both
+@pytest.mark.parametrize("Hq", [64, 16])
+def test_queries_near_the_last_position_see_all_that_is_chosen(backend, Hq, rng):
+    q, k, entries = (x() for x in (Make(rng).normal(1, Hq, 5, 576), Make(rng).normal(1, 1, 300, 576), Make(rng).integers(0, 300, 1, 1, 5, 100)))
+    start = torch.tensor([2 ** 31 - 3], dtype=torch.int32, device="cuda")
+    late, all_ = (st.sparse_attention(q, k, None, st.Selection(entries, causal=causal), value_width=512, backend=backend, **how) for causal, how in ((True, dict(q_start=start)), (False, {})))
+    assert torch.equal(late, all_)
 
 
 @both

@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
   for (int m = LANES / 2; m; m /= 2) sum += __shfl_xor_sync(~0u, sum, m);
   if (lane || mine >= rows) return;
   const float high = fmaxf(lse, sink), low = fminf(lse, sink);
-  const float total = high == -inf() || high == inf() ? high : high + log1pf(expf(low - high));
+  const float total = lse != lse ? lse : high == -inf() || high == inf() ? high : high + log1pf(expf(low - high));  // fmaxf drops NaN
   // The keys' share of the whole is exp(lse - total). Where a huge sink makes it vanish, P = exp(s - total) would underflow and with it what dlse brings:
   // then P is taken relative to e^60 times the keys' sum, small enough to be nothing in dV and still a normal number.
   float dlse = p.dlse ? p.dlse[b * p.lb + h * p.lh + t * p.lt] : 0.f;

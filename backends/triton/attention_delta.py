@@ -32,7 +32,7 @@ def delta(out, dout, lse, dlse, sinks, total, delta, shares, T, Hq, so_b, so_h, 
     row = head.to(tl.int64) * T + t
     if sinks is not None:
         sink = tl.load(sinks + h)
-        most = tl.maximum(keys, sink)
+        most = tl.maximum(keys, sink, propagate_nan=tl.PropagateNan.ALL)
         safe = tl.where(tl.abs(most) == high, 0.0, most)
         whole = tl.where(tl.abs(most) == high, most, safe + tl.log(tl.exp(keys - safe) + tl.exp(sink - safe)))
         endless = (tl.abs(whole) == high) | (t >= T)  # no key and no sink, or a sink of +inf

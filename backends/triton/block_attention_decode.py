@@ -149,14 +149,14 @@ def merge(sums, tops, out, lse, sinks, Hq, T, lines, scale, DV: tl.constexpr, V0
     top = tl.full([ROWS], low, tl.float32)
     for s in range(SPLIT):
         top = tl.maximum(top, tl.load(tops + 2 * (line + s * lines.to(tl.int64)), inside, low))
-    z = tl.where(top == low, 0.0, top * scale2)
+    ref = tl.where(top == low, 0.0, top)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V0], tl.float32)
     c = tl.arange(0, V0)
     for s in range(SPLIT):
         at = line + s * lines.to(tl.int64)
         m = tl.load(tops + 2 * at, inside, low)
-        share = tl.math.exp2(m * scale2 - z)
+        share = tl.math.exp2((m - ref) * scale2)
         total += share * tl.load(tops + 2 * at + 1, inside, 0.0)
         acc += share[:, None] * tl.load(sums + at[:, None] * DV + c[None, :], inside[:, None] & (c < DV)[None, :], 0.0)
     factor, logs = finish(top, total, scale, scale2, sinks, h, sinks is not None)

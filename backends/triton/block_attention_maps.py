@@ -13,7 +13,7 @@ from sparsetile.backends.triton import relaunch
 from sparsetile.backends.triton.float8 import pointer
 from sparsetile.backends.triton.launch import FAR, covered, known_start, list_steps, options, parts, power, scales, turns
 from sparsetile.backends.triton.maps import Map, can_map
-from sparsetile.backends.triton.tiles import capped, drawn, entries_of, finish, negated, opened, place_of, product, rows_of, seen, soften
+from sparsetile.backends.triton.tiles import capped, drawn, entries_of, finish, negated, opened, place_of, product, rows_of, seen, soften, unfused
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def step(s, acc, m, l, v_map, b, h, row, mask, read, scale, inner, outer, V0: tl
         s = capped(s, inner, outer)
     if MASK:
         s = tl.where(mask, s, float("-inf"))
-    p, a, m, l = soften(s, m, l, scale, MASK)
+    p, a, m, l = soften(s, m, l, scale, MASK, True)
     v0 = v_map.load([b, h, row, 0]).reshape(BK, V0)
     if CLEAR:
         v0 = tl.where(read[:, None], v0, tl.zeros([BK, V0], v0.dtype))
@@ -177,11 +177,12 @@ def forward_maps(q0_map, q1_map, k0_map, k1_map, v_map, out_map, q, out, lse, of
         if total != total:
             acc, m, l = again(q0, q1, k0_map, k1_map, v_map, cols, kinds, intervals, bitmaps, a, c, limit, row_ok, b, h // group, scale2, inner, outer,
                               D0, D1, V0, BQ, BK, CAP, INTERVALS, BITMAPS, EDGE)
+    l, own = unfused(m, l, scale2, out.dtype.element_ty)
     factor, logs = finish(m, l, scale, scale2, sinks, h, sinks is not None)
     line = head.to(tl.int64) * T + base
     if lse is not None:
         tl.store(lse + line + row, logs, mask=row_ok)
-    found = (acc * factor[:, None]).to(out.dtype.element_ty)
+    found = (acc * (factor * own)[:, None]).to(out.dtype.element_ty)
     if out_map is None:
         column = tl.arange(0, V0)
         tl.store(out + line * DV + (row * DV)[:, None] + column[None, :], found, mask=row_ok[:, None] & (column < DV)[None, :])

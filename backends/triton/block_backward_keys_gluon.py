@@ -222,7 +222,7 @@ def multiply_keys(W: gl.constexpr, dk_maps, dv_map, dk, dv, sums, words, T, S, s
                         gt = warpgroup_mma(sv.index(at), sg.index(s).permute((1, 0)), gl.expand_dims(sd.index(s).load(C), 0) + zero, is_async=True)
                         ds = p * warpgroup_mma_wait(0, deps=(gt, ))
                         if partial:
-                            ds = gl.where(p > 0, ds, 0.0)
+                            ds = gl.where(p != 0, ds, 0.0)
                         ds = ds.to(kind_of)
                         kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq0.index(s), acc_k, is_async=True)
                         kt1 = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK1, 2)), sq1.index(s), acc_k1, is_async=True)

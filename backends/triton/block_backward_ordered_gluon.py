@@ -179,7 +179,7 @@ def multiply_ordered(W: gl.constexpr, dk_map, dv_map, dk, dv, walk, kinds, table
                     grad = warpgroup_mma_wait(1, deps=(gt, ))
                     g = p * grad
                     if masked:
-                        g = gl.where(p > 0, _rare(g), 0.0)
+                        g = gl.where(p != 0, _rare(g), 0.0)
                     ds = g.to(kind_of)
                     ds_tiles.index(2 * half + W).store(ds)  # free: the other group wrote its dS of the step before after its dQ of the step before that
                     kt = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, OK, 2)), sq.index(half + z), acc_k, is_async=True)

@@ -18,7 +18,7 @@ def probabilities(raw, lse, scale):
 def known(lse, delta, at, ok):
     """(lse, delta) of rows; lse +inf, hence P = 0, where a row is not there, sees no key, or its sink holds all."""
     logs = gl.load(lse + at, mask=ok, other=float("inf"))
-    return gl.where(gl.abs(logs) < float("inf"), logs, float("inf")), gl.load(delta + at, mask=ok, other=0.0)
+    return gl.where(gl.abs(logs) != float("inf"), logs, float("inf")), gl.load(delta + at, mask=ok, other=0.0)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparsetile.backends.triton import latent_gluon, relaunch
-from sparsetile.backends.triton.gluon_items import place_of
+from sparsetile.backends.triton.gluon_items import limit_of
 from sparsetile.backends.triton.latent_gluon import (HALF, HEADS, KEYS, LATENT, PIECE, STAGES, add_values, after, copy_keys, copy_query, give_last, make_memory,
                                                      score, store, store_through, take_last)
 from sparsetile.backends.triton.latents import latent_of
@@ -42,15 +42,13 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.constex
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)  # late queries have long rows: first
         if count > 0:
-            limit, start = place_of(b, T, S, at, FROM_LENGTH)
+            limit = limit_of(b, t, at, T, S, CAUSAL, FROM_LENGTH)
             slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, B)
             j += 1
             keys = k + b.to(gl.int64) * skb
             entry = gl.load(indices + line + r, mask=r < count, other=-1)
             for first in range(0, count, KEYS):
                 ok = (entry >= 0) & (entry < limit)
-                if CAUSAL:
-                    ok = ok & (entry <= start + t)
                 rows = keys + gl.where(ok, entry, 0).to(gl.int64) * sks
                 entry = gl.load(indices + line + first + KEYS + r, mask=first + KEYS + r < count, other=-1)  # asked for a tile ahead
                 mbarrier.wait(free.index(slot), phase ^ 1)

@@ -8,7 +8,8 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sparsetile.backends.triton.gather_backward_queries_gluon import limit_of, query_of
+from sparsetile.backends.triton.gather_backward_queries_gluon import query_of
+from sparsetile.backends.triton.gluon_items import limit_of
 
 ENTRIES = gl.constexpr(64)
 WIDTH = gl.constexpr(576)

@@ -7,6 +7,8 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from sparsetile.backends.triton.gluon_items import limit_of
+
 HEADS = gl.constexpr(64)
 KEYS = gl.constexpr(32)
 LATENT = gl.constexpr(512)
@@ -34,23 +36,6 @@ def item_of(number, sizes, lengths):
     y = number // parts
     b, t, line, count = query_of(y, T, K, first, some, lengths)
     return b, t, y, number - y * parts, line, count
-
-
-@gluon.jit
-def limit_of(b, t, at, T, S, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
-    """Entries from here on mean nothing to query t."""
-    q_start, q_starts, kv_length = at
-    limit = S
-    if kv_length is not None:
-        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
-    if CAUSAL:
-        start = gl.to_tensor(q_start).to(gl.int64)  # may be any int32
-        if q_starts is not None:
-            start = gl.load(q_starts + b).to(gl.int64)
-        elif FROM_LENGTH:
-            start += limit - T
-        limit = gl.maximum(gl.minimum(start + t + 1, limit), 0).to(gl.int32)
-    return limit
 
 
 @gluon.jit
@@ -122,7 +107,7 @@ def score(lse, delta, lengths, sizes, items, scale, q_tiles, k_tiles, images, fo
             exists = r < Hq - part * HEADS
             row = (b.to(gl.int64) * Hq + part * HEADS + gl.where(exists, r, 0)) * T + t
             logs = gl.load(lse + row, mask=exists, other=float("inf"))
-            logs = gl.expand_dims(gl.where(gl.abs(logs) < float("inf"), logs, float("inf")), 1)
+            logs = gl.expand_dims(gl.where(gl.abs(logs) != float("inf"), logs, float("inf")), 1)
             shift = gl.expand_dims(gl.load(delta + row, mask=exists, other=0.0), 1)
             mbarrier.wait(q_full, j & 1)
             j += 1

@@ -8,20 +8,12 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton import latent_gluon
 from sparsetile.backends.triton.gather_attention_gluon import item_of, probabilities, values
-from sparsetile.backends.triton.gluon_items import place_of
+from sparsetile.backends.triton.gluon_items import limit_of
 from sparsetile.backends.triton.latent_gluon import ARRIVALS, HEADS, KEYS, LATENT, ROTARY, after, copy_query, make_memory
 
 STAGES = gl.constexpr(4)
 COMING = gl.constexpr(2)  # tiles whose bytes are on their way
 CHUNK = gl.constexpr(64)  # bytes of a row that four threads convert together: eight chunks of float8 values, behind which stand four scales, and two of rotary columns
-
-
-@gluon.jit
-def seen(entry, limit, last, CAUSAL: gl.constexpr):
-    ok = (entry >= 0) & (entry < limit)
-    if CAUSAL:
-        ok = ok & (entry <= last)
-    return ok
 
 
 @gluon.jit
@@ -81,14 +73,14 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)  # late queries have long rows: first
         if count > 0:
-            limit, start = place_of(b, T, S, at, FROM_LENGTH)
+            limit = limit_of(b, t, at, T, S, CAUSAL, FROM_LENGTH)
             keys = k + b.to(gl.int64) * skb
             row = indices + line
             entry = gl.load(row + r, mask=r < count, other=-1)
-            ok = seen(entry, limit, start + t, CAUSAL)
+            ok = (entry >= 0) & (entry < limit)
             ask(keys, entry, ok, sks, n, bytes_)
             entry = gl.load(row + KEYS + r, mask=KEYS + r < count, other=-1)
-            ok1 = seen(entry, limit, start + t, CAUSAL)
+            ok1 = (entry >= 0) & (entry < limit)
             ask(keys, entry, ok1, sks, n + 1, bytes_)
             entry = gl.load(row + 2 * KEYS + r, mask=2 * KEYS + r < count, other=-1)
             slot, phase = copy_query(q + b.to(gl.int64) * sqb + t.to(gl.int64) * sqt, head, Hq, sqh, slot, phase, j, queries, memory, Q)
@@ -102,7 +94,7 @@ def gather_bytes(q, k, indices, lengths, at, sizes, strides, items, CAUSAL: gl.c
                 mbarrier.arrive(full.index(slot), count=ARRIVALS)  # no copies of threads to wait for
                 slot, phase = after(slot, phase, STAGES)
                 ok = ok1
-                ok1 = seen(entry, limit, start + t, CAUSAL)
+                ok1 = (entry >= 0) & (entry < limit)
                 ask(keys, entry, ok1, sks, n + 2, bytes_)
                 entry = gl.load(row + first + 3 * KEYS + r, mask=first + 3 * KEYS + r < count, other=-1)  # a tile ahead
                 n += 1

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from sparsetile.backends.contract import Resources
 from sparsetile.backends.triton.gather_attention_gluon import item_of
-from sparsetile.backends.triton.gluon_items import make_bars, place_of
+from sparsetile.backends.triton.gluon_items import limit_of, make_bars
 from sparsetile.backends.triton.latent_gluon import COPIERS, PIECE, ROTARY
 from sparsetile.backends.triton.tiles import finish
 
@@ -71,13 +71,11 @@ def gather(q, k, indices, lengths, at, sizes, strides, items, HEADS: gl.constexp
     for it in range(gl.program_id(0), items, gl.num_programs(0)):
         b, t, head, line, count = item_of(items - 1 - it, sizes, lengths, HEADS)  # late queries have long rows: first
         if count > 0:
-            limit, start = place_of(b, T, S, at, FROM_LENGTH)
+            limit = limit_of(b, t, at, T, S, CAUSAL, FROM_LENGTH)
             keys = k + b.to(gl.int64) * skb
             entry = gl.load(indices + line + r, mask=r < count, other=-1)
             for i in range(steps_of(count)):
                 ok = (entry >= 0) & (entry < limit)
-                if CAUSAL:
-                    ok = ok & (entry <= start + t)
                 rows = keys + gl.where(ok, entry, 0).to(gl.int64) * sks
                 place = (i + 1) * KEYS + r
                 entry = gl.load(indices + line + place, mask=place < count, other=-1)  # asked for a step ahead
@@ -128,9 +126,9 @@ def largest(x, tile):
 def soften(x, m, l, scale2, tile):
     """One step of the softmax down the columns: probabilities, the factor of what was summed before, new maximum of the products, new sums, which each token's row keeps for itself."""
     new = gl.maximum(m, largest(x, tile))
-    z = gl.where(new == float("-inf"), 0.0, new * scale2)
-    p = gl.exp2(gl.fma(x, scale2, -gl.expand_dims(z, 0)))
-    a = gl.expand_dims(gl.exp2(m * scale2 - z), 0)
+    ref = gl.where(new == float("-inf"), 0.0, new)
+    p = gl.exp2((x - gl.expand_dims(ref, 0)) * scale2)
+    a = gl.expand_dims(gl.exp2((m - ref) * scale2), 0)
     return p, a, new, l * a + p
 
 
@@ -218,9 +216,9 @@ def attend(W: gl.constexpr, out, lse, lengths, sinks, sizes, items, scale, HEADS
             mbarrier.wait(met.index(turn + 1 - W), (j >> 1) & 1)
             top = tops.index(turn + 1 - W).load(C)
             new = gl.maximum(m, top)
-            ref = gl.where(new == float("-inf"), 0.0, new * scale2)
-            own = gl.exp2(m * scale2 - ref)
-            others = gl.exp2(top * scale2 - ref)
+            ref = gl.where(new == float("-inf"), 0.0, new)
+            own = gl.exp2((m - ref) * scale2)
+            others = gl.exp2((top - ref) * scale2)
             total = total * own + sums.index(turn + 1 - W).load(C) * others
             m = new
             j += 1

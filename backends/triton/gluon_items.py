@@ -28,6 +28,23 @@ def place_of(b, T, S, at, FROM_LENGTH: gl.constexpr):
 
 
 @gluon.jit
+def limit_of(b, t, at, T, S, CAUSAL: gl.constexpr, FROM_LENGTH: gl.constexpr):
+    """Entries of a list from here on mean nothing to query t of batch b."""
+    q_start, q_starts, kv_length = at
+    limit = S
+    if kv_length is not None:
+        limit = gl.minimum(gl.maximum(gl.load(kv_length + b), 0), S)
+    if CAUSAL:
+        start = gl.to_tensor(q_start).to(gl.int64)  # may be any int32
+        if q_starts is not None:
+            start = gl.load(q_starts + b).to(gl.int64)
+        elif FROM_LENGTH:
+            start += limit - T
+        limit = gl.maximum(gl.minimum(start + t + 1, limit), 0).to(gl.int32)
+    return limit
+
+
+@gluon.jit
 def cut(number, order):
     """(item, section, its place among the sections or -1): the first `ahead` tiles of every head come `sections` times, before everything else."""
     heads, tiles, ahead, together, sections = order

@@ -29,18 +29,19 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 LOWEST = gl.constexpr(-3.4028235e38)
-# Of a thread's two rows: the largest product so far of its own keys, the reference of the sums (a logarithm to base 2), the scale. When a row of the warp has grown by 2^8
-# (-8 is 0fC1000000), references of all 16 move to their largest scores. New references, and what sums so far are multiplied by.
-FOLLOW = gl.constexpr("""{.reg .pred p; .reg .f32 a, b, c;
+# Of a thread's two rows: the largest product so far of its own keys, the one that probabilities are relative to, the scale (to base 2). When a row of the warp has grown by 2^8
+# (0f41000000), the references of those that have move to their largest products. New references, and what sums so far are multiplied by.
+FOLLOW = gl.constexpr("""{.reg .pred p, q; .reg .f32 a, b, c;
 mov.f32 $0, $6; mov.f32 $1, $7; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000;
-fma.rn.f32 a, $4, $8, 0fC1000000; fma.rn.f32 b, $5, $9, 0fC1000000;
-setp.gt.f32 p, a, $6; setp.gt.or.f32 p, b, $7, p;
+sub.f32 a, $4, $6; sub.f32 b, $5, $7; max.f32 a, a, b; mul.f32 a, a, $8;
+setp.gt.f32 p, a, 0f41000000;
 vote.sync.any.pred p, p, -1;
 @!p bra STAYS;
-shfl.sync.bfly.b32 c, $4, 1, 31, -1; max.f32 a, c, $4; shfl.sync.bfly.b32 c, a, 2, 31, -1; max.f32 a, a, c; mul.rn.f32 a, a, $8;
-shfl.sync.bfly.b32 c, $5, 1, 31, -1; max.f32 b, c, $5; shfl.sync.bfly.b32 c, b, 2, 31, -1; max.f32 b, b, c; mul.rn.f32 b, b, $9;
-max.f32 $0, a, $6; max.f32 $1, b, $7;
-sub.f32 a, $6, $0; sub.f32 b, $7, $1;
+shfl.sync.bfly.b32 c, $4, 1, 31, -1; max.f32 a, c, $4; shfl.sync.bfly.b32 c, a, 2, 31, -1; max.f32 a, a, c;
+shfl.sync.bfly.b32 c, $5, 1, 31, -1; max.f32 b, c, $5; shfl.sync.bfly.b32 c, b, 2, 31, -1; max.f32 b, b, c;
+sub.f32 c, a, $6; mul.f32 c, c, $8; setp.gt.f32 q, c, 0f41000000; @q mov.f32 $0, a;
+sub.f32 c, b, $7; mul.f32 c, c, $8; setp.gt.f32 q, c, 0f41000000; @q mov.f32 $1, b;
+sub.f32 a, $6, $0; sub.f32 b, $7, $1; mul.f32 a, a, $8; mul.f32 b, b, $8;
 ex2.approx.ftz.f32 $2, a; ex2.approx.ftz.f32 $3, b;
 STAYS: }""")
 
@@ -179,7 +180,7 @@ def of_thread(x):
 
 @gluon.jit
 def weigh(x, s, seen, top, sums, ref, scale2, found, weights):
-    """Scores of a tile become probabilities relative to 2^ref, and sums of each thread's own keys."""
+    """Scores of a tile become probabilities relative to exp2(scale2 * ref), up to 2^8, and sums of each thread's own keys."""
     p_tiles, factors, moved, ready, start = weights
     L: gl.constexpr = x.type.layout
     if seen != SEEN:
@@ -188,7 +189,7 @@ def weigh(x, s, seen, top, sums, ref, scale2, found, weights):
     y = of_thread(x)
     top = gl.maximum(top, gl.max(gl.max(y, 3), 1))
     ref, f = gl.inline_asm_elementwise(FOLLOW, "=&f,=&f,=&f,=&f,f,f,f,f,f,f", [top, ref, scale2], (gl.float32, gl.float32), False, 2)
-    p = gl.exp2(gl.fma(y, scale2, -gl.expand_dims(gl.expand_dims(ref, 1), 3)))
+    p = gl.exp2((y - gl.expand_dims(gl.expand_dims(ref, 1), 3)) * scale2)
     p_tiles.index(s).store(gl.convert_layout(p.reshape([HEADS, KEYS]), L, assert_trivial=True).to(p_tiles.dtype))
     f_of = f.permute((1, 0))
     factors.index(s)._reinterpret(gl.float32, [4, HEADS], ROWS).store(f_of)
@@ -199,7 +200,7 @@ def weigh(x, s, seen, top, sums, ref, scale2, found, weights):
 @gluon.jit
 def score(scale2, tiles, s, phase, j, queries, keys, weights):
     """Probabilities of `tiles` tiles, for this block's query j, which begins at slot s: each row's largest product, its sum relative to that, what sums of values are
-    multiplied by to be so, too, and the slot behind them."""
+    multiplied by to be so, too, and the slot behind them. Of a key that decides, sums of values hold the probability as it was rounded, so they are divided by a sum that does, too."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     R: gl.constexpr = gl.SliceLayout(1, L)
     S: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, of_thread(gl.zeros([HEADS, KEYS], gl.float32, L)).type.layout))
@@ -231,8 +232,12 @@ def score(scale2, tiles, s, phase, j, queries, keys, weights):
         mbarrier.arrive(start.index(s))
         s, phase = after(s, phase, STAGES)
     m = gl.convert_layout(gl.max(top, 1), R)
-    unit = gl.where(m == float("-inf"), 1.0, gl.exp2(gl.convert_layout(gl.max(ref, 1), R) - m * scale2))
-    return m, gl.convert_layout(gl.sum(sums, 1), R) * unit, unit, s, phase
+    ahead = (m - gl.convert_layout(gl.max(ref, 1), R)) * scale2
+    most = gl.exp2(ahead)  # as `weigh` made it: a reference moves in the tile of a larger product only
+    total = gl.convert_layout(gl.sum(sums, 1), R)
+    unit = gl.where(m == float("-inf"), 1.0, gl.exp2(-ahead))
+    rounded = gl.where(m == float("-inf"), 1.0, total + (most.to(p_tiles.dtype).to(gl.float32) - most))
+    return m, total * unit, unit * (total / rounded), s, phase
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Device helpers of the attention kernels: tiles of any width, what a row of a partial block sees, one step of the softmax.
 
 A width is held as a power of two W0 and a padded rest W1 (0: none); see launch.parts. All arithmetic on elements is in float32, and products are
-fused with sums only by name (tl.fma; launch.options): a score, q.k times the scale in natural units, is rounded alike in forward and backward, so that
+not fused with sums (launch.options): a score, q.k times the scale in natural units, is rounded in the backward as the largest of a row is in the forward's lse, so that
 score - lse is right however large both are. A row of one key has P = 1 exactly.
 """
 import triton
@@ -276,27 +276,38 @@ def capped(s, inner, outer):
 
 
 @triton.jit
-def soften(s, m, l, scale, GUARD: tl.constexpr):
+def soften(s, m, l, scale, GUARD: tl.constexpr, FUSED: tl.constexpr = False):
     """One step of the softmax: probabilities, the factor of what was summed before, new maximum of the products, new sum. `scale` > 0 takes products to base 2.
-    GUARD: a row may have seen nothing yet."""
+    The maximum is subtracted before that: however large it is, the largest has P = 1, which no rounding changes. GUARD: a row may have seen nothing yet.
+    FUSED: one instruction less for each score; the largest is 2^what rounding m * scale lost (`unfused`)."""
     new = tl.maximum(m, tl.max(s, 1))
-    z = new * scale
+    ref = new
     if GUARD:
-        z = tl.where(new == float("-inf"), 0.0, z)
-    p = tl.math.exp2(tl.fma(s, scale, -z[:, None]))
-    a = tl.math.exp2(m * scale - z)
+        ref = tl.where(new == float("-inf"), 0.0, new)
+    if FUSED:
+        p = tl.math.exp2(tl.fma(s, scale, -(ref * scale)[:, None]))
+    else:
+        p = tl.math.exp2((s - ref[:, None]) * scale)
+    a = tl.math.exp2((m - ref) * scale)
     return p, a, new, l * a + tl.sum(p, 1)
+
+
+@triton.jit
+def unfused(m, l, scale, KIND: tl.constexpr):
+    """After `soften` with FUSED: (the sum as without, what sums of values are multiplied by to belong to it). Where one key decides, they hold its probability as KIND rounded it."""
+    most = tl.where(l == 0, 1.0, tl.math.exp2(tl.fma(m, scale, -(m * scale))))
+    held = l + (most.to(KIND).to(tl.float32) - most)
+    return l / most, tl.where(l == 0, 1.0, l / held) / most
 
 
 @triton.jit
 def finish(m, l, scale, scale2, sinks, h, HAS_SINK: tl.constexpr):
     """(factor of the sums, natural logsumexp of the keys) from maximum and sum of `soften`, which ran with scale2 = scale * log2(e); a sink enlarges the
-    denominator only. A NaN sum stays NaN. What rounding m * scale2 cost, the fused products of the sum still hold: it is taken out again."""
+    denominator only. A NaN sum stays NaN."""
     none = l == 0
-    z = m * scale2
-    lost = tl.where(none, 0.0, tl.fma(m, scale2, -z))
-    lse = tl.where(none, float("-inf"), m * scale + (tl.math.log2(tl.where(none, 1.0, l)) - lost) * 0.6931471805599453)
+    lse = tl.where(none, float("-inf"), m * scale + tl.math.log2(tl.where(none, 1.0, l)) * 0.6931471805599453)
     if HAS_SINK:
+        z = m * scale2
         sink = tl.load(sinks + h) * 1.4426950408889634
         top = tl.maximum(z, sink)
         most = tl.where(tl.abs(top) == float("inf"), 0.0, top)
