@@ -53,12 +53,6 @@ static inline void emulate_barrier_wait(uint32_t at, uint32_t parity) {
   }
 }
 
-static inline bool emulate_barrier_test(uint32_t at, uint32_t parity) {
-  if ((emulate_barrier(at).phase_and_bytes & 1) != (int)parity) return true;
-  emulate::yield(parity ? "a barrier's second phase, shared memory" : "a barrier's first phase, shared memory", at);
-  return (emulate_barrier(at).phase_and_bytes & 1) != (int)parity;
-}
-
 // where byte `column` of 128-byte row `row` stands in a swizzled tile
 static inline uint32_t emulate_swizzle(uint32_t row, uint32_t column) { return row * 128 + ((column / 16 ^ (row & 7)) * 16) + column % 16; }
 

@@ -237,13 +237,12 @@ def parts_of(made, place):
                                 extras={name: getattr(part, name) for name in names if getattr(part, name) is not None}) for part in made]
 
 
-@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length, D, Dv", [(*case, 16, 16) for case in PART_CASES + RAGGED_CASES] + [
-    (*PART_CASES[0], 192, 64), (*RAGGED_CASES[0], 192, 64), (*PART_CASES[-1], 72, 128)], ids=lambda x: str(x).replace(" ", ""))  # D over 128: tiles of 128 queries
-def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, D, Dv, rng):
-    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before, or adding them; in one launch where the keys that exist are known."""
+@pytest.mark.parametrize("block_q, rule, T, S, Hq, Hk, length", PART_CASES + RAGGED_CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_parts_on_hopper(block_q, rule, T, S, Hq, Hk, length, rng):
+    """Residue classes and summaries as boxes of the copy engine, each part starting from the sums of the one before; in one launch where the keys that exist are known."""
     place = HopperPlace()
     place.refused = "block_attention"
-    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, D, Dv)
+    q, k, v = tensors(rng, "bfloat16", 1, Hq, Hk, T, S, 16, 16)
     parts = parts_of(lower(rule, S - T, S, S, block_q, 128), place)
     count = rule.visible(S - T + np.arange(T)[:, None], np.arange(S), S) & (np.arange(S) < (length or S))
     hide(k, v, count[None, None], Hq)
@@ -311,7 +310,7 @@ def test_tiles_of_parts_follow_each_other():
     """Every tile once for every head; a tile that starts from sums stands behind all tiles of its head that leave them, and waits for each of their two groups of threads."""
     place, heads = CpuPlace(), 3
     parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
-    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place, 192)
+    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place)
     assert len(plan.axes) == 2
     taken, left = [], {}
     for number in range((heads + 1) * len(plan.items.owner)):
@@ -325,25 +324,6 @@ def test_tiles_of_parts_follow_each_other():
         else:
             assert wait == 2 * len(left[head]) == 2 * 16 and np.isin(t + np.arange(128), left[head]).all() and entries
     assert len(taken) == len(set(taken)) == heads * 32
-
-
-def test_units_of_classes_follow_each_other():
-    """Every unit of 64 queries once for every head; one that adds sums stands behind all units of its head that leave them, and waits for each chunk that holds its rows."""
-    place, heads = HopperPlace(), 3
-    parts = parts_of(lower(Causal() & (Window(10) | Strided(8)), 0, 2048, 2048, 128, 128), place)
-    plan = hopper_parts.plan_of(parts, [axes_of(part, 0, 2048, 2048) for part in parts], 2048, 2048, 0, place, 128)
-    items, members, taken, left = plan.items.owner, plan.members.owner, [], {}
-    for number in range((heads + plan.behind) * len(items)):
-        t, number_of_pass, _, _, _, behind, chunk, end = items[number % len(items)].tolist()
-        head = number // len(items) - behind
-        if not 0 <= head < heads:
-            continue
-        taken.append((head, number_of_pass, t))
-        if number_of_pass != 1:
-            left.setdefault((head, chunk), []).append(t + 8 * np.arange(64))
-        else:
-            assert all(members[c] == len(left[head, c]) == 8 for c in range(chunk, end)) and np.isin(t + np.arange(64), [left[head, c] for c in range(chunk, end)]).all()
-    assert len(taken) == len(set(taken)) == heads * 64
 
 
 DECODE_CASES = [

@@ -18,7 +18,7 @@ import struct
 
 from sparsetile.backends.contract import Problem, Resources, Tunable, Unsupported
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper, hopper_classes, hopper_parts, split
+from sparsetile.backends.cupy import hopper, hopper_parts, split
 from sparsetile.backends.cupy.hopper_axes import Axes, axes_of, in_classes
 from sparsetile.backends.cupy.operands import (HALVES, KINDS, LISTS, PAGES, POSITIONS, SCALES, ceil_div, copy_bytes, first_fitting, float8_defines, fp8_defines, is_float8, latent_shape,
                                                lists_values, output_kind, padded, page_defines, position_values, problem_copy_bytes, product_kind, query_tiles, scale_values, sliced, through_pages)
@@ -191,8 +191,6 @@ def artifacts(problem: Problem, config: dict) -> list[dict]:
            for parted in ((False, True) if order else (False,))]
     if order and config["block_q"] == hopper_parts.ROWS:
         own += [dict(source="block_attention_parts_hopper", defines=hopper_parts.defines(kind, problem["D"], problem["Dv"], *hopper_depth(problem["D"], problem["Dv"], 128), n), names=["forward"]) for n in (1, 2, 3)]
-        if max(problem["D"], problem["Dv"]) <= hopper_classes.WIDEST:
-            own += [dict(source="block_attention_classes_hopper", defines=hopper_classes.defines(kind, problem["D"], problem["Dv"], n), names=["forward"]) for n in (2, 3)]
     return own + portable if config["path"] == "hopper" else portable
 
 
@@ -246,7 +244,7 @@ def run_parts(q, k, v, parts, *, place, config, scale, sink_logits=None, softcap
     axes = [axes_of(part, start, T, S) for part in parts]
     if None in axes or not all(at.complete for at in axes[:-1]) or any(B * Hq * part.nq >= 2 ** 31 - place.sms for part in parts):
         return None
-    plan = hopper_parts.plan_of(parts, axes, T, S, start, place, max(q.shape[3], Dv)) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
+    plan = hopper_parts.plan_of(parts, axes, T, S, start, place) if kv_length is None and config["block_q"] == hopper_parts.ROWS else None
     if plan is None and any(at.ragged_rows or at.ragged_keys for at in axes):
         return None
     out = place.empty((B, Hq, T, Dv), q.dtype)

@@ -253,7 +253,7 @@ template <int N> __device__ __forceinline__ void store(const Params& p, const It
     });
     return;
   }
-  store_rows(p, x, m, tile, o, factor, w, tid, 4 + w);
+  store_rows(p, x, m, tile, o, factor, w, tid);
 }
 
 __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m, int w, u32& patience) {

@@ -370,7 +370,7 @@ __device__ __forceinline__ void multiply_items(const Params& p, const Shared& m,
       });
       written();
     } else {
-      store_rows(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid(), 4 + w);
+      store_rows(p, x, m, m.q + i % TILES * Q_BYTES, o, factor, w, tid());
     }
     close(i);
     if (TILES == 1) settle(i); else owed = true;

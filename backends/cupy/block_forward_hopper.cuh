@@ -1,6 +1,6 @@
 // What the Hopper forward kernels over block lists share: tiles in shared memory, masks, products, a step of the softmax, and how a tile leaves. A group of 64 rows multiplies by 128
 // keys; a lane holds two rows, lane / 4 and 8 further on of its warp's 16. Include before `struct Params`.
-// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), TABLE_ROWS (of the masks, where a tile has fewer), STEP (keys a step), STAGES, TILES (query tiles held: 1 or 2), PARTED (parts.cuh), FLOAT8 (float8.cuh), SLOTS (boxes of
+// Defines: KIND, WIDTH (D rounded up to 16, at most 192), VALUES (Dv rounded up to 64 or 128), ROWS (queries of a tile), STAGES, TILES (query tiles held: 1 or 2), PARTED (parts.cuh), FLOAT8 (float8.cuh), SLOTS (boxes of
 // float8 held), OUT_KIND where it is not KIND.
 #pragma once
 #include "wgmma.cuh"
@@ -22,12 +22,6 @@
 #ifndef ROWS
 #define ROWS 128
 #endif
-#ifndef TABLE_ROWS
-#define TABLE_ROWS ROWS
-#endif
-#ifndef STEP
-#define STEP KEYS
-#endif
 #ifndef STAGES
 #define STAGES 2
 #endif
@@ -38,7 +32,7 @@
 #define SLOTS 0
 #endif
 
-constexpr int SLAB = STEP * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
+constexpr int SLAB = KEYS * 128, Q_SLAB = ROWS * 128;  // a slab: rows of 64 columns, as the copy engine writes them
 constexpr int K_SLABS = (WIDTH + 63) / 64, V_SLABS = VALUES / 64, K_BYTES = K_SLABS * SLAB, V_BYTES = V_SLABS * SLAB, Q_BYTES = (K_SLABS > V_SLABS ? K_SLABS : V_SLABS) * Q_SLAB;
 constexpr int BOX = FLOAT8 ? 128 * 128 : 0;  // bytes of float8: rows of 128 columns
 constexpr int GROUPS = ROWS / 64, THREADS = 128 * (GROUPS + 1 + (FLOAT8 ? 1 : 0));
@@ -73,10 +67,10 @@ struct Sight { int kind; int2 range[2]; };  // of a masked block: its kind, and 
 // bits of the keys 32 n .. 32 n + 31 of a block of this kind that row r sees. Tables: intervals and bitmaps of contract.Lists
 template <class Tables> __device__ __forceinline__ u32 seen_word(const Tables& tables, int kind, int2 range, int r, int n) {
   const u32 word = range_bits(range.x - 32 * n, range.y - 32 * n);
-  return kind >= 0 && kind & 1 ? word & __ldg(tables.bitmaps + ((i64)(kind >> 1) * TABLE_ROWS + r) * (KEYS / 32) + n) : word;
+  return kind >= 0 && kind & 1 ? word & __ldg(tables.bitmaps + ((i64)(kind >> 1) * ROWS + r) * (KEYS / 32) + n) : word;
 }
 template <class Tables> __device__ __forceinline__ int2 seen_range(const Tables& tables, int kind, int left, int r) {
-  const int2 range = kind >= 0 && !(kind & 1) ? __ldg((const int2*)tables.intervals + (i64)(kind >> 1) * TABLE_ROWS + r) : make_int2(0, KEYS);
+  const int2 range = kind >= 0 && !(kind & 1) ? __ldg((const int2*)tables.intervals + (i64)(kind >> 1) * ROWS + r) : make_int2(0, KEYS);
   return make_int2(range.x, imin(range.y, left));
 }
 template <class Tables> __device__ __forceinline__ Sight look_at(const Tables& tables, int kind, int left, int row) {
@@ -191,8 +185,8 @@ template <class P, class X> __device__ __forceinline__ void store_inside(const P
   for (int c = tid % 2; c < n; c += 2) to[c] = *m.at<uint4>(tile + (c >> 3) * Q_SLAB + r * 128 + (((c & 7) ^ (r & 7)) << 4));
 }
 
-// out through this group's rows of the item's query tile; id: of the group's barrier
-template <int N, class P, class X> __device__ __forceinline__ void store_rows(const P& p, const X& x, const Tiles& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid, int id) {
+// out through this group's rows of the item's query tile
+template <int N, class P, class X> __device__ __forceinline__ void store_rows(const P& p, const X& x, const Tiles& m, u32 tile, const float (&o)[N], const float (&factor)[2], int w, int tid) {
   const int lane = tid & 31, r = w * 64 + tid / 32 * 16 + (lane & 15);
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
@@ -202,10 +196,10 @@ template <int N, class P, class X> __device__ __forceinline__ void store_rows(co
                 pack<OUT_KIND>(y[4] * factor[0], y[5] * factor[0]), pack<OUT_KIND>(y[6] * factor[1], y[7] * factor[1]));
   }
   shared_to_copy_engine();
-  named_sync(id, 128);
+  named_sync(4 + w, 128);
   if (x.t + 64 * w < 0 || row_step(p, x) > 1) {  // the copy engine zero-fills rows before the first on the way in, but takes none on the way out (illegal instruction)
     store_inside(p, x, m, tile, w, tid);
-    named_sync(id, 128);
+    named_sync(4 + w, 128);
   } else if (tid == 0) {
 #pragma unroll
     for (int c = 0; c < V_SLABS; c++) tma_store(&p.out, tile + c * Q_SLAB + w * 64 * 128, 64 * c, x.t + 64 * w, x.head);

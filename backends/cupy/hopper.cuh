@@ -48,15 +48,6 @@ __device__ __forceinline__ void bar_wait(u32 bar, u32 parity, u32& patience) {
     : "+r"(patience) : "r"(bar), "r"(parity) : "memory");
 #endif
 }
-__device__ __forceinline__ bool bar_test(u32 bar, u32 parity) {  // whether that phase is over, without waiting
-#ifdef SPARSETILE_EMULATE
-  return emulate_barrier_test(bar, parity);
-#else
-  u32 over;
-  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(over) : "r"(bar), "r"(parity) : "memory");
-  return over;
-#endif
-}
 constexpr u32 PATIENCE = 2000000000;  // about a second
 
 __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int x, int y, int z) {

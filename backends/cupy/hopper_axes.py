@@ -28,8 +28,8 @@ class Axes:
     def rows(self, place, q, block_q: int, short: bool = False):
         return self._map(place, q, self.row_step, 1 if self.row_step > 1 else block_q, block_q, short)
 
-    def keys(self, place, x, short: bool = False, block: int = KEYS):
-        return self._map(place, x, self.key_step if self.key_run < KEYS else 1, min(self.key_run, block), block, short)
+    def keys(self, place, x, short: bool = False):
+        return self._map(place, x, self.key_step if self.key_run < KEYS else 1, self.key_run, KEYS, short)
 
     def _map(self, place, x, step: int, run: int, block: int, short: bool):
         B, H, n, D = x.shape

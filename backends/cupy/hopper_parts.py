@@ -1,6 +1,6 @@
 """All parts of a layout in one launch (block_attention_parts_hopper.cu): what its items and entries are, laid down once on the host for a static layout.
 
-Parts whose tiles hold the same queries are one pass. Of two passes of heads up to 128 wide see hopper_classes.py; else the second starts from the sums of the first. Its tiles of a head follow the first pass of the next head: measured
+Parts whose tiles hold the same queries are one pass. Of two passes the second starts from the sums of the first. Its tiles of a head follow the first pass of the next head: measured
 faster than following groups of tiles of their own head more closely, where they wait more often.
 """
 import struct
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsetile.backends.cupy import compile as nvrtc
-from sparsetile.backends.cupy import hopper, hopper_classes
+from sparsetile.backends.cupy import hopper
 from sparsetile.backends.cupy.operands import KINDS, ceil_div, padded
 
 ROWS = KEYS = 128
@@ -31,19 +31,19 @@ class Plan:
     views: tuple      # (part, short) of each view of keys: ragged classes have two
 
 
-def plan_of(parts, axes, T: int, S: int, start: int, place, width: int):
-    """A Plan, or that of hopper_classes where there are two passes of heads that it takes. None where there are more, or where a tile of the second one has no entries. Kept with the first part's lists."""
-    key = "cupy.plan", start, T, S, width <= hopper_classes.WIDEST
+def plan_of(parts, axes, T: int, S: int, start: int, place) -> Plan | None:
+    """None where there are more than two passes, or where a tile of the second one has no entries. Kept with the first part's lists."""
+    key = "cupy.plan", start, T, S
     extras = parts[0].extras
     if key not in extras:
         kept = [other for other in extras if isinstance(other, tuple) and other[0] == key[0]]
         if len(kept) >= PLANS:  # keys grow by one a step
             del extras[kept[0]]
-        extras[key] = _plan(parts, axes, T, S, start, place, width)
+        extras[key] = _plan(parts, axes, T, S, start, place)
     return extras[key]
 
 
-def _plan(parts, axes, T, S, start, place, width):
+def _plan(parts, axes, T, S, start, place):
     if len(parts) > MOST or any(name not in part.extras for part in parts for name in ("cols", "kinds")) or any(part.list_of.shape != (1, 1) for part in parts):
         return None
     views = tuple((n, short) for n, at in enumerate(axes) for short in ((False, True) if at.ragged_keys else (False, )))
@@ -51,8 +51,6 @@ def _plan(parts, axes, T, S, start, place, width):
     passes = _passes(first_rows, axes)
     if len(passes) > 2 or len(views) > MOST or any(axes[members[0]].ragged_rows for members in passes[1:]):
         return None
-    if len(passes) == 2 and width <= hopper_classes.WIDEST:
-        return hopper_classes.plan(parts, axes, passes, first_rows, views, _tables(parts), T, S, place)
     intervals, bitmaps, moved = _tables(parts)
     entries, items = [], []
     for number, members in enumerate(passes):
@@ -113,13 +111,24 @@ def _entries(number, part, at, moved, t, step, T, S):
     first, end = (r < 0).sum(1), (r < T).sum(1)
     seen = np.zeros((n, KEYS // 32), np.int64)
     for kind, a, b in {*zip(kinds.tolist(), first.tolist(), end.tolist())}:
-        these, bits = (kinds == kind) & (first == a) & (end == b), hopper_classes.bits_of(host, kind) & ((np.arange(ROWS) >= a) & (np.arange(ROWS) < b))[:, None]
+        these, bits = (kinds == kind) & (first == a) & (end == b), _bits(host, kind) & ((np.arange(ROWS) >= a) & (np.arange(ROWS) < b))[:, None]
         seen[these] = bits.any(0).reshape(-1, 32) @ (1 << np.arange(32, dtype=np.int64))
     absent = np.arange(KEYS) >= left[:, None]  # zeros already
     seen |= absent.reshape(n, -1, 32) @ (1 << np.arange(32, dtype=np.int64))
     kinds = np.where(kinds < 0, -1, kinds + 2 * np.where(kinds & 1, moved[1], moved[0]))
     short = at.ragged_keys & (key % at.key_step >= S % at.key_step)
     return offsets, np.concatenate([np.stack([key, kinds, left, number + short], 1), seen], 1)
+
+
+def _bits(host, kind):
+    """[ROWS, KEYS] what the rows of a tile see of a block of this kind."""
+    c = np.arange(KEYS)
+    if kind < 0:
+        return np.ones((ROWS, KEYS), bool)
+    if kind & 1:
+        return np.unpackbits(np.ascontiguousarray(host["bitmaps"].reshape(-1, ROWS, KEYS // 32)[kind >> 1]).view(np.uint8), axis=1, bitorder="little").astype(bool)
+    low, high = host["intervals"].reshape(-1, ROWS, 2)[kind >> 1].T[:, :, None]
+    return (c >= low) & (c < high)
 
 
 def _ordered(items):
@@ -147,8 +156,6 @@ def defines(kind: str, D: int, Dv: int, stages: int, tiles: int, parts: int) -> 
 
 def run(q, k, v, plan, axes, out, lse, *, place, scale, sink_logits, depth):
     """out and lse of all parts; axes: of each part, depth: (stages, query tiles)."""
-    if isinstance(plan, hopper_classes.Plan):
-        return hopper_classes.run(q, k, v, plan, axes, out, lse, place=place, scale=scale, sink_logits=sink_logits)
     (B, Hq, T, D), (Hk, S), Dv, n = q.shape, k.shape[1:3], v.shape[3], len(plan.views)
     two, tiles, d = len(plan.axes) == 2, plan.items.shape[0], defines(q.dtype, D, Dv, *depth, n)
     heads, section = B * Hq, 1 if two else max(1, min(B * Hq, CACHED // max(1, 2 * S * (D + Dv)) * (Hq // Hk)))
