@@ -85,7 +85,7 @@ def paths(m, b) -> dict:
         "ordered": (dict(cupy=("block_attention.run_hopper", "block_attention_backward.run_hopper"), triton=("block_attention_gluon.launch", "block_attention_backward_gluon.launch_ordered")),
                     lambda: attend(*m.attention(2, 4, 2, 600, 600, 128), st.Layout.from_block_mask(mask, T=600, S=600), b, True)),
         "far longer rows": (dict(cupy="two_pass.run", triton="block_attention_backward_gluon.launch"), lambda: attend(*m.attention(1, 4, 2, 2300, 4096, 64), window, b, True)),
-        "by maps": (dict(triton=("block_attention_maps.launch", "block_backward_maps.launch")), lambda: [attend(*m.attention(2, 4, 2, 150, 300, D, Dv), rule, b, True, softcap=20.0)
+        "by maps": (dict(triton=("block_attention_maps.launch", "block_backward_maps.launch")), lambda: [attend(*m.attention(2, 4, 2, 60, 300, D, Dv), rule, b, True, softcap=20.0)
                                                                                                         for D, Dv, rule in ((128, 128, window), (64, 16, window), (64, 32, st.RandomBlocks(1, 16, seed=1)))]),
         "layouts": (both("layout.run"), lambda: (st.Layout.from_block_mask(mask), st.Layout.from_documents(m.integers(0, 300, 4), 1000, causal=True),
                                                  st.Layout.from_global_tokens(m.entries(1000, 2, 4), 1000, 1000, window=100))),

@@ -18,7 +18,7 @@ HALF, SINGLE, EIGHT = "bfloat16", "float32", "float8_e4m3fn"
 WIDEST = {"sm_80": 255, "sm_90a": 255, "sm_100": 255, "gfx942": 512}  # registers of a thread
 SPILLS = {  # kernel -> bytes that a thread may store and load: addresses and what loops do not use; the forward's 128 x 64 tiles, and float32 sums of 64 rows
     ("block_attention", "forward"): 896, ("block_attention", "forward_maps"): 160, ("block_attention_backward", "rows"): 32, ("block_attention_backward", "columns"): 448,
-    ("block_attention_backward", "columns_maps"): 72, ("block_attention_backward", "rows_again"): 48,
+    ("block_attention_backward", "columns_maps"): 72, ("block_attention_backward", "rows_maps"): 8, ("block_attention_backward", "rows_again"): 48,
     ("block_attention_backward", "queries_gluon"): 48, ("block_attention_backward", "keys_gluon"): 184, ("block_attention_backward", "ordered_gluon"): 192,
     ("block_attention_backward", "part_keys_gluon"): 136, ("block_attention_backward", "part_queries_gluon"): 24, ("topk", "keep_rows"): 8, ("indexer_topk", "keep_rows"): 8, ("topk", "sample_rows"): 16,
     ("indexer_topk", "sample_rows"): 16, ("indexer_topk", "bound_rows"): 48, ("indexer_topk", "pick_rows"): 8, ("importance_topk", "score_by_queries"): 96,
@@ -175,3 +175,14 @@ def test_the_best_one_of_a_row_compiles():
         if "k" in artifact["signature"]:
             kinds = {name: kind for name, kind in artifact["signature"].items() if name != "k"}
             assert aot.resources({**artifact, "signature": kinds, "constexprs": {**artifact["constexprs"], "k": 1}}, "sm_90a")["registers"]
+
+
+def test_one_key_chosen():
+    """Triton makes a constant of an integer that is 1, which no loop may then change."""
+    from sparsetile.backends.triton import index_keep, indexer_topk
+    problem = Problem.of("indexer_topk", dict(B=1, H=64, T=2048, S=32768, D=128, K=1), dict(q=EIGHT, k=EIGHT), "sm_90a", ("causal",), 1.0)
+    config = indexer_topk.default_config(problem) | {"path": "kept", "capacity": 8192, "sample": 1024}
+    for artifact in index_keep.artifacts(problem, config, causal=True, windows=False):
+        if "top_k" in artifact["signature"]:
+            fixed = artifact | dict(signature={name: kind for name, kind in artifact["signature"].items() if name != "top_k"}, constexprs=artifact["constexprs"] | dict(top_k=1))
+            assert aot.resources(fixed, "sm_90a")["registers"] > 0

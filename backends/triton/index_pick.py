@@ -57,6 +57,7 @@ def standing(entry):
 def kth_standing(room, count, k, slack, BLOCK: tl.constexpr):
     """A standing that k to k + slack of `count` > k + slack entries reach: digits of 8 bits, from the highest on, until the entries that share them may all be taken."""
     prefix = (count * 0).to(tl.uint64)
+    k += count * 0  # k = 1 comes as a constant, and changes below
     shift = count * 0 + 64
     inside = count
     while (inside - k > slack) & (shift > 0):
