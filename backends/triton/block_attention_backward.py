@@ -213,16 +213,14 @@ def run(q, k, v, lists, lse, delta, dout, *, place, config, scale, softcap=None,
     known = (lists.intervals, lists.bitmaps, lists.list_of)
     where = lists.q_order, lists.k_order, kv_length, starts
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *list_steps(lists))
-    mapped = block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch)
-    if mapped:
-        bad = place.empty((B * Hq, n), "int32") if masked(by_rows) else None
-        block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, bad, dk, dv, place, by_rows, by_columns, n, covers, kv_length, starts, host, scales)
     rest = (q, k, v, dout, lse, delta, dq, lists.offsets, lists.cols, lists.kinds, *known, schedule(lists) if covers else None, *where)
     numbers = (*steps, Hq, Hq // Hk, T, S, lists.first, lists.nq, n)
-    if mapped and bad is not None:
-        made = _again(by_rows)
-        relaunch.launch(rows_again, (-(-B * Hq * n // made["MANY"]),), place, (bad, *rest), (*numbers, B * Hq, host or 0, *scales), made, kinds)
-    if mapped:
+    if block_backward_maps.takes(q, k, v, dout, lists, by_columns, place.arch):
+        bad = place.empty((B * Hq, n), "int32") if masked(by_rows) else None
+        block_backward_maps.launch(q, k, v, dout, lists, lse, delta, dq, bad, dk, dv, place, by_rows, by_columns, n, covers, kv_length, starts, host, scales)
+        if bad is not None:
+            made = _again(by_rows)
+            relaunch.launch(rows_again, (-(-B * Hq * n // made["MANY"]),), place, (bad, *rest), (*numbers, B * Hq, host or 0, *scales), made, kinds)
         return dq, dk, dv
     relaunch.launch(rows, (by_rows["SLICES"] * n * Hq * B,), place, rest, (*numbers, beside(Hq), host or 0, *scales), by_rows, kinds)
     n = lists.nk if lists.k_order is not None else -(-S // config["block_k"])

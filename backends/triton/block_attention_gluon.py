@@ -28,7 +28,8 @@ READERS = gl.constexpr(4)  # of an item: bring, clear, two groups of multiply
 def _exponents(n: int = KEYS.value // 2) -> tuple[str, str]:
     """PTX and its operands for a thread's n scores, which lie in pairs of its two rows in turn: outputs, scores, maxima, rounded maxima * scale, scale.
     A fused score * scale - rounded product is off by what that rounding lost, the same for all of a row: nothing while products are small. Where one of a warp passes 2^8 (0f43800000), the maximum
-    is subtracted first, so that the largest gives 1 exactly: one more instruction for each score. The branch costs nothing, it gave 2-3 %."""
+    is subtracted first, so that the largest gives 1 exactly: one more instruction for each score. The branch gave causal and windows of D 128 2-3 %; D 64 and parts are slower
+    than without it (435 for 469 and 474 for 539 TFLOP/s, notebook)."""
     fused = "".join(f"fma.rn.f32 ${i}, ${n + i}, ${4 * n}, {'ab'[i // 2 % 2]};\n" for i in range(n))
     apart = "".join(f"sub.rn.f32 a, ${n + i}, ${2 * n + i}; mul.rn.f32 ${i}, a, ${4 * n};\n" for i in range(n))
     text = f"""{{.reg .pred p; .reg .f32 a, b;

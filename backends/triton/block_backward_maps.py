@@ -20,17 +20,17 @@ ARCHS = ("sm_90a",)  # sm_100 lays sums out in another memory: not measured ther
 
 
 def _whole(made: dict) -> bool:
-    """Whether tiles hold whole rows, in one piece."""
-    return made["SLICES"] == 1 and not (made["CHUNK"] or made["D1"] or made["V1"])
+    """Whether tiles hold whole rows, in one piece, of a width that the copy engine can write."""
+    return made["D"] % 8 == made["DV"] % 8 == 0 and made["SLICES"] == 1 and not (made["CHUNK"] or made["D1"] or made["V1"])
 
 
 def takes(q, k, v, dout, lists, made: dict, arch: str) -> bool:
     """Whether a call with these constants can go this way."""
-    return arch in ARCHS and q.element_size() == 2 and made["D"] % 8 == made["DV"] % 8 == 0 and lists.q_order is None and lists.k_order is None and _whole(made) and all(can_map(x) for x in (q, k, v, dout))
+    return arch in ARCHS and q.element_size() == 2 and lists.q_order is None and lists.k_order is None and _whole(made) and all(can_map(x) for x in (q, k, v, dout))
 
 
 def takes_problem(problem, made: dict) -> bool:
-    return problem.arch in ARCHS and problem.dtype("q", "float32") != "float32" and "order" not in problem.features and made["D"] % 8 == made["DV"] % 8 == 0 and _whole(made)
+    return problem.arch in ARCHS and problem.dtype("q", "float32") != "float32" and "order" not in problem.features and _whole(made)
 
 
 @triton.jit
